@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only
+/*
+ * The policer: one token bucket for each direction of one throttle.
+ *
+ * The bucket is kept as virtual time. Each packet that passes moves even_at_ns forward by the time
+ * that it takes at the limit; a packet is dropped when even_at_ns is too far ahead of the clock.
+ * Moving it is one atomic add, so CPUs that race lose nothing, and a packet larger than any burst
+ * still passes and is paid for afterwards.
+ *
+ * It has to load on Linux 4.14, so: the first instruction set (-mcpu=v1), no loops, no calls, only
+ * helpers and context fields of that kernel. DIRECT_PACKET_ACCESS makes a second object of it, for
+ * Linux 5.0 and later, which reads headers without a helper call each.
+ *
+ * It includes no system headers, so that the objects are the same wherever they are built.
+ */
+#include "throttle.h"
+
+#define INVERSE_RATE_SHIFT 20
+#define SMALL_PACKET_BYTES 160
+#define LOOPBACK_IFINDEX 1 /* in each network namespace */
+
+#define IPV6_HEADER_BYTES 40
+#define TCP_DATA_OFFSET 12
+#define MAX_IPV6_EXTENSIONS 6
+
+#define IPPROTO_HOPOPTS 0
+#define IPPROTO_TCP 6
+#define IPPROTO_ROUTING 43
+#define IPPROTO_FRAGMENT 44
+#define IPPROTO_AH 51
+#define IPPROTO_DSTOPTS 60
+#define IPPROTO_MH 135
+
+#define PASS 1
+#define DROP 0
+#define DROP_AND_NOTIFY_CONGESTION 2 /* egress only, since Linux 5.3 */
+
+#define SEC(name) __attribute__((section(name), used))
+#define always_inline static inline __attribute__((always_inline))
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+/* The start of the context, as in linux/bpf.h. */
+struct __sk_buff {
+	__u32 len;
+	__u32 pkt_type;
+	__u32 mark;
+	__u32 queue_mapping;
+	__u32 protocol;
+	__u32 vlan_present;
+	__u32 vlan_tci;
+	__u32 vlan_proto;
+	__u32 priority;
+	__u32 ingress_ifindex;
+	__u32 ifindex;
+	__u32 tc_index;
+	__u32 cb[5];
+	__u32 hash;
+	__u32 tc_classid;
+	__u32 data;
+	__u32 data_end;
+};
+
+static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
+static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
+
+#define __uint(name, value) int(*name)[value]
+#define __type(name, value) value *name
+#define BPF_MAP_TYPE_ARRAY 2
+#define BPF_MAP_TYPE_PERCPU_ARRAY 6
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, THROTTLE_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct throttle_config);
+} CGROUP_CONFIGS SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, THROTTLE_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct throttle_bucket);
+} CGROUP_BUCKETS SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, THROTTLE_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct throttle_stats);
+} CGROUP_STATS SEC(".maps");
+
+/* Copies bytes of the packet; not 0 where it has not so many. */
+always_inline long load_bytes(struct __sk_buff *skb, __u32 offset, void *to, __u32 len)
+{
+#ifdef DIRECT_PACKET_ACCESS
+	/* The mask shows the verifier a bound; six extension headers of 2 KB stay below it. */
+	const char *from = (const char *)(long)skb->data + (offset & 0x3fff);
+
+	if (from + len <= (const char *)(long)skb->data_end) {
+		__builtin_memcpy(to, from, len);
+		return 0;
+	}
+#endif
+	return bpf_skb_load_bytes(skb, offset, to, len);
+}
+
+/* TCP bytes after the header at `offset`, or all of the packet if there is no sound header. */
+always_inline __u32 tcp_payload(__u32 offset, __u8 data_offset, __u32 len)
+{
+	__u32 headers = offset + (data_offset >> 4) * 4;
+
+	return headers <= len ? len - headers : len;
+}
+
+always_inline __u32 tcp_payload_at(struct __sk_buff *skb, __u32 offset, __u32 len)
+{
+	__u8 data_offset;
+
+	if (load_bytes(skb, offset + TCP_DATA_OFFSET, &data_offset, 1))
+		return len;
+	return tcp_payload(offset, data_offset, len);
+}
+
+always_inline __u32 billed_ipv6(struct __sk_buff *skb, __u8 next_header, __u32 len)
+{
+	__u32 offset = IPV6_HEADER_BYTES;
+	__u8 extension[4];
+
+#pragma unroll
+	for (int i = 0; i < MAX_IPV6_EXTENSIONS; i++) {
+		if (next_header == IPPROTO_TCP)
+			break;
+		if (next_header != IPPROTO_HOPOPTS && next_header != IPPROTO_ROUTING &&
+		    next_header != IPPROTO_FRAGMENT && next_header != IPPROTO_DSTOPTS &&
+		    next_header != IPPROTO_AH && next_header != IPPROTO_MH)
+			return len;
+		if (load_bytes(skb, offset, extension, sizeof(extension)))
+			return len;
+		if (next_header == IPPROTO_FRAGMENT) {
+			/* Only the first fragment carries the TCP header. */
+			if (extension[2] | (extension[3] & 0xf8))
+				return len;
+			offset += 8;
+		} else if (next_header == IPPROTO_AH) {
+			offset += (extension[1] + 2) * 4;
+		} else {
+			offset += (extension[1] + 1) * 8;
+		}
+		next_header = extension[0];
+	}
+	if (next_header != IPPROTO_TCP)
+		return len;
+	return tcp_payload_at(skb, offset, len);
+}
+
+/* What a packet costs in bytes. At these hooks it begins with its IP header. */
+always_inline __u32 billed_bytes(struct __sk_buff *skb, __u32 len)
+{
+	__u8 ip[40]; /* all of IPv6's header; IPv4's and TCP's, where neither has options */
+	__u32 header_bytes;
+
+	/* Too short for IP and TCP together, so not TCP. */
+	if (load_bytes(skb, 0, ip, sizeof(ip)))
+		return len;
+	if (ip[0] >> 4 == 6)
+		return billed_ipv6(skb, ip[6], len);
+	if (ip[0] >> 4 != 4 || ip[9] != IPPROTO_TCP)
+		return len;
+	/* Only the first fragment carries the TCP header. */
+	if ((ip[6] & 0x1f) | ip[7])
+		return len;
+	header_bytes = (ip[0] & 0xf) * 4;
+	if (header_bytes == 20)
+		return tcp_payload(header_bytes, ip[20 + TCP_DATA_OFFSET], len);
+	return tcp_payload_at(skb, header_bytes, len);
+}
+
+/* Takes the packet's price from the bucket, or returns 0 where the bucket has run too far ahead. */
+always_inline int pay(struct throttle_bucket *bucket, const struct throttle_config *config,
+		      __u32 billed)
+{
+	__u64 now = bpf_ktime_get_ns();
+	__u64 even_at = bucket->even_at_ns;
+	__u64 limit = config->debt_ns;
+
+	if (unlikely(!even_at)) {
+		bucket->even_at_ns = even_at = now;
+	} else if ((__s64)(now - even_at) > (__s64)config->credit_ns) {
+		bucket->even_at_ns = even_at = now - config->credit_ns;
+	}
+	if (billed < SMALL_PACKET_BYTES)
+		limit += config->small_ns;
+	if ((__s64)(even_at - now) > (__s64)limit)
+		return 0;
+	__sync_fetch_and_add(&bucket->even_at_ns, billed * config->inverse_rate >> INVERSE_RATE_SHIFT);
+	return 1;
+}
+
+always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
+{
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
+	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &direction);
+	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &direction);
+	__u32 billed;
+
+	if (!config || !stats || !bucket)
+		return PASS;
+	stats->program_calls++;
+	if (skb->ifindex == LOOPBACK_IFINDEX && !(config->flags & THROTTLE_LOOPBACK))
+		return PASS;
+	billed = billed_bytes(skb, skb->len);
+	stats->packets_total++;
+	stats->bytes_total += billed;
+	/* A pure acknowledgement is free: dropping it would only make its sender repeat data. */
+	if (!billed || !config->rate_bytes_per_s || pay(bucket, config, billed))
+		return PASS;
+	stats->packets_dropped++;
+	stats->bytes_dropped += billed;
+	return drop;
+}
+
+SEC("cgroup_skb/ingress") int pybpft_ingress(struct __sk_buff *skb)
+{
+	return police(skb, THROTTLE_DOWNLOAD, DROP);
+}
+
+SEC("cgroup_skb/egress") int pybpft_egress(struct __sk_buff *skb)
+{
+	return police(skb, THROTTLE_UPLOAD, DROP);
+}
+
+/* Tells TCP of a drop as of a full queue, where DROP would fail a UDP program's send with EPERM. */
+SEC("cgroup_skb/egress") int pybpft_egresscn(struct __sk_buff *skb)
+{
+	return police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION);
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

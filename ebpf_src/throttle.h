@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The records that the kernel programs share with Python.
+ *
+ * pybpfthrottle/backends/records.py declares the same structures for ctypes;
+ * a test compares each size and offset with the object's BTF.
+ */
+#ifndef THROTTLE_H
+#define THROTTLE_H
+
+typedef unsigned char __u8;
+typedef unsigned short __u16;
+typedef unsigned int __u32;
+typedef unsigned long long __u64;
+typedef long long __s64;
+
+/* The key into each map. */
+enum throttle_direction {
+	THROTTLE_DOWNLOAD = 0, /* ingress */
+	THROTTLE_UPLOAD = 1,   /* egress */
+	THROTTLE_DIRECTIONS = 2,
+};
+
+enum throttle_flags {
+	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
+};
+
+/* Written by user space, read by the programs. */
+struct throttle_config {
+	__u64 rate_bytes_per_s; /* 0: unlimited */
+	__u64 inverse_rate;     /* (10^9 << INVERSE_RATE_SHIFT) / rate_bytes_per_s */
+	__u64 credit_ns;        /* how far the bucket may lag behind the clock: the burst */
+	__u64 debt_ns;          /* how far it may run ahead before packets are dropped */
+	__u64 small_ns;         /* so much further for packets billed below SMALL_PACKET_BYTES */
+	__u32 flags;            /* enum throttle_flags */
+	__u32 reserved;
+};
+
+/* Written by the programs. */
+struct throttle_bucket {
+	__u64 even_at_ns; /* CLOCK_MONOTONIC time at which nothing is owed; 0: not used yet */
+};
+
+/* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */
+struct throttle_stats {
+	__u64 program_calls;
+	__u64 packets_total; /* those that the limit is for, the dropped ones included */
+	__u64 bytes_total;
+	__u64 packets_dropped;
+	__u64 bytes_dropped;
+};
+
+#endif

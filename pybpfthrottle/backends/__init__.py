@@ -1,0 +1,66 @@
+"""Mechanisms that limit: one module each, behind one small protocol."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Mapping, NamedTuple, Optional, Protocol, Sequence
+
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.limits import Counters, Direction, Rate
+
+# None: unlimited, but counted.
+Limits = Mapping[Direction, Optional[Rate]]
+
+ATTACH_METHODS = ("auto", "link", "legacy")
+EGRESS_VERDICTS = ("auto", "congestion", "deny")
+
+
+class Priority(IntEnum):
+    """How good a mechanism is; the best available one is chosen."""
+
+    FALLBACK = 1
+    GOOD = 2
+    BETTER = 3
+    BEST = 4
+
+
+class Options(NamedTuple):
+    """What may be chosen beside the limits themselves.
+
+    ``loopback`` limits the loopback device too. ``attach_method`` is one of ATTACH_METHODS;
+    ``egress_verdict`` of EGRESS_VERDICTS: how an upload's packet is dropped, as if by congestion
+    (Linux 5.3) or denied (EPERM for the send of a UDP program).
+    """
+
+    loopback: bool = False
+    attach_method: str = "auto"
+    egress_verdict: str = "auto"
+
+
+class Handle(Protocol):
+    """A limit that is in force on some directions."""
+
+    def counters(self) -> dict[Direction, Counters]:
+        """What each direction counted."""
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction; None lifts it."""
+
+    def remove(self) -> None:
+        """Take everything away. Doing so twice is no error."""
+
+    def describe(self) -> dict[str, str]:
+        """How it is done, for people and for JSON."""
+
+
+class Backend(Protocol):
+    """A mechanism."""
+
+    name: str
+    priority: Priority
+
+    def unavailable(self, direction: Direction) -> Optional[str]:
+        """Why it cannot limit this direction here, or None."""
+
+    def apply(self, cgroups: Sequence[Cgroup], limits: Limits, options: Options) -> Handle:
+        """Put limits, shared by all of the cgroups, in force."""

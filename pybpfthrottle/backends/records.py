@@ -1,0 +1,41 @@
+"""The records of ebpf_src/throttle.h, for ctypes. A test compares them with the object's BTF."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_uint32, c_uint64
+
+INVERSE_RATE_SHIFT = 20
+THROTTLE_LOOPBACK = 1
+
+
+class ThrottleConfig(ctypes.Structure):
+    """struct throttle_config."""
+
+    _fields_ = (
+        ("rate_bytes_per_s", c_uint64),
+        ("inverse_rate", c_uint64),
+        ("credit_ns", c_uint64),
+        ("debt_ns", c_uint64),
+        ("small_ns", c_uint64),
+        ("flags", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
+class ThrottleBucket(ctypes.Structure):
+    """struct throttle_bucket."""
+
+    _fields_ = (("even_at_ns", c_uint64),)
+
+
+class ThrottleStats(ctypes.Structure):
+    """struct throttle_stats."""
+
+    _fields_ = (
+        ("program_calls", c_uint64),
+        ("packets_total", c_uint64),
+        ("bytes_total", c_uint64),
+        ("packets_dropped", c_uint64),
+        ("bytes_dropped", c_uint64),
+    )

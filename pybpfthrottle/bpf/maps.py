@@ -1,0 +1,330 @@
+"""Maps: live objects, each owning one descriptor, used as a dict over typed keys and values."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import struct
+from collections.abc import MutableMapping
+from typing import Any, Generic, Iterator, Optional, Protocol, TypeVar, cast
+
+from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.bpf.privileges import why_not_permitted, with_memlock
+from pybpfthrottle.bpf.specs import MapSpec
+from pybpfthrottle.errors import MapCreateError
+
+K = TypeVar("K")
+V = TypeVar("V")
+T = TypeVar("T")
+S = TypeVar("S", bound=ctypes.Structure)
+
+_PER_CPU = (
+    MapType.PERCPU_HASH,
+    MapType.PERCPU_ARRAY,
+    MapType.LRU_PERCPU_HASH,
+    MapType.PERCPU_CGROUP_STORAGE,
+)
+_MAX_CPUS = 8192  # CONFIG_NR_CPUS_RANGE_END of the largest configurations
+
+
+class Codec(Protocol[T]):
+    """How keys or values of type T are bytes of a map."""
+
+    def encode(self, value: T) -> bytes:
+        """The bytes of a value."""
+        ...
+
+    def decode(self, data: bytes) -> T:
+        """The value of bytes."""
+        ...
+
+
+class RawCodec:
+    """bytes as they are."""
+
+    def encode(self, value: bytes) -> bytes:
+        """The bytes of a value."""
+        return bytes(value)
+
+    def decode(self, data: bytes) -> bytes:
+        """The value of bytes."""
+        return data
+
+
+class FormatCodec:
+    """One number, by its letter in the struct module, in the byte order of this machine."""
+
+    def __init__(self, letter: str) -> None:
+        self._struct = struct.Struct("=" + letter)
+
+    def encode(self, value: int) -> bytes:
+        """The bytes of a value."""
+        return self._struct.pack(value)
+
+    def decode(self, data: bytes) -> int:
+        """The value of bytes."""
+        return cast(int, self._struct.unpack(data)[0])
+
+
+class StructureCodec(Generic[S]):
+    """A ctypes.Structure."""
+
+    def __init__(self, structure: type[S]) -> None:
+        self._structure = structure
+
+    def encode(self, value: S) -> bytes:
+        """The bytes of a value."""
+        return bytes(value)
+
+    def decode(self, data: bytes) -> S:
+        """The value of bytes."""
+        return self._structure.from_buffer_copy(data)
+
+
+class PerCpuCodec(Generic[T]):
+    """A list with one value for each possible CPU; the kernel pads each to eight bytes."""
+
+    def __init__(self, codec: Codec[T], value_size: int, cpus: int) -> None:
+        self._codec = codec
+        self._size = value_size
+        self._stride = (value_size + 7) // 8 * 8
+        self._cpus = cpus
+
+    def encode(self, value: list[T]) -> bytes:
+        """The bytes of a value."""
+        if len(value) != self._cpus:
+            raise ValueError(f"{self._cpus} values are needed, one a CPU, not {len(value)}")
+        return b"".join(self._codec.encode(item).ljust(self._stride, b"\0") for item in value)
+
+    def decode(self, data: bytes) -> list[T]:
+        """The value of bytes."""
+        return [
+            self._codec.decode(data[at : at + self._size])
+            for at in range(0, len(data), self._stride)
+        ]
+
+
+U32: Codec[int] = FormatCodec("I")
+RAW: Codec[bytes] = RawCodec()
+
+
+class Map(MutableMapping[K, V]):
+    """A map that this process has open, as a dict; ``close`` or ``with`` ends it.
+
+    The values of a per-CPU map are lists with one value for each possible CPU. Elements of an
+    array cannot be deleted. Linux 4.10; source: man 2 bpf.
+    """
+
+    def __init__(self, fd: int, spec: MapSpec, key: Codec[K], value: Codec[V]) -> None:
+        self.fd = fd
+        self.spec = spec
+        self._key = key
+        self._value = value
+        self._value_bytes = spec.value_size
+        if spec.type in _PER_CPU:
+            self._value_bytes = (spec.value_size + 7) // 8 * 8 * possible_cpus()
+
+    def typed(self, key: Codec[Any], value: Codec[T]) -> Map[Any, Any]:
+        """The same map, by the same descriptor, with other codecs; this one stays its owner.
+
+        For a per-CPU map ``value`` is the codec of one CPU's value.
+        """
+        return Map(self.fd, self.spec, key, _value_codec(self.spec, value))
+
+    def __getitem__(self, key: K) -> V:
+        value = ctypes.create_string_buffer(self._value_bytes)
+        try:
+            self._do(Cmd.MAP_LOOKUP_ELEM, self._key_buffer(key), value)
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        return self._value.decode(value.raw)
+
+    def __setitem__(self, key: K, value: V) -> None:
+        data = self._value.encode(value)
+        if len(data) != self._value_bytes:
+            raise ValueError(f"{len(data)} bytes do not make a value of {self._value_bytes}")
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self._do(Cmd.MAP_UPDATE_ELEM, self._key_buffer(key), buffer)
+
+    def __delitem__(self, key: K) -> None:
+        try:
+            self._do(Cmd.MAP_DELETE_ELEM, self._key_buffer(key), None)
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[K]:
+        previous: Any = None
+        following = ctypes.create_string_buffer(self.spec.key_size)
+        while True:
+            try:
+                self._do(Cmd.MAP_GET_NEXT_KEY, previous, following)
+            except FileNotFoundError:
+                return
+            yield self._key.decode(following.raw)
+            previous = ctypes.create_string_buffer(following.raw, self.spec.key_size)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def freeze(self) -> None:
+        """Let this and no other process change it through system calls any more. Linux 5.2."""
+        attr = Attr()
+        attr.map_elem.map_fd = self.fd
+        syscall.bpf(Cmd.MAP_FREEZE, attr)
+
+    def close(self) -> None:
+        """Close the descriptor. The kernel keeps the map while a program uses it."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Map[K, V]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Map {self.spec.name!r} fd={self.fd}>"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def _key_buffer(self, key: K) -> Any:
+        data = self._key.encode(key)
+        if len(data) != self.spec.key_size:
+            raise ValueError(f"{len(data)} bytes do not make a key of {self.spec.key_size}")
+        return ctypes.create_string_buffer(data, len(data))
+
+    def _do(self, cmd: Cmd, key: Any, value: Any) -> None:
+        attr = Attr()
+        attr.map_elem.map_fd = self.fd
+        attr.map_elem.key = 0 if key is None else ctypes.addressof(key)
+        attr.map_elem.value = 0 if value is None else ctypes.addressof(value)
+        syscall.bpf(cmd, attr)
+
+
+def create(spec: MapSpec) -> Map[Any, Any]:
+    """Create a map; keys and values are bytes until ``typed``. Linux 4.10.
+
+    The name is left out where the kernel knows none (before 4.15). Raises MapCreateError.
+    """
+    fd = _create(spec)
+    found: Map[Any, Any] = Map(fd, spec, RAW, _value_codec(spec, RAW))
+    try:
+        if spec.contents is not None:
+            found.typed(U32, RAW)[0] = spec.contents
+        if spec.frozen:
+            _freeze_where_possible(found)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def _create(spec: MapSpec) -> int:
+    attr = Attr()
+    attr.map_create.map_type = spec.type
+    attr.map_create.key_size = spec.key_size
+    attr.map_create.value_size = spec.value_size
+    attr.map_create.max_entries = spec.max_entries
+    attr.map_create.map_flags = spec.flags
+    attr.map_create.numa_node = spec.numa_node
+    attr.map_create.map_extra = spec.extra
+    attr.map_create.map_name = legal_name(spec.name)
+
+    def attempt() -> int:
+        return syscall.bpf(Cmd.MAP_CREATE, attr)
+
+    try:
+        try:
+            return with_memlock(attempt)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.E2BIG):
+                raise
+            # Kernels before 4.15 know no names, and refuse what they do not know.
+            attr.map_create.map_name = b""
+            try:
+                return with_memlock(attempt)
+            except OSError:
+                raise error from None
+    except OSError as error:
+        raise MapCreateError(
+            f"cannot create the map {spec.name!r}: {_why(spec, error)}", errno=error.errno or 0
+        ) from error
+
+
+def _why(spec: MapSpec, error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return why_not_permitted("BPF_MAP_CREATE")
+    if error.errno == errno.ENOSYS:
+        return "this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
+    return (
+        f"{error} (type {spec.type}, key {spec.key_size} bytes, value {spec.value_size} bytes,"
+        f" {spec.max_entries} entries, flags {spec.flags:#x})"
+    )
+
+
+def _freeze_where_possible(found: Map[Any, Any]) -> None:
+    try:
+        found.freeze()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # before Linux 5.2
+            raise
+
+
+def legal_name(name: str) -> bytes:
+    """A name as the kernel takes it: 15 of [A-Za-z0-9_.]."""
+    return re.sub(r"[^A-Za-z0-9_.]", "_", name)[: abi.BPF_OBJ_NAME_LEN - 1].encode("ascii")
+
+
+def _value_codec(spec: MapSpec, value: Codec[Any]) -> Codec[Any]:
+    if spec.type in _PER_CPU:
+        return PerCpuCodec(value, spec.value_size, possible_cpus())
+    return value
+
+
+_possible_cpus: Optional[int] = None
+
+
+def possible_cpus() -> int:
+    """How many values an element of a per-CPU map has."""
+    global _possible_cpus
+    if _possible_cpus is None:
+        try:
+            with open("/sys/devices/system/cpu/possible") as possible:
+                _possible_cpus = parse_cpus(possible.read())
+        except OSError:
+            _possible_cpus = _count_cpus()
+    return _possible_cpus
+
+
+def parse_cpus(text: str) -> int:
+    """The number of CPUs in a list such as ``0-3,8``."""
+    count = 0
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        count += int(last or first) - int(first) + 1
+    return count
+
+
+def _count_cpus() -> int:
+    """Without /sys: see how far the kernel writes into a value that is large enough for all."""
+    spec = MapSpec("possible_cpus", MapType.PERCPU_ARRAY, 4, 8, 1)
+    fd = _create(spec)
+    try:
+        key = ctypes.create_string_buffer(4)
+        value = ctypes.create_string_buffer(b"\xff" * 8 * _MAX_CPUS)
+        attr = Attr()
+        attr.map_elem.map_fd = fd
+        attr.map_elem.key = ctypes.addressof(key)
+        attr.map_elem.value = ctypes.addressof(value)
+        syscall.bpf(Cmd.MAP_LOOKUP_ELEM, attr)
+        return value.raw.index(b"\xff") // 8
+    finally:
+        os.close(fd)

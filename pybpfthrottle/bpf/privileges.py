@@ -1,0 +1,100 @@
+"""What this process may ask of bpf(2): capabilities, and locked memory on older kernels."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from typing import Callable, TypeVar
+
+T = TypeVar("T")
+
+# include/uapi/linux/capability.h
+_CAP_NET_ADMIN = 12
+_CAP_SYS_ADMIN = 21
+_CAP_BPF = 39
+
+
+def effective_capabilities() -> int:
+    """The capabilities of this process as a bit set; all of them where /proc does not tell."""
+    try:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("CapEff:"):
+                    return int(line.split()[1], 16)
+    except OSError:
+        pass
+    return (1 << 64) - 1
+
+
+def missing_capabilities() -> list[str]:
+    """The names of the capabilities that loading and attaching a cgroup_skb program still needs.
+
+    CAP_BPF exists since Linux 5.8; before that, and as a substitute after it, CAP_SYS_ADMIN.
+    """
+    held = effective_capabilities()
+
+    def has(capability: int) -> bool:
+        return bool(held >> capability & 1)
+
+    missing = []
+    if not has(_CAP_SYS_ADMIN):
+        if not has(_CAP_BPF):
+            missing.append("CAP_BPF")
+        if not has(_CAP_NET_ADMIN):
+            missing.append("CAP_NET_ADMIN")
+    return missing
+
+
+def why_not_permitted(command: str) -> str:
+    """What stands behind the EPERM of a bpf(2) command, and what to do."""
+    missing = missing_capabilities()
+    if missing:
+        return (
+            f"this process lacks {' and '.join(missing)};"
+            " run it as root (sudo), or give it these capabilities"
+        )
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    text = (
+        f"the capabilities are there, so a seccomp filter (containers have one), a security module"
+        f" or kernel lockdown refuses {command}"
+    )
+    if soft != resource.RLIM_INFINITY and hard != resource.RLIM_INFINITY:
+        text += (
+            f"; or, before Linux 5.11, the limit on locked memory ({soft // 1024} KiB) is used up:"
+            " try ulimit -l unlimited"
+        )
+    return text
+
+
+def with_memlock(create: Callable[[], T]) -> T:
+    """Do ``create``, and once more with RLIMIT_MEMLOCK raised if that may be why it got EPERM.
+
+    Kernels before 5.11 charge maps and programs to that limit. Only creation checks it, so it is
+    put back at once: a command that is run afterwards never sees it. Without CAP_SYS_RESOURCE it
+    is raised as far as the hard limit allows.
+    """
+    try:
+        return create()
+    except PermissionError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if error.errno != errno.EPERM or soft == resource.RLIM_INFINITY:
+            raise
+        if not _raise_memlock(soft, hard):
+            raise
+    try:
+        return create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+
+
+def _raise_memlock(soft: int, hard: int) -> bool:
+    infinity = resource.RLIM_INFINITY
+    for wanted in ((infinity, infinity), (hard, hard)):
+        if wanted[0] == soft:
+            continue
+        try:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, wanted)
+        except (ValueError, OSError):  # no CAP_SYS_RESOURCE
+            continue
+        return True
+    return False

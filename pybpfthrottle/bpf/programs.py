@@ -1,0 +1,218 @@
+"""Programs: live objects, each owning one descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import NamedTuple, Optional
+
+from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
+from pybpfthrottle.bpf.maps import legal_name
+from pybpfthrottle.bpf.privileges import why_not_permitted, with_memlock
+from pybpfthrottle.errors import ProgramLoadError, VerifierError
+
+_FIRST_LOG_BYTES = 1 << 16
+_MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
+_TRIES = 5
+
+
+class ProgramInfo(NamedTuple):
+    """What the kernel says of a loaded program. ``load_time_ns`` is CLOCK_BOOTTIME."""
+
+    id: int
+    name: str
+    type: int
+    tag: str
+    load_time_ns: int
+    created_by_uid: int
+
+
+class TestRunResult(NamedTuple):
+    """The program's return value, and the mean time of one run in ns."""
+
+    retval: int
+    duration_ns: int
+
+
+class Program:
+    """A program that this process has open; ``close`` or ``with`` ends it.
+
+    The kernel keeps the program while it is attached.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        *,
+        name: str,
+        type: ProgType,
+        expected_attach_type: Optional[AttachType],
+    ) -> None:
+        self.fd = fd
+        self.name = name
+        self.type = type
+        self.expected_attach_type = expected_attach_type
+
+    def info(self) -> ProgramInfo:
+        """What the kernel says of it. Linux 4.13."""
+        return program_info(self.fd)
+
+    def test_run(self, packet: bytes, *, repeat: int = 1) -> TestRunResult:
+        """Run it on a packet that begins with an Ethernet header. Linux 4.12."""
+        buffer = ctypes.create_string_buffer(packet, len(packet))
+        attr = Attr()
+        attr.test_run.prog_fd = self.fd
+        attr.test_run.data_in = ctypes.addressof(buffer)
+        attr.test_run.data_size_in = len(packet)
+        attr.test_run.repeat = repeat
+        syscall.bpf(Cmd.PROG_TEST_RUN, attr)
+        return TestRunResult(attr.test_run.retval, attr.test_run.duration)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name!r} {self.type.name} fd={self.fd}>"
+
+
+def load(
+    code: bytes,
+    *,
+    type: ProgType,
+    license: str,
+    name: str = "",
+    expected_attach_type: Optional[AttachType] = None,
+) -> Program:
+    """Load instructions, in the byte order of this machine. Linux 4.10; man 2 bpf.
+
+    The expected attach type (Linux 4.17) and the name (4.15) are left out where the kernel knows
+    none. The verifier's log is asked for only after a refusal. Raises VerifierError with that log,
+    or ProgramLoadError.
+    """
+    instructions = ctypes.create_string_buffer(code, len(code))
+    license_buffer = ctypes.create_string_buffer(license.encode())
+    attr = Attr()
+    attr.prog_load.prog_type = type
+    attr.prog_load.insns = ctypes.addressof(instructions)
+    attr.prog_load.insn_cnt = len(code) // abi.INSN_BYTES
+    attr.prog_load.license = ctypes.addressof(license_buffer)
+    attr.prog_load.prog_name = legal_name(name)
+    attr.prog_load.expected_attach_type = expected_attach_type or 0
+    try:
+        fd = _load_as_far_as_known(attr)
+    except OSError as error:
+        raise _explained(error, attr, name) from error
+    return Program(fd, name=name, type=type, expected_attach_type=expected_attach_type)
+
+
+def _load_as_far_as_known(attr: Attr) -> int:
+    """Load; where fields are not known to an older kernel (E2BIG), without them, newest first."""
+    try:
+        return _load(attr)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        first = error
+    for field, empty in (("expected_attach_type", 0), ("prog_name", b"")):
+        if getattr(attr.prog_load, field) != empty:
+            setattr(attr.prog_load, field, empty)
+            try:
+                return _load(attr)
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+    raise first
+
+
+def _load(attr: Attr) -> int:
+    for _ in range(_TRIES - 1):
+        try:
+            return with_memlock(lambda: syscall.bpf(Cmd.PROG_LOAD, attr))
+        except BlockingIOError:  # EAGAIN: the verifier was interrupted
+            continue
+    return with_memlock(lambda: syscall.bpf(Cmd.PROG_LOAD, attr))
+
+
+def _explained(error: OSError, attr: Attr, name: str) -> ProgramLoadError:
+    log = _verifier_log(attr)
+    number = error.errno or 0
+    what = f"cannot load the program {name!r}"
+    if log:
+        reason = telling_line(log)
+        return VerifierError(
+            f"{what}: the kernel's verifier rejects it ({syscall.errno_name(number)}): {reason}",
+            errno=number,
+            reason=reason,
+            log=log,
+        )
+    if number == errno.EPERM:
+        return ProgramLoadError(f"{what}: {why_not_permitted('BPF_PROG_LOAD')}", errno=number)
+    return ProgramLoadError(f"{what}: {error}", errno=number)
+
+
+def _verifier_log(attr: Attr) -> str:
+    """Load once more, for the log; the buffer grows until it fits."""
+    size = _FIRST_LOG_BYTES
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        attr.prog_load.log_level = 1
+        attr.prog_load.log_size = size
+        attr.prog_load.log_buf = ctypes.addressof(buffer)
+        try:
+            os.close(_load(attr))
+        except OSError as error:
+            if error.errno == errno.ENOSPC and size < _MAX_LOG_BYTES:
+                size = min(size * 4, _MAX_LOG_BYTES)
+                continue
+        finally:
+            attr.prog_load.log_level = attr.prog_load.log_size = attr.prog_load.log_buf = 0
+        return buffer.value.decode("utf-8", "replace")
+
+
+def telling_line(log: str) -> str:
+    """The line of a verifier log that gives the reason: the last before the statistics."""
+    statistics = ("processed ", "verification time ", "stack depth ", "peak_states ", "max_states ")
+    for line in reversed(log.splitlines()):
+        if line.strip() and not line.startswith(statistics):
+            return line.strip()
+    return ""
+
+
+def program_info(fd: int) -> ProgramInfo:
+    """What the kernel says of the program behind a descriptor. Linux 4.13; names 4.15."""
+    info = abi.ProgInfo()
+    attr = Attr()
+    attr.info.bpf_fd = fd
+    attr.info.info_len = ctypes.sizeof(info)
+    attr.info.info = ctypes.addressof(info)
+    syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+    return ProgramInfo(
+        id=info.id,
+        name=info.name.decode("ascii", "replace"),
+        type=info.type,
+        tag=bytes(info.tag).hex(),
+        load_time_ns=info.load_time,
+        created_by_uid=info.created_by_uid,
+    )
+
+
+def info_by_id(program_id: int) -> ProgramInfo:
+    """What the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
+    attr = Attr()
+    attr.get_id.id = program_id
+    fd = syscall.bpf(Cmd.PROG_GET_FD_BY_ID, attr)
+    try:
+        return program_info(fd)
+    finally:
+        os.close(fd)

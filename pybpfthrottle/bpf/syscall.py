@@ -1,0 +1,91 @@
+"""The only door to the kernel: bpf(2).
+
+Call it through this module (``syscall.bpf(...)``), so that a test can put a whole fake kernel in
+its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno as errnos
+import os
+import sys
+from typing import Callable, Optional
+
+from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.errors import UnsupportedMachineError
+
+# arch/*/entry/syscalls/syscall.tbl and include/uapi/asm-generic/unistd.h.
+_NUMBERS = {
+    "x86_64": 321,
+    "aarch64": 280,
+    "riscv64": 280,
+    "loongarch64": 280,
+    "arm": 386,
+    "i386": 357,
+    "ppc64le": 361,
+    "s390x": 351,
+}
+# A 32-bit Python speaks the 32-bit system calls, also on a 64-bit kernel.
+_COMPAT = {"x86_64": "i386", "aarch64": "arm"}
+
+# The kernel has it and lets it out; C libraries do not know it.
+ENOTSUPP = 524
+
+
+def number(machine: Optional[str] = None, *, bits: Optional[int] = None) -> int:
+    """The number of bpf(2) for a ``machine`` as uname(2) spells it, and a Python of ``bits`` bits.
+
+    Raises UnsupportedMachineError for one that is not known.
+    """
+    machine = machine or os.uname().machine
+    bits = bits or (64 if sys.maxsize > 1 << 32 else 32)
+    name = machine
+    if machine in ("i486", "i586", "i686"):
+        name = "i386"
+    elif machine.startswith("armv"):
+        name = "arm"
+    if bits == 32:
+        name = _COMPAT.get(name, name)
+    try:
+        return _NUMBERS[name]
+    except KeyError:
+        raise UnsupportedMachineError(
+            f"the number of the bpf system call is not known for the machine {machine!r}"
+            f" (known: {', '.join(sorted(_NUMBERS))})"
+        ) from None
+
+
+_libc_syscall: Optional[Callable[..., int]] = None
+
+
+def _syscall() -> Callable[..., int]:
+    global _libc_syscall
+    if _libc_syscall is None:
+        function = ctypes.CDLL(None, use_errno=True).syscall
+        function.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
+        function.restype = ctypes.c_long
+        _libc_syscall = function
+    return _libc_syscall
+
+
+def bpf(cmd: Cmd, attr: Attr) -> int:
+    """Do one command; the kernel may write into ``attr``. Linux 4.10; source: man 2 bpf.
+
+    Raises OSError with the command's name as its ``filename``.
+    """
+    result = _syscall()(number(), cmd, ctypes.addressof(attr), ctypes.sizeof(attr))
+    if result < 0:
+        raise error(ctypes.get_errno(), cmd)
+    return result
+
+
+def error(errno: int, cmd: Cmd) -> OSError:
+    """The OSError for a command that failed with ``errno``."""
+    text = "Operation not supported (ENOTSUPP)" if errno == ENOTSUPP else os.strerror(errno)
+    return OSError(errno, text, f"BPF_{cmd.name}")
+
+
+def errno_name(errno: int) -> str:
+    """``EINVAL`` for 22, also for the number that the errno module lacks."""
+    return "ENOTSUPP" if errno == ENOTSUPP else errnos.errorcode.get(errno, str(errno))

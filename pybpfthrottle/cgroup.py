@@ -1,0 +1,351 @@
+"""Cgroups of version 2: where they are mounted, and from a path, a pid or a unit to one of them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from typing import Iterator, NamedTuple
+
+from pybpfthrottle.errors import CgroupError, ProcessError
+
+OWN_PREFIX = "pybpfthrottle-"
+_TRIES = 100
+_UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
+
+
+class Mount(NamedTuple):
+    """A line of /proc/self/mountinfo: what of the file system is visible, and where."""
+
+    device: str
+    root: str
+    path: str
+    type: str
+
+
+class Cgroup:
+    """One cgroup by its path. It holds no descriptor."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @property
+    def id(self) -> int:
+        """The id that the kernel knows it by: its inode number."""
+        return os.stat(self.path).st_ino
+
+    def open(self) -> int:
+        """A descriptor of its directory; the caller closes it."""
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CgroupError(f"cannot open the cgroup {self.path}: {error.strerror}") from error
+
+    def exists(self) -> bool:
+        """Whether it is still there."""
+        return os.path.isdir(self.path)
+
+    def pids(self) -> list[int]:
+        """The processes in it, not those in cgroups below it. 0 stands for one not visible here."""
+        try:
+            return [int(line) for line in self._read("cgroup.procs").split()]
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+        # In a threaded cgroup only the threads can be listed.
+        return sorted({_leader(int(line)) for line in self._read("cgroup.threads").split()})
+
+    def populated(self) -> bool:
+        """Whether a process is in it or below it."""
+        return "populated 1" in self._read("cgroup.events")
+
+    def is_root(self) -> bool:
+        """Whether it is the top of what is visible."""
+        return os.path.realpath(self.path) == os.path.realpath(mount().path)
+
+    def create_child(self, name: str) -> Cgroup:
+        """Make a cgroup below this one. Raises OSError."""
+        child = Cgroup(os.path.join(self.path, name))
+        os.mkdir(child.path)
+        return child
+
+    def move_in(self, pid: int) -> None:
+        """Move a process (0: this one) with all its threads into it. Raises OSError."""
+        # Python's buffered files swallow the error that the kernel gives at the write.
+        fd = os.open(os.path.join(self.path, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"%d" % pid)
+        finally:
+            os.close(fd)
+
+    def remove(self, *, patience_s: float = 0.0) -> None:
+        """Remove it; it must be empty (EBUSY). Raises OSError; none if it is gone already.
+
+        A process that has just ended may hold it a moment longer: so long it is tried again.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return os.rmdir(self.path)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                    raise
+            time.sleep(0.005)
+
+    def __contains__(self, other: object) -> bool:
+        """Whether the other cgroup is this one or below it."""
+        if not isinstance(other, Cgroup):
+            return False
+        return (other.path.rstrip("/") + "/").startswith(self.path.rstrip("/") + "/")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cgroup) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __repr__(self) -> str:
+        return f"Cgroup({self.path!r})"
+
+    def _read(self, name: str) -> str:
+        with open(os.path.join(self.path, name)) as file:
+            return file.read()
+
+
+def _leader(tid: int) -> int:
+    try:
+        with open(f"/proc/{tid}/status") as status:
+            for line in status:
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return tid
+
+
+def mounts() -> list[Mount]:
+    """The mount table of this process."""
+    try:
+        with open("/proc/self/mountinfo") as table:
+            return [parse_mount(line) for line in table]
+    except OSError as error:
+        raise CgroupError(f"cannot read the mount table: {error}") from error
+
+
+def parse_mount(line: str) -> Mount:
+    """A line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
+    fields = line.split()
+    separator = fields.index("-", 6)
+    return Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), fields[separator + 1])
+
+
+def _unescape(text: str) -> str:
+    for octal, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(octal, character)
+    return text
+
+
+def mount() -> Mount:
+    """Where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
+
+    Raises CgroupError with what to do.
+    """
+    found = [m for m in mounts() if m.type == "cgroup2"]
+    if not found:
+        raise CgroupError(
+            "cgroup v2 is not mounted; mount it: mkdir -p /run/cgroup2"
+            " && mount -t cgroup2 none /run/cgroup2"
+        )
+    # The mount that shows most of the tree.
+    return min(found, key=lambda m: (len(m.root.rstrip("/")), len(m.path)))
+
+
+def root() -> Cgroup:
+    """The top of what is visible."""
+    return Cgroup(mount().path)
+
+
+def from_path(path: str) -> Cgroup:
+    """The cgroup v2 at a path. Raises CgroupError for anything else, with what it is."""
+    real = os.path.realpath(path)
+    try:
+        device = os.stat(real).st_dev
+    except OSError as error:
+        raise CgroupError(f"no cgroup at {path}: {error.strerror}") from error
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kind = next((m.type for m in mounts() if m.device == number), "")
+    if kind == "cgroup":
+        raise CgroupError(
+            f"{path} is in a cgroup v1 hierarchy; cgroup v2 is mounted at {mount().path}: "
+            "use a path below that"
+        )
+    if kind != "cgroup2":
+        raise CgroupError(f"{path} is not a cgroup; cgroup v2 is mounted at {mount().path}")
+    if not os.path.isdir(real):
+        raise CgroupError(f"{path} is a file; give the directory {os.path.dirname(real)}")
+    return Cgroup(real)
+
+
+def from_pid(pid: int) -> Cgroup:
+    """The cgroup of a process. Raises ProcessError or CgroupError."""
+    try:
+        with open(f"/proc/{pid}/cgroup") as file:
+            lines = file.read().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessError(f"there is no process {pid}") from None
+    except OSError as error:
+        raise ProcessError(f"cannot read the cgroup of process {pid}: {error.strerror}") from error
+    inside = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if inside is None:
+        raise CgroupError(f"process {pid} is in no cgroup of version 2; is it mounted?")
+    if inside.endswith(" (deleted)"):
+        raise CgroupError(f"the cgroup of process {pid} was removed: {inside}")
+    return Cgroup(_visible(inside, pid))
+
+
+def _visible(inside: str, pid: int) -> str:
+    """The path in the file system of a path as /proc/PID/cgroup gives it."""
+    where = mount()
+    relative = os.path.relpath(inside, where.root)
+    if relative.startswith(".."):
+        raise CgroupError(
+            f"the cgroup of process {pid}, {inside}, is outside of what is mounted at {where.path}:"
+            " it belongs to another cgroup namespace"
+        )
+    return os.path.normpath(os.path.join(where.path, relative))
+
+
+def from_unit(name: str) -> Cgroup:
+    """The cgroup of a systemd unit, without asking systemd: its directory has the unit's name.
+
+    Raises CgroupError if there is none, or more than one (as with the units of several users).
+    """
+    wanted = name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
+    if "/" in wanted:
+        raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
+    found = [c for c in walk() if os.path.basename(c.path) == wanted]
+    if not found:
+        raise CgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
+    if len(found) > 1:
+        paths = ", ".join(c.path for c in found)
+        raise CgroupError(f"{wanted!r} is ambiguous: give one of these with --cgroup: {paths}")
+    return found[0]
+
+
+def walk() -> Iterator[Cgroup]:
+    """All cgroups that are visible."""
+    for path, directories, _ in os.walk(mount().path):
+        yield Cgroup(path)
+        directories.sort()
+
+
+class OwnCgroup:
+    """A cgroup that this process made for a command, and holds by a lock on its directory.
+
+    The kernel gives up the lock however this process ends; a directory with our prefix and
+    without a lock is one that a crash has left.
+    """
+
+    def __init__(self, cgroup: Cgroup, fd: int) -> None:
+        self.cgroup = cgroup
+        self._fd = fd
+
+    def remove(self) -> bool:
+        """Remove it; False if processes are still in it. Then the next start does it."""
+        try:
+            self.cgroup.remove(patience_s=0.5)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        finally:
+            os.close(self._fd)
+        return True
+
+
+def create_own(pid: int) -> OwnCgroup:
+    """Make a cgroup and move a process into it: below its own where that works, or below the root.
+
+    Raises CgroupError.
+    """
+    reasons = []
+    for parent in _usual_parents(pid):
+        try:
+            return _create_own(parent, pid)
+        except OSError as error:
+            reasons.append(f"{parent.path}: {error.strerror}")
+    raise CgroupError(
+        f"cannot make a cgroup ({'; '.join(reasons)}); this needs root, and cgroup v2 writable"
+    )
+
+
+def _usual_parents(pid: int) -> list[Cgroup]:
+    top = root()
+    try:
+        own = from_pid(pid)
+    except CgroupError:
+        return [top]
+    return [own] if own == top else [own, top]
+
+
+def _create_own(parent: Cgroup, pid: int) -> OwnCgroup:
+    for attempt in range(_TRIES):
+        try:
+            cgroup = parent.create_child(f"{OWN_PREFIX}{os.getpid()}-{attempt}")
+        except FileExistsError:
+            continue
+        fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # From here on no other instance takes it for abandoned; one may have done so before.
+            if not cgroup.exists():
+                raise FileNotFoundError(errno.ENOENT, "tidied away", cgroup.path)
+            _accept_processes(parent, cgroup)
+            cgroup.move_in(pid)
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, (FileNotFoundError, BlockingIOError)):
+                continue
+            cgroup.remove()
+            raise
+        return OwnCgroup(cgroup, fd)
+    raise FileExistsError(errno.EEXIST, "no free name", parent.path)
+
+
+def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
+    """A child of a threaded cgroup takes processes only when it is threaded itself."""
+    if parent.is_root():
+        return
+    with open(os.path.join(parent.path, "cgroup.type")) as file:
+        threaded = "threaded" in file.read()
+    if threaded:
+        fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"threaded")
+        finally:
+            os.close(fd)
+
+
+def remove_abandoned() -> list[Cgroup]:
+    """Remove the cgroups of crashed runs of ours that no process is in any more."""
+    removed = []
+    for cgroup in walk():
+        if not os.path.basename(cgroup.path).startswith(OWN_PREFIX):
+            continue
+        try:
+            fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not cgroup.populated():
+                cgroup.remove()
+                removed.append(cgroup)
+        except OSError:  # its owner lives, or it is not ours to remove
+            continue
+        finally:
+            os.close(fd)
+    return removed

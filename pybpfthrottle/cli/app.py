@@ -1,0 +1,171 @@
+"""The command line: the bare command limits cgroups; subcommands do the rest."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn, Optional
+
+import click
+from click.core import ParameterSource
+
+from pybpfthrottle import __version__
+from pybpfthrottle.cli.options import limit_options, parse_rate
+from pybpfthrottle.errors import Error
+from pybpfthrottle.limits import Rate
+
+_EPILOG = """
+\b
+Examples:
+  pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
+  pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
+  pybpfthrottle --unit backup --upload-limit 8mbit --duration 3600
+  pybpfthrottle demo
+
+\b
+Exit status: 0 done, 1 failed, 2 wrong usage; of run, that of the command,
+or 125 failed, 126 cannot be executed, 127 not found.
+"""
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option("--pid", type=click.IntRange(min=1), help="Limit the cgroup of this process.")
+@click.option(
+    "--cgroup",
+    "cgroups",
+    multiple=True,
+    metavar="PATH",
+    help="Limit a cgroup (v2) and those below it. May be repeated: they share the limit.",
+)
+@click.option("--unit", "units", multiple=True, metavar="NAME", help="Limit a systemd unit.")
+@click.option(
+    "--whole-cgroup",
+    is_flag=True,
+    help="Do so even if other processes, or this session, are in the cgroup.",
+)
+@limit_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--list-backends", is_flag=True, help="Print what can limit here, and leave.")
+@click.version_option(__version__, prog_name="pybpfthrottle")
+@click.pass_context
+def cli(ctx: click.Context, /, **options: Any) -> None:
+    """Limit the bandwidth of programs, with BPF programs on their cgroup (version 2).
+
+    Runs until Ctrl-C, SIGTERM, SIGHUP or --duration, and takes the limit away at each of them.
+    """
+    if ctx.invoked_subcommand is not None:
+        _refuse_options_in_front(ctx)
+        return
+    if options.pop("list_backends"):
+        _list_backends()
+        return
+    if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+    from pybpfthrottle.cli import limit
+
+    limit.limit(**options)
+
+
+def _refuse_options_in_front(ctx: click.Context) -> None:
+    for parameter in ctx.command.params:
+        if ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
+            option = parameter.opts[-1]
+            raise click.UsageError(
+                f"{option} stands in front of {ctx.invoked_subcommand!r} and would be ignored;"
+                f" give it behind, if {ctx.invoked_subcommand!r} knows it"
+            )
+
+
+@cli.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="""
+\b
+Examples:
+  pybpfthrottle run --upload-limit 500K -- rsync -a /home backup:
+  pybpfthrottle run --download-limit 8mbit --user www-data -- ./crawl
+  pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
+""",
+)
+@limit_options
+@click.option(
+    "--user", metavar="NAME[:GROUP]", help="Run the command as this user instead of this one."
+)
+@click.option(
+    "--wait", is_flag=True, help="Keep the limit until processes that outlive the command end."
+)
+@click.option(
+    "--json-file",
+    type=click.File("w", lazy=False),
+    help="Write one JSON object a line to this file.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def run(**options: Any) -> None:
+    """Run COMMAND with its bandwidth limited, and leave with its exit status.
+
+    The command gets a cgroup of its own. The terminal and standard output are its own as well;
+    the live line and the summary go to standard error.
+    """
+    from pybpfthrottle.cli import run as run_command
+
+    sys.exit(run_command.run(**options))
+
+
+@cli.command()
+@click.option(
+    "--download-limit", metavar="RATE", default="10M", show_default=True, callback=parse_rate
+)
+@click.option(
+    "--upload-limit", metavar="RATE", default="5M", show_default=True, callback=parse_rate
+)
+@click.option(
+    "--seconds",
+    type=click.IntRange(2, 60),
+    default=4,
+    show_default=True,
+    help="The time of each limited transfer.",
+)
+@click.option("--loopback", is_flag=True, help="Use the loopback device, no namespaces.")
+def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool) -> None:
+    """Limit real transfers between two network namespaces of this machine, and show them.
+
+    The exit status is 0 only if the limits held.
+    """
+    from pybpfthrottle.cli import demo as demo_command
+
+    sys.exit(demo_command.demo(download_limit, upload_limit, seconds, loopback=loopback))
+
+
+def _list_backends() -> None:
+    from pybpfthrottle.limits import Direction
+    from pybpfthrottle.throttle import BACKENDS
+
+    for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
+        click.echo(f"{str(direction).capitalize()} Backends:")
+        for backend in sorted(BACKENDS, key=lambda backend: -backend.priority):
+            reason = backend.unavailable(direction)
+            mark = "✅ available" if reason is None else f"❌ unavailable: {reason}"
+            priority = f"[priority: {backend.priority.name.capitalize()}]"
+            click.echo(f"  {backend.name:<11} {priority} {mark}")
+
+
+def main(argv: Optional[list[str]] = None) -> NoReturn:
+    """The entry point: one clear line for what went wrong; a bug keeps its traceback."""
+    try:
+        cli.main(argv, prog_name="pybpfthrottle")
+    except Error as error:
+        fail(str(error))
+    except BrokenPipeError:
+        # Whoever read the output has left. Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def fail(message: str, *, status: int = 1) -> NoReturn:
+    """Say what went wrong and leave."""
+    click.echo(f"pybpfthrottle: error: {message}", err=True)
+    sys.exit(status)

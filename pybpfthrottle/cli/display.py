@@ -1,0 +1,50 @@
+"""The live line on a terminal. rich is imported when the first line is drawn, not before."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, TextIO
+
+from pybpfthrottle.cli.report import Reading
+
+
+class LiveLine:
+    """One line that is drawn over itself; nothing where the file is not a terminal."""
+
+    def __init__(self, file: TextIO, *, enabled: bool = True) -> None:
+        self._file = file
+        self._enabled = enabled and file.isatty()
+        self._console: Optional[Any] = None
+        self._drawn = False
+
+    def draw(self, readings: list[Reading]) -> None:
+        """Replace the line. A terminal that has gone away is drawn to no more."""
+        if not self._enabled:
+            return
+        from rich.console import Console
+        from rich.control import Control
+        from rich.segment import ControlType
+        from rich.text import Text
+
+        self._console = self._console or Console(file=self._file, highlight=False)
+        text = Text("   ".join(reading.line() for reading in readings), no_wrap=True)
+        text.truncate(max(1, self._console.width - 1), overflow="ellipsis")
+        try:
+            self._console.control(
+                Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+            )
+            self._console.print(text, end="")
+            self._file.flush()
+        except OSError:
+            self._enabled = False
+        self._drawn = True
+
+    def clear(self) -> None:
+        """Take the line away, so that what follows begins on an empty one."""
+        if not self._enabled or not self._drawn:
+            return
+        try:
+            self._file.write("\r\x1b[2K")
+            self._file.flush()
+        except OSError:
+            self._enabled = False
+        self._drawn = False

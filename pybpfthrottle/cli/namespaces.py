@@ -1,0 +1,101 @@
+"""Two network namespaces joined by a veth pair. They end with the processes that hold them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from typing import Optional
+
+from pybpfthrottle.errors import Error
+
+_TOOLS = ("ip", "unshare", "nsenter")
+_PATIENCE_S = 5.0
+
+
+class NamespaceError(Error):
+    """The namespaces cannot be made here."""
+
+
+class Namespace:
+    """One network namespace, held by a process that ends when this one does."""
+
+    def __init__(self, address: str, address6: str) -> None:
+        self.address = address
+        self.address6 = address6
+        self.process = subprocess.Popen(
+            ["unshare", "--net", "cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def inside(self, *command: str) -> list[str]:
+        """The command line that runs a command in this namespace."""
+        return ["nsenter", f"--net=/proc/{self.process.pid}/ns/net", "--", *command]
+
+    def wait(self) -> None:
+        """Until the holder is in a namespace of its own."""
+        deadline = time.monotonic() + _PATIENCE_S
+        own = os.readlink("/proc/self/ns/net")
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if os.readlink(f"/proc/{self.process.pid}/ns/net") != own:
+                return
+            time.sleep(0.005)
+        raise NamespaceError("cannot make a network namespace; this needs root (CAP_SYS_ADMIN)")
+
+    def close(self) -> None:
+        """End the holder; the kernel removes the namespace with its last process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+class Wire:
+    """A client and a server namespace with a veth pair between them, IPv4 and IPv6."""
+
+    def __init__(self) -> None:
+        for tool in _TOOLS:
+            if shutil.which(tool) is None:
+                raise NamespaceError(f"the command {tool} is missing")
+        self.client = Namespace("10.99.0.1", "fd00:99::1")
+        self.server = Namespace("10.99.0.2", "fd00:99::2")
+
+    def __enter__(self) -> Wire:
+        try:
+            self.client.wait()
+            self.server.wait()
+            _ip(
+                None,
+                f"link add wire netns {self.client.process.pid} type veth"
+                f" peer name wire netns {self.server.process.pid}",
+            )
+            for end in (self.client, self.server):
+                _ip(end, f"address add {end.address}/24 dev wire")
+                _ip(end, f"address add {end.address6}/64 dev wire nodad")
+                _ip(end, "link set lo up")
+                _ip(end, "link set wire up")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End both namespaces; the veth pair goes with them."""
+        self.client.close()
+        self.server.close()
+
+
+def _ip(namespace: Optional[Namespace], arguments: str) -> None:
+    command = ["ip", *arguments.split()]
+    done = subprocess.run(
+        namespace.inside(*command) if namespace else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise NamespaceError(f"ip {arguments}: {done.stdout.strip()}")

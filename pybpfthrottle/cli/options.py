@@ -1,0 +1,123 @@
+"""The options that several commands share, and what they mean to the core."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Optional, TypeVar
+
+import click
+
+from pybpfthrottle.backends import ATTACH_METHODS, EGRESS_VERDICTS, Limits, Options
+from pybpfthrottle.errors import LimitError
+from pybpfthrottle.limits import Direction, Rate
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MAX_DURATION_S = 10 * 366 * 86400.0
+
+
+def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[Rate]:
+    """A limit, as Rate.parse reads it."""
+    if text is None:
+        return None
+    try:
+        return Rate.parse(text)
+    except LimitError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def parse_duration(
+    ctx: click.Context, param: click.Parameter, text: Optional[str]
+) -> Optional[float]:
+    """Seconds, more than 0."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MAX_DURATION_S:
+        raise click.BadParameter(f"{text!r}: give a number of seconds above 0, such as 5 or 0.5")
+    return seconds
+
+
+def limit_options(function: F) -> F:
+    """The limits, and how they are put in force."""
+    for option in reversed(
+        (
+            click.option(
+                "--download-limit",
+                metavar="RATE",
+                callback=parse_rate,
+                help="Bytes per second: 500K, 1.5M, 1G (1024-based), or bits: 8mbit.",
+            ),
+            click.option(
+                "--upload-limit",
+                metavar="RATE",
+                callback=parse_rate,
+                help="The same for what is sent.",
+            ),
+            click.option(
+                "--duration",
+                metavar="SECONDS",
+                callback=parse_duration,
+                help="Take the limit away after so many seconds.",
+            ),
+            click.option("--loopback", is_flag=True, help="Limit the loopback device too."),
+            click.option(
+                "--bpf-attach-method",
+                type=click.Choice(ATTACH_METHODS),
+                default="auto",
+                show_default=True,
+                help="auto tries a BPF link, and after EINVAL the legacy call.",
+            ),
+            click.option(
+                "--egress-verdict",
+                type=click.Choice(EGRESS_VERDICTS),
+                default="auto",
+                show_default=True,
+                help="How uploads are dropped: as by congestion (Linux 5.3), or denied (EPERM).",
+            ),
+            click.option("--download-backend", default="auto", help="See --list-backends."),
+            click.option("--upload-backend", default="auto", help="See --list-backends."),
+            click.option(
+                "-v",
+                "--verbose",
+                count=True,
+                help="Log what is done (-v), and how (-vv), to standard error.",
+            ),
+            click.option("-q", "--quiet", is_flag=True, help="No live line and no summary."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def limits_of(download: Optional[Rate], upload: Optional[Rate]) -> Limits:
+    """The limits that were given; a usage error if there is none."""
+    given = {Direction.DOWNLOAD: download, Direction.UPLOAD: upload}
+    limits = {direction: rate for direction, rate in given.items() if rate is not None}
+    if not limits:
+        raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
+    return limits
+
+
+def options_of(loopback: bool, bpf_attach_method: str, egress_verdict: str) -> Options:
+    """How the limits are put in force."""
+    return Options(
+        loopback=loopback, attach_method=bpf_attach_method, egress_verdict=egress_verdict
+    )
+
+
+def backends_of(download: str, upload: str) -> dict[Direction, str]:
+    """The backend that was named for each direction."""
+    return {Direction.DOWNLOAD: download, Direction.UPLOAD: upload}
+
+
+def start_logging(verbose: int) -> None:
+    """Log to standard error: warnings, with -v what is done, with -vv how."""
+    import logging
+
+    logging.addLevelName(logging.WARNING, "WARN")
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)-5s %(message)s")

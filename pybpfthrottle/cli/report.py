@@ -1,0 +1,150 @@
+"""What a running throttle did, as records for machines and lines for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from typing import Any, NamedTuple, Optional, TextIO
+
+from pybpfthrottle.limits import (
+    Counters,
+    Direction,
+    Rate,
+    Verdict,
+    format_bytes,
+    format_rate,
+)
+from pybpfthrottle.throttle import Throttle
+
+# The rate is the mean over so many samples: TCP comes in bursts.
+_WINDOW_SAMPLES = 3
+
+SCHEMA_VERSION = 1
+
+
+class Reading(NamedTuple):
+    """One direction at one moment."""
+
+    direction: Direction
+    limit: Optional[Rate]
+    actual_bytes_per_s: float
+    counters: Counters
+
+    @property
+    def ratio(self) -> Optional[float]:
+        """Actual to limit; None where there is no limit."""
+        return self.actual_bytes_per_s / self.limit.bytes_per_s if self.limit else None
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; rates in bytes per second."""
+        ratio = self.ratio
+        return {
+            "limit": self.limit.bytes_per_s if self.limit else None,
+            "actual": round(self.actual_bytes_per_s),
+            "ratio": None if ratio is None else round(ratio, 4),
+            "verdict": None if ratio is None else Verdict.of(ratio).name.lower(),
+            **self.counters._asdict(),
+        }
+
+    def line(self) -> str:
+        """``download: actual=48.5 KB/s, limit=50.0 KB/s, ratio=0.97x ✅ THROTTLED``."""
+        actual = format_rate(self.actual_bytes_per_s)
+        if self.limit is None:
+            return f"{self.direction}: actual={actual}, no limit"
+        ratio = self.ratio or 0.0
+        return (
+            f"{self.direction}: actual={actual}, limit={self.limit}, ratio={ratio:.2f}x"
+            f" {Verdict.of(ratio).value}"
+        )
+
+    def summary(self, elapsed_s: float) -> str:
+        """The line, with how much there was in all."""
+        share = self.counters.packets_dropped / max(1, self.counters.packets_total)
+        return (
+            f"{self.line()}, {format_bytes(self.counters.bytes_passed)} in {elapsed_s:.1f} s,"
+            f" {share:.1%} of packets dropped"
+        )
+
+
+class Meter:
+    """Turns the counters of a throttle into rates."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        self._throttle = throttle
+        self._start = (time.monotonic(), throttle.counters())
+        self._history = deque([self._start], maxlen=_WINDOW_SAMPLES + 1)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the meter was made."""
+        return time.monotonic() - self._start[0]
+
+    def sample(self) -> list[Reading]:
+        """The rates over the last few samples."""
+        self._history.append((time.monotonic(), self._throttle.counters()))
+        return self._readings(self._history[0], self._history[-1])
+
+    def total(self) -> list[Reading]:
+        """The rates since the start."""
+        return self._readings(self._start, (time.monotonic(), self._throttle.counters()))
+
+    def _readings(
+        self,
+        first: tuple[float, dict[Direction, Counters]],
+        last: tuple[float, dict[Direction, Counters]],
+    ) -> list[Reading]:
+        elapsed = max(last[0] - first[0], 1e-6)
+        return [
+            Reading(
+                direction,
+                self._throttle.limits[direction],
+                (counters.bytes_passed - first[1][direction].bytes_passed) / elapsed,
+                counters,
+            )
+            for direction, counters in last[1].items()
+        ]
+
+
+class JsonLines:
+    """One JSON object a line: ``start``, ``sample`` once a second, ``end``."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def start(self, throttle: Throttle, **fields: Any) -> None:
+        """What was put in force."""
+        self._write(
+            "start",
+            schema=SCHEMA_VERSION,
+            cgroups=[cgroup.path for cgroup in throttle.cgroups],
+            how=throttle.describe(),
+            **fields,
+        )
+
+    def sample(self, elapsed_s: float, readings: list[Reading]) -> None:
+        """The rates of the last seconds, the counters since the start."""
+        self._write("sample", elapsed_s=round(elapsed_s, 3), **_by_direction(readings))
+
+    def end(self, elapsed_s: float, readings: list[Reading], **fields: Any) -> None:
+        """The rates over the whole time."""
+        self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+        self._file.flush()
+
+
+def _by_direction(readings: list[Reading]) -> dict[str, Any]:
+    return {str(reading.direction): reading.record() for reading in readings}
+
+
+def never_ran(readings: list[Reading], *, pid: object, cgroup: str) -> Optional[str]:
+    """What to say if no program has seen a packet, or None."""
+    if any(reading.counters.program_calls for reading in readings):
+        return None
+    return (
+        f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n"
+        "   No packet has come by. A socket belongs to the cgroup that it was created in: a\n"
+        "   connection opened before the process came into this cgroup is not limited here."
+    )

@@ -1,0 +1,94 @@
+"""Everything that this package raises on purpose.
+
+::
+
+Error:
+    ├── LimitError (also ValueError)   a limit that cannot be read or is out of range
+    ├── CgroupError                    no cgroup v2, or not the kind of cgroup that is needed
+    ├── ProcessError                   a process that does not exist or cannot be limited
+    ├── ThrottleError                  a throttle that was refused, or is gone
+    ├── ObjectFileError                an object file that cannot be read
+    └── BpfError                       what the kernel refused; .errno says with what
+        ├── UnsupportedMachineError    the number of bpf(2) is not known here
+        ├── MapCreateError
+        ├── ProgramLoadError
+        │   └── VerifierError          the verifier's reason, and its whole log
+        └── AttachError
+
+System calls that fail raise plain ``OSError``; the errors above are raised from it where more is
+known about what it means.
+
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+
+class Error(Exception):
+    """The base of all errors that this package raises on purpose."""
+
+
+class LimitError(Error, ValueError):
+    """A limit that cannot be read, or is out of range."""
+
+
+class CgroupError(Error):
+    """No cgroup v2, or not the kind of cgroup that is needed."""
+
+
+class ProcessError(Error):
+    """A process that does not exist, or cannot be limited."""
+
+
+class ThrottleError(Error):
+    """A throttle that was refused, or is gone."""
+
+
+class ObjectFileError(Error):
+    """An object file that cannot be read; ``section`` and ``offset`` (bytes) say where."""
+
+    def __init__(
+        self, reason: str, *, section: Optional[str] = None, offset: Optional[int] = None
+    ) -> None:
+        where = ""
+        if section is not None:
+            where = f"section {section!r}: "
+            if offset is not None:
+                where = f"section {section!r}, offset {offset:#x}: "
+        super().__init__(where + reason)
+        self.section = section
+        self.offset = offset
+
+
+class BpfError(Error):
+    """What the kernel refused. ``errno`` is that of the system call, 0 where there was none."""
+
+    def __init__(self, message: str, *, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class UnsupportedMachineError(BpfError):
+    """The number of the bpf(2) system call is not known for this machine."""
+
+
+class MapCreateError(BpfError):
+    """BPF_MAP_CREATE failed."""
+
+
+class ProgramLoadError(BpfError):
+    """BPF_PROG_LOAD failed."""
+
+
+class VerifierError(ProgramLoadError):
+    """The verifier rejected a program. ``reason`` is the telling line of ``log``."""
+
+    def __init__(self, message: str, *, errno: int, reason: str, log: str) -> None:
+        super().__init__(message, errno=errno)
+        self.reason = reason
+        self.log = log
+
+
+class AttachError(BpfError):
+    """A program could not be attached."""

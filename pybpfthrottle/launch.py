@@ -1,0 +1,138 @@
+"""Start a command as another user if need be, held back until its limit is in force."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import signal
+from typing import NamedTuple, NoReturn, Optional, Sequence
+
+from pybpfthrottle.errors import Error, ProcessError
+
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+_OURS = 125
+
+
+class LaunchError(Error):
+    """The command could not be started. ``status`` is the exit status as shells have it."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class User(NamedTuple):
+    """Whom a command runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+    shell: str
+
+    @classmethod
+    def parse(cls, text: str) -> User:
+        """Read ``NAME`` or ``NAME:GROUP``, names or numbers. Raises ProcessError."""
+        name, colon, group = text.partition(":")
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+        except (KeyError, OverflowError):
+            raise ProcessError(f"there is no user {name!r}") from None
+        gid = entry.pw_gid
+        if colon:
+            try:
+                gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+            except KeyError:
+                raise ProcessError(f"there is no group {group!r}") from None
+        return cls(entry.pw_name, entry.pw_uid, gid, entry.pw_dir, entry.pw_shell)
+
+
+class Command:
+    """A forked child that waits to be let go; without, it ends with this process."""
+
+    def __init__(self, argv: Sequence[str], *, user: Optional[User] = None) -> None:
+        """Fork. The child has the signals that this process got from its parent."""
+        self.argv = list(argv)
+        go_read, self._go = os.pipe()
+        self._report, report_write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._go)
+            os.close(self._report)
+            _child(self.argv, user, go_read, report_write)
+        os.close(go_read)
+        os.close(report_write)
+
+    def let_go(self) -> None:
+        """Execute the command. Raises LaunchError where that fails; the child is gone then."""
+        os.write(self._go, b"g")
+        os.close(self._go)
+        self._go = -1
+        report = b""
+        while chunk := os.read(self._report, 4096):
+            report += chunk
+        os.close(self._report)
+        self._report = -1
+        if report:
+            os.waitpid(self.pid, 0)
+            status, _, message = report.decode("utf-8", "replace").partition(" ")
+            raise LaunchError(message, status=int(status))
+
+    def abandon(self) -> None:
+        """End the child without having let it go."""
+        if self._go >= 0:
+            os.close(self._go)
+            os.close(self._report)
+            self._go = self._report = -1
+            os.waitpid(self.pid, 0)
+
+
+def exit_status(wait_status: int) -> int:
+    """The exit status of a command as shells tell it: 128 + the signal that ended it."""
+    if os.WIFSIGNALED(wait_status):
+        return 128 + os.WTERMSIG(wait_status)
+    return os.WEXITSTATUS(wait_status)
+
+
+def _child(argv: list[str], user: Optional[User], go: int, report: int) -> NoReturn:
+    try:
+        _restore_signals()
+        if not os.read(go, 1):
+            os._exit(_OURS)
+        if user is not None:
+            _become(user)
+        os.execvp(argv[0], argv)
+    except LaunchError as error:
+        os.write(report, f"{error.status} {error}".encode())
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        status = NOT_FOUND if missing else NOT_EXECUTABLE
+        reason = "command not found" if missing else error.strerror
+        os.write(report, f"{status} {argv[0]}: {reason}".encode("utf-8", "replace"))
+    finally:
+        os._exit(_OURS)
+
+
+def _restore_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    # Python ignores these for itself.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _become(user: User) -> None:
+    try:
+        os.initgroups(user.name, user.gid)
+        os.setgid(user.gid)
+        os.setuid(user.uid)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot become the user {user.name}: {error.strerror}", status=_OURS
+        ) from error
+    os.environ.update(HOME=user.home, SHELL=user.shell, USER=user.name, LOGNAME=user.name)

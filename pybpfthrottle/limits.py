@@ -1,0 +1,139 @@
+"""The vocabulary: rates, directions, counters and verdicts. Pure."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, IntEnum
+from typing import NamedTuple, Optional
+
+from pybpfthrottle.errors import LimitError
+
+_K = 1024
+_BYTE_UNITS = {
+    "": 1,
+    **dict.fromkeys(("k", "kb", "kib"), _K),
+    **dict.fromkeys(("m", "mb", "mib"), _K**2),
+    **dict.fromkeys(("g", "gb", "gib"), _K**3),
+}
+_BIT_UNITS = {"kbit": 1000, "mbit": 1000**2, "gbit": 1000**3}
+_NUMBER = re.compile(r"(\d*)\.?(\d*)")
+_MAX_DIGITS = 30
+
+ACCEPTED = (
+    "a number of bytes per second, with K, M or G (1024-based: 500K, 1.5M, 2GB),"
+    " or of bits with kbit, mbit or gbit (1000-based: 8mbit)"
+)
+
+
+class Direction(IntEnum):
+    """Which way the packets go, seen from the process. The values are the keys of the BPF maps."""
+
+    DOWNLOAD = 0
+    UPLOAD = 1
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Rate(NamedTuple):
+    """Bytes per second, from 1 KB/s to 100 GB/s."""
+
+    bytes_per_s: int
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """Read ``500K``, ``1.5MB`` or ``8mbit``; raises LimitError with what is accepted."""
+        given = text.strip().lower()
+        match = _NUMBER.match(given)
+        whole, fraction = match.groups() if match else ("", "")
+        unit = given[match.end() :].strip() if match else given
+        if not whole + fraction or (unit not in _BYTE_UNITS and unit not in _BIT_UNITS):
+            raise LimitError(_refusal(text, whole, unit))
+        if len(whole + fraction) > _MAX_DIGITS:
+            raise LimitError(f"{text!r} is out of range: {RANGE}")
+        number = int(whole + fraction)
+        scale = 10 ** len(fraction)
+        if unit in _BIT_UNITS:
+            return cls.of(number * _BIT_UNITS[unit] // (8 * scale), text)
+        return cls.of(number * _BYTE_UNITS[unit] // scale, text)
+
+    @classmethod
+    def of(cls, bytes_per_s: int, text: Optional[str] = None) -> Rate:
+        """A rate in range, or LimitError that names ``text``."""
+        if not MIN_RATE.bytes_per_s <= bytes_per_s <= MAX_RATE.bytes_per_s:
+            raise LimitError(f"{text or bytes_per_s} is out of range: {RANGE}")
+        return cls(bytes_per_s)
+
+    def __str__(self) -> str:
+        return format_rate(self.bytes_per_s)
+
+
+def _refusal(text: str, whole: str, unit: str) -> str:
+    if unit in ("kbps", "mbps", "gbps", "kbs", "mbs", "gbs", "kb/s", "mb/s", "gb/s"):
+        letter = unit[0]
+        return (
+            f"{text!r} may mean bits or bytes: write {whole}{letter}bit for bits"
+            f" or {whole}{letter.upper()}B for bytes per second"
+        )
+    return f"{text!r} is no limit: give {ACCEPTED}"
+
+
+MIN_RATE = Rate(_K)
+MAX_RATE = Rate(100 * _K**3)
+RANGE = "a limit is between 1 KB/s and 100 GB/s"
+
+
+def format_bytes(count: float) -> str:
+    """``48.5 KB``; K is 1024."""
+    for unit in ("B", "KB", "MB"):
+        if count < _K:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _K
+    return f"{count:.1f} GB"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """``48.5 KB/s``; K is 1024."""
+    return format_bytes(bytes_per_s) + "/s"
+
+
+class Counters(NamedTuple):
+    """What a direction's program counted, since the throttle was made.
+
+    Bytes are billed bytes: TCP payload, or the IP length of all else. The totals include what was
+    dropped, and leave out what the limit is not for (loopback, unless it is limited).
+    """
+
+    program_calls: int = 0
+    packets_total: int = 0
+    bytes_total: int = 0
+    packets_dropped: int = 0
+    bytes_dropped: int = 0
+
+    @property
+    def bytes_passed(self) -> int:
+        """The bytes that went through."""
+        return self.bytes_total - self.bytes_dropped
+
+    def __str__(self) -> str:
+        share = self.packets_dropped / self.packets_total if self.packets_total else 0.0
+        return (
+            f"program_calls={self.program_calls}, packets={self.packets_total},"
+            f" dropped={self.packets_dropped} ({share:.1%}),"
+            f" bytes={self.bytes_total}, dropped_bytes={self.bytes_dropped}"
+        )
+
+
+class Verdict(Enum):
+    """What the actual rate says of a limit."""
+
+    THROTTLED = "✅ THROTTLED"
+    OVER_LIMIT = "⚠️ OVER LIMIT"
+    NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
+
+    @classmethod
+    def of(cls, ratio: float) -> Verdict:
+        """The verdict on a ratio of actual to limit: over above 1.1, not working above 1.5."""
+        if ratio > 1.5:
+            return cls.NOT_WORKING
+        return cls.OVER_LIMIT if ratio > 1.1 else cls.THROTTLED

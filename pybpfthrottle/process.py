@@ -1,0 +1,70 @@
+"""What /proc says of a process, and waiting for its end."""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator, Optional
+
+from pybpfthrottle.errors import ProcessError
+
+_PF_KTHREAD = 0x00200000
+
+
+class Process:
+    """A process that was alive when this was made; its start time guards against a reused pid."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises ProcessError if there is no such process, or if it is a kernel thread."""
+        stat = _stat(pid)
+        if stat is None:
+            raise ProcessError(f"there is no process {pid}")
+        if int(stat[6]) & _PF_KTHREAD:
+            raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
+        self.pid = pid
+        self.name = _name(pid)
+        self._start_time = stat[19]
+
+    def alive(self) -> bool:
+        """Whether it still runs; a zombie does not."""
+        stat = _stat(self.pid)
+        return stat is not None and stat[19] == self._start_time and stat[0] not in ("Z", "X")
+
+    def __repr__(self) -> str:
+        return f"Process({self.pid}, {self.name!r})"
+
+
+def _stat(pid: int) -> Optional[list[str]]:
+    """The fields of /proc/PID/stat from the third (the state) on; the name may hold anything."""
+    try:
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _name(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def name_of(pid: int) -> str:
+    """The name of a process, or ``?`` if it is gone."""
+    return _name(pid)
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """A process and its parents, up to the first."""
+    while pid > 0:
+        yield pid
+        stat = _stat(pid)
+        if stat is None:
+            return
+        pid = int(stat[1])
+
+
+def own_session() -> list[int]:
+    """The pids of this process and what it runs below: the shell, the terminal, the sshd."""
+    return list(ancestors(os.getpid()))

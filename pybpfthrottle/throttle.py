@@ -1,0 +1,116 @@
+"""Throttle: choose a backend for each direction, apply, read counters, change, remove."""
+
+from __future__ import annotations
+
+import time
+from typing import Mapping, Optional, Sequence
+
+from pybpfthrottle.backends import Backend, Handle, Limits, Options
+from pybpfthrottle.backends.ebpf import EbpfBackend
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.limits import Counters, Direction, Rate
+
+BACKENDS: tuple[Backend, ...] = (EbpfBackend(),)
+
+
+class Throttle:
+    """Limits in force on some cgroups, which share them. ``remove`` or ``with`` ends it."""
+
+    def __init__(
+        self, cgroups: Sequence[Cgroup], limits: Limits, handles: dict[Direction, Handle]
+    ) -> None:
+        self.cgroups = tuple(cgroups)
+        self._limits = dict(limits)
+        self._handles = handles
+        self.started_s = time.monotonic()
+
+    @property
+    def limits(self) -> Mapping[Direction, Optional[Rate]]:
+        """The limit for each direction; None is unlimited."""
+        return dict(self._limits)
+
+    def counters(self) -> dict[Direction, Counters]:
+        """What each direction counted since the throttle was made."""
+        found: dict[Direction, Counters] = {}
+        for handle in self._distinct_handles():
+            found.update(handle.counters())
+        return found
+
+    def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
+        if direction not in self._handles:
+            raise ThrottleError(f"this throttle was made without a limit for {direction}")
+        self._handles[direction].set_rate(direction, rate)
+        self._limits[direction] = rate
+
+    def describe(self) -> dict[str, dict[str, str]]:
+        """How each direction is limited."""
+        return {str(direction): handle.describe() for direction, handle in self._handles.items()}
+
+    def vanished(self) -> bool:
+        """Whether no cgroup is left to limit."""
+        return not any(cgroup.exists() for cgroup in self.cgroups)
+
+    def remove(self) -> None:
+        """Take the limits away. Doing so twice is no error."""
+        for handle in self._distinct_handles():
+            handle.remove()
+
+    def __enter__(self) -> Throttle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _distinct_handles(self) -> list[Handle]:
+        return list({id(handle): handle for handle in self._handles.values()}.values())
+
+
+def apply(
+    cgroups: Sequence[Cgroup],
+    limits: Limits,
+    *,
+    options: Options = Options(),  # noqa: B008 - an immutable value
+    backends: Optional[Mapping[Direction, str]] = None,
+) -> Throttle:
+    """Put limits in force on cgroups, which share them; the traffic of all others is not touched.
+
+    ``backends`` names a mechanism for a direction; without, the best available one is chosen.
+    Raises ThrottleError, BpfError or CgroupError; then nothing stays attached.
+    """
+    if not limits:
+        raise ThrottleError("no limit was given")
+    chosen: dict[Backend, dict[Direction, Optional[Rate]]] = {}
+    for direction, rate in limits.items():
+        backend = choose(direction, (backends or {}).get(direction, "auto"))
+        chosen.setdefault(backend, {})[direction] = rate
+    handles: dict[Direction, Handle] = {}
+    try:
+        for backend, share in chosen.items():
+            handle = backend.apply(cgroups, share, options)
+            handles.update(dict.fromkeys(share, handle))
+    except BaseException:
+        for handle in handles.values():
+            handle.remove()
+        raise
+    return Throttle(cgroups, limits, handles)
+
+
+def choose(direction: Direction, name: str = "auto") -> Backend:
+    """The named backend, or the best available one.
+
+    Raises ThrottleError with the reason of each that is not available.
+    """
+    if name != "auto" and name not in (backend.name for backend in BACKENDS):
+        known = ", ".join(backend.name for backend in BACKENDS)
+        raise ThrottleError(f"no backend {name!r} for {direction} (known: {known})")
+    reasons = []
+    for backend in sorted(BACKENDS, key=lambda backend: -backend.priority):
+        if name not in ("auto", backend.name):
+            continue
+        reason = backend.unavailable(direction)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise ThrottleError(f"cannot limit {direction}: {'; '.join(reasons)}")
