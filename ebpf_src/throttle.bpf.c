@@ -62,7 +62,9 @@ struct __sk_buff {
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+#ifndef DIRECT_PACKET_ACCESS
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
+#endif
 
 #define __uint(name, value) int(*name)[value]
 #define __type(name, value) value *name
@@ -97,12 +99,14 @@ always_inline long load_bytes(struct __sk_buff *skb, __u32 offset, void *to, __u
 	/* The mask shows the verifier a bound; six extension headers of 2 KB stay below it. */
 	const char *from = (const char *)(long)skb->data + (offset & 0x3fff);
 
-	if (from + len <= (const char *)(long)skb->data_end) {
-		__builtin_memcpy(to, from, len);
-		return 0;
-	}
-#endif
+	/* TCP pulls its header into the linear part before it filters, and sends it from there. */
+	if (from + len > (const char *)(long)skb->data_end)
+		return -1;
+	__builtin_memcpy(to, from, len);
+	return 0;
+#else
 	return bpf_skb_load_bytes(skb, offset, to, len);
+#endif
 }
 
 /* TCP bytes after the header at `offset`, or all of the packet if there is no sound header. */

@@ -81,6 +81,15 @@ class Command:
             status, _, message = report.decode("utf-8", "replace").partition(" ")
             raise LaunchError(message, status=int(status))
 
+    def poll(self) -> Optional[int]:
+        """The exit status of the command if it has ended: 128 + the signal that ended it."""
+        pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return None
+        if os.WIFSIGNALED(wait_status):
+            return 128 + os.WTERMSIG(wait_status)
+        return os.WEXITSTATUS(wait_status)
+
     def abandon(self) -> None:
         """End the child without having let it go."""
         if self._go >= 0:
@@ -88,13 +97,6 @@ class Command:
             os.close(self._report)
             self._go = self._report = -1
             os.waitpid(self.pid, 0)
-
-
-def exit_status(wait_status: int) -> int:
-    """The exit status of a command as shells tell it: 128 + the signal that ended it."""
-    if os.WIFSIGNALED(wait_status):
-        return 128 + os.WTERMSIG(wait_status)
-    return os.WEXITSTATUS(wait_status)
 
 
 def _child(argv: list[str], user: Optional[User], go: int, report: int) -> NoReturn:

@@ -127,6 +127,7 @@ class Counters(NamedTuple):
 class Verdict(Enum):
     """What the actual rate says of a limit."""
 
+    IDLE = "idle"
     THROTTLED = "✅ THROTTLED"
     OVER_LIMIT = "⚠️ OVER LIMIT"
     NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
@@ -134,6 +135,8 @@ class Verdict(Enum):
     @classmethod
     def of(cls, ratio: float) -> Verdict:
         """The verdict on a ratio of actual to limit: over above 1.1, not working above 1.5."""
+        if ratio <= 0:
+            return cls.IDLE
         if ratio > 1.5:
             return cls.NOT_WORKING
         return cls.OVER_LIMIT if ratio > 1.1 else cls.THROTTLED

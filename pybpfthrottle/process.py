@@ -18,7 +18,7 @@ class Process:
         stat = _stat(pid)
         if stat is None:
             raise ProcessError(f"there is no process {pid}")
-        if int(stat[6]) & _PF_KTHREAD:
+        if is_kernel_thread(pid):
             raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
         self.pid = pid
         self.name = _name(pid)
@@ -48,6 +48,12 @@ def _name(pid: int) -> str:
             return file.read().rstrip("\n")
     except OSError:
         return "?"
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Whether a process is one of the kernel's own; false if it is gone."""
+    stat = _stat(pid)
+    return stat is not None and bool(int(stat[6]) & _PF_KTHREAD)
 
 
 def name_of(pid: int) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 import io
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi, sections
@@ -47,18 +45,16 @@ class _Relocation(NamedTuple):
     symbol: _Symbol
 
 
-@dataclass
-class _Section:
+class _Section(NamedTuple):
     index: int
     name: str
     flags: int
     size: int
     data: Optional[bytes]  # None: all zeros, not in the file
-    relocations: list[_Relocation] = field(default_factory=list)
+    relocations: list[_Relocation]
 
 
-@dataclass
-class _Elf:
+class _Elf(NamedTuple):
     byteorder: str
     sections: dict[int, _Section]
     symbols: list[_Symbol]
@@ -69,9 +65,10 @@ class _Elf:
 
 def read_file(path: Union[str, os.PathLike[str]]) -> ObjectSpec:
     """Read an object file. Raises OSError, or ObjectFileError with the path in front."""
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read()
     try:
-        return read_object(data, name=Path(path).name.partition(".")[0])
+        return read_object(data, name=os.path.basename(os.fspath(path)).partition(".")[0])
     except ObjectFileError as error:
         error.args = (f"{os.fspath(path)}: {error}",)
         raise
@@ -145,10 +142,10 @@ def _read_elf(data: bytes) -> _Elf:
             target = found.get(section["sh_info"])
             # Those of .BTF and .BTF.ext are for linkers.
             if target is not None and target.flags & _EXECUTABLE:
-                target.relocations = [
+                target.relocations.extend(
                     _Relocation(r["r_offset"], r["r_info_type"], symbols[r["r_info_sym"]])
                     for r in section.iter_relocations()
-                ]
+                )
         return _Elf("little" if file.little_endian else "big", found, symbols)
     except ObjectFileError:
         raise
@@ -167,7 +164,7 @@ def _section(section: Any, index: int) -> _Section:
             raise ObjectFileError(
                 f"truncated: {size} bytes are promised, {len(data)} are there", section=section.name
             )
-    return _Section(index, section.name, section["sh_flags"], size, data)
+    return _Section(index, section.name, section["sh_flags"], size, data, [])
 
 
 def _symbol(symbol: Any) -> _Symbol:

@@ -10,9 +10,10 @@ import click
 from click.core import ParameterSource
 
 from pybpfthrottle import __version__
-from pybpfthrottle.cli.options import limit_options, parse_rate
+from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
 from pybpfthrottle.errors import Error
-from pybpfthrottle.limits import Rate
+from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.throttle import BACKENDS
 
 _EPILOG = """
 \b
@@ -68,7 +69,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         ctx.exit(2)
     from pybpfthrottle.cli import limit
 
-    limit.limit(**options)
+    request = request_from(options)
+    start_logging(request.verbose)
+    limit.limit(request, **options)
 
 
 def _refuse_options_in_front(ctx: click.Context) -> None:
@@ -112,7 +115,9 @@ def run(**options: Any) -> None:
     """
     from pybpfthrottle.cli import run as run_command
 
-    sys.exit(run_command.run(**options))
+    request = request_from(options)
+    start_logging(request.verbose)
+    sys.exit(run_command.run(request, **options))
 
 
 @cli.command()
@@ -141,9 +146,6 @@ def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool)
 
 
 def _list_backends() -> None:
-    from pybpfthrottle.limits import Direction
-    from pybpfthrottle.throttle import BACKENDS
-
     for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
         click.echo(f"{str(direction).capitalize()} Backends:")
         for backend in sorted(BACKENDS, key=lambda backend: -backend.priority):

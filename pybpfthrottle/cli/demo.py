@@ -102,7 +102,7 @@ def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], second
         place.client(*command),
         env=_environment(),
         stdout=subprocess.PIPE,
-        universal_newlines=True,
+        text=True,
         timeout=seconds + _PATIENCE_S,
     )
     if client.returncode:
@@ -126,7 +126,7 @@ def _show(timeline: list[int], limit: Optional[Rate], seconds: int) -> bool:
     ratio = actual / limit.bytes_per_s
     verdict = Verdict.of(ratio)
     held = verdict is Verdict.THROTTLED and ratio >= _LEAST_RATIO
-    mark = verdict.value if held or verdict is not Verdict.THROTTLED else "⚠️ TOO SLOW"
+    mark = "⚠️ TOO SLOW" if ratio < _LEAST_RATIO else verdict.value
     click.echo(f"  actual={format_rate(actual)}, limit={limit}, ratio={ratio:.2f}x {mark}")
     return held
 
@@ -147,7 +147,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with this package importable also where it is not installed."""
+    """The environment, with this package importable also where it is not installed."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([package, *([before] if before else [])])}

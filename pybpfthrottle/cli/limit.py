@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import signal
 import sys
 import time
@@ -11,67 +11,86 @@ from typing import Optional, Sequence
 import click
 
 from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import process, throttle
+from pybpfthrottle import process
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.cli.display import LiveLine
-from pybpfthrottle.cli.options import backends_of, limits_of, options_of, start_logging
-from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
+from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError, ProcessError
-from pybpfthrottle.limits import Rate
-from pybpfthrottle.process import Process
+from pybpfthrottle.process import Process, is_kernel_thread
 from pybpfthrottle.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
 
-log = logging.getLogger(__name__)
-
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SAMPLE_S = 1.0
 _LISTED = 5
 
 
 def limit(
+    request: Request,
     *,
     pid: Optional[int],
     cgroups: Sequence[str],
     units: Sequence[str],
     whole_cgroup: bool,
-    download_limit: Optional[Rate],
-    upload_limit: Optional[Rate],
-    duration: Optional[float],
-    loopback: bool,
-    bpf_attach_method: str,
-    egress_verdict: str,
-    download_backend: str,
-    upload_backend: str,
-    verbose: int,
-    quiet: bool,
     as_json: bool,
 ) -> None:
     """Put the limits in force, show them, and take them away at the end."""
-    limits = limits_of(download_limit, upload_limit)
     if pid is None and not cgroups and not units:
         raise click.UsageError("no target: give --pid, --cgroup or --unit")
     if pid is not None and (cgroups or units):
         raise click.UsageError("--pid goes with neither --cgroup nor --unit")
-    start_logging(verbose)
     target = None if pid is None else Process(pid)
     chosen = _targets(target, cgroups, units)
     if not whole_cgroup:
         if target is not None:
             _refuse_company(target, chosen[0])
         _refuse_own_session(chosen)
-    with SignalQueue(_STOP) as signals:
-        with throttle.apply(
-            chosen,
-            limits,
-            options=options_of(loopback, bpf_attach_method, egress_verdict),
-            backends=backends_of(download_backend, upload_backend),
-        ) as live:
-            watch = _Watch(live, target, quiet=quiet, as_json=as_json)
-            cgroups_v2.remove_abandoned()
-            reason = watch.until_the_end(signals, duration)
-        if reason == "vanished":
-            raise CgroupError(f"the cgroup {chosen[0].path} was removed while it was limited")
+    with SignalQueue(_STOP) as signals, request.apply(chosen) as live:
+        cgroups_v2.remove_abandoned()
+        watch = Watch(
+            live,
+            pid=pid,
+            name=target.name if target else "",
+            terminal=sys.stdout,
+            json_file=sys.stdout if as_json else None,
+            quiet=request.quiet,
+        )
+        watch.start(pid=pid)
+        if not request.quiet and not as_json:
+            rates = ", ".join(f"{direction} {rate}" for direction, rate in live.limits.items())
+            where = ", ".join(cgroup.path for cgroup in chosen)
+            click.echo(f"Limiting {where}: {rates}. Ctrl-C ends it.")
+        reason = _wait(watch, live, target, signals, request.duration_s)
+        watch.end(reason=reason)
+    if reason == "vanished":
+        raise CgroupError(f"the cgroup {chosen[0].path} was removed while it was limited")
+
+
+def _wait(
+    watch: Watch,
+    live: Throttle,
+    target: Optional[Process],
+    signals: SignalQueue,
+    duration_s: Optional[float],
+) -> str:
+    """Until a signal, the duration, or the end of the process or cgroup; what it was."""
+    now = time.monotonic()
+    end = now + duration_s if duration_s else math.inf
+    following = now + SAMPLE_S
+    while True:
+        came = signals.wait(min(following, end) - time.monotonic())
+        if came:
+            return came[0].name
+        now = time.monotonic()
+        if now >= end:
+            return "duration"
+        if now < following:
+            continue
+        following += SAMPLE_S
+        if live.vanished():
+            return "vanished"
+        if target is not None and not target.alive():
+            return "exited"
+        watch.sample()
 
 
 def _targets(target: Optional[Process], paths: Sequence[str], units: Sequence[str]) -> list[Cgroup]:
@@ -90,7 +109,7 @@ def _targets(target: Optional[Process], paths: Sequence[str], units: Sequence[st
 
 def _refuse_company(target: Process, cgroup: Cgroup) -> None:
     """A cgroup is limited as a whole: refuse, if that meets others than the process."""
-    others = [pid for pid in cgroup.pids() if pid != target.pid]
+    others = [pid for pid in cgroup.pids() if pid != target.pid and not is_kernel_thread(pid)]
     if not cgroup.is_root() and not others:
         return
     named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in others[:_LISTED])
@@ -119,77 +138,3 @@ def _refuse_own_session(chosen: Sequence[Cgroup]) -> None:
                     f" {process.name_of(pid)}): the limit would be for the terminal or the"
                     " remote login that you work on. If you mean that, add --whole-cgroup"
                 )
-
-
-class _Watch:
-    """Shows a throttle while it is in force."""
-
-    def __init__(
-        self, live: Throttle, target: Optional[Process], *, quiet: bool, as_json: bool
-    ) -> None:
-        self._live = live
-        self._target = target
-        self._quiet = quiet
-        self._json = JsonLines(sys.stdout) if as_json else None
-        self._line = LiveLine(sys.stdout, enabled=not quiet and not as_json)
-        self._meter = Meter(live)
-
-    def until_the_end(self, signals: SignalQueue, duration: Optional[float]) -> str:
-        """Wait for a signal, the duration, the process or the cgroup; the reason for the end."""
-        where = ", ".join(cgroup.path for cgroup in self._live.cgroups)
-        if self._json:
-            self._json.start(self._live, pid=self._target.pid if self._target else None)
-        elif not self._quiet:
-            rates = ", ".join(f"{d} {rate}" for d, rate in self._live.limits.items())
-            click.echo(f"Limiting {where}: {rates}. Ctrl-C ends it.")
-        reason = self._wait(signals, duration)
-        self._line.clear()
-        readings = self._meter.total()
-        if self._json:
-            self._json.end(self._meter.elapsed_s, readings, reason=reason)
-        elif not self._quiet:
-            for reading in readings:
-                click.echo(reading.summary(self._meter.elapsed_s))
-            silent = never_ran(readings, pid=self._pid, cgroup=where)
-            if silent:
-                click.echo(silent, err=True)
-        return reason
-
-    def _wait(self, signals: SignalQueue, duration: Optional[float]) -> str:
-        begin = time.monotonic()
-        end = begin + duration if duration else float("inf")
-        following = begin + _SAMPLE_S
-        while True:
-            came = signals.wait(min(following, end) - time.monotonic())
-            if came:
-                return came[0].name
-            now = time.monotonic()
-            if now >= end:
-                return "duration"
-            if now < following:
-                continue
-            following += _SAMPLE_S
-            if self._live.vanished():
-                return "vanished"
-            if self._target is not None and not self._target.alive():
-                return "exited"
-            self._show()
-
-    def _show(self) -> None:
-        readings = self._meter.sample()
-        self._line.draw(readings)
-        if self._json:
-            self._json.sample(self._meter.elapsed_s, readings)
-        name = f" ({self._target.name})" if self._target else ""
-        for reading in readings:
-            log.info("PID %s%s %s", self._pid, name, reading.line())
-            log.info(
-                "eBPF stats PID %s cgroup %d: %s",
-                self._pid,
-                self._live.cgroups[0].id,
-                reading.counters,
-            )
-
-    @property
-    def _pid(self) -> str:
-        return str(self._target.pid) if self._target else "-"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, NamedTuple, Optional, Sequence, TypeVar
 
 import click
 
+from pybpfthrottle import throttle
 from pybpfthrottle.backends import ATTACH_METHODS, EGRESS_VERDICTS, Limits, Options
+from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import LimitError
 from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.throttle import Throttle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,25 +96,40 @@ def limit_options(function: F) -> F:
     return function
 
 
-def limits_of(download: Optional[Rate], upload: Optional[Rate]) -> Limits:
-    """The limits that were given; a usage error if there is none."""
-    given = {Direction.DOWNLOAD: download, Direction.UPLOAD: upload}
-    limits = {direction: rate for direction, rate in given.items() if rate is not None}
+class Request(NamedTuple):
+    """What the shared options ask for."""
+
+    limits: Limits
+    options: Options
+    backends: dict[Direction, str]
+    duration_s: Optional[float]
+    verbose: int
+    quiet: bool
+
+    def apply(self, cgroups: Sequence[Cgroup]) -> Throttle:
+        """Put it in force."""
+        return throttle.apply(cgroups, self.limits, options=self.options, backends=self.backends)
+
+
+def request_from(given: dict[str, Any]) -> Request:
+    """Take the shared options out of those of a command; a usage error if there is no limit."""
+    rates = {direction: given.pop(f"{direction}_limit") for direction in Direction}
+    limits = {direction: rate for direction, rate in rates.items() if rate is not None}
+    request = Request(
+        limits=limits,
+        options=Options(
+            loopback=given.pop("loopback"),
+            attach_method=given.pop("bpf_attach_method"),
+            egress_verdict=given.pop("egress_verdict"),
+        ),
+        backends={direction: given.pop(f"{direction}_backend") for direction in Direction},
+        duration_s=given.pop("duration"),
+        verbose=given.pop("verbose"),
+        quiet=given.pop("quiet"),
+    )
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
-    return limits
-
-
-def options_of(loopback: bool, bpf_attach_method: str, egress_verdict: str) -> Options:
-    """How the limits are put in force."""
-    return Options(
-        loopback=loopback, attach_method=bpf_attach_method, egress_verdict=egress_verdict
-    )
-
-
-def backends_of(download: str, upload: str) -> dict[Direction, str]:
-    """The backend that was named for each direction."""
-    return {Direction.DOWNLOAD: download, Direction.UPLOAD: upload}
+    return request
 
 
 def start_logging(verbose: int) -> None:

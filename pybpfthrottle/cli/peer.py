@@ -2,7 +2,8 @@
 
 ``python -m pybpfthrottle.cli.peer serve ADDRESS | get URL SECONDS | put URL SECONDS``
 
-The server prints ``ready`` when it listens. The receiving end of each transfer prints one JSON object: ``{"bytes": N, "timeline": [bytes in each 0.1 s]}``.
+The server prints ``ready`` when it listens. The receiving end of each transfer prints one JSON
+object: ``{"bytes": N, "timeline": [bytes in each 0.1 s]}``.
 """
 
 from __future__ import annotations

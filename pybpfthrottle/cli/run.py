@@ -2,79 +2,44 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import Optional, Sequence, TextIO
 
 import click
 
 from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import process, throttle
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.cli.display import LiveLine
-from pybpfthrottle.cli.options import backends_of, limits_of, options_of, start_logging
-from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
+from pybpfthrottle import process
+from pybpfthrottle.cgroup import OwnCgroup
+from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error
-from pybpfthrottle.launch import Command, LaunchError, User, exit_status
-from pybpfthrottle.limits import Rate
+from pybpfthrottle.launch import Command, LaunchError, User
 from pybpfthrottle.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
-
-log = logging.getLogger(__name__)
 
 _FAILED = 125
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
 # The terminal sends these to the command itself; it decides what they mean.
-_LEFT_TO_THE_COMMAND = (signal.SIGINT, signal.SIGQUIT)
-_SAMPLE_S = 1.0
+_LEFT_ALONE = (signal.SIGINT, signal.SIGQUIT)
+_LISTED = 5
 
 
 def run(
+    request: Request,
     *,
     command: Sequence[str],
     user: Optional[str],
     wait: bool,
     json_file: Optional[TextIO],
-    download_limit: Optional[Rate],
-    upload_limit: Optional[Rate],
-    duration: Optional[float],
-    loopback: bool,
-    bpf_attach_method: str,
-    egress_verdict: str,
-    download_backend: str,
-    upload_backend: str,
-    verbose: int,
-    quiet: bool,
 ) -> int:
     """Run the command; its exit status, or 125, 126 or 127 with a line that says why."""
-    limits = limits_of(download_limit, upload_limit)
-    start_logging(verbose)
-    numbers = (*_PASSED_ON, *_LEFT_TO_THE_COMMAND, signal.SIGCHLD)
     try:
-        started = Command(command, user=User.parse(user) if user else None)
-        try:
-            with SignalQueue(numbers) as signals:
-                own = cgroups_v2.create_own(started.pid)
-                try:
-                    with throttle.apply(
-                        [own.cgroup],
-                        limits,
-                        options=options_of(loopback, bpf_attach_method, egress_verdict),
-                        backends=backends_of(download_backend, upload_backend),
-                    ) as live:
-                        watch = _Watch(started, live, quiet=quiet, json_file=json_file)
-                        started.let_go()
-                        cgroups_v2.remove_abandoned()
-                        return watch.until_the_end(signals, duration, wait=wait)
-                finally:
-                    started.abandon()
-                    if not own.remove():
-                        _say_who_stays(own.cgroup)
-        finally:
-            started.abandon()
+        return _run(request, command, user, wait, json_file)
     except LaunchError as error:
         click.echo(f"pybpfthrottle: {error}", err=True)
         return error.status
@@ -83,97 +48,103 @@ def run(
         return _FAILED
 
 
-def _say_who_stays(cgroup: Cgroup) -> None:
-    pids = cgroup.pids()
-    named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in pids[:5])
+def _run(
+    request: Request,
+    argv: Sequence[str],
+    user: Optional[str],
+    wait: bool,
+    json_file: Optional[TextIO],
+) -> int:
+    with ExitStack() as stack:
+        command = Command(argv, user=User.parse(user) if user else None)
+        stack.callback(command.abandon)
+        signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
+        own = cgroups_v2.create_own(command.pid)
+        stack.callback(_remove, own)
+        # A child that was not let go is in the cgroup still: it must end first.
+        stack.callback(command.abandon)
+        live = stack.enter_context(request.apply([own.cgroup]))
+        watch = Watch(
+            live,
+            pid=command.pid,
+            name=os.path.basename(argv[0]),
+            terminal=sys.stderr,
+            json_file=json_file,
+            quiet=request.quiet,
+        )
+        command.let_go()
+        cgroups_v2.remove_abandoned()
+        watch.start(pid=command.pid, command=list(argv))
+        return _Run(command, live, watch).until_the_end(signals, request.duration_s, wait=wait)
+
+
+def _remove(own: OwnCgroup) -> None:
+    if own.remove():
+        return
+    pids = own.cgroup.pids()
+    named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in pids[:_LISTED])
     click.echo(
         f"pybpfthrottle: {len(pids)} of the command's processes go on without a limit: {named}"
-        f" (--wait keeps it); {cgroup.path} is removed at the next start after they end",
+        f" (--wait keeps it); {own.cgroup.path} is removed at the next start after they end",
         err=True,
     )
 
 
-class _Watch:
-    """Waits for the command, passes signals on, and shows the rates."""
+class _Run:
+    """A command that runs, and the limit that it has for all or some of the time."""
 
-    def __init__(
-        self, command: Command, live: Throttle, *, quiet: bool, json_file: Optional[TextIO]
-    ) -> None:
+    def __init__(self, command: Command, live: Throttle, watch: Watch) -> None:
         self._command = command
         self._live = live
-        self._quiet = quiet
-        self._json = JsonLines(json_file) if json_file else None
-        self._line = LiveLine(sys.stderr, enabled=not quiet)
-        self._meter = Meter(live)
-        self._name = os.path.basename(command.argv[0])
+        self._watch = watch
+        self._limited = True
 
-    def until_the_end(self, signals: SignalQueue, duration: Optional[float], *, wait: bool) -> int:
-        """The exit status of the command."""
-        if self._json:
-            self._json.start(self._live, pid=self._command.pid, command=self._command.argv)
+    def until_the_end(
+        self, signals: SignalQueue, duration_s: Optional[float], *, wait: bool
+    ) -> int:
+        """Wait for the command, and with ``wait`` for all that it started; its exit status."""
         begin = time.monotonic()
-        end = begin + duration if duration else float("inf")
-        following = begin + _SAMPLE_S
+        end = begin + duration_s if duration_s else math.inf
+        following = begin + SAMPLE_S
         status: Optional[int] = None
-        limited = True
         while True:
-            came = signals.wait(min(following, end if limited else following) - time.monotonic())
+            came = signals.wait(
+                min(following, end if self._limited else math.inf) - time.monotonic()
+            )
+            stop = status is not None and any(
+                number in came for number in (*_PASSED_ON, signal.SIGINT)
+            )
             if status is None:
                 self._pass_on(came)
-                status = self._ended()
-                if status is not None and limited:
-                    self._report(status)
-            elif any(number in came for number in (*_PASSED_ON, signal.SIGINT)):
-                return status
-            if status is not None and not (wait and limited and self._populated()):
-                return status
+                status = self._command.poll()
             now = time.monotonic()
-            if limited and now >= end:
-                self._report(None)
-                self._live.remove()
-                limited = False
+            if now >= end:
+                self._lift("duration", None)
+            if status is not None and (stop or not (wait and self._holds_processes())):
+                self._lift("exited", status)
+                return status
             if now >= following:
-                following += _SAMPLE_S
-                if limited and status is None:
-                    self._show()
+                following += SAMPLE_S
+                if self._limited:
+                    self._watch.sample()
+
+    def _lift(self, reason: str, status: Optional[int]) -> None:
+        """Show the summary and take the limit away, unless that is done already."""
+        if self._limited:
+            self._watch.end(
+                prefix="pybpfthrottle: ",
+                expect_traffic=status is None,
+                reason=reason,
+                exit_status=status,
+            )
+            self._live.remove()
+            self._limited = False
 
     def _pass_on(self, came: Sequence[signal.Signals]) -> None:
         for number in came:
             if number in _PASSED_ON:
                 os.kill(self._command.pid, number)
 
-    def _ended(self) -> Optional[int]:
-        pid, wait_status = os.waitpid(self._command.pid, os.WNOHANG)
-        return exit_status(wait_status) if pid else None
-
-    def _populated(self) -> bool:
-        return self._live.cgroups[0].exists() and self._live.cgroups[0].populated()
-
-    def _show(self) -> None:
-        readings = self._meter.sample()
-        self._line.draw(readings)
-        if self._json:
-            self._json.sample(self._meter.elapsed_s, readings)
-        for reading in readings:
-            log.info("PID %d (%s) %s", self._command.pid, self._name, reading.line())
-            log.info(
-                "eBPF stats PID %d cgroup %d: %s",
-                self._command.pid,
-                self._live.cgroups[0].id,
-                reading.counters,
-            )
-
-    def _report(self, status: Optional[int]) -> None:
-        """The summary, when the command has ended or (None) its limit has."""
-        self._line.clear()
-        readings = self._meter.total()
-        if self._json:
-            reason = "duration" if status is None else "exited"
-            self._json.end(self._meter.elapsed_s, readings, reason=reason, exit_status=status)
-        if self._quiet:
-            return
-        for reading in readings:
-            click.echo(f"pybpfthrottle: {reading.summary(self._meter.elapsed_s)}", err=True)
-        silent = never_ran(readings, pid=self._command.pid, cgroup=self._live.cgroups[0].path)
-        if silent and status is None:
-            click.echo(silent, err=True)
+    def _holds_processes(self) -> bool:
+        cgroup = self._live.cgroups[0]
+        return self._limited and cgroup.exists() and cgroup.populated()

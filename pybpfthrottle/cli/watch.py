@@ -1,0 +1,76 @@
+"""Shows a throttle while it is in force: the live line, JSON lines, the log and the summary."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Optional, TextIO
+
+import click
+
+from pybpfthrottle.cli.display import LiveLine
+from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
+from pybpfthrottle.throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+SAMPLE_S = 1.0
+
+
+class Watch:
+    """One throttle's display. ``pid`` and ``name`` are those of the process in the log lines."""
+
+    def __init__(
+        self,
+        live: Throttle,
+        *,
+        pid: Optional[int],
+        name: str,
+        terminal: TextIO,
+        json_file: Optional[TextIO],
+        quiet: bool,
+    ) -> None:
+        self._live = live
+        self._pid = "-" if pid is None else str(pid)
+        self._name = f" ({name})" if name else ""
+        self._terminal = terminal
+        self._line = LiveLine(terminal, enabled=not quiet and json_file is not terminal)
+        self._json = JsonLines(json_file) if json_file else None
+        self._quiet = quiet or json_file is terminal
+        self._meter = Meter(live)
+
+    def start(self, **fields: Any) -> None:
+        """The limits are in force."""
+        if self._json:
+            self._json.start(self._live, **fields)
+
+    def sample(self) -> None:
+        """Show the rates of the last seconds; to be called every SAMPLE_S."""
+        readings = self._meter.sample()
+        self._line.draw(readings)
+        if self._json:
+            self._json.sample(self._meter.elapsed_s, readings)
+        for reading in readings:
+            log.info("PID %s%s %s", self._pid, self._name, reading.line())
+            log.info(
+                "eBPF stats PID %s cgroup %s: %s", self._pid, self._cgroup_id(), reading.counters
+            )
+
+    def end(self, *, prefix: str = "", expect_traffic: bool = True, **fields: Any) -> None:
+        """Show the rates over the whole time, while the counters are still there."""
+        self._line.clear()
+        readings = self._meter.total()
+        if self._json:
+            self._json.end(self._meter.elapsed_s, readings, **fields)
+        if self._quiet:
+            return
+        for reading in readings:
+            click.echo(prefix + reading.summary(self._meter.elapsed_s), file=self._terminal)
+        silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id())
+        if silent and expect_traffic:
+            click.echo(silent, err=True)
+
+    def _cgroup_id(self) -> str:
+        try:
+            return str(self._live.cgroups[0].id)
+        except OSError:  # it has been removed
+            return "?"
