@@ -24,6 +24,7 @@ from pybpfthrottle.bpf.specs import (
 from pybpfthrottle.errors import ObjectFileError
 
 _EXECUTABLE = 0x4  # SHF_EXECINSTR
+_SHN_XINDEX = 0xFFFF
 _R_BPF_64_64 = 1
 _R_BPF_64_32 = 10
 _DATA_PREFIXES = (".rodata", ".data", ".bss")
@@ -46,7 +47,7 @@ class _Relocation(NamedTuple):
 
 
 class _Section(NamedTuple):
-    index: int
+    number: int
     name: str
     flags: int
     size: int
@@ -112,41 +113,12 @@ def _add_functions(spec: ObjectSpec, reader: _CodeReader, section: _Section) -> 
 
 
 def _read_elf(data: bytes) -> _Elf:
-    # Importing pyelftools takes longer than all else that the core needs.
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.relocation import RelocationSection
-    from elftools.elf.sections import SymbolTableSection
-
     if not data:
         raise ObjectFileError("the file is empty")
     if data[:4] != b"\x7fELF":
         raise ObjectFileError("not an ELF file")
     try:
-        file: Any = ELFFile(io.BytesIO(data))
-        if file.elfclass != 64 or file["e_machine"] not in ("EM_BPF", "EM_NONE"):
-            raise ObjectFileError(
-                f"built for {file['e_machine']} ({file.elfclass} bit), not for BPF;"
-                " compile it with clang -target bpf"
-            )
-        found: dict[int, _Section] = {}
-        relocations: list[Any] = []
-        symbols: list[_Symbol] = []
-        for index, section in enumerate(file.iter_sections()):
-            if isinstance(section, SymbolTableSection):
-                symbols = [_symbol(symbol) for symbol in section.iter_symbols()]
-            elif isinstance(section, RelocationSection):
-                relocations.append(section)
-            elif section["sh_type"] in ("SHT_PROGBITS", "SHT_NOBITS"):
-                found[index] = _section(section, index)
-        for section in relocations:
-            target = found.get(section["sh_info"])
-            # Those of .BTF and .BTF.ext are for linkers.
-            if target is not None and target.flags & _EXECUTABLE:
-                target.relocations.extend(
-                    _Relocation(r["r_offset"], r["r_info_type"], symbols[r["r_info_sym"]])
-                    for r in section.iter_relocations()
-                )
-        return _Elf("little" if file.little_endian else "big", found, symbols)
+        return _Reader(data).read()
     except ObjectFileError:
         raise
     # pyelftools meets broken input with whatever comes first: its own errors, construct's,
@@ -155,27 +127,112 @@ def _read_elf(data: bytes) -> _Elf:
         raise ObjectFileError(f"not a sound ELF file, perhaps truncated: {error}") from error
 
 
-def _section(section: Any, index: int) -> _Section:
-    size = section["sh_size"]
-    data = None
-    if section["sh_type"] == "SHT_PROGBITS":
-        data = section.data()
-        if len(data) != size:
+class _Reader:
+    """Reads the records of an ELF file by pyelftools' layouts.
+
+    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each start
+    of the limiter would pay for.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        from elftools.elf.structs import ELFStructs
+
+        self._data = data
+        self._stream = io.BytesIO(data)
+        self._bits = {1: 32, 2: 64}.get(data[4], 0)
+        self._little = data[5] == 1
+        self._layouts: Any = ELFStructs(little_endian=self._little, elfclass=self._bits)
+        self._layouts.create_basic_structs()
+
+    def read(self) -> _Elf:
+        """All sections with contents, the symbols, and the relocations of code."""
+        file = self._parse(self._layouts.Elf_Ehdr, 0)
+        if self._bits != 64 or file["e_machine"] not in ("EM_BPF", "EM_NONE"):
             raise ObjectFileError(
-                f"truncated: {size} bytes are promised, {len(data)} are there", section=section.name
+                f"built for {file['e_machine']} ({self._bits} bit), not for BPF;"
+                " compile it with clang -target bpf"
             )
-    return _Section(index, section.name, section["sh_flags"], size, data, [])
+        self._layouts.create_advanced_structs(file["e_type"], file["e_machine"])
+        headers = self._headers(file)
+        found: dict[int, _Section] = {}
+        symbols: list[_Symbol] = []
+        for index, (name, header) in enumerate(headers):
+            kind = header["sh_type"]
+            if kind == "SHT_SYMTAB":
+                names = self._contents(name, headers[header["sh_link"]][1])
+                symbols = [
+                    _symbol(symbol, names)
+                    for symbol in self._records(name, header, self._layouts.Elf_Sym)
+                ]
+            elif kind in ("SHT_PROGBITS", "SHT_NOBITS"):
+                contents = self._contents(name, header) if kind == "SHT_PROGBITS" else None
+                found[index] = _Section(
+                    index, name, header["sh_flags"], header["sh_size"], contents, []
+                )
+        for name, header in headers:
+            target = found.get(header["sh_info"]) if header["sh_type"] == "SHT_REL" else None
+            # Those of .BTF and .BTF.ext are for linkers.
+            if target is not None and target.flags & _EXECUTABLE:
+                target.relocations.extend(
+                    _Relocation(r["r_offset"], r["r_info_type"], symbols[r["r_info_sym"]])
+                    for r in self._records(name, header, self._layouts.Elf_Rel)
+                )
+        return _Elf("little" if self._little else "big", found, symbols)
+
+    def _headers(self, file: Any) -> list[tuple[str, Any]]:
+        """The section headers by number, each with its name."""
+        size, offset = file["e_shentsize"], file["e_shoff"]
+        layout = self._layouts.Elf_Shdr
+        if not offset:
+            return []
+        if size != layout.sizeof():
+            raise ObjectFileError(f"section headers of {size} bytes")
+        first = self._parse(layout, offset)
+        # Where the numbers do not fit, the first header holds them.
+        count = file["e_shnum"] or first["sh_size"]
+        names_index = file["e_shstrndx"]
+        if names_index == _SHN_XINDEX:
+            names_index = first["sh_link"]
+        if offset + count * size > len(self._data):
+            raise ObjectFileError(f"truncated: the table of {count} sections ends past the file")
+        headers = [self._parse(layout, offset + size * index) for index in range(count)]
+        names = self._contents("of section names", headers[names_index])
+        return [(_string(names, header["sh_name"]), header) for header in headers]
+
+    def _contents(self, name: str, header: Any) -> bytes:
+        begin, size = header["sh_offset"], header["sh_size"]
+        contents = self._data[begin : begin + size]
+        if len(contents) != size:
+            raise ObjectFileError(
+                f"truncated: {size} bytes are promised, {len(contents)} are there", section=name
+            )
+        return contents
+
+    def _records(self, name: str, header: Any, layout: Any) -> list[Any]:
+        size = len(self._contents(name, header))
+        begin, step = header["sh_offset"], layout.sizeof()
+        return [self._parse(layout, at) for at in range(begin, begin + size - step + 1, step)]
+
+    def _parse(self, layout: Any, offset: int) -> Any:
+        from elftools.common.utils import struct_parse
+
+        return struct_parse(layout, self._stream, offset)
 
 
-def _symbol(symbol: Any) -> _Symbol:
+def _symbol(symbol: Any, names: bytes) -> _Symbol:
     return _Symbol(
-        symbol.name,
+        _string(names, symbol["st_name"]),
         symbol["st_shndx"],
         symbol["st_value"],
         symbol["st_size"],
         symbol["st_info"]["type"],
         symbol["st_info"]["bind"] == "STB_LOCAL",
     )
+
+
+def _string(strings: bytes, offset: int) -> str:
+    end = strings.find(b"\0", offset)
+    return strings[offset : end if end >= 0 else None].decode("utf-8", "replace")
 
 
 def _license(elf: _Elf) -> str:
@@ -191,7 +248,7 @@ def _legacy_maps(elf: _Elf) -> list[MapSpec]:
     order = ctypes.LittleEndianStructure if elf.byteorder == "little" else ctypes.BigEndianStructure
     layout: Any = type("MapDef", (order,), {"_fields_": abi.LegacyMapDef._fields_})
     wanted = ctypes.sizeof(layout)
-    found = sorted(s for s in elf.symbols if s.section == section.index and s.type != "STT_SECTION")
+    found = sorted(s for s in elf.symbols if s.section == section.number and s.type != "STT_SECTION")
     maps = []
     for symbol in found:
         raw = section.data[symbol.value : symbol.value + (symbol.size or wanted)]
@@ -237,7 +294,7 @@ def _btf_maps(elf: _Elf, btf_data: Optional[bytes]) -> list[MapSpec]:
         var = btf.type(variable.type)
         # The linker of an object file knows the offsets; clang leaves them 0 in the BTF.
         offset = next(
-            (s.value for s in elf.symbols if s.section == section.index and s.name == var.name),
+            (s.value for s in elf.symbols if s.section == section.number and s.name == var.name),
             index,
         )
         maps.append(_btf_map(btf, var.name, var.size_or_type, offset))
@@ -283,7 +340,7 @@ def _btf_map(btf: Btf, name: str, type_id: int, offset: int) -> MapSpec:
 def _data_map_names(elf: _Elf, name: str) -> dict[int, str]:
     """The map for each data section, by the section's index; named as libbpf names them."""
     return {
-        section.index: name[: max(0, abi.BPF_OBJ_NAME_LEN - 1 - len(section.name))] + section.name
+        section.number: name[: max(0, abi.BPF_OBJ_NAME_LEN - 1 - len(section.name))] + section.name
         for section in elf.sections.values()
         if section.size
         and any(
@@ -322,13 +379,13 @@ class _CodeReader:
         self._elf = elf
         self._data_maps = data_maps
         self._maps = maps
-        self._map_sections = {s.index for n in ("maps", ".maps") if (s := elf.named(n))}
+        self._map_sections = {s.number for n in ("maps", ".maps") if (s := elf.named(n))}
 
     def functions(self, section: _Section) -> list[tuple[FunctionSpec, bool]]:
         """The functions of a section in order, each with whether it is static."""
         code = section.data or b""
         found = sorted(
-            (s for s in self._elf.symbols if s.section == section.index and s.type == "STT_FUNC"),
+            (s for s in self._elf.symbols if s.section == section.number and s.type == "STT_FUNC"),
             key=lambda symbol: symbol.value,
         )
         if not found:
@@ -385,10 +442,10 @@ class _CodeReader:
                 extra = (imm + 1) * 8 if symbol.type == "STT_SECTION" else 0
                 return CallReference(0, FunctionKey(target.name, symbol.value + extra))
         elif relocation.type == _R_BPF_64_64 and code[0] == abi.BPF_LD_IMM64 and target is not None:
-            if target.index in self._map_sections and symbol.name in self._maps:
+            if target.number in self._map_sections and symbol.name in self._maps:
                 return MapReference(0, symbol.name)
-            if target.index in self._data_maps:
-                return MapReference(0, self._data_maps[target.index], symbol.value + imm)
+            if target.number in self._data_maps:
+                return MapReference(0, self._data_maps[target.number], symbol.value + imm)
         what = f"symbol {symbol.name!r}" if symbol.name else "a symbol without a name"
         if symbol.section == "SHN_UNDEF":
             what += ", which is not defined in this object"

@@ -1,0 +1,89 @@
+"""The bucket under attack from two CPUs, and what others notice of a limit."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from lab import ENVIRONMENT, TOOL, lab
+
+from pybpfthrottle import throttle
+from pybpfthrottle.backends import Options
+from pybpfthrottle.backends.ebpf import BURST_NS, SMALL_NS
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.limits import Direction, Rate
+
+FLOOD = """
+import os, socket, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    try:
+        s.sendto(bytes(1000), ("127.0.0.1", 9))
+    except ConnectionRefusedError:
+        pass
+"""
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("limit", ["10M", "100M"])
+def test_two_racing_cpus_lose_and_win_nothing(scratch: Cgroup, limit: str) -> None:
+    """Floods from two CPUs get rate * t, and at most the burst and the small allowance more."""
+    rate = Rate.parse(limit)
+    with throttle.apply(
+        [scratch], {Direction.UPLOAD: rate}, options=Options(loopback=True)
+    ) as live:
+        floods = [
+            subprocess.Popen(
+                [sys.executable, "-c", FLOOD, str(cpu)], preexec_fn=lambda: scratch.move_in(0)
+            )
+            for cpu in sorted(os.sched_getaffinity(0))[:2]
+        ]
+        try:
+            time.sleep(1)
+            first, begin = live.counters()[Direction.UPLOAD], time.monotonic()
+            time.sleep(4)
+            last, end = live.counters()[Direction.UPLOAD], time.monotonic()
+        finally:
+            for flood in floods:
+                flood.kill()
+                flood.wait()
+    allowed = rate.bytes_per_s * (end - begin)
+    accepted = last.bytes_passed - first.bytes_passed
+    assert last.packets_dropped > first.packets_dropped, "the floods did not reach the limit"
+    assert 0.99 * allowed <= accepted
+    assert accepted <= allowed + rate.bytes_per_s * (BURST_NS + SMALL_NS) / 1e9
+
+
+@pytest.mark.alone
+def test_a_neighbour_keeps_its_speed() -> None:
+    """A program outside of the cgroup is as fast beside a limited one as without."""
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    with lab() as own:
+        for _ in range(9):
+            for with_limit in (False, True):
+                limited = None
+                if with_limit:
+                    limited = subprocess.Popen(
+                        own.inside(
+                            *TOOL, "run", "-q", "--download-limit", "100K", "--",
+                            "curl", "-sN", "--max-time", "1.5", own.url,
+                        ),
+                        stdout=subprocess.DEVNULL,
+                        env=ENVIRONMENT,
+                    )  # fmt: skip
+                    time.sleep(0.4)
+                curl = ["curl", "-sN", "-o", "/dev/null", "--max-time", "0.6"]
+                done = subprocess.run(
+                    own.inside(*curl, "-w", "%{speed_download}", own.url),
+                    stdout=subprocess.PIPE,
+                )
+                speeds[with_limit].append(float(done.stdout))
+                if limited:
+                    limited.wait()
+    alone, beside = (statistics.median(speeds[with_limit]) for with_limit in (False, True))
+    assert beside >= 0.95 * alone
