@@ -79,7 +79,7 @@ def test_a_limit_changes_while_it_is_in_force(scratch: Cgroup) -> None:
                 rate = Rate.parse(text)
                 live.set_limit(Direction.UPLOAD, rate)
                 time.sleep(0.3)
-                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.06)
+                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
             live.set_limit(Direction.UPLOAD, None)
             assert passed(live, 0.5) > Rate.parse("8M").bytes_per_s
             assert live.limits == {Direction.UPLOAD: None}
@@ -93,7 +93,7 @@ def test_several_cgroups_share_one_limit(scratch: Cgroup) -> None:
         with throttle.apply([one, two], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
             with flood(one, two):
                 time.sleep(1)
-                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.06)
+                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
     finally:
         one.remove(patience_s=5)
         two.remove(patience_s=5)
@@ -202,7 +202,7 @@ def test_connections_from_before_are_limited_in_a_cgroup_that_is_limited_later(
         rate = Rate.parse("1M")
         with throttle.apply([scratch], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
             time.sleep(0.5)
-            assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.06)
+            assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
