@@ -129,7 +129,7 @@ def _leader(tid: int) -> int:
 def mounts() -> list[Mount]:
     """The mount table of this process."""
     try:
-        with open("/proc/self/mountinfo") as table:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as table:
             return [parse_mount(line) for line in table]
     except OSError as error:
         raise CgroupError(f"cannot read the mount table: {error}") from error
@@ -137,7 +137,7 @@ def mounts() -> list[Mount]:
 
 def parse_mount(line: str) -> Mount:
     """A line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
-    fields = line.split()
+    fields = line.rstrip("\n").split(" ")
     separator = fields.index("-", 6)
     return Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), fields[separator + 1])
 
@@ -192,7 +192,7 @@ def from_path(path: str) -> Cgroup:
 def from_pid(pid: int) -> Cgroup:
     """The cgroup of a process. Raises ProcessError or CgroupError."""
     try:
-        with open(f"/proc/{pid}/cgroup") as file:
+        with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessError(f"there is no process {pid}") from None
@@ -209,13 +209,15 @@ def from_pid(pid: int) -> Cgroup:
 def _visible(inside: str, pid: int) -> str:
     """The path in the file system of a path as /proc/PID/cgroup gives it."""
     where = mount()
-    relative = os.path.relpath(inside, where.root)
-    if relative.startswith(".."):
+    # Paths outside of a cgroup namespace begin with "/..": nothing may normalise them away.
+    parts = [part for part in inside.split("/") if part]
+    above = [part for part in where.root.split("/") if part]
+    if parts[: len(above)] != above or ".." in parts[len(above) :]:
         raise CgroupError(
             f"the cgroup of process {pid}, {inside}, is outside of what is mounted at {where.path}:"
             " it belongs to another cgroup namespace"
         )
-    return os.path.normpath(os.path.join(where.path, relative))
+    return os.path.join(where.path, *parts[len(above) :])
 
 
 def from_unit(name: str) -> Cgroup:

@@ -16,7 +16,7 @@ _BYTE_UNITS = {
     **dict.fromkeys(("g", "gb", "gib"), _K**3),
 }
 _BIT_UNITS = {"kbit": 1000, "mbit": 1000**2, "gbit": 1000**3}
-_NUMBER = re.compile(r"(\d*)\.?(\d*)")
+_NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
 _MAX_DIGITS = 30
 
 ACCEPTED = (
@@ -46,9 +46,12 @@ class Rate(NamedTuple):
         given = text.strip().lower()
         match = _NUMBER.match(given)
         whole, fraction = match.groups() if match else ("", "")
-        unit = given[match.end() :].strip() if match else given
-        if not whole + fraction or (unit not in _BYTE_UNITS and unit not in _BIT_UNITS):
-            raise LimitError(_refusal(text, whole, unit))
+        written = match.group() if match else ""
+        unit = given[len(written) :].strip()
+        known = unit in _BYTE_UNITS or unit in _BIT_UNITS
+        # Other scripts have digits as well, and a K that becomes one of ours in lower case.
+        if not (whole + fraction and known and text.isascii()):
+            raise LimitError(_refusal(text, written, unit))
         if len(whole + fraction) > _MAX_DIGITS:
             raise LimitError(f"{text!r} is out of range: {RANGE}")
         number = int(whole + fraction)
@@ -68,12 +71,12 @@ class Rate(NamedTuple):
         return format_rate(self.bytes_per_s)
 
 
-def _refusal(text: str, whole: str, unit: str) -> str:
+def _refusal(text: str, number: str, unit: str) -> str:
     if unit in ("kbps", "mbps", "gbps", "kbs", "mbs", "gbs", "kb/s", "mb/s", "gb/s"):
         letter = unit[0]
         return (
-            f"{text!r} may mean bits or bytes: write {whole}{letter}bit for bits"
-            f" or {whole}{letter.upper()}B for bytes per second"
+            f"{text!r} may mean bits or bytes: write {number}{letter}bit for bits"
+            f" or {number}{letter.upper()}B for bytes per second"
         )
     return f"{text!r} is no limit: give {ACCEPTED}"
 

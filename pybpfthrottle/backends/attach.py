@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Iterator, Optional
 
+from pybpfthrottle.backends import ATTACH_METHODS
 from pybpfthrottle.bpf import features, links, privileges
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Attachment, AttachMode
@@ -30,6 +31,8 @@ def attach(
 
     Raises CgroupError, or AttachError with the cause.
     """
+    if method not in ATTACH_METHODS:
+        raise ValueError(f"no attach method {method!r} (known: {', '.join(ATTACH_METHODS)})")
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
@@ -91,11 +94,13 @@ def find_errno(error: BaseException, *wanted: int) -> Optional[int]:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    current: Optional[BaseException] = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    pending: list[Optional[BaseException]] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            pending += [current.__cause__, current.__context__]
 
 
 def _why(error: OSError) -> str:

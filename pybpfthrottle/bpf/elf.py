@@ -170,9 +170,13 @@ class _Reader:
                     index, name, header["sh_flags"], header["sh_size"], contents, []
                 )
         for name, header in headers:
-            target = found.get(header["sh_info"]) if header["sh_type"] == "SHT_REL" else None
+            if header["sh_type"] not in ("SHT_REL", "SHT_RELA"):
+                continue
+            target = found.get(header["sh_info"])
             # Those of .BTF and .BTF.ext are for linkers.
             if target is not None and target.flags & _EXECUTABLE:
+                if header["sh_type"] == "SHT_RELA":
+                    raise ObjectFileError("relocations with addends are not BPF's", section=name)
                 target.relocations.extend(
                     _Relocation(r["r_offset"], r["r_info_type"], symbols[r["r_info_sym"]])
                     for r in self._records(name, header, self._layouts.Elf_Rel)
@@ -248,7 +252,10 @@ def _legacy_maps(elf: _Elf) -> list[MapSpec]:
     order = ctypes.LittleEndianStructure if elf.byteorder == "little" else ctypes.BigEndianStructure
     layout: Any = type("MapDef", (order,), {"_fields_": abi.LegacyMapDef._fields_})
     wanted = ctypes.sizeof(layout)
-    found = sorted(s for s in elf.symbols if s.section == section.number and s.type != "STT_SECTION")
+    found = sorted(
+        (s for s in elf.symbols if s.section == section.number and s.type != "STT_SECTION"),
+        key=lambda symbol: symbol.value,
+    )
     maps = []
     for symbol in found:
         raw = section.data[symbol.value : symbol.value + (symbol.size or wanted)]
@@ -412,14 +419,16 @@ class _CodeReader:
         calls: list[CallReference] = []
         relocated = set()
         for relocation in relocations:
-            if relocation.offset % 8:
+            instruction = code[relocation.offset - start :]
+            wide = instruction[0] == abi.BPF_LD_IMM64
+            if relocation.offset % 8 or (wide and len(instruction) < 2 * abi.INSN_BYTES):
                 raise ObjectFileError(
                     "a relocation inside of an instruction",
                     section=section.name,
                     offset=relocation.offset,
                 )
             relocated.add(relocation.offset - start)
-            reference = self._reference(section, relocation, code[relocation.offset - start :])
+            reference = self._reference(section, relocation, instruction)
             reference = reference._replace(offset=relocation.offset - start)
             if isinstance(reference, CallReference):
                 calls.append(reference)
@@ -444,8 +453,9 @@ class _CodeReader:
         elif relocation.type == _R_BPF_64_64 and code[0] == abi.BPF_LD_IMM64 and target is not None:
             if target.number in self._map_sections and symbol.name in self._maps:
                 return MapReference(0, symbol.name)
-            if target.number in self._data_maps:
-                return MapReference(0, self._data_maps[target.number], symbol.value + imm)
+            value_offset = symbol.value + imm
+            if target.number in self._data_maps and 0 <= value_offset <= target.size:
+                return MapReference(0, self._data_maps[target.number], value_offset)
         what = f"symbol {symbol.name!r}" if symbol.name else "a symbol without a name"
         if symbol.section == "SHN_UNDEF":
             what += ", which is not defined in this object"

@@ -57,7 +57,11 @@ class LegacyAttachment:
         self, program: Program, cgroup_fd: int, attach_type: AttachType, mode: AttachMode
     ) -> None:
         self._program_fd = os.dup(program.fd)
-        self._cgroup_fd = os.dup(cgroup_fd)
+        try:
+            self._cgroup_fd = os.dup(cgroup_fd)
+        except OSError:
+            os.close(self._program_fd)
+            raise
         self._attach_type = attach_type
         self.mode = mode
 
@@ -72,9 +76,13 @@ class LegacyAttachment:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
                 raise
         finally:
-            os.close(self._program_fd)
-            os.close(self._cgroup_fd)
-            self._program_fd = self._cgroup_fd = -1
+            self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; what is attached stays attached."""
+        os.close(self._program_fd)
+        os.close(self._cgroup_fd)
+        self._program_fd = self._cgroup_fd = -1
 
     def __repr__(self) -> str:
         return f"<LegacyAttachment {self.mode.name}>"
@@ -109,13 +117,19 @@ def attach_legacy(
 
     In any other mode than multiple this silently replaces another tool's program.
     """
+    # First its owner, which may fail, then what must not be left without one.
+    attachment = LegacyAttachment(program, cgroup_fd, attach_type, mode)
     attr = Attr()
     attr.prog_attach.target_fd = cgroup_fd
     attr.prog_attach.attach_bpf_fd = program.fd
     attr.prog_attach.attach_type = attach_type
     attr.prog_attach.attach_flags = mode
-    syscall.bpf(Cmd.PROG_ATTACH, attr)
-    return LegacyAttachment(program, cgroup_fd, attach_type, mode)
+    try:
+        syscall.bpf(Cmd.PROG_ATTACH, attr)
+    except OSError:
+        attachment.close()
+        raise
+    return attachment
 
 
 def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:

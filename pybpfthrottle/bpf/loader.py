@@ -49,7 +49,9 @@ def load(spec: ObjectSpec, select: Optional[Iterable[str]] = None) -> Object:
             f"{spec.name!r} was built for {spec.byteorder}-endian machines;"
             f" this one is {sys.byteorder}-endian"
         )
-    selected = [spec.programs[name] for name in (spec.programs if select is None else select)]
+    selected = [
+        spec.programs[name] for name in dict.fromkeys(spec.programs if select is None else select)
+    ]
     linked = {program.name: relocate.link(spec, program) for program in selected}
     needed = frozenset[str]().union(*(program.maps for program in linked.values()))
     with ExitStack() as undo:

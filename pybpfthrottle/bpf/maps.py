@@ -12,7 +12,7 @@ from typing import Any, Generic, Iterator, Optional, Protocol, TypeVar, cast
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
-from pybpfthrottle.bpf.privileges import why_not_permitted, with_memlock
+from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import MapCreateError
 
@@ -221,9 +221,11 @@ def create(spec: MapSpec) -> Map[Any, Any]:
             found.typed(U32, RAW)[0] = spec.contents
         if spec.frozen:
             _freeze_where_possible(found)
-    except BaseException:
+    except OSError as error:
         found.close()
-        raise
+        raise MapCreateError(
+            f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
+        ) from error
     return found
 
 
@@ -260,10 +262,8 @@ def _create(spec: MapSpec) -> int:
 
 
 def _why(spec: MapSpec, error: OSError) -> str:
-    if error.errno == errno.EPERM:
-        return why_not_permitted("BPF_MAP_CREATE")
-    if error.errno == errno.ENOSYS:
-        return "this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
+    if error.errno in (errno.EPERM, errno.ENOSYS):
+        return why_refused(error, "BPF_MAP_CREATE")
     return (
         f"{error} (type {spec.type}, key {spec.key_size} bytes, value {spec.value_size} bytes,"
         f" {spec.max_entries} entries, flags {spec.flags:#x})"

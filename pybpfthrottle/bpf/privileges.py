@@ -66,6 +66,15 @@ def why_not_permitted(command: str) -> str:
     return text
 
 
+def why_refused(error: OSError, command: str) -> str:
+    """What stands behind a failed bpf(2) command, where its errno alone tells too little."""
+    if error.errno == errno.EPERM:
+        return why_not_permitted(command)
+    if error.errno == errno.ENOSYS:
+        return "this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
+    return str(error)
+
+
 def with_memlock(create: Callable[[], T]) -> T:
     """Do ``create``, and once more with RLIMIT_MEMLOCK raised if that may be why it got EPERM.
 

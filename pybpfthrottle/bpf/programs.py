@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.maps import legal_name
-from pybpfthrottle.bpf.privileges import why_not_permitted, with_memlock
+from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.errors import ProgramLoadError, VerifierError
 
 _FIRST_LOG_BYTES = 1 << 16
@@ -156,9 +156,7 @@ def _explained(error: OSError, attr: Attr, name: str) -> ProgramLoadError:
             reason=reason,
             log=log,
         )
-    if number == errno.EPERM:
-        return ProgramLoadError(f"{what}: {why_not_permitted('BPF_PROG_LOAD')}", errno=number)
-    return ProgramLoadError(f"{what}: {error}", errno=number)
+    return ProgramLoadError(f"{what}: {why_refused(error, 'BPF_PROG_LOAD')}", errno=number)
 
 
 def _verifier_log(attr: Attr) -> str:
@@ -171,6 +169,7 @@ def _verifier_log(attr: Attr) -> str:
         attr.prog_load.log_buf = ctypes.addressof(buffer)
         try:
             os.close(_load(attr))
+            return ""  # whatever it was, the verifier accepts it
         except OSError as error:
             if error.errno == errno.ENOSPC and size < _MAX_LOG_BYTES:
                 size = min(size * 4, _MAX_LOG_BYTES)

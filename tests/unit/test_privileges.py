@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+import pytest
+
+from pybpfthrottle.bpf import privileges
+
+NET_ADMIN, SYS_ADMIN, BPF = 1 << 12, 1 << 21, 1 << 39
+INFINITY = resource.RLIM_INFINITY
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Sets the capabilities that this process seems to have."""
+    return lambda bits: monkeypatch.setattr(privileges, "effective_capabilities", lambda: bits)
+
+
+def test_capabilities_are_those_that_the_kernel_shows():
+    """The capabilities are the number in this process's status."""
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("CapEff:"))
+    assert privileges.effective_capabilities() == int(line.split()[1], 16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "missing"),
+    [
+        (0, ["CAP_BPF", "CAP_NET_ADMIN"]),
+        (NET_ADMIN, ["CAP_BPF"]),
+        (BPF, ["CAP_NET_ADMIN"]),
+        (BPF | NET_ADMIN, []),
+        (SYS_ADMIN, []),
+        ((1 << 41) - 1, []),
+        (~(BPF | NET_ADMIN | SYS_ADMIN) & (1 << 41) - 1, ["CAP_BPF", "CAP_NET_ADMIN"]),
+    ],
+)
+def test_missing_capabilities_are_named(held, bits, missing):
+    """CAP_BPF and CAP_NET_ADMIN are needed, or CAP_SYS_ADMIN in their place."""
+    held(bits)
+    assert privileges.missing_capabilities() == missing
+
+
+def test_without_capabilities_the_remedy_is_root(held):
+    """Who lacks capabilities is told which, and how to get them."""
+    held(NET_ADMIN)
+    text = privileges.why_not_permitted("BPF_PROG_LOAD")
+    assert "lacks CAP_BPF;" in text
+    assert "sudo" in text
+
+
+def test_with_capabilities_the_causes_are_others(held, monkeypatch):
+    """Who has the capabilities is told of filters and modules that refuse the command."""
+    held(SYS_ADMIN)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (INFINITY, INFINITY))
+    text = privileges.why_not_permitted("BPF_PROG_LOAD")
+    assert "seccomp" in text
+    assert "lockdown" in text
+    assert "refuses BPF_PROG_LOAD" in text
+    assert "locked memory" not in text
+    assert "root" not in text
+
+
+def test_a_limit_on_locked_memory_is_a_cause_too(held, monkeypatch):
+    """A finite limit on locked memory is mentioned with its size and remedy."""
+    held(SYS_ADMIN)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    text = privileges.why_not_permitted("BPF_MAP_CREATE")
+    assert "64 KiB" in text
+    assert "ulimit -l unlimited" in text
+
+
+def test_what_succeeds_is_done_once(monkeypatch):
+    """What is permitted is done once, and the limit is not looked at."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: pytest.fail("looked at"))
+    done = []
+    assert privileges.with_memlock(lambda: done.append(1) or 7) == 7
+    assert done == [1]
+
+
+def test_other_errors_pass_through(monkeypatch):
+    """An error that is no EPERM is not about the limit."""
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: pytest.fail("changed"))
+
+    def fails():
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        privileges.with_memlock(fails)
