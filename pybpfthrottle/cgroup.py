@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import time
+from contextlib import suppress
 from typing import Iterator, NamedTuple
 
 from pybpfthrottle.errors import CgroupError, ProcessError
@@ -55,6 +56,15 @@ class Cgroup:
                 raise
         # In a threaded cgroup only the threads can be listed.
         return sorted({_leader(int(line)) for line in self._read("cgroup.threads").split()})
+
+    def pids_below(self) -> list[int]:
+        """The processes in it and in all cgroups below it."""
+        found = []
+        for path, _, _ in os.walk(self.path):
+            # One may vanish in between.
+            with suppress(FileNotFoundError):
+                found += Cgroup(path).pids()
+        return found
 
     def populated(self) -> bool:
         """Whether a process is in it or below it."""

@@ -14,6 +14,7 @@ from pybpfthrottle.errors import Error, ProcessError
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 _OURS = 125
+_MAX_ID = (1 << 32) - 2  # the next one means "leave it"
 
 
 class LaunchError(Error):
@@ -38,16 +39,22 @@ class User(NamedTuple):
         """Read ``NAME`` or ``NAME:GROUP``, names or numbers. Raises ProcessError."""
         name, colon, group = text.partition(":")
         try:
-            entry = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-        except (KeyError, OverflowError):
+            entry = pwd.getpwuid(int(name)) if _is_number(name) else pwd.getpwnam(name)
+        except (KeyError, OverflowError, ValueError):
             raise ProcessError(f"there is no user {name!r}") from None
         gid = entry.pw_gid
         if colon:
             try:
-                gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-            except KeyError:
+                gid = int(group) if _is_number(group) else grp.getgrnam(group).gr_gid
+            except (KeyError, ValueError):
                 raise ProcessError(f"there is no group {group!r}") from None
+            if gid > _MAX_ID:
+                raise ProcessError(f"there is no group {group!r}")
         return cls(entry.pw_name, entry.pw_uid, gid, entry.pw_dir, entry.pw_shell)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 class Command:
@@ -106,6 +113,8 @@ def _child(argv: list[str], user: Optional[User], go: int, report: int) -> NoRet
             os._exit(_OURS)
         if user is not None:
             _become(user)
+        if not argv[0]:
+            raise FileNotFoundError(errno.ENOENT, "")
         os.execvp(argv[0], argv)
     except LaunchError as error:
         os.write(report, f"{error.status} {error}".encode())
@@ -113,7 +122,9 @@ def _child(argv: list[str], user: Optional[User], go: int, report: int) -> NoRet
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         status = NOT_FOUND if missing else NOT_EXECUTABLE
         reason = "command not found" if missing else error.strerror
-        os.write(report, f"{status} {argv[0]}: {reason}".encode("utf-8", "replace"))
+        os.write(report, f"{status} {argv[0] or repr('')}: {reason}".encode("utf-8", "replace"))
+    except Exception as error:
+        os.write(report, f"{_OURS} {argv[0]!r}: {error}".encode("utf-8", "replace"))
     finally:
         os._exit(_OURS)
 

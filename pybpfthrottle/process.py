@@ -8,6 +8,7 @@ from typing import Iterator, Optional
 from pybpfthrottle.errors import ProcessError
 
 _PF_KTHREAD = 0x00200000
+_ENDED = ("Z", "X")
 
 
 class Process:
@@ -18,6 +19,8 @@ class Process:
         stat = _stat(pid)
         if stat is None:
             raise ProcessError(f"there is no process {pid}")
+        if stat[0] in _ENDED:
+            raise ProcessError(f"process {pid} ({_name(pid)}) has ended (it is a zombie)")
         if is_kernel_thread(pid):
             raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
         self.pid = pid
@@ -27,7 +30,7 @@ class Process:
     def alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
         stat = _stat(self.pid)
-        return stat is not None and stat[19] == self._start_time and stat[0] not in ("Z", "X")
+        return stat is not None and stat[19] == self._start_time and stat[0] not in _ENDED
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"

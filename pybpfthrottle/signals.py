@@ -9,7 +9,11 @@ from typing import Any, Iterable
 
 
 class SignalQueue:
-    """While it is entered, these signals are queued. One that was ignored before stays ignored."""
+    """While it is entered, these signals are queued.
+
+    One that was ignored before stays ignored, but for SIGCHLD: without it no child's status can
+    be had.
+    """
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._numbers = list(numbers)
@@ -21,7 +25,7 @@ class SignalQueue:
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in self._numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number == signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, lambda *_: None)
         return self
 

@@ -18,7 +18,11 @@ from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import BpfError
 
-_DATA_OFFSET = 76  # of struct __sk_buff
+# Of struct __sk_buff.
+_LEN_OFFSET = 0
+_DATA_OFFSET = 76
+
+_LDX_W, _AND_IMM, _ADD = 0x61, 0x57, 0x0F
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,15 @@ def _probe_data_sections() -> None:
 
 
 def _probe_direct_packet_access() -> None:
-    # r0 = context->data
-    code = asm.insn(0x61, dst=0, src=1, off=_DATA_OFFSET) + asm.return_imm(1)
+    # r2 = context->data + (context->len & 63). Such a sum needs CAP_PERFMON; the load alone
+    # does not.
+    code = (
+        asm.insn(_LDX_W, dst=2, src=1, off=_DATA_OFFSET)
+        + asm.insn(_LDX_W, dst=3, src=1, off=_LEN_OFFSET)
+        + asm.insn(_AND_IMM, dst=3, imm=63)
+        + asm.insn(_ADD, dst=2, src=3)
+        + asm.return_imm(1)
+    )
     _load(code, AttachType.CGROUP_INET_INGRESS)
 
 

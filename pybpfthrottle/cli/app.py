@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from pybpfthrottle import __version__
 from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
+from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.throttle import BACKENDS
@@ -160,14 +161,8 @@ def main(argv: Optional[list[str]] = None) -> NoReturn:
     try:
         cli.main(argv, prog_name="pybpfthrottle")
     except Error as error:
-        fail(str(error))
+        say(f"error: {error}")
     except BrokenPipeError:
         # Whoever read the output has left. Python would complain once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
-
-
-def fail(message: str, *, status: int = 1) -> NoReturn:
-    """Say what went wrong and leave."""
-    click.echo(f"pybpfthrottle: error: {message}", err=True)
-    sys.exit(status)

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple, Optional
 
 import click
 
+from pybpfthrottle import throttle
 from pybpfthrottle.cli import peer
 from pybpfthrottle.cli.namespaces import NamespaceError, Wire
 from pybpfthrottle.errors import Error
@@ -40,6 +41,8 @@ class _Place(NamedTuple):
 
 def demo(download: Rate, upload: Rate, seconds: int, *, loopback: bool) -> int:
     """Run the transfers; 0 if the limits held, else 1."""
+    for direction in Direction:
+        throttle.choose(direction)
     with ExitStack() as stack:
         place = _loopback(stack) if loopback else _namespaces(stack)
         held = True

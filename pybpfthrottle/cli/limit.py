@@ -58,7 +58,7 @@ def limit(
         if not request.quiet and not as_json:
             rates = ", ".join(f"{direction} {rate}" for direction, rate in live.limits.items())
             where = ", ".join(cgroup.path for cgroup in chosen)
-            click.echo(f"Limiting {where}: {rates}. Ctrl-C ends it.")
+            watch.say(f"Limiting {where}: {rates}. Ctrl-C ends it.")
         reason = _wait(watch, live, target, signals, request.duration_s)
         watch.end(reason=reason)
     if reason == "vanished":
@@ -86,10 +86,11 @@ def _wait(
         if now < following:
             continue
         following += SAMPLE_S
-        if live.vanished():
-            return "vanished"
+        # systemd removes a cgroup with its last process: that is an end like any other.
         if target is not None and not target.alive():
             return "exited"
+        if live.vanished():
+            return "vanished"
         watch.sample()
 
 
@@ -109,7 +110,7 @@ def _targets(target: Optional[Process], paths: Sequence[str], units: Sequence[st
 
 def _refuse_company(target: Process, cgroup: Cgroup) -> None:
     """A cgroup is limited as a whole: refuse, if that meets others than the process."""
-    others = [pid for pid in cgroup.pids() if pid != target.pid and not is_kernel_thread(pid)]
+    others = [pid for pid in cgroup.pids_below() if pid != target.pid and not is_kernel_thread(pid)]
     if not cgroup.is_root() and not others:
         return
     named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in others[:_LISTED])

@@ -133,9 +133,9 @@ def request_from(given: dict[str, Any]) -> Request:
 
 
 def start_logging(verbose: int) -> None:
-    """Log to standard error: warnings, with -v what is done, with -vv how."""
+    """Log to standard error: with -v what is done, with -vv how; without, errors are one line."""
     import logging
 
     logging.addLevelName(logging.WARNING, "WARN")
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    level = (logging.CRITICAL, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)-5s %(message)s")

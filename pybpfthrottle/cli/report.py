@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import Any, NamedTuple, Optional, TextIO
 
+from pybpfthrottle.cli.say import say
 from pybpfthrottle.limits import (
     Counters,
     Direction,
@@ -111,6 +112,7 @@ class JsonLines:
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
+        self._failed = False
 
     def start(self, throttle: Throttle, **fields: Any) -> None:
         """What was put in force."""
@@ -131,8 +133,17 @@ class JsonLines:
         self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
 
     def _write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
-        self._file.flush()
+        if self._failed:
+            return
+        try:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # A full disk must not end the limit, nor the command below it.
+            self._failed = True
+            say(f"cannot write to {self._file.name}: {error.strerror}; no more JSON lines")
 
 
 def _by_direction(readings: list[Reading]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import time
 from contextlib import ExitStack
 from typing import Optional, Sequence, TextIO
 
-import click
-
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import process
 from pybpfthrottle.cgroup import OwnCgroup
 from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error
 from pybpfthrottle.launch import Command, LaunchError, User
@@ -41,10 +40,10 @@ def run(
     try:
         return _run(request, command, user, wait, json_file)
     except LaunchError as error:
-        click.echo(f"pybpfthrottle: {error}", err=True)
+        say(str(error))
         return error.status
     except Error as error:
-        click.echo(f"pybpfthrottle: error: {error}", err=True)
+        say(f"error: {error}")
         return _FAILED
 
 
@@ -56,7 +55,7 @@ def _run(
     json_file: Optional[TextIO],
 ) -> int:
     with ExitStack() as stack:
-        command = Command(argv, user=User.parse(user) if user else None)
+        command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         own = cgroups_v2.create_own(command.pid)
@@ -71,6 +70,7 @@ def _run(
             terminal=sys.stderr,
             json_file=json_file,
             quiet=request.quiet,
+            prefix="pybpfthrottle: ",
         )
         command.let_go()
         cgroups_v2.remove_abandoned()
@@ -83,10 +83,9 @@ def _remove(own: OwnCgroup) -> None:
         return
     pids = own.cgroup.pids()
     named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in pids[:_LISTED])
-    click.echo(
-        f"pybpfthrottle: {len(pids)} of the command's processes go on without a limit: {named}"
-        f" (--wait keeps it); {own.cgroup.path} is removed at the next start after they end",
-        err=True,
+    say(
+        f"{len(pids)} of the command's processes go on without a limit: {named}"
+        f" (--wait keeps it); {own.cgroup.path} is removed at the next start after they end"
     )
 
 
@@ -132,7 +131,6 @@ class _Run:
         """Show the summary and take the limit away, unless that is done already."""
         if self._limited:
             self._watch.end(
-                prefix="pybpfthrottle: ",
                 expect_traffic=status is None,
                 reason=reason,
                 exit_status=status,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any, Optional, TextIO
 
 import click
@@ -28,6 +29,7 @@ class Watch:
         terminal: TextIO,
         json_file: Optional[TextIO],
         quiet: bool,
+        prefix: str = "",
     ) -> None:
         self._live = live
         self._pid = "-" if pid is None else str(pid)
@@ -36,6 +38,7 @@ class Watch:
         self._line = LiveLine(terminal, enabled=not quiet and json_file is not terminal)
         self._json = JsonLines(json_file) if json_file else None
         self._quiet = quiet or json_file is terminal
+        self._prefix = prefix
         self._meter = Meter(live)
 
     def start(self, **fields: Any) -> None:
@@ -55,7 +58,7 @@ class Watch:
                 "eBPF stats PID %s cgroup %s: %s", self._pid, self._cgroup_id(), reading.counters
             )
 
-    def end(self, *, prefix: str = "", expect_traffic: bool = True, **fields: Any) -> None:
+    def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters are still there."""
         self._line.clear()
         readings = self._meter.total()
@@ -64,10 +67,16 @@ class Watch:
         if self._quiet:
             return
         for reading in readings:
-            click.echo(prefix + reading.summary(self._meter.elapsed_s), file=self._terminal)
+            self.say(reading.summary(self._meter.elapsed_s))
         silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id())
         if silent and expect_traffic:
-            click.echo(silent, err=True)
+            with suppress(OSError):
+                click.echo(silent, err=True)
+
+    def say(self, line: str) -> None:
+        """A line for people. A terminal or a reader that has gone away does not matter."""
+        with suppress(OSError):
+            click.echo(self._prefix + line, file=self._terminal)
 
     def _cgroup_id(self) -> str:
         try:

@@ -1,0 +1,333 @@
+"""The bare command on a cgroup: it limits until it is told to stop, and shows what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from pybpfthrottle import cgroup as cgroups
+from pybpfthrottle import objects
+from pybpfthrottle.bpf import links, loader
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.links import AttachMode
+
+ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("method", ["link", "legacy"])
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_ends_it_and_the_limit(tool, running, attached, number, method):
+    """SIGINT, SIGTERM and SIGHUP are regular ends: status 0, nothing attached."""
+    process, cgroup = running("--bpf-attach-method", method)
+    process.send_signal(number)
+    assert tool.finish(process).status == 0
+    assert attached(cgroup) == ()
+
+
+def test_it_says_what_it_limits(tool, running):
+    """The first line names the cgroup, the limits and how to end it; the summary follows."""
+    process, cgroup = running()
+    process.terminate()
+    first, *rest = tool.finish(process).text.splitlines()
+    assert cgroup.path in first
+    assert "download 1.0 MB/s" in first
+    assert "upload 1.0 MB/s" in first
+    assert [line.split(":")[0] for line in rest] == ["download", "upload"]
+
+
+def test_the_duration_ends_it(tool, scratch, attached):
+    """After --duration it leaves with 0."""
+    cgroup = scratch.cgroup()
+    result = tool.run("--cgroup", cgroup.path, "--upload-limit", "1M", "--duration", "0.3", "-q")
+    assert (result.status, result.out, result.err) == (0, b"", "")
+    assert attached(cgroup) == ()
+
+
+def test_one_direction_alone_attaches_one_program(tool, scratch, attached, eventually):
+    """Without an upload limit nothing is attached at egress."""
+    cgroup = scratch.cgroup()
+    process = tool.start("--cgroup", cgroup.path, "--download-limit", "1M", "-q")
+    eventually(lambda: attached(cgroup))
+    fd = cgroup.open()
+    found = links.query(fd, AttachType.CGROUP_INET_EGRESS).program_ids
+    os.close(fd)
+    assert found == ()
+    process.terminate()
+    assert tool.finish(process).status == 0
+
+
+def test_ctrl_c_ends_it(tool, running, attached):
+    """Ctrl-C on its terminal ends it with status 0 and a summary."""
+    process, cgroup = running(on_terminal=True)
+    terminal = tool.terminal_of(process)
+    terminal.wait_for("Ctrl-C ends it")
+    terminal.type(b"\x03")
+    assert tool.finish(process).status == 0
+    assert attached(cgroup) == ()
+    assert re.search(r"download: actual=.* in \d", terminal.text)
+    assert "Traceback" not in terminal.text
+
+
+def test_a_terminal_shows_a_live_line(tool, running):
+    """On a terminal the rates are drawn over themselves."""
+    process, _ = running(on_terminal=True)
+    terminal = tool.terminal_of(process)
+    terminal.wait_for("upload: actual=")
+    assert "\r\x1b[2K" in terminal.text
+    process.terminate()
+    assert tool.finish(process).status == 0
+
+
+def test_quiet_shows_nothing(tool, running):
+    """With -q nothing is shown, on a terminal neither."""
+    process, _ = running("-q", "--duration", "1.5", on_terminal=True)
+    assert tool.finish(process).status == 0
+    assert tool.terminal_of(process).text == ""
+
+
+def test_json_prints_start_samples_and_end(tool, scratch):
+    """--json prints JSON lines, and nothing else, on standard output."""
+    cgroup = scratch.cgroup()
+    result = tool.run(
+        *("--cgroup", cgroup.path, "--download-limit", "1M", "--json", "--duration", "2.2")
+    )
+    start, *samples, end = map(json.loads, result.text.splitlines())
+    assert (start["event"], start["schema"], start["cgroups"]) == ("start", 1, [cgroup.path])
+    assert samples
+    assert all(record["event"] == "sample" for record in samples)
+    assert samples[0]["download"]["limit"] == 1024 * 1024
+    assert (end["event"], end["reason"]) == ("end", "duration")
+    assert end["download"]["packets_total"] == 0
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_json_says_which_signal_ended_it(tool, running, number):
+    """The last record has the signal's name."""
+    process, _ = running("--json")
+    process.send_signal(number)
+    last = json.loads(tool.finish(process).text.splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("end", number.name)
+
+
+def test_verbose_logs_how_it_was_attached(tool, running):
+    """-v logs the attachment in the words of the seeds, on standard error only."""
+    process, _ = running("-v", "--duration", "0.1")
+    result = tool.finish(process)
+    assert result.err.count("✅ Successfully attached using modern method (bpf_link_create)") == 2
+    assert "Successfully attached eBPF ingress program" in result.err
+    assert "Successfully attached eBPF egress program" in result.err
+    assert "Auto-detecting" not in result.err
+    assert "attached using" not in result.text
+
+
+def test_verbose_logs_the_legacy_method(tool, running):
+    """-v says that the legacy call is used, and that it worked."""
+    process, _ = running("-v", "--bpf-attach-method", "legacy", "--duration", "0.1")
+    err = tool.finish(process).err
+    assert "Using legacy BPF attach method (bpf_prog_attach)" in err
+    assert "✅ Successfully attached using legacy method!" in err
+
+
+def test_twice_verbose_logs_each_step(tool, running):
+    """-vv logs the debug lines of the seeds too."""
+    process, cgroup = running("-vv", "--duration", "0.1")
+    err = tool.finish(process).err
+    mode = "AllowMultiple (BPF_F_ALLOW_MULTI - allows coexistence)"
+    assert "Auto-detecting best BPF attach method" in err
+    assert f'Opened cgroup file: "{cgroup.path}"' in err
+    assert re.search(r"Program '\w+' loaded with expected_attach_type: Some\(Ingress\)", err)
+    assert re.search(r"Program '\w+' loaded with expected_attach_type: Some\(Egress\)", err)
+    assert re.search(rf'Attached \w+ to "{cgroup.path}" with mode: {re.escape(mode)}', err)
+
+
+def test_verbose_logs_the_rates(tool, running, eventually):
+    """-v logs a verdict and the counters for each direction every second."""
+    process, cgroup = running("-v", "--duration", "1.6")
+    err = tool.finish(process).err
+    assert re.search(r"PID - download: actual=0 B/s, limit=1\.0 MB/s, ratio=0\.00x", err)
+    counters = "program_calls=0, packets=0, dropped=0 (0.0%), bytes=0, dropped_bytes=0"
+    assert f"eBPF stats PID - cgroup {cgroup.id}: {counters}" in err
+
+
+def test_a_program_that_never_ran_is_said(tool, running):
+    """At the end a limit that has seen no packet says so, and what to look at."""
+    process, cgroup = running("--duration", "0.1")
+    lines = tool.finish(process).err.splitlines()
+    expected = f"⚠️  PID - cgroup {cgroup.id}: No stats in BPF map (eBPF not initialized?)"
+    assert lines[0] == expected
+    assert len(lines) > 1
+
+
+def test_traffic_is_counted_for_the_cgroup(tool, scratch, running):
+    """A datagram of a process in the cgroup is counted in both directions."""
+    program = (
+        "import socket, time; time.sleep(0.2);"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('127.0.0.1', 0));"
+        "s.sendto(bytes(100), s.getsockname()); s.recv(200)"
+    )
+    process, cgroup = running("--loopback", "--json")
+    child = scratch.process(cgroup, tool.python, "-c", program)
+    assert child.wait(30) == 0
+    process.terminate()
+    end = json.loads(tool.finish(process).text.splitlines()[-1])
+    for direction in ("download", "upload"):
+        assert (end[direction]["packets_total"], end[direction]["bytes_total"]) == (1, 128)
+
+
+def test_two_cgroups_share_one_limit(tool, scratch, attached, eventually):
+    """--cgroup may be repeated: the same programs are attached to each."""
+    first, second = scratch.cgroup(), scratch.cgroup()
+    process = tool.start(
+        *("--cgroup", first.path, "--cgroup", second.path, "--download-limit", "1M", "-q")
+    )
+    eventually(lambda: attached(second))
+    assert attached(first) == attached(second)
+    process.terminate()
+    assert tool.finish(process).status == 0
+    assert attached(first) == attached(second) == ()
+
+
+def test_if_the_second_cgroup_fails_the_first_is_not_limited(tool, scratch, attached):
+    """All or nothing: a failure on one cgroup leaves nothing on the others."""
+    good, bad = scratch.cgroup(), scratch.cgroup()
+    with exclusive_program(bad):
+        result = tool.run(
+            *("--cgroup", good.path, "--cgroup", bad.path, "--download-limit", "1M", "-q")
+        )
+        assert result.status == 1
+        assert attached(good) == ()
+
+
+class exclusive_program:  # noqa: N801 - used like a function
+    """Someone else's program in the mode that allows none beside it."""
+
+    def __init__(self, cgroup):
+        self._cgroup = cgroup
+
+    def __enter__(self):
+        fd = self._cgroup.open()
+        self._loaded = loader.load(objects.read("throttle"), ["pybpft_ingress"])
+        self._attachment = links.attach_legacy(
+            self._loaded.programs["pybpft_ingress"],
+            fd,
+            AttachType.CGROUP_INET_INGRESS,
+            AttachMode.SINGLE,
+        )
+        os.close(fd)
+
+    def __exit__(self, *_):
+        self._attachment.detach()
+        self._loaded.close()
+
+
+@pytest.mark.parametrize("method", ["auto", "link", "legacy"])
+def test_an_exclusive_program_is_not_replaced(tool, scratch, attached, method):
+    """Where another tool's program allows none beside it, ours is refused; theirs stays."""
+    cgroup = scratch.cgroup()
+    arguments = ("--cgroup", cgroup.path, "--download-limit", "1M", "--bpf-attach-method", method)
+    with exclusive_program(cgroup):
+        before = attached(cgroup)
+        result = tool.run(*arguments, "-q")
+        assert attached(cgroup) == before
+    assert result.status == 1
+    complaint = result.err.splitlines()[-1]
+    assert complaint.startswith("pybpfthrottle: error: ")
+    assert "another program" in complaint
+
+
+def test_an_error_other_than_einval_is_not_retried(tool, scratch):
+    """Auto falls back only after EINVAL, and logs that it did not."""
+    cgroup = scratch.cgroup()
+    with exclusive_program(cgroup):
+        err = tool.run("--cgroup", cgroup.path, "--download-limit", "1M", "-v").err
+    assert "Modern attach failed with non-EINVAL error, not retrying" in err
+    assert "legacy" not in err
+
+
+def test_a_cgroup_that_vanishes_is_an_error(tool, scratch, running):
+    """When the cgroup is removed the command ends with one line and status 1."""
+    cgroup = scratch.cgroup()
+    inside = scratch.process(cgroup)
+    process, _ = running("-q", cgroup=cgroup)
+    cgroups.root().move_in(inside.pid)
+    cgroup.remove(patience_s=5)
+    result = tool.finish(process)
+    assert result.status == 1
+    assert cgroup.path in result.complaint
+    assert "removed" in result.complaint
+
+
+def test_one_of_two_cgroups_may_vanish(tool, scratch, running, eventually):
+    """As long as one cgroup is left it goes on."""
+    first, second = scratch.cgroup(), scratch.cgroup()
+    process, _ = running("-q", "--cgroup", second.path, "--duration", "2", cgroup=first)
+    first.remove(patience_s=5)
+    assert tool.finish(process).status == 0
+
+
+@pytest.mark.parametrize("last", ["process", "command"])
+def test_a_terminal_that_goes_away_ends_it(tool, running, attached, tmp_path, last):
+    """When its terminal is closed it ends, detaches, and has no traceback to tell."""
+    with open(tmp_path / "err", "wb") as err:
+        process, cgroup = running(on_terminal=True, stderr=err)
+    terminal = tool.terminal_of(process)
+    terminal.wait_for("actual=" if last == "process" else "Limiting")
+    terminal.close()
+    assert tool.finish(process).status == 0
+    assert attached(cgroup) == ()
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+def test_under_nohup_it_goes_on_without_its_terminal(tool, running, attached, tmp_path):
+    """With SIGHUP ignored a terminal that goes away does not end it; SIGTERM does, with 0."""
+    with open(tmp_path / "err", "wb") as err:
+        process, cgroup = running(
+            on_terminal=True,
+            stderr=err,
+            ignored=signal.SIGHUP,
+        )
+    tool.terminal_of(process).wait_for("actual=")
+    tool.terminal_of(process).close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.5)
+    assert attached(cgroup)
+    process.terminate()
+    assert tool.finish(process).status == 0
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+@pytest.mark.parametrize("arguments", [("--json",), ()])
+def test_a_reader_that_leaves_is_no_traceback(tool, running, attached, arguments):
+    """``pybpfthrottle ... | head -1``: it ends without a traceback, and detaches."""
+    process, cgroup = running(*arguments, "--duration", "2")
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    tool.finish(process)
+    assert attached(cgroup) == ()
+
+
+def test_kill_9_detaches_links(running, eventually, attached):
+    """After kill -9 nothing is attached."""
+    process, cgroup = running("-q")
+    process.kill()
+    process.wait()
+    eventually(lambda: not attached(cgroup))
+
+
+def test_two_instances_limit_one_cgroup_beside_each_other(tool, running, attached):
+    """A second throttle is attached beside the first; the end of one leaves the other."""
+    first, cgroup = running("-q")
+    before = attached(cgroup)
+    assert (
+        tool.run("--cgroup", cgroup.path, "--upload-limit", "1M", "-q", "--duration", "0.2").status
+        == 0
+    )
+    assert attached(cgroup) == before
+    first.terminate()
+    assert tool.finish(first).status == 0

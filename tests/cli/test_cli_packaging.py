@@ -1,0 +1,153 @@
+"""The command from a zip, a wheel and an sdist; shell completion."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+LIMIT = ("run", "-q", "--download-limit", "1M", "--upload-limit", "1M")
+OBJECTS = ("throttle.bpfel.o", "throttle.bpfeb.o", "throttle-direct.bpfel.o", "MANIFEST.json")
+
+
+@pytest.fixture
+def zipped(tool, copied_package, tmp_path):
+    """The tool from a zip file."""
+    archive = tmp_path / "tool.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(copied_package.rglob("*")):
+            file.write(path, path.relative_to(copied_package))
+    shutil.rmtree(copied_package)
+    tool.path = str(archive)
+    return tool
+
+
+@pytest.fixture
+def source_copy(repository, tmp_path):
+    """A copy of the source tree, so that a build leaves nothing in it."""
+    target = tmp_path / "source"
+    ignored = shutil.ignore_patterns(
+        *("__pycache__", ".*", "*.egg-info", "build", "dist", "tests", "*.pyc")
+    )
+    shutil.copytree(repository, target, ignore=ignored)
+    return target
+
+
+def test_a_zip_is_what_is_imported(zipped):
+    """The package comes from the zip file."""
+    code = "import pybpfthrottle; print(pybpfthrottle.__file__)"
+    shown = subprocess.run(
+        [zipped.python, "-c", code],
+        env=zipped.environment(),
+        cwd="/",
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.startswith(zipped.path + "/")
+
+
+def test_backends_are_listed_from_a_zip(zipped):
+    """--list-backends works from a zip file."""
+    result = zipped.run("--list-backends")
+    assert result.status == 0
+    assert result.text.count("✅ available") == 2
+
+
+def test_run_works_from_a_zip(zipped):
+    """The objects are read from the zip file: the command runs with both limits."""
+    result = zipped.run(*LIMIT, "--", "sh", "-c", "exit 3")
+    assert (result.status, result.err) == (3, "")
+
+
+def test_the_wheel_has_the_objects(source_copy, tmp_path, tool):
+    """The wheel has prebuilt/ inside of the package, and run works from it alone."""
+    wheels = tmp_path / "wheels"
+    isolation = ["--no-build-isolation"] if _builds_wheels() else []
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *isolation]
+    subprocess.run([*command, "-w", str(wheels), str(source_copy)], check=True, cwd=tmp_path)
+    (wheel,) = wheels.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for name in names:
+            archive.extract(name, tmp_path / "installed")
+    assert {f"pybpfthrottle/prebuilt/{name}" for name in OBJECTS} <= names
+    assert "pybpfthrottle/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "tools/", "ebpf_src/"))]
+    tool.path = str(tmp_path / "installed")
+    assert tool.run(*LIMIT, "--", "sh", "-c", "exit 3").status == 3
+
+
+def _builds_wheels():
+    """Whether this interpreter's setuptools makes wheels, by itself or with the package wheel."""
+    if importlib.util.find_spec("setuptools") is None:
+        return False
+    if importlib.util.find_spec("wheel") is not None:
+        return True
+    from importlib.metadata import version
+
+    return tuple(map(int, version("setuptools").split(".")[:2])) >= (70, 1)
+
+
+def test_the_sdist_has_sources_tools_and_objects(source_copy, tmp_path):
+    """The sdist has all that a build of the objects needs, and the objects."""
+    if importlib.util.find_spec("setuptools") is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "setuptools"], check=True)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=source_copy,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    wanted = {"ebpf_src/throttle.h", "tools/build_prebuilt", "LICENSE", "README.md", "setup.cfg"}
+    assert wanted | {f"prebuilt/{name}" for name in OBJECTS} <= names
+    assert not [name for name in names if name.endswith(".pyc")]
+
+
+@pytest.fixture
+def installed(tool, tmp_path):
+    """Run a script with the name of the entry point, and environment variables."""
+    script = tmp_path / "pybpfthrottle"
+    script.write_text(f"#!{sys.executable}\nfrom pybpfthrottle.cli.app import main\nmain()\n")
+    script.chmod(0o755)
+
+    def run(**variables):
+        return subprocess.run(
+            [str(script)],
+            env=tool.environment(**variables),
+            cwd=os.sep,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(installed, shell):
+    """_PYBPFTHROTTLE_COMPLETE prints a script for each shell that click knows."""
+    done = installed(_PYBPFTHROTTLE_COMPLETE=f"{shell}_source")
+    assert done.returncode == 0
+    assert "_pybpfthrottle_completion" in done.stdout
+
+
+def test_completion_knows_the_subcommands_and_options(installed):
+    """The words that complete "ru" and "--down" are run and the options for downloads."""
+    for begun, wanted in (("ru", "run"), ("--down", "--download-limit")):
+        done = installed(
+            _PYBPFTHROTTLE_COMPLETE="bash_complete",
+            COMP_WORDS=f"pybpfthrottle {begun}",
+            COMP_CWORD="1",
+        )
+        assert f"plain,{wanted}" in done.stdout.splitlines()

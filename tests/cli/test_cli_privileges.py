@@ -1,0 +1,119 @@
+"""Without root, or without a capability: one clear line says what is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+LIMIT = ("--download-limit", "1M", "-q")
+# Root without CAP_DAC_OVERRIDE may not make a cgroup below the root cgroup: nobody may write there.
+NO_BPF = ["setpriv", "--bounding-set=-all,+dac_override", "--inh-caps=-all"]
+
+
+def test_run_of_a_user_is_125(tool, anybody):
+    """Run as nobody fails with 125, and says that root is needed."""
+    result = tool.run("run", *LIMIT, "--", "true", prefix=anybody)
+    assert result.status == 125
+    assert "root" in result.complaint
+
+
+def test_a_cgroup_cannot_be_limited_by_a_user(tool, anybody, scratch, attached):
+    """--cgroup as nobody fails with 1, names the capabilities and what to do."""
+    cgroup = scratch.cgroup()
+    result = tool.run("--cgroup", cgroup.path, *LIMIT, prefix=anybody)
+    assert result.status == 1
+    assert "CAP_BPF" in result.complaint
+    assert "CAP_NET_ADMIN" in result.complaint
+    assert "root" in result.complaint
+    assert attached(cgroup) == ()
+
+
+def test_a_pid_cannot_be_limited_by_a_user(tool, anybody, scratch):
+    """--pid as nobody fails with 1 and one line."""
+    process = scratch.process(scratch.cgroup())
+    result = tool.run("--pid", str(process.pid), *LIMIT, prefix=anybody)
+    assert result.status == 1
+    assert "CAP_BPF" in result.complaint
+
+
+def test_a_unit_cannot_be_limited_by_a_user(tool, anybody, scratch):
+    """--unit as nobody fails with 1 and one line."""
+    name = scratch.name()
+    scratch.cgroup(name=f"{name}.service")
+    result = tool.run("--unit", name, *LIMIT, prefix=anybody)
+    assert result.status == 1
+    assert "CAP_BPF" in result.complaint
+
+
+def test_the_demo_of_a_user_is_one_line(tool, anybody):
+    """The demo as nobody fails with 1, and one line on standard error says what is missing."""
+    # The demo without namespaces has a port of its own on the loopback device.
+    own_loopback = ["unshare", "--net", "sh", "-ec", 'ip link set lo up; exec "$@"', "sh"]
+    result = tool.run("demo", "--seconds", "2", prefix=[*own_loopback, *anybody])
+    assert result.status == 1
+    assert "root" in result.complaint
+
+
+def test_backends_are_listed_as_unavailable_to_a_user(tool, anybody):
+    """--list-backends as nobody is no error: it says why nothing is available."""
+    result = tool.run("--list-backends", prefix=anybody)
+    assert (result.status, result.err) == (0, "")
+    lines = [line for line in result.text.splitlines() if "ebpf" in line]
+    assert len(lines) == 2
+    assert all("❌ unavailable: " in line and "CAP_BPF" in line for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [("run", "--download-limit", "x", "true"), ("--pid", "0")])
+def test_usage_comes_before_privileges(tool, anybody, arguments):
+    """Wrong usage is 2 for everybody."""
+    assert tool.run(*arguments, prefix=anybody).usage_error
+
+
+def test_run_without_capabilities_is_125(tool):
+    """Root without the right to use bpf(2) gets 125 and the names of those that are missing."""
+    result = tool.run("run", *LIMIT, "--", "true", prefix=NO_BPF)
+    assert result.status == 125
+    assert "CAP_BPF" in result.complaint
+    assert "CAP_NET_ADMIN" in result.complaint
+
+
+def test_run_without_any_capability_is_125(tool):
+    """Root that may not even make a cgroup gets 125 and one line."""
+    prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    result = tool.run("run", *LIMIT, "--", "true", prefix=prefix)
+    assert result.status == 125
+    assert "cgroup" in result.complaint
+
+
+@pytest.mark.parametrize("held", ["bpf", "net_admin"])
+def test_the_missing_one_of_two_capabilities_is_named(tool, scratch, held):
+    """With one of CAP_BPF and CAP_NET_ADMIN only the other is said to be missing."""
+    cgroup = scratch.cgroup()
+    prefix = ["setpriv", f"--bounding-set=-all,+perfmon,+{held}"]
+    result = tool.run("--cgroup", cgroup.path, *LIMIT, prefix=prefix)
+    missing = {"bpf": "CAP_NET_ADMIN", "net_admin": "CAP_BPF"}[held]
+    assert result.status == 1
+    assert f"lacks {missing};" in result.err.splitlines()[-1]
+
+
+def test_the_two_capabilities_are_enough(tool):
+    """CAP_BPF and CAP_NET_ADMIN are all that the limit needs of root's capabilities."""
+    prefix = ["setpriv", "--bounding-set=-all,+dac_override,+bpf,+net_admin"]
+    limits = (*LIMIT, "--upload-limit", "1M")
+    result = tool.run("run", *limits, "--", "sh", "-c", "exit 3", prefix=prefix)
+    assert (result.status, result.err) == (3, "")
+
+
+def test_nobody_becomes_another_user_without_the_right(tool):
+    """--user without CAP_SETUID is 125, and the user is named."""
+    prefix = ["setpriv", "--bounding-set=-setuid,-setgid"]
+    result = tool.run("run", *LIMIT, "--user", "nobody", "--", "true", prefix=prefix)
+    assert result.status == 125
+    assert "nobody" in result.complaint
+
+
+def test_a_user_that_is_refused_runs_nothing(tool, tmp_path):
+    """When --user is refused the command is not executed as root instead."""
+    prefix = ["setpriv", "--bounding-set=-setuid,-setgid"]
+    touch = ("touch", str(tmp_path / "started"))
+    tool.run("run", *LIMIT, "--user", "nobody", "--", *touch, prefix=prefix)
+    assert not (tmp_path / "started").exists()

@@ -1,0 +1,227 @@
+"""Signals that reach ``run``, by kill and from a terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from pybpfthrottle import cgroup as cgroups
+
+LIMIT = ("run", "-q", "--download-limit", "1M")
+LOOP = "echo ready; while :; do sleep 0.05; done"
+
+
+def started(tool, script, *, limit=LIMIT, **popen):
+    """Start a shell script below the tool, and wait until it is ready."""
+    process = tool.start(*limit, "--", "sh", "-c", script, **popen)
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def session_of(pid):
+    """The pids of the processes in a session, without zombies."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as file:
+                state, _, _, session = file.read().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == pid and state != "Z":
+            found.append(int(name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_tool_is_passed_on(tool, number):
+    """SIGTERM and SIGHUP end a command that does not handle them: 128 + n."""
+    process = started(tool, LOOP)
+    process.send_signal(number)
+    assert tool.finish(process).status == 128 + number
+
+
+@pytest.mark.parametrize("name", ["TERM", "HUP"])
+def test_the_commands_own_handler_decides(tool, name):
+    """The command's handler runs, and what it exits with is the status."""
+    process = started(tool, f"trap 'echo handled; exit 7' {name}; {LOOP}")
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    result = tool.finish(process)
+    assert (result.status, result.out, result.err) == (7, b"handled\n", "")
+
+
+def test_a_command_that_handles_a_signal_goes_on_with_its_limit(tool, eventually, attached):
+    """A command may survive SIGTERM: it stays limited, and a second one may end it."""
+    process = started(tool, f"trap 'trap - TERM; echo one' TERM; {LOOP}")
+    cgroup = tool.cgroup_of(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == b"one\n"
+    assert attached(cgroup)
+    process.send_signal(signal.SIGTERM)
+    assert tool.finish(process).status == 128 + signal.SIGTERM
+
+
+def test_an_interrupt_by_kill_is_not_passed_on(tool, tmp_path):
+    """SIGINT comes from the terminal to both; sent to the tool alone it ends neither."""
+    script = "trap 'exit 9' INT; echo ready; while [ ! -e stop ]; do sleep 0.05; done; exit 4"
+    process = started(tool, script)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 4
+
+
+def test_a_hangup_that_the_caller_ignores_ends_nobody(tool, tmp_path):
+    """Under nohup neither the tool nor the command ends at SIGHUP."""
+    process = started(
+        tool,
+        "echo ready; while [ ! -e stop ]; do sleep 0.05; done; exit 4",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 4
+
+
+def test_ctrl_c_reaches_the_command(tool):
+    """Ctrl-C runs the command's handler; its status and the summary follow."""
+    process, terminal = tool.start_on_terminal(
+        *("run", "--download-limit", "1M", "--", "sh", "-c"),
+        f"trap 'echo handled; exit 9' INT; {LOOP}",
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x03")
+    assert tool.finish(process).status == 9
+    assert "handled" in terminal.text
+    assert "pybpfthrottle: download: actual=" in terminal.text.partition("handled")[2]
+    assert "Traceback" not in terminal.text
+
+
+def test_ctrl_c_ends_a_command_that_does_not_handle_it(tool):
+    """A command that SIGINT ends gives 130, after the summary."""
+    process, terminal = tool.start_on_terminal(
+        "run", "--download-limit", "1M", "--", "sh", "-c", "echo ready; exec sleep 60"
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x03")
+    assert tool.finish(process).status == 130
+    assert "pybpfthrottle: download: actual=" in terminal.text
+
+
+def test_ctrl_c_does_not_end_a_command_that_ignores_it(tool, tmp_path):
+    """The tool waits for a command that ignores Ctrl-C, and then prints its summary."""
+    process, terminal = tool.start_on_terminal(
+        *("run", "--download-limit", "1M", "--", "sh", "-c"),
+        "trap '' INT; echo ready; while [ ! -e stop ]; do sleep 0.05; done; exit 4",
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x03")
+    terminal.wait_for("^C")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    assert "pybpfthrottle: download" not in terminal.text
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 4
+    assert "pybpfthrottle: download: actual=" in terminal.text
+
+
+def test_ctrl_backslash_is_the_commands_too(tool):
+    """Ctrl-Backslash ends the command by SIGQUIT; the tool lives to print its summary."""
+    process, terminal = tool.start_on_terminal(
+        *("run", "--download-limit", "1M", "--", "sh", "-c"),
+        "ulimit -c 0; trap 'exit 8' QUIT; echo ready; while :; do sleep 0.05; done",
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x1c")
+    assert tool.finish(process).status == 8
+    assert "pybpfthrottle: download: actual=" in terminal.text
+
+
+def test_the_command_reads_from_the_terminal(tool):
+    """The command is in the foreground: it may read what is typed."""
+    process, terminal = tool.start_on_terminal(
+        *LIMIT, "--", "sh", "-c", 'echo ready; read word; echo "read $word"'
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"hello\n")
+    assert tool.finish(process).status == 0
+    assert "read hello" in terminal.text
+
+
+def test_the_command_gets_sighup_when_the_terminal_goes_away(tool, eventually, tmp_path):
+    """Closing the terminal reaches the command as SIGHUP, and the tool ends with it."""
+    process, terminal = tool.start_on_terminal(
+        *("run", "--download-limit", "1M", "--", "sh", "-c"),
+        f"trap 'echo yes >hup; exit 6' HUP; {LOOP}",
+    )
+    terminal.wait_for("ready")
+    terminal.close()
+    assert tool.finish(process).status == 6
+    assert eventually(lambda: (tmp_path / "hup").exists())
+
+
+def test_kill_9_of_the_tool_detaches(tool, eventually, attached):
+    """After kill -9 of the tool nothing is attached, and the next start removes the cgroup."""
+    tool.cgroups_may_stay = True
+    process = started(tool, "echo ready; echo $$; exec sleep 60")
+    command = int(process.stdout.readline())
+    cgroup = tool.cgroup_of(process)
+    process.kill()
+    process.wait()
+    eventually(lambda: not attached(cgroup))
+    assert cgroup.pids() == [command]
+    os.kill(command, signal.SIGKILL)
+    eventually(lambda: not cgroup.exists() or not cgroup.populated())
+    assert tool.run(*LIMIT, "--", "true").status == 0
+    assert not cgroup.exists()
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.1, 0.15, 0.2, 0.3])
+def test_kill_9_during_the_start_leaves_no_process(tool, eventually, cgroups_of, delay_s):
+    """A tool that is killed while it starts leaves no child behind that waits for ever."""
+    tool.cgroups_may_stay = True
+    process = tool.start(*LIMIT, "--", "true", start_new_session=True)
+    time.sleep(delay_s)
+    process.kill()
+    process.wait()
+    eventually(lambda: not any(each.populated() for each in cgroups_of(process.pid)))
+    eventually(lambda: not session_of(process.pid))
+
+
+def test_another_instance_leaves_a_live_cgroup_alone(tool, tmp_path):
+    """A cgroup that is empty for the moment, whose tool lives, is not taken for abandoned."""
+    root = cgroups.root().path
+    script = f"echo $$ >{root}/cgroup.procs; echo ready; while [ ! -e stop ]; do sleep 0.05; done"
+    process = started(tool, script)
+    cgroup = tool.cgroup_of(process)
+    assert not cgroup.populated()
+    assert tool.run(*LIMIT, "--", "true").status == 0
+    assert cgroup.exists()
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 0
+
+
+def test_signals_in_a_row_are_all_passed_on(tool):
+    """A burst of signals does not confuse the tool."""
+    script = "n=0; trap 'n=$((n+1))' HUP; trap 'echo $((n > 0)); exit 3' TERM; " + LOOP
+    process = started(tool, script)
+    for _ in range(50):
+        process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    result = tool.finish(process)
+    assert (result.status, result.out) == (3, b"1\n")
+
+
+def test_a_stopped_command_is_waited_for(tool):
+    """A command that is stopped for a while has not ended."""
+    process = started(tool, "echo ready; kill -STOP $$; exit 5")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    os.kill(tool.cgroup_of(process).pids()[0], signal.SIGCONT)
+    assert tool.finish(process).status == 5

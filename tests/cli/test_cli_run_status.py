@@ -1,0 +1,87 @@
+"""The exit status of ``run``: that of the command, or 125, 126 and 127."""
+
+from __future__ import annotations
+
+import pytest
+
+LIMIT = ("run", "-q", "--download-limit", "1M")
+
+
+@pytest.mark.parametrize("status", [0, 3, 125, 255])
+def test_the_commands_status_is_passed_on(tool, status):
+    """Whatever the command exits with is the exit status."""
+    result = tool.run(*LIMIT, "--", "sh", "-c", f"exit {status}")
+    assert (result.status, result.err) == (status, "")
+
+
+@pytest.mark.parametrize(("name", "status"), [("KILL", 137), ("TERM", 143), ("ABRT", 134)])
+def test_death_by_a_signal_is_128_and_its_number(tool, name, status):
+    """A command that a signal ended gives 128 + n, as in a shell."""
+    assert tool.run(*LIMIT, "--", "sh", "-c", f"kill -{name} $$").status == status
+
+
+@pytest.mark.parametrize("command", ["no-such-command-here", "./absent", "/dev/null/x", ""])
+def test_a_command_that_is_not_found_is_127(tool, command):
+    """A command that does not exist gives 127 and one line that names it."""
+    result = tool.run(*LIMIT, "--", command)
+    assert result.status == 127
+    assert result.complaint == f"pybpfthrottle: {command or repr('')}: command not found"
+
+
+def test_a_command_without_the_x_bit_is_126(tool, tmp_path):
+    """A file that may not be executed gives 126 and one line."""
+    (tmp_path / "script").write_text("#!/bin/sh\n")
+    result = tool.run(*LIMIT, "--", "./script")
+    assert result.status == 126
+    assert result.complaint == "pybpfthrottle: ./script: Permission denied"
+
+
+def test_a_directory_is_126(tool, tmp_path):
+    """A directory cannot be executed."""
+    result = tool.run(*LIMIT, "--", str(tmp_path))
+    assert result.status == 126
+    assert str(tmp_path) in result.complaint
+
+
+def test_a_file_in_no_known_format_is_126(tool, tmp_path):
+    """A file that the kernel cannot execute gives 126 and one line."""
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF nonsense")
+    broken.chmod(0o755)
+    result = tool.run(*LIMIT, "--", "./broken")
+    assert result.status == 126
+    assert result.complaint == "pybpfthrottle: ./broken: Exec format error"
+
+
+def test_a_name_that_is_no_utf8_is_127(tool):
+    """Bytes that are no text do not disturb the message."""
+    result = tool.run(*LIMIT, "--", b"\xff\xfe")
+    assert result.status == 127
+    assert result.complaint.endswith(": command not found")
+
+
+def test_an_unknown_backend_is_125(tool):
+    """A backend that does not exist is a failure of ours, and the known ones are named."""
+    result = tool.run(*LIMIT, "--download-backend", "magic", "--", "true")
+    assert result.status == 125
+    assert "magic" in result.complaint
+    assert "ebpf" in result.complaint
+
+
+def test_the_command_does_not_start_before_the_limit(tool, tmp_path):
+    """If the limit cannot be put in force, the command was never executed."""
+    tool.run(*LIMIT, "--download-backend", "magic", "--", "touch", str(tmp_path / "started"))
+    assert not (tmp_path / "started").exists()
+
+
+def test_both_directions_may_be_limited(tool):
+    """The command runs with both limits."""
+    assert tool.run(*LIMIT, "--upload-limit", "8mbit", "--", "true").status == 0
+
+
+@pytest.mark.parametrize("method", ["auto", "link", "legacy"])
+@pytest.mark.parametrize("verdict", ["congestion", "deny"])
+def test_each_way_of_attaching_works(tool, method, verdict):
+    """Each attach method and each verdict works, and is gone with the command."""
+    options = ("--upload-limit", "1M", "--bpf-attach-method", method, "--egress-verdict", verdict)
+    assert tool.run(*LIMIT, *options, "--", "true").status == 0

@@ -1,0 +1,358 @@
+"""--pid, --cgroup and --unit: what is limited, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from pybpfthrottle import cgroup as cgroups
+from pybpfthrottle.process import is_kernel_thread
+
+LIMIT = ("--download-limit", "1M", "-q")
+SHORT = (*LIMIT, "--duration", "0.3")
+
+
+def refusal(tool, *arguments, **options):
+    """Status 1 and one line."""
+    result = tool.run(*arguments, *SHORT, **options)
+    assert result.status == 1
+    assert result.out == b""
+    assert result.complaint.startswith("pybpfthrottle: error: ")
+    return result.complaint
+
+
+def test_a_pid_alone_in_its_cgroup_is_limited(tool, scratch, attached, eventually):
+    """--pid attaches to the process's own cgroup, and ends with 0 when the process does."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started = tool.start("--pid", str(process.pid), *LIMIT)
+    eventually(lambda: attached(cgroup))
+    process.kill()
+    process.wait()
+    assert tool.finish(started).status == 0
+    assert attached(cgroup) == ()
+
+
+def test_a_pid_ends_as_a_zombie_too(tool, scratch, attached, eventually):
+    """A process whose parent does not reap it has ended all the same."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started = tool.start("--pid", str(process.pid), *LIMIT)
+    eventually(lambda: attached(cgroup))
+    process.kill()
+    assert tool.finish(started).status == 0
+
+
+def test_a_pid_whose_cgroup_goes_with_it_is_no_error(tool, scratch, attached, eventually):
+    """When the process ends and its cgroup is removed at once the status is 0: it has ended."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started = tool.start("--pid", str(process.pid), *LIMIT)
+    eventually(lambda: attached(cgroup))
+    process.kill()
+    process.wait()
+    cgroup.remove(patience_s=5)
+    assert tool.finish(started).status == 0
+
+
+def test_the_log_names_the_process(tool, scratch):
+    """The verdict's log line has the pid and the name."""
+    process = scratch.process(scratch.cgroup())
+    result = tool.run(
+        "--pid", str(process.pid), "-v", "--download-limit", "1M", "--duration", "1.5"
+    )
+    assert f"PID {process.pid} (sleep) download: actual=0 B/s, limit=1.0 MB/s, " in result.err
+    assert f"eBPF stats PID {process.pid} cgroup " in result.err
+
+
+def test_a_pid_with_company_is_refused(tool, scratch):
+    """A cgroup with another process is refused, naming that one and the option."""
+    cgroup = scratch.cgroup()
+    process, other = scratch.process(cgroup), scratch.process(cgroup)
+    complaint = refusal(tool, "--pid", str(process.pid))
+    assert f"{other.pid} (sleep)" in complaint
+    assert "--whole-cgroup" in complaint
+
+
+def test_a_pid_with_a_child_cgroup_of_others_is_refused(tool, scratch):
+    """A process in a cgroup below would be limited too: it is company."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    below = scratch.cgroup(parent=cgroup)
+    other = scratch.process(below)
+    assert str(other.pid) in refusal(tool, "--pid", str(process.pid))
+
+
+def test_the_whole_cgroup_may_be_asked_for(tool, scratch, attached, eventually):
+    """With --whole-cgroup the other process is limited too."""
+    cgroup = scratch.cgroup()
+    process, _ = scratch.process(cgroup), scratch.process(cgroup)
+    started = tool.start("--pid", str(process.pid), "--whole-cgroup", *LIMIT)
+    eventually(lambda: attached(cgroup))
+    started.terminate()
+    assert tool.finish(started).status == 0
+
+
+def test_a_pid_in_the_root_cgroup_is_refused(tool, scratch):
+    """The root cgroup is not limited for the sake of one process."""
+    process = scratch.process(cgroups.root())
+    complaint = refusal(tool, "--pid", str(process.pid))
+    assert "root" in complaint
+    assert "--whole-cgroup" in complaint
+
+
+def test_a_kernel_thread_is_refused(tool):
+    """A kernel thread cannot be limited."""
+    pids = [name for name in os.listdir("/proc") if name.isdigit() and is_kernel_thread(int(name))]
+    if not pids:
+        pytest.skip("this process namespace shows no kernel threads")
+    assert "kernel thread" in refusal(tool, "--pid", pids[0])
+
+
+@pytest.mark.parametrize("pid", ["past the last", str(10**30)])
+def test_a_pid_that_does_not_exist_is_refused(tool, pid):
+    """There is no such process."""
+    if pid == "past the last":
+        with open("/proc/sys/kernel/pid_max") as file:
+            pid = file.read().strip()
+    assert f"there is no process {pid}" in refusal(tool, "--pid", pid)
+
+
+@pytest.mark.parametrize("cgroup_stays", [True, False])
+def test_a_zombie_is_refused(tool, scratch, cgroup_stays):
+    """A process that has ended, but was not reaped, is as good as none."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if not cgroup_stays:
+        cgroup.remove(patience_s=5)
+    assert str(process.pid) in refusal(tool, "--pid", str(process.pid))
+
+
+def test_a_pid_that_ends_in_between_is_no_traceback(tool, scratch):
+    """Whenever the process and its cgroup go, the tool ends: with 0, or with 1 and one line."""
+    started = []
+    for delay in ("0.1", "0.2", "0.3", "0.4"):
+        cgroup = scratch.cgroup()
+        process = scratch.process(cgroup, "sleep", delay)
+        started.append((tool.start("--pid", str(process.pid), *LIMIT), process, cgroup))
+    for _, process, cgroup in started:
+        process.wait(30)
+        cgroup.remove(patience_s=5)
+    for running, _, _ in started:
+        result = tool.finish(running)
+        assert result.status in (0, 1)
+        assert result.err == "" if result.status == 0 else result.complaint
+
+
+def test_a_v1_path_is_refused(tool):
+    """A path in a v1 hierarchy is refused, and where v2 is mounted is said."""
+    paths = [each.path for each in cgroups.mounts() if each.type == "cgroup"]
+    if not paths:
+        pytest.skip("no v1 hierarchy is mounted on this machine")
+    path = paths[0]
+    complaint = refusal(tool, "--cgroup", path)
+    assert "v1" in complaint
+    assert cgroups.root().path in complaint
+
+
+def test_a_path_that_is_no_cgroup_is_refused(tool, tmp_path):
+    """A directory elsewhere is no cgroup, and where they are is said."""
+    complaint = refusal(tool, "--cgroup", str(tmp_path))
+    assert f"{tmp_path} is not a cgroup" in complaint
+    assert cgroups.root().path in complaint
+
+
+def test_a_path_that_does_not_exist_is_refused(tool):
+    """A cgroup that does not exist is refused."""
+    path = f"{cgroups.root().path}/no-such-cgroup-here"
+    complaint = refusal(tool, "--cgroup", path)
+    assert path in complaint
+    assert "No such file" in complaint
+
+
+@pytest.mark.parametrize("path", ["", "a\nb", "\x1b[31mred"])
+def test_a_strange_path_is_still_one_line(tool, path):
+    """An empty path, or one with control characters, makes one line all the same."""
+    assert refusal(tool, "--cgroup", path).isprintable()
+
+
+def test_a_path_that_is_no_utf8_is_refused(tool):
+    """Bytes that are no text are no traceback."""
+    assert "No such file" in refusal(tool, "--cgroup", b"/sys/fs/cgroup/\xff")
+
+
+def test_a_cgroup_whose_name_is_no_utf8_is_limited(tool, scratch):
+    """A cgroup may have any name."""
+    cgroup = scratch.cgroup(name=scratch.name() + os.fsdecode(b"\xff"))
+    result = tool.run("--cgroup", os.fsencode(cgroup.path), *SHORT[:2], "--duration", "0.1")
+    assert result.status == 0
+
+
+def test_a_file_in_a_cgroup_is_refused(tool, scratch):
+    """A file of a cgroup is refused, and its directory is suggested."""
+    cgroup = scratch.cgroup()
+    complaint = refusal(tool, "--cgroup", f"{cgroup.path}/cgroup.procs")
+    assert complaint.endswith(cgroup.path)
+
+
+@pytest.mark.parametrize("form", ["relative", "trailing slash", "symbolic link"])
+def test_a_path_may_have_any_form(tool, scratch, tmp_path, form):
+    """A relative path, a trailing slash and a symbolic link lead to the same cgroup."""
+    cgroup = scratch.cgroup()
+    (tmp_path / "link").symlink_to(cgroup.path)
+    path = {
+        "relative": os.path.relpath(cgroup.path, tmp_path.resolve()),
+        "trailing slash": cgroup.path + "/",
+        "symbolic link": "link",
+    }[form]
+    assert tool.run("--cgroup", path, *SHORT).status == 0
+
+
+@pytest.mark.parametrize("suffix", [".service", ".scope", ".slice"])
+def test_a_unit_is_found_by_its_name(tool, scratch, attached, eventually, suffix):
+    """--unit finds the directory with the unit's name, wherever it is."""
+    name = scratch.name() + suffix
+    cgroup = scratch.cgroup(name=name, parent=scratch.cgroup())
+    process = tool.start("--unit", name, *LIMIT)
+    eventually(lambda: attached(cgroup))
+    process.terminate()
+    assert tool.finish(process).status == 0
+
+
+def test_a_unit_without_suffix_is_a_service(tool, scratch, attached, eventually):
+    """--unit NAME means NAME.service, as systemctl has it."""
+    name = scratch.name()
+    cgroup = scratch.cgroup(name=f"{name}.service")
+    process = tool.start("--unit", name, *LIMIT)
+    eventually(lambda: attached(cgroup))
+    process.terminate()
+    assert tool.finish(process).status == 0
+
+
+def test_an_ambiguous_unit_is_refused(tool, scratch):
+    """Two units of one name are both named, with the option that tells them apart."""
+    name = scratch.name() + ".service"
+    both = [scratch.cgroup(name=name, parent=scratch.cgroup()) for _ in range(2)]
+    complaint = refusal(tool, "--unit", name)
+    assert all(cgroup.path in complaint for cgroup in both)
+    assert "--cgroup" in complaint
+
+
+def test_an_absent_unit_is_refused(tool, scratch):
+    """A unit that does not run has no cgroup."""
+    name = scratch.name()
+    assert f"{name}.service" in refusal(tool, "--unit", name)
+
+
+@pytest.mark.parametrize("name", ["../..", "a/b", ""])
+def test_what_is_no_unit_name_is_refused(tool, name):
+    """A path is no unit name."""
+    refusal(tool, "--unit", name)
+
+
+def test_the_root_cgroup_is_refused(tool):
+    """The root holds the session that this is typed in."""
+    complaint = refusal(tool, "--cgroup", cgroups.root().path)
+    assert "this session" in complaint
+    assert "--whole-cgroup" in complaint
+
+
+def inside(cgroup):
+    """The command that executes another one in a cgroup."""
+    return ["sh", "-c", f'echo $$ >{cgroup.path}/cgroup.procs; exec "$@"', "sh"]
+
+
+def test_a_session_does_not_limit_itself(tool, scratch):
+    """Started inside of the cgroup it refuses to limit it."""
+    cgroup = scratch.cgroup()
+    complaint = refusal(tool, "--cgroup", cgroup.path, prefix=inside(cgroup))
+    assert "this session" in complaint
+
+
+def test_a_session_does_not_limit_a_cgroup_above_it(tool, scratch):
+    """Started below the cgroup it refuses to limit it."""
+    cgroup = scratch.cgroup()
+    below = scratch.cgroup(parent=cgroup)
+    assert "this session" in refusal(tool, "--cgroup", cgroup.path, prefix=inside(below))
+
+
+def test_a_session_is_the_shell_above_too(tool, scratch):
+    """What counts is not only the tool's own cgroup, but those of the processes above it."""
+    cgroup = scratch.cgroup()
+    shell = [*inside(cgroup), "sh", "-c", '"$@"; exit $?', "sh", *inside(cgroups.root())]
+    assert "this session" in refusal(tool, "--cgroup", cgroup.path, prefix=shell)
+
+
+def test_a_session_limits_itself_when_told_to(tool, scratch):
+    """With --whole-cgroup it does."""
+    cgroup = scratch.cgroup()
+    arguments = ("--cgroup", cgroup.path, "--whole-cgroup", *SHORT)
+    assert tool.run(*arguments, prefix=inside(cgroup)).status == 0
+
+
+def test_a_sibling_whose_name_begins_alike_is_no_session_of_ours(tool, scratch):
+    """/a is not above /ab."""
+    name = scratch.name()
+    target, own = scratch.cgroup(name=name), scratch.cgroup(name=name + "b")
+    assert tool.run("--cgroup", target.path, *SHORT, prefix=inside(own)).status == 0
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_a_cgroup_inside_of_another_target_is_refused(tool, scratch, below):
+    """One cgroup twice, or one inside of the other, would be charged twice."""
+    cgroup = scratch.cgroup()
+    other = scratch.cgroup(parent=cgroup) if below else cgroup
+    complaint = refusal(tool, "--cgroup", other.path, "--cgroup", cgroup.path)
+    assert other.path in complaint
+
+
+def test_a_threaded_cgroup_is_limited(tool, scratch):
+    """A threaded cgroup can be limited like any other."""
+    cgroup = scratch.cgroup(parent=scratch.cgroup())
+    with open(f"{cgroup.path}/cgroup.type", "w") as file:
+        file.write("threaded")
+    assert tool.run("--cgroup", cgroup.path, *SHORT).status == 0
+
+
+def test_run_works_inside_of_a_threaded_cgroup(tool, scratch):
+    """Started in a threaded cgroup run finds or makes a place for its command."""
+    cgroup = scratch.cgroup(parent=scratch.cgroup())
+    with open(f"{cgroup.path}/cgroup.type", "w") as file:
+        file.write("threaded")
+    result = tool.run("run", *LIMIT, "--", "sh", "-c", "exit 3", prefix=inside(cgroup))
+    assert result.status == 3
+
+
+def test_run_works_where_no_cgroup_may_be_made_below(tool, scratch):
+    """Where the caller's own cgroup takes no children, run goes below the root."""
+    cgroup = scratch.cgroup()
+    with open(f"{cgroup.path}/cgroup.max.descendants", "w") as file:
+        file.write("0")
+    result = tool.run(*("run", *LIMIT, "--", "cat", "/proc/self/cgroup"), prefix=inside(cgroup))
+    path = next(line[3:] for line in result.text.splitlines() if line.startswith("0::"))
+    assert path.startswith(f"/pybpfthrottle-{result.pid}-")
+
+
+def test_run_makes_its_cgroup_below_the_callers(tool, scratch):
+    """Started in a cgroup, run makes the command's cgroup below it."""
+    cgroup = scratch.cgroup()
+    result = tool.run("run", *LIMIT, "--", "cat", "/proc/self/cgroup", prefix=inside(cgroup))
+    path = next(line[3:] for line in result.text.splitlines() if line.startswith("0::"))
+    assert os.path.dirname(path) == "/" + os.path.basename(cgroup.path)
+
+
+def test_a_signal_while_it_starts_leaves_nothing_attached(tool, scratch, attached):
+    """SIGTERM at any moment of the start ends it with nothing attached."""
+    cgroup = scratch.cgroup()
+    for delay in (0.05, 0.1, 0.2, 0.3):
+        process = tool.start("--cgroup", cgroup.path, *LIMIT, "--bpf-attach-method", "legacy")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.terminate()
+        assert tool.finish(process).status in (0, -signal.SIGTERM)
+        assert attached(cgroup) == ()

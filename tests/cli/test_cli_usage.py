@@ -1,0 +1,192 @@
+"""Wrong usage: status 2 and one line that says what is wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+TOO_LARGE = "1" + "0" * 30
+
+
+@pytest.mark.parametrize("rate", ["banana", "", "1X", "M", "1.2.3", "1e6", "nan", "inf", "٣M"])
+def test_what_is_no_limit_is_refused(tool, rate):
+    """Nonsense for a limit is refused with what is accepted."""
+    error = tool.run("run", "--download-limit", rate, "--", "true").usage_error
+    assert "--download-limit" in error
+    assert "1.5M" in error
+    assert "8mbit" in error
+
+
+@pytest.mark.parametrize("rate", ["0", "0M", "1023", TOO_LARGE, "101G", "0.5K"])
+def test_a_limit_out_of_range_is_refused(tool, rate):
+    """A limit below 1 KB/s or above 100 GB/s is refused, and the range is said."""
+    error = tool.run("run", "--upload-limit", rate, "--", "true").usage_error
+    assert "between 1 KB/s and 100 GB/s" in error
+
+
+@pytest.mark.parametrize("rate", ["-1", "-1M"])
+def test_a_negative_limit_is_refused(tool, rate):
+    """A negative limit is refused."""
+    assert rate in tool.run("run", "--upload-limit", rate, "--", "true").usage_error
+
+
+@pytest.mark.parametrize("rate", ["8mbps", "8Mbps", "8MBps", "8mb/s"])
+def test_an_ambiguous_unit_is_refused_with_both_spellings(tool, rate):
+    """Bits or bytes is not guessed: both spellings are suggested."""
+    error = tool.run("run", "--download-limit", rate, "--", "true").usage_error
+    assert "8mbit" in error
+    assert "8MB" in error
+
+
+def test_a_fraction_in_an_ambiguous_unit_is_kept_in_the_spellings(tool):
+    """What is suggested in place of 1.5mbps is 1.5mbit and 1.5MB."""
+    error = tool.run("run", "--download-limit", "1.5mbps", "--", "true").usage_error
+    assert "1.5mbit" in error
+    assert "1.5MB" in error
+
+
+@pytest.mark.parametrize("duration", ["", "0", "-1", "nan", "inf", "-inf", "1e300", "soon"])
+@pytest.mark.parametrize("command", [("run", "--download-limit", "1M"), ("--download-limit", "1M")])
+def test_a_duration_that_is_none_is_refused(tool, command, duration):
+    """A duration is a number of seconds above 0."""
+    error = tool.run(*command, "--duration", duration, "true").usage_error
+    assert "--duration" in error
+    assert "seconds" in error
+
+
+@pytest.mark.parametrize("command", ["run", "bare"])
+def test_an_unknown_attach_method_is_refused(tool, command):
+    """An unknown attach method is an error, not auto; the known ones are named."""
+    first = ("run",) if command == "run" else ("--pid", "1")
+    error = tool.run(*first, "--download-limit", "1M", "--bpf-attach-method", "x").usage_error
+    for known in ("auto", "link", "legacy"):
+        assert known in error
+
+
+@pytest.mark.parametrize("end", [(), ("--",)])
+def test_run_without_a_command_is_refused(tool, end):
+    """Run needs a command."""
+    assert "COMMAND" in tool.run("run", "--download-limit", "1M", *end).usage_error
+
+
+@pytest.mark.parametrize("arguments", [("run", "--", "true"), ("--pid", "1"), ("--unit", "x")])
+def test_no_limit_is_refused(tool, arguments):
+    """A target or a command without any limit is wrong usage."""
+    error = tool.run(*arguments).usage_error
+    assert "--download-limit" in error
+    assert "--upload-limit" in error
+
+
+def test_a_limit_without_a_target_is_refused(tool):
+    """The bare command needs a target, and names the three kinds."""
+    error = tool.run("--download-limit", "1M").usage_error
+    for option in ("--pid", "--cgroup", "--unit"):
+        assert option in error
+
+
+@pytest.mark.parametrize("other", ["--cgroup", "--unit"])
+def test_a_pid_goes_with_no_other_target(tool, other):
+    """--pid together with --cgroup or --unit is wrong usage."""
+    error = tool.run("--pid", "1", other, "x", "--download-limit", "1M").usage_error
+    assert "--pid" in error
+    assert other in error
+
+
+@pytest.mark.parametrize("pid", ["0", "-1", "one", "", "1.5"])
+def test_what_can_be_no_pid_is_refused(tool, pid):
+    """A pid is a number above 0."""
+    assert "--pid" in tool.run("--pid", pid, "--download-limit", "1M").usage_error
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--download-limit", "1M"),
+        ("--pid", "1"),
+        ("--cgroup", "x"),
+        ("--unit", "x"),
+        ("--duration", "5"),
+        ("--bpf-attach-method", "auto"),
+        ("--json",),
+        ("--loopback",),
+        ("--whole-cgroup",),
+        ("--list-backends",),
+        ("--quiet",),
+        ("--verbose",),
+    ],
+)
+def test_an_option_in_front_of_a_subcommand_is_refused(tool, option):
+    """An option of the bare command in front of a subcommand is named, never ignored."""
+    error = tool.run(*option, "run", "--download-limit", "1M", "--", "true").usage_error
+    assert option[0] in error
+    assert "'run'" in error
+
+
+def test_an_option_in_front_of_demo_is_refused(tool):
+    """The same holds for demo."""
+    assert "'demo'" in tool.run("--download-limit", "1M", "demo").usage_error
+
+
+def test_an_unknown_subcommand_is_refused(tool):
+    """A word that is no subcommand is wrong usage."""
+    assert "rum" in tool.run("rum", "--", "true").usage_error
+
+
+def test_an_unknown_option_is_refused(tool):
+    """An option that does not exist is wrong usage."""
+    assert "--no-such" in tool.run("run", "--no-such", "--", "true").usage_error
+
+
+def test_options_behind_the_command_are_the_commands(tool):
+    """What stands behind the command is not ours, even without the two hyphens."""
+    result = tool.run("run", "-q", "--download-limit", "1M", "echo", "--duration", "-x")
+    assert (result.status, result.out) == (0, b"--duration -x\n")
+
+
+def test_nothing_at_all_shows_the_help(tool):
+    """Without arguments the help is shown on standard error, with status 2."""
+    result = tool.run()
+    assert (result.status, result.out) == (2, b"")
+    assert result.err.startswith("Usage: pybpfthrottle ")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("demo", "-h")])
+def test_help_is_no_error(tool, arguments):
+    """--help prints to standard output and leaves with 0."""
+    result = tool.run(*arguments)
+    assert (result.status, result.err) == (0, "")
+    assert result.text.startswith("Usage: pybpfthrottle ")
+
+
+def test_the_version_is_printed(tool):
+    """--version prints the program's name and version."""
+    result = tool.run("--version")
+    assert result.status == 0
+    assert re.fullmatch(r"pybpfthrottle, version \d+\.\d+\.\d+\n", result.text)
+
+
+def test_a_json_file_that_cannot_be_made_is_refused(tool, tmp_path):
+    """A --json-file below a directory that does not exist is wrong usage."""
+    path = tmp_path / "absent" / "x"
+    limit = ("--download-limit", "1M")
+    assert str(path) in tool.run("run", *limit, "--json-file", str(path), "true").usage_error
+
+
+def test_backends_are_listed_for_each_direction(tool):
+    """--list-backends prints each direction's backends in the words of the seeds."""
+    result = tool.run("--list-backends")
+    assert (result.status, result.err) == (0, "")
+    assert result.text.splitlines() == [
+        "Upload Backends:",
+        "  ebpf        [priority: Best] ✅ available",
+        "Download Backends:",
+        "  ebpf        [priority: Best] ✅ available",
+    ]
+
+
+def test_an_output_in_ascii_is_no_error(tool):
+    """A standard output that has no ✅ gets something else instead of a traceback."""
+    result = tool.run("--list-backends", environment={"PYTHONIOENCODING": "ascii"})
+    assert result.status == 0
+    assert "available" in result.text
