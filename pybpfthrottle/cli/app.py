@@ -163,6 +163,16 @@ def main(argv: Optional[list[str]] = None) -> NoReturn:
     except Error as error:
         say(f"error: {error}")
     except BrokenPipeError:
-        # Whoever read the output has left. Python would complain once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    finally:
+        _let_go_of_lost_streams()
     sys.exit(1)
+
+
+def _let_go_of_lost_streams() -> None:
+    """Where the reader or the terminal has left, Python would fail at its end: status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

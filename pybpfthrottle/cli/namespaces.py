@@ -75,6 +75,8 @@ class Wire:
                 _ip(end, f"address add {end.address6}/64 dev wire nodad")
                 _ip(end, "link set lo up")
                 _ip(end, "link set wire up")
+            for end in (self.client, self.server):
+                _wait_for_link(end)
         except BaseException:
             self.close()
             raise
@@ -89,7 +91,14 @@ class Wire:
         self.server.close()
 
 
-def _ip(namespace: Optional[Namespace], arguments: str) -> None:
+def _wait_for_link(namespace: Namespace) -> None:
+    """Until both ends know that they are up, which may take a second: IPv6 waits for it."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while "state UP" not in _ip(namespace, "link show wire") and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _ip(namespace: Optional[Namespace], arguments: str) -> str:
     command = ["ip", *arguments.split()]
     done = subprocess.run(
         namespace.inside(*command) if namespace else command,
@@ -99,3 +108,4 @@ def _ip(namespace: Optional[Namespace], arguments: str) -> None:
     )
     if done.returncode:
         raise NamespaceError(f"ip {arguments}: {done.stdout.strip()}")
+    return done.stdout

@@ -11,14 +11,16 @@ import pytest
 LIMIT = ("--download-limit", "1M", "-q")
 ORDER = "bpfel" if sys.byteorder == "little" else "bpfeb"
 _EACH_MOUNT = "for m in $(awk '/ - cgroup2 /{print $5}' /proc/self/mountinfo | tac); do "
+# The root of a chroot is no mount point, so each mount is made private by itself.
+_UNSHARE = ("unshare", "--mount", "--propagation", "unchanged", "sh", "-ec")
 NO_CGROUP2 = [
-    *("unshare", "--mount", "sh", "-ec"),
-    _EACH_MOUNT + 'umount "$m"; done; exec "$@"',
+    *_UNSHARE,
+    _EACH_MOUNT + 'mount --make-private "$m"; umount "$m"; done; exec "$@"',
     "sh",
 ]
 READ_ONLY = [
-    *("unshare", "--mount", "sh", "-ec"),
-    _EACH_MOUNT + 'mount -o remount,bind,ro "$m"; done; exec "$@"',
+    *_UNSHARE,
+    _EACH_MOUNT + 'mount --make-private "$m"; mount -o remount,bind,ro "$m"; done; exec "$@"',
     "sh",
 ]
 
@@ -70,7 +72,8 @@ def test_run_in_a_cgroup_namespace_works(tool):
 
 def test_without_proc_there_is_one_line(tool):
     """Where /proc is not mounted the failure is one line."""
-    prefix = ["unshare", "--mount", "sh", "-ec", 'umount -l /proc; exec "$@"', "sh"]
+    hide = 'mount --make-rprivate /proc; umount -l /proc; exec "$@"'
+    prefix = [*_UNSHARE, hide, "sh"]
     result = tool.run("run", *LIMIT, "--", "true", prefix=prefix)
     assert result.status == 125
     assert "mount table" in result.complaint
