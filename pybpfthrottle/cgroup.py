@@ -305,26 +305,36 @@ def _usual_parents(pid: int) -> list[Cgroup]:
 
 def _create_own(parent: Cgroup, pid: int) -> OwnCgroup:
     for attempt in range(_TRIES):
-        try:
-            cgroup = parent.create_child(f"{OWN_PREFIX}{os.getpid()}-{attempt}")
-        except FileExistsError:
-            continue
-        fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # From here on no other instance takes it for abandoned; one may have done so before.
-            if not cgroup.exists():
-                raise FileNotFoundError(errno.ENOENT, "tidied away", cgroup.path)
-            _accept_processes(parent, cgroup)
-            cgroup.move_in(pid)
-        except OSError as error:
-            os.close(fd)
-            if isinstance(error, (FileNotFoundError, BlockingIOError)):
-                continue
-            cgroup.remove()
-            raise
-        return OwnCgroup(cgroup, fd)
+        cgroup = Cgroup(os.path.join(parent.path, f"{OWN_PREFIX}{os.getpid()}-{attempt}"))
+        # Until it is locked another instance may take it for abandoned: then the next one.
+        with suppress(FileExistsError, FileNotFoundError, BlockingIOError):
+            os.mkdir(cgroup.path)
+            fd = _lock(cgroup)
+            try:
+                _accept_processes(parent, cgroup)
+                cgroup.move_in(pid)
+            except BaseException:
+                os.close(fd)
+                cgroup.remove()
+                raise
+            return OwnCgroup(cgroup, fd)
     raise FileExistsError(errno.EEXIST, "no free name", parent.path)
+
+
+def _lock(cgroup: Cgroup) -> int:
+    """Lock its directory; BlockingIOError if another process has, FileNotFoundError if it is gone.
+
+    The lock ends with the descriptor.
+    """
+    fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not cgroup.exists():  # removed between the two
+            raise FileNotFoundError(errno.ENOENT, "removed", cgroup.path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
@@ -347,17 +357,13 @@ def remove_abandoned() -> list[Cgroup]:
     for cgroup in walk():
         if not os.path.basename(cgroup.path).startswith(OWN_PREFIX):
             continue
-        try:
-            fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not cgroup.populated():
-                cgroup.remove()
-                removed.append(cgroup)
-        except OSError:  # its owner lives, or it is not ours to remove
-            continue
-        finally:
-            os.close(fd)
+        # An OSError: its owner lives, or it is not ours to remove.
+        with suppress(OSError):
+            fd = _lock(cgroup)
+            try:
+                if not cgroup.populated():
+                    cgroup.remove()
+                    removed.append(cgroup)
+            finally:
+                os.close(fd)
     return removed

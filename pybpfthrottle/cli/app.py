@@ -173,6 +173,7 @@ def _let_go_of_lost_streams() -> None:
     """Where the reader or the terminal has left, Python would fail at its end: status 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
