@@ -97,6 +97,12 @@ def apply(
     return Throttle(cgroups, limits, handles)
 
 
+def prepare() -> None:
+    """Do what takes time and can be done before ``apply``, as in a thread beside other work."""
+    for backend in BACKENDS:
+        backend.prepare()
+
+
 def choose(direction: Direction, name: str = "auto") -> Backend:
     """The named backend, or the best available one.
 

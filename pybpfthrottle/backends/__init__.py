@@ -62,5 +62,8 @@ class Backend(Protocol):
     def unavailable(self, direction: Direction) -> Optional[str]:
         """Why it cannot limit this direction here, or None."""
 
+    def prepare(self) -> None:
+        """Do what takes time and can be done before the targets are known."""
+
     def apply(self, cgroups: Sequence[Cgroup], limits: Limits, options: Options) -> Handle:
         """Put limits, shared by all of the cgroups, in force."""

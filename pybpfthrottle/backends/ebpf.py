@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
+from functools import cache
 from typing import Optional, Sequence
 
 from pybpfthrottle import cgroup, objects
@@ -21,8 +23,9 @@ from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import U32, Map, StructureCodec
+from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.errors import CgroupError, ThrottleError
+from pybpfthrottle.errors import CgroupError, Error, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
 
 log = logging.getLogger(__name__)
@@ -140,15 +143,20 @@ class EbpfBackend:
             return privileges.why_not_permitted("BPF_PROG_LOAD")
         return f"this kernel does not take cgroup_skb programs (CONFIG_CGROUP_BPF): {refused}"
 
+    def prepare(self) -> None:
+        """Read the object ahead; what is wrong with it is told when it is applied."""
+        with suppress(Error):
+            _read_object()
+
     def apply(self, cgroups: Sequence[Cgroup], limits: Limits, options: Options) -> EbpfHandle:
         """Load once, and attach to each cgroup.
 
         Raises BpfError or CgroupError; then all is undone.
         """
-        object_name = _object_name()
+        spec = _read_object()
         wanted = {direction: _program_name(direction, options) for direction in limits}
-        loaded = loader.load(objects.read(object_name), wanted.values())
-        handle = EbpfHandle(loaded, limits, options, object_name)
+        loaded = loader.load(spec, wanted.values())
+        handle = EbpfHandle(loaded, limits, options, spec.name)
         try:
             for direction, name in wanted.items():
                 log.debug(
@@ -173,10 +181,11 @@ class EbpfBackend:
         return handle
 
 
-def _object_name() -> str:
-    if features.DIRECT_PACKET_ACCESS.available():
-        return "throttle-direct"
-    return "throttle"
+@cache
+def _read_object() -> ObjectSpec:
+    """The faster one, where this kernel takes it."""
+    direct = features.DIRECT_PACKET_ACCESS.available()
+    return objects.read("throttle-direct" if direct else "throttle")
 
 
 def _program_name(direction: Direction, options: Options) -> str:

@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from threading import Thread
 from typing import Optional, Sequence, TextIO
 
 from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import process
+from pybpfthrottle import process, throttle
 from pybpfthrottle.cgroup import OwnCgroup
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
@@ -58,6 +59,8 @@ def _run(
         command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
+        # The kernel takes some 15 ms to move a process: time to read the object in.
+        Thread(target=throttle.prepare).start()
         own = cgroups_v2.create_own(command.pid)
         stack.callback(_remove, own)
         # A child that was not let go is in the cgroup still: it must end first.
