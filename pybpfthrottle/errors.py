@@ -6,6 +6,7 @@ Error:
     ├── LimitError (also ValueError)   a limit that cannot be read or is out of range
     ├── CgroupError                    no cgroup v2, or not the kind of cgroup that is needed
     ├── ProcessError                   a process that does not exist or cannot be limited
+    ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── ThrottleError                  a throttle that was refused, or is gone
     ├── ObjectFileError                an object file that cannot be read
     └── BpfError                       what the kernel refused; .errno says with what
@@ -39,6 +40,10 @@ class CgroupError(Error):
 
 class ProcessError(Error):
     """A process that does not exist, or cannot be limited."""
+
+
+class SettingsError(Error):
+    """A setting that is not allowed, or cannot be read."""
 
 
 class ThrottleError(Error):

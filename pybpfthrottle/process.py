@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Iterator, Optional
 
 from pybpfthrottle.errors import ProcessError
@@ -77,3 +78,17 @@ def ancestors(pid: int) -> Iterator[int]:
 def own_session() -> list[int]:
     """The pids of this process and what it runs below: the shell, the terminal, the sshd."""
     return list(ancestors(os.getpid()))
+
+
+def holders_of_link(link_id: int) -> list[int]:
+    """The processes that have a descriptor of a BPF link, as far as this one may look."""
+    wanted = f"link_id:\t{link_id}\n"
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
+                with suppress(OSError), open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
+                    if wanted in file.read():
+                        found.append(pid)
+                        break
+    return found

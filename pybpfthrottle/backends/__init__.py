@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
 
 # None: unlimited, but counted.
 Limits = Mapping[Direction, Optional[Rate]]
 
-ATTACH_METHODS = ("auto", "link", "legacy")
 EGRESS_VERDICTS = ("auto", "congestion", "deny")
 
 
@@ -27,13 +28,13 @@ class Priority(IntEnum):
 class Options(NamedTuple):
     """What may be chosen beside the limits themselves.
 
-    ``loopback`` limits the loopback device too. ``attach_method`` is one of ATTACH_METHODS;
-    ``egress_verdict`` of EGRESS_VERDICTS: how an upload's packet is dropped, as if by congestion
-    (Linux 5.3) or denied (EPERM for the send of a UDP program).
+    ``loopback`` limits the loopback device too. ``attach`` tells for a direction how programs are
+    attached; ``egress_verdict`` is one of EGRESS_VERDICTS: how an upload's packet is dropped, as
+    if by congestion (Linux 5.3) or denied (EPERM for the send of a UDP program).
     """
 
     loopback: bool = False
-    attach_method: str = "auto"
+    attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
     egress_verdict: str = "auto"
 
 

@@ -7,14 +7,15 @@ import logging
 import os
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends import ATTACH_METHODS
-from pybpfthrottle.bpf import features, links, privileges
+from pybpfthrottle.backends import refusals
+from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Attachment, AttachMode
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import AttachError
+from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
 log = logging.getLogger(__name__)
 
@@ -23,48 +24,56 @@ _DIRECTION_NAMES = {
     AttachType.CGROUP_INET_EGRESS: "egress",
 }
 
+_MODES = {
+    AttachMode.ALLOW_MULTIPLE: "AllowMultiple (BPF_F_ALLOW_MULTI - allows coexistence)",
+    AttachMode.ALLOW_OVERRIDE: "AllowOverride (BPF_F_ALLOW_OVERRIDE - a cgroup below may replace)",
+    AttachMode.SINGLE: "Single (0 - allows no other)",
+}
+
 
 def attach(
-    program: Program, cgroup: Cgroup, attach_type: AttachType, *, method: str = "auto"
+    program: Program,
+    cgroup: Cgroup,
+    attach_type: AttachType,
+    policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
 ) -> Attachment:
-    """Attach by ``method``: auto (link, and after EINVAL legacy), link or legacy.
+    """Attach by the policy's method: auto is a link, and after some errors the legacy call.
 
     Raises CgroupError, or AttachError with the cause.
     """
-    if method not in ATTACH_METHODS:
-        raise ValueError(f"no attach method {method!r} (known: {', '.join(ATTACH_METHODS)})")
+    if policy.method not in ATTACH_METHODS:
+        known = ", ".join(ATTACH_METHODS)
+        raise ValueError(f"no attach method {policy.method!r} (known: {known})")
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
-        attachment = _attach(program, fd, attach_type, method)
+        attachment = _attach(program, fd, attach_type, policy)
     except OSError as error:
+        why = refusals.explain(error, program, cgroup, fd, attach_type, policy)
         raise AttachError(
-            f"cannot attach {program.name!r} to {cgroup.path}: {_why(error)}",
-            errno=error.errno or 0,
+            f"cannot attach {program.name!r} to {cgroup.path}: {why}", errno=error.errno or 0
         ) from error
     finally:
         os.close(fd)
     log.debug(
-        'Attached %s to "%s" with mode: AllowMultiple (BPF_F_ALLOW_MULTI - allows coexistence)',
-        program.name,
-        cgroup.path,
+        'Attached %s to "%s" with mode: %s', program.name, cgroup.path, _MODES[attachment.mode]
     )
     log.info("Successfully attached eBPF %s program", _DIRECTION_NAMES[attach_type])
     return attachment
 
 
-def _attach(program: Program, fd: int, attach_type: AttachType, method: str) -> Attachment:
-    if method == "legacy":
+def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy) -> Attachment:
+    if policy.method == "legacy":
         log.info("Using legacy BPF attach method (bpf_prog_attach)")
-        return _attach_legacy(program, fd, attach_type)
-    if method == "auto":
+        return _attach_legacy(program, fd, attach_type, policy)
+    if policy.method == "auto":
         log.debug("Auto-detecting best BPF attach method")
     try:
         link = links.create_link(program, fd, attach_type)
     except OSError as error:
-        found = find_errno(error, errno.EINVAL)
-        if method == "link":
+        if policy.method == "link":
             raise
+        found = find_errno(error, *policy.fallback_errnos)
         if found is None:
             log.error("Modern attach failed with non-EINVAL error, not retrying")
             raise
@@ -72,15 +81,42 @@ def _attach(program: Program, fd: int, attach_type: AttachType, method: str) -> 
         log.warning(
             "Modern attach failed with %s, falling back to legacy method...", errno_name(found)
         )
-        return _attach_legacy(program, fd, attach_type)
+        return _attach_legacy(program, fd, attach_type, policy)
     log.info("✅ Successfully attached using modern method (bpf_link_create)")
     return link
 
 
-def _attach_legacy(program: Program, fd: int, attach_type: AttachType) -> Attachment:
-    attachment = links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
+def _attach_legacy(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+) -> Attachment:
+    attachment = _first_accepted(program, fd, attach_type, policy)
     log.info("✅ Successfully attached using legacy method!")
     return attachment
+
+
+def _first_accepted(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+) -> Attachment:
+    """Multiple; on a kernel without it the other modes, if they may replace what is there."""
+    try:
+        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not policy.exclusive or _has_query(fd, attach_type):
+            raise
+    try:
+        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_OVERRIDE)
+    except OSError:
+        # Below a cgroup with an exclusive program, or before Linux 4.12.
+        return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
+
+
+def _has_query(fd: int, attach_type: AttachType) -> bool:
+    """Whether the kernel has BPF_PROG_QUERY, which came with multiple (Linux 4.15)."""
+    try:
+        links.query(fd, attach_type)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
 
 
 def find_errno(error: BaseException, *wanted: int) -> Optional[int]:
@@ -101,21 +137,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(current))
             yield current
             pending += [current.__cause__, current.__context__]
-
-
-def _why(error: OSError) -> str:
-    if error.errno == errno.EPERM:
-        missing = privileges.missing_capabilities()
-        if not missing:
-            return (
-                "another program is attached there, or above, that allows none beside it;"
-                f" or {privileges.why_not_permitted('the attachment')}"
-            )
-        return privileges.why_not_permitted("the attachment")
-    if error.errno == errno.ENOENT:
-        return "the cgroup was removed"
-    if error.errno == errno.E2BIG:
-        return "64 programs are attached there already, which is the most that the kernel takes"
-    if error.errno == errno.EINVAL and not features.LINK.available():
-        return f"{error}; this kernel has no BPF links (Linux 5.7)"
-    return str(error)

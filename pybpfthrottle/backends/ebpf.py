@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from contextlib import suppress
@@ -27,6 +28,7 @@ from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError, Error, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +122,8 @@ class EbpfHandle:
 
     def describe(self) -> dict[str, str]:
         """The way each program is attached, and which of the shipped objects it comes from."""
-        methods = sorted({attachment.method for attachment in self.attachments})
-        return {"backend": "ebpf", "object": self._object_name, "attached_by": "+".join(methods)}
+        rungs = sorted({attachment.rung for attachment in self.attachments})
+        return {"backend": "ebpf", "object": self._object_name, "attached_by": "+".join(rungs)}
 
 
 class EbpfBackend:
@@ -139,8 +141,8 @@ class EbpfBackend:
         refused = features.CGROUP_SKB.missing()
         if refused is None:
             return None
-        if isinstance(refused, PermissionError):
-            return privileges.why_not_permitted("BPF_PROG_LOAD")
+        if isinstance(refused, OSError) and refused.errno in (errno.EPERM, errno.ENOSYS):
+            return privileges.why_refused(refused, "BPF_PROG_LOAD")
         return f"this kernel does not take cgroup_skb programs (CONFIG_CGROUP_BPF): {refused}"
 
     def prepare(self) -> None:
@@ -172,7 +174,7 @@ class EbpfBackend:
                             loaded.programs[name],
                             target,
                             _ATTACH_TYPES[direction],
-                            method=options.attach_method,
+                            options.attach.get(direction, AttachPolicy()),
                         )
                     )
         except BaseException:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import suppress
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Iterator, NamedTuple, Protocol
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
@@ -22,9 +23,13 @@ class AttachMode(IntEnum):
 
 
 class Attachment(Protocol):
-    """A program at its place. ``method`` is "link" or "legacy"."""
+    """A program at its place. ``mode`` is how others may attach beside it."""
 
-    method: str
+    mode: AttachMode
+
+    @property
+    def rung(self) -> str:
+        """link, legacy, or legacy with a mode that is not multiple."""
 
     def detach(self) -> None:
         """Take the program away. Doing so twice, or after the cgroup is gone, is no error."""
@@ -33,7 +38,8 @@ class Attachment(Protocol):
 class Link:
     """A link: the kernel detaches the program when its last descriptor is closed."""
 
-    method = "link"
+    mode = AttachMode.ALLOW_MULTIPLE
+    rung = "link"
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -50,8 +56,6 @@ class Link:
 
 class LegacyAttachment:
     """A legacy attachment: it outlives this process unless ``detach`` is called."""
-
-    method = "legacy"
 
     def __init__(
         self, program: Program, cgroup_fd: int, attach_type: AttachType, mode: AttachMode
@@ -78,6 +82,13 @@ class LegacyAttachment:
         finally:
             self.close()
 
+    @property
+    def rung(self) -> str:
+        """legacy, or legacy with its mode where that is not multiple."""
+        if self.mode is AttachMode.ALLOW_MULTIPLE:
+            return "legacy"
+        return f"legacy ({self.mode.name.lower()})"
+
     def close(self) -> None:
         """Close the descriptors; what is attached stays attached."""
         os.close(self._program_fd)
@@ -85,7 +96,7 @@ class LegacyAttachment:
         self._program_fd = self._cgroup_fd = -1
 
     def __repr__(self) -> str:
-        return f"<LegacyAttachment {self.mode.name}>"
+        return f"<LegacyAttachment {self.rung}>"
 
 
 class Attached(NamedTuple):
@@ -160,3 +171,50 @@ def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -
             room = max(room * 2, attr.query.prog_cnt)
             continue
         return Attached(attr.query.attach_flags, tuple(ids[: attr.query.prog_cnt]))
+
+
+class LinkInfo(NamedTuple):
+    """What the kernel says of a link to a cgroup."""
+
+    id: int
+    program_id: int
+    cgroup_id: int
+    attach_type: int
+
+
+def all_links() -> Iterator[LinkInfo]:
+    """The links to cgroups of the whole machine; none where that may not be seen.
+
+    Linux 5.8; needs CAP_SYS_ADMIN.
+    """
+    link_id = 0
+    while True:
+        attr = Attr()
+        attr.get_id.id = link_id
+        try:
+            syscall.bpf(Cmd.LINK_GET_NEXT_ID, attr)
+        except OSError:
+            return
+        if attr.get_id.next_id <= link_id:
+            return
+        link_id = attr.get_id.next_id
+        with suppress(OSError):  # one may end in between
+            info = _link_info(link_id)
+            if info.type == abi.BPF_LINK_TYPE_CGROUP:
+                yield LinkInfo(info.id, info.prog_id, info.cgroup_id, info.attach_type)
+
+
+def _link_info(link_id: int) -> abi.LinkInfo:
+    attr = Attr()
+    attr.get_id.id = link_id
+    fd = syscall.bpf(Cmd.LINK_GET_FD_BY_ID, attr)
+    try:
+        info = abi.LinkInfo()
+        attr = Attr()
+        attr.info.bpf_fd = fd
+        attr.info.info_len = ctypes.sizeof(info)
+        attr.info.info = ctypes.addressof(info)
+        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+        return info
+    finally:
+        os.close(fd)

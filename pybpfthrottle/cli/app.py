@@ -49,6 +49,11 @@ or 125 failed, 126 cannot be executed, 127 not found.
     is_flag=True,
     help="Do so even if other processes, or this session, are in the cgroup.",
 )
+@click.option(
+    "--exclusive",
+    is_flag=True,
+    help="Before Linux 4.15: attach even if that may replace another tool's program.",
+)
 @limit_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @click.option("--list-backends", is_flag=True, help="Print what can limit here, and leave.")
@@ -116,7 +121,7 @@ def run(**options: Any) -> None:
     """
     from pybpfthrottle.cli import run as run_command
 
-    request = request_from(options)
+    request = request_from(options, own_cgroup=True)
     start_logging(request.verbose)
     sys.exit(run_command.run(request, **options))
 
@@ -144,6 +149,24 @@ def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool)
     from pybpfthrottle.cli import demo as demo_command
 
     sys.exit(demo_command.demo(download_limit, upload_limit, seconds, loopback=loopback))
+
+
+@cli.group()
+def config() -> None:
+    """Show the settings."""
+
+
+@config.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(as_json: bool) -> None:
+    """Print each setting, its value, and where it came from.
+
+    The command line goes before PYBPFTHROTTLE_BPF_ATTACH_METHOD, that before the config files
+    (the user's before /etc), and those before the default.
+    """
+    from pybpfthrottle.cli import config as config_command
+
+    config_command.show(as_json=as_json)
 
 
 def _list_backends() -> None:

@@ -7,11 +7,13 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence, TypeVar
 
 import click
 
-from pybpfthrottle import throttle
-from pybpfthrottle.backends import ATTACH_METHODS, EGRESS_VERDICTS, Limits, Options
+from pybpfthrottle import settings, throttle
+from pybpfthrottle.backends import EGRESS_VERDICTS, Limits, Options
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.errors import LimitError
+from pybpfthrottle.cli.say import say
+from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.settings import ATTACH_METHODS
 from pybpfthrottle.throttle import Throttle
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,9 +72,7 @@ def limit_options(function: F) -> F:
             click.option(
                 "--bpf-attach-method",
                 type=click.Choice(ATTACH_METHODS),
-                default="auto",
-                show_default=True,
-                help="auto tries a BPF link, and after EINVAL the legacy call.",
+                help="auto (the default) tries a BPF link, and after EINVAL the legacy call.",
             ),
             click.option(
                 "--egress-verdict",
@@ -111,15 +111,27 @@ class Request(NamedTuple):
         return throttle.apply(cgroups, self.limits, options=self.options, backends=self.backends)
 
 
-def request_from(given: dict[str, Any]) -> Request:
-    """Take the shared options out of those of a command; a usage error if there is no limit."""
+def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
+    """Take the shared options out of those of a command; a usage error if there is no limit.
+
+    With ``own_cgroup`` nobody else can have attached anything where the limit goes.
+    """
+    try:
+        found = settings.load(
+            method=given.pop("bpf_attach_method"),
+            exclusive=own_cgroup or given.pop("exclusive", False),
+        )
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+    for warning in found.warnings:
+        say(f"warning: {warning}")
     rates = {direction: given.pop(f"{direction}_limit") for direction in Direction}
     limits = {direction: rate for direction, rate in rates.items() if rate is not None}
     request = Request(
         limits=limits,
         options=Options(
             loopback=given.pop("loopback"),
-            attach_method=given.pop("bpf_attach_method"),
+            attach=found.attach,
             egress_verdict=given.pop("egress_verdict"),
         ),
         backends={direction: given.pop(f"{direction}_backend") for direction in Direction},

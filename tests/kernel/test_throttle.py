@@ -22,6 +22,7 @@ from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
 
 LOOPBACK = Options(loopback=True)
 
@@ -156,7 +157,7 @@ def test_another_program_beside_ours_is_left_alone(scratch: Cgroup) -> None:
     mine = links.attach_legacy(other, fd, AttachType.CGROUP_INET_EGRESS)
     try:
         for method in ("link", "legacy"):
-            options = Options(attach_method=method)
+            options = Options(attach=dict.fromkeys(Direction, AttachPolicy(method)))
             limit = {Direction.UPLOAD: Rate.parse("1M")}
             with throttle.apply([scratch], limit, options=options) as live:
                 assert len(attached(scratch)) == 2
@@ -176,7 +177,7 @@ def test_descriptors_are_all_closed(scratch: Cgroup) -> None:
             throttle.apply(
                 [scratch],
                 {Direction.UPLOAD: Rate.parse("1M"), Direction.DOWNLOAD: Rate.parse("1M")},
-                options=Options(attach_method=method),
+                options=Options(attach=dict.fromkeys(Direction, AttachPolicy(method))),
             ).remove()
         return len(os.listdir("/proc/self/fd"))
 

@@ -1,0 +1,42 @@
+"""pybpfthrottle config show: each setting and where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from pybpfthrottle import settings
+from pybpfthrottle.cli.say import say
+from pybpfthrottle.errors import SettingsError
+
+
+def show(*, as_json: bool) -> None:
+    """Print the settings that a limit would be made with now."""
+    files = settings.config_files(os.environ)
+    try:
+        found = settings.load(files=files)
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        settings_by_name = {
+            setting.name: {"value": setting.value, "source": setting.source}
+            for setting in found.origins
+        }
+        click.echo(json.dumps({"settings": settings_by_name, "files": files}, indent=2))
+        return
+    width = max(len(setting.name) for setting in found.origins)
+    for setting in found.origins:
+        click.echo(f"{setting.name:<{width}} = {setting.value}  ({setting.source})")
+    for path in files:
+        click.echo(f"{path}: {'read' if os.path.exists(path) else 'not there'}")
+    user = os.environ.get("SUDO_USER")
+    if user:
+        click.echo(
+            f"sudo drops most of the environment: variables that {user} has set do not count,"
+            f" and the files are those of {os.environ.get('USER', 'root')}."
+            " Use sudo NAME=VALUE pybpfthrottle ..., or the command line."
+        )

@@ -1,0 +1,226 @@
+"""Command line > environment > config files > default, as one frozen value that is handed down."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
+
+from pybpfthrottle.errors import SettingsError
+from pybpfthrottle.limits import Direction
+
+ATTACH_METHODS = ("auto", "link", "legacy")
+
+# The predecessor's names are honoured behind ours.
+_PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")
+_USE_LEGACY = "USE_LEGACY_ATTACH"
+_METHOD = "BPF_ATTACH_METHOD"
+
+_SYSTEM_FILE = "/etc/pybpfthrottle/config.toml"
+_ALLOWED = {
+    "bpf.attach_method": "one of " + ", ".join(f'"{method}"' for method in ATTACH_METHODS),
+    "bpf.upload.attach_method": "one of " + ", ".join(f'"{method}"' for method in ATTACH_METHODS),
+    "bpf.download.attach_method": "one of " + ", ".join(f'"{m}"' for m in ATTACH_METHODS),
+    "bpf.fallback_errnos": 'a list of names of errors, such as ["EINVAL", "EPERM"]',
+}
+
+
+class AttachPolicy(NamedTuple):
+    """How programs are attached.
+
+    ``method`` is one of ATTACH_METHODS. With auto an errno of ``fallback_errnos`` leads from link
+    to legacy. ``exclusive`` allows, on kernels before 4.15 alone, an attachment that may replace
+    another tool's program.
+    """
+
+    method: str = "auto"
+    fallback_errnos: tuple[int, ...] = (errno.EINVAL,)
+    exclusive: bool = False
+
+
+class Setting(NamedTuple):
+    """One setting, and where it came from."""
+
+    name: str
+    value: str
+    source: str
+
+
+class Settings(NamedTuple):
+    """All that can be set, for each direction; ``origins`` is for people."""
+
+    attach: Mapping[Direction, AttachPolicy]
+    origins: tuple[Setting, ...]
+    warnings: tuple[str, ...]
+
+
+def load(
+    *,
+    method: Optional[str] = None,
+    exclusive: bool = False,
+    environment: Optional[Mapping[str, str]] = None,
+    files: Optional[Sequence[str]] = None,
+) -> Settings:
+    """Find every setting. ``method`` is that of the command line. Raises SettingsError."""
+    environment = os.environ if environment is None else environment
+    found = _from_files(config_files(environment) if files is None else files)
+    warnings: list[str] = []
+    above = _command_line(method) or _from_environment(environment, warnings)
+    methods = {
+        direction: above
+        or found.get(f"bpf.{direction}.attach_method")
+        or found.get("bpf.attach_method")
+        or ("auto", "default")
+        for direction in Direction
+    }
+    names, names_source = found.get("bpf.fallback_errnos", (["EINVAL"], "default"))
+    errnos = tuple(getattr(errno, name) for name in names)
+    origins = [
+        Setting(f"bpf.{direction}.attach_method", chosen, source)
+        for direction, (chosen, source) in methods.items()
+    ]
+    origins.append(Setting("bpf.fallback_errnos", ", ".join(names), names_source))
+    return Settings(
+        {
+            direction: AttachPolicy(chosen, errnos, exclusive)
+            for direction, (chosen, _) in methods.items()
+        },
+        tuple(origins),
+        tuple(warnings),
+    )
+
+
+def config_files(environment: Mapping[str, str]) -> list[str]:
+    """The files that are read where they exist; the later one goes over the earlier, key by key."""
+    files = [_SYSTEM_FILE]
+    # A relative path is to be ignored: XDG Base Directory Specification.
+    home = environment.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.join(environment.get("HOME", ""), ".config")
+    if os.path.isabs(home):
+        files.append(os.path.join(home, "pybpfthrottle", "config.toml"))
+    return files
+
+
+def _command_line(method: Optional[str]) -> Optional[tuple[str, str]]:
+    return (method, "--bpf-attach-method") if method else None
+
+
+def _from_environment(
+    environment: Mapping[str, str], warnings: list[str]
+) -> Optional[tuple[str, str]]:
+    for name in (prefix + _USE_LEGACY for prefix in _PREFIXES):
+        value = environment.get(name, "")
+        if value not in ("", "0", "1"):
+            raise SettingsError(f"the environment variable {name} is {value!r}: set it to 1 or 0")
+        if value == "1":
+            warnings.append(f"{name} is deprecated: set {_PREFIXES[0]}{_METHOD}=legacy instead")
+            return "legacy", name
+    for name in (prefix + _METHOD for prefix in _PREFIXES):
+        value = environment.get(name, "")
+        if value and value not in ATTACH_METHODS:
+            raise SettingsError(
+                f"the environment variable {name} is {value!r}:"
+                f" set it to one of {', '.join(ATTACH_METHODS)}"
+            )
+        if value:
+            return value, name
+    return None
+
+
+def _from_files(files: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    """The value and the file of each key."""
+    found: dict[str, tuple[Any, str]] = {}
+    for path in files:
+        text = _read(path)
+        if text is not None:
+            found.update({key: (value, path) for key, value in _parse(path, text).items()})
+    return found
+
+
+def _read(path: str) -> Optional[str]:
+    """The text of a config file, None if there is none; as root only one that is root's own."""
+    # One in a directory that may not be searched, as HOME of another user, is none of ours.
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            _refuse_untrusted(path, os.fstat(file.fileno()))
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {path}: {error}") from error
+
+
+def _refuse_untrusted(path: str, status: os.stat_result) -> None:
+    if os.geteuid() == 0 and status.st_uid != 0:
+        raise SettingsError(
+            f"{path} belongs to another user (uid {status.st_uid}), who could so decide what"
+            f" root does: chown root {path}"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SettingsError(f"{path} can be written by others: chmod go-w {path}")
+
+
+def _parse(path: str, text: str) -> dict[str, Any]:
+    """The keys of a file, dotted; raises SettingsError with file, line and what is allowed."""
+    toml = _toml(path)
+    try:
+        tree = toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from error
+    flat = dict(_flatten(tree, ""))
+    for key, value in flat.items():
+        where = f"{path}, line {_line_of(text, key)}"
+        if key not in _ALLOWED:
+            raise SettingsError(f"{where}: {key} is not known (known: {', '.join(_ALLOWED)})")
+        if not _is_allowed(key, value):
+            raise SettingsError(f"{where}: {key} is {value!r}; allowed is {_ALLOWED[key]}")
+    return flat
+
+
+def _toml(path: str) -> Any:
+    # Python has it since 3.11; tomli is the same for older ones.
+    for name in ("tomllib", "tomli"):
+        with suppress(ImportError):
+            return import_module(name)
+    raise SettingsError(
+        f"cannot read {path}: this Python needs the package tomli for it"
+        " (pip install 'pybpfthrottle[config]')"
+    )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_allowed(key: str, value: Any) -> bool:
+    if key == "bpf.fallback_errnos":
+        return isinstance(value, list) and all(
+            isinstance(name, str) and name.startswith("E") and hasattr(errno, name)
+            for name in value
+        )
+    return isinstance(value, str) and value in ATTACH_METHODS
+
+
+def _line_of(text: str, key: str) -> int:
+    """The line that sets a dotted key: the parser does not tell."""
+    table, _, name = key.rpartition(".")
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        if header:
+            current = re.sub(r"[\s\"']", "", header[1])
+        written = re.match(r"\s*([\w.\-\"' ]+?)\s*=", line)
+        if written:
+            dotted = re.sub(r"[\s\"']", "", written[1])
+            if f"{current}.{dotted}".strip(".") == f"{table}.{name}".strip("."):
+                return number
+    return 1
