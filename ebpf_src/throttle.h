@@ -25,9 +25,22 @@ enum throttle_flags {
 	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
 };
 
-/* Written by user space, read by the programs. */
+#define THROTTLE_MAGIC 0x54425059 /* "YPBT" */
+#define THROTTLE_VERSION 1
+
+/*
+ * Written by user space, read by the programs.
+ *
+ * The owner and the rate never move, whatever the version: a later release knows by them what an
+ * earlier one has left behind after a crash, and can disarm it.
+ */
 struct throttle_config {
-	__u64 rate_bytes_per_s; /* 0: unlimited */
+	__u32 magic;
+	__u32 version;
+	__u32 owner_pid;
+	__u32 owner_pid_namespace; /* the inode of /proc/self/ns/pid */
+	__u64 owner_start_ticks;   /* field 22 of /proc/PID/stat: a pid may be used again */
+	__u64 rate_bytes_per_s;    /* 0: unlimited */
 	__u64 inverse_rate;     /* (10^9 << INVERSE_RATE_SHIFT) / rate_bytes_per_s */
 	__u64 credit_ns;        /* how far the bucket may lag behind the clock: the burst */
 	__u64 debt_ns;          /* how far it may run ahead before packets are dropped */

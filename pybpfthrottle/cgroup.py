@@ -351,9 +351,45 @@ def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
             os.close(fd)
 
 
+def claim(cgroup: Cgroup) -> int:
+    """Lock a cgroup for a limit, so that no second one is put on it unknowingly.
+
+    The lock ends with the descriptor, and so with this process. Raises CgroupError that names the
+    process which has it.
+    """
+    try:
+        return _lock(cgroup)
+    except BlockingIOError:
+        holder = _lock_holder(cgroup)
+        raise CgroupError(
+            f"{cgroup.path} is limited already, by {holder}; its packets would be charged twice."
+            " If you mean both limits, add --stack"
+        ) from None
+    except OSError as error:
+        raise CgroupError(f"cannot open the cgroup {cgroup.path}: {error.strerror}") from error
+
+
+def _lock_holder(cgroup: Cgroup) -> str:
+    """The process that holds the lock, by /proc/locks (man 5 proc)."""
+    with suppress(OSError):
+        status = os.stat(cgroup.path)
+        wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        with open("/proc/locks") as locks:
+            for line in locks:
+                fields = line.split()
+                if wanted in fields:
+                    return f"process {fields[fields.index(wanted) - 1]}"
+    return "another process"
+
+
 def remove_abandoned() -> list[Cgroup]:
     """Remove the cgroups of crashed runs of ours that no process is in any more."""
-    removed = []
+    return abandoned(remove=True)
+
+
+def abandoned(*, remove: bool = False) -> list[Cgroup]:
+    """The cgroups of crashed runs of ours that no process is in any more."""
+    found = []
     for cgroup in walk():
         if not os.path.basename(cgroup.path).startswith(OWN_PREFIX):
             continue
@@ -362,8 +398,9 @@ def remove_abandoned() -> list[Cgroup]:
             fd = _lock(cgroup)
             try:
                 if not cgroup.populated():
-                    cgroup.remove()
-                    removed.append(cgroup)
+                    if remove:
+                        cgroup.remove()
+                    found.append(cgroup)
             finally:
                 os.close(fd)
-    return removed
+    return found

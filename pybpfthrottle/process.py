@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Iterator, Optional
+from functools import cache
+from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.errors import ProcessError
 
 _PF_KTHREAD = 0x00200000
 _ENDED = ("Z", "X")
+
+
+class Identity(NamedTuple):
+    """What tells a process from all others of this boot: a pid may be used again."""
+
+    pid: int
+    pid_namespace: int
+    start_ticks: int
+
+
+@cache
+def _identity_of(pid: int) -> Identity:
+    stat = _stat(pid)
+    return Identity(pid, _pid_namespace(), int(stat[19]) if stat else 0)
+
+
+def identity() -> Identity:
+    """That of this process."""
+    return _identity_of(os.getpid())
+
+
+def is_gone(owner: Identity) -> bool:
+    """Whether a process has ended; false for one of another pid namespace, which cannot be seen."""
+    if owner.pid_namespace != _pid_namespace():
+        return False
+    stat = _stat(owner.pid)
+    return stat is None or int(stat[19]) != owner.start_ticks or stat[0] in _ENDED
+
+
+def _pid_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 class Process:

@@ -44,6 +44,14 @@ class Throttle:
         self._handles[direction].set_rate(direction, rate)
         self._limits[direction] = rate
 
+    def switch(self, method: str) -> None:
+        """Attach by another method, link or legacy, without a moment without a limit.
+
+        Raises AttachError; then what was attached before still is.
+        """
+        for handle in self._distinct_handles():
+            handle.switch(method)
+
     def describe(self) -> dict[str, dict[str, str]]:
         """How each direction is limited."""
         return {str(direction): handle.describe() for direction, handle in self._handles.items()}

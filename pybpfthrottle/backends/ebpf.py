@@ -7,14 +7,16 @@ import logging
 import time
 from contextlib import suppress
 from functools import cache
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
-from pybpfthrottle import cgroup, objects
+from pybpfthrottle import cgroup, objects, process
 from pybpfthrottle.backends import Limits, Options, Priority
 from pybpfthrottle.backends.attach import attach
 from pybpfthrottle.backends.records import (
     INVERSE_RATE_SHIFT,
     THROTTLE_LOOPBACK,
+    THROTTLE_MAGIC,
+    THROTTLE_VERSION,
     ThrottleBucket,
     ThrottleConfig,
     ThrottleStats,
@@ -53,20 +55,35 @@ SMALL_NS = 20 * _MS
 
 def config_for(rate: Optional[Rate], *, loopback: bool) -> ThrottleConfig:
     """The record for a rate, in units that spare the program each division."""
-    flags = THROTTLE_LOOPBACK if loopback else 0
+    owner = process.identity()
+    config = ThrottleConfig(
+        magic=THROTTLE_MAGIC,
+        version=THROTTLE_VERSION,
+        owner_pid=owner.pid,
+        owner_pid_namespace=owner.pid_namespace,
+        owner_start_ticks=owner.start_ticks,
+        flags=THROTTLE_LOOPBACK if loopback else 0,
+    )
     if rate is None:
-        return ThrottleConfig(flags=flags)
+        return config
     per_s = rate.bytes_per_s
     burst_ns = max(BURST_NS, BURST_BYTES * _NS_PER_S // per_s)
     debt_ns = int(burst_ns * DEBT_SHARE)
-    return ThrottleConfig(
-        rate_bytes_per_s=per_s,
-        inverse_rate=(_NS_PER_S << INVERSE_RATE_SHIFT) // per_s,
-        credit_ns=burst_ns - debt_ns,
-        debt_ns=debt_ns,
-        small_ns=SMALL_NS,
-        flags=flags,
-    )
+    config.rate_bytes_per_s = per_s
+    config.inverse_rate = (_NS_PER_S << INVERSE_RATE_SHIFT) // per_s
+    config.credit_ns = burst_ns - debt_ns
+    config.debt_ns = debt_ns
+    config.small_ns = SMALL_NS
+    return config
+
+
+class _Placed(NamedTuple):
+    """A program where it is attached."""
+
+    program: str
+    target: Cgroup
+    direction: Direction
+    attachment: Attachment
 
 
 class EbpfHandle:
@@ -77,7 +94,7 @@ class EbpfHandle:
         self._options = options
         self._object_name = object_name
         self._rates = dict(limits)
-        self.attachments: list[Attachment] = []
+        self._placed: list[_Placed] = []
         self._configs: Map[int, ThrottleConfig] = loaded.maps["CGROUP_CONFIGS"].typed(
             U32, StructureCodec(ThrottleConfig)
         )
@@ -112,17 +129,42 @@ class EbpfHandle:
                 self._buckets[direction] = ThrottleBucket(even_at_ns=now + owed_ns)
         self._rates[direction] = rate
 
+    def place(self, program: str, target: Cgroup, direction: Direction) -> None:
+        """Attach one of the loaded programs. Raises AttachError or CgroupError."""
+        policy = self._options.attach.get(direction, AttachPolicy())
+        self._placed.append(
+            _Placed(program, target, direction, self._attach(program, target, direction, policy))
+        )
+
+    def switch(self, method: str) -> None:
+        """For each program first the new attachment, then the end of the old one."""
+        for index, placed in enumerate(self._placed):
+            policy = self._options.attach.get(placed.direction, AttachPolicy())
+            if placed.attachment.rung.partition(" ")[0] == method:
+                continue
+            attachment = self._attach(
+                placed.program, placed.target, placed.direction, policy._replace(method=method)
+            )
+            self._placed[index] = placed._replace(attachment=attachment)
+            placed.attachment.detach()
+
     def remove(self) -> None:
         """Detach everything, and close what was loaded."""
         try:
-            while self.attachments:
-                self.attachments.pop().detach()
+            while self._placed:
+                self._placed.pop().attachment.detach()
         finally:
             self._loaded.close()
 
+    def _attach(
+        self, program: str, target: Cgroup, direction: Direction, policy: AttachPolicy
+    ) -> Attachment:
+        return attach(self._loaded.programs[program], target, _ATTACH_TYPES[direction], policy)
+
     def describe(self) -> dict[str, str]:
         """The way each program is attached, and which of the shipped objects it comes from."""
-        rungs = sorted({attachment.rung for attachment in self.attachments})
+        attachments = [placed.attachment for placed in self._placed]
+        rungs = sorted({attachment.rung for attachment in attachments})
         return {"backend": "ebpf", "object": self._object_name, "attached_by": "+".join(rungs)}
 
 
@@ -169,14 +211,7 @@ class EbpfBackend:
                 handle.set_rate(direction, limits[direction])
             for target in cgroups:
                 for direction, name in wanted.items():
-                    handle.attachments.append(
-                        attach(
-                            loaded.programs[name],
-                            target,
-                            _ATTACH_TYPES[direction],
-                            options.attach.get(direction, AttachPolicy()),
-                        )
-                    )
+                    handle.place(name, target, direction)
         except BaseException:
             handle.remove()
             raise

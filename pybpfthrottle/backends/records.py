@@ -7,12 +7,19 @@ from ctypes import c_uint32, c_uint64
 
 INVERSE_RATE_SHIFT = 20
 THROTTLE_LOOPBACK = 1
+THROTTLE_MAGIC = 0x54425059
+THROTTLE_VERSION = 1
 
 
 class ThrottleConfig(ctypes.Structure):
     """struct throttle_config."""
 
     _fields_ = (
+        ("magic", c_uint32),
+        ("version", c_uint32),
+        ("owner_pid", c_uint32),
+        ("owner_pid_namespace", c_uint32),
+        ("owner_start_ticks", c_uint64),
         ("rate_bytes_per_s", c_uint64),
         ("inverse_rate", c_uint64),
         ("credit_ns", c_uint64),

@@ -172,6 +172,23 @@ class AttachType(IntEnum):
     SK_LOOKUP = 36
     XDP = 37
     SK_SKB_VERDICT = 38
+    SK_REUSEPORT_SELECT = 39
+    SK_REUSEPORT_SELECT_OR_MIGRATE = 40
+    PERF_EVENT = 41
+    TRACE_KPROBE_MULTI = 42
+    LSM_CGROUP = 43
+    STRUCT_OPS = 44
+    NETFILTER = 45
+    TCX_INGRESS = 46
+    TCX_EGRESS = 47
+    TRACE_UPROBE_MULTI = 48
+    CGROUP_UNIX_CONNECT = 49
+    CGROUP_UNIX_SENDMSG = 50
+    CGROUP_UNIX_RECVMSG = 51
+    CGROUP_UNIX_GETPEERNAME = 52
+    CGROUP_UNIX_GETSOCKNAME = 53
+    NETKIT_PRIMARY = 54
+    NETKIT_PEER = 55
 
 
 # Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of them.
@@ -383,6 +400,20 @@ class ProgInfo(ctypes.Structure):
         ("gpl_compatible", c_uint32, 1),
         ("netns_dev", c_uint64),
         ("netns_ino", c_uint64),
+    )
+
+
+class MapInfo(ctypes.Structure):
+    """struct bpf_map_info, up to what Linux 4.15 fills in."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("key_size", c_uint32),
+        ("value_size", c_uint32),
+        ("max_entries", c_uint32),
+        ("map_flags", c_uint32),
+        ("name", c_char * BPF_OBJ_NAME_LEN),
     )
 
 

@@ -187,17 +187,7 @@ def all_links() -> Iterator[LinkInfo]:
 
     Linux 5.8; needs CAP_SYS_ADMIN.
     """
-    link_id = 0
-    while True:
-        attr = Attr()
-        attr.get_id.id = link_id
-        try:
-            syscall.bpf(Cmd.LINK_GET_NEXT_ID, attr)
-        except OSError:
-            return
-        if attr.get_id.next_id <= link_id:
-            return
-        link_id = attr.get_id.next_id
+    for link_id in syscall.ids(Cmd.LINK_GET_NEXT_ID):
         with suppress(OSError):  # one may end in between
             info = _link_info(link_id)
             if info.type == abi.BPF_LINK_TYPE_CGROUP:

@@ -229,6 +229,35 @@ def create(spec: MapSpec) -> Map[Any, Any]:
     return found
 
 
+def open_by_id(map_id: int) -> Map[Any, Any]:
+    """A map of the system by its id; keys and values are bytes. Linux 4.13, needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
+    attr = Attr()
+    attr.get_id.id = map_id
+    fd = syscall.bpf(Cmd.MAP_GET_FD_BY_ID, attr)
+    info = abi.MapInfo()
+    attr = Attr()
+    attr.info.bpf_fd = fd
+    attr.info.info_len = ctypes.sizeof(info)
+    attr.info.info = ctypes.addressof(info)
+    try:
+        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+    except OSError:
+        os.close(fd)
+        raise
+    spec = MapSpec(
+        info.name.decode("ascii", "replace"),
+        info.type,
+        info.key_size,
+        info.value_size,
+        info.max_entries,
+        info.map_flags,
+    )
+    return Map(fd, spec, RAW, _value_codec(spec, RAW))
+
+
 def _create(spec: MapSpec) -> int:
     attr = Attr()
     attr.map_create.map_type = spec.type

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
@@ -27,6 +27,7 @@ class ProgramInfo(NamedTuple):
     tag: str
     load_time_ns: int
     created_by_uid: int
+    map_ids: tuple[int, ...] = ()
 
 
 class TestRunResult(NamedTuple):
@@ -190,12 +191,18 @@ def telling_line(log: str) -> str:
 
 def program_info(fd: int) -> ProgramInfo:
     """What the kernel says of the program behind a descriptor. Linux 4.13; names 4.15."""
-    info = abi.ProgInfo()
-    attr = Attr()
-    attr.info.bpf_fd = fd
-    attr.info.info_len = ctypes.sizeof(info)
-    attr.info.info = ctypes.addressof(info)
-    syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+    room = 0
+    while True:
+        map_ids = (ctypes.c_uint32 * room)()
+        info = abi.ProgInfo(nr_map_ids=room, map_ids=ctypes.addressof(map_ids))
+        attr = Attr()
+        attr.info.bpf_fd = fd
+        attr.info.info_len = ctypes.sizeof(info)
+        attr.info.info = ctypes.addressof(info)
+        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+        if info.nr_map_ids <= room:
+            break
+        room = info.nr_map_ids
     return ProgramInfo(
         id=info.id,
         name=info.name.decode("ascii", "replace"),
@@ -203,15 +210,29 @@ def program_info(fd: int) -> ProgramInfo:
         tag=bytes(info.tag).hex(),
         load_time_ns=info.load_time,
         created_by_uid=info.created_by_uid,
+        map_ids=tuple(map_ids[: info.nr_map_ids]),
     )
+
+
+def open_by_id(program_id: int) -> int:
+    """A descriptor of a program by its id; the caller closes it.
+
+    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
+    """
+    attr = Attr()
+    attr.get_id.id = program_id
+    return syscall.bpf(Cmd.PROG_GET_FD_BY_ID, attr)
 
 
 def info_by_id(program_id: int) -> ProgramInfo:
     """What the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
-    attr = Attr()
-    attr.get_id.id = program_id
-    fd = syscall.bpf(Cmd.PROG_GET_FD_BY_ID, attr)
+    fd = open_by_id(program_id)
     try:
         return program_info(fd)
     finally:
         os.close(fd)
+
+
+def all_ids() -> Iterator[int]:
+    """The ids of all programs of the machine; none where that may not be seen. Linux 4.13."""
+    return syscall.ids(Cmd.PROG_GET_NEXT_ID)

@@ -10,7 +10,7 @@ import ctypes
 import errno as errnos
 import os
 import sys
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.errors import UnsupportedMachineError
@@ -78,6 +78,22 @@ def bpf(cmd: Cmd, attr: Attr) -> int:
     if result < 0:
         raise error(ctypes.get_errno(), cmd)
     return result
+
+
+def ids(cmd: Cmd) -> Iterator[int]:
+    """The ids that a GET_NEXT_ID command lists; none where that is not allowed or not known."""
+    following = 0
+    while True:
+        attr = Attr()
+        attr.get_id.id = following
+        try:
+            bpf(cmd, attr)
+        except OSError:
+            return
+        if attr.get_id.next_id <= following:
+            return
+        following = attr.get_id.next_id
+        yield following
 
 
 def error(errno: int, cmd: Cmd) -> OSError:

@@ -50,6 +50,9 @@ or 125 failed, 126 cannot be executed, 127 not found.
     help="Do so even if other processes, or this session, are in the cgroup.",
 )
 @click.option(
+    "--stack", is_flag=True, help="Limit a cgroup that another pybpfthrottle limits as well."
+)
+@click.option(
     "--exclusive",
     is_flag=True,
     help="Before Linux 4.15: attach even if that may replace another tool's program.",
@@ -149,6 +152,58 @@ def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool)
     from pybpfthrottle.cli import demo as demo_command
 
     sys.exit(demo_command.demo(download_limit, upload_limit, seconds, loopback=loopback))
+
+
+@cli.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("method", type=click.Choice(["link", "legacy"]))
+def switch(pid: int, method: str) -> None:
+    """Have the pybpfthrottle with process id PID attach by METHOD from now on.
+
+    The limit is in force all the time; for a moment, packets are charged twice.
+    """
+    from pybpfthrottle.cli import switch as switch_command
+
+    switch_command.switch(pid, method)
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cleanup(dry_run: bool, as_json: bool) -> None:
+    """Take away what a crash has left: programs attached by the legacy call, empty cgroups.
+
+    Each start of a limit does so as well. Programs of others, and of throttles that live, stay.
+    """
+    from pybpfthrottle.cli import cleanup as cleanup_command
+
+    cleanup_command.cleanup(dry_run=dry_run, as_json=as_json)
+
+
+@cli.group()
+def cgroup() -> None:
+    """Show what BPF programs are attached to cgroups, whoever attached them."""
+
+
+@cgroup.command("show")
+@click.argument("path")
+@click.option("--effective", is_flag=True, help="Also what its ancestors pass on to it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
+    """What is attached to the cgroup PATH, at each hook that cgroups have."""
+    from pybpfthrottle.cli import attachments
+
+    attachments.show(path, effective=effective, as_json=as_json)
+
+
+@cgroup.command("tree")
+@click.argument("path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cgroup_tree(path: Optional[str], as_json: bool) -> None:
+    """What is attached to each cgroup at and below PATH, or to all that are visible."""
+    from pybpfthrottle.cli import attachments
+
+    attachments.tree(path, as_json=as_json)
 
 
 @cli.group()

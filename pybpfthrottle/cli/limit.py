@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import Optional, Sequence
 
 import click
@@ -13,8 +15,9 @@ import click
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import process
 from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.cli.cleanup import tidy_up
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.watch import SAMPLE_S, Watch
+from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.process import Process, is_kernel_thread
 from pybpfthrottle.signals import SignalQueue
@@ -31,6 +34,7 @@ def limit(
     cgroups: Sequence[str],
     units: Sequence[str],
     whole_cgroup: bool,
+    stack: bool,
     as_json: bool,
 ) -> None:
     """Put the limits in force, show them, and take them away at the end."""
@@ -44,8 +48,22 @@ def limit(
         if target is not None:
             _refuse_company(target, chosen[0])
         _refuse_own_session(chosen)
-    with SignalQueue(_STOP) as signals, request.apply(chosen) as live:
-        cgroups_v2.remove_abandoned()
+    with ExitStack() as claims:
+        if not stack:
+            for cgroup in chosen:
+                claims.callback(os.close, cgroups_v2.claim(cgroup))
+        reason = _limit(request, chosen, target, as_json=as_json)
+    if reason == "vanished":
+        raise CgroupError(f"the cgroup {chosen[0].path} was removed while it was limited")
+
+
+def _limit(
+    request: Request, chosen: Sequence[Cgroup], target: Optional[Process], *, as_json: bool
+) -> str:
+    """Put the limits in force until the end; what brought it."""
+    pid = target.pid if target else None
+    with SignalQueue((*_STOP, *SWITCHES)) as signals, request.apply(chosen) as live:
+        tidy_up()
         watch = Watch(
             live,
             pid=pid,
@@ -61,8 +79,7 @@ def limit(
             watch.say(f"Limiting {where}: {rates}. Ctrl-C ends it.")
         reason = _wait(watch, live, target, signals, request.duration_s)
         watch.end(reason=reason)
-    if reason == "vanished":
-        raise CgroupError(f"the cgroup {chosen[0].path} was removed while it was limited")
+    return reason
 
 
 def _wait(
@@ -78,8 +95,10 @@ def _wait(
     following = now + SAMPLE_S
     while True:
         came = signals.wait(min(following, end) - time.monotonic())
-        if came:
-            return came[0].name
+        watch.switch(came)
+        ends = [number for number in came if number in _STOP]
+        if ends:
+            return ends[0].name
         now = time.monotonic()
         if now >= end:
             return "duration"

@@ -14,9 +14,10 @@ from typing import Optional, Sequence, TextIO
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import process, throttle
 from pybpfthrottle.cgroup import OwnCgroup
+from pybpfthrottle.cli.cleanup import tidy_up
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
-from pybpfthrottle.cli.watch import SAMPLE_S, Watch
+from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
 from pybpfthrottle.errors import Error
 from pybpfthrottle.launch import Command, LaunchError, User
 from pybpfthrottle.signals import SignalQueue
@@ -58,7 +59,9 @@ def _run(
     with ExitStack() as stack:
         command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)
-        signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
+        signals = stack.enter_context(
+            SignalQueue((*_PASSED_ON, *_LEFT_ALONE, *SWITCHES, signal.SIGCHLD))
+        )
         # The kernel takes some 15 ms to move a process: time to read the object in.
         Thread(target=throttle.prepare).start()
         own = cgroups_v2.create_own(command.pid)
@@ -76,7 +79,7 @@ def _run(
             prefix="pybpfthrottle: ",
         )
         command.let_go()
-        cgroups_v2.remove_abandoned()
+        tidy_up()
         watch.start(pid=command.pid, command=list(argv))
         return _Run(command, live, watch).until_the_end(signals, request.duration_s, wait=wait)
 
@@ -116,6 +119,8 @@ class _Run:
             stop = status is not None and any(
                 number in came for number in (*_PASSED_ON, signal.SIGINT)
             )
+            if self._limited:
+                self._watch.switch(came)
             if status is None:
                 self._pass_on(came)
                 status = self._command.poll()

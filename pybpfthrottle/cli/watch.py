@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import signal
 from contextlib import suppress
-from typing import Any, Optional, TextIO
+from typing import Any, Optional, Sequence, TextIO
 
 import click
 
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
+from pybpfthrottle.cli.say import say
+from pybpfthrottle.errors import Error
 from pybpfthrottle.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
+
+# How a running instance is asked to attach in another way.
+SWITCHES = {signal.SIGUSR1: "link", signal.SIGUSR2: "legacy"}
 
 
 class Watch:
@@ -57,6 +63,15 @@ class Watch:
             log.info(
                 "eBPF stats PID %s cgroup %s: %s", self._pid, self._cgroup_id(), reading.counters
             )
+
+    def switch(self, came: Sequence[signal.Signals]) -> None:
+        """Do what ``pybpfthrottle switch`` has asked for, if it has."""
+        for number in came:
+            if number in SWITCHES:
+                try:
+                    self._live.switch(SWITCHES[number])
+                except Error as error:
+                    say(f"cannot switch: {error}")
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters are still there."""

@@ -1,28 +1,13 @@
 from __future__ import annotations
 
-import os
 import uuid
 from typing import Iterator
 
 import pytest
+from lab import attached
 
 from pybpfthrottle import cgroup
-from pybpfthrottle.bpf import links
-from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.cgroup import Cgroup
-
-
-def attached(target: Cgroup) -> list[int]:
-    """The programs at both hooks of a cgroup."""
-    fd = target.open()
-    try:
-        return [
-            program
-            for attach_type in (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
-            for program in links.query(fd, attach_type).program_ids
-        ]
-    finally:
-        os.close(fd)
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+from pybpfthrottle.bpf import links
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli import peer
 from pybpfthrottle.cli.namespaces import Wire
 from pybpfthrottle.limits import Rate
@@ -134,3 +137,16 @@ def median_windows(transfers: list[Transfer], rate: Rate, seconds: int) -> list[
         statistics.median(column)
         for column in zip(*(transfer.windows(rate, seconds) for transfer in transfers))
     ]
+
+
+def attached(target: Cgroup) -> list[int]:
+    """The programs at both hooks of a cgroup."""
+    fd = target.open()
+    try:
+        return [
+            program
+            for attach_type in (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
+            for program in links.query(fd, attach_type).program_ids
+        ]
+    finally:
+        os.close(fd)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from conftest import attached
-from lab import ENVIRONMENT, TOOL, lab
+from lab import ENVIRONMENT, TOOL, attached, lab
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options

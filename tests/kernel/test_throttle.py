@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Iterator
 
 import pytest
-from conftest import attached
+from lab import attached
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options

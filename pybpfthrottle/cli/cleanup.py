@@ -1,0 +1,66 @@
+"""pybpfthrottle cleanup: take away what a crash has left."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pybpfthrottle import cgroup as cgroups_v2
+from pybpfthrottle.backends import leftovers
+from pybpfthrottle.bpf import privileges
+from pybpfthrottle.errors import Error, ThrottleError
+
+
+def tidy_up() -> None:
+    """At each start, once the new limit is in force; what cannot be done is left."""
+    try:
+        leftovers.remove_all()
+        cgroups_v2.remove_abandoned()
+    except (OSError, Error):
+        return
+
+
+def cleanup(*, dry_run: bool, as_json: bool) -> None:
+    """Remove, or with ``dry_run`` only name, all that a crash has left."""
+    missing = privileges.missing_capabilities()
+    if missing:
+        raise ThrottleError(
+            f"cannot look for leftovers: {privileges.why_not_permitted('the search')}"
+        )
+    found = leftovers.find()
+    abandoned = cgroups_v2.abandoned() if dry_run else []
+    if not dry_run:
+        for leftover in found:
+            leftovers.remove(leftover)
+        abandoned = cgroups_v2.remove_abandoned()
+    if as_json:
+        click.echo(json.dumps(_record(found, abandoned, dry_run=dry_run), indent=2))
+        return
+    verb = "would remove" if dry_run else "removed"
+    for leftover in found:
+        click.echo(f"{verb} {leftover}")
+    for cgroup in abandoned:
+        click.echo(f"{verb} the cgroup {cgroup.path}")
+    if not found and not abandoned:
+        click.echo("Nothing is left from a crash.")
+
+
+def _record(
+    found: list[leftovers.Leftover], abandoned: list[cgroups_v2.Cgroup], *, dry_run: bool
+) -> dict[str, Any]:
+    return {
+        "dry_run": dry_run,
+        "programs": [
+            {
+                "id": leftover.program_id,
+                "name": leftover.name,
+                "direction": str(leftover.direction),
+                "owner_pid": leftover.owner_pid,
+                "cgroup": leftover.cgroup.path if leftover.cgroup else None,
+            }
+            for leftover in found
+        ],
+        "cgroups": [cgroup.path for cgroup in abandoned],
+    }

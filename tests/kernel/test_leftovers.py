@@ -1,0 +1,165 @@
+"""After a crash: what links leave (nothing), what the legacy call leaves, and who removes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import Iterator
+
+import pytest
+from lab import ENVIRONMENT, TOOL, attached
+
+from pybpfthrottle import throttle
+from pybpfthrottle.backends import Options, leftovers
+from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.asm import return_imm
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
+
+# Each start of the tool, in any test, removes leftovers: these tests must be alone.
+pytestmark = pytest.mark.alone
+
+LEGACY = Options(attach=dict.fromkeys(Direction, AttachPolicy("legacy")))
+
+HOLDER = """
+import socket, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def running(cgroup: Cgroup, method: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The tool, limiting both directions of a cgroup."""
+    command = [*TOOL, "--cgroup", cgroup.path, "--upload-limit", "1M", "--download-limit", "1M"]
+    with subprocess.Popen(
+        [*command, "--bpf-attach-method", method], stdout=subprocess.DEVNULL, env=ENVIRONMENT
+    ) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while len(attached(cgroup)) < 2:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+def crash(cgroup: Cgroup, method: str) -> None:
+    """Start the tool, and kill it in the middle."""
+    with running(cgroup, method) as process:
+        process.send_signal(signal.SIGKILL)
+
+
+def cleanup(*options: str) -> dict:
+    """What pybpfthrottle cleanup tells."""
+    done = subprocess.run(
+        [*TOOL, "cleanup", "--json", *options],
+        stdout=subprocess.PIPE,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    return json.loads(done.stdout)
+
+
+def test_links_leave_nothing(scratch: Cgroup) -> None:
+    """After kill -9 of a tool that attached by link nothing is attached."""
+    crash(scratch, "link")
+    deadline = time.monotonic() + 5
+    while attached(scratch) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert attached(scratch) == []
+
+
+def test_cleanup_removes_what_the_legacy_call_has_left(scratch: Cgroup) -> None:
+    """--dry-run names it, cleanup takes it away, and then there is nothing more."""
+    crash(scratch, "legacy")
+    left = attached(scratch)
+    assert len(left) == 2
+    named = cleanup("--dry-run")
+    assert {program["id"] for program in named["programs"]} == set(left)
+    assert {program["cgroup"] for program in named["programs"]} == {scratch.path}
+    assert attached(scratch) == left
+    assert {program["id"] for program in cleanup()["programs"]} == set(left)
+    assert attached(scratch) == []
+    assert cleanup() == {"dry_run": False, "programs": [], "cgroups": []}
+
+
+def test_the_next_start_removes_it_as_well(scratch: Cgroup) -> None:
+    """A run of anything tidies up after an earlier crash."""
+    crash(scratch, "legacy")
+    command = [*TOOL, "run", "-q", "--download-limit", "1M", "--", "true"]
+    subprocess.run(command, check=True, env=ENVIRONMENT)
+    assert attached(scratch) == []
+
+
+def test_who_lives_and_who_is_not_ours_is_left_alone(scratch: Cgroup) -> None:
+    """A throttle that is in force stays, and so does a program of ours in name alone."""
+    fd = scratch.open()
+    theirs = programs.load(
+        return_imm(1), type=ProgType.CGROUP_SKB, license="MIT", name="pybpft_ingress"
+    )
+    attachment = links.attach_legacy(theirs, fd, AttachType.CGROUP_INET_INGRESS)
+    try:
+        with throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("1M")}, options=LEGACY):
+            before = attached(scratch)
+            assert cleanup()["programs"] == []
+            assert attached(scratch) == before
+            assert len(before) == 2
+    finally:
+        attachment.detach()
+        theirs.close()
+        os.close(fd)
+
+
+def test_an_orphan_on_a_removed_cgroup_is_disarmed(scratch: Cgroup) -> None:
+    """A socket keeps the program of its removed cgroup running: it is made to pass everything."""
+    below = scratch.create_child("below")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: below.move_in(0),
+    )
+    try:
+        assert holder.stdout
+        assert holder.stdout.readline() == b"ready\n"
+        crash(below, "legacy")
+        left = set(attached(below))
+        scratch.move_in(holder.pid)
+        below.remove(patience_s=5)
+        orphans = [found for found in leftovers.find() if found.program_id in left]
+        assert {found.cgroup for found in orphans} <= {None}
+        cleanup()
+        assert not [found for found in leftovers.find() if found.program_id in left]
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None:
+    """Where the owner is gone and a child has inherited its link, the limit is lifted."""
+    owner = os.fork()
+    if owner == 0:
+        live = throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("1M")})
+        if os.fork() == 0:
+            time.sleep(3)
+        del live
+        os._exit(0)
+    os.waitpid(owner, 0)
+    assert len(attached(scratch)) == 1
+    found = [found for found in leftovers.find() if found.owner_pid == owner]
+    assert [one.cgroup for one in found] == [scratch]
+    cleanup()
+    assert not [one for one in leftovers.find() if one.owner_pid == owner]
+    deadline = time.monotonic() + 10
+    while attached(scratch) and time.monotonic() < deadline:
+        time.sleep(0.1)
