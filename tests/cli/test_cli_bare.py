@@ -321,13 +321,11 @@ def test_kill_9_detaches_links(running, eventually, attached):
 
 
 def test_two_instances_limit_one_cgroup_beside_each_other(tool, running, attached):
-    """A second throttle is attached beside the first; the end of one leaves the other."""
+    """With --stack a second throttle goes beside the first; the end of one leaves the other."""
     first, cgroup = running("-q")
     before = attached(cgroup)
-    assert (
-        tool.run("--cgroup", cgroup.path, "--upload-limit", "1M", "-q", "--duration", "0.2").status
-        == 0
-    )
+    options = ["--upload-limit", "1M", "-q", "--duration", "0.2", "--stack"]
+    assert tool.run("--cgroup", cgroup.path, *options).status == 0
     assert attached(cgroup) == before
     first.terminate()
     assert tool.finish(first).status == 0
