@@ -54,7 +54,10 @@ class Throttle:
 
     def describe(self) -> dict[str, dict[str, str]]:
         """How each direction is limited."""
-        return {str(direction): handle.describe() for direction, handle in self._handles.items()}
+        return {
+            str(direction): handle.describe(direction)
+            for direction, handle in self._handles.items()
+        }
 
     def vanished(self) -> bool:
         """Whether no cgroup is left to limit."""

@@ -53,8 +53,8 @@ class Handle(Protocol):
     def remove(self) -> None:
         """Take everything away. Doing so twice is no error."""
 
-    def describe(self) -> dict[str, str]:
-        """How it is done, for people and for JSON."""
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """How a direction is limited, for people and for JSON."""
 
 
 class Backend(Protocol):

@@ -161,10 +161,11 @@ class EbpfHandle:
     ) -> Attachment:
         return attach(self._loaded.programs[program], target, _ATTACH_TYPES[direction], policy)
 
-    def describe(self) -> dict[str, str]:
-        """The way each program is attached, and which of the shipped objects it comes from."""
-        attachments = [placed.attachment for placed in self._placed]
-        rungs = sorted({attachment.rung for attachment in attachments})
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """The way its program is attached, and which of the shipped objects it comes from."""
+        rungs = sorted(
+            {placed.attachment.rung for placed in self._placed if placed.direction is direction}
+        )
         return {"backend": "ebpf", "object": self._object_name, "attached_by": "+".join(rungs)}
 
 

@@ -282,6 +282,8 @@ def _create(spec: MapSpec) -> int:
             attr.map_create.map_name = b""
             try:
                 return with_memlock(attempt)
+            except PermissionError:
+                raise
             except OSError:
                 raise error from None
     except OSError as error:

@@ -194,7 +194,9 @@ def program_info(fd: int) -> ProgramInfo:
     room = 0
     while True:
         map_ids = (ctypes.c_uint32 * room)()
-        info = abi.ProgInfo(nr_map_ids=room, map_ids=ctypes.addressof(map_ids))
+        info = abi.ProgInfo(nr_map_ids=room)
+        if room:  # Linux 4.14 knows no such field, and refuses one that is not zero
+            info.map_ids = ctypes.addressof(map_ids)
         attr = Attr()
         attr.info.bpf_fd = fd
         attr.info.info_len = ctypes.sizeof(info)

@@ -24,6 +24,9 @@ from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
+# A second's traffic may have one burst more, or less where a busy machine held the flood up.
+ONE_BURST = 0.27
+
 LOOPBACK = Options(loopback=True)
 
 # Sends datagrams of 1,000 bytes to the loopback device as fast as it can.
@@ -80,7 +83,7 @@ def test_a_limit_changes_while_it_is_in_force(scratch: Cgroup) -> None:
                 rate = Rate.parse(text)
                 live.set_limit(Direction.UPLOAD, rate)
                 time.sleep(0.3)
-                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
+                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=ONE_BURST)
             live.set_limit(Direction.UPLOAD, None)
             assert passed(live, 0.5) > Rate.parse("8M").bytes_per_s
             assert live.limits == {Direction.UPLOAD: None}
@@ -94,7 +97,7 @@ def test_several_cgroups_share_one_limit(scratch: Cgroup) -> None:
         with throttle.apply([one, two], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
             with flood(one, two):
                 time.sleep(1)
-                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
+                assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=ONE_BURST)
     finally:
         one.remove(patience_s=5)
         two.remove(patience_s=5)
@@ -203,7 +206,7 @@ def test_connections_from_before_are_limited_in_a_cgroup_that_is_limited_later(
         rate = Rate.parse("1M")
         with throttle.apply([scratch], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
             time.sleep(0.5)
-            assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=0.1)
+            assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=ONE_BURST)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
