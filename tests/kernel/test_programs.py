@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from typing import Iterator
 
 import pytest
@@ -265,12 +266,8 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as own:
 """
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize("name", ["throttle", "throttle-direct"])
-def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, host: str) -> None:
-    """Of 5 MB each way over TCP each object bills exactly that, in both directions."""
-    if name == "throttle-direct" and not features.DIRECT_PACKET_ACCESS.available():
-        pytest.skip("no direct packet access in cgroup_skb programs (Linux 5.0)")
+def exchange(scratch: Cgroup, host: str) -> None:
+    """Send 5 MB each way between a client in the cgroup and a server outside."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.create_server((host, 0), family=family)
 
@@ -283,27 +280,39 @@ def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, hos
 
     thread = threading.Thread(target=answer)
     thread.start()
-    with server, loader.load(objects.read(name)) as loaded:
+    with server:
+        subprocess.run(
+            [sys.executable, "-c", CLIENT, host, str(server.getsockname()[1])],
+            preexec_fn=lambda: scratch.move_in(0),
+            check=True,
+        )
+        thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("name", ["throttle", "throttle-direct"])
+def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, host: str) -> None:
+    """Of 5 MB each way over TCP each object bills exactly that, in both directions."""
+    if name == "throttle-direct" and not features.DIRECT_PACKET_ACCESS.available():
+        pytest.skip("no direct packet access in cgroup_skb programs (Linux 5.0)")
+    hooks = {
+        Direction.DOWNLOAD: ("pybpft_ingress", AttachType.CGROUP_INET_INGRESS),
+        Direction.UPLOAD: ("pybpft_egress", AttachType.CGROUP_INET_EGRESS),
+    }
+    billed = []
+    with loader.load(objects.read(name)) as loaded, ExitStack() as stack:
         own = Bench(loaded)
         fd = scratch.open()
-        attachments = []
-        try:
-            for direction, program, hook in (
-                (Direction.DOWNLOAD, "pybpft_ingress", AttachType.CGROUP_INET_INGRESS),
-                (Direction.UPLOAD, "pybpft_egress", AttachType.CGROUP_INET_EGRESS),
-            ):
-                own.configs[direction] = config_for(MAX_RATE, loopback=True)
-                attachments.append(links.attach_legacy(loaded.programs[program], fd, hook))
-            subprocess.run(
-                [sys.executable, "-c", CLIENT, host, str(server.getsockname()[1])],
-                preexec_fn=lambda: scratch.move_in(0),
-                check=True,
-            )
-            thread.join()
-            for direction in Direction:
-                assert own.total(direction, "packets_dropped") == 0
-                assert own.total(direction, "bytes_total") == 5_000_000
-        finally:
-            for attachment in attachments:
-                attachment.detach()
-            os.close(fd)
+        stack.callback(os.close, fd)
+        for direction, (program, hook) in hooks.items():
+            own.configs[direction] = config_for(MAX_RATE, loopback=True)
+            stack.callback(links.attach_legacy(loaded.programs[program], fd, hook).detach)
+        # On a busy machine TCP may probe for a loss that was none, and send its last bytes twice.
+        for _ in range(5):
+            before = [own.total(direction, "bytes_total") for direction in hooks]
+            exchange(scratch, host)
+            after = [own.total(direction, "bytes_total") for direction in hooks]
+            billed.append([last - first for first, last in zip(before, after)])
+        assert [own.total(direction, "packets_dropped") for direction in hooks] == [0, 0]
+    assert [5_000_000, 5_000_000] in billed
+    assert min(min(pair) for pair in billed) == 5_000_000
