@@ -25,6 +25,9 @@ from pybpfthrottle.errors import AttachError
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
+pytestmark = pytest.mark.timed
+
+
 EGRESS = AttachType.CGROUP_INET_EGRESS
 UPLOAD = {Direction.UPLOAD: Rate.parse("1M")}
 REFUSING = [sys.executable, str(Path(__file__).with_name("refusing.py"))]

@@ -24,6 +24,8 @@ from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
+pytestmark = pytest.mark.timed
+
 # A second's traffic may have one burst more, or less where a busy machine held the flood up.
 ONE_BURST = 0.27
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.mark.parametrize("place", [[], ["--loopback"]])
 def test_the_demo_shows_that_limits_hold(place: list[str]) -> None:

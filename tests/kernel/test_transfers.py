@@ -8,6 +8,8 @@ from lab import LARGEST_PACKET, Lab, Transfer, lab, median_ratio, median_windows
 from pybpfthrottle.backends.ebpf import BURST_NS, SMALL_NS
 from pybpfthrottle.limits import Rate
 
+pytestmark = pytest.mark.timed
+
 
 def limited(direction: str, limit: str, seconds: int, *options: str):
     """A transfer in one direction with a limit."""

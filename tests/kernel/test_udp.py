@@ -14,6 +14,8 @@ from lab import ENVIRONMENT, TOOL
 from pybpfthrottle.cli.namespaces import Namespace, Wire
 from pybpfthrottle.limits import Rate
 
+pytestmark = pytest.mark.timed
+
 PAYLOAD = 1200
 HEADERS = {4: 28, 6: 48}
 SECONDS = 4
