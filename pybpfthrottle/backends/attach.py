@@ -15,10 +15,15 @@ from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import AttachError
+from pybpfthrottle.limits import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
 log = logging.getLogger(__name__)
 
+ATTACH_TYPES = {
+    Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
+    Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
+}
 _DIRECTION_NAMES = {
     AttachType.CGROUP_INET_INGRESS: "ingress",
     AttachType.CGROUP_INET_EGRESS: "egress",

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from pybpfthrottle import cgroup, objects, process
 from pybpfthrottle.backends import Limits, Options, Priority
-from pybpfthrottle.backends.attach import attach
+from pybpfthrottle.backends.attach import ATTACH_TYPES, attach
 from pybpfthrottle.backends.records import (
     INVERSE_RATE_SHIFT,
     THROTTLE_LOOPBACK,
@@ -22,7 +22,6 @@ from pybpfthrottle.backends.records import (
     ThrottleStats,
 )
 from pybpfthrottle.bpf import features, loader, privileges
-from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import U32, Map, StructureCodec
@@ -34,10 +33,6 @@ from pybpfthrottle.settings import AttachPolicy
 
 log = logging.getLogger(__name__)
 
-_ATTACH_TYPES = {
-    Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
-    Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
-}
 _MS = 1_000_000
 _NS_PER_S = 1_000_000_000
 
@@ -159,7 +154,7 @@ class EbpfHandle:
     def _attach(
         self, program: str, target: Cgroup, direction: Direction, policy: AttachPolicy
     ) -> Attachment:
-        return attach(self._loaded.programs[program], target, _ATTACH_TYPES[direction], policy)
+        return attach(self._loaded.programs[program], target, ATTACH_TYPES[direction], policy)
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """The way its program is attached, and which of the shipped objects it comes from."""

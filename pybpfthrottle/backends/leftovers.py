@@ -10,9 +10,9 @@ from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import process
+from pybpfthrottle.backends.attach import ATTACH_TYPES
 from pybpfthrottle.backends.records import THROTTLE_MAGIC, ThrottleConfig
 from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.maps import U32, Map, StructureCodec
 from pybpfthrottle.bpf.programs import ProgramInfo
 from pybpfthrottle.cgroup import Cgroup
@@ -24,10 +24,6 @@ log = logging.getLogger(__name__)
 
 PROGRAM_PREFIX = "pybpft_"
 _CONFIGS = "CGROUP_CONFIGS"
-_HOOKS = {
-    Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
-    Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
-}
 
 
 class Leftover(NamedTuple):
@@ -123,7 +119,7 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
         with suppress(CgroupError):
             fd = cgroup.open()
             try:
-                for hook in _HOOKS.values():
+                for hook in ATTACH_TYPES.values():
                     with suppress(OSError):
                         for program_id in links.query(fd, hook).program_ids:
                             if program_id in wanted:
@@ -138,7 +134,7 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
     try:
         program_fd = programs.open_by_id(leftover.program_id)
         try:
-            links.detach(program_fd, cgroup_fd, _HOOKS[leftover.direction])
+            links.detach(program_fd, cgroup_fd, ATTACH_TYPES[leftover.direction])
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise
