@@ -61,12 +61,11 @@ class Process:
             raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
         self.pid = pid
         self.name = _name(pid)
-        self._start_time = stat[19]
+        self._identity = Identity(pid, _pid_namespace(), int(stat[19]))
 
     def alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
-        stat = _stat(self.pid)
-        return stat is not None and stat[19] == self._start_time and stat[0] not in _ENDED
+        return not is_gone(self._identity)
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"

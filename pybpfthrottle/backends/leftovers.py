@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -13,7 +14,7 @@ from pybpfthrottle import process
 from pybpfthrottle.backends.attach import ATTACH_TYPES
 from pybpfthrottle.backends.records import THROTTLE_MAGIC, ThrottleConfig
 from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.maps import U32, Map, StructureCodec
+from pybpfthrottle.bpf.maps import RAW, U32, Map
 from pybpfthrottle.bpf.programs import ProgramInfo
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError
@@ -93,25 +94,27 @@ def _owner(info: ProgramInfo, direction: Direction) -> Optional[Identity]:
     if configs is None:
         return None
     with configs:
-        config = configs[direction]
+        config = _Head.from_buffer_copy(configs[direction])
     if config.magic != THROTTLE_MAGIC or not config.rate_bytes_per_s:
         return None
     return Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
 
 
-def _configs(map_ids: tuple[int, ...]) -> Optional[Map[int, ThrottleConfig]]:
-    """The map of configurations; a later version's record may be longer, not shorter."""
+class _Head(ctypes.Structure):
+    """The owner and the rate, which never move: all that may be relied on in any version."""
+
+    _fields_ = ThrottleConfig._fields_[:6]
+
+
+def _configs(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
+    """The map of configurations, whose records another version may have made longer or shorter."""
     for map_id in map_ids:
         with suppress(OSError):
             found = maps.open_by_id(map_id)
-            if found.spec.name == _CONFIGS and found.spec.value_size >= _HEAD_BYTES:
-                return found.typed(U32, StructureCodec(ThrottleConfig))
+            if found.spec.name == _CONFIGS and found.spec.value_size >= ctypes.sizeof(_Head):
+                return found.typed(U32, RAW)
             found.close()
     return None
-
-
-# The owner and the rate, which never move.
-_HEAD_BYTES = ThrottleConfig.rate_bytes_per_s.offset + ThrottleConfig.rate_bytes_per_s.size
 
 
 def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
@@ -151,6 +154,7 @@ def _disarm(leftover: Leftover) -> None:
     configs = _configs(programs.info_by_id(leftover.program_id).map_ids)
     if configs is not None:
         with configs:
-            config = configs[leftover.direction]
+            record = configs[leftover.direction]
+            config = _Head.from_buffer_copy(record)
             config.rate_bytes_per_s = 0
-            configs[leftover.direction] = config
+            configs[leftover.direction] = bytes(config) + record[ctypes.sizeof(_Head) :]
