@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from functools import cache
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import ProcessError
 
@@ -97,6 +97,12 @@ def is_kernel_thread(pid: int) -> bool:
 def name_of(pid: int) -> str:
     """The name of a process, or ``?`` if it is gone."""
     return _name(pid)
+
+
+def listed(pids: Sequence[int], *, most: int = 5) -> str:
+    """Processes by pid and name, for people: ``12 (curl), 14 (sh) and 3 more``."""
+    text = ", ".join(f"{pid} ({name_of(pid)})" for pid in pids[:most])
+    return text if len(pids) <= most else f"{text} and {len(pids) - most} more"
 
 
 def ancestors(pid: int) -> Iterator[int]:

@@ -128,9 +128,7 @@ def describe(program_id: int) -> str:
     text = f"{info.name or 'a program without a name'} ({_details(info)})"
     for link in links.all_links():
         if link.program_id == program_id:
-            holders = ", ".join(
-                f"{pid} ({process.name_of(pid)})" for pid in process.holders_of_link(link.id)
-            )
+            holders = process.listed(process.holders_of_link(link.id))
             text += f", link {link.id} held by {holders or 'a pin, or a process not visible here'}"
     return text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Callable, Optional
 
-from pybpfthrottle.bpf import asm, maps, syscall
+from pybpfthrottle.bpf import asm, maps, programs, syscall
 from pybpfthrottle.bpf.abi import INSN_BYTES, AttachType, Attr, Cmd, MapType, ProgType
 from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
@@ -21,8 +21,9 @@ from pybpfthrottle.errors import BpfError
 # Of struct __sk_buff.
 _LEN_OFFSET = 0
 _DATA_OFFSET = 76
+_DATA_END_OFFSET = 80
 
-_LDX_W, _AND_IMM, _ADD = 0x61, 0x57, 0x0F
+_LDX_W, _AND_IMM, _ADD, _JGT = 0x61, 0x57, 0x0F, 0x2D
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,21 @@ def _probe_direct_packet_access() -> None:
     _load(code, AttachType.CGROUP_INET_INGRESS)
 
 
+def _probe_test_run_packet() -> None:
+    # return data_end > data
+    code = (
+        asm.insn(_LDX_W, dst=2, src=1, off=_DATA_OFFSET)
+        + asm.insn(_LDX_W, dst=3, src=1, off=_DATA_END_OFFSET)
+        + asm.mov_imm(0, 1)
+        + asm.insn(_JGT, dst=3, src=2, off=1)
+        + asm.mov_imm(0, 0)
+        + asm.exit_()
+    )
+    with programs.load(code, type=ProgType.CGROUP_SKB, license="MIT") as probe:
+        if not probe.test_run(bytes(100)).retval:
+            raise OSError(errno.ENODATA, "the packet is empty", "BPF_PROG_TEST_RUN")
+
+
 CGROUP_SKB = Feature("cgroup_skb programs", "4.10", _probe_cgroup_skb)
 CONGESTION_VERDICT = Feature("egress verdict 2 (congestion)", "5.3", _probe_congestion_verdict)
 DIRECT_PACKET_ACCESS = Feature(
@@ -117,3 +133,7 @@ DIRECT_PACKET_ACCESS = Feature(
 )
 LINK = Feature("BPF links to cgroups", "5.7", _probe_link)
 DATA_SECTIONS = Feature("data sections (.data, .rodata, .bss)", "5.2", _probe_data_sections)
+# Measured: 6.12 does not have it, 6.18 has. A packet that is not a test's is always seen.
+TEST_RUN_PACKET = Feature(
+    "a packet to read in test runs of cgroup_skb", "6.18", _probe_test_run_packet
+)

@@ -125,12 +125,11 @@ def _record(
 
 def _print_table(found: Sequence[dict[str, Any]], *, indent: str = "") -> None:
     rows: list[tuple[str, ...]] = [
-        ("id", "attach type", "flags", "name", "tag", "uid", "link (held by)")
+        ("id", "attach type", "flags", "name", "tag", "uid", "link: held by")
     ]
     for record in found:
         owners = ", ".join(
-            f"{link['id']} ({', '.join(_named(pid) for pid in link['pids']) or '?'})"
-            for link in record["links"]
+            f"{link['id']}: {process.listed(link['pids']) or '?'}" for link in record["links"]
         )
         rows.append(
             (
@@ -147,7 +146,3 @@ def _print_table(found: Sequence[dict[str, Any]], *, indent: str = "") -> None:
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))
         click.echo((indent + "  ".join(cells)).rstrip())
-
-
-def _named(pid: int) -> str:
-    return f"{pid} {process.name_of(pid)}"

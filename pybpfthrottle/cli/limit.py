@@ -24,7 +24,6 @@ from pybpfthrottle.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LISTED = 5
 
 
 def limit(
@@ -132,13 +131,10 @@ def _refuse_company(target: Process, cgroup: Cgroup) -> None:
     others = [pid for pid in cgroup.pids_below() if pid != target.pid and not is_kernel_thread(pid)]
     if not cgroup.is_root() and not others:
         return
-    named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in others[:_LISTED])
-    if len(others) > _LISTED:
-        named += f" and {len(others) - _LISTED} more"
     what = "is the root cgroup" if cgroup.is_root() else "is not its own"
     raise ProcessError(
         f"the cgroup of process {target.pid} ({target.name}), {cgroup.path}, {what};"
-        f" it also holds {named or 'whatever is in no other cgroup'}."
+        f" it also holds {process.listed(others) or 'whatever is in no other cgroup'}."
         " To limit them all, add --whole-cgroup; to limit a new program alone,"
         " start it with pybpfthrottle run"
     )
@@ -154,7 +150,7 @@ def _refuse_own_session(chosen: Sequence[Cgroup]) -> None:
         for cgroup in chosen:
             if where in cgroup:
                 raise ProcessError(
-                    f"{cgroup.path} holds this session too (process {pid},"
-                    f" {process.name_of(pid)}): the limit would be for the terminal or the"
+                    f"{cgroup.path} holds this session too (process"
+                    f" {process.listed([pid])}): the limit would be for the terminal or the"
                     " remote login that you work on. If you mean that, add --whole-cgroup"
                 )

@@ -27,7 +27,6 @@ _FAILED = 125
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
 # The terminal sends these to the command itself; it decides what they mean.
 _LEFT_ALONE = (signal.SIGINT, signal.SIGQUIT)
-_LISTED = 5
 
 
 def run(
@@ -88,9 +87,9 @@ def _remove(own: OwnCgroup) -> None:
     if own.remove():
         return
     pids = own.cgroup.pids()
-    named = ", ".join(f"{pid} ({process.name_of(pid)})" for pid in pids[:_LISTED])
     say(
-        f"{len(pids)} of the command's processes go on without a limit: {named}"
+        f"{len(pids)} of the command's processes go on without a limit:"
+        f" {process.listed(pids)}"
         f" (--wait keeps it); {own.cgroup.path} is removed at the next start after they end"
     )
 

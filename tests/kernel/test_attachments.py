@@ -73,10 +73,12 @@ def ours(*arguments: str) -> Any:
 
 def theirs(*arguments: str) -> Any:
     """What bpftool prints as JSON."""
-    done = subprocess.run(
-        ["bpftool", "cgroup", *arguments, "-j"], stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout)
+    done = subprocess.run(["bpftool", "cgroup", *arguments, "-j"], stdout=subprocess.PIPE)
+    shown = json.loads(done.stdout or "null")
+    # It fails on the first attach type that an older kernel does not know.
+    if done.returncode or not shown or shown[0].get("programs") == []:
+        pytest.skip("bpftool cannot show what is attached on this kernel")
+    return shown
 
 
 def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,13 +88,19 @@ def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["attach_type"], row["id"]))
 
 
+def test_show_tells_what_is_attached(busy: Cgroup) -> None:
+    """Each hook with its flags, and each link with its holder."""
+    found = ours("show", busy.path)
+    told = sorted((row["attach_type"], row["attach_flags"], len(row["links"])) for row in found)
+    flags = {"link": "multi", "ALLOW_MULTIPLE": "multi", "ALLOW_OVERRIDE": "override", "SINGLE": ""}
+    assert told == sorted((hook.name.lower(), flags[how], how == "link") for _, hook, how in HOOKS)
+    assert {pid for row in found for link in row["links"] for pid in link["pids"]} == {os.getpid()}
+
+
 def test_show_tells_what_bpftool_tells(busy: Cgroup) -> None:
     """Programs, hooks, flags and names are the same, for each hook of cgroups."""
     found = ours("show", busy.path)
     assert comparable(found) == comparable(theirs("show", busy.path))
-    assert len(found) == len(HOOKS)
-    assert sum(bool(row["links"]) for row in found) == 6
-    assert {pid for row in found for link in row["links"] for pid in link["pids"]} == {os.getpid()}
 
 
 def test_effective_tells_what_bpftool_tells(busy: Cgroup) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from lab import ENVIRONMENT, TOOL, attached
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options, leftovers
-from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.asm import return_imm
+from pybpfthrottle.bpf.maps import RAW, U32, Map
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
@@ -163,3 +165,75 @@ def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None
     deadline = time.monotonic() + 10
     while attached(scratch) and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+OWNER = """
+import os, sys, time
+from pybpfthrottle.backends.ebpf import config_for
+from pybpfthrottle.bpf import asm, links, maps, programs
+from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
+from pybpfthrottle.bpf.links import AttachMode
+from pybpfthrottle.bpf.maps import RAW, U32
+from pybpfthrottle.bpf.specs import MapSpec
+from pybpfthrottle.limits import MIN_RATE
+
+path, mode, size = sys.argv[1], AttachMode[sys.argv[2]], int(sys.argv[3])
+configs = maps.create(MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, size, 2)).typed(U32, RAW)
+for direction in (0, 1):
+    configs[direction] = bytes(config_for(MIN_RATE, loopback=True)).ljust(size, b"T")[:size]
+program = programs.load(
+    asm.load_map(1, configs.fd) + asm.return_imm(1),
+    type=ProgType.CGROUP_SKB, license="MIT", name="pybpft_egress",
+)
+fd = os.open(path, os.O_RDONLY)
+links.attach_legacy(program, fd, AttachType.CGROUP_INET_EGRESS, mode)
+info = program.info()
+print(info.id, info.map_ids[0], flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def crashed_owner(
+    cgroup: Cgroup, *, mode: str = "ALLOW_MULTIPLE", record_bytes: int = 80
+) -> Iterator[tuple[int, Map[int, bytes]]]:
+    """Another version's program, left attached by a process that was killed.
+
+    Its id, and the map of its records.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, cgroup.path, mode, str(record_bytes)],
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as owner:
+        assert owner.stdout
+        program_id, map_id = map(int, owner.stdout.readline().split())
+        with maps.open_by_id(map_id) as found:
+            owner.kill()
+            owner.wait()
+            yield program_id, found.typed(U32, RAW)
+
+
+@pytest.mark.parametrize("mode", ["ALLOW_OVERRIDE", "SINGLE", "ALLOW_MULTIPLE"])
+def test_each_mode_of_the_legacy_call_is_cleaned_up(scratch: Cgroup, mode: str) -> None:
+    """Also what was attached in the modes that kernels before 4.15 alone have."""
+    with crashed_owner(scratch, mode=mode) as (program_id, _):
+        assert [one["id"] for one in cleanup()["programs"]] == [program_id]
+        assert attached(scratch) == []
+
+
+@pytest.mark.parametrize("record_bytes", [32, 64, 200])
+def test_a_record_of_another_version_is_known(scratch: Cgroup, record_bytes: int) -> None:
+    """Shorter or longer, it tells its owner; disarming it leaves what is behind that alone."""
+    below = scratch.create_child("below")
+    try:
+        with crashed_owner(below, record_bytes=record_bytes) as (program_id, configs):
+            before = configs[Direction.UPLOAD]
+            [found] = [one for one in leftovers.find() if one.program_id == program_id]
+            leftovers.remove(found._replace(cgroup=None))
+            after = configs[Direction.UPLOAD]
+            assert struct.unpack_from("=Q", before, 24)[0] > 0
+            assert after == before[:24] + bytes(8) + before[32:]
+            assert [one for one in leftovers.find() if one.program_id == program_id] == []
+    finally:
+        below.remove(patience_s=5)

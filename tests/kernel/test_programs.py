@@ -16,8 +16,8 @@ import pytest
 from pybpfthrottle import objects
 from pybpfthrottle.backends.ebpf import config_for
 from pybpfthrottle.backends.records import ThrottleBucket, ThrottleConfig, ThrottleStats
-from pybpfthrottle.bpf import asm, features, links, loader, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf import features, links, loader
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import U32, StructureCodec
 from pybpfthrottle.cgroup import Cgroup
@@ -97,24 +97,6 @@ PACKETS = {
 }  # fmt: skip
 
 
-def test_runs_have_data() -> bool:
-    """Whether a test run shows a cgroup_skb program the packet; real packets always do."""
-    code = (
-        asm.insn(0x61, dst=2, src=1, off=76)  # r2 = data
-        + asm.insn(0x61, dst=3, src=1, off=80)  # r3 = data_end
-        + asm.mov_imm(0, 1)
-        + asm.insn(0x2D, dst=3, src=2, off=1)  # if r3 > r2 skip
-        + asm.mov_imm(0, 0)
-        + asm.exit_()
-    )
-    with programs.load(code, type=ProgType.CGROUP_SKB, license="MIT") as probe:
-        return bool(probe.test_run(bytes(100)).retval)
-
-
-# pytest would take it for a test.
-test_runs_have_data.__test__ = False
-
-
 class Bench:
     """The programs of one object with their maps."""
 
@@ -138,8 +120,8 @@ class Bench:
 @pytest.fixture(params=["throttle", "throttle-direct"])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
-    if request.param == "throttle-direct" and not test_runs_have_data():
-        pytest.skip("BPF_PROG_TEST_RUN of this kernel has no data_end for cgroup_skb")
+    if request.param == "throttle-direct" and not features.TEST_RUN_PACKET.available():
+        pytest.skip(f"this kernel lacks {features.TEST_RUN_PACKET.name}")
     with loader.load(objects.read(request.param)) as loaded:
         own = Bench(loaded)
         for direction in Direction:
