@@ -74,6 +74,14 @@ class Cgroup:
         """Whether it is the top of what is visible."""
         return os.path.realpath(self.path) == os.path.realpath(mount().path)
 
+    def with_ancestors(self) -> Iterator[Cgroup]:
+        """This one and those above it, as far as they are visible."""
+        top = root()
+        cgroup = self
+        while cgroup in top:
+            yield cgroup
+            cgroup = Cgroup(os.path.dirname(cgroup.path))
+
     def create_child(self, name: str) -> Cgroup:
         """Make a cgroup below this one. Raises OSError."""
         child = Cgroup(os.path.join(self.path, name))

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
-import pwd
-import time
-from typing import Iterator, Optional
+from typing import Optional
 
-from pybpfthrottle import process
-from pybpfthrottle.bpf import features, links, privileges, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
-from pybpfthrottle.bpf.links import AttachMode
-from pybpfthrottle.bpf.programs import Program, ProgramInfo
-from pybpfthrottle.cgroup import Cgroup, root
+from pybpfthrottle import attached
+from pybpfthrottle.bpf import features, links, privileges
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.settings import AttachPolicy
 
 _MOST_PROGRAMS = 64
@@ -88,66 +84,12 @@ def _invalid(
 
 def exclusive_program(cgroup: Cgroup, attach_type: AttachType) -> Optional[str]:
     """The program that allows no other at a cgroup: its own, or one of an ancestor."""
-    for where in _with_ancestors(cgroup):
-        try:
-            fd = where.open()
-            try:
-                found = links.query(fd, attach_type)
-            finally:
-                os.close(fd)
-        except OSError:
-            continue
-        mode = found.attach_flags
-        # One that may be overridden stands in the way in its own cgroup alone.
-        blocking = mode == AttachMode.SINGLE or (
-            mode == AttachMode.ALLOW_OVERRIDE and where == cgroup
-        )
-        if found.program_ids and blocking:
-            named = ", ".join(describe(program_id) for program_id in found.program_ids)
-            place = "there" if where == cgroup else f"to {where.path}, above it,"
-            return (
-                f"another program is attached {place} in a mode that allows none beside it:"
-                f" {named}. Ask its owner to attach it with BPF_F_ALLOW_MULTI"
-            )
-    return None
-
-
-def _with_ancestors(cgroup: Cgroup) -> Iterator[Cgroup]:
-    top = root()
-    while cgroup in top:
-        yield cgroup
-        cgroup = Cgroup(os.path.dirname(cgroup.path))
-
-
-def describe(program_id: int) -> str:
-    """A program by name, id, tag, type, who loaded it and when, and who holds its links."""
-    try:
-        info = programs.info_by_id(program_id)
-    except OSError:
-        return f"program {program_id}"
-    text = f"{info.name or 'a program without a name'} ({_details(info)})"
-    for link in links.all_links():
-        if link.program_id == program_id:
-            holders = process.listed(process.holders_of_link(link.id))
-            text += f", link {link.id} held by {holders or 'a pin, or a process not visible here'}"
-    return text
-
-
-def _details(info: ProgramInfo) -> str:
-    try:
-        kind = ProgType(info.type).name.lower()
-    except ValueError:
-        kind = str(info.type)
-    try:
-        user = pwd.getpwuid(info.created_by_uid).pw_name
-    except KeyError:
-        user = str(info.created_by_uid)
-    age_s = max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - info.load_time_ns / 1e9)
-    return f"id {info.id}, tag {info.tag}, {kind}, loaded by {user} {_ago(age_s)}"
-
-
-def _ago(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} seconds ago"
+    found = attached.blocking(cgroup, attach_type)
+    if not found:
+        return None
+    where = found[0].cgroup
+    place = "there" if where == cgroup else f"to {where.path}, above it,"
+    return (
+        f"another program is attached {place} in a mode that allows none beside it:"
+        f" {', '.join(map(str, found))}. Ask its owner to attach it with BPF_F_ALLOW_MULTI"
+    )

@@ -13,6 +13,7 @@ from typing import Iterator
 import pytest
 from lab import ENVIRONMENT, TOOL, attached, lab
 
+from pybpfthrottle import attached as attachments
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
 from pybpfthrottle.bpf import links, programs
@@ -115,10 +116,10 @@ def test_the_65th_program_is_refused_with_the_bound(scratch: Cgroup) -> None:
 
 def test_the_holder_of_a_link_is_named(scratch: Cgroup) -> None:
     """A description of a program has its link and the process that holds it."""
-    from pybpfthrottle.backends.refusals import describe
-
     with other(scratch, "link") as theirs:
-        assert f"held by {os.getpid()} (" in describe(theirs.info().id)
+        [found] = attachments.at(scratch, [EGRESS])
+        assert found.program_id == theirs.info().id
+        assert f"held by {os.getpid()} (" in str(found)
 
 
 RUN = [*TOOL, "run", "--download-limit", "2M"]
