@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from contextlib import suppress
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.errors import CgroupError, ProcessError
 
@@ -75,7 +75,7 @@ class Cgroup:
         return os.path.realpath(self.path) == os.path.realpath(mount().path)
 
     def with_ancestors(self) -> Iterator[Cgroup]:
-        """This one and those above it, as far as they are visible."""
+        """Itself and those above it, as far as they are visible."""
         top = root()
         cgroup = self
         while cgroup in top:
@@ -311,7 +311,12 @@ def _usual_parents(pid: int) -> list[Cgroup]:
     return [own] if own == top else [own, top]
 
 
-def _create_own(parent: Cgroup, pid: int) -> OwnCgroup:
+def create_empty(parent: Cgroup) -> OwnCgroup:
+    """Make a cgroup without processes. Raises OSError."""
+    return _create_own(parent, None)
+
+
+def _create_own(parent: Cgroup, pid: Optional[int]) -> OwnCgroup:
     for attempt in range(_TRIES):
         cgroup = Cgroup(os.path.join(parent.path, f"{OWN_PREFIX}{os.getpid()}-{attempt}"))
         # Until it is locked another instance may take it for abandoned: then the next one.
@@ -320,7 +325,8 @@ def _create_own(parent: Cgroup, pid: int) -> OwnCgroup:
             fd = _lock(cgroup)
             try:
                 _accept_processes(parent, cgroup)
-                cgroup.move_in(pid)
+                if pid is not None:
+                    cgroup.move_in(pid)
             except BaseException:
                 os.close(fd)
                 cgroup.remove()

@@ -10,7 +10,7 @@ Error:
     ├── ThrottleError                  a throttle that was refused, or is gone
     ├── ObjectFileError                an object file that cannot be read
     └── BpfError                       what the kernel refused; .errno says with what
-        ├── UnsupportedMachineError    the number of bpf(2) is not known here
+        ├── UnsupportedMachineError    bpf(2) cannot be called from here
         ├── MapCreateError
         ├── ProgramLoadError
         │   └── VerifierError          the verifier's reason, and its whole log
@@ -75,7 +75,7 @@ class BpfError(Error):
 
 
 class UnsupportedMachineError(BpfError):
-    """The number of the bpf(2) system call is not known for this machine."""
+    """Python cannot call bpf(2) on this machine."""
 
 
 class MapCreateError(BpfError):

@@ -16,12 +16,15 @@ from pybpfthrottle.bpf import asm, maps, programs, syscall
 from pybpfthrottle.bpf.abi import INSN_BYTES, AttachType, Attr, Cmd, MapType, ProgType
 from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
-from pybpfthrottle.errors import BpfError
+from pybpfthrottle.errors import BpfError, VerifierError
 
 # Of struct __sk_buff.
 _LEN_OFFSET = 0
 _DATA_OFFSET = 76
 _DATA_END_OFFSET = 80
+
+# kernel/bpf/verifier.c: before Linux 6.10, in between, and since.
+_NO_SUCH_HELPER = ("unknown func", "invalid func", "cannot use helper")
 
 _LDX_W, _AND_IMM, _ADD, _JGT = 0x61, 0x57, 0x0F, 0x2D
 
@@ -124,6 +127,25 @@ def _probe_test_run_packet() -> None:
     with programs.load(code, type=ProgType.CGROUP_SKB, license="MIT") as probe:
         if not probe.test_run(bytes(100)).retval:
             raise OSError(errno.ENODATA, "the packet is empty", "BPF_PROG_TEST_RUN")
+
+
+@cache
+def helper(program_type: ProgType, number: int) -> Feature:
+    """Whether programs of a type may call a helper, by its number in linux/bpf.h.
+
+    The verifier looks for the helper before it looks at the arguments, so that only its words
+    tell the one complaint from the other.
+    """
+
+    def probe() -> None:
+        code = asm.call(number) + asm.exit_()
+        try:
+            programs.load(code, type=program_type, license="GPL").close()
+        except VerifierError as error:
+            if any(words in error.log for words in _NO_SUCH_HELPER):
+                raise
+
+    return Feature(f"helper {number} for {program_type.name.lower()}", "", probe)
 
 
 CGROUP_SKB = Feature("cgroup_skb programs", "4.10", _probe_cgroup_skb)

@@ -59,10 +59,16 @@ def number(machine: Optional[str] = None, *, bits: Optional[int] = None) -> int:
 _libc_syscall: Optional[Callable[..., int]] = None
 
 
-def _syscall() -> Callable[..., int]:
+def prepare() -> Callable[..., int]:
+    """Find syscall(2) of the C library. Raises UnsupportedMachineError where Python has no way."""
     global _libc_syscall
     if _libc_syscall is None:
-        function = ctypes.CDLL(None, use_errno=True).syscall
+        try:
+            function = ctypes.CDLL(None, use_errno=True).syscall
+        except (OSError, AttributeError) as error:  # a static Python
+            raise UnsupportedMachineError(
+                f"this Python cannot call the C library's syscall() through ctypes: {error}"
+            ) from error
         function.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
         function.restype = ctypes.c_long
         _libc_syscall = function
@@ -74,7 +80,7 @@ def bpf(cmd: Cmd, attr: Attr) -> int:
 
     Raises OSError with the command's name as its ``filename``.
     """
-    result = _syscall()(number(), cmd, ctypes.addressof(attr), ctypes.sizeof(attr))
+    result = prepare()(number(), cmd, ctypes.addressof(attr), ctypes.sizeof(attr))
     if result < 0:
         raise error(ctypes.get_errno(), cmd)
     return result

@@ -180,6 +180,51 @@ def cleanup(dry_run: bool, as_json: bool) -> None:
     cleanup_command.cleanup(dry_run=dry_run, as_json=as_json)
 
 
+@cli.command(
+    "verify-setup",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle verify-setup
+  sudo pybpfthrottle verify-setup --pid 1234
+  sudo pybpfthrottle verify-setup --json | jq .conclusion
+  sudo pybpfthrottle verify-setup --report pybpfthrottle.txt
+
+\b
+Exit status: 0 this machine can limit, 1 it cannot, 2 wrong usage.
+python -m pybpfthrottle.diagnostics does the same where click and rich are missing.
+""",
+)
+@click.option("--pid", type=click.IntRange(min=1), help="Examine the cgroup of this process.")
+@click.option("--cgroup", metavar="PATH", help="Examine this cgroup.")
+@click.option("--unit", metavar="NAME", help="Examine the cgroup of this systemd unit.")
+@click.option(
+    "--root-cgroup",
+    is_flag=True,
+    help="Try to attach to the root cgroup as well (also PYBPFTHROTTLE_TEST_ROOT_CGROUP=1).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--report",
+    "report_file",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    metavar="FILE",
+    help="Write a text file for a bug report; names and addresses are left out.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show the evidence of what passed, too.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+def verify_setup(**options: Any) -> None:
+    """Find out whether this machine can limit, if not exactly why, and what to do.
+
+    Everything is tried for real where that can be done, and taken away again.
+    """
+    from pybpfthrottle.cli import verify
+
+    if sum(options[name] is not None for name in ("pid", "cgroup", "unit")) > 1:
+        raise click.UsageError("give one of --pid, --cgroup and --unit")
+    sys.exit(verify.verify(**options))
+
+
 @cli.group()
 def cgroup() -> None:
     """Show what BPF programs are attached to cgroups, whoever attached them."""

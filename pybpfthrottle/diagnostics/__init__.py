@@ -1,0 +1,1 @@
+"""verify-setup: whether this machine can limit, if not exactly why, and what to do."""

@@ -1,0 +1,215 @@
+"""Cgroup v2: where it is, whether the target is in it, and what may be done there."""
+
+from __future__ import annotations
+
+import os
+
+from pybpfthrottle import attached
+from pybpfthrottle import cgroup as cgroups_v2
+from pybpfthrottle.backends.attach import ATTACH_TYPES
+from pybpfthrottle.bpf.links import AttachMode
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
+from pybpfthrottle.errors import CgroupError, ProcessError
+
+_MOST_PROGRAMS = 64
+_MODES = {
+    AttachMode.SINGLE: "single",
+    AttachMode.ALLOW_OVERRIDE: "override",
+    AttachMode.ALLOW_MULTIPLE: "multi",
+}
+
+
+def _mounted(setup: Setup) -> Result:
+    try:
+        mount = cgroups_v2.mount()
+    except CgroupError as error:
+        others = [m.path for m in _mounts() if m.type == "cgroup"]
+        evidence = [f"cgroup v1 at {path}" for path in others]
+        return failed(str(error), *evidence, cause="v1-only" if others else "no-cgroup2")
+    hybrid = any(m.type == "cgroup" for m in _mounts())
+    how = "beside cgroup v1 (hybrid)" if hybrid else "alone (unified)"
+    return passed(f"mounted at {mount.path}, {how}", f"its root is {mount.root}")
+
+
+def _mounts() -> list[cgroups_v2.Mount]:
+    try:
+        return cgroups_v2.mounts()
+    except CgroupError:
+        return []
+
+
+def _target(setup: Setup) -> Result:
+    try:
+        setup.target = _find(setup)
+    except ProcessError as error:
+        return failed(str(error), cause="target-gone")
+    except CgroupError as error:
+        gone = setup.cgroup is not None and not os.path.exists(setup.cgroup)
+        return failed(str(error), cause="target-gone" if gone else "target-wrong")
+    asked = next(
+        (
+            f"{name} {value}"
+            for name, value in (
+                ("--pid", setup.pid),
+                ("--cgroup", setup.cgroup),
+                ("--unit", setup.unit),
+            )
+            if value is not None
+        ),
+        "this process; --pid, --cgroup or --unit examine another",
+    )
+    return passed(setup.target.path, asked, *_facts(setup.target))
+
+
+def _find(setup: Setup) -> Cgroup:
+    if setup.cgroup is not None:
+        return cgroups_v2.from_path(setup.cgroup)
+    if setup.unit is not None:
+        return cgroups_v2.from_unit(setup.unit)
+    return cgroups_v2.from_pid(os.getpid() if setup.pid is None else setup.pid)
+
+
+def _facts(cgroup: Cgroup) -> list[str]:
+    found = [f"owner: user {os.stat(cgroup.path).st_uid}"]
+    for name in ("cgroup.type", "cgroup.controllers"):
+        try:
+            with open(os.path.join(cgroup.path, name)) as file:
+                found.append(f"{name}: {file.read().strip()}")
+        except OSError:
+            continue  # the root has no type
+    return found
+
+
+def _user(setup: Setup) -> Result:
+    uid = int(os.environ.get("SUDO_UID", os.getuid()))
+    if uid == 0:
+        return skipped("root has none of its own", cause="root")
+    path = os.path.join(
+        cgroups_v2.root().path, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
+    )
+    if not os.path.isdir(path):
+        return skipped("there is none; systemd makes it where it manages users", path)
+    owner = os.stat(path).st_uid
+    told = "delegated to the user" if owner == uid else f"not delegated: it belongs to user {owner}"
+    return passed(told, path)
+
+
+def _scratch(setup: Setup) -> Result:
+    reasons = []
+    own = None if setup.failed("cgroup.target") else setup.target
+    for parent in dict.fromkeys(filter(None, (cgroups_v2.root(), own))):
+        try:
+            scratch = cgroups_v2.create_empty(parent)
+        except OSError as error:
+            reasons.append(f"{parent.path}: {error.strerror}")
+            continue
+        setup.stack.callback(scratch.remove)
+        setup.scratch = scratch.cgroup
+        return passed(f"one can be made below {parent.path}")
+    return failed("no cgroup can be made", *reasons, cause="no-scratch")
+
+
+def _root(setup: Setup) -> Result:
+    top = cgroups_v2.root()
+    os.close(top.open())
+    if os.access(top.path, os.W_OK):
+        return passed(f"{top.path} can be opened and written")
+    return warned(f"{top.path} is read-only: no cgroup can be made for a command")
+
+
+def _bpf_file_system(setup: Setup) -> Result:
+    found = [m.path for m in _mounts() if m.type == "bpf"]
+    if found:
+        return passed(f"mounted at {found[0]}")
+    return passed("not mounted; limits do without, only pinning needs it")
+
+
+def _programs(setup: Setup) -> Result:
+    target = setup.target
+    if target is None:
+        return skipped("there is no target", cause="needs")
+    there = [one for where in target.with_ancestors() for one in attached.at(where)]
+    evidence = [
+        f"{one.cgroup.path}: {one.attach_type.name.lower()} {_MODES.get(one.mode, '?')}: {one}"
+        for one in there
+        if one.mode is not None
+    ]
+    for hook in ATTACH_TYPES.values():
+        stand = attached.blocking(target, hook)
+        if stand:
+            where = "the target" if stand[0].cgroup == target else f"{stand[0].cgroup.path}, above"
+            text = f"{stand[0]} is attached to {where} in a mode that allows none beside it"
+            return failed(text, *evidence, cause="exclusive")
+        same = [one for one in there if one.cgroup == target and one.attach_type == hook]
+        if len(same) >= _MOST_PROGRAMS:
+            text = f"{len(same)} programs are attached at one hook, the most that the kernel takes"
+            return failed(text, *evidence, cause="too-many")
+    if not there:
+        return passed("nothing is attached to the target or above it")
+    return passed("what is attached lets others attach beside it", *evidence)
+
+
+CHECKS = (
+    Check(
+        "cgroup.v2",
+        "Cgroups",
+        "cgroup v2",
+        "limits are attached to cgroups of version 2",
+        "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2",
+        _mounted,
+    ),
+    Check(
+        "cgroup.target",
+        "Cgroups",
+        "the target",
+        "the cgroup that a limit would be attached to",
+        "name a process, cgroup or unit that exists and is in cgroup v2",
+        _target,
+        ("cgroup.v2",),
+    ),
+    Check(
+        "cgroup.user",
+        "Cgroups",
+        "the user's cgroup",
+        "where systemd keeps a user's programs",
+        "nothing has to be done: root attaches to it as well",
+        _user,
+        ("cgroup.v2",),
+    ),
+    Check(
+        "cgroup.root",
+        "Cgroups",
+        "access to the root cgroup",
+        "cgroups for commands (run) are made below it",
+        "mount cgroup v2 writable",
+        _root,
+        ("cgroup.v2",),
+    ),
+    Check(
+        "cgroup.scratch",
+        "Cgroups",
+        "a cgroup for trials",
+        "what is tried is tried on a cgroup that nobody else uses",
+        "make cgroup v2 writable; this needs root",
+        _scratch,
+        ("cgroup.v2", "rights.capabilities"),
+    ),
+    Check(
+        "cgroup.bpffs",
+        "Cgroups",
+        "BPF file system",
+        "objects can be pinned there",
+        "mount -t bpf none /sys/fs/bpf",
+        _bpf_file_system,
+    ),
+    Check(
+        "attached.programs",
+        "What is there already",
+        "programs on the target and above it",
+        "a program that was attached without BPF_F_ALLOW_MULTI shuts all others out",
+        "ask its owner to attach it with BPF_F_ALLOW_MULTI",
+        _programs,
+        ("cgroup.target", "rights.commands"),
+    ),
+)

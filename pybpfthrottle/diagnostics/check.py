@@ -1,0 +1,102 @@
+"""A check of this machine as a value: what it is about, how it is tried, and what it gave."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Callable, Optional, Sequence
+
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.errors import Error
+
+
+class Outcome(Enum):
+    """What became of a check."""
+
+    PASS = "pass"  # noqa: S105 - no password
+    WARN = "warn"
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check found: one line, and the evidence for it, a line each.
+
+    ``cause`` tells kinds of failure apart for the decision tree.
+    """
+
+    outcome: Outcome
+    text: str
+    evidence: tuple[str, ...] = ()
+    cause: str = ""
+
+
+def passed(text: str, *evidence: str) -> Result:
+    """It is as it should be."""
+    return Result(Outcome.PASS, text, evidence)
+
+
+def warned(text: str, *evidence: str, cause: str = "") -> Result:
+    """It need not stand in the way, but somebody should know."""
+    return Result(Outcome.WARN, text, evidence, cause)
+
+
+def failed(text: str, *evidence: str, cause: str = "") -> Result:
+    """It stands in the way."""
+    return Result(Outcome.FAIL, text, evidence, cause)
+
+
+def skipped(because: str, *evidence: str, cause: str = "") -> Result:
+    """It could not be tried."""
+    return Result(Outcome.SKIP, because, evidence, cause)
+
+
+@dataclass
+class Setup:
+    """What is examined: the target that was asked for, and what the checks have found so far.
+
+    What a check makes on the machine it registers with ``stack``, which undoes it.
+    """
+
+    stack: ExitStack
+    pid: Optional[int] = None
+    cgroup: Optional[str] = None
+    unit: Optional[str] = None
+    root_cgroup: bool = False
+    target: Optional[Cgroup] = None
+    scratch: Optional[Cgroup] = None
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def failed(self, check_id: str) -> bool:
+        """Whether a check found something that stands in the way."""
+        result = self.results.get(check_id)
+        return result is not None and result.outcome is Outcome.FAIL
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to try.
+
+    ``meaning`` says why it matters, ``remedy`` what to do where it fails. It is skipped where one
+    of those that it ``needs`` did not pass.
+    """
+
+    id: str
+    section: str
+    title: str
+    meaning: str
+    remedy: str
+    attempt: Callable[[Setup], Result]
+    needs: Sequence[str] = ()
+
+    def run(self, setup: Setup) -> Result:
+        """Try it; an error that nobody foresaw is a warning, not the end of the examination."""
+        for needed in self.needs:
+            if setup.results[needed].outcome in (Outcome.FAIL, Outcome.SKIP):
+                return skipped(f"{needed} did not pass", cause="needs")
+        try:
+            return self.attempt(setup)
+        except (Error, OSError, ValueError) as error:
+            return warned(f"could not be checked: {error}")

@@ -1,0 +1,82 @@
+"""Runs all checks and walks the decision tree; the examination as a value."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Callable, NamedTuple, Optional
+
+from pybpfthrottle.diagnostics import (
+    cgroups,
+    company,
+    decision,
+    kernel,
+    kernel_log,
+    rights,
+    shipped,
+    trials,
+)
+from pybpfthrottle.diagnostics.check import Check, Outcome, Result, Setup
+from pybpfthrottle.diagnostics.decision import Conclusion, Step
+
+# A check stands behind all that it needs.
+CHECKS: tuple[Check, ...] = (
+    *kernel.CHECKS,
+    *rights.CHECKS,
+    *cgroups.CHECKS,
+    *company.CHECKS,
+    *shipped.CHECKS,
+    *trials.LOAD_CHECKS,
+    *kernel.FEATURE_CHECKS,
+    *trials.CHECKS,
+    *kernel_log.CHECKS,
+)
+
+
+class Examination(NamedTuple):
+    """What each check gave, and what follows from all of them."""
+
+    results: list[tuple[Check, Result]]
+    path: list[Step]
+    conclusion: Conclusion
+
+    def sections(self) -> dict[str, list[tuple[Check, Result]]]:
+        """The results by section."""
+        found: dict[str, list[tuple[Check, Result]]] = {}
+        for check, result in self.results:
+            found.setdefault(check.section, []).append((check, result))
+        return found
+
+    def reasons(self) -> list[Result]:
+        """What tells more about the conclusion: the checks that it names, if they gave anything."""
+        by_id = {check.id: result for check, result in self.results}
+        named = [by_id[check_id] for check_id in self.conclusion.because]
+        return [result for result in named if result.outcome in (Outcome.FAIL, Outcome.WARN)]
+
+
+def examine(
+    *,
+    pid: Optional[int] = None,
+    cgroup: Optional[str] = None,
+    unit: Optional[str] = None,
+    root_cgroup: bool = False,
+    progress: Callable[[Check], None] = lambda check: None,
+) -> Examination:
+    """Try everything; nothing of it stays, also where it is interrupted.
+
+    The target is a process, a path or a unit; without, the cgroup of this process. With
+    ``root_cgroup`` attaching to the root cgroup is tried as well. ``progress`` is told each check
+    before it is run.
+    """
+    with ExitStack() as stack:
+        setup = Setup(stack, pid=pid, cgroup=cgroup, unit=unit, root_cgroup=root_cgroup)
+        for check in CHECKS:
+            progress(check)
+            setup.results[check.id] = check.run(setup)
+    path, conclusion = decision.walk(setup.results, decision.TREE)
+    return Examination([(check, setup.results[check.id]) for check in CHECKS], path, conclusion)
+
+
+def root_cgroup_wanted() -> bool:
+    """Whether the environment asks for the trial at the root cgroup."""
+    return os.environ.get("PYBPFTHROTTLE_TEST_ROOT_CGROUP", "") == "1"

@@ -1,0 +1,227 @@
+"""The interpreter and the kernel: what they are, and which parts of BPF they have."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import platform
+import struct
+from importlib import import_module
+from typing import Iterator, Optional
+
+from pybpfthrottle import objects
+from pybpfthrottle.bpf import abi, features, syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
+from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
+from pybpfthrottle.errors import Error
+
+_REQUIRED_OPTIONS = (
+    "CONFIG_BPF",
+    "CONFIG_BPF_SYSCALL",
+    "CONFIG_CGROUPS",
+    "CONFIG_CGROUP_BPF",
+    "CONFIG_INET",
+    "CONFIG_SOCK_CGROUP_DATA",
+)
+_WANTED_OPTIONS = ("CONFIG_BPF_JIT",)
+_OPTIONAL = (features.LINK, features.CONGESTION_VERDICT, features.DIRECT_PACKET_ACCESS)
+
+
+def config_files() -> list[str]:
+    """Where kernels and distributions keep the configuration that the kernel was built with."""
+    release = os.uname().release
+    return ["/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"]
+
+
+def configuration() -> Optional[tuple[str, dict[str, str]]]:
+    """The file, and each option that is set; None where no file can be read."""
+    for path in config_files():
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
+        except (OSError, EOFError, ValueError):
+            continue
+        lines = (line.split("=", 1) for line in text.splitlines() if line[:7] == "CONFIG_")
+        return path, {pair[0]: pair[1] for pair in lines if len(pair) == 2}
+    return None
+
+
+def _python(setup: Setup) -> Result:
+    found = f"Python {platform.python_version()} on {os.uname().machine}"
+    try:
+        syscall.number()
+        syscall.prepare()
+    except Error as error:
+        return failed(f"{found}: {error}", cause="no-syscall")
+    packages = []
+    for name in ("elftools", "click", "rich"):
+        try:
+            import_module(name)
+            packages.append(f"{name} is there")
+        except ImportError as error:
+            if name == "elftools":
+                return failed(f"{found} lacks pyelftools", str(error), cause="no-pyelftools")
+            packages.append(f"{name} is not there; the command line needs it, nothing else does")
+    return passed(found, *packages)
+
+
+def _version(setup: Setup) -> Result:
+    kernel = os.uname()
+    return passed(f"{kernel.sysname} {kernel.release}", kernel.version)
+
+
+def _bpf(setup: Setup) -> Result:
+    # An empty map is invalid; that the kernel says so proves that it was asked.
+    try:
+        syscall.bpf(Cmd.MAP_CREATE, Attr())
+    except OSError as error:
+        evidence = f"BPF_MAP_CREATE of nothing: {syscall.errno_name(error.errno or 0)}"
+        if error.errno == errno.ENOSYS:
+            return failed("the kernel answers as if it had no bpf(2)", evidence, cause="enosys")
+        return passed("bpf(2) is there", evidence)
+    return passed("bpf(2) is there")
+
+
+def _config(setup: Setup) -> Result:
+    found = configuration()
+    if found is None:
+        return skipped("the kernel's configuration cannot be read", *config_files())
+    path, options = found
+    wanted = (*_REQUIRED_OPTIONS, *_WANTED_OPTIONS)
+    values = [f"{name}={options.get(name, 'n')}" for name in wanted]
+    lacking = [name for name in _REQUIRED_OPTIONS if options.get(name, "n") == "n"]
+    if lacking:
+        return failed(f"{path} lacks {', '.join(lacking)}", *values, cause="config")
+    return passed(f"{path} has all that is needed", *values)
+
+
+def _jit(setup: Setup) -> Result:
+    path = "/proc/sys/net/core/bpf_jit_enable"
+    try:
+        with open(path) as file:
+            value = file.read().strip()
+    except FileNotFoundError:
+        return warned("this kernel has no BPF JIT compiler: each packet costs more", path)
+    except PermissionError:
+        return skipped("only root may read whether BPF is compiled", path)
+    if value == "0":
+        return warned("BPF programs are interpreted: each packet costs more", f"{path}: 0")
+    return passed("BPF programs are compiled", f"{path}: {value}")
+
+
+def _lockdown(setup: Setup) -> Result:
+    path = "/sys/kernel/security/lockdown"
+    try:
+        with open(path) as file:
+            text = file.read().strip()
+    except OSError as error:
+        return passed("no lockdown is visible", f"{path}: {error.strerror}")
+    if "[none]" in text:
+        return passed("the kernel is not locked down", f"{path}: {text}")
+    return warned("the kernel is locked down", f"{path}: {text}", cause="lockdown")
+
+
+def _features(setup: Setup) -> Result:
+    evidence = []
+    for feature in _OPTIONAL:
+        missing = feature.missing()
+        told = "available" if missing is None else f"not available: {missing}"
+        evidence.append(f"{feature.name} (Linux {feature.since}): {told}")
+    if all(feature.available() for feature in _OPTIONAL):
+        return passed("all that is optional is available", *evidence)
+    return warned("something optional is not available, and is done without", *evidence)
+
+
+def _helpers(setup: Setup) -> Result:
+    used = sorted(set(_helpers_of("throttle")))
+    absent = [number for number in used if features.helper(ProgType.CGROUP_SKB, number).missing()]
+    evidence = [f"helper {number}: {'absent' if number in absent else 'ok'}" for number in used]
+    if absent:
+        return failed("the kernel refuses helpers that the programs call", *evidence)
+    return passed(f"the kernel has the {len(used)} helpers that the programs call", *evidence)
+
+
+def _helpers_of(name: str) -> Iterator[int]:
+    spec = objects.read(name)
+    order = "<" if spec.byteorder == "little" else ">"
+    for function in spec.functions.values():
+        for code, registers, _, number in struct.iter_unpack(order + "BBhi", function.code):
+            if code == abi.BPF_CALL and registers == 0:
+                yield number
+
+
+CHECKS = (
+    Check(
+        "python",
+        "Python",
+        "the interpreter",
+        "bpf(2) is called through ctypes, and objects are read with pyelftools",
+        "install a Python with ctypes, and pip install pyelftools",
+        _python,
+    ),
+    Check(
+        "kernel.version",
+        "Kernel",
+        "kernel version",
+        "for the report; what the kernel can do is tried, not read from its version",
+        "",
+        _version,
+    ),
+    Check(
+        "kernel.bpf",
+        "Kernel",
+        "the bpf(2) system call",
+        "everything here goes through it",
+        "use a kernel with CONFIG_BPF_SYSCALL=y, as those of all distributions have it",
+        _bpf,
+        ("python",),
+    ),
+    Check(
+        "kernel.config",
+        "Kernel",
+        "BPF kernel configuration",
+        "it explains why a try failed; it decides nothing by itself",
+        "use a kernel that has these options, as those of all distributions do",
+        _config,
+    ),
+    Check(
+        "kernel.jit",
+        "Kernel",
+        "BPF JIT compiler",
+        "compiled programs cost a packet a few dozen nanoseconds",
+        "sysctl net.core.bpf_jit_enable=1",
+        _jit,
+    ),
+    Check(
+        "kernel.lockdown",
+        "Kernel",
+        "kernel lockdown",
+        "a locked kernel may refuse BPF to root",
+        "lockdown comes from secure boot or the kernel's command line",
+        _lockdown,
+    ),
+)
+
+# Asked once it is known that programs can be loaded at all.
+FEATURE_CHECKS = (
+    Check(
+        "kernel.features",
+        "Kernel",
+        "optional BPF features",
+        "they make limits cheaper or end them more safely; without, there is another way",
+        "a newer kernel has them",
+        _features,
+        ("trial.load",),
+    ),
+    Check(
+        "kernel.helpers",
+        "Kernel",
+        "helper functions for cgroup_skb",
+        "the shipped programs call them",
+        "use a kernel of Linux 4.14 or later",
+        _helpers,
+        ("trial.load",),
+    ),
+)

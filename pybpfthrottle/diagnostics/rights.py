@@ -1,0 +1,226 @@
+"""What this process may do: capabilities, filters, security modules, locked memory."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+from typing import Iterator, Optional
+
+from pybpfthrottle import settings
+from pybpfthrottle.bpf import privileges, syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
+
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)
+# Without these nothing can be limited; the others have a substitute, or are for looking only.
+ESSENTIAL = (Cmd.MAP_CREATE, Cmd.MAP_UPDATE_ELEM, Cmd.MAP_LOOKUP_ELEM, Cmd.PROG_LOAD)
+_TRIED = (*ESSENTIAL, Cmd.PROG_ATTACH, Cmd.PROG_DETACH, Cmd.LINK_CREATE, Cmd.PROG_QUERY)
+_NO_FD = (1 << 31) - 1
+_WHOLE_RANGE = 4294967295
+_CAP_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
+
+
+def process_status() -> dict[str, str]:
+    """/proc/self/status; nothing where it cannot be read."""
+    try:
+        with open("/proc/self/status") as file:
+            pairs = (line.partition(":") for line in file)
+            return {key: value.strip() for key, _, value in pairs}
+    except OSError:
+        return {}
+
+
+def _capabilities(setup: Setup) -> Result:
+    held = process_status().get("CapEff", "unknown")
+    missing = privileges.missing_capabilities()
+    if missing:
+        return failed(f"{' and '.join(missing)} missing", f"CapEff: {held}", cause="capabilities")
+    return passed("all that loading and attaching needs", f"CapEff: {held}")
+
+
+def _user_namespace(setup: Setup) -> Result:
+    try:
+        with open("/proc/self/uid_map") as file:
+            lines = [line.split() for line in file]
+    except OSError as error:
+        return skipped(f"/proc/self/uid_map cannot be read: {error.strerror}")
+    evidence = [f"/proc/self/uid_map: {' '.join(fields)}" for fields in lines]
+    if lines == [["0", "0", str(_WHOLE_RANGE)]]:
+        return passed("none but the first", *evidence)
+    return warned(
+        "this process is in one of its own, where capabilities do not count for bpf(2)",
+        *evidence,
+        cause="user-namespace",
+    )
+
+
+def _seccomp(setup: Setup) -> Result:
+    status = process_status()
+    evidence = [f"{key}: {status[key]}" for key in ("Seccomp", "NoNewPrivs") if key in status]
+    if status.get("Seccomp", "0") == "0":
+        return passed("no filter is in force", *evidence)
+    return warned("a seccomp filter is in force, as in a container", *evidence, cause="seccomp")
+
+
+def _security_modules(setup: Setup) -> Result:
+    modules = _first_line("/sys/kernel/security/lsm")
+    context = _first_line("/proc/self/attr/current")
+    evidence = [
+        f"{name}: {text}" for name, text in (("modules", modules), ("context", context)) if text
+    ]
+    if context and not context.startswith(("unconfined", "kernel")) and " (" in context:
+        return warned("a security module confines this process", *evidence, cause="confined")
+    return passed("none confines this process", *evidence)
+
+
+def _first_line(path: str) -> Optional[str]:
+    try:
+        with open(path) as file:
+            return file.readline().strip("\0\n ")
+    except (OSError, ValueError):
+        return None
+
+
+def _commands(setup: Setup) -> Result:
+    answers = dict(_answers())
+    refused = [cmd for cmd, number in answers.items() if number in _REFUSALS]
+    evidence = [f"{cmd.name}: {syscall.errno_name(number)}" for cmd, number in answers.items()]
+    if not refused:
+        return passed("the kernel itself answers each of them", *evidence)
+    names = ", ".join(cmd.name for cmd in refused)
+    if len(refused) == len(answers):
+        return failed("all of them are refused", *evidence, cause="all")
+    if any(cmd in ESSENTIAL for cmd in refused):
+        return failed(f"refused: {names}", *evidence, cause="some")
+    if {Cmd.LINK_CREATE, Cmd.PROG_ATTACH} <= set(refused):
+        return failed(f"refused: {names}", *evidence, cause="some")
+    cause = "links" if Cmd.LINK_CREATE in refused else "other"
+    return warned(f"refused: {names}", *evidence, cause=cause)
+
+
+def _answers() -> Iterator[tuple[Cmd, int]]:
+    """Each command without valid arguments: the kernel objects to those, a filter to the command.
+
+    Kernels without a command say EINVAL.
+    """
+    for cmd in _TRIED:
+        attr = Attr()
+        if cmd in (Cmd.MAP_UPDATE_ELEM, Cmd.MAP_LOOKUP_ELEM):
+            attr.map_elem.map_fd = _NO_FD
+        elif cmd is Cmd.LINK_CREATE:
+            attr.link_create.prog_fd = attr.link_create.target_fd = _NO_FD
+        elif cmd in (Cmd.PROG_ATTACH, Cmd.PROG_DETACH):
+            attr.prog_attach.attach_bpf_fd = attr.prog_attach.target_fd = _NO_FD
+        elif cmd is Cmd.PROG_QUERY:
+            attr.query.target_fd = _NO_FD
+        try:
+            syscall.bpf(cmd, attr)
+            yield cmd, 0
+        except OSError as error:
+            yield cmd, error.errno or 0
+
+
+def _memlock(setup: Setup) -> Result:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    evidence = f"RLIMIT_MEMLOCK: {_size(soft)}, at most {_size(hard)}"
+    if not _is_charged(hard):
+        return passed("this kernel does not charge BPF to locked memory (Linux 5.11)", evidence)
+    if privileges.effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
+        return passed("BPF is charged to locked memory, and the limit can be raised", evidence)
+    if hard != resource.RLIM_INFINITY and hard < 1 << 20:
+        return warned("BPF is charged to locked memory, which is short", evidence, cause="memlock")
+    return passed("BPF is charged to locked memory, which is enough", evidence)
+
+
+def _is_charged(hard: int) -> bool:
+    """Whether a tiny map is refused without any locked memory."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    attr = Attr()
+    attr.map_create.map_type = MapType.ARRAY
+    attr.map_create.key_size = ctypes.sizeof(ctypes.c_uint32)
+    attr.map_create.value_size = ctypes.sizeof(ctypes.c_uint32)
+    attr.map_create.max_entries = 1
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+    try:
+        os.close(syscall.bpf(Cmd.MAP_CREATE, attr))
+    except PermissionError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    return False
+
+
+def _size(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit // 1024} KiB"
+
+
+def _settings(setup: Setup) -> Result:
+    found = settings.load()
+    evidence = [f"{name} = {value} ({source})" for name, value, source in found.origins]
+    if found.warnings:
+        return warned(found.warnings[0], *found.warnings[1:], *evidence)
+    return passed("the settings can be read", *evidence)
+
+
+CHECKS = (
+    Check(
+        "settings",
+        "Privileges",
+        "settings",
+        "config files and the environment decide how programs are attached",
+        "pybpfthrottle config show tells where each setting comes from",
+        _settings,
+    ),
+    Check(
+        "rights.capabilities",
+        "Privileges",
+        "capabilities",
+        "CAP_BPF (CAP_SYS_ADMIN before Linux 5.8) loads, CAP_NET_ADMIN attaches",
+        "run it as root: sudo pybpfthrottle ...",
+        _capabilities,
+    ),
+    Check(
+        "rights.user_namespace",
+        "Privileges",
+        "user namespace",
+        "bpf(2) asks for the capabilities of the first user namespace",
+        "run it outside of the container, or in a privileged one",
+        _user_namespace,
+    ),
+    Check(
+        "rights.seccomp",
+        "Privileges",
+        "seccomp filter",
+        "a filter may refuse bpf(2), whole or in part",
+        "let the container's seccomp profile allow bpf",
+        _seccomp,
+    ),
+    Check(
+        "rights.lsm",
+        "Privileges",
+        "security modules",
+        "AppArmor, SELinux and others may refuse BPF to root",
+        "allow it in the policy of the module; its denials are in the kernel's log",
+        _security_modules,
+    ),
+    Check(
+        "rights.commands",
+        "Privileges",
+        "commands of bpf(2)",
+        "a filter or a security module may refuse single ones",
+        "allow them in the seccomp profile or the policy that refuses them",
+        _commands,
+        ("kernel.bpf", "rights.capabilities"),
+    ),
+    Check(
+        "rights.memlock",
+        "Privileges",
+        "locked memory",
+        "kernels before 5.11 charge maps and programs to RLIMIT_MEMLOCK",
+        "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
+        _memlock,
+        ("rights.commands",),
+    ),
+)

@@ -1,0 +1,125 @@
+"""The shipped objects as files: whether they are whole, current, and have the right sections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from typing import Any, Iterator
+
+from pybpfthrottle import objects
+from pybpfthrottle.bpf import elf, features
+from pybpfthrottle.bpf.abi import ProgType
+from pybpfthrottle.bpf.specs import ObjectSpec
+from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
+from pybpfthrottle.errors import ObjectFileError
+
+_TARGETS = ("bpfel", "bpfeb")
+
+
+def names() -> list[str]:
+    """Those that this kernel would be given."""
+    direct = features.DIRECT_PACKET_ACCESS.available()
+    return ["throttle", "throttle-direct"] if direct else ["throttle"]
+
+
+def read(name: str) -> ObjectSpec:
+    """Raises ObjectFileError."""
+    return objects.read(name)
+
+
+def loadable(spec: ObjectSpec) -> list[str]:
+    """The programs that this kernel takes."""
+    if features.CONGESTION_VERDICT.available():
+        return list(spec.programs)
+    return [name for name in spec.programs if name != "pybpft_egresscn"]
+
+
+def describe(spec: ObjectSpec) -> list[dict[str, Any]]:
+    """For each program of an object its name, section, type and expected attach type."""
+    return [
+        {
+            "name": program.name,
+            "section": program.section,
+            "type": program.type.name.lower(),
+            "expected_attach_type": (
+                program.expected_attach_type.name.lower()
+                if program.expected_attach_type is not None
+                else None
+            ),
+            "instructions": len(program.function.code) // 8,
+        }
+        for program in spec.programs.values()
+    ]
+
+
+def faults(spec: ObjectSpec) -> Iterator[str]:
+    """What keeps programs of an object from being attached to one direction of a cgroup."""
+    for program in spec.programs.values():
+        if program.type is ProgType.CGROUP_SKB and program.expected_attach_type is None:
+            yield (
+                f"{program.name}: the section {program.section!r} names no direction;"
+                " cgroup_skb/ingress and cgroup_skb/egress do"
+            )
+
+
+def _files(setup: Setup) -> Result:
+    evidence: list[str] = []
+    try:
+        manifest = json.loads(objects.data("MANIFEST.json"))
+        hashes = {name: entry["sha256"] for name, entry in manifest["objects"].items()}
+    except (ObjectFileError, ValueError, KeyError, TypeError) as error:
+        return failed(f"prebuilt/MANIFEST.json cannot be read: {error}", cause="missing")
+    target = _TARGETS[sys.byteorder != "little"]
+    for name in sorted(hashes):
+        try:
+            data = objects.data(name)
+        except ObjectFileError as error:
+            return failed(str(error), cause="missing")
+        if f".{target}." in name:
+            try:
+                spec = elf.read_object(data, name=name)
+            except ObjectFileError as error:
+                return failed(f"{name}: {error}", cause="truncated")
+            wrong = list(faults(spec))
+            if wrong:
+                return failed(f"{name}: {wrong[0]}", *wrong[1:], cause="sections")
+            evidence += [
+                f"{name}: {one['section']}: {one['name']}, {one['expected_attach_type']}"
+                for one in describe(spec)
+            ]
+        if hashlib.sha256(data).hexdigest() != hashes[name]:
+            return failed(f"{name} is not the one that MANIFEST.json describes", cause="stale")
+    stale = _stale_sources(manifest.get("sources", {}))
+    if stale:
+        return failed(f"{', '.join(stale)} changed since the objects were built", cause="stale")
+    return passed(f"{len(hashes)} objects are whole and current", *evidence)
+
+
+def _stale_sources(hashes: dict[str, str]) -> list[str]:
+    """Only a checkout has the sources."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    stale = []
+    for name, expected in hashes.items():
+        try:
+            with open(os.path.join(root, name), "rb") as file:
+                found = hashlib.sha256(file.read()).hexdigest()
+        except OSError:
+            continue
+        if found != expected:
+            stale.append(name)
+    return stale
+
+
+CHECKS = (
+    Check(
+        "objects",
+        "Shipped objects",
+        "sections, attach types and freshness",
+        "what a limit loads comes from these files, and not from a compiler",
+        "reinstall pybpfthrottle; in a checkout, run tools/build_prebuilt",
+        _files,
+        ("python",),
+    ),
+)

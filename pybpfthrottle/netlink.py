@@ -1,0 +1,61 @@
+"""Asking the kernel's networking by netlink what is configured, without ip, tc or nft.
+
+Source: man 7 netlink; include/uapi/linux/netlink.h.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Iterator
+
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")
+_REQUEST, _DUMP = 0x001, 0x300
+_ERROR, _DONE = 2, 3
+_TYPE_MASK = 0x3FFF
+_BUFFER_BYTES = 1 << 18
+_PATIENCE_S = 2.0
+
+
+def dump(protocol: int, message_type: int, header: bytes) -> Iterator[bytes]:
+    """The body of each message that answers a dump request. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as own:
+        own.settimeout(_PATIENCE_S)
+        own.bind((0, 0))
+        length = _HEADER.size + len(header)
+        own.send(_HEADER.pack(length, message_type, _REQUEST | _DUMP, 1, 0) + header)
+        while True:
+            for kind, body in _messages(own.recv(_BUFFER_BYTES)):
+                if kind == _DONE:
+                    return
+                if kind == _ERROR:
+                    number = -struct.unpack_from("=i", body)[0]
+                    raise OSError(number, os.strerror(number), "netlink")
+                yield body
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _HEADER.size:
+        length, kind, _, _, _ = _HEADER.unpack_from(data)
+        if length < _HEADER.size:
+            return
+        yield kind, data[_HEADER.size : length]
+        data = data[_aligned(length) :]
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes behind a message's fixed part, by type."""
+    found = {}
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if length < _ATTRIBUTE.size:
+            break
+        found[kind & _TYPE_MASK] = data[_ATTRIBUTE.size : length]
+        data = data[_aligned(length) :]
+    return found
+
+
+def _aligned(length: int) -> int:
+    return (length + 3) & ~3

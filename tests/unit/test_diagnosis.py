@@ -1,0 +1,120 @@
+"""Parts of the diagnosis that need no kernel: logs, netlink, reports, and what a check does."""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import ExitStack
+
+import pytest
+
+from pybpfthrottle import netlink
+from pybpfthrottle.diagnostics import kernel, kernel_log, report
+from pybpfthrottle.diagnostics.check import Check, Outcome, Setup, passed, skipped
+from pybpfthrottle.diagnostics.kernel_log import Line
+
+
+def check(attempt, *needs: str) -> Check:
+    """A check of a test."""
+    return Check("own", "section", "title", "meaning", "remedy", attempt, needs)
+
+
+def test_a_check_is_skipped_where_one_that_it_needs_was() -> None:
+    """The result says which one."""
+    with ExitStack() as stack:
+        setup = Setup(stack, results={"other": skipped("no reason")})
+        result = check(lambda setup: passed("never"), "other").run(setup)
+    assert result.outcome is Outcome.SKIP
+    assert "other" in result.text
+
+
+def test_an_error_that_nobody_foresaw_is_a_warning() -> None:
+    """The examination goes on."""
+
+    def attempt(setup):
+        raise OSError(5, "Input/output error")
+
+    with ExitStack() as stack:
+        result = check(attempt).run(Setup(stack))
+    assert result.outcome is Outcome.WARN
+    assert "Input/output error" in result.text
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (b"6,1234,98765432,-;bpf: message\n KEY=value\n", Line(98.765432, "bpf: message")),
+        (b"4,1,0,-;a;b", Line(0.0, "a;b")),
+        (b"nonsense", None),
+        (b"1,2,x,-;text", None),
+    ],
+)
+def test_a_record_of_the_log_is_read(record: bytes, expected) -> None:
+    """Priority, sequence, microseconds and flags stand before the message."""
+    assert kernel_log.parse_record(record) == expected
+
+
+def test_telling_lines_are_the_newest_first() -> None:
+    """BPF, capabilities and denials are, and nothing else is."""
+    lines = [
+        Line(1, "bpf: Invalid argument"),
+        Line(2, "usb 1-1: new device"),
+        Line(3, 'audit: type=1400 apparmor="DENIED" operation="bpf"'),
+        Line(4, "avc:  denied  { prog_load } for pid=1"),
+        Line(5, "eth0: link up"),
+    ]
+    assert [line.at_s for line in kernel_log.telling(lines)] == [4, 3, 1]
+
+
+def test_a_line_has_its_time() -> None:
+    """Seconds since the start of the kernel become a date."""
+    assert str(Line(10.0, "text")).endswith(" text")
+    assert len(str(Line(10.0, "text")).split()) == 3
+
+
+def test_attributes_are_aligned() -> None:
+    """Netlink attributes begin at multiples of four bytes; a broken tail ends them."""
+    data = struct.pack("=HH5s3x", 9, 1, b"mq\0\0\0") + struct.pack("=HHI", 8, 0x8002, 7)
+    found = netlink.attributes(data + b"\x01\0\0\0\0")
+    assert found == {1: b"mq\0\0\0", 2: struct.pack("=I", 7)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("loaded by alice 3 minutes ago", "loaded by <user> 3 minutes ago"),
+        ("/home/alice/x and alice-b", "/home/<user>/x and alice-b"),
+        ("from 192.0.2.7 to 2001:db8::1", "from <address> to <address>"),
+        ("at fe80::1%eth0 (52:54:00:12:34:56)", "at <address>%eth0 (<address>)"),
+        ("Linux 6.12.117 at 12:34:56, 14.0.6", "Linux 6.12.117 at 12:34:56, 14.0.6"),
+        ("owner: user 1000", "owner: user 1000"),
+    ],
+)
+def test_a_report_names_nobody(monkeypatch, text: str, expected: str) -> None:
+    """User names and addresses are taken out, versions and times are not."""
+    monkeypatch.setenv("SUDO_USER", "alice")
+    assert report.redact(text) == expected
+
+
+def test_a_report_does_not_name_the_host(monkeypatch) -> None:
+    """Neither in full nor in short."""
+    names = ("Linux", "tower.example.org", "6.1", "#1", "x86_64")
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(names))
+    assert report.redact("tower: tower.example.org towers") == "<host>: <host> towers"
+
+
+def test_the_configuration_comes_from_the_first_file(monkeypatch, tmp_path) -> None:
+    """A file that is missing or damaged is passed over."""
+    damaged, good = tmp_path / "config.gz", tmp_path / "config"
+    damaged.write_bytes(b"no gzip")
+    good.write_text("# CONFIG_BPF_JIT is not set\nCONFIG_BPF=y\nCONFIG_HZ=250\n")
+    monkeypatch.setattr(kernel, "config_files", lambda: ["/nowhere", str(damaged), str(good)])
+    assert kernel.configuration() == (str(good), {"CONFIG_BPF": "y", "CONFIG_HZ": "250"})
+
+
+def test_no_configuration_is_no_failure(monkeypatch) -> None:
+    """Where it cannot be read the check is skipped."""
+    monkeypatch.setattr(kernel, "config_files", lambda: ["/nowhere"])
+    [config] = [check for check in kernel.CHECKS if check.id == "kernel.config"]
+    with ExitStack() as stack:
+        assert config.run(Setup(stack)).outcome is Outcome.SKIP
