@@ -19,6 +19,8 @@ from pybpfthrottle.limits import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
 log = logging.getLogger(__name__)
+# What is logged is shown where somebody asked for it, and nowhere else.
+logging.getLogger("pybpfthrottle").addHandler(logging.NullHandler())
 
 ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,

@@ -225,6 +225,19 @@ def verify_setup(**options: Any) -> None:
     sys.exit(verify.verify(**options))
 
 
+@cli.command()
+@click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: str, as_json: bool) -> None:
+    """Show what the object file OBJECT has in it: programs, attach types, maps.
+
+    Nothing is loaded, and no privileges are needed.
+    """
+    from pybpfthrottle.cli import inspect as inspect_command
+
+    inspect_command.inspect(path, as_json=as_json)
+
+
 @cli.group()
 def cgroup() -> None:
     """Show what BPF programs are attached to cgroups, whoever attached them."""

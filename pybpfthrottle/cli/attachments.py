@@ -14,6 +14,7 @@ from pybpfthrottle.attached import Attached
 from pybpfthrottle.bpf import privileges
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.cli.table import print_table
 from pybpfthrottle.errors import CgroupError
 
 # bpftool prints the same words.
@@ -104,7 +105,4 @@ def _print_table(found: Sequence[dict[str, Any]], *, indent: str = "") -> None:
                 owners or "no link",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))
-        click.echo((indent + "  ".join(cells)).rstrip())
+    print_table(rows, indent=indent)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-from typing import Optional, TextIO
+from typing import Callable, Optional, TextIO
 
 import click
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from pybpfthrottle.diagnostics import examine, report
-from pybpfthrottle.diagnostics.check import Outcome
+from pybpfthrottle.diagnostics.check import Check, Outcome
 from pybpfthrottle.diagnostics.examine import Examination
 
 _STYLES = {
@@ -22,6 +20,8 @@ _STYLES = {
     Outcome.FAIL: "bold red",
     Outcome.SKIP: "dim",
 }
+
+Examine = Callable[[Callable[[Check], None]], Examination]
 
 
 def verify(
@@ -37,32 +37,35 @@ def verify(
 ) -> int:
     """Examine, show, and tell by the exit status: 0 this machine can limit, 1 it cannot."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console(highlight=False, soft_wrap=True)
-    wanted = root_cgroup or examine.root_cgroup_wanted()
-    with console.status("Examining") as status:
-        if as_json or quiet:
-            status.stop()
-        found = examine.examine(
-            pid=pid,
-            cgroup=cgroup,
-            unit=unit,
-            root_cgroup=wanted,
-            progress=lambda check: status.update(f"Examining: {check.title}"),
+    root_cgroup = root_cgroup or examine.root_cgroup_wanted()
+
+    def run(progress: Callable[[Check], None] = lambda check: None) -> Examination:
+        return examine.examine(
+            pid=pid, cgroup=cgroup, unit=unit, root_cgroup=root_cgroup, progress=progress
         )
+
+    if as_json or quiet or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        found = run()
+        if as_json:
+            click.echo(json.dumps(report.to_json(found), indent=2))
+        elif not quiet:
+            click.echo("\n".join(report.lines(found, evidence=verbose)))
+    else:
+        found = _on_terminal(run, evidence=verbose)
     if report_file:
         report_file.write(report.for_bug_report(found))
-    if as_json:
-        click.echo(json.dumps(report.to_json(found), indent=2))
-    elif quiet:
-        pass
-    elif console.is_terminal and not console.no_color:
-        _show(console, found, evidence=verbose)
-    else:
-        click.echo("\n".join(report.lines(found, evidence=verbose)))
     return 0 if found.conclusion.works else 1
 
 
-def _show(console: Console, found: Examination, *, evidence: bool) -> None:
+def _on_terminal(run: Examine, *, evidence: bool) -> Examination:
+    """With progress, colours and a panel; rich is imported here alone."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("Examining") as status:
+        found = run(lambda check: status.update(f"Examining: {check.title}"))
     for section, results in found.sections().items():
         console.print(Text(section, style="bold"))
         for check, result in results:
@@ -73,5 +76,6 @@ def _show(console: Console, found: Examination, *, evidence: bool) -> None:
     for told, other in report.steps(found.path):
         console.print(Text(f"  {told} ").append(other, style="dim"))
     title, *rest = report.conclusion_lines(found)
-    colour = "green" if found.conclusion.works else "red"
-    console.print(Panel("\n".join([f"[bold]{title}[/]", *rest]), border_style=colour))
+    text = Text(title, style="bold").append("".join(f"\n{line}" for line in rest), "not bold")
+    console.print(Panel(text, border_style="green" if found.conclusion.works else "red"))
+    return found

@@ -12,6 +12,7 @@ from pybpfthrottle import settings
 from pybpfthrottle.bpf import privileges, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
+from pybpfthrottle.errors import SettingsError
 
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 # Without these nothing can be limited; the others have a substitute, or are for looking only.
@@ -157,7 +158,10 @@ def _size(limit: int) -> str:
 
 
 def _settings(setup: Setup) -> Result:
-    found = settings.load()
+    try:
+        found = settings.load()
+    except SettingsError as error:
+        return failed(str(error))
     evidence = [f"{name} = {value} ({source})" for name, value, source in found.origins]
     if found.warnings:
         return warned(found.warnings[0], *found.warnings[1:], *evidence)

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import sys
-from typing import Any, Iterator
 
 from pybpfthrottle import objects
 from pybpfthrottle.bpf import elf, features
-from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.specs import ObjectSpec
+from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
 from pybpfthrottle.errors import ObjectFileError
 
@@ -36,34 +35,6 @@ def loadable(spec: ObjectSpec) -> list[str]:
     return [name for name in spec.programs if name != "pybpft_egresscn"]
 
 
-def describe(spec: ObjectSpec) -> list[dict[str, Any]]:
-    """For each program of an object its name, section, type and expected attach type."""
-    return [
-        {
-            "name": program.name,
-            "section": program.section,
-            "type": program.type.name.lower(),
-            "expected_attach_type": (
-                program.expected_attach_type.name.lower()
-                if program.expected_attach_type is not None
-                else None
-            ),
-            "instructions": len(program.function.code) // 8,
-        }
-        for program in spec.programs.values()
-    ]
-
-
-def faults(spec: ObjectSpec) -> Iterator[str]:
-    """What keeps programs of an object from being attached to one direction of a cgroup."""
-    for program in spec.programs.values():
-        if program.type is ProgType.CGROUP_SKB and program.expected_attach_type is None:
-            yield (
-                f"{program.name}: the section {program.section!r} names no direction;"
-                " cgroup_skb/ingress and cgroup_skb/egress do"
-            )
-
-
 def _files(setup: Setup) -> Result:
     evidence: list[str] = []
     try:
@@ -82,12 +53,12 @@ def _files(setup: Setup) -> Result:
                 spec = elf.read_object(data, name=name)
             except ObjectFileError as error:
                 return failed(f"{name}: {error}", cause="truncated")
-            wrong = list(faults(spec))
+            wrong = list(inspection.faults(spec))
             if wrong:
                 return failed(f"{name}: {wrong[0]}", *wrong[1:], cause="sections")
             evidence += [
                 f"{name}: {one['section']}: {one['name']}, {one['expected_attach_type']}"
-                for one in describe(spec)
+                for one in inspection.programs(spec)
             ]
         if hashlib.sha256(data).hexdigest() != hashes[name]:
             return failed(f"{name} is not the one that MANIFEST.json describes", cause="stale")

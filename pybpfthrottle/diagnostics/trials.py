@@ -6,6 +6,7 @@ import os
 import select
 import socket
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Callable
 
 from pybpfthrottle import cgroup as cgroups_v2
@@ -150,7 +151,9 @@ def _stands_in(policy: AttachPolicy, name: str) -> bool:
 def _at_root(setup: Setup) -> Result:
     if not setup.root_cgroup:
         return skipped("only on request: --root-cgroup", cause="not-asked")
-    return _by_either_way(cgroups_v2.root())
+    top = cgroups_v2.root()
+    found = _by_either_way(top)
+    return replace(found, text=f'🧪 TEST MODE: Using root cgroup "{top.path}": {found.text}')
 
 
 def _objects(setup: Setup) -> Result:
@@ -171,7 +174,8 @@ def _traffic(direction: Direction) -> Callable[[Setup], Result]:
     def attempt(setup: Setup) -> Result:
         assert setup.scratch is not None  # noqa: S101 - the check needs cgroup.scratch
         limit = {direction: MIN_RATE}
-        with throttle.apply([setup.scratch], limit, options=Options(loopback=True)) as live:
+        options = Options(loopback=True, attach=settings.load().attach)
+        with throttle.apply([setup.scratch], limit, options=options) as live:
             sent, received = _exchange(setup.scratch)
             counters = live.counters()[direction]
         return _judge(sent, received, counters)
