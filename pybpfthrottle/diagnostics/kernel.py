@@ -25,6 +25,7 @@ _REQUIRED_OPTIONS = (
     "CONFIG_SOCK_CGROUP_DATA",
 )
 _WANTED_OPTIONS = ("CONFIG_BPF_JIT",)
+LOCKDOWN = "/sys/kernel/security/lockdown"
 _OPTIONAL = (features.LINK, features.CONGESTION_VERDICT, features.DIRECT_PACKET_ACCESS)
 
 
@@ -112,15 +113,14 @@ def _jit(setup: Setup) -> Result:
 
 
 def _lockdown(setup: Setup) -> Result:
-    path = "/sys/kernel/security/lockdown"
     try:
-        with open(path) as file:
+        with open(LOCKDOWN) as file:
             text = file.read().strip()
     except OSError as error:
-        return passed("no lockdown is visible", f"{path}: {error.strerror}")
+        return passed("no lockdown is visible", f"{LOCKDOWN}: {error.strerror}")
     if "[none]" in text:
-        return passed("the kernel is not locked down", f"{path}: {text}")
-    return warned("the kernel is locked down", f"{path}: {text}", cause="lockdown")
+        return passed("the kernel is not locked down", f"{LOCKDOWN}: {text}")
+    return warned("the kernel is locked down", f"{LOCKDOWN}: {text}", cause="lockdown")
 
 
 def _features(setup: Setup) -> Result:

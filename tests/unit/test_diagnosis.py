@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from contextlib import ExitStack
 
 import pytest
 
-from pybpfthrottle import netlink
+from pybpfthrottle import cgroup, netlink
+from pybpfthrottle.bpf import features, privileges, syscall
+from pybpfthrottle.bpf.abi import Cmd
 from pybpfthrottle.diagnostics import kernel, kernel_log, report
 from pybpfthrottle.diagnostics.check import Check, Outcome, Setup, passed, skipped
+from pybpfthrottle.diagnostics.examine import examine
 from pybpfthrottle.diagnostics.kernel_log import Line
 
 
@@ -118,3 +122,55 @@ def test_no_configuration_is_no_failure(monkeypatch) -> None:
     [config] = [check for check in kernel.CHECKS if check.id == "kernel.config"]
     with ExitStack() as stack:
         assert config.run(Setup(stack)).outcome is Outcome.SKIP
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Makes a kernel that refuses some commands when they are meant seriously, to root."""
+
+    def make(refused: dict[Cmd, int], *, always: bool = False) -> None:
+        def bpf(cmd, attr):
+            serious = attr.prog_load.insn_cnt if cmd is Cmd.PROG_LOAD else attr.map_create.key_size
+            if cmd in refused and (serious or always):
+                raise syscall.error(refused[cmd], cmd)
+            number = errno.EINVAL if cmd in (Cmd.MAP_CREATE, Cmd.PROG_LOAD) else errno.EBADF
+            raise syscall.error(number, cmd)
+
+        def create_empty(parent):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(syscall, "bpf", bpf)
+        monkeypatch.setattr(privileges, "missing_capabilities", list)
+        monkeypatch.setattr(cgroup, "create_empty", create_empty)
+        features.forget()
+
+    yield make
+    features.forget()
+
+
+def test_a_kernel_without_cgroup_bpf_is_the_cause(monkeypatch, refusing) -> None:
+    """It takes no cgroup_skb program, and its configuration tells why."""
+    refusing({Cmd.PROG_LOAD: errno.EINVAL})
+    monkeypatch.setattr(kernel, "configuration", lambda: ("/boot/config", {"CONFIG_BPF": "y"}))
+    found = examine()
+    assert found.conclusion.id == "kernel-without-cgroup-bpf"
+    reasons = [reason.text for reason in found.reasons()]
+    assert "/boot/config lacks CONFIG_BPF_SYSCALL" in reasons[1]
+
+
+def test_a_kernel_that_refuses_for_no_visible_reason_has_a_fault(monkeypatch, refusing) -> None:
+    """Its configuration has everything, and yet it takes no program."""
+    refusing({Cmd.PROG_LOAD: errno.EINVAL})
+    monkeypatch.setattr(kernel, "configuration", lambda: None)
+    assert examine().conclusion.id == "kernel-refuses-program"
+
+
+def test_a_locked_kernel_is_the_cause(monkeypatch, tmp_path, refusing) -> None:
+    """The capabilities are there, commands are refused, and lockdown is in force."""
+    refusing({Cmd.MAP_CREATE: errno.EPERM, Cmd.PROG_LOAD: errno.EPERM}, always=True)
+    lockdown = tmp_path / "lockdown"
+    lockdown.write_text("none integrity [confidentiality]\n")
+    monkeypatch.setattr(kernel, "LOCKDOWN", str(lockdown))
+    found = examine()
+    assert found.conclusion.id == "lockdown"
+    assert "the kernel is locked down" in [reason.text for reason in found.reasons()]
