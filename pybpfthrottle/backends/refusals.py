@@ -41,7 +41,7 @@ def explain(
 def _not_permitted(
     error: OSError, cgroup: Cgroup, attach_type: AttachType, policy: AttachPolicy, command: str
 ) -> str:
-    if privileges.missing_capabilities():
+    if privileges.missing_capabilities(refused=True):
         return privileges.why_not_permitted(command)
     exclusive = exclusive_program(cgroup, attach_type)
     if exclusive:
@@ -60,7 +60,7 @@ def _invalid(
     program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
 ) -> Optional[str]:
     # With CAP_BPF alone a legacy attachment gives EINVAL, not EPERM.
-    if privileges.missing_capabilities():
+    if privileges.missing_capabilities(refused=True):
         return privileges.why_not_permitted("the attachment")
     if program.expected_attach_type not in (None, attach_type):
         return (

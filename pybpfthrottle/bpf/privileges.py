@@ -26,10 +26,12 @@ def effective_capabilities() -> int:
     return (1 << 64) - 1
 
 
-def missing_capabilities() -> list[str]:
+def missing_capabilities(*, refused: bool = False) -> list[str]:
     """The names of the capabilities that loading and attaching a cgroup_skb program still needs.
 
-    CAP_BPF exists since Linux 5.8; before that, and as a substitute after it, CAP_SYS_ADMIN.
+    CAP_BPF exists since Linux 5.8; before that, and as a substitute after it, CAP_SYS_ADMIN. For
+    CAP_NET_ADMIN that stands in on some kernels alone (6.18 does, 5.10 does not): after an EPERM,
+    with ``refused``, it counts as missing.
     """
     held = effective_capabilities()
 
@@ -37,17 +39,16 @@ def missing_capabilities() -> list[str]:
         return bool(held >> capability & 1)
 
     missing = []
-    if not has(_CAP_SYS_ADMIN):
-        if not has(_CAP_BPF):
-            missing.append("CAP_BPF")
-        if not has(_CAP_NET_ADMIN):
-            missing.append("CAP_NET_ADMIN")
+    if not has(_CAP_SYS_ADMIN) and not has(_CAP_BPF):
+        missing.append("CAP_BPF")
+    if not has(_CAP_NET_ADMIN) and (refused or not has(_CAP_SYS_ADMIN)):
+        missing.append("CAP_NET_ADMIN")
     return missing
 
 
 def why_not_permitted(command: str) -> str:
     """What stands behind the EPERM of a bpf(2) command, and what to do."""
-    missing = missing_capabilities()
+    missing = missing_capabilities(refused=True)
     if missing:
         return (
             f"this process lacks {' and '.join(missing)};"

@@ -437,7 +437,7 @@ _OBJECTS = Question(
         _MISSING,
     ),
 )
-_REFUSED_AT_TARGET = Question(
+_REFUSED_WITH_RIGHTS = Question(
     "Is an exclusive program attached there or above?",
     _cause("attached.programs", "exclusive"),
     _EXCLUSIVE,
@@ -460,6 +460,12 @@ _REFUSED_AT_TARGET = Question(
             ),
         ),
     ),
+)
+_REFUSED_AT_TARGET = Question(
+    "Is CAP_NET_ADMIN missing?",
+    _cause("rights.capabilities", "net-admin"),
+    _NO_RIGHTS,
+    _REFUSED_WITH_RIGHTS,
 )
 _ATTACH = Question(
     "Can it be attached to the target?",

@@ -38,6 +38,9 @@ def _capabilities(setup: Setup) -> Result:
     missing = privileges.missing_capabilities()
     if missing:
         return failed(f"{' and '.join(missing)} missing", f"CapEff: {held}", cause="capabilities")
+    if privileges.missing_capabilities(refused=True):
+        text = "CAP_NET_ADMIN is missing; CAP_SYS_ADMIN stands in for it on newer kernels alone"
+        return warned(text, f"CapEff: {held}", cause="net-admin")
     return passed("all that loading and attaching needs", f"CapEff: {held}")
 
 

@@ -36,6 +36,11 @@ TABLE = [
         "bpf-refused",
     ),
     ([("rights.capabilities", FAIL, "capabilities")], "not-privileged"),
+    ([("rights.capabilities", WARN, "net-admin")], "works"),
+    (
+        [("rights.capabilities", WARN, "net-admin"), ("trial.target", FAIL, "EPERM")],
+        "not-privileged",
+    ),
     ([("rights.commands", FAIL, "all")], "bpf-refused"),
     ([COMMANDS], "commands-refused"),
     ([COMMANDS, ("rights.user_namespace", WARN, "user-namespace")], "user-namespace"),

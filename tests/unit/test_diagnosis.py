@@ -140,7 +140,7 @@ def refusing(monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system")
 
         monkeypatch.setattr(syscall, "bpf", bpf)
-        monkeypatch.setattr(privileges, "missing_capabilities", list)
+        monkeypatch.setattr(privileges, "missing_capabilities", lambda **_: [])
         monkeypatch.setattr(cgroup, "create_empty", create_empty)
         features.forget()
 
