@@ -43,6 +43,13 @@ def test_missing_capabilities_are_named(held, bits, missing):
     assert privileges.missing_capabilities() == missing
 
 
+def test_after_a_refusal_cap_net_admin_is_missing_too(held):
+    """CAP_SYS_ADMIN stands in for it on some kernels alone."""
+    held(SYS_ADMIN)
+    assert privileges.missing_capabilities(refused=True) == ["CAP_NET_ADMIN"]
+    assert "lacks CAP_NET_ADMIN;" in privileges.why_not_permitted("BPF_LINK_CREATE")
+
+
 def test_without_capabilities_the_remedy_is_root(held):
     """Who lacks capabilities is told which, and how to get them."""
     held(NET_ADMIN)
@@ -53,7 +60,7 @@ def test_without_capabilities_the_remedy_is_root(held):
 
 def test_with_capabilities_the_causes_are_others(held, monkeypatch):
     """Who has the capabilities is told of filters and modules that refuse the command."""
-    held(SYS_ADMIN)
+    held(SYS_ADMIN | NET_ADMIN)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (INFINITY, INFINITY))
     text = privileges.why_not_permitted("BPF_PROG_LOAD")
     assert "seccomp" in text
@@ -65,7 +72,7 @@ def test_with_capabilities_the_causes_are_others(held, monkeypatch):
 
 def test_a_limit_on_locked_memory_is_a_cause_too(held, monkeypatch):
     """A finite limit on locked memory is mentioned with its size and remedy."""
-    held(SYS_ADMIN)
+    held(SYS_ADMIN | NET_ADMIN)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
     text = privileges.why_not_permitted("BPF_MAP_CREATE")
     assert "64 KiB" in text
