@@ -92,6 +92,9 @@ class MapType(IntEnum):
     ARENA = 33
 
 
+MAPS_OF_MAPS = (MapType.ARRAY_OF_MAPS, MapType.HASH_OF_MAPS)
+
+
 class ProgType(IntEnum):
     """enum bpf_prog_type."""
 
@@ -189,6 +192,8 @@ class AttachType(IntEnum):
     CGROUP_UNIX_GETSOCKNAME = 53
     NETKIT_PRIMARY = 54
     NETKIT_PEER = 55
+    TRACE_KPROBE_SESSION = 56
+    TRACE_UPROBE_SESSION = 57
 
 
 # Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of them.
@@ -201,8 +206,13 @@ BPF_LINK_TYPE_CGROUP = 3
 # Flags of BPF_PROG_QUERY.
 BPF_F_QUERY_EFFECTIVE = 1 << 0
 
+# Flags of BPF_PROG_LOAD.
+BPF_F_SLEEPABLE = 1 << 4
+BPF_F_XDP_HAS_FRAGS = 1 << 5
+
 # Flags of BPF_MAP_CREATE.
 BPF_F_NO_PREALLOC = 1 << 0
+BPF_F_NUMA_NODE = 1 << 2
 BPF_F_RDONLY_PROG = 1 << 7
 BPF_F_MMAPABLE = 1 << 10
 
@@ -214,6 +224,10 @@ BPF_PSEUDO_FUNC = 4
 
 BPF_OBJ_NAME_LEN = 16
 BPF_TAG_SIZE = 8
+
+# enum libbpf_pin_type of libbpf's bpf_helpers.h.
+LIBBPF_PIN_NONE = 0
+LIBBPF_PIN_BY_NAME = 1
 
 INSN_BYTES = 8
 BPF_LD_IMM64 = 0x18
@@ -450,4 +464,30 @@ class LegacyMapDef(ctypes.Structure):
         ("value_size", c_uint32),
         ("max_entries", c_uint32),
         ("map_flags", c_uint32),
+    )
+
+
+class NumberedMapDef(ctypes.Structure):
+    """struct bpf_map_def of samples/bpf and of aya, which has ``pinning`` last instead."""
+
+    _fields_ = (
+        *LegacyMapDef._fields_,
+        ("inner_map_idx", c_uint32),
+        ("numa_node", c_uint32),
+    )
+
+
+# inner_idx of struct bpf_elf_map for what is in no other map.
+IPROUTE2_NO_INDEX = 0xFFFFFFFF
+
+
+class Iproute2MapDef(ctypes.Structure):
+    """struct bpf_elf_map of iproute2's bpf_elf.h."""
+
+    _fields_ = (
+        *LegacyMapDef._fields_,
+        ("id", c_uint32),
+        ("pinning", c_uint32),
+        ("inner_id", c_uint32),
+        ("inner_idx", c_uint32),
     )

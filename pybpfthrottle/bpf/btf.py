@@ -66,6 +66,7 @@ class Type(NamedTuple):
     vlen: int
     bitfields: bool
     offset: int
+    id: int
 
 
 class Member(NamedTuple):
@@ -82,6 +83,23 @@ class Variable(NamedTuple):
     type: int
     offset: int
     size: int
+
+
+class Integer(NamedTuple):
+    """What is known of an integer besides its size in bytes."""
+
+    bits: int
+    bit_offset: int
+    signed: bool
+    char: bool
+    bool: bool
+
+
+class Enumerator(NamedTuple):
+    """A name of an enum, and its value."""
+
+    name: str
+    value: int
 
 
 class Btf:
@@ -101,7 +119,7 @@ class Btf:
             self._order + "5I", data, 4
         )
         self._strings = data[header + string_offset : header + string_offset + string_bytes]
-        self.types = [Type(Kind.VOID, "", 0, 0, False, 0)]
+        self.types = [Type(Kind.VOID, "", 0, 0, False, 0, 0)]
         self._read_types(header + type_offset, header + type_offset + type_bytes)
 
     def _read_types(self, offset: int, end: int) -> None:
@@ -120,9 +138,8 @@ class Btf:
                 ) from None
             vlen = info & 0xFFFF
             offset += 12
-            self.types.append(
-                Type(kind, self._string(name), size_or_type, vlen, bool(info >> 31), offset)
-            )
+            text, flag, number = self._string(name), bool(info >> 31), len(self.types)
+            self.types.append(Type(kind, text, size_or_type, vlen, flag, offset, number))
             offset += _TAIL_BYTES.get(kind, 0) + _ITEM_BYTES.get(kind, 0) * vlen
             if offset > end:
                 raise ObjectFileError("a type is cut off", section=_SECTION, offset=offset)
@@ -169,6 +186,23 @@ class Btf:
             yield Member(
                 self._string(name), type_id, offset & 0xFFFFFF if aggregate.bitfields else offset
             )
+
+    def integer(self, integer: Type) -> Integer:
+        """The encoding of an integer."""
+        (word,) = struct.unpack_from(self._order + "I", self._data, integer.offset)
+        signed, char, boolean = word >> 24 & 1, word >> 25 & 1, word >> 26 & 1
+        return Integer(word & 0xFF, word >> 16 & 0xFF, bool(signed), bool(char), bool(boolean))
+
+    def enumerators(self, enum: Type) -> Iterator[Enumerator]:
+        """The names and values of an enum, in order."""
+        wide = enum.kind == Kind.ENUM64
+        layout = struct.Struct(self._order + ("3I" if wide else "2I"))
+        bits = 64 if wide else 32
+        for index in range(enum.vlen):
+            name, low, *high = layout.unpack_from(self._data, enum.offset + layout.size * index)
+            value = low | (high[0] << 32 if wide else 0)
+            negative = enum.bitfields and value >> bits - 1
+            yield Enumerator(self._string(name), value - (1 << bits) if negative else value)
 
     def variables(self, datasec: Type) -> Iterator[Variable]:
         """The variables of a data section, in order."""

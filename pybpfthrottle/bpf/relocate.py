@@ -3,62 +3,110 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from typing import Mapping, NamedTuple
 
 from pybpfthrottle.bpf import abi
-from pybpfthrottle.bpf.specs import FunctionKey, MapReference, ObjectSpec, ProgramSpec
+from pybpfthrottle.bpf.specs import (
+    CallReference,
+    ExternReference,
+    FunctionKey,
+    FunctionSpec,
+    MapReference,
+    ObjectSpec,
+    ProgramSpec,
+)
 from pybpfthrottle.errors import ObjectFileError
 
 
+class Placed(NamedTuple):
+    """A function, and at which byte of the linked code it begins."""
+
+    start: int
+    function: FunctionSpec
+
+
 class LinkedProgram(NamedTuple):
-    """A program with all functions that it calls behind it, and the maps that it refers to."""
+    """A program with all functions that it calls behind it, and what it refers to.
+
+    The offsets of the references are bytes of ``code``.
+    """
 
     byteorder: str
     code: bytes
     map_references: tuple[MapReference, ...]
+    extern_references: tuple[ExternReference, ...]
+    placed: tuple[Placed, ...]
 
     @property
     def maps(self) -> frozenset[str]:
         """The names of the maps that the program needs."""
         return frozenset(reference.map for reference in self.map_references)
 
+    def origin(self, offset: int) -> FunctionKey:
+        """Where byte ``offset`` of the code was in the object: its section, and offset there."""
+        index = bisect_right([placed.start for placed in self.placed], offset) - 1
+        start, function = self.placed[index]
+        return FunctionKey(function.key.section, function.key.offset + offset - start)
+
 
 def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     """Append each function that is called once, and set the distances of the calls."""
-    starts: dict[FunctionKey, int] = {}
-    pending = [program.function]
-    placed = []
-    length = 0
-    while pending:
-        function = pending.pop(0)
-        if function.key in starts:
-            continue
-        starts[function.key] = length
-        length += len(function.code)
-        placed.append(function)
-        for call in function.call_references:
-            callee = spec.functions.get(call.target)
-            if callee is None:
-                raise ObjectFileError(
-                    f"{function.name!r} calls what is no function:"
-                    f" {call.target.section!r} + {call.target.offset:#x}",
-                    section=function.key.section,
-                    offset=function.key.offset + call.offset,
-                )
-            pending.append(callee)
-    code = bytearray().join(function.code for function in placed)
-    references = []
-    for function in placed:
-        start = starts[function.key]
+    placed = _place(spec, program.function)
+    starts = {function.key: start for start, function in placed}
+    code = bytearray().join(function.code for _, function in placed)
+    for start, function in placed:
         for call in function.call_references:
             at = start + call.offset
             distance = (starts[call.target] - at) // abi.INSN_BYTES - 1
-            _put(spec.byteorder, code, at, abi.BPF_PSEUDO_CALL, distance)
-        references += [
+            source = abi.BPF_PSEUDO_FUNC if call.address else abi.BPF_PSEUDO_CALL
+            _put(spec.byteorder, code, at, source, distance)
+    return LinkedProgram(
+        spec.byteorder,
+        bytes(code),
+        tuple(
             reference._replace(offset=start + reference.offset)
+            for start, function in placed
             for reference in function.map_references
-        ]
-    return LinkedProgram(spec.byteorder, bytes(code), tuple(references))
+        ),
+        tuple(
+            reference._replace(offset=start + reference.offset)
+            for start, function in placed
+            for reference in function.extern_references
+        ),
+        tuple(placed),
+    )
+
+
+def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:
+    """The functions in libbpf's order: each before those that it calls, in the order of calls."""
+    placed: list[Placed] = []
+    seen = set()
+    length = 0
+    pending = [entry]
+    while pending:
+        function = pending.pop()
+        if function.key in seen:
+            continue
+        seen.add(function.key)
+        placed.append(Placed(length, function))
+        length += len(function.code)
+        # The first call is to be taken from the stack first.
+        calls = sorted(function.call_references, key=lambda call: -call.offset)
+        pending += [_callee(spec, function, call) for call in calls]
+    return placed
+
+
+def _callee(spec: ObjectSpec, caller: FunctionSpec, call: CallReference) -> FunctionSpec:
+    callee = spec.functions.get(call.target)
+    if callee is None:
+        raise ObjectFileError(
+            f"{caller.name!r} calls what is no function:"
+            f" {call.target.section!r} + {call.target.offset:#x}",
+            section=caller.key.section,
+            offset=caller.key.offset + call.offset,
+        )
+    return callee
 
 
 def resolve(linked: LinkedProgram, map_fds: Mapping[str, int]) -> bytes:

@@ -1,19 +1,29 @@
 """What an object file asks for: pure data, no system calls.
 
-A spec may be edited before it is loaded (``spec.maps["events"].max_entries = 64``).
+A spec may be edited in place before it is loaded::
+
+    spec.maps["events"].max_entries = 64
+    spec.programs["probe"].autoload = False
+    spec.variables["limit"].set(1000)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 
 
 @dataclass
 class MapSpec:
-    """One map. Sizes are in bytes; ``contents`` is what a data section's one element holds."""
+    """One map. Sizes are in bytes; ``contents`` is what a data section's one element holds.
+
+    ``key_type`` and ``value_type`` are ids in the object's BTF, 0 where there is none. ``inner``
+    is the template for the maps in a map of maps. ``initial`` has the names of the maps or
+    programs (by the map's type) that the object puts in. ``pinned`` maps are shared by name, under
+    the directory that the loader is given. ``section`` is where a data map comes from.
+    """
 
     name: str
     type: int
@@ -25,6 +35,12 @@ class MapSpec:
     extra: int = 0
     contents: Optional[bytes] = None
     frozen: bool = False
+    key_type: int = 0
+    value_type: int = 0
+    inner: Optional[MapSpec] = None
+    initial: dict[int, str] = field(default_factory=dict)
+    pinned: bool = False
+    section: Optional[str] = None
 
 
 class FunctionKey(NamedTuple):
@@ -43,10 +59,22 @@ class MapReference(NamedTuple):
 
 
 class CallReference(NamedTuple):
-    """A call at byte ``offset`` of some code to a function of the same object."""
+    """A call at byte ``offset`` of some code to a function of the same object.
+
+    With ``address`` it is a 64-bit load of the function's address, for a callback.
+    """
 
     offset: int
     target: FunctionKey
+    address: bool = False
+
+
+class ExternReference(NamedTuple):
+    """A call or a 64-bit load at byte ``offset`` of some code, of what the kernel is to have."""
+
+    offset: int
+    name: str
+    weak: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,22 +86,85 @@ class FunctionSpec:
     code: bytes
     map_references: tuple[MapReference, ...] = ()
     call_references: tuple[CallReference, ...] = ()
+    extern_references: tuple[ExternReference, ...] = ()
 
 
 @dataclass
 class ProgramSpec:
-    """An entry point. ``expected_attach_type`` is None where the section names none."""
+    """An entry point. ``expected_attach_type`` is None where the section names none.
+
+    ``type`` is UNSPEC where the section names none either: set it before loading. ``flags`` are
+    those of BPF_PROG_LOAD, ``attach_to`` is what the section's name has after the slash, and
+    without ``autoload`` the program is loaded only when it is selected by name.
+    """
 
     name: str
     section: str
     type: ProgType
     expected_attach_type: Optional[AttachType]
     function: FunctionSpec
+    flags: int = 0
+    attach_to: Optional[str] = None
+    autoload: bool = True
+
+
+@dataclass
+class VariableSpec:
+    """A variable in a data section: ``size`` bytes at ``offset`` of the value of a data map.
+
+    ``signed`` is None for what is no number of up to 8 bytes; ``type`` is an id in the BTF, or 0.
+    """
+
+    name: str
+    map: MapSpec
+    offset: int
+    size: int
+    byteorder: str
+    signed: Optional[bool] = None
+    type: int = 0
+
+    def get(self) -> Union[int, bytes]:
+        """The value that it begins with: an int if its type is one, and bytes otherwise."""
+        contents = self.map.contents or bytes(self.map.value_size)
+        return self.decode(contents[self.offset : self.offset + self.size])
+
+    def set(self, value: Union[int, bytes]) -> None:
+        """Let it begin with another value. Raises ValueError for one that does not fit."""
+        contents = bytearray(self.map.contents or bytes(self.map.value_size))
+        contents[self.offset : self.offset + self.size] = self.encode(value)
+        self.map.contents = bytes(contents)
+
+    def encode(self, value: Union[int, bytes]) -> bytes:
+        """The bytes of a value. Raises ValueError for one that does not fit."""
+        if isinstance(value, int):
+            return self._encode_int(value)
+        if len(value) != self.size:
+            raise ValueError(f"{len(value)} bytes do not make {self.name!r} of {self.size}")
+        return bytes(value)
+
+    def decode(self, data: bytes) -> Union[int, bytes]:
+        """The value of bytes."""
+        if self.signed is None:
+            return data
+        return int.from_bytes(data, self.byteorder, signed=self.signed)  # type: ignore[arg-type]
+
+    def _encode_int(self, value: int) -> bytes:
+        signed = value < 0 if self.signed is None else self.signed
+        try:
+            return value.to_bytes(self.size, self.byteorder, signed=signed)  # type: ignore[arg-type]
+        except OverflowError:
+            raise ValueError(
+                f"{value} does not fit into {self.name!r}, {self.size} bytes"
+                f" {'with' if signed else 'without'} a sign"
+            ) from None
 
 
 @dataclass
 class ObjectSpec:
-    """All that one object file defines. ``byteorder`` is "little" or "big"."""
+    """All that one object file defines. ``byteorder`` is "little" or "big".
+
+    ``btf`` and ``btf_ext`` are the bytes of sections .BTF and .BTF.ext.
+    """
 
     name: str
     byteorder: str
@@ -81,4 +172,6 @@ class ObjectSpec:
     maps: dict[str, MapSpec] = field(default_factory=dict)
     programs: dict[str, ProgramSpec] = field(default_factory=dict)
     functions: dict[FunctionKey, FunctionSpec] = field(default_factory=dict)
+    variables: dict[str, VariableSpec] = field(default_factory=dict)
     btf: Optional[bytes] = None
+    btf_ext: Optional[bytes] = None

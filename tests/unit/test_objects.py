@@ -18,7 +18,6 @@ from pybpfthrottle.backends import records
 from pybpfthrottle.bpf import elf, relocate
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.btf import Btf, Kind
-from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.limits import Direction
 
@@ -95,16 +94,14 @@ def test_the_records_are_the_maps_values(spec):
     """Each map has a value as large as its record, and one element for each direction."""
     sizes = {name: ctypes.sizeof(record) for name, record in RECORDS.items()}
     count = len(Direction)
-    assert spec.maps == {
-        "CGROUP_CONFIGS": MapSpec(
-            "CGROUP_CONFIGS", MapType.ARRAY, 4, sizes["throttle_config"], count
-        ),
-        "CGROUP_BUCKETS": MapSpec(
-            "CGROUP_BUCKETS", MapType.ARRAY, 4, sizes["throttle_bucket"], count
-        ),
-        "CGROUP_STATS": MapSpec(
-            "CGROUP_STATS", MapType.PERCPU_ARRAY, 4, sizes["throttle_stats"], count
-        ),
+    shapes = {
+        name: (found.type, found.key_size, found.value_size, found.max_entries)
+        for name, found in spec.maps.items()
+    }
+    assert shapes == {
+        "CGROUP_CONFIGS": (MapType.ARRAY, 4, sizes["throttle_config"], count),
+        "CGROUP_BUCKETS": (MapType.ARRAY, 4, sizes["throttle_bucket"], count),
+        "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, sizes["throttle_stats"], count),
     }
 
 

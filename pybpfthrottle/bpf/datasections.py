@@ -1,0 +1,92 @@
+"""Sections of data -> maps of one element, and the variables in them. No system calls."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.btf import Btf, Kind, Type
+from pybpfthrottle.bpf.elffile import Elf, Section
+from pybpfthrottle.bpf.specs import MapSpec, VariableSpec
+from pybpfthrottle.errors import ObjectFileError
+
+_PREFIXES = (".rodata", ".data", ".bss")
+_MAX_BYTES = 1 << 30
+_MAX_NUMBER_BYTES = 8
+
+
+def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSpec]:
+    """The map of each section of data by the section's number, named as libbpf names them.
+
+    Raises ObjectFileError for a section that is too large.
+    """
+    return {
+        section.number: _map(section, btf, object_name)
+        for section in elf.sections.values()
+        if section.size and _is_data(section.name)
+    }
+
+
+def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
+    """The variables of all data maps; those that are static come first."""
+    for number, spec in maps.items():
+        types = _types(btf, spec.value_type)
+        symbols = [s for s in elf.symbols_of(elf.sections[number]) if s.type == "STT_OBJECT"]
+        for symbol in sorted(symbols, key=lambda symbol: not symbol.local):
+            if symbol.size and symbol.value + symbol.size <= spec.value_size:
+                type_id = types.get(symbol.name, 0)
+                signed = _signed(btf, type_id, symbol.size)
+                yield VariableSpec(
+                    *(symbol.name, spec, symbol.value, symbol.size),
+                    *(elf.byteorder, signed, type_id),
+                )
+
+
+def _map(section: Section, btf: Optional[Btf], object_name: str) -> MapSpec:
+    if section.size > _MAX_BYTES:
+        raise ObjectFileError(f"{section.size} bytes is too large", section=section.name)
+    constant = section.name.startswith(".rodata")
+    datasec = btf.find(Kind.DATASEC, section.name) if btf else None
+    return MapSpec(
+        _name(object_name, section.name),
+        MapType.ARRAY,
+        key_size=4,
+        value_size=section.size,
+        max_entries=1,
+        flags=abi.BPF_F_MMAPABLE | (abi.BPF_F_RDONLY_PROG if constant else 0),
+        contents=section.data,
+        frozen=constant,
+        value_type=datasec.id if datasec else 0,
+        section=section.name,
+    )
+
+
+def _is_data(name: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in _PREFIXES)
+
+
+def _name(object_name: str, section: str) -> str:
+    if "." in section[1:]:
+        return section  # such as .rodata.str1.1: there may be several
+    return object_name[: max(0, abi.BPF_OBJ_NAME_LEN - 1 - len(section))] + section
+
+
+def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
+    """The types of the variables of a section, by their names."""
+    if btf is None or not datasec_id:
+        return {}
+    found = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
+    return {var.name: var.size_or_type for var in found if var.kind == Kind.VAR}
+
+
+def _signed(btf: Optional[Btf], type_id: int, size: int) -> Optional[bool]:
+    """Whether a number has a sign; None for what is no number."""
+    if btf is None or not type_id or size > _MAX_NUMBER_BYTES:
+        return None
+    found: Type = btf.resolve(type_id)
+    if found.kind == Kind.INT:
+        return btf.integer(found).signed
+    if found.kind in (Kind.ENUM, Kind.ENUM64):
+        return any(item.value < 0 for item in btf.enumerators(found))
+    return False if found.kind == Kind.PTR else None

@@ -1,0 +1,1 @@
+"""Lies beside compiled.py, so that all tests can import it."""
