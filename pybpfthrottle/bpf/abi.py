@@ -300,6 +300,17 @@ class ProgLoad(ctypes.Structure):
     )
 
 
+class ObjPin(ctypes.Structure):
+    """BPF_OBJ_PIN and BPF_OBJ_GET."""
+
+    _fields_ = (
+        ("pathname", c_uint64),
+        ("bpf_fd", c_uint32),
+        ("file_flags", c_uint32),
+        ("path_fd", c_int32),
+    )
+
+
 class ProgAttach(ctypes.Structure):
     """BPF_PROG_ATTACH and BPF_PROG_DETACH."""
 
@@ -385,6 +396,7 @@ class Attr(ctypes.Union):
         ("map_create", MapCreate),
         ("map_elem", MapElem),
         ("prog_load", ProgLoad),
+        ("obj_pin", ObjPin),
         ("prog_attach", ProgAttach),
         ("test_run", TestRun),
         ("get_id", GetId),
@@ -418,7 +430,7 @@ class ProgInfo(ctypes.Structure):
 
 
 class MapInfo(ctypes.Structure):
-    """struct bpf_map_info, up to what Linux 4.15 fills in."""
+    """struct bpf_map_info."""
 
     _fields_ = (
         ("type", c_uint32),
@@ -428,6 +440,15 @@ class MapInfo(ctypes.Structure):
         ("max_entries", c_uint32),
         ("map_flags", c_uint32),
         ("name", c_char * BPF_OBJ_NAME_LEN),
+        ("ifindex", c_uint32),
+        ("btf_vmlinux_value_type_id", c_uint32),
+        ("netns_dev", c_uint64),
+        ("netns_ino", c_uint64),
+        ("btf_id", c_uint32),
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
+        ("btf_vmlinux_id", c_uint32),
+        ("map_extra", c_uint64),
     )
 
 

@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from contextlib import ExitStack
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, NamedTuple, Optional
 
-from pybpfthrottle.bpf import maps, programs, relocate
-from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
+from pybpfthrottle.bpf.abi import MapType, ProgType
+from pybpfthrottle.bpf.maps import U32, Map
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.bpf.specs import ObjectSpec
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.specs import MapSpec, ObjectSpec, ProgramSpec
+from pybpfthrottle.bpf.variables import Memory, Variable
+from pybpfthrottle.errors import MapCreateError, ObjectFileError
 
 
 class Object:
-    """The loaded programs and maps of one object, by name; ``close`` or ``with`` ends them all."""
+    """The loaded programs, maps and variables of one object, by name.
 
-    def __init__(self, programs: dict[str, Program], maps: dict[str, Map[Any, Any]]) -> None:
+    ``close`` or ``with`` ends them all.
+    """
+
+    def __init__(
+        self,
+        programs: dict[str, Program],
+        maps: dict[str, Map[Any, Any]],
+        spec: Optional[ObjectSpec] = None,
+    ) -> None:
         self.programs = programs
         self.maps = maps
+        self._spec = spec
+        self._memories: dict[str, Memory] = {}
+
+    @property
+    def variables(self) -> dict[str, Variable]:
+        """The variables of the data maps that were loaded."""
+        specs = self._spec.variables.values() if self._spec else ()
+        return {
+            variable.name: Variable(variable, self._memory(variable.map.name))
+            for variable in specs
+            if variable.map.name in self.maps
+        }
+
+    def _memory(self, name: str) -> Memory:
+        if name not in self._memories:
+            self._memories[name] = Memory(self.maps[name])
+        return self._memories[name]
 
     def close(self) -> None:
         """Close all descriptors. What is attached stays with its link or legacy attachment."""
+        for memory in self._memories.values():
+            memory.close()
+        self._memories.clear()
         for program in self.programs.values():
             program.close()
         for live in self.maps.values():
@@ -37,11 +68,21 @@ class Object:
         return f"<Object programs={list(self.programs)} maps={list(self.maps)}>"
 
 
-def load(spec: ObjectSpec, select: Optional[Iterable[str]] = None) -> Object:
-    """Load the programs named by ``select`` (all, if None) and the maps that they use. Linux 4.10.
+def load(
+    spec: ObjectSpec,
+    select: Optional[Iterable[str]] = None,
+    *,
+    pin_path: Optional[descriptors.Path] = None,
+) -> Object:
+    """Load the programs named by ``select`` and the maps that they use. Linux 4.10.
 
-    A program that the kernel cannot take does not matter as long as it is not selected. Raises
-    KeyError for a name that the object does not have, ObjectFileError, MapCreateError,
+    Without a selection all maps are created, and all programs loaded but for those whose section
+    begins with a question mark. What a map holds from the start is loaded as well. A program that
+    the kernel cannot take does not matter as long as it is not selected. Maps that ask to be
+    pinned by name are shared in the directory ``pin_path`` of a bpf file system, or else not
+    pinned.
+
+    Raises KeyError for a name that the object does not have, ObjectFileError, MapCreateError,
     ProgramLoadError or VerifierError; then nothing stays open.
     """
     if spec.byteorder != sys.byteorder:
@@ -49,29 +90,86 @@ def load(spec: ObjectSpec, select: Optional[Iterable[str]] = None) -> Object:
             f"{spec.name!r} was built for {spec.byteorder}-endian machines;"
             f" this one is {sys.byteorder}-endian"
         )
-    selected = [
-        spec.programs[name] for name in dict.fromkeys(spec.programs if select is None else select)
-    ]
-    linked = {program.name: relocate.link(spec, program) for program in selected}
-    needed = frozenset[str]().union(*(program.maps for program in linked.values()))
+    needed = _needed(spec, select)
     with ExitStack() as undo:
         live_maps = {
-            name: undo.enter_context(maps.create(map_spec))
-            for name, map_spec in spec.maps.items()
-            if name in needed
+            name: undo.enter_context(_create(spec.maps[name], pin_path))
+            for name in spec.maps
+            if name in needed.maps
         }
         fds = {name: live.fd for name, live in live_maps.items()}
         live_programs = {
-            program.name: undo.enter_context(
-                programs.load(
-                    relocate.resolve(linked[program.name], fds),
-                    type=program.type,
-                    license=spec.license,
-                    name=program.name,
-                    expected_attach_type=program.expected_attach_type,
-                )
-            )
-            for program in selected
+            name: undo.enter_context(_load(spec, spec.programs[name], fds))
+            for name in needed.programs
         }
+        _fill(live_maps, {**fds, **{name: live.fd for name, live in live_programs.items()}})
         undo.pop_all()
-    return Object(live_programs, live_maps)
+    return Object(live_programs, live_maps, spec)
+
+
+class _Needed(NamedTuple):
+    """Names in order; the values mean nothing."""
+
+    programs: dict[str, None]
+    maps: dict[str, None]
+
+
+def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
+    """What is selected, and all that this refers to."""
+    names = deque(p.name for p in spec.programs.values() if p.autoload)
+    held = deque(spec.maps)
+    if select is not None:
+        names, held = deque(spec.programs[name].name for name in select), deque()
+    found = _Needed({}, {})
+    while names or held:
+        if names:
+            name = names.popleft()
+            if name not in found.programs:
+                found.programs[name] = None
+                held.extend(relocate.maps_of(spec, spec.programs[name]))
+        else:
+            name = held.popleft()
+            if name not in found.maps:
+                found.maps[name] = None
+                into = names if spec.maps[name].type == MapType.PROG_ARRAY else held
+                into.extend(spec.maps[name].initial.values())
+    return found
+
+
+def _create(spec: MapSpec, pin_path: Optional[descriptors.Path]) -> Map[Any, Any]:
+    if spec.pinned and pin_path is not None:
+        return pins.open_or_create(spec, pin_path)
+    return maps.create(spec)
+
+
+def _load(spec: ObjectSpec, program: ProgramSpec, fds: dict[str, int]) -> Program:
+    if program.type == ProgType.UNSPEC:
+        raise ObjectFileError(
+            f"the name tells no program type (such as cgroup_skb/ingress); set that of"
+            f" spec.programs[{program.name!r}]",
+            section=program.section,
+            offset=program.function.key.offset,
+        )
+    return programs.load(
+        relocate.resolve(relocate.link(spec, program), fds),
+        type=program.type,
+        license=spec.license,
+        name=program.name,
+        expected_attach_type=program.expected_attach_type,
+        flags=program.flags,
+    )
+
+
+def _fill(live_maps: dict[str, Map[Any, Any]], fds: dict[str, int]) -> None:
+    """Put the maps and programs into the maps that hold them."""
+    for live in live_maps.values():
+        slots = live.typed(U32, U32)
+        for index, name in live.spec.initial.items():
+            try:
+                slots[index] = fds[name]
+            except (OSError, ValueError) as error:
+                raise MapCreateError(
+                    f"cannot put {name!r} into element {index} of the map"
+                    f" {live.spec.name!r}: {error}",
+                    errno=getattr(error, "errno", None) or 0,
+                ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import struct
 from collections.abc import MutableMapping
 from typing import Any, Generic, Iterator, Optional, Protocol, TypeVar, cast
 
-from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf import abi, corrections, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
@@ -209,13 +210,15 @@ class Map(MutableMapping[K, V]):
         syscall.bpf(cmd, attr)
 
 
-def create(spec: MapSpec) -> Map[Any, Any]:
+def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
     """Create a map; keys and values are bytes until ``typed``. Linux 4.10.
 
-    The name is left out where the kernel knows none (before 4.15). Raises MapCreateError.
+    ``btf_fd`` is the BTF that the spec's types are of, 0 for none. What the kernel may not know is
+    left out where it refuses it: types (not for all maps, and from 4.18), mapping of a data
+    section (5.5), the name (4.15). Raises MapCreateError.
     """
-    fd = _create(spec)
-    found: Map[Any, Any] = Map(fd, spec, RAW, _value_codec(spec, RAW))
+    spec = corrected(spec)
+    found = adopt(_create(spec, btf_fd), spec)
     try:
         if spec.contents is not None:
             found.typed(U32, RAW)[0] = spec.contents
@@ -227,6 +230,16 @@ def create(spec: MapSpec) -> Map[Any, Any]:
             f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
         ) from error
     return found
+
+
+def corrected(spec: MapSpec) -> MapSpec:
+    """The spec as the kernel of this machine takes it."""
+    return corrections.corrected(spec, cpus=possible_cpus, page_bytes=mmap.PAGESIZE)
+
+
+def adopt(fd: int, spec: MapSpec) -> Map[Any, Any]:
+    """The map behind a descriptor, which it owns from now on; keys and values are bytes."""
+    return Map(fd, spec, RAW, _value_codec(spec, RAW))
 
 
 def open_by_id(map_id: int) -> Map[Any, Any]:
@@ -258,42 +271,65 @@ def open_by_id(map_id: int) -> Map[Any, Any]:
     return Map(fd, spec, RAW, _value_codec(spec, RAW))
 
 
-def _create(spec: MapSpec) -> int:
+def _create(spec: MapSpec, btf_fd: int = 0) -> int:
+    if spec.type not in abi.MAPS_OF_MAPS:
+        return _create_as_far_as_known(spec, btf_fd)
+    if spec.inner is None:
+        raise MapCreateError(f"cannot create the map {spec.name!r}: no inner map is defined for it")
+    with create(spec.inner, btf_fd=btf_fd) as template:
+        return _create_as_far_as_known(spec, btf_fd, template.fd)
+
+
+def _create_as_far_as_known(spec: MapSpec, btf_fd: int, inner_fd: int = 0) -> int:
+    """Create; without what the kernel may not know, if it refuses it."""
+    attr = _attr(spec, btf_fd, inner_fd)
+    refused: Optional[OSError] = None
+    for change in (None, *_omissions(spec, attr.map_create)):
+        for field, value in (change or {}).items():
+            setattr(attr.map_create, field, value)
+        try:
+            return with_memlock(lambda: syscall.bpf(Cmd.MAP_CREATE, attr))
+        except OSError as error:
+            # That of the first try tells most, but for what privileges are missing.
+            if refused is None or isinstance(error, PermissionError):
+                refused = error
+            if error.errno not in (errno.EINVAL, errno.E2BIG, syscall.ENOTSUPP):
+                break
+    raise MapCreateError(
+        f"cannot create the map {spec.name!r}: {_why(spec, refused)}",
+        errno=(refused and refused.errno) or 0,
+    ) from refused
+
+
+def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
     attr = Attr()
     attr.map_create.map_type = spec.type
     attr.map_create.key_size = spec.key_size
     attr.map_create.value_size = spec.value_size
     attr.map_create.max_entries = spec.max_entries
     attr.map_create.map_flags = spec.flags
+    attr.map_create.inner_map_fd = inner_fd
     attr.map_create.numa_node = spec.numa_node
     attr.map_create.map_extra = spec.extra
     attr.map_create.map_name = legal_name(spec.name)
-
-    def attempt() -> int:
-        return syscall.bpf(Cmd.MAP_CREATE, attr)
-
-    try:
-        try:
-            return with_memlock(attempt)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.E2BIG):
-                raise
-            # Kernels before 4.15 know no names, and refuse what they do not know.
-            attr.map_create.map_name = b""
-            try:
-                return with_memlock(attempt)
-            except PermissionError:
-                raise
-            except OSError:
-                raise error from None
-    except OSError as error:
-        raise MapCreateError(
-            f"cannot create the map {spec.name!r}: {_why(spec, error)}", errno=error.errno or 0
-        ) from error
+    if btf_fd and spec.value_type:
+        attr.map_create.btf_fd = btf_fd
+        attr.map_create.btf_key_type_id = spec.key_type
+        attr.map_create.btf_value_type_id = spec.value_type
+    return attr
 
 
-def _why(spec: MapSpec, error: OSError) -> str:
-    if error.errno in (errno.EPERM, errno.ENOSYS):
+def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]:
+    """What to leave out in turn, as fields and their values."""
+    if wanted.btf_fd:
+        yield {"btf_fd": 0, "btf_key_type_id": 0, "btf_value_type_id": 0}
+    if spec.section is not None and wanted.map_flags & abi.BPF_F_MMAPABLE:
+        yield {"map_flags": wanted.map_flags & ~abi.BPF_F_MMAPABLE}
+    yield {"map_name": b""}
+
+
+def _why(spec: MapSpec, error: Optional[OSError]) -> str:
+    if error is not None and error.errno in (errno.EPERM, errno.ENOSYS):
         return why_refused(error, "BPF_MAP_CREATE")
     return (
         f"{error} (type {spec.type}, key {spec.key_size} bytes, value {spec.value_size} bytes,"

@@ -94,6 +94,7 @@ def load(
     license: str,
     name: str = "",
     expected_attach_type: Optional[AttachType] = None,
+    flags: int = 0,
 ) -> Program:
     """Load instructions, in the byte order of this machine. Linux 4.10; man 2 bpf.
 
@@ -108,6 +109,7 @@ def load(
     attr.prog_load.insns = ctypes.addressof(instructions)
     attr.prog_load.insn_cnt = len(code) // abi.INSN_BYTES
     attr.prog_load.license = ctypes.addressof(license_buffer)
+    attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)
     attr.prog_load.expected_attach_type = expected_attach_type or 0
     try:

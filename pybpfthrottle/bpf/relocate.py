@@ -78,6 +78,12 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     )
 
 
+def maps_of(spec: ObjectSpec, program: ProgramSpec) -> frozenset[str]:
+    """The names of the maps that a program, with all that it calls, needs."""
+    placed = _place(spec, program.function)
+    return frozenset(found.map for _, function in placed for found in function.map_references)
+
+
 def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:
     """The functions in libbpf's order: each before those that it calls, in the order of calls."""
     placed: list[Placed] = []
@@ -110,7 +116,14 @@ def _callee(spec: ObjectSpec, caller: FunctionSpec, call: CallReference) -> Func
 
 
 def resolve(linked: LinkedProgram, map_fds: Mapping[str, int]) -> bytes:
-    """Put the maps' descriptors in."""
+    """Put the maps' descriptors in. Raises ObjectFileError for what only the kernel could have."""
+    for at, extern, _ in linked.extern_references:
+        origin = linked.origin(at)
+        raise ObjectFileError(
+            f"{extern!r} is to be found in the kernel, which is not known here",
+            section=origin.section,
+            offset=origin.offset,
+        )
     code = bytearray(linked.code)
     for at, name, value_offset in linked.map_references:
         if value_offset is None:

@@ -18,6 +18,7 @@ HAS_FIELD = {
     "map_create": "map_type",
     "map_elem": "map_fd",
     "prog_load": "prog_type",
+    "obj_pin": "pathname",
     "prog_attach": "attach_bpf_fd",
     "get_id": "next_id",
 }

@@ -93,12 +93,20 @@ def test_only_what_is_selected_is_created(kernel):
     assert [attr.prog_name for attr in loads(kernel)] == [b"two"]
 
 
-def test_a_map_that_no_program_uses_is_not_created(kernel):
-    """A map that nothing refers to is left out."""
+def test_a_map_that_no_selected_program_uses_is_not_created(kernel):
+    """A map that nothing selected refers to is left out."""
     spec = spec_of(one=[])
     spec.maps["unused"] = array("unused")
-    loader.load(spec).close()
+    loader.load(spec, ["one"]).close()
     assert creations(kernel) == []
+
+
+def test_all_maps_are_created_without_a_selection(kernel):
+    """Without a selection the maps that only user space uses are there too."""
+    spec = spec_of(one=[])
+    spec.maps["unused"] = array("unused")
+    with loader.load(spec) as loaded:
+        assert list(loaded.maps) == ["unused"]
 
 
 def test_a_shared_map_is_created_once(kernel):

@@ -1,0 +1,75 @@
+"""Descriptors of BPF objects: got by id or from a pinned path, pinned, asked what they are."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TypeVar, Union
+
+from pybpfthrottle.bpf import syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd
+
+Path = Union[str, os.PathLike[str]]
+I = TypeVar("I", bound=ctypes.Structure)  # noqa: E741
+
+
+def by_id(cmd: Cmd, object_id: int) -> int:
+    """A descriptor by a GET_FD_BY_ID command. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    attr = Attr()
+    attr.get_id.id = object_id
+    return syscall.bpf(cmd, attr)
+
+
+def fill_info(fd: int, info: I) -> I:
+    """Have the kernel fill in what it says of an object. Linux 4.13. Raises OSError."""
+    attr = Attr()
+    attr.info.bpf_fd = fd
+    attr.info.info_len = ctypes.sizeof(info)
+    attr.info.info = ctypes.addressof(info)
+    syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+    return info
+
+
+def pin(fd: int, path: Path) -> None:
+    """Give an object a name in a bpf file system: it stays until that is unlinked. Linux 4.4.
+
+    Raises OSError: EPERM if the directory is in another kind of file system.
+    """
+    _with_path(Cmd.OBJ_PIN, path, fd)
+
+
+def open_pinned(path: Path) -> int:
+    """A descriptor of a pinned object. Linux 4.4. Raises OSError."""
+    return _with_path(Cmd.OBJ_GET, path, 0)
+
+
+def kind(fd: int) -> str:
+    """What a descriptor is of, as /proc tells: bpf-map, bpf-prog, bpf-link, btf; or "".
+
+    A link to a perf event or tracepoint is bpf_link or perf_event there on some kernels.
+    """
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").rpartition(":")[2].strip("[]")
+    except OSError:
+        return ""
+
+
+def fdinfo(fd: int) -> dict[str, str]:
+    """What /proc/self/fdinfo says of an object; nothing without /proc."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as lines:
+            pairs = (line.partition(":") for line in lines)
+            return {name: value.strip() for name, _, value in pairs}
+    except OSError:
+        return {}
+
+
+def _with_path(cmd: Cmd, path: Path, fd: int) -> int:
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    attr = Attr()
+    attr.obj_pin.pathname = ctypes.addressof(name)
+    attr.obj_pin.bpf_fd = fd
+    try:
+        return syscall.bpf(cmd, attr)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename, None, os.fspath(path)) from None
