@@ -87,6 +87,9 @@ def _signed(btf: Optional[Btf], type_id: int, size: int) -> Optional[bool]:
     found: Type = btf.resolve(type_id)
     if found.kind == Kind.INT:
         return btf.integer(found).signed
-    if found.kind in (Kind.ENUM, Kind.ENUM64):
+    if found.kind == Kind.ENUM:
+        # clang before 15 does not say whether the values have a sign.
+        return any(item.value >> 31 for item in btf.enumerators(found))
+    if found.kind == Kind.ENUM64:
         return any(item.value < 0 for item in btf.enumerators(found))
     return False if found.kind == Kind.PTR else None
