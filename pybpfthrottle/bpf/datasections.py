@@ -69,7 +69,8 @@ def _is_data(name: str) -> bool:
 def _name(object_name: str, section: str) -> str:
     if "." in section[1:]:
         return section  # such as .rodata.str1.1: there may be several
-    return object_name[: max(0, abi.BPF_OBJ_NAME_LEN - 1 - len(section))] + section
+    room = abi.BPF_OBJ_NAME_LEN - 1 - max(len(section), len(".rodata"))
+    return object_name[: max(0, room)] + section
 
 
 def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:

@@ -74,6 +74,11 @@ class Elf(NamedTuple):
         section = self.named(name)
         return section.data if section else None
 
+    @property
+    def by_gcc(self) -> bool:
+        """Whether it was compiled by gcc, which relocates in its own ways."""
+        return b"GCC:" in (self.contents(".comment") or b"")
+
     def symbols_of(self, section: Section) -> list[Symbol]:
         """The symbols in a section by their offsets, without that of the section itself."""
         found = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")

@@ -156,7 +156,7 @@ class _Code:
         section = self._section_of(symbol)
         if section is None:
             return None
-        offset = symbol.value + self._imm(at)
+        offset = self._offset(at, symbol)
         if section.executable:
             return CallReference(at, FunctionKey(section.name, offset), address=True)
         name = self._places.maps.get((section.number, offset))
@@ -165,6 +165,13 @@ class _Code:
         if section.number in self._places.data and 0 <= offset <= section.size:
             return MapReference(at, self._places.data[section.number], offset)
         return None
+
+    def _offset(self, at: int, symbol: Symbol) -> int:
+        """The place in its section that a load is of: the instruction has what to add."""
+        imm = self._imm(at)
+        # gcc 12 has put the symbol's own value there.
+        added = imm == symbol.value and self._elf.by_gcc
+        return imm if added else symbol.value + imm
 
     def _section_of(self, symbol: Symbol) -> Optional[Section]:
         number = symbol.section

@@ -17,8 +17,8 @@ from pybpfthrottle.errors import ObjectFileError
 
 SECTION = ".maps"
 _POINTER_BYTES = 8
-# R_BPF_64_64, as clang before 13 wrote it for data too, and R_BPF_64_ABS64.
-_POINTER_RELOCATIONS = (1, 2)
+# R_BPF_64_64, as clang before 13 wrote it for data too, R_BPF_64_ABS64, and gcc's R_BPF_DATA_64.
+_POINTER_RELOCATIONS = (1, 2, 12)
 _NUMBERS = {
     "type": "type",
     "max_entries": "max_entries",
@@ -164,7 +164,7 @@ class _Reader:
     def _take(self, member: Member) -> None:
         if member.name in ("key", "value"):
             type_id = self._pointed(member).size_or_type
-            self._set_size(member.name, self._btf.size(type_id))
+            self._set_size(member.name, self._size(member.name, type_id))
             setattr(self._spec, f"{member.name}_type", type_id)
         elif member.name in ("key_size", "value_size"):
             self._set_size(member.name[:-5], self._number(member))
@@ -176,6 +176,12 @@ class _Reader:
             setattr(self._spec, _NUMBERS[member.name], self._number(member))
         else:
             raise self._bad(f"{member.name!r} is not supported")
+
+    def _size(self, what: str, type_id: int) -> int:
+        try:
+            return self._btf.size(type_id)
+        except ObjectFileError as error:
+            raise self._bad(f"how large its {what} is cannot be told: {error}") from error
 
     def _set_size(self, what: str, size: int) -> None:
         before = getattr(self._spec, f"{what}_size")

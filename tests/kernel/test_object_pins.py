@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import pytest
+from bpffs import mounted
 from compiled import compiled
 
 from pybpfthrottle.bpf import elf, loader, maps, pins
@@ -18,19 +18,14 @@ PACKET = bytes(64)
 @pytest.fixture
 def directory(tmp_path):
     """A directory in a bpf file system of the test's own."""
-    mounted = tmp_path / "bpf"
-    mounted.mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], check=True)
-    try:
-        yield mounted
-    finally:
-        subprocess.run(["umount", str(mounted)], check=True)
+    with mounted(tmp_path / "bpf") as found:
+        yield found
 
 
 @pytest.fixture
 def spec():
-    """The spec of maps, one of which wants to be pinned."""
-    return elf.read_object(compiled("object_maps"), name="object_maps")
+    """The spec of a map that wants to be pinned."""
+    return elf.read_object(compiled("object_pinned"), name="object_pinned")
 
 
 def pinned(directory):
@@ -48,7 +43,9 @@ def test_a_pinned_map_is_shared_by_two_loads(spec, directory):
 
 def test_only_maps_that_ask_for_it_are_pinned(spec, directory):
     """Of all maps of an object only the one whose definition says so has a name there."""
-    loader.load(spec, pin_path=directory).close()
+    other = elf.read_object(compiled("object_maps"), name="object_maps")
+    for found in (spec, other):
+        loader.load(found, pin_path=directory).close()
     assert pinned(directory) == ["shared"]
 
 
@@ -78,7 +75,7 @@ def test_corrected_maps_are_found_again(directory):
         found.pinned = found.section is None
     for _ in range(2):
         loader.load(spec, pin_path=directory).close()
-    assert pinned(directory) == ["cpus", "perf", "ring"]
+    assert pinned(directory) == ["bloom", "cpus", "perf", "ring"]
 
 
 def test_a_directory_that_cannot_hold_pins_is_an_error(spec, tmp_path):
