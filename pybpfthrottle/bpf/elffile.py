@@ -59,11 +59,15 @@ class Section(NamedTuple):
 
 
 class Elf(NamedTuple):
-    """The sections by their numbers, and the symbols by the sections that they are in."""
+    """The sections by their numbers, and the symbols by the sections that they are in.
+
+    ``by_gcc`` tells whether gcc made it, which relocates in its own ways.
+    """
 
     byteorder: str
     sections: dict[int, Section]
     symbols: dict[Union[int, str], list[Symbol]]
+    by_gcc: bool
 
     def named(self, name: str) -> Optional[Section]:
         """The first section with a name, if there is one."""
@@ -73,11 +77,6 @@ class Elf(NamedTuple):
         """The bytes of the first section with a name, if there is one."""
         section = self.named(name)
         return section.data if section else None
-
-    @property
-    def by_gcc(self) -> bool:
-        """Whether it was compiled by gcc, which relocates in its own ways."""
-        return b"GCC:" in (self.contents(".comment") or b"")
 
     def symbols_of(self, section: Section) -> list[Symbol]:
         """The symbols in a section by their offsets, without that of the section itself."""
@@ -139,7 +138,9 @@ class _Reader:
         by_section: dict[Union[int, str], list[Symbol]] = {}
         for symbol in symbols:
             by_section.setdefault(symbol.section, []).append(symbol)
-        return Elf("little" if self._little else "big", sections, by_section)
+        comments = (s.data for s in sections.values() if s.name == ".comment")
+        by_gcc = any(b"GCC:" in comment for comment in comments if comment)
+        return Elf("little" if self._little else "big", sections, by_section, by_gcc)
 
     def _headers(self, file: Any) -> list[tuple[str, Any]]:
         """The section headers by number, each with its name."""

@@ -86,20 +86,19 @@ class _Definitions:
         return spec
 
     def _nest(self, defined: list[tuple[Symbol, Any]], found: dict[str, MapSpec]) -> None:
-        """The template of a map of maps is named by its number or by its id."""
+        """The template of a map of maps is named by its id or its number, or by the caller."""
         ids = {d.id: s.name for s, d in reversed(defined) if getattr(d, "id", 0)}
         for symbol, define in defined:
             spec = found[symbol.name]
             if spec.type not in abi.MAPS_OF_MAPS:
                 continue
-            inner = ids.get(getattr(define, "inner_id", 0))
-            index = getattr(define, "inner_map_idx", len(defined))
-            if inner is None and index < len(defined):
-                inner = defined[index][0].name
-            if inner is None or found[inner].type in abi.MAPS_OF_MAPS:
-                raise self._bad(symbol, "no map of this section can be its inner map")
-            spec.inner = found[inner]
-            self._fill(spec, define, defined)
+            name = ids.get(getattr(define, "inner_id", 0))
+            if name is None and symbol.size == ctypes.sizeof(abi.NumberedMapDef):
+                index = getattr(define, "inner_map_idx", 0)
+                name = defined[index][0].name if index < len(defined) else None
+            if name is not None and found[name].type not in abi.MAPS_OF_MAPS:
+                spec.inner = found[name]
+                self._fill(spec, define, defined)
 
     def _fill(self, outer: MapSpec, define: Any, defined: list[tuple[Symbol, Any]]) -> None:
         for symbol, inner in defined:
