@@ -109,6 +109,58 @@ def test_all_maps_are_created_without_a_selection(kernel):
         assert list(loaded.maps) == ["unused"]
 
 
+def test_what_a_map_holds_is_loaded_too(kernel):
+    """A selection brings the programs of its program arrays, also those that need each other."""
+    spec = spec_of(one=["tails"], two=["tails", "b"], three=["c"])
+    spec.maps["tails"].type = MapType.PROG_ARRAY
+    spec.maps["tails"].value_size = 4
+    spec.maps["tails"].initial = {0: "two", 3: "one"}
+    with loader.load(spec, ["one"]) as loaded:
+        assert list(loaded.programs) == ["one", "two"]
+        assert list(loaded.maps) == ["tails", "b"]
+    assert len(kernel.given(Cmd.MAP_UPDATE_ELEM)) == 2
+
+
+def test_a_slot_that_cannot_be_filled_closes_everything(kernel):
+    """If a program cannot be put into its array, the error names both and all is closed."""
+    spec = spec_of(one=["tails"])
+    spec.maps["tails"].type = MapType.PROG_ARRAY
+    spec.maps["tails"].initial = {9: "one"}
+    spec.maps["tails"].value_size = 4
+    kernel.refuse(Cmd.MAP_UPDATE_ELEM, errno.E2BIG)
+    with pytest.raises(MapCreateError, match="'one' into element 9 of the map 'tails'"):
+        loader.load(spec)
+    assert kernel.still_open() == 0
+
+
+def test_a_program_that_is_not_to_be_loaded_is_passed_over(kernel):
+    """A program without autoload is loaded only when it is selected."""
+    spec = spec_of(one=[], two=[])
+    spec.programs["two"].autoload = False
+    with loader.load(spec) as loaded:
+        assert list(loaded.programs) == ["one"]
+    with loader.load(spec, ["two"]) as loaded:
+        assert list(loaded.programs) == ["two"]
+
+
+def test_a_program_without_a_type_is_not_loaded(kernel):
+    """A program whose type is not known is refused before the kernel sees it."""
+    spec = spec_of(one=["a"])
+    spec.programs["one"].type = ProgType.UNSPEC
+    with pytest.raises(ObjectFileError, match="tells no program type") as caught:
+        loader.load(spec)
+    assert (caught.value.section, caught.value.offset) == ("cgroup_skb/egress", 0)
+    assert kernel.still_open() == 0
+
+
+def test_a_program_has_its_flags(kernel):
+    """Flags of a section, such as that of sleepable programs, go to the kernel."""
+    spec = spec_of(one=[])
+    spec.programs["one"].flags = 1 << 4
+    loader.load(spec).close()
+    assert [load.prog_flags for load in loads(kernel)] == [1 << 4]
+
+
 def test_a_shared_map_is_created_once(kernel):
     """Programs that use the same map share it."""
     loader.load(spec_of(one=["a"], two=["a"])).close()

@@ -9,6 +9,7 @@ from elf_builder import R_BPF_64_64, ObjectBuilder
 from pybpfthrottle.bpf import abi, asm, elf, relocate
 from pybpfthrottle.bpf.specs import (
     CallReference,
+    ExternReference,
     FunctionKey,
     FunctionSpec,
     MapReference,
@@ -234,3 +235,81 @@ def test_clangs_calls_do_what_the_source_says(compile_fixture, name, answer):
     spec = compile_fixture("calls")
     order = "<" if spec.byteorder == "little" else ">"
     assert run(order, relocate.link(spec, spec.programs[name]).code, 100) == answer
+
+
+def test_functions_stand_in_libbpfs_order():
+    """What a function calls stands behind it, in the order of the calls, before what is next."""
+    functions = Functions()
+    functions.add("last")
+    functions.add("deep", "last")
+    functions.add("second")
+    functions.add("first", "deep")
+    functions.add("main", "first", "second", "deep")
+    placed = functions.link("main").placed
+    assert [found.function.name for found in placed] == ["main", "first", "deep", "last", "second"]
+
+
+def test_each_instruction_knows_where_it_was():
+    """The origin of linked code is the section and offset that it had in the object."""
+    functions = Functions()
+    functions.add("helper")
+    functions.add("main", "helper")
+    linked = functions.link("main")
+    start = linked.placed[1].start
+    assert linked.origin(0) == FunctionKey("main", 0)
+    assert linked.origin(start - 8) == FunctionKey("main", start - 8)
+    assert linked.origin(start + 8) == FunctionKey("helper", 8)
+
+
+def test_a_deep_chain_of_calls_is_no_recursion():
+    """A chain of more calls than Python's stack is deep is linked; the kernel may refuse it."""
+    functions = Functions()
+    functions.add("f0")
+    for number in range(1, 3000):
+        functions.add(f"f{number}", f"f{number - 1}")
+    assert len(functions.link("f2999").placed) == 3000
+
+
+def callback(builder, *, by_section=False):
+    """An object whose program loads the address of the second function of .text."""
+    text = builder.code(".text", builder.returns(1) + builder.returns(2), "other", "callback")
+    symbol = builder.symbol("", text, type=3, bind=0)
+    if not by_section:
+        symbol = builder.symbol("alias", text, value=16, size=16)
+    code = builder.load(imm=16 if by_section else 0) + builder.returns()
+    index = builder.code("xdp", code, "main")
+    builder.relocation(index, 0, symbol, R_BPF_64_64)
+    return elf.read_object(builder.build())
+
+
+@pytest.mark.parametrize("by_section", [False, True])
+def test_a_functions_address_is_its_distance(builder, by_section):
+    """A load of a function's address, by its own symbol or its section's, becomes its distance."""
+    spec = callback(builder, by_section=by_section)
+    code = relocate.resolve(relocate.link(spec, spec.programs["main"]), {})
+    wanted = builder.insn(0x18, dst=1, src=abi.BPF_PSEUDO_FUNC, imm=3) + builder.insn(0)
+    assert code == wanted + builder.returns() + builder.returns(2)
+
+
+def test_an_address_of_no_function_is_refused(builder):
+    """A load of an address inside of a function is refused with its place."""
+    text = builder.code(".text", builder.returns(), "other")
+    index = builder.code("xdp", builder.load(imm=8) + builder.returns(), "main")
+    builder.relocation(index, 0, builder.symbol("", text, type=3, bind=0), R_BPF_64_64)
+    spec = elf.read_object(builder.build())
+    with pytest.raises(ObjectFileError, match="what is no function") as caught:
+        relocate.link(spec, spec.programs["main"])
+    assert (caught.value.section, caught.value.offset) == ("xdp", 0)
+
+
+def test_what_the_kernel_has_is_not_resolved_here(builder):
+    """A reference that is left to the kernel is refused with its place in the object."""
+    function = FunctionSpec(
+        *("main", FunctionKey("xdp", 32), builder.load() + builder.returns()),
+        extern_references=(ExternReference(0, "jiffies"),),
+    )
+    program = ProgramSpec("main", "xdp", abi.ProgType.XDP, None, function)
+    linked = relocate.link(ObjectSpec("test", builder.byteorder), program)
+    with pytest.raises(ObjectFileError, match="'jiffies'") as caught:
+        relocate.resolve(linked, {})
+    assert (caught.value.section, caught.value.offset) == ("xdp", 32)
