@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from typing import TypeVar, Union
 
@@ -38,18 +39,23 @@ def pin(fd: int, path: Path) -> None:
     _with_path(Cmd.OBJ_PIN, path, fd)
 
 
-def open_pinned(path: Path) -> int:
-    """A descriptor of a pinned object. Linux 4.4. Raises OSError."""
-    return _with_path(Cmd.OBJ_GET, path, 0)
+def open_pinned(path: Path, kind: str) -> int:
+    """A descriptor of a pinned object: a bpf-map, bpf-prog or bpf-link, as /proc names them.
 
-
-def kind(fd: int) -> str:
-    """What a descriptor is of, as /proc tells: bpf-map, bpf-prog, bpf-link, btf; or "".
-
-    A link to a perf event or tracepoint is bpf_link or perf_event there on some kernels.
+    Linux 4.4. Raises OSError, with EINVAL if something else is pinned there.
     """
+    fd = _with_path(Cmd.OBJ_GET, path, 0)
+    found = _kind(fd)
+    if found not in (kind, ""):
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"it is a {found}, not a {kind}", os.fspath(path))
+    return fd
+
+
+def _kind(fd: int) -> str:
+    """What a descriptor is of; "" without /proc. A link is bpf_link where it was created."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}").rpartition(":")[2].strip("[]")
+        return os.readlink(f"/proc/self/fd/{fd}").rpartition(":")[2].replace("_", "-")
     except OSError:
         return ""
 

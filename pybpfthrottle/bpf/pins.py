@@ -47,7 +47,7 @@ def pin_path(spec: MapSpec, directory: descriptors.Path) -> str:
 
 def _open(spec: MapSpec, path: str) -> Map[Any, Any]:
     wanted = maps.corrected(spec)
-    fd = descriptors.open_pinned(path)
+    fd = descriptors.open_pinned(path, "bpf-map")
     try:
         info = descriptors.fill_info(fd, abi.MapInfo())
         different = list(_differences(wanted, info))

@@ -110,3 +110,11 @@ def test_a_map_that_appears_meanwhile_is_taken(spec, directory, monkeypatch):
     with pins.open_or_create(spec.maps["shared"], directory) as found, other[0]:
         other[0].typed(U32, RAW)[7] = bytes(16)
         assert list(found.typed(U32, RAW)) == [7]
+
+
+def test_something_else_that_is_pinned_there_is_an_error(spec, directory):
+    """A program in the map's place is told apart from a map."""
+    with loader.load(spec, ["remembers"]) as loaded:
+        pins.descriptors.pin(loaded.programs["remembers"].fd, directory / "shared")
+    with pytest.raises(MapCreateError, match="it is a bpf-prog, not a bpf-map"):
+        loader.load(spec, ["remembers"], pin_path=directory)
