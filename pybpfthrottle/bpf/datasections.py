@@ -45,7 +45,7 @@ def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterato
 
 def _map(section: Section, btf: Optional[Btf], object_name: str) -> MapSpec:
     if section.size > _MAX_BYTES:
-        raise ObjectFileError(f"{section.size} bytes is too large", section=section.name)
+        raise ObjectFileError(f"{section.size} bytes is too large", section=section.name, offset=0)
     constant = section.name.startswith(".rodata")
     datasec = btf.find(Kind.DATASEC, section.name) if btf else None
     return MapSpec(

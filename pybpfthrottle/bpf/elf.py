@@ -34,7 +34,7 @@ def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
 
     Raises ObjectFileError with the section and offset at fault.
     """
-    return _Reading(elffile.read(data), name).spec
+    return _Reading(elffile.read(data), name).read()
 
 
 class _Reading:
@@ -51,26 +51,38 @@ class _Reading:
             btf=data,
             btf_ext=elf.contents(".BTF.ext"),
         )
-        self._data = datasections.data_maps(elf, self._btf, name)
-        self._typed = TypedMaps(elf, self._btf)
-        self._defined = {**legacy_maps(elf), **self._typed.maps}
-        for found in (*self._defined.values(), *self._data.values()):
-            self._add_map(found)
-        for variable in datasections.variables(elf, self._btf, self._data):
-            self.spec.variables[variable.name] = variable
-        self._read_code()
 
-    def _add_map(self, found: MapSpec) -> None:
+    def read(self) -> ObjectSpec:
+        """The whole object."""
+        typed = TypedMaps(self._elf, self._btf)
+        defined = {**legacy_maps(self._elf), **typed.maps}
+        data = datasections.data_maps(self._elf, self._btf, self.spec.name)
+        for (number, offset), found in defined.items():
+            self._add_map(found, number, offset)
+        for number, found in data.items():
+            self._add_map(found, number, 0)
+        for variable in datasections.variables(self._elf, self._btf, data):
+            self.spec.variables[variable.name] = variable
+        self._read_code(
+            Places(
+                {place: found.name for place, found in defined.items()},
+                {number: found.name for number, found in data.items()},
+                _externs(self._btf),
+            )
+        )
+        typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
+        return self.spec
+
+    def _add_map(self, found: MapSpec, section: int, offset: int) -> None:
         if found.name in self.spec.maps:
-            raise ObjectFileError(f"two maps are named {found.name!r}")
+            raise ObjectFileError(
+                f"a second map {found.name!r}",
+                section=self._elf.sections[section].name,
+                offset=offset,
+            )
         self.spec.maps[found.name] = found
 
-    def _read_code(self) -> None:
-        places = Places(
-            {place: found.name for place, found in self._defined.items()},
-            {number: found.name for number, found in self._data.items()},
-            _externs(self._btf),
-        )
+    def _read_code(self, places: Places) -> None:
         read = [
             (section, read_functions(self._elf, section, places))
             for section in self._elf.sections.values()
@@ -85,13 +97,14 @@ class _Reading:
         }
         for section, functions in read:
             self._add_programs(section, functions, called)
-        self._typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
 
     def _add_functions(self, section: Section, functions: list[Function]) -> None:
         for function in functions:
             key = function.spec.key
             if self.spec.functions.setdefault(key, function.spec) is not function.spec:
-                raise ObjectFileError("a second section of this name", section=section.name)
+                raise ObjectFileError(
+                    "a second section of this name", section=section.name, offset=key.offset
+                )
 
     def _add_programs(
         self, section: Section, functions: list[Function], called: set[FunctionKey]

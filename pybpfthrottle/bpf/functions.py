@@ -78,7 +78,7 @@ def _function_symbols(elf: Elf, section: Section) -> list[Symbol]:
         and not (symbol.local and symbol.name.startswith("LBB"))
     ]
     if not functions:
-        raise ObjectFileError("it has code, but no function", section=section.name)
+        raise ObjectFileError("it has code, but no function", section=section.name, offset=0)
     return functions
 
 

@@ -87,24 +87,21 @@ class _Definitions:
 
     def _nest(self, defined: list[tuple[Symbol, Any]], found: dict[str, MapSpec]) -> None:
         """The template of a map of maps is named by its id or its number, or by the caller."""
-        ids = {d.id: s.name for s, d in reversed(defined) if getattr(d, "id", 0)}
+        by_id = {d.id: (s, d) for s, d in reversed(defined) if getattr(d, "id", 0)}
         for symbol, define in defined:
             spec = found[symbol.name]
             if spec.type not in abi.MAPS_OF_MAPS:
                 continue
-            name = ids.get(getattr(define, "inner_id", 0))
-            if name is None and symbol.size == ctypes.sizeof(abi.NumberedMapDef):
+            inner = by_id.get(getattr(define, "inner_id", 0))
+            if inner is None and symbol.size == ctypes.sizeof(abi.NumberedMapDef):
                 index = getattr(define, "inner_map_idx", 0)
-                name = defined[index][0].name if index < len(defined) else None
-            if name is not None and found[name].type not in abi.MAPS_OF_MAPS:
-                spec.inner = found[name]
-                self._fill(spec, define, defined)
-
-    def _fill(self, outer: MapSpec, define: Any, defined: list[tuple[Symbol, Any]]) -> None:
-        for symbol, inner in defined:
-            wanted = getattr(inner, "id", 0) and inner.id == getattr(define, "inner_id", 0)
-            if wanted and inner.inner_idx != abi.IPROUTE2_NO_INDEX:
-                outer.initial[inner.inner_idx] = symbol.name
+                inner = defined[index] if index < len(defined) else None
+            if inner is None or found[inner[0].name].type in abi.MAPS_OF_MAPS:
+                continue
+            spec.inner = found[inner[0].name]
+            slot = getattr(inner[1], "inner_idx", abi.IPROUTE2_NO_INDEX)
+            if slot != abi.IPROUTE2_NO_INDEX:
+                spec.initial[slot] = inner[0].name
 
     def _bad(self, symbol: Symbol, reason: str, *, at: int = 0) -> ObjectFileError:
         return ObjectFileError(

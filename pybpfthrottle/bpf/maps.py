@@ -283,22 +283,21 @@ def _create(spec: MapSpec, btf_fd: int = 0) -> int:
 def _create_as_far_as_known(spec: MapSpec, btf_fd: int, inner_fd: int = 0) -> int:
     """Create; without what the kernel may not know, if it refuses it."""
     attr = _attr(spec, btf_fd, inner_fd)
-    refused: Optional[OSError] = None
-    for change in (None, *_omissions(spec, attr.map_create)):
-        for field, value in (change or {}).items():
+    refusals: list[OSError] = []
+    for change in ({}, *_omissions(spec, attr.map_create)):
+        for field, value in change.items():
             setattr(attr.map_create, field, value)
         try:
             return with_memlock(lambda: syscall.bpf(Cmd.MAP_CREATE, attr))
         except OSError as error:
-            # That of the first try tells most, but for what privileges are missing.
-            if refused is None or isinstance(error, PermissionError):
-                refused = error
+            refusals.append(error)
             if error.errno not in (errno.EINVAL, errno.E2BIG, syscall.ENOTSUPP):
                 break
+    # The first tells most, but for what privileges are missing.
+    told = next((error for error in refusals if isinstance(error, PermissionError)), refusals[0])
     raise MapCreateError(
-        f"cannot create the map {spec.name!r}: {_why(spec, refused)}",
-        errno=(refused and refused.errno) or 0,
-    ) from refused
+        f"cannot create the map {spec.name!r}: {_why(spec, told)}", errno=told.errno or 0
+    ) from told
 
 
 def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
@@ -328,8 +327,8 @@ def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]
     yield {"map_name": b""}
 
 
-def _why(spec: MapSpec, error: Optional[OSError]) -> str:
-    if error is not None and error.errno in (errno.EPERM, errno.ENOSYS):
+def _why(spec: MapSpec, error: OSError) -> str:
+    if error.errno in (errno.EPERM, errno.ENOSYS):
         return why_refused(error, "BPF_MAP_CREATE")
     return (
         f"{error} (type {spec.type}, key {spec.key_size} bytes, value {spec.value_size} bytes,"

@@ -10,7 +10,7 @@ A spec may be edited in place before it is loaded::
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 
@@ -146,12 +146,14 @@ class VariableSpec:
         """The value of bytes."""
         if self.signed is None:
             return data
-        return int.from_bytes(data, self.byteorder, signed=self.signed)  # type: ignore[arg-type]
+        order: Any = self.byteorder
+        return int.from_bytes(data, order, signed=self.signed)
 
     def _encode_int(self, value: int) -> bytes:
         signed = value < 0 if self.signed is None else self.signed
+        order: Any = self.byteorder
         try:
-            return value.to_bytes(self.size, self.byteorder, signed=signed)  # type: ignore[arg-type]
+            return value.to_bytes(self.size, order, signed=signed)
         except OverflowError:
             raise ValueError(
                 f"{value} does not fit into {self.name!r}, {self.size} bytes"

@@ -55,17 +55,23 @@ class TypedMaps:
 
     def _read(self, section: Section, btf: Optional[Btf]) -> None:
         if btf is None:
-            raise ObjectFileError("needs a .BTF section; compile with -g", section=SECTION)
+            raise ObjectFileError(
+                "needs a .BTF section; compile with -g", section=SECTION, offset=0
+            )
         datasec = btf.find(Kind.DATASEC, SECTION)
         if datasec is None:
-            raise ObjectFileError("the .BTF section does not describe it", section=SECTION)
+            raise ObjectFileError(
+                "the .BTF section does not describe it", section=SECTION, offset=0
+            )
         # The linker of an object file knows the offsets; clang leaves them 0 in the BTF.
         symbols = {symbol.name: symbol for symbol in self._elf.symbols_of(section)}
         for variable in btf.variables(datasec):
             var = btf.type(variable.type)
             symbol = symbols.get(var.name)
             if symbol is None:
-                raise ObjectFileError(f"map {var.name!r} is nowhere in it", section=SECTION)
+                raise ObjectFileError(
+                    f"map {var.name!r} is nowhere in it", section=SECTION, offset=0
+                )
             reader = _Reader(btf, var.name, symbol.value)
             spec = reader.read(var.size_or_type)
             values_at = symbol.value + reader.values_at
@@ -110,10 +116,9 @@ class TypedMaps:
 
     def _put(self, outer: _Definition, at: int, pointed: tuple[str, bool]) -> bool:
         name, program = pointed
-        wanted = MapType.PROG_ARRAY if program else outer.spec.type
-        fits = program or outer.spec.type in abi.MAPS_OF_MAPS
+        kinds = (MapType.PROG_ARRAY,) if program else abi.MAPS_OF_MAPS
         slot, rest = divmod(at - outer.values_at, _POINTER_BYTES)
-        if not fits or wanted != outer.spec.type or rest or slot < 0 or at >= outer.end:
+        if outer.spec.type not in kinds or rest or slot < 0 or at >= outer.end:
             return False
         outer.spec.initial[slot] = name
         return True

@@ -88,3 +88,14 @@ def test_more_numbers_than_are_known_are_refused():
     assert maps((1, 4, 8, 16, 0, 0, 0, 0, NONE, 0))
     with pytest.raises(ObjectFileError, match="fields that are not known"):
         maps((1, 4, 8, 16, 0, 0, 0, 0, NONE, 1))
+
+
+def test_two_maps_of_one_name_are_refused():
+    """A second map of a name is refused with its place, whichever section it is in."""
+    builder = ObjectBuilder()
+    for section in ("maps/one", "maps/two"):
+        index = builder.section(section, struct.pack("<5I", 1, 4, 8, 16, 0))
+        builder.symbol("events", index, size=20, type=OBJECT)
+    with pytest.raises(ObjectFileError, match="a second map 'events'") as caught:
+        elf.read_object(builder.build())
+    assert (caught.value.section, caught.value.offset) == ("maps/two", 0)
