@@ -5,8 +5,10 @@
     from pybpfthrottle.bpf import elf, loader
 
     spec = elf.read_file("filter.o")
+    spec.maps["counts"].max_entries = 64
+    spec.variables["limit"].set(1000)
     with loader.load(spec) as loaded:
-        print(loaded.maps["counts"])
+        print(loaded.maps["counts"], loaded.variables["hits"].get())
 
 Knows nothing of throttling.
 """
