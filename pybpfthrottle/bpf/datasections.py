@@ -21,33 +21,34 @@ def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSp
 
     Raises ObjectFileError for a section that is too large.
     """
+    found = [s for s in elf.sections.values() if s.size and _is_data(s.name)]
+    types = btf.types if btf and found else ()
+    ids = {known.name: known.id for known in types if known.kind == Kind.DATASEC}
     return {
-        section.number: _map(section, btf, object_name)
-        for section in elf.sections.values()
-        if section.size and _is_data(section.name)
+        section.number: _map(section, ids.get(section.name, 0), object_name) for section in found
     }
 
 
 def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
     """The variables of all data maps; those that are static come first."""
+    signs = _Signs(btf)
     for number, spec in maps.items():
         types = _types(btf, spec.value_type)
         symbols = [s for s in elf.symbols_of(elf.sections[number]) if s.type == "STT_OBJECT"]
         for symbol in sorted(symbols, key=lambda symbol: not symbol.local):
             if symbol.size and symbol.value + symbol.size <= spec.value_size:
                 type_id = types.get(symbol.name, 0)
-                signed = _signed(btf, type_id, symbol.size)
+                signed = signs.of(type_id, symbol.size)
                 yield VariableSpec(
                     *(symbol.name, spec, symbol.value, symbol.size),
                     *(elf.byteorder, signed, type_id),
                 )
 
 
-def _map(section: Section, btf: Optional[Btf], object_name: str) -> MapSpec:
+def _map(section: Section, type_id: int, object_name: str) -> MapSpec:
     if section.size > _MAX_BYTES:
         raise ObjectFileError(f"{section.size} bytes is too large", section=section.name, offset=0)
     constant = section.name.startswith(".rodata")
-    datasec = btf.find(Kind.DATASEC, section.name) if btf else None
     return MapSpec(
         _name(object_name, section.name),
         MapType.ARRAY,
@@ -57,7 +58,7 @@ def _map(section: Section, btf: Optional[Btf], object_name: str) -> MapSpec:
         flags=abi.BPF_F_MMAPABLE | (abi.BPF_F_RDONLY_PROG if constant else 0),
         contents=section.data,
         frozen=constant,
-        value_type=datasec.id if datasec else 0,
+        value_type=type_id,
         section=section.name,
     )
 
@@ -81,11 +82,24 @@ def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
     return {var.name: var.size_or_type for var in found if var.kind == Kind.VAR}
 
 
-def _signed(btf: Optional[Btf], type_id: int, size: int) -> Optional[bool]:
-    """Whether a number has a sign; None for what is no number."""
-    if btf is None or not type_id or size > _MAX_NUMBER_BYTES:
-        return None
-    found: Type = btf.resolve(type_id)
+class _Signs:
+    """Which numbers have a sign; an enum is looked through once, however many variables it has."""
+
+    def __init__(self, btf: Optional[Btf]) -> None:
+        self._btf = btf
+        self._known: dict[int, Optional[bool]] = {}
+
+    def of(self, type_id: int, size: int) -> Optional[bool]:
+        """Whether a number of so many bytes has a sign; None for what is no number."""
+        if self._btf is None or not type_id or size > _MAX_NUMBER_BYTES:
+            return None
+        found = self._btf.resolve(type_id)
+        if found.id not in self._known:
+            self._known[found.id] = _signed(self._btf, found)
+        return self._known[found.id]
+
+
+def _signed(btf: Btf, found: Type) -> Optional[bool]:
     if found.kind == Kind.INT:
         return btf.integer(found).signed
     if found.kind == Kind.ENUM:

@@ -6,9 +6,18 @@ import time
 import tracemalloc
 
 import pytest
-from elf_builder import LOCAL, NOTYPE, OBJECT, R_BPF_64_32, R_BPF_64_64, ObjectBuilder
+from elf_builder import (
+    LOCAL,
+    NOTYPE,
+    OBJECT,
+    R_BPF_64_32,
+    R_BPF_64_64,
+    BtfBuilder,
+    ObjectBuilder,
+)
 
 from pybpfthrottle.bpf import elf, relocate
+from pybpfthrottle.bpf.btf import Kind
 from pybpfthrottle.errors import ObjectFileError
 
 PROGRAMS = 10_000
@@ -48,6 +57,27 @@ def test_many_programs_do_not_take_quadratic_time(add):
         relocate.resolve(relocate.link(spec, program), {"object.data": 3})
     assert time.monotonic() - begin < SECONDS
     assert len(spec.programs) == PROGRAMS
+
+
+def test_many_variables_of_a_large_enum_do_not_take_quadratic_time():
+    """An enum of many values is looked through once for all of its variables."""
+    builder, types = ObjectBuilder(), BtfBuilder()
+    count = 5000
+    tail = [part for value in range(count) for part in ("v", value)]
+    enum = types.add(Kind.ENUM, "e", size=4, vlen=count, tail=tail)
+    index = builder.section(".data", bytes(4 * count))
+    tail = []
+    for number in range(count):
+        builder.symbol(f"x{number}", index, value=4 * number, size=4, type=OBJECT)
+        const = types.add(Kind.CONST, size=enum)
+        tail += [types.add(Kind.VAR, f"x{number}", size=const, tail=(1,)), 4 * number, 4]
+    types.add(Kind.DATASEC, ".data", size=4 * count, vlen=count, tail=tail)
+    builder.section(".BTF", types.build(), flags=0)
+    whole = builder.build()
+    begin = time.monotonic()
+    spec = elf.read_object(whole)
+    assert time.monotonic() - begin < SECONDS
+    assert {found.signed for found in spec.variables.values()} == {False}
 
 
 def peak_bytes(data):
