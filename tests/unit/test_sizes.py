@@ -51,11 +51,11 @@ def test_many_programs_do_not_take_quadratic_time(add):
     variable = builder.symbol("variable", data, size=8, type=OBJECT)
     add(builder, builder.load() + builder.call() + builder.returns(), helper, variable)
     whole = builder.build()
-    begin = time.monotonic()
+    begin = time.process_time()
     spec = elf.read_object(whole)
     for program in spec.programs.values():
         relocate.resolve(relocate.link(spec, program), {"object.data": 3})
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     assert len(spec.programs) == PROGRAMS
 
 
@@ -74,9 +74,9 @@ def test_many_variables_of_a_large_enum_do_not_take_quadratic_time():
     types.add(Kind.DATASEC, ".data", size=4 * count, vlen=count, tail=tail)
     builder.section(".BTF", types.build(), flags=0)
     whole = builder.build()
-    begin = time.monotonic()
+    begin = time.process_time()
     spec = elf.read_object(whole)
-    assert time.monotonic() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     assert {found.signed for found in spec.variables.values()} == {False}
 
 
