@@ -9,11 +9,14 @@ Error:
     ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── ThrottleError                  a throttle that was refused, or is gone
     ├── ObjectFileError                an object file that cannot be read
+    ├── AmbiguousTypeError             the kernel has two types where an object asks for one
+    ├── ExternError                    something of the kernel that an object needs is not there
     └── BpfError                       what the kernel refused; .errno says with what
         ├── UnsupportedMachineError    bpf(2) cannot be called from here
         ├── MapCreateError
         ├── ProgramLoadError
         │   └── VerifierError          the verifier's reason, and its whole log
+        │       └── UnresolvedError    what it reached is not there in this kernel
         └── AttachError
 
 System calls that fail raise plain ``OSError``; the errors above are raised from it where more is
@@ -66,6 +69,14 @@ class ObjectFileError(Error):
         self.offset = offset
 
 
+class AmbiguousTypeError(Error):
+    """The kernel has several types where an object asks for one, and they answer differently."""
+
+
+class ExternError(Error):
+    """A variable, function or setting of the kernel that an object needs, but that is not there."""
+
+
 class BpfError(Error):
     """What the kernel refused. ``errno`` is that of the system call, 0 where there was none."""
 
@@ -87,12 +98,29 @@ class ProgramLoadError(BpfError):
 
 
 class VerifierError(ProgramLoadError):
-    """The verifier rejected a program. ``reason`` is the telling line of ``log``."""
+    """The verifier rejected a program. ``reason`` is the telling line of ``log``.
 
-    def __init__(self, message: str, *, errno: int, reason: str, log: str) -> None:
+    ``source`` is the line of the source that it rejects, as "file.c:12: text", if that is known.
+    """
+
+    def __init__(
+        self, message: str, *, errno: int, reason: str, log: str, source: Optional[str] = None
+    ) -> None:
         super().__init__(message, errno=errno)
         self.reason = reason
         self.log = log
+        self.source = source
+
+
+class UnresolvedError(VerifierError):
+    """A program reaches an access of the kernel's types, or a call, that this kernel lacks.
+
+    ``access`` is what it asked for, such as "struct sock.gone"; ``local_type`` the name of the
+    object's own type that it did so by, such as "sock___old"; empty for a function.
+    """
+
+    access: str = ""
+    local_type: str = ""
 
 
 class AttachError(BpfError):

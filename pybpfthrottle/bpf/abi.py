@@ -196,6 +196,24 @@ class AttachType(IntEnum):
     TRACE_UPROBE_SESSION = 57
 
 
+class CoreRelocationKind(IntEnum):
+    """enum bpf_core_relo_kind."""
+
+    FIELD_BYTE_OFFSET = 0
+    FIELD_BYTE_SIZE = 1
+    FIELD_EXISTS = 2
+    FIELD_SIGNED = 3
+    FIELD_LSHIFT_U64 = 4
+    FIELD_RSHIFT_U64 = 5
+    TYPE_ID_LOCAL = 6
+    TYPE_ID_TARGET = 7
+    TYPE_EXISTS = 8
+    TYPE_SIZE = 9
+    ENUMVAL_EXISTS = 10
+    ENUMVAL_VALUE = 11
+    TYPE_MATCHES = 12
+
+
 # Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of them.
 BPF_F_ALLOW_OVERRIDE = 1 << 0
 BPF_F_ALLOW_MULTI = 1 << 1
@@ -219,7 +237,9 @@ BPF_F_MMAPABLE = 1 << 10
 # What src_reg of BPF_LD | BPF_IMM | BPF_DW and of BPF_JMP | BPF_CALL means.
 BPF_PSEUDO_MAP_FD = 1
 BPF_PSEUDO_MAP_VALUE = 2
+BPF_PSEUDO_BTF_ID = 3
 BPF_PSEUDO_CALL = 1
+BPF_PSEUDO_KFUNC_CALL = 2
 BPF_PSEUDO_FUNC = 4
 
 BPF_OBJ_NAME_LEN = 16

@@ -1,11 +1,14 @@
 """BTF, the BPF Type Format: bytes -> types. No system calls.
 
+Nothing is decoded before it is asked for: the kernel's own BTF has more than 100,000 types.
 Source: Documentation/bpf/btf.rst of the kernel.
 """
 
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from enum import IntEnum
 from typing import Iterator, NamedTuple, Optional
 
@@ -13,6 +16,8 @@ from pybpfthrottle.errors import ObjectFileError
 
 _MAGIC = 0xEB9F
 _SECTION = ".BTF"
+_HEADER_BYTES = 24
+_TYPE_WORDS = 3  # struct btf_type
 _POINTER_BYTES = 8
 # A chain of typedefs, qualifiers and arrays longer than this is a loop.
 _MAX_CHAIN = 64
@@ -43,38 +48,56 @@ class Kind(IntEnum):
     ENUM64 = 19
 
 
-_MODIFIERS = (Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG)
-_SIZED = (Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.FLOAT, Kind.DATASEC, Kind.ENUM64)
-# Bytes after struct btf_type: once, or for each of its vlen items.
-_TAIL_BYTES = {Kind.INT: 4, Kind.ARRAY: 12, Kind.VAR: 4, Kind.DECL_TAG: 4}
-_ITEM_BYTES = {
-    Kind.STRUCT: 12,
-    Kind.UNION: 12,
-    Kind.ENUM: 8,
-    Kind.FUNC_PROTO: 8,
-    Kind.DATASEC: 12,
-    Kind.ENUM64: 12,
+class Linkage(IntEnum):
+    """BTF_FUNC_* and BTF_VAR_*, which are the same numbers."""
+
+    STATIC = 0
+    GLOBAL = 1
+    EXTERN = 2
+
+
+MODIFIERS = frozenset((Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG))
+COMPOSITES = frozenset((Kind.STRUCT, Kind.UNION))
+ENUMS = frozenset((Kind.ENUM, Kind.ENUM64))
+_SIZED = COMPOSITES | ENUMS | {Kind.INT, Kind.FLOAT, Kind.DATASEC}
+# 32-bit words after struct btf_type: once, or for each of its vlen items.
+_TAIL_WORDS = {Kind.INT: 1, Kind.ARRAY: 3, Kind.VAR: 1, Kind.DECL_TAG: 1}
+_ITEM_WORDS = {
+    Kind.STRUCT: 3,
+    Kind.UNION: 3,
+    Kind.ENUM: 2,
+    Kind.FUNC_PROTO: 2,
+    Kind.DATASEC: 3,
+    Kind.ENUM64: 3,
 }
+# The same by number, for the loop over all types; 0 is for what is no kind of type.
+_FIXED = [_TYPE_WORDS + _TAIL_WORDS.get(Kind(n), 0) if 0 < n < len(Kind) else 0 for n in range(32)]
+_EACH = [_ITEM_WORDS.get(Kind(n), 0) if n < len(Kind) else 0 for n in range(32)]
 
 
 class Type(NamedTuple):
-    """struct btf_type; ``offset`` is where in the data its kind's own part begins."""
+    """struct btf_type with its ``id``; ``at`` is the word at which its kind's own part begins.
+
+    ``flag`` is kind_flag: of a struct, that it has bit fields; of an enum, that its values are
+    signed; of a forward declaration, that it is a union.
+    """
 
     kind: Kind
     name: str
     size_or_type: int
     vlen: int
-    bitfields: bool
-    offset: int
+    flag: bool
+    at: int
     id: int
 
 
 class Member(NamedTuple):
-    """A member of a struct or union; the offset is in bits."""
+    """A member of a struct or union; offset and width in bits; a width of 0 is no bit field."""
 
     name: str
     type: int
     bit_offset: int
+    bits: int = 0
 
 
 class Variable(NamedTuple):
@@ -102,114 +125,228 @@ class Enumerator(NamedTuple):
     value: int
 
 
+class Parameter(NamedTuple):
+    """A parameter of a function; its name may be empty."""
+
+    name: str
+    type: int
+
+
+def words_of(data: bytes, byteorder: str) -> array[int]:
+    """The 32-bit words of data whose length is a multiple of four."""
+    words = array("I", data)
+    if byteorder != sys.byteorder:
+        words.byteswap()
+    return words
+
+
 class Btf:
-    """All types of one .BTF section; ``types[0]`` is void. Raises ObjectFileError for bad data."""
+    """The types of one .BTF section; the type 0 is void. Raises ObjectFileError for bad data.
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        if len(data) < 24:
-            raise ObjectFileError("too short for a BTF header", section=_SECTION, offset=0)
-        if struct.unpack_from("<H", data)[0] == _MAGIC:
-            self._order = "<"
-        elif struct.unpack_from(">H", data)[0] == _MAGIC:
-            self._order = ">"
-        else:
-            raise ObjectFileError("no BTF magic number", section=_SECTION, offset=0)
-        header, type_offset, type_bytes, string_offset, string_bytes = struct.unpack_from(
-            self._order + "5I", data, 4
+    A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends.
+    """
+
+    def __init__(self, data: bytes, base: Optional[Btf] = None) -> None:
+        self.base = base
+        self._first_id = base.count if base else 1
+        self._first_string = base.string_bytes if base else 0
+        self.byteorder = _byteorder(data)
+        order = "<" if self.byteorder == "little" else ">"
+        header, types_at, types_bytes, strings_at, strings_bytes = struct.unpack_from(
+            order + "5I", data, 4
         )
-        self._strings = data[header + string_offset : header + string_offset + string_bytes]
-        self.types = [Type(Kind.VOID, "", 0, 0, False, 0, 0)]
-        self._read_types(header + type_offset, header + type_offset + type_bytes)
+        # One zero more in front, so that each string is what follows a zero.
+        self._strings = b"\0" + data[header + strings_at : header + strings_at + strings_bytes]
+        self._types_at = header + types_at
+        types = data[self._types_at : self._types_at + types_bytes]
+        if len(types) != types_bytes:
+            raise self._bad("the types end past the section", 0)
+        if types_bytes % 4:
+            raise self._bad("a type is cut off", types_bytes // 4)
+        self._words = words_of(types, self.byteorder)
+        self._starts, self._names = self._scan()
 
-    def _read_types(self, offset: int, end: int) -> None:
-        if end > len(self._data):
-            raise ObjectFileError("the types end past the section", section=_SECTION, offset=offset)
-        unpack = struct.Struct(self._order + "3I").unpack_from
-        while offset < end:
-            if offset + 12 > end:
-                raise ObjectFileError("a type is cut off", section=_SECTION, offset=offset)
-            name, info, size_or_type = unpack(self._data, offset)
-            try:
-                kind = Kind(info >> 24 & 0x1F)
-            except ValueError:
-                raise ObjectFileError(
-                    f"unknown kind of type {info >> 24 & 0x1F}", section=_SECTION, offset=offset
-                ) from None
-            vlen = info & 0xFFFF
-            offset += 12
-            text, flag, number = self._string(name), bool(info >> 31), len(self.types)
-            self.types.append(Type(kind, text, size_or_type, vlen, flag, offset, number))
-            offset += _TAIL_BYTES.get(kind, 0) + _ITEM_BYTES.get(kind, 0) * vlen
-            if offset > end:
-                raise ObjectFileError("a type is cut off", section=_SECTION, offset=offset)
+    def _scan(self) -> tuple[array[int], bytes]:
+        """For each type the word at which it begins, and all offsets of names as four bytes."""
+        words, starts, names = self._words, array("I"), array("I")
+        at, end, start = 0, len(self._words), 0
+        try:
+            while at < end:
+                info, start = words[at + 1], at
+                fixed = _FIXED[info >> 24 & 0x1F]
+                if not fixed:
+                    raise self._bad(f"unknown kind of type {info >> 24 & 0x1F}", at)
+                starts.append(at)
+                names.append(words[at])
+                at += fixed + _EACH[info >> 24 & 0x1F] * (info & 0xFFFF)
+        except IndexError:
+            raise self._bad("a type is cut off", at) from None
+        if at > end:
+            raise self._bad("a type is cut off", start)
+        return starts, names.tobytes()
 
-    def _string(self, offset: int) -> str:
-        end = self._strings.find(b"\0", offset)
-        if offset >= len(self._strings) or end < 0:
+    def _bad(self, reason: str, word: int) -> ObjectFileError:
+        return ObjectFileError(reason, section=_SECTION, offset=self._types_at + 4 * word)
+
+    @property
+    def count(self) -> int:
+        """The number of types with void and the base's: the first id that does not exist."""
+        return self._first_id + len(self._starts)
+
+    @property
+    def string_bytes(self) -> int:
+        """The length of all strings, the base's included."""
+        return self._first_string + len(self._strings) - 1
+
+    @property
+    def types(self) -> list[Type]:
+        """All types by their ids."""
+        return [self.type(type_id) for type_id in range(self.count)]
+
+    def string(self, offset: int) -> str:
+        """The string at an offset."""
+        if self.base and offset < self._first_string:
+            return self.base.string(offset)
+        begin = offset - self._first_string + 1
+        end = self._strings.find(b"\0", begin)
+        if begin >= len(self._strings) or end < 0:
             raise ObjectFileError(f"a name lies outside of the strings: {offset}", section=_SECTION)
-        return self._strings[offset:end].decode("utf-8", "replace")
+        return self._strings[begin:end].decode("utf-8", "replace")
 
     def type(self, type_id: int) -> Type:
         """The type with this id."""
-        if type_id >= len(self.types):
+        if type_id == 0:
+            return Type(Kind.VOID, "", 0, 0, False, 0, 0)
+        if self.base and type_id < self._first_id:
+            return self.base.type(type_id)
+        if type_id >= self.count:
             raise ObjectFileError(f"there is no type {type_id}", section=_SECTION)
-        return self.types[type_id]
+        at = self._starts[type_id - self._first_id]
+        name, info, size_or_type = self._words[at : at + _TYPE_WORDS]
+        return Type(
+            Kind(info >> 24 & 0x1F),
+            self.string(name),
+            size_or_type,
+            info & 0xFFFF,
+            bool(info >> 31),
+            at + _TYPE_WORDS,
+            type_id,
+        )
+
+    def words(self, type_id: int) -> array[int]:
+        """All words of a type that is not the base's: struct btf_type and what follows it."""
+        index = type_id - self._first_id
+        following = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
+        return self._words[self._starts[index] : following]
 
     def resolve(self, type_id: int) -> Type:
         """The type with typedefs, qualifiers and tags taken away."""
         for _ in range(_MAX_CHAIN):
             found = self.type(type_id)
-            if found.kind not in _MODIFIERS:
+            if found.kind not in MODIFIERS:
                 return found
             type_id = found.size_or_type
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 
     def find(self, kind: Kind, name: str) -> Optional[Type]:
         """The first type of this kind and name, if there is one."""
-        for found in self.types:
-            if found.kind == kind and found.name == name:
-                return found
-        return None
+        return next((found for found in self.named(name) if found.kind == kind), None)
+
+    def named(self, name: str, *, flavours: bool = False) -> Iterator[Type]:
+        """The types of a name, in order; with their flavours, also those called NAME___anything.
+
+        Strings that are the end of another one are not found; nothing that writes BTF makes them.
+        """
+        if self.base:
+            yield from self.base.named(name, flavours=flavours)
+        for index in sorted(
+            index
+            for offset in self._string_offsets(name.encode(), flavours)
+            for index in self._indexes_named(offset)
+        ):
+            yield self.type(self._first_id + index)
+
+    def _string_offsets(self, name: bytes, flavours: bool) -> Iterator[int]:
+        if self.base:
+            yield from self.base._string_offsets(name, flavours)
+        if not name:
+            if not self.base:
+                yield 0
+            return
+        follows_at = len(name) + 1
+        at = self._strings.find(b"\0" + name)
+        while at >= 0:
+            follows = self._strings[at + follows_at : at + follows_at + 3]
+            if follows[:1] == b"\0" or (flavours and follows == b"___"):
+                yield self._first_string + at
+            at = self._strings.find(b"\0" + name, at + 1)
+
+    def _indexes_named(self, offset: int) -> Iterator[int]:
+        wanted = struct.pack("=I", offset)
+        at = self._names.find(wanted)
+        while at >= 0:
+            if at % 4 == 0:
+                yield at // 4
+            at = self._names.find(wanted, at + 1)
+
+    def member(self, aggregate: Type, index: int) -> Member:
+        """One member of a struct or union; ``index`` is less than its vlen."""
+        one = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
+        return next(self.members(one))
+
+    def _items(self, found: Type, each: int) -> Iterator[array[int]]:
+        """The words of each of a type's items, such as members."""
+        words = self._home(found)._words
+        for at in range(found.at, found.at + each * found.vlen, each):
+            yield words[at : at + each]
+
+    def _home(self, found: Type) -> Btf:
+        return self.base._home(found) if self.base and found.id < self._first_id else self
+
+    def _tail(self, found: Type) -> int:
+        return self._home(found)._words[found.at]
 
     def array(self, array: Type) -> tuple[int, int]:
         """The id of the element's type and the number of elements."""
-        element, _, count = struct.unpack_from(self._order + "3I", self._data, array.offset)
+        element, _, count = self._home(array)._words[array.at : array.at + 3]
         return element, count
-
-    def members(self, aggregate: Type) -> Iterator[Member]:
-        """The members of a struct or union, in order."""
-        for index in range(aggregate.vlen):
-            name, type_id, offset = struct.unpack_from(
-                self._order + "3I", self._data, aggregate.offset + 12 * index
-            )
-            yield Member(
-                self._string(name), type_id, offset & 0xFFFFFF if aggregate.bitfields else offset
-            )
 
     def integer(self, integer: Type) -> Integer:
         """The encoding of an integer."""
-        (word,) = struct.unpack_from(self._order + "I", self._data, integer.offset)
+        word = self._tail(integer)
         signed, char, boolean = word >> 24 & 1, word >> 25 & 1, word >> 26 & 1
         return Integer(word & 0xFF, word >> 16 & 0xFF, bool(signed), bool(char), bool(boolean))
+
+    def members(self, aggregate: Type) -> Iterator[Member]:
+        """The members of a struct or union, in order."""
+        for name, type_id, offset in self._items(aggregate, 3):
+            if aggregate.flag:
+                yield Member(self.string(name), type_id, offset & 0xFFFFFF, offset >> 24)
+            else:
+                yield Member(self.string(name), type_id, offset)
 
     def enumerators(self, enum: Type) -> Iterator[Enumerator]:
         """The names and values of an enum, in order."""
         wide = enum.kind == Kind.ENUM64
-        layout = struct.Struct(self._order + ("3I" if wide else "2I"))
-        bits = 64 if wide else 32
-        for index in range(enum.vlen):
-            name, low, *high = layout.unpack_from(self._data, enum.offset + layout.size * index)
+        for name, low, *high in self._items(enum, 3 if wide else 2):
             value = low | (high[0] << 32 if wide else 0)
-            negative = enum.bitfields and value >> bits - 1
-            yield Enumerator(self._string(name), value - (1 << bits) if negative else value)
+            bits = 64 if wide else 32
+            negative = enum.flag and value >> bits - 1
+            yield Enumerator(self.string(name), value - (1 << bits) if negative else value)
+
+    def parameters(self, prototype: Type) -> Iterator[Parameter]:
+        """The parameters of a function's prototype, in order."""
+        for name, type_id in self._items(prototype, 2):
+            yield Parameter(self.string(name), type_id)
 
     def variables(self, datasec: Type) -> Iterator[Variable]:
-        """The variables of a data section, in order."""
-        for index in range(datasec.vlen):
-            yield Variable(
-                *struct.unpack_from(self._order + "3I", self._data, datasec.offset + 12 * index)
-            )
+        """The variables (and extern functions) of a data section, in order."""
+        for type_id, offset, size in self._items(datasec, 3):
+            yield Variable(type_id, offset, size)
+
+    def linkage(self, found: Type) -> int:
+        """The linkage of a function or variable: a Linkage, or a number not known here."""
+        return found.vlen if found.kind == Kind.FUNC else self._tail(found)
 
     def size(self, type_id: int) -> int:
         """The size of a type in bytes."""
@@ -225,3 +362,13 @@ class Btf:
             type_id, elements = self.array(found)
             count *= elements
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
+
+
+def _byteorder(data: bytes) -> str:
+    """The byte order that the magic number of a header tells."""
+    if len(data) < _HEADER_BYTES:
+        raise ObjectFileError("too short for a BTF header", section=_SECTION, offset=0)
+    for byteorder in ("little", "big"):
+        if int.from_bytes(data[:2], byteorder) == _MAGIC:
+            return byteorder
+    raise ObjectFileError("no BTF magic number", section=_SECTION, offset=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,6 @@ class Types:
 
     def __init__(self, data):
         self.btf = Btf(data)
-        self._data = data
-        self._byteorder = "<" if data[0] == 0x9F else ">"
 
     def fields(self, type, base=0):
         """The fields of a structure, those of its anonymous members as its own."""
@@ -73,15 +70,7 @@ class Types:
         """The values of an enum by name."""
         found = self.btf.find(Kind.ENUM, name)
         assert found is not None, f"enum {name}"
-        header, _, _, strings_at, _ = struct.unpack_from(self._byteorder + "5I", self._data, 4)
-        values = {}
-        for index in range(found.vlen):
-            name_at, value = struct.unpack_from(
-                self._byteorder + "Ii", self._data, found.offset + 8 * index
-            )
-            begin = header + strings_at + name_at
-            values[self._data[begin : self._data.index(b"\0", begin)].decode()] = value
-        return values
+        return dict(self.btf.enumerators(found))
 
 
 @pytest.fixture(scope="module")
