@@ -143,10 +143,12 @@ def words_of(data: bytes, byteorder: str) -> array[int]:
 class Btf:
     """The types of one .BTF section; the type 0 is void. Raises ObjectFileError for bad data.
 
-    A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends.
+    A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends. ``name``
+    is the module's.
     """
 
-    def __init__(self, data: bytes, base: Optional[Btf] = None) -> None:
+    def __init__(self, data: bytes, *, base: Optional[Btf] = None, name: str = "") -> None:
+        self.name = name
         self.base = base
         self._first_id = base.count if base else 1
         self._first_string = base.string_bytes if base else 0

@@ -1,0 +1,204 @@
+"""What the running kernel says of itself in files: version, configuration, symbols and types.
+
+No system call of bpf(2), and nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Iterator, Mapping, Optional
+
+from pybpfthrottle.bpf.btf import Btf
+from pybpfthrottle.bpf.core import Kernel
+from pybpfthrottle.errors import ExternError
+
+BTF_DIRECTORY = "/sys/kernel/btf"
+_VMLINUX = "vmlinux"
+_AT_SYSINFO_EHDR = 33
+_PT_NOTE = 4
+_MAX_NOTES_BYTES = 4096
+# The names of system calls' functions where they take struct pt_regs, by uname's machine.
+_WRAPPERS = {
+    "x86_64": "__x64_sys_bpf",
+    "i686": "__ia32_sys_bpf",
+    "aarch64": "__arm64_sys_bpf",
+    "s390x": "__s390x_sys_bpf",
+    "riscv64": "__riscv_sys_bpf",
+}
+
+
+def version() -> int:
+    """LINUX_VERSION_CODE of the running kernel: 0x060C05 is 6.12.5.
+
+    Distributions change the release that uname(2) tells; what the kernel was built as is in a note
+    of its vDSO (arch/*/entry/vdso/note.S), which every process sees.
+    """
+    try:
+        return _version_of_vdso()
+    except (OSError, ValueError, struct.error):
+        release = os.uname().release.encode()
+    with suppress(OSError), open("/proc/version_signature", "rb") as file:  # Ubuntu's
+        release = file.read().split()[-1]
+    return version_code(release.decode("ascii", "replace"))
+
+
+def version_code(release: str) -> int:
+    """The number of a release such as "5.4.0-42-generic"."""
+    numbers = [int(part) for part in re.findall(r"\d+", release)[:3]]
+    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
+
+
+def _version_of_vdso() -> int:
+    with open("/proc/self/auxv", "rb") as file:
+        entries = dict(struct.iter_unpack("@NN", file.read()))
+    base = entries.get(_AT_SYSINFO_EHDR)
+    if not base or struct.calcsize("P") != 8:
+        raise ValueError("no vDSO of 64 bits")
+    with open("/proc/self/mem", "rb") as memory:
+        memory.seek(base)
+        image = memory.read(_MAX_NOTES_BYTES)
+    return _version_of_notes(image)
+
+
+def _version_of_notes(image: bytes) -> int:
+    (table,) = struct.unpack_from("=Q", image, 32)
+    entry_bytes, count = struct.unpack_from("=HH", image, 54)
+    for index in range(count):
+        kind, _, at, _, _, size = struct.unpack_from("=IIQQQQ", image, table + index * entry_bytes)
+        if kind == _PT_NOTE:
+            # Name "Linux", type 0, and one number.
+            found = image.find(struct.pack("=III", 6, 4, 0) + b"Linux\0\0\0", at, at + size)
+            if found >= 0:
+                return int(struct.unpack_from("=I", image, found + 20)[0])
+    raise ValueError("no note of Linux")
+
+
+@dataclass(frozen=True)
+class RunningKernel:
+    """The files that tell of the running kernel, each read at most once, when it is asked for.
+
+    ``types_path`` may name other types than the kernel's own: BTF as it is, or an ELF file with a
+    section .BTF. ``config_path`` may name another configuration, compressed or not.
+    """
+
+    types_path: Optional[str] = None
+    config_path: Optional[str] = None
+    directory: str = BTF_DIRECTORY
+
+    @cached_property
+    def settings(self) -> Mapping[str, str]:
+        """The configuration it was built with: CONFIG_HZ -> "250"; empty if that is not told.
+
+        From /proc/config.gz (CONFIG_IKCONFIG_PROC) or /boot/config-RELEASE. Raises OSError for a
+        given file that cannot be read.
+        """
+        if self.config_path:
+            return _settings(self.config_path)
+        for path in ("/proc/config.gz", f"/boot/config-{os.uname().release}"):
+            if os.path.exists(path):
+                return _settings(path)
+        return {}
+
+    def setting(self, name: str) -> Optional[str]:
+        """A setting as the configuration spells it, or what libbpf's headers call LINUX_*."""
+        if name == "LINUX_KERNEL_VERSION":
+            return str(version())
+        if name == "LINUX_HAS_SYSCALL_WRAPPER":
+            return "y" if self.has_syscall_wrapper() else "n"
+        return self.settings.get(name)
+
+    def has_syscall_wrapper(self) -> bool:
+        """Whether system calls' functions take a struct pt_regs (x86-64 since Linux 4.17)."""
+        wrapper = _WRAPPERS.get(os.uname().machine)
+        return wrapper is not None and any(self._lines_of(wrapper))
+
+    def symbol(self, name: str) -> Optional[int]:
+        """The address of a symbol of the kernel or of a module, or None if there is none.
+
+        Raises ExternError for one that has several addresses, and where addresses may not be seen:
+        that needs CAP_SYSLOG, and kernel.kptr_restrict below 2.
+        """
+        addresses = {int(line.split()[0], 16) for line in self._lines_of(name)}
+        if len(addresses) > 1:
+            raise ExternError(f"the kernel has {len(addresses)} symbols called {name!r}")
+        if addresses == {0}:
+            raise ExternError(
+                f"the address of {name!r} may not be seen: that needs CAP_SYSLOG,"
+                " and sysctl kernel.kptr_restrict below 2"
+            )
+        return addresses.pop() if addresses else None
+
+    @cached_property
+    def _kallsyms(self) -> bytes:
+        with suppress(OSError), open("/proc/kallsyms", "rb") as file:
+            return file.read()
+        return b""
+
+    def _lines_of(self, name: str) -> Iterator[bytes]:
+        text = self._kallsyms
+        for found in re.finditer(rb" " + re.escape(name.encode()) + rb"(?=[\n\t])", text):
+            yield text[text.rfind(b"\n", 0, found.start()) + 1 : found.start()]
+
+    @cached_property
+    def types(self) -> Kernel:
+        """The types of the kernel (Linux 5.4, CONFIG_DEBUG_INFO_BTF) and of its modules (5.11).
+
+        Raises ExternError where there are none, or ObjectFileError.
+        """
+        path = self.types_path or os.path.join(self.directory, _VMLINUX)
+        try:
+            return Kernel(_types(path), lambda: self.modules)
+        except OSError as error:
+            raise ExternError(
+                f"the kernel's types cannot be read ({error}); they need CONFIG_DEBUG_INFO_BTF,"
+                " or a file with the types of this very kernel"
+            ) from error
+
+    @cached_property
+    def modules(self) -> tuple[Btf, ...]:
+        """The types of the modules, each with its module's name; they go on from the kernel's.
+
+        None where other types than the kernel's own are given.
+        """
+        if self.types_path or not os.path.isdir(self.directory):
+            return ()
+        found = []
+        for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
+            with open(os.path.join(self.directory, name), "rb") as file:
+                found.append(Btf(file.read(), base=self.types.types, name=name))
+        return tuple(found)
+
+
+def _settings(path: str) -> Mapping[str, str]:
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    return dict(re.findall(r"^(CONFIG_\w+)=(.*)$", data.decode("utf-8", "replace"), re.MULTILINE))
+
+
+@cache
+def _types(path: str) -> Btf:
+    """Types of the kernel, which stay what they are while it runs."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"\x7fELF":
+            return Btf(_section_of_elf(path))
+        file.seek(0)
+        return Btf(file.read())
+
+
+def _section_of_elf(path: str) -> bytes:
+    from elftools.elf.elffile import ELFFile
+
+    with open(path, "rb") as file:
+        section = ELFFile(file).get_section_by_name(".BTF")
+        if section is None:
+            raise ExternError(f"{path} has no section .BTF")
+        return bytes(section.data())
