@@ -365,6 +365,18 @@ class TestRun(ctypes.Structure):
     )
 
 
+class BtfLoad(ctypes.Structure):
+    """BPF_BTF_LOAD."""
+
+    _fields_ = (
+        ("btf", c_uint64),
+        ("btf_log_buf", c_uint64),
+        ("btf_size", c_uint32),
+        ("btf_log_size", c_uint32),
+        ("btf_log_level", c_uint32),
+    )
+
+
 class GetId(ctypes.Structure):
     """``id`` is start_id for the GET_NEXT_ID commands."""
 
@@ -422,6 +434,7 @@ class Attr(ctypes.Union):
         ("get_id", GetId),
         ("info", InfoByFd),
         ("query", ProgQuery),
+        ("btf_load", BtfLoad),
         ("link_create", LinkCreate),
     )
 
@@ -472,6 +485,19 @@ class MapInfo(ctypes.Structure):
     )
 
 
+class BtfInfo(ctypes.Structure):
+    """struct bpf_btf_info."""
+
+    _fields_ = (
+        ("btf", c_uint64),
+        ("btf_size", c_uint32),
+        ("id", c_uint32),
+        ("name", c_uint64),
+        ("name_len", c_uint32),
+        ("kernel_btf", c_uint32),
+    )
+
+
 class LinkInfo(ctypes.Structure):
     """struct bpf_link_info of a cgroup link."""
 
@@ -493,6 +519,23 @@ class Insn(ctypes.Structure):
         ("registers", c_uint8),
         ("off", ctypes.c_int16),
         ("imm", c_int32),
+    )
+
+
+class FuncInfo(ctypes.Structure):
+    """struct bpf_func_info."""
+
+    _fields_ = (("insn_off", c_uint32), ("type_id", c_uint32))
+
+
+class LineInfo(ctypes.Structure):
+    """struct bpf_line_info."""
+
+    _fields_ = (
+        ("insn_off", c_uint32),
+        ("file_name_off", c_uint32),
+        ("line_off", c_uint32),
+        ("line_col", c_uint32),
     )
 
 

@@ -21,6 +21,8 @@ _TYPE_WORDS = 3  # struct btf_type
 _POINTER_BYTES = 8
 # A chain of typedefs, qualifiers and arrays longer than this is a loop.
 _MAX_CHAIN = 64
+# Names may share their bytes, so that without a limit a small file could ask for much memory.
+_MAX_STRING_BYTES = 1024
 
 
 class Kind(IntEnum):
@@ -159,6 +161,7 @@ class Btf:
         )
         # One zero more in front, so that each string is what follows a zero.
         self._strings = b"\0" + data[header + strings_at : header + strings_at + strings_bytes]
+        self._terminated = self._strings[-1:] == b"\0"
         self._types_at = header + types_at
         types = data[self._types_at : self._types_at + types_bytes]
         if len(types) != types_bytes:
@@ -205,15 +208,20 @@ class Btf:
         """All types by their ids."""
         return [self.type(type_id) for type_id in range(self.count)]
 
+    @property
+    def strings(self) -> bytes:
+        """All strings but the base's, each with a zero behind it."""
+        return self._strings[1:]
+
     def string(self, offset: int) -> str:
-        """The string at an offset."""
+        """The string at an offset, or its first 1024 bytes."""
         if self.base and offset < self._first_string:
             return self.base.string(offset)
         begin = offset - self._first_string + 1
-        end = self._strings.find(b"\0", begin)
-        if begin >= len(self._strings) or end < 0:
+        if begin >= len(self._strings) or not self._terminated:
             raise ObjectFileError(f"a name lies outside of the strings: {offset}", section=_SECTION)
-        return self._strings[begin:end].decode("utf-8", "replace")
+        text = self._strings[begin : begin + _MAX_STRING_BYTES].partition(b"\0")[0]
+        return text.decode("utf-8", "replace")
 
     def type(self, type_id: int) -> Type:
         """The type with this id."""
@@ -249,6 +257,13 @@ class Btf:
                 return found
             type_id = found.size_or_type
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
+
+    def of_kind(self, *kinds: Kind) -> Iterator[Type]:
+        """The types of some kinds, without the base's, in order."""
+        words = self._words
+        for index, start in enumerate(self._starts):
+            if words[start + 1] >> 24 & 0x1F in kinds:
+                yield self.type(self._first_id + index)
 
     def find(self, kind: Kind, name: str) -> Optional[Type]:
         """The first type of this kind and name, if there is one."""

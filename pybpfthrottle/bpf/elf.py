@@ -11,7 +11,14 @@ from pybpfthrottle.bpf.btf import Btf, Kind
 from pybpfthrottle.bpf.elffile import Elf, Section
 from pybpfthrottle.bpf.functions import Function, Places, read_functions
 from pybpfthrottle.bpf.legacymaps import legacy_maps
-from pybpfthrottle.bpf.specs import FunctionKey, MapSpec, ObjectSpec, ProgramSpec
+from pybpfthrottle.bpf.specs import (
+    FunctionKey,
+    MapSpec,
+    ObjectSpec,
+    Place,
+    ProgramSpec,
+    SectionLayout,
+)
 from pybpfthrottle.bpf.typedmaps import TypedMaps
 from pybpfthrottle.errors import ObjectFileError
 
@@ -50,6 +57,8 @@ class _Reading:
             license=_license(elf),
             btf=data,
             btf_ext=elf.contents(".BTF.ext"),
+            layouts=_layouts(elf),
+            hidden=_hidden(elf),
         )
 
     def read(self) -> ObjectSpec:
@@ -131,6 +140,31 @@ class _Reading:
 
 def _license(elf: Elf) -> str:
     return (elf.contents("license") or b"").partition(b"\0")[0].decode("ascii", "replace")
+
+
+def _layouts(elf: Elf) -> dict[str, SectionLayout]:
+    """Where the variables are in each section of data."""
+    return {
+        section.name: SectionLayout(
+            section.size,
+            {
+                symbol.name: Place(symbol.value, symbol.size)
+                for symbol in elf.symbols_of(section)
+                if symbol.type == "STT_OBJECT" and symbol.size
+            },
+        )
+        for section in elf.sections.values()
+        if section.size and not section.executable
+    }
+
+
+def _hidden(elf: Elf) -> frozenset[str]:
+    return frozenset(
+        symbol.name
+        for symbols in elf.symbols.values()
+        for symbol in symbols
+        if symbol.type == "STT_FUNC" and symbol.hidden
+    )
 
 
 def _externs(btf: Optional[Btf]) -> frozenset[str]:

@@ -27,6 +27,7 @@ class Symbol(NamedTuple):
     type: str
     local: bool
     weak: bool = False
+    hidden: bool = False
 
     @property
     def undefined(self) -> bool:
@@ -248,6 +249,7 @@ def _symbol(symbol: Any, names: bytes) -> Symbol:
         symbol["st_info"]["type"],
         symbol["st_info"]["bind"] == "STB_LOCAL",
         symbol["st_info"]["bind"] == "STB_WEAK",
+        symbol["st_other"]["visibility"] in ("STV_HIDDEN", "STV_INTERNAL"),
     )
 
 

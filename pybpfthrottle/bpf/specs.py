@@ -161,11 +161,26 @@ class VariableSpec:
             ) from None
 
 
+class Place(NamedTuple):
+    """Where a variable is in its section, in bytes."""
+
+    offset: int
+    size: int
+
+
+class SectionLayout(NamedTuple):
+    """The size of a section of data in bytes, and its variables by name."""
+
+    size: int
+    places: dict[str, Place]
+
+
 @dataclass
 class ObjectSpec:
     """All that one object file defines. ``byteorder`` is "little" or "big".
 
-    ``btf`` and ``btf_ext`` are the bytes of sections .BTF and .BTF.ext.
+    ``btf`` and ``btf_ext`` are the bytes of sections .BTF and .BTF.ext; ``layouts`` (by section)
+    and ``hidden`` (functions that are not for other objects) are what compilers leave open there.
     """
 
     name: str
@@ -177,3 +192,5 @@ class ObjectSpec:
     variables: dict[str, VariableSpec] = field(default_factory=dict)
     btf: Optional[bytes] = None
     btf_ext: Optional[bytes] = None
+    layouts: dict[str, SectionLayout] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()

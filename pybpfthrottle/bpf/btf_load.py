@@ -1,0 +1,102 @@
+"""Types in the kernel: an object's own, loaded; a module's, opened."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Optional
+
+from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.btf_rewrite import CONCESSIONS, conceding
+from pybpfthrottle.bpf.privileges import with_memlock
+from pybpfthrottle.errors import ExternError
+
+_MODULE_NAME_BYTES = 64
+# What kernels say of types that they do not know.
+_UNKNOWN = (errno.EINVAL, errno.E2BIG, errno.ENOTSUP, syscall.ENOTSUPP)
+
+
+class LoadedBtf:
+    """The types of an object as the kernel has them; ``close`` or ``with`` ends it.
+
+    ``functions`` tells whether the kernel took functions, so that programs may refer to them.
+    """
+
+    def __init__(self, fd: int, *, functions: bool) -> None:
+        self.fd = fd
+        self.functions = functions
+
+    def close(self) -> None:
+        """Close the descriptor; maps and programs keep the types that they use."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> LoadedBtf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(data: bytes) -> Optional[LoadedBtf]:
+    """Load types, without the kinds that this kernel lacks. Linux 4.18; functions 5.0.
+
+    None where the kernel takes none at all, or not from this process: most objects do without.
+    """
+    functions = True
+    for concession in (None, *CONCESSIONS):
+        if concession is not None:
+            functions = concession is not CONCESSIONS[-1]
+            changed = conceding(data, concession)
+            if changed is None:
+                continue
+            data = changed
+        try:
+            return LoadedBtf(_load(data), functions=functions)
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                return None
+    return None
+
+
+def _load(data: bytes) -> int:
+    buffer = ctypes.create_string_buffer(data, len(data))
+    attr = Attr()
+    attr.btf_load.btf = ctypes.addressof(buffer)
+    attr.btf_load.btf_size = len(data)
+    return with_memlock(lambda: syscall.bpf(Cmd.BTF_LOAD, attr))
+
+
+def open_module(name: str) -> int:
+    """A descriptor of the types of a kernel module; the caller closes it.
+
+    Linux 5.11; needs CAP_SYS_ADMIN. Raises ExternError for a module without types.
+    """
+    for btf_id in syscall.ids(Cmd.BTF_GET_NEXT_ID):
+        attr = Attr()
+        attr.get_id.id = btf_id
+        fd = syscall.bpf(Cmd.BTF_GET_FD_BY_ID, attr)
+        try:
+            found = _name(fd) == name
+        except BaseException:
+            os.close(fd)
+            raise
+        if found:
+            return fd
+        os.close(fd)
+    raise ExternError(f"the types of module {name!r} cannot be opened; that needs CAP_SYS_ADMIN")
+
+
+def _name(fd: int) -> str:
+    """The name of a kernel's or module's types; empty for a program's."""
+    buffer = ctypes.create_string_buffer(_MODULE_NAME_BYTES)
+    info = abi.BtfInfo(name=ctypes.addressof(buffer), name_len=_MODULE_NAME_BYTES)
+    attr = Attr()
+    attr.info.bpf_fd = fd
+    attr.info.info_len = ctypes.sizeof(info)
+    attr.info.info = ctypes.addressof(info)
+    syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+    return buffer.value.decode("utf-8", "replace")
