@@ -119,8 +119,20 @@ class UnresolvedError(VerifierError):
     object's own type that it did so by, such as "sock___old"; empty for a function.
     """
 
-    access: str = ""
-    local_type: str = ""
+    def __init__(
+        self,
+        message: str,
+        access: str,
+        local_type: str,
+        *,
+        errno: int,
+        reason: str,
+        log: str,
+        source: Optional[str] = None,
+    ) -> None:
+        super().__init__(message, errno=errno, reason=reason, log=log, source=source)
+        self.access = access
+        self.local_type = local_type
 
 
 class AttachError(BpfError):

@@ -6,7 +6,9 @@ Source: Documentation/bpf/btf.rst of the kernel, and struct bpf_core_relo of lin
 from __future__ import annotations
 
 import struct
-from typing import Callable, Iterator, NamedTuple, Optional, TypeVar
+from bisect import bisect_left, bisect_right
+from operator import attrgetter
+from typing import Callable, Generic, Iterator, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.btf import Btf, words_of
@@ -52,7 +54,24 @@ class CoreRelocation(NamedTuple):
     kind: CoreRelocationKind
 
 
-R = TypeVar("R")
+R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
+
+
+class Records(Generic[R]):
+    """The records of one section, in the order of their offsets."""
+
+    def __init__(self, rows: list[R]) -> None:
+        self.rows: list[R] = sorted(rows, key=attrgetter("offset"))
+        self._offsets: list[int] = [row.offset for row in self.rows]
+
+    def between(self, begin: int, end: int) -> list[R]:
+        """Those of the bytes from ``begin`` up to ``end``."""
+        return self.rows[bisect_left(self._offsets, begin) : bisect_left(self._offsets, end)]
+
+    def last_at(self, offset: int) -> Optional[R]:
+        """The last one at or before a byte."""
+        index = bisect_right(self._offsets, offset)
+        return self.rows[index - 1] if index else None
 
 
 class BtfExt:
@@ -101,7 +120,7 @@ class _Part:
     def _bad(self, reason: str, word: int) -> ObjectFileError:
         return ObjectFileError(reason, section=_SECTION, offset=self._begin + 4 * word)
 
-    def read(self, wanted: int, make: Callable[..., R]) -> dict[str, list[R]]:
+    def read(self, wanted: int, make: Callable[..., R]) -> dict[str, Records[R]]:
         """The records, of which the first ``wanted`` words are known."""
         if not self._words:
             return {}
@@ -113,7 +132,7 @@ class _Part:
             records = found.setdefault(name, [])
             for at in range(begin, end, record_bytes // 4):
                 records.append(make(*self._words[at : at + wanted]))
-        return found
+        return {name: Records(rows) for name, rows in found.items()}
 
     def _tables(self, record_words: int) -> Iterator[tuple[str, int, int]]:
         """The name of each section, and where its records begin and end."""
@@ -125,15 +144,3 @@ class _Part:
                 raise self._bad("records are cut off", at)
             yield self._btf.string(header[0]), at + 2, end
             at = end
-
-
-def line_at(lines: list[LineInfo], offset: int) -> Optional[LineInfo]:
-    """The last record at or before a byte offset, of records in order."""
-    low, high = 0, len(lines)
-    while low < high:
-        middle = (low + high) // 2
-        if lines[middle].offset <= offset:
-            low = middle + 1
-        else:
-            high = middle
-    return lines[low - 1] if low else None

@@ -59,6 +59,15 @@ def kconfig_offsets(btf: Btf, found: dict[str, Extern]) -> dict[str, int]:
     return offsets
 
 
+def kconfig_bytes(btf: Btf, found: dict[str, Extern]) -> int:
+    """The size of the map of settings."""
+    offsets = kconfig_offsets(btf, found)
+    return max(
+        (end + btf.size(found[name].declared.size_or_type) for name, end in offsets.items()),
+        default=0,
+    )
+
+
 def kconfig_map(
     btf: Btf,
     found: dict[str, Extern],

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from contextlib import ExitStack
 from typing import Any, Iterable, NamedTuple, Optional
 
-from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
+from pybpfthrottle.bpf import btf_load, descriptors, maps, pins, programs, relocate
 from pybpfthrottle.bpf.abi import MapType, ProgType
+from pybpfthrottle.bpf.btf import Btf
+from pybpfthrottle.bpf.btf_load import LoadedBtf
+from pybpfthrottle.bpf.externs import KCONFIG
+from pybpfthrottle.bpf.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.maps import U32, Map
-from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.bpf.programs import Program, SourceInfo
+from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.variables import Memory, Variable
 from pybpfthrottle.errors import MapCreateError, ObjectFileError
@@ -73,6 +79,7 @@ def load(
     select: Optional[Iterable[str]] = None,
     *,
     pin_path: Optional[descriptors.Path] = None,
+    kernel: Optional[RunningKernel] = None,
 ) -> Object:
     """Load the programs named by ``select`` and the maps that they use. Linux 4.10.
 
@@ -82,8 +89,11 @@ def load(
     pinned by name are shared in the directory ``pin_path`` of a bpf file system, or else not
     pinned.
 
-    Raises KeyError for a name that the object does not have, ObjectFileError, MapCreateError,
-    ProgramLoadError or VerifierError; then nothing stays open.
+    ``kernel`` may name other files for the kernel's types and configuration, which are read only
+    if the programs ask for them.
+
+    Raises KeyError for a name that the object does not have, ObjectFileError, ExternError,
+    AmbiguousTypeError, MapCreateError, ProgramLoadError or VerifierError; then nothing stays open.
     """
     if spec.byteorder != sys.byteorder:
         raise ObjectFileError(
@@ -91,16 +101,21 @@ def load(
             f" this one is {sys.byteorder}-endian"
         )
     needed = _needed(spec, select)
-    with ExitStack() as undo:
+    with ExitStack() as undo, Types() as types:
+        fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
+        types.load(fitting.loadable_types())
+        fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
+        map_specs = {name: found for name, found in spec.maps.items() if name in needed.maps}
+        if any(KCONFIG in found.linked.maps for found in fitted.values()):
+            map_specs[KCONFIG] = fitting.settings_map()
         live_maps = {
-            name: undo.enter_context(_create(spec.maps[name], pin_path))
-            for name in spec.maps
-            if name in needed.maps
+            name: undo.enter_context(_create(found, pin_path, types.fd))
+            for name, found in map_specs.items()
         }
         fds = {name: live.fd for name, live in live_maps.items()}
         live_programs = {
-            name: undo.enter_context(_load(spec, spec.programs[name], fds))
-            for name in needed.programs
+            name: undo.enter_context(_load(spec, spec.programs[name], found, fds, types))
+            for name, found in fitted.items()
         }
         _fill(live_maps, {**fds, **{name: live.fd for name, live in live_programs.items()}})
         undo.pop_all()
@@ -136,13 +151,53 @@ def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
     return found
 
 
-def _create(spec: MapSpec, pin_path: Optional[descriptors.Path]) -> Map[Any, Any]:
+class Types:
+    """The object's types in the kernel, and its modules', as long as programs are loaded."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+        self._modules: dict[str, int] = {}
+        self._loaded: Optional[LoadedBtf] = None
+
+    def load(self, data: Optional[bytes]) -> None:
+        """Load the object's, as far as the kernel takes them."""
+        if data is not None:
+            self._loaded = btf_load.load(data)
+            if self._loaded is not None:
+                self._undo.callback(self._loaded.close)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the object's types, or 0."""
+        return self._loaded.fd if self._loaded else 0
+
+    def descriptor(self, btf: Btf) -> int:
+        """A descriptor of a module's types."""
+        if btf.name not in self._modules:
+            self._modules[btf.name] = btf_load.open_module(btf.name)
+            self._undo.callback(os.close, self._modules[btf.name])
+        return self._modules[btf.name]
+
+    def source_of(self, fitted: Fitted) -> SourceInfo:
+        """What the kernel takes of a program's source."""
+        if self._loaded is None or not self._loaded.functions:
+            return SourceInfo(at=fitted.source)
+        return SourceInfo(self.fd, fitted.functions, fitted.lines, fitted.source)
+
+    def __enter__(self) -> Types:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+
+def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) -> Map[Any, Any]:
     if spec.pinned and pin_path is not None:
-        return pins.open_or_create(spec, pin_path)
-    return maps.create(spec)
+        return pins.open_or_create(spec, pin_path, btf_fd=btf_fd)
+    return maps.create(spec, btf_fd=btf_fd)
 
 
-def _load(spec: ObjectSpec, program: ProgramSpec, fds: dict[str, int]) -> Program:
+def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
     if program.type == ProgType.UNSPEC:
         raise ObjectFileError(
             f"the name tells no program type (such as cgroup_skb/ingress); set that of"
@@ -150,13 +205,22 @@ def _load(spec: ObjectSpec, program: ProgramSpec, fds: dict[str, int]) -> Progra
             section=program.section,
             offset=program.function.key.offset,
         )
+    return fitting.fit(relocate.link(spec, program))
+
+
+def _load(
+    spec: ObjectSpec, program: ProgramSpec, fitted: Fitted, fds: dict[str, int], types: Types
+) -> Program:
     return programs.load(
-        relocate.resolve(relocate.link(spec, program), fds),
+        relocate.resolve(fitted.linked, fds),
         type=program.type,
         license=spec.license,
         name=program.name,
         expected_attach_type=program.expected_attach_type,
         flags=program.flags,
+        source=types.source_of(fitted),
+        modules=fitted.modules,
+        poisoned=fitted.poisoned,
     )
 
 

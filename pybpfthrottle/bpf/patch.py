@@ -6,6 +6,7 @@ Source: Documentation/bpf/standardization/instruction-set.rst of the kernel.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.core import Answer
@@ -13,7 +14,6 @@ from pybpfthrottle.bpf.core import Answer
 # No helper has such a number, so the verifier refuses a program that reaches the call; the number
 # less this one tells which of the program's poisoned instructions it was. bpftool users know it.
 POISON = 195896080
-MAX_POISONED = 1 << 20
 
 _CLASS, _SOURCE_REGISTER = 0x07, 0x08
 _LD, _LDX, _ST, _STX, _ALU, _ALU64 = 0, 1, 2, 3, 4, 7
@@ -21,6 +21,18 @@ _SIZE = 0x18
 _SIZES = {4: 0x00, 2: 0x08, 1: 0x10, 8: 0x18}
 _MODE, _MEM, _MEMSX = 0xE0, 0x60, 0x80
 _MAX_OFFSET = (1 << 15) - 1
+
+
+class Poisoned(NamedTuple):
+    """What a poisoned instruction asked for: ``access`` such as "struct sock.gone".
+
+    ``local_type`` is the object's type that it did so by, empty for a function; ``question`` what
+    it wanted to know.
+    """
+
+    access: str
+    local_type: str
+    question: str
 
 
 class PatchError(ValueError):

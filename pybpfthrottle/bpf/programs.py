@@ -5,17 +5,24 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import Iterator, NamedTuple, Optional
+import re
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.maps import legal_name
+from pybpfthrottle.bpf.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
-from pybpfthrottle.errors import ProgramLoadError, VerifierError
+from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
 
 _FIRST_LOG_BYTES = 1 << 16
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
 _TRIES = 5
+_SOURCE_FIELDS = (
+    *("prog_btf_fd", "func_info_rec_size", "func_info", "func_info_cnt"),
+    *("line_info_rec_size", "line_info", "line_info_cnt"),
+)
+_POISONED = re.compile(rf"unknown#({str(POISON)[:3]}\d+)")
 
 
 class ProgramInfo(NamedTuple):
@@ -87,6 +94,19 @@ class Program:
         return f"<Program {self.name!r} {self.type.name} fd={self.fd}>"
 
 
+class SourceInfo(NamedTuple):
+    """What an object says of a program's source, in the BTF behind ``btf_fd``.
+
+    ``functions`` and ``lines`` are struct bpf_func_info and bpf_line_info. ``at`` tells the line
+    of an instruction.
+    """
+
+    btf_fd: int = 0
+    functions: bytes = b""
+    lines: bytes = b""
+    at: Callable[[int], Optional[str]] = lambda _: None
+
+
 def load(
     code: bytes,
     *,
@@ -95,12 +115,17 @@ def load(
     name: str = "",
     expected_attach_type: Optional[AttachType] = None,
     flags: int = 0,
+    source: SourceInfo = SourceInfo(),  # noqa: B008 (it never changes)
+    modules: Sequence[int] = (),
+    poisoned: Sequence[Poisoned] = (),
 ) -> Program:
     """Load instructions, in the byte order of this machine. Linux 4.10; man 2 bpf.
 
-    The expected attach type (Linux 4.17) and the name (4.15) are left out where the kernel knows
-    none. The verifier's log is asked for only after a refusal. Raises VerifierError with that log,
-    or ProgramLoadError.
+    What the source is (Linux 5.0), the expected attach type (4.17) and the name (4.15) are left
+    out where the kernel knows none. ``modules`` are descriptors of the types of modules whose
+    functions are called (5.16). The verifier's log is asked for only after a refusal. Raises
+    VerifierError with that log (UnresolvedError if the program reaches a ``poisoned``
+    instruction), or ProgramLoadError.
     """
     instructions = ctypes.create_string_buffer(code, len(code))
     license_buffer = ctypes.create_string_buffer(license.encode())
@@ -112,21 +137,58 @@ def load(
     attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)
     attr.prog_load.expected_attach_type = expected_attach_type or 0
+    descriptors = (ctypes.c_int32 * (len(modules) + 1))(0, *modules)
+    attr.prog_load.fd_array = ctypes.addressof(descriptors) if modules else 0
+    held = _describe_source(attr.prog_load, source)
     try:
         fd = _load_as_far_as_known(attr)
     except OSError as error:
-        raise _explained(error, attr, name) from error
+        raise _explained(error, attr, name, source, poisoned) from error
+    finally:
+        del held
     return Program(fd, name=name, type=type, expected_attach_type=expected_attach_type)
 
 
+def _describe_source(attr: abi.ProgLoad, source: SourceInfo) -> tuple[Any, Any]:
+    """Fill in what the source is; the answer is what has to live as long as the attr is used."""
+    functions = ctypes.create_string_buffer(source.functions, len(source.functions))
+    lines = ctypes.create_string_buffer(source.lines, len(source.lines))
+    if source.btf_fd and source.functions:
+        attr.prog_btf_fd = source.btf_fd
+        attr.func_info_rec_size = ctypes.sizeof(abi.FuncInfo)
+        attr.func_info_cnt = len(source.functions) // attr.func_info_rec_size
+        attr.func_info = ctypes.addressof(functions)
+        attr.line_info_rec_size = ctypes.sizeof(abi.LineInfo)
+        attr.line_info_cnt = len(source.lines) // attr.line_info_rec_size
+        attr.line_info = ctypes.addressof(lines)
+    return functions, lines
+
+
 def _load_as_far_as_known(attr: Attr) -> int:
-    """Load; where fields are not known to an older kernel (E2BIG), without them, newest first."""
+    """Load; what an older kernel may not know is left out where it refuses it, newest first.
+
+    Fields that it does not know are E2BIG; records of the source that it does not like are EINVAL,
+    as is much else.
+    """
     try:
         return _load(attr)
     except OSError as error:
-        if error.errno != errno.E2BIG:
+        if error.errno not in (errno.E2BIG, errno.EINVAL):
             raise
         first = error
+    wanted = Attr.from_buffer_copy(attr)
+    if attr.prog_load.prog_btf_fd:
+        for field in _SOURCE_FIELDS:
+            setattr(attr.prog_load, field, 0)
+        try:
+            return _load(attr)
+        except OSError as error:
+            if first.errno != errno.E2BIG or error.errno != errno.E2BIG:
+                # Without them it is no better: the log is to show the lines.
+                ctypes.pointer(attr)[0] = wanted
+                raise first from None
+    if first.errno != errno.E2BIG:
+        raise first
     for field, empty in (("expected_attach_type", 0), ("prog_name", b"")):
         if getattr(attr.prog_load, field) != empty:
             setattr(attr.prog_load, field, empty)
@@ -147,19 +209,51 @@ def _load(attr: Attr) -> int:
     return with_memlock(lambda: syscall.bpf(Cmd.PROG_LOAD, attr))
 
 
-def _explained(error: OSError, attr: Attr, name: str) -> ProgramLoadError:
+def _explained(
+    error: OSError, attr: Attr, name: str, source: SourceInfo, poisoned: Sequence[Poisoned]
+) -> ProgramLoadError:
     log = _verifier_log(attr)
     number = error.errno or 0
     what = f"cannot load the program {name!r}"
     if log:
+        line = source.at(failing_instruction(log))
+        place = f" ({line})" if line else ""
+        reached = _POISONED.search(log)
+        if reached and int(reached[1]) - POISON < len(poisoned):
+            return _unresolved(
+                f"{what}: {{}}{place}", poisoned[int(reached[1]) - POISON], number, log, line
+            )
         reason = telling_line(log)
         return VerifierError(
-            f"{what}: the kernel's verifier rejects it ({syscall.errno_name(number)}): {reason}",
+            f"{what}: the kernel's verifier rejects it ({syscall.errno_name(number)}):"
+            f" {reason}{place}",
             errno=number,
             reason=reason,
             log=log,
+            source=line,
         )
     return ProgramLoadError(f"{what}: {why_refused(error, 'BPF_PROG_LOAD')}", errno=number)
+
+
+def _unresolved(
+    message: str, reached: Poisoned, number: int, log: str, line: Optional[str]
+) -> UnresolvedError:
+    if reached.local_type:
+        reason = (
+            f"it needs {reached.access} ({reached.question} of the local type"
+            f" {reached.local_type!r}), which this kernel does not have or has in a form that the"
+            " instruction cannot read; ask with bpf_core_field_exists before it is reached"
+        )
+    else:
+        reason = f"it calls {reached.access}, which this kernel does not have"
+    return UnresolvedError(
+        message.format(reason),
+        *(reached.access, reached.local_type),
+        errno=number,
+        reason=reason,
+        log=log,
+        source=line,
+    )
 
 
 def _verifier_log(attr: Attr) -> str:
@@ -189,6 +283,13 @@ def telling_line(log: str) -> str:
         if line.strip() and not line.startswith(statistics):
             return line.strip()
     return ""
+
+
+def failing_instruction(log: str) -> int:
+    """The number of the instruction at which the verifier stopped; the first if it tells none."""
+    named = re.findall(r"\binsn (\d+)", telling_line(log))
+    seen = re.findall(r"^(\d+): \(", log, re.MULTILINE)
+    return int((named or seen or ["0"])[-1])
 
 
 def program_info(fd: int) -> ProgramInfo:

@@ -10,7 +10,7 @@ from made_types import Types
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, line_at
+from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.errors import ObjectFileError
 
 
@@ -25,6 +25,11 @@ def section(functions=b"", lines=b"", relocations=b"", *, header=32, magic=0xEB9
     places = [0, ends[0], ends[0], ends[1], ends[0] + ends[1], ends[2]]
     start = struct.pack("<HBBI", magic, 1, 0, header) + table(*places)
     return start[:header] + functions + lines + relocations
+
+
+def rows(found):
+    """The records by section, as plain lists."""
+    return {name: records.rows for name, records in found.items()}
 
 
 @pytest.fixture
@@ -46,23 +51,23 @@ def test_records_are_told_apart_by_section(strings):
         ),
         strings,
     )
-    assert found.functions == {"xdp": [FunctionInfo(0, 7), FunctionInfo(16, 8)]}
-    assert found.lines == {"xdp": [LineInfo(24, 1, 5, 3 << 10 | 9)]}
-    assert found.lines["xdp"][0].line == 3
+    assert rows(found.functions) == {"xdp": [FunctionInfo(0, 7), FunctionInfo(16, 8)]}
+    assert rows(found.lines) == {"xdp": [LineInfo(24, 1, 5, 3 << 10 | 9)]}
+    assert found.lines["xdp"].rows[0].line == 3
     wanted = CoreRelocation(8, 2, "0:1", CoreRelocationKind.ENUMVAL_VALUE)
-    assert found.relocations == {"xdp": [wanted]}
+    assert rows(found.relocations) == {"xdp": [wanted]}
 
 
 def test_records_may_have_grown(strings):
     """What a newer compiler adds to a record is passed over."""
     found = BtfExt(section(table(12, 1, 2, 0, 7, 99, 8, 8, 99)), strings)
-    assert found.functions == {"xdp": [FunctionInfo(0, 7), FunctionInfo(8, 8)]}
+    assert rows(found.functions) == {"xdp": [FunctionInfo(0, 7), FunctionInfo(8, 8)]}
 
 
 def test_a_section_may_be_named_twice(strings):
     """The records of a section that comes twice are joined."""
     found = BtfExt(section(table(8, 1, 1, 0, 7, 1, 1, 8, 9)), strings)
-    assert [record.type for record in found.functions["xdp"]] == [7, 9]
+    assert [record.type for record in found.functions["xdp"].rows] == [7, 9]
 
 
 def test_old_compilers_know_no_relocations(strings):
@@ -130,6 +135,8 @@ def test_any_types_are_read_or_refused(changes):
 def test_a_line_holds_until_the_next():
     """The line of an instruction is that of the last record before it."""
     lines = [LineInfo(8, 0, 0, 1), LineInfo(32, 0, 0, 2)]
-    assert [line_at(lines, offset) for offset in (0, 8, 24, 32, 80)] == [
+    records = Records(lines[::-1])
+    assert [records.last_at(offset) for offset in (0, 8, 24, 32, 80)] == [
         *(None, lines[0], lines[0], lines[1], lines[1])
     ]
+    assert records.between(8, 32) == lines[:1]
