@@ -8,7 +8,7 @@ from typing import Callable, NamedTuple, Optional
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 
-_CREATING = (Cmd.MAP_CREATE, Cmd.PROG_LOAD, Cmd.LINK_CREATE)
+_CREATING = (Cmd.MAP_CREATE, Cmd.PROG_LOAD, Cmd.BTF_LOAD, Cmd.LINK_CREATE)
 
 
 class Call(NamedTuple):

@@ -14,6 +14,7 @@ VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
 # How to tell each of the anonymous members of union bpf_attr; the others have the names given here.
 HAS_FIELD = {
+    "btf_load": "btf_log_buf",
     "map_create": "map_type",
     "map_elem": "map_fd",
     "prog_load": "prog_type",
