@@ -156,11 +156,17 @@ class Symbols:
     """Finds what an object declares in .ksyms. Raises ExternError for what does not fit."""
 
     def __init__(
-        self, btf: Btf, kernel: Callable[[], Kernel], address: Callable[[str], Optional[int]]
+        self,
+        btf: Btf,
+        kernel: Callable[[], Kernel],
+        *,
+        address: Callable[[str], Optional[int]],
+        is_symbol: Callable[[str], bool],
     ) -> None:
         self._btf = btf
         self._kernel = kernel
         self._address = address
+        self._is_symbol = is_symbol
 
     def find(self, extern: Extern) -> Union[Address, KernelId, None]:
         """Where the kernel has it, or None: it does not."""
@@ -171,7 +177,8 @@ class Symbols:
         if self._btf.resolve(declared.size_or_type).kind == Kind.VOID:
             address = self._address(extern.name)
             return None if address is None else Address(address)
-        return self._typed(extern, Kind.VAR)
+        # Without CONFIG_KALLSYMS_ALL the kernel has types of variables that it cannot find.
+        return self._typed(extern, Kind.VAR) if self._is_symbol(extern.name) else None
 
     def _typed(self, extern: Extern, kind: Kind) -> Optional[KernelId]:
         for btf, found in self._candidates(extern.name, kind):

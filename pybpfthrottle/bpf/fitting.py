@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
-from pybpfthrottle.bpf import abi, externs
+from pybpfthrottle.bpf import abi, externs, targets
 from pybpfthrottle.bpf.btf import Btf, Kind
 from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.bpf.btf_rewrite import loadable
@@ -22,6 +22,7 @@ from pybpfthrottle.bpf.specs import (
     MapSpec,
     ObjectSpec,
     Place,
+    ProgramSpec,
     SectionLayout,
 )
 from pybpfthrottle.errors import ObjectFileError
@@ -45,12 +46,18 @@ class KernelFacts(Protocol):
         """The address of a symbol."""
         ...
 
+    def has_symbol(self, name: str) -> bool:
+        """Whether there is a symbol of this name."""
+        ...
+
 
 class Fitted(NamedTuple):
     """A program for one kernel; ``poisoned`` are its instructions that must not be reached.
 
     ``modules`` are descriptors for fd_array. ``functions`` and ``lines`` are struct bpf_func_info
-    and bpf_line_info, empty where the object does not say all that the kernel wants.
+    and bpf_line_info, empty where the object does not say all that the kernel wants; ``source``
+    tells the line of an instruction. ``target`` is the function that it is loaded for: its type,
+    and the descriptor of its module's types.
     """
 
     linked: LinkedProgram
@@ -59,6 +66,7 @@ class Fitted(NamedTuple):
     functions: bytes = b""
     lines: bytes = b""
     source: Callable[[int], Optional[str]] = lambda _: None
+    target: tuple[int, int] = (0, 0)
 
 
 class Fitting:
@@ -76,14 +84,18 @@ class Fitting:
         self._btf = Btf(spec.btf) if spec.btf else None
         self._records = BtfExt(spec.btf_ext, self._btf) if self._btf and spec.btf_ext else None
 
-    def fit(self, linked: LinkedProgram) -> Fitted:
+    def fit(self, program: ProgramSpec, linked: LinkedProgram) -> Fitted:
         """Fit one program. Raises ObjectFileError, ExternError or AmbiguousTypeError."""
-        if self._btf is None:
-            return Fitted(linked)
-        work = _Program(self, linked)
-        work.answer()
-        work.find_externs()
-        return work.finished()
+        fitted = Fitted(linked)
+        if self._btf is not None:
+            work = _Program(self, linked)
+            work.answer()
+            work.find_externs()
+            fitted = work.finished()
+        if not targets.is_targeted(program):
+            return fitted
+        target = targets.find(program, self._kernel.types)
+        return fitted._replace(target=(target.type, self.descriptor(target.btf)))
 
     def loadable_types(self) -> Optional[bytes]:
         """The object's types for BPF_BTF_LOAD, if it has any."""
@@ -148,7 +160,12 @@ class Fitting:
     @cached_property
     def symbols(self) -> Symbols:
         """Finds the object's externs."""
-        return Symbols(self.btf, lambda: self._kernel.types, self._kernel.symbol)
+        kernel = self._kernel
+        return Symbols(
+            *(self.btf, lambda: kernel.types),
+            address=kernel.symbol,
+            is_symbol=kernel.has_symbol,
+        )
 
     def descriptor(self, btf: Btf) -> int:
         """A descriptor of a module's types; 0 for the kernel's own."""

@@ -62,6 +62,8 @@ def types_compatible(
     """Whether types whose names are equal already are of one kind, as are those they point to."""
     depth = _deeper(depth)
     ours, theirs = local.resolve(local_id), target.resolve(target_id)
+    if {ours.kind, theirs.kind} <= COMPOSITES | {Kind.FWD}:
+        return _struct_or_union(ours) == _struct_or_union(theirs)
     if not same_kind(ours, theirs):
         return False
     if ours.kind == Kind.INT:
@@ -75,7 +77,7 @@ def types_compatible(
             types_compatible(local, a, target, b, depth)
             for a, b in _signatures(local, ours, target, theirs)
         )
-    return ours.kind in COMPOSITES | ENUMS | {Kind.VOID, Kind.FWD, Kind.FLOAT}
+    return ours.kind in ENUMS | {Kind.VOID, Kind.FLOAT}
 
 
 def _signatures(local: Btf, ours: Type, target: Btf, theirs: Type) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from pybpfthrottle.bpf.btf_load import LoadedBtf
 from pybpfthrottle.bpf.externs import KCONFIG
 from pybpfthrottle.bpf.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.maps import U32, Map
-from pybpfthrottle.bpf.programs import Program, SourceInfo
+from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.variables import Memory, Variable
@@ -205,7 +205,7 @@ def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
             section=program.section,
             offset=program.function.key.offset,
         )
-    return fitting.fit(relocate.link(spec, program))
+    return fitting.fit(program, relocate.link(spec, program))
 
 
 def _load(
@@ -221,6 +221,7 @@ def _load(
         source=types.source_of(fitted),
         modules=fitted.modules,
         poisoned=fitted.poisoned,
+        target=AttachTarget(*fitted.target),
     )
 
 

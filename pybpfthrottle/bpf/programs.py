@@ -94,6 +94,13 @@ class Program:
         return f"<Program {self.name!r} {self.type.name} fd={self.fd}>"
 
 
+class AttachTarget(NamedTuple):
+    """The function that a program is loaded for: its type, of a module's BTF unless that is 0."""
+
+    btf_id: int = 0
+    btf_fd: int = 0
+
+
 class SourceInfo(NamedTuple):
     """What an object says of a program's source, in the BTF behind ``btf_fd``.
 
@@ -116,16 +123,17 @@ def load(
     expected_attach_type: Optional[AttachType] = None,
     flags: int = 0,
     source: SourceInfo = SourceInfo(),  # noqa: B008 (it never changes)
+    target: AttachTarget = AttachTarget(),  # noqa: B008
     modules: Sequence[int] = (),
     poisoned: Sequence[Poisoned] = (),
 ) -> Program:
     """Load instructions, in the byte order of this machine. Linux 4.10; man 2 bpf.
 
     What the source is (Linux 5.0), the expected attach type (4.17) and the name (4.15) are left
-    out where the kernel knows none. ``modules`` are descriptors of the types of modules whose
-    functions are called (5.16). The verifier's log is asked for only after a refusal. Raises
-    VerifierError with that log (UnresolvedError if the program reaches a ``poisoned``
-    instruction), or ProgramLoadError.
+    out where the kernel knows none. ``target`` is what a tracing program is loaded for (5.5).
+    ``modules`` are descriptors of the types of modules whose functions are called (5.16). The
+    verifier's log is asked for only after a refusal. Raises VerifierError with that log
+    (UnresolvedError if the program reaches a ``poisoned`` instruction), or ProgramLoadError.
     """
     instructions = ctypes.create_string_buffer(code, len(code))
     license_buffer = ctypes.create_string_buffer(license.encode())
@@ -137,6 +145,8 @@ def load(
     attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)
     attr.prog_load.expected_attach_type = expected_attach_type or 0
+    attr.prog_load.attach_btf_id = target.btf_id
+    attr.prog_load.attach_prog_fd = target.btf_fd
     descriptors = (ctypes.c_int32 * (len(modules) + 1))(0, *modules)
     attr.prog_load.fd_array = ctypes.addressof(descriptors) if modules else 0
     held = _describe_source(attr.prog_load, source)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Iterator, Mapping, Optional
 
-from pybpfthrottle.bpf.btf import Btf
+from pybpfthrottle.bpf.btf import Btf, Kind
 from pybpfthrottle.bpf.core import Kernel
 from pybpfthrottle.errors import ExternError
 
@@ -112,12 +112,21 @@ class RunningKernel:
             return str(version())
         if name == "LINUX_HAS_SYSCALL_WRAPPER":
             return "y" if self.has_syscall_wrapper() else "n"
+        if name == "LINUX_HAS_BPF_COOKIE":
+            return "y" if self.has_attach_cookie() else "n"
         return self.settings.get(name)
 
     def has_syscall_wrapper(self) -> bool:
         """Whether system calls' functions take a struct pt_regs (x86-64 since Linux 4.17)."""
         wrapper = _WRAPPERS.get(os.uname().machine)
         return wrapper is not None and any(self._lines_of(wrapper))
+
+    def has_attach_cookie(self) -> bool:
+        """Whether programs may ask for a cookie that they were attached with (Linux 5.15)."""
+        types = self.types.types
+        helpers = types.find(Kind.ENUM, "bpf_func_id")
+        names = (found.name for found in types.enumerators(helpers)) if helpers else ()
+        return "BPF_FUNC_get_attach_cookie" in names
 
     def symbol(self, name: str) -> Optional[int]:
         """The address of a symbol of the kernel or of a module, or None if there is none.
@@ -134,6 +143,10 @@ class RunningKernel:
                 " and sysctl kernel.kptr_restrict below 2"
             )
         return addresses.pop() if addresses else None
+
+    def has_symbol(self, name: str) -> bool:
+        """Whether there is a symbol of this name; so it is said where symbols are not told."""
+        return not self._kallsyms or any(self._lines_of(name))
 
     @cached_property
     def _kallsyms(self) -> bytes:
