@@ -6,6 +6,7 @@ Nothing else in the package knows pyelftools. No system calls.
 from __future__ import annotations
 
 import io
+import os
 from typing import Any, NamedTuple, Optional, Union
 
 from pybpfthrottle.errors import ObjectFileError
@@ -83,6 +84,24 @@ class Elf(NamedTuple):
         """The symbols in a section by their offsets, without that of the section itself."""
         found = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
         return sorted(found, key=lambda symbol: symbol.value)
+
+
+def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[bytes]:
+    """The bytes of one section of an ELF file for any machine, or None if it has none.
+
+    Only the section is read, however large the file is (a vmlinux is). Raises OSError, or
+    ObjectFileError.
+    """
+    from elftools.elf.elffile import ELFFile
+
+    with open(path, "rb") as file:
+        try:
+            section = ELFFile(file).get_section_by_name(name)
+            return None if section is None else bytes(section.data())
+        except OSError:
+            raise
+        except Exception as error:
+            raise ObjectFileError(f"{os.fspath(path)} is no sound ELF file: {error}") from error
 
 
 def read(data: bytes) -> Elf:

@@ -16,6 +16,7 @@ from typing import Iterator, Mapping, Optional
 
 from pybpfthrottle.bpf.btf import Btf, Kind
 from pybpfthrottle.bpf.core import Kernel
+from pybpfthrottle.bpf.elffile import stored_section
 from pybpfthrottle.errors import ExternError
 
 BTF_DIRECTORY = "/sys/kernel/btf"
@@ -50,8 +51,8 @@ def version() -> int:
 
 def version_code(release: str) -> int:
     """The number of a release such as "5.4.0-42-generic"."""
-    numbers = [int(part) for part in re.findall(r"\d+", release)[:3]]
-    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    major, minor, patch = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
     return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
 
 
@@ -202,16 +203,9 @@ def _types(path: str) -> Btf:
     """Types of the kernel, which stay what they are while it runs."""
     with open(path, "rb") as file:
         if file.read(4) == b"\x7fELF":
-            return Btf(_section_of_elf(path))
+            data = stored_section(path, ".BTF")
+            if data is None:
+                raise ExternError(f"{path} has no section .BTF")
+            return Btf(data)
         file.seek(0)
         return Btf(file.read())
-
-
-def _section_of_elf(path: str) -> bytes:
-    from elftools.elf.elffile import ELFFile
-
-    with open(path, "rb") as file:
-        section = ELFFile(file).get_section_by_name(".BTF")
-        if section is None:
-            raise ExternError(f"{path} has no section .BTF")
-        return bytes(section.data())

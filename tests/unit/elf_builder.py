@@ -148,9 +148,8 @@ class BtfBuilder:
 
     def add(self, kind: int, name: str = "", *, size=0, vlen=0, flag=False, tail=()) -> int:
         """Add a type; ``tail`` is what follows struct btf_type: numbers, or names to be stored."""
-        self._types += struct.pack(
-            self.order + "3I", self._strings.add(name), flag << 31 | kind << 24 | vlen, size
-        )
+        name_at = self._strings.add(name) if isinstance(name, str) else name
+        self._types += struct.pack(self.order + "3I", name_at, flag << 31 | kind << 24 | vlen, size)
         for item in tail:
             number = self._strings.add(item) if isinstance(item, str) else item
             self._types += struct.pack(self.order + "I", number)

@@ -61,3 +61,45 @@ class Types(BtfBuilder):
     def btf(self):
         """The types as they are read."""
         return Btf(self.build())
+
+    def func(self, name, proto, linkage=1):
+        """A function."""
+        return self.add(Kind.FUNC, name, size=proto, vlen=linkage)
+
+    def var(self, name, of, linkage=1):
+        """A variable."""
+        return self.add(Kind.VAR, name, size=of, tail=(linkage,))
+
+    def datasec(self, name, *variables, size=0):
+        """A section of data; variables are (id, offset, size)."""
+        tail = [part for variable in variables for part in variable]
+        return self.add(Kind.DATASEC, name, size=size, vlen=len(variables), tail=tail)
+
+
+class SplitTypes(Types):
+    """Types of a module, which go on from those of the kernel."""
+
+    def __init__(self, base):
+        super().__init__(base.byteorder)
+        self.base = base
+        self._strings.data = b""
+        self._first_string = base.string_bytes
+        self._count = base.count - 1
+
+    def add(self, kind, name="", *, size=0, vlen=0, flag=False, tail=()):
+        """Add a type; strings that the base has not are the module's own."""
+        return super().add(
+            kind,
+            self._place(name),
+            size=size,
+            vlen=vlen,
+            flag=flag,
+            tail=[self._place(item) if isinstance(item, str) else item for item in tail],
+        )
+
+    def _place(self, text):
+        return self._first_string + self._strings.add(text) if text else 0
+
+    def btf(self, name="module"):
+        """The types as they are read."""
+        return Btf(self.build(), base=self.base, name=name)

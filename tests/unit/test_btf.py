@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from elf_builder import BtfBuilder
+from made_types import SplitTypes, Types
 
 from pybpfthrottle.bpf.btf import Btf, Kind, Member, Variable
 from pybpfthrottle.errors import ObjectFileError
@@ -191,3 +192,55 @@ def test_a_type_that_is_not_there_is_named(types):
     """The id of a type that does not exist is refused with its number."""
     with pytest.raises(ObjectFileError, match="no type 5"):
         Btf(types.build()).type(5)
+
+
+def test_flavours_are_found_with_their_type(types):
+    """Types are found by name, and with their flavours if these are asked for."""
+    for name in ("task", "task___old", "task_struct", "a_task", "task___"):
+        types.add(Kind.STRUCT, name, size=4)
+    btf = Btf(types.build())
+    assert [found.id for found in btf.named("task")] == [1]
+    assert [found.id for found in btf.named("task", flavours=True)] == [1, 2, 5]
+    assert list(btf.named("tas")) == []
+
+
+def test_types_without_a_name_have_the_empty_one(types):
+    """Looking for the empty name finds what has none."""
+    types.add(Kind.STRUCT, "s", size=4)
+    types.add(Kind.UNION, size=4)
+    assert [found.id for found in Btf(types.build()).named("")] == [2]
+
+
+def test_enumerators_have_signs_and_widths(types):
+    """The flag of an enum tells that its values have a sign."""
+    types.add(Kind.ENUM, "u", size=4, vlen=1, tail=("A", 0xFFFFFFFF))
+    types.add(Kind.ENUM, "s", size=4, vlen=1, flag=True, tail=("A", 0xFFFFFFFF))
+    types.add(Kind.ENUM64, "w", size=8, vlen=1, tail=("A", 1, 1 << 31))
+    types.add(Kind.ENUM64, "x", size=8, vlen=1, flag=True, tail=("A", 0, 1 << 31))
+    btf = Btf(types.build())
+    values = [next(btf.enumerators(btf.type(number))).value for number in range(1, 5)]
+    assert values == [0xFFFFFFFF, -1, 1 << 63 | 1, -(1 << 63)]
+
+
+def test_a_module_goes_on_where_the_kernel_ends():
+    """The types of a module have ids and names behind the kernel's, and may refer to them."""
+    kernel = Types()
+    number = kernel.int()
+    kernel.struct("shared", 4, ("a", number, 0))
+    base = kernel.btf()
+    module = SplitTypes(base)
+    own = module.struct("own", 8, ("x", number, 0), ("y", 2, 4))
+    module.struct("shared", 12)
+    btf = module.btf()
+    assert own == base.count == 3
+    assert [found.name for found in btf.types] == ["", "int", "shared", "own", "shared"]
+    assert list(btf.members(btf.type(own))) == [Member("x", 1, 0), Member("y", 2, 32)]
+    assert btf.size(own) == 8
+    assert list(btf.members(btf.type(2))) == [Member("a", 1, 0)]
+    assert [found.id for found in btf.named("shared")] == [2, 4]
+
+
+def test_a_long_name_is_cut_off(types):
+    """A name costs no more memory than 1024 bytes, however long it is."""
+    types.add(Kind.STRUCT, "x" * 5000, size=4)
+    assert Btf(types.build()).type(1).name == "x" * 1024
