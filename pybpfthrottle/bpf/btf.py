@@ -290,13 +290,11 @@ class Btf:
             if not self.base:
                 yield 0
             return
-        follows_at = len(name) + 1
-        at = self._strings.find(b"\0" + name)
-        while at >= 0:
-            follows = self._strings[at + follows_at : at + follows_at + 3]
-            if follows[:1] == b"\0" or (flavours and follows == b"___"):
+        for wanted in (b"\0%b\0" % name, *([b"\0%b___" % name] if flavours else [])):
+            at = self._strings.find(wanted)
+            while at >= 0:
                 yield self._first_string + at
-            at = self._strings.find(b"\0" + name, at + 1)
+                at = self._strings.find(wanted, at + 1)
 
     def _indexes_named(self, offset: int) -> Iterator[int]:
         wanted = struct.pack("=I", offset)

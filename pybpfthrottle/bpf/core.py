@@ -5,7 +5,6 @@ Source: Documentation/bpf/llvm_reloc.rst of the kernel, and enum bpf_core_relo_k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
@@ -210,8 +209,7 @@ def _find_enumerator(local: Access, target: Btf, root: int) -> Optional[Access]:
     return None
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a load of a field begins, and its width; a bit field is loaded as an integer."""
 
     byte_offset: int

@@ -167,9 +167,16 @@ class Symbols:
         self._kernel = kernel
         self._address = address
         self._is_symbol = is_symbol
+        self._found: dict[int, Union[Address, KernelId, None]] = {}
 
     def find(self, extern: Extern) -> Union[Address, KernelId, None]:
         """Where the kernel has it, or None: it does not."""
+        key = extern.declared.id
+        if key not in self._found:
+            self._found[key] = self._find(extern)
+        return self._found[key]
+
+    def _find(self, extern: Extern) -> Union[Address, KernelId, None]:
         declared = extern.declared
         if declared.kind == Kind.FUNC:
             return self._typed(extern, Kind.FUNC)

@@ -19,7 +19,7 @@ _CLASS, _SOURCE_REGISTER = 0x07, 0x08
 _LD, _LDX, _ST, _STX, _ALU, _ALU64 = 0, 1, 2, 3, 4, 7
 _SIZE = 0x18
 _SIZES = {4: 0x00, 2: 0x08, 1: 0x10, 8: 0x18}
-_MODE, _MEM, _MEMSX = 0xE0, 0x60, 0x80
+_MODE, _MEM = 0xE0, 0x60
 _MAX_OFFSET = (1 << 15) - 1
 
 
@@ -128,6 +128,6 @@ class Instructions:
     def _resize(self, at: int, size: int) -> None:
         """Change the number of bytes that a load or store moves."""
         code = self._code[at]
-        if size not in _SIZES or code & _MODE not in (_MEM, _MEMSX):
+        if size not in _SIZES or code & _MODE != _MEM:
             raise PatchError(f"no load or store moves {size} bytes")
         self._code[at] = code & ~_SIZE | _SIZES[size]

@@ -5,7 +5,6 @@ No system call of bpf(2), and nothing is read before it is asked for.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import struct
@@ -168,7 +167,8 @@ class RunningKernel:
         """
         path = self.types_path or os.path.join(self.directory, _VMLINUX)
         try:
-            return Kernel(_types(path), lambda: self.modules)
+            own = not self.types_path and self.directory == BTF_DIRECTORY
+            return Kernel(_own_types() if own else _types(path), lambda: self.modules)
         except OSError as error:
             raise ExternError(
                 f"the kernel's types cannot be read ({error}); they need CONFIG_DEBUG_INFO_BTF,"
@@ -194,13 +194,19 @@ def _settings(path: str) -> Mapping[str, str]:
     with open(path, "rb") as file:
         data = file.read()
     if data[:2] == b"\x1f\x8b":
+        import gzip  # which few objects need, and all would wait for
+
         data = gzip.decompress(data)
     return dict(re.findall(r"^(CONFIG_\w+)=(.*)$", data.decode("utf-8", "replace"), re.MULTILINE))
 
 
 @cache
+def _own_types() -> Btf:
+    """The types of the running kernel, which stay what they are."""
+    return _types(os.path.join(BTF_DIRECTORY, _VMLINUX))
+
+
 def _types(path: str) -> Btf:
-    """Types of the kernel, which stay what they are while it runs."""
     with open(path, "rb") as file:
         if file.read(4) == b"\x7fELF":
             data = stored_section(path, ".BTF")

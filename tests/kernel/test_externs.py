@@ -75,6 +75,13 @@ def test_the_wrapper_of_system_calls_is_found_without_tracefs(settings):
     assert settings["wrapper"] == bool(re.search(r" __\w+_sys_bpf$", text, re.MULTILINE))
 
 
+def test_helpers_are_known_by_the_kernels_types():
+    """LINUX_HAS_BPF_COOKIE tells whether the helper is among those of the kernel's types."""
+    with open("/sys/kernel/btf/vmlinux", "rb") as file:
+        wanted = b"\0BPF_FUNC_get_attach_cookie\0" in file.read()
+    assert RunningKernel().setting("LINUX_HAS_BPF_COOKIE") == ("y" if wanted else "n")
+
+
 def test_a_configuration_may_be_given(spec, tmp_path):
     """The settings of a given file are used in place of the kernel's."""
     path = tmp_path / "config"
