@@ -7,13 +7,13 @@ and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of lib
 from __future__ import annotations
 
 import re
-from typing import Callable, Iterator, NamedTuple, Optional, Union
+from typing import Callable, Container, Iterator, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.btf import ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.core import Kernel
 from pybpfthrottle.bpf.flavours import essential, types_compatible
-from pybpfthrottle.bpf.specs import MapSpec
+from pybpfthrottle.bpf.specs import MapSpec, Place, SectionLayout
 from pybpfthrottle.errors import ExternError, ObjectFileError
 
 KCONFIG = ".kconfig"
@@ -46,58 +46,51 @@ def externs(btf: Btf) -> dict[str, Extern]:
     return found
 
 
-def kconfig_offsets(btf: Btf, found: dict[str, Extern]) -> dict[str, int]:
-    """Where each setting lies in the map of settings."""
-    offsets, end = {}, 0
+def kconfig_layout(btf: Btf, found: dict[str, Extern]) -> SectionLayout:
+    """Where each setting lies in the map of settings; the compiler leaves that open."""
+    places, end = {}, 0
     for name, extern in found.items():
         if extern.section == KCONFIG:
-            offsets[name] = end
-            size = btf.size(extern.declared.size_or_type)
-            end += -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
+            place = Place(
+                -(-end // _ALIGNMENT) * _ALIGNMENT, btf.size(extern.declared.size_or_type)
+            )
+            places[name] = place
+            end = place.offset + place.size
         if end > _MAX_SETTINGS_BYTES:
             raise ObjectFileError("the settings are too large", section=KCONFIG)
-    return offsets
-
-
-def kconfig_bytes(btf: Btf, found: dict[str, Extern]) -> int:
-    """The size of the map of settings."""
-    offsets = kconfig_offsets(btf, found)
-    return max(
-        (end + btf.size(found[name].declared.size_or_type) for name, end in offsets.items()),
-        default=0,
-    )
+    return SectionLayout(end, places)
 
 
 def kconfig_map(
     btf: Btf,
     found: dict[str, Extern],
-    weak: Callable[[str], bool],
+    weak: Container[str],
     setting: Callable[[str], Optional[str]],
 ) -> MapSpec:
     """The map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
-    offsets = kconfig_offsets(btf, found)
-    contents = b""
-    for name, offset in offsets.items():
-        type_id = found[name].declared.size_or_type
+    layout = kconfig_layout(btf, found)
+    contents = bytearray(layout.size)
+    for name, (offset, size) in layout.places.items():
         text = setting(found[name].name)
         if text is not None:
-            value = encode_setting(btf, type_id, name, text)
-        elif weak(name):
-            value = bytes(btf.size(type_id))
-        else:
+            type_id = found[name].declared.size_or_type
+            contents[offset : offset + size] = encode_setting(btf, type_id, name, text)
+        elif name not in weak:
             raise ExternError(
                 f"this kernel's configuration has no {name}; declare it __weak if it may be missing"
             )
-        contents = contents.ljust(offset, b"\0") + value
+    datasec = btf.find(Kind.DATASEC, KCONFIG)
     return MapSpec(
         KCONFIG,
         abi.MapType.ARRAY,
         key_size=4,
-        value_size=len(contents),
+        value_size=layout.size,
         max_entries=1,
         flags=abi.BPF_F_MMAPABLE | abi.BPF_F_RDONLY_PROG,
-        contents=contents,
+        contents=bytes(contents),
         frozen=True,
+        value_type=datasec.id if datasec else 0,
+        section=KCONFIG,
     )
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi, externs, targets
-from pybpfthrottle.bpf.btf import Btf, Kind
+from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.bpf.btf_rewrite import loadable
 from pybpfthrottle.bpf.core import Kernel, Resolver, describe
@@ -21,7 +21,6 @@ from pybpfthrottle.bpf.specs import (
     MapReference,
     MapSpec,
     ObjectSpec,
-    Place,
     ProgramSpec,
     SectionLayout,
 )
@@ -101,22 +100,18 @@ class Fitting:
         """The object's types for BPF_BTF_LOAD, if it has any."""
         if self._btf is None:
             return None
-        layouts = {**self._spec.layouts, **self._kconfig_layout}
+        layouts = {**self._spec.layouts, externs.KCONFIG: self.settings_layout}
         return loadable(self._btf, layouts, self._spec.hidden)
 
     def settings_map(self) -> MapSpec:
         """The map of the settings that the object asks for."""
-        btf = self.btf
         weak = {
             reference.name
             for function in self._spec.functions.values()
             for reference in function.extern_references
             if reference.weak
         }
-        found = externs.kconfig_map(btf, self.externs, weak.__contains__, self._kernel.setting)
-        datasec = btf.find(Kind.DATASEC, externs.KCONFIG)
-        found.value_type = datasec.id if datasec else 0
-        return found
+        return externs.kconfig_map(self.btf, self.externs, weak, self._kernel.setting)
 
     @property
     def btf(self) -> Btf:
@@ -136,21 +131,9 @@ class Fitting:
         return externs.externs(self.btf)
 
     @cached_property
-    def kconfig_offsets(self) -> dict[str, int]:
+    def settings_layout(self) -> SectionLayout:
         """Where settings lie in their map."""
-        return externs.kconfig_offsets(self.btf, self.externs)
-
-    @property
-    def _kconfig_layout(self) -> dict[str, SectionLayout]:
-        places = {
-            name: Place(offset, self.btf.size(self.externs[name].declared.size_or_type))
-            for name, offset in self.kconfig_offsets.items()
-        }
-        if not places:
-            return {}
-        return {
-            externs.KCONFIG: SectionLayout(externs.kconfig_bytes(self.btf, self.externs), places)
-        }
+        return externs.kconfig_layout(self.btf, self.externs)
 
     @cached_property
     def resolver(self) -> Resolver:
@@ -227,8 +210,8 @@ class _Program:
     def _put(self, reference: ExternReference, extern: Extern) -> None:
         at = reference.offset
         if extern.section == externs.KCONFIG:
-            offset = self._fitting.kconfig_offsets[reference.name]
-            self._settings.append(MapReference(at, externs.KCONFIG, offset))
+            place = self._fitting.settings_layout.places[reference.name]
+            self._settings.append(MapReference(at, externs.KCONFIG, place.offset))
             return
         found = self._fitting.symbols.find(extern)
         if found is None and not reference.weak:
