@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import ExitStack
 from typing import Optional
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.btf_rewrite import CONCESSIONS, conceding
 from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.errors import ExternError
@@ -39,6 +41,44 @@ class LoadedBtf:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ObjectTypes:
+    """An object's types in the kernel, and those of modules that it needs, while it is loaded."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+        self._modules: dict[str, int] = {}
+        self._loaded: Optional[LoadedBtf] = None
+
+    def load(self, data: Optional[bytes]) -> None:
+        """Load the object's, as far as the kernel takes them."""
+        self._loaded = load(data) if data is not None else None
+        if self._loaded is not None:
+            self._undo.callback(self._loaded.close)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the object's types, or 0."""
+        return self._loaded.fd if self._loaded else 0
+
+    @property
+    def functions(self) -> bool:
+        """Whether programs may refer to the types of their functions."""
+        return self._loaded is not None and self._loaded.functions
+
+    def descriptor(self, module: Btf) -> int:
+        """A descriptor of a module's types. Raises OSError or ExternError."""
+        if module.name not in self._modules:
+            self._modules[module.name] = open_module(module.name)
+            self._undo.callback(os.close, self._modules[module.name])
+        return self._modules[module.name]
+
+    def __enter__(self) -> ObjectTypes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
 
 
 def load(data: bytes) -> Optional[LoadedBtf]:

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi, externs, targets
+from pybpfthrottle.bpf.accesses import describe
 from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.bpf.btf_rewrite import loadable
-from pybpfthrottle.bpf.core import Kernel, Resolver, describe
+from pybpfthrottle.bpf.core import Kernel, Resolver
 from pybpfthrottle.bpf.externs import Address, Extern, KernelId, Symbols
 from pybpfthrottle.bpf.patch import Instructions, PatchError, Poisoned
 from pybpfthrottle.bpf.relocate import LinkedProgram, Placed

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from contextlib import ExitStack
 from typing import Any, Iterable, NamedTuple, Optional
 
-from pybpfthrottle.bpf import btf_load, descriptors, maps, pins, programs, relocate
+from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
 from pybpfthrottle.bpf.abi import MapType, ProgType
-from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.btf_load import LoadedBtf
+from pybpfthrottle.bpf.btf_load import ObjectTypes
 from pybpfthrottle.bpf.externs import KCONFIG
 from pybpfthrottle.bpf.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.maps import U32, Map
@@ -101,7 +99,7 @@ def load(
             f" this one is {sys.byteorder}-endian"
         )
     needed = _needed(spec, select)
-    with ExitStack() as undo, Types() as types:
+    with ExitStack() as undo, ObjectTypes() as types:
         fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
         types.load(fitting.loadable_types())
         fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
@@ -151,44 +149,11 @@ def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
     return found
 
 
-class Types:
-    """The object's types in the kernel, and its modules', as long as programs are loaded."""
-
-    def __init__(self) -> None:
-        self._undo = ExitStack()
-        self._modules: dict[str, int] = {}
-        self._loaded: Optional[LoadedBtf] = None
-
-    def load(self, data: Optional[bytes]) -> None:
-        """Load the object's, as far as the kernel takes them."""
-        if data is not None:
-            self._loaded = btf_load.load(data)
-            if self._loaded is not None:
-                self._undo.callback(self._loaded.close)
-
-    @property
-    def fd(self) -> int:
-        """The descriptor of the object's types, or 0."""
-        return self._loaded.fd if self._loaded else 0
-
-    def descriptor(self, btf: Btf) -> int:
-        """A descriptor of a module's types."""
-        if btf.name not in self._modules:
-            self._modules[btf.name] = btf_load.open_module(btf.name)
-            self._undo.callback(os.close, self._modules[btf.name])
-        return self._modules[btf.name]
-
-    def source_of(self, fitted: Fitted) -> SourceInfo:
-        """What the kernel takes of a program's source."""
-        if self._loaded is None or not self._loaded.functions:
-            return SourceInfo(at=fitted.source)
-        return SourceInfo(self.fd, fitted.functions, fitted.lines, fitted.source)
-
-    def __enter__(self) -> Types:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._undo.close()
+def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:
+    """What the kernel takes of a program's source."""
+    if not types.functions:
+        return SourceInfo(at=fitted.source)
+    return SourceInfo(types.fd, fitted.functions, fitted.lines, fitted.source)
 
 
 def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) -> Map[Any, Any]:
@@ -209,7 +174,7 @@ def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
 
 
 def _load(
-    spec: ObjectSpec, program: ProgramSpec, fitted: Fitted, fds: dict[str, int], types: Types
+    spec: ObjectSpec, program: ProgramSpec, fitted: Fitted, fds: dict[str, int], types: ObjectTypes
 ) -> Program:
     return programs.load(
         relocate.resolve(fitted.linked, fds),
@@ -218,7 +183,7 @@ def _load(
         name=program.name,
         expected_attach_type=program.expected_attach_type,
         flags=program.flags,
-        source=types.source_of(fitted),
+        source=_source(fitted, types),
         modules=fitted.modules,
         poisoned=fitted.poisoned,
         target=AttachTarget(*fitted.target),

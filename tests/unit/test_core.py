@@ -8,8 +8,9 @@ import pytest
 from made_types import Types
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind as K
+from pybpfthrottle.bpf.accesses import describe
 from pybpfthrottle.bpf.btf_ext import CoreRelocation
-from pybpfthrottle.bpf.core import Answer, Kernel, Load, Resolver, describe
+from pybpfthrottle.bpf.core import Answer, Kernel, Load, Resolver
 from pybpfthrottle.bpf.patch import POISON, Instructions, PatchError
 from pybpfthrottle.errors import AmbiguousTypeError, ObjectFileError
 
