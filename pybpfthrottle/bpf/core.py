@@ -137,8 +137,8 @@ def _is_checked(local: Access, kind: CoreRelocationKind) -> bool:
     """Compilers keep their promise of the old value but for these."""
     if kind in (_K.FIELD_BYTE_OFFSET, _K.FIELD_BYTE_SIZE, _K.FIELD_LSHIFT_U64):
         return not local.last.bits
-    # Linkers that merge types renumber them; enumerators changed their sign with clang 15.
-    return kind not in (_K.TYPE_ID_LOCAL, _K.TYPE_ID_TARGET, _K.ENUMVAL_VALUE)
+    # Linkers that merge types renumber them; clang 15 was the first to tell the signs of enums.
+    return kind not in (_K.TYPE_ID_LOCAL, _K.TYPE_ID_TARGET, _K.FIELD_SIGNED, _K.ENUMVAL_VALUE)
 
 
 def _load(local: Access, target: Access) -> Optional[Load]:

@@ -22,7 +22,7 @@ _SOURCE_FIELDS = (
     *("prog_btf_fd", "func_info_rec_size", "func_info", "func_info_cnt"),
     *("line_info_rec_size", "line_info", "line_info_cnt"),
 )
-_POISONED = re.compile(rf"unknown#({str(POISON)[:3]}\d+)")
+_UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
 
 
 class ProgramInfo(NamedTuple):
@@ -183,31 +183,34 @@ def _load_as_far_as_known(attr: Attr) -> int:
     try:
         return _load(attr)
     except OSError as error:
-        if error.errno not in (errno.E2BIG, errno.EINVAL):
+        if error.errno == errno.EINVAL and attr.prog_load.prog_btf_fd:
+            return _load_without_source(attr, error)
+        if error.errno != errno.E2BIG:
             raise
         first = error
-    wanted = Attr.from_buffer_copy(attr)
-    if attr.prog_load.prog_btf_fd:
-        for field in _SOURCE_FIELDS:
-            setattr(attr.prog_load, field, 0)
-        try:
-            return _load(attr)
-        except OSError as error:
-            if first.errno != errno.E2BIG or error.errno != errno.E2BIG:
-                # Without them it is no better: the log is to show the lines.
-                ctypes.pointer(attr)[0] = wanted
-                raise first from None
-    if first.errno != errno.E2BIG:
-        raise first
-    for field, empty in (("expected_attach_type", 0), ("prog_name", b"")):
-        if getattr(attr.prog_load, field) != empty:
-            setattr(attr.prog_load, field, empty)
+    for fields in (_SOURCE_FIELDS, ("expected_attach_type",), ("prog_name",)):
+        if any(getattr(attr.prog_load, field) for field in fields):
+            for field in fields:
+                setattr(attr.prog_load, field, b"" if field == "prog_name" else 0)
             try:
                 return _load(attr)
             except OSError as error:
                 if error.errno != errno.E2BIG:
                     raise
     raise first
+
+
+def _load_without_source(attr: Attr, refusal: OSError) -> int:
+    """Load without the records of the source; if that is no better, they help to explain it."""
+    kept = {field: getattr(attr.prog_load, field) for field in _SOURCE_FIELDS}
+    for field in kept:
+        setattr(attr.prog_load, field, 0)
+    try:
+        return _load(attr)
+    except OSError:
+        for field, value in kept.items():
+            setattr(attr.prog_load, field, value)
+        raise refusal from None
 
 
 def _load(attr: Attr) -> int:
@@ -227,16 +230,13 @@ def _explained(
     what = f"cannot load the program {name!r}"
     if log:
         line = source.at(failing_instruction(log))
-        place = f" ({line})" if line else ""
-        reached = _POISONED.search(log)
-        if reached and int(reached[1]) - POISON < len(poisoned):
-            return _unresolved(
-                f"{what}: {{}}{place}", poisoned[int(reached[1]) - POISON], number, log, line
-            )
+        reached = _reached(log, poisoned)
+        if reached is not None:
+            return _unresolved(what, reached, number, log, line)
         reason = telling_line(log)
         return VerifierError(
             f"{what}: the kernel's verifier rejects it ({syscall.errno_name(number)}):"
-            f" {reason}{place}",
+            f" {reason}{_in_brackets(line)}",
             errno=number,
             reason=reason,
             log=log,
@@ -245,8 +245,19 @@ def _explained(
     return ProgramLoadError(f"{what}: {why_refused(error, 'BPF_PROG_LOAD')}", errno=number)
 
 
+def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:
+    """The poisoned instruction that the verifier reached, if it is one that it speaks of."""
+    found = _UNKNOWN_HELPER.search(log)
+    number = int(found[1]) - POISON if found else -1
+    return poisoned[number] if 0 <= number < len(poisoned) else None
+
+
+def _in_brackets(line: Optional[str]) -> str:
+    return f" ({line})" if line else ""
+
+
 def _unresolved(
-    message: str, reached: Poisoned, number: int, log: str, line: Optional[str]
+    what: str, reached: Poisoned, number: int, log: str, line: Optional[str]
 ) -> UnresolvedError:
     if reached.local_type:
         reason = (
@@ -257,7 +268,7 @@ def _unresolved(
     else:
         reason = f"it calls {reached.access}, which this kernel does not have"
     return UnresolvedError(
-        message.format(reason),
+        f"{what}: {reason}{_in_brackets(line)}",
         *(reached.access, reached.local_type),
         errno=number,
         reason=reason,
