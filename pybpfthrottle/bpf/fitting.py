@@ -5,6 +5,7 @@ It also brings along what the object says of its source, for the kernel and for 
 
 from __future__ import annotations
 
+import ctypes
 from functools import cached_property
 from typing import Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
@@ -265,10 +266,10 @@ class _Program:
             return b""
         found = b""
         for placed in self._linked.placed:
-            for at, row in within(records.functions, placed):
-                found += bytes(abi.FuncInfo(at // abi.INSN_BYTES, row.type))
-                break
-        whole = len(self._linked.placed) * len(bytes(abi.FuncInfo()))
+            first = next(within(records.functions, placed), None)
+            if first is not None and first[0] == placed.start:
+                found += bytes(abi.FuncInfo(placed.start // abi.INSN_BYTES, first[1].type))
+        whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
         return found if len(found) == whole else b""
 
     def _lines(self) -> bytes:

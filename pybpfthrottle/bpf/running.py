@@ -123,7 +123,10 @@ class RunningKernel:
 
     def has_attach_cookie(self) -> bool:
         """Whether programs may ask for a cookie that they were attached with (Linux 5.15)."""
-        types = self.types.types
+        try:
+            types = self.types.types
+        except ExternError:
+            return False
         helpers = types.find(Kind.ENUM, "bpf_func_id")
         names = (found.name for found in types.enumerators(helpers)) if helpers else ()
         return "BPF_FUNC_get_attach_cookie" in names
@@ -185,7 +188,8 @@ class RunningKernel:
             return ()
         found = []
         for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
-            with open(os.path.join(self.directory, name), "rb") as file:
+            # A module may be unloaded in the meantime.
+            with suppress(FileNotFoundError), open(f"{self.directory}/{name}", "rb") as file:
                 found.append(Btf(file.read(), base=self.types.types, name=name))
         return tuple(found)
 
