@@ -13,7 +13,7 @@ from pybpfthrottle import process
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.links import AttachMode, LinkInfo
-from pybpfthrottle.bpf.programs import ProgramInfo
+from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.bpf.syscall import ENOTSUPP
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError

@@ -22,9 +22,10 @@ from pybpfthrottle.backends.records import (
     ThrottleStats,
 )
 from pybpfthrottle.bpf import features, loader, privileges
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
-from pybpfthrottle.bpf.maps import U32, Map, StructureCodec
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError, Error, ThrottleError

@@ -14,8 +14,9 @@ from pybpfthrottle import process
 from pybpfthrottle.backends.attach import ATTACH_TYPES
 from pybpfthrottle.backends.records import THROTTLE_MAGIC, ThrottleConfig
 from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.maps import RAW, U32, Map
-from pybpfthrottle.bpf.programs import ProgramInfo
+from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.limits import Direction
@@ -77,11 +78,12 @@ def remove_all() -> list[Leftover]:
 
 
 def _our_programs() -> Iterator[ProgramInfo]:
-    for program_id in programs.all_ids():
-        with suppress(OSError):  # it may end in between
-            info = programs.info_by_id(program_id)
-            if info.name.startswith(PROGRAM_PREFIX):
-                yield info
+    with suppress(OSError):  # they may not be seen
+        for program_id in programs.all_ids():
+            with suppress(OSError):  # it may end in between
+                info = programs.info_by_id(program_id)
+                if info.name.startswith(PROGRAM_PREFIX):
+                    yield info
 
 
 def _direction(info: ProgramInfo) -> Direction:
@@ -135,15 +137,12 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
     """Whether it could be detached: a link that a child has inherited cannot."""
     cgroup_fd = cgroup.open()
     try:
-        program_fd = programs.open_by_id(leftover.program_id)
-        try:
-            links.detach(program_fd, cgroup_fd, ATTACH_TYPES[leftover.direction])
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            return False
-        finally:
-            os.close(program_fd)
+        with programs.open_by_id(leftover.program_id) as program:
+            links.detach(program.fd, cgroup_fd, ATTACH_TYPES[leftover.direction])
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
     finally:
         os.close(cgroup_fd)
     return True

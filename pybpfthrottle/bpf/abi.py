@@ -214,15 +214,36 @@ class CoreRelocationKind(IntEnum):
     TYPE_MATCHES = 12
 
 
+class LinkType(IntEnum):
+    """enum bpf_link_type."""
+
+    UNSPEC = 0
+    RAW_TRACEPOINT = 1
+    TRACING = 2
+    CGROUP = 3
+    ITER = 4
+    NETNS = 5
+    XDP = 6
+    PERF_EVENT = 7
+    KPROBE_MULTI = 8
+    STRUCT_OPS = 9
+    NETFILTER = 10
+    TCX = 11
+    UPROBE_MULTI = 12
+    NETKIT = 13
+    SOCKMAP = 14
+
+
 # Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of them.
 BPF_F_ALLOW_OVERRIDE = 1 << 0
 BPF_F_ALLOW_MULTI = 1 << 1
 BPF_F_REPLACE = 1 << 2
 
-BPF_LINK_TYPE_CGROUP = 3
-
 # Flags of BPF_PROG_QUERY.
 BPF_F_QUERY_EFFECTIVE = 1 << 0
+
+# Flags of BPF_MAP_UPDATE_ELEM.
+BPF_NOEXIST = 1
 
 # Flags of BPF_PROG_LOAD.
 BPF_F_SLEEPABLE = 1 << 4
@@ -233,6 +254,17 @@ BPF_F_NO_PREALLOC = 1 << 0
 BPF_F_NUMA_NODE = 1 << 2
 BPF_F_RDONLY_PROG = 1 << 7
 BPF_F_MMAPABLE = 1 << 10
+
+# What BPF_ENABLE_STATS enables.
+BPF_STATS_RUN_TIME = 0
+
+# Flags of BPF_PROG_TEST_RUN.
+BPF_F_TEST_RUN_ON_CPU = 1 << 0
+
+# Words of a ring buffer's record header.
+BPF_RINGBUF_BUSY_BIT = 1 << 31
+BPF_RINGBUF_DISCARD_BIT = 1 << 30
+BPF_RINGBUF_HDR_SZ = 8
 
 # What src_reg of BPF_LD | BPF_IMM | BPF_DW and of BPF_JMP | BPF_CALL means.
 BPF_PSEUDO_MAP_FD = 1
@@ -283,6 +315,21 @@ class MapElem(ctypes.Structure):
         ("_pad", c_uint32),
         ("key", c_uint64),
         ("value", c_uint64),
+        ("flags", c_uint64),
+    )
+
+
+class MapBatch(ctypes.Structure):
+    """BPF_MAP_*_BATCH. The batches are where to go on: a key, or four bytes of a hash."""
+
+    _fields_ = (
+        ("in_batch", c_uint64),
+        ("out_batch", c_uint64),
+        ("keys", c_uint64),
+        ("values", c_uint64),
+        ("count", c_uint32),
+        ("map_fd", c_uint32),
+        ("elem_flags", c_uint64),
         ("flags", c_uint64),
     )
 
@@ -407,8 +454,19 @@ class ProgQuery(ctypes.Structure):
     )
 
 
+class RawTracepointOpen(ctypes.Structure):
+    """BPF_RAW_TRACEPOINT_OPEN."""
+
+    _fields_ = (
+        ("name", c_uint64),
+        ("prog_fd", c_uint32),
+        ("_pad", c_uint32),
+        ("cookie", c_uint64),
+    )
+
+
 class LinkCreate(ctypes.Structure):
-    """BPF_LINK_CREATE."""
+    """BPF_LINK_CREATE. ``target_fd`` is an interface's index where a program attaches to one."""
 
     _fields_ = (
         ("prog_fd", c_uint32),
@@ -416,6 +474,29 @@ class LinkCreate(ctypes.Structure):
         ("attach_type", c_uint32),
         ("flags", c_uint32),
     )
+
+
+class LinkUpdate(ctypes.Structure):
+    """BPF_LINK_UPDATE."""
+
+    _fields_ = (
+        ("link_fd", c_uint32),
+        ("new_prog_fd", c_uint32),
+        ("flags", c_uint32),
+        ("old_prog_fd", c_uint32),
+    )
+
+
+class LinkDetach(ctypes.Structure):
+    """BPF_LINK_DETACH."""
+
+    _fields_ = (("link_fd", c_uint32),)
+
+
+class EnableStats(ctypes.Structure):
+    """BPF_ENABLE_STATS."""
+
+    _fields_ = (("type", c_uint32),)
 
 
 class Attr(ctypes.Union):
@@ -427,6 +508,7 @@ class Attr(ctypes.Union):
     _fields_ = (
         ("map_create", MapCreate),
         ("map_elem", MapElem),
+        ("batch", MapBatch),
         ("prog_load", ProgLoad),
         ("obj_pin", ObjPin),
         ("prog_attach", ProgAttach),
@@ -434,13 +516,17 @@ class Attr(ctypes.Union):
         ("get_id", GetId),
         ("info", InfoByFd),
         ("query", ProgQuery),
+        ("raw_tracepoint", RawTracepointOpen),
         ("btf_load", BtfLoad),
         ("link_create", LinkCreate),
+        ("link_update", LinkUpdate),
+        ("link_detach", LinkDetach),
+        ("enable_stats", EnableStats),
     )
 
 
 class ProgInfo(ctypes.Structure):
-    """struct bpf_prog_info, up to what Linux 4.15 fills in and a little more."""
+    """struct bpf_prog_info."""
 
     _fields_ = (
         ("type", c_uint32),
@@ -459,6 +545,28 @@ class ProgInfo(ctypes.Structure):
         ("gpl_compatible", c_uint32, 1),
         ("netns_dev", c_uint64),
         ("netns_ino", c_uint64),
+        ("nr_jited_ksyms", c_uint32),
+        ("nr_jited_func_lens", c_uint32),
+        ("jited_ksyms", c_uint64),
+        ("jited_func_lens", c_uint64),
+        ("btf_id", c_uint32),
+        ("func_info_rec_size", c_uint32),
+        ("func_info", c_uint64),
+        ("nr_func_info", c_uint32),
+        ("nr_line_info", c_uint32),
+        ("line_info", c_uint64),
+        ("jited_line_info", c_uint64),
+        ("nr_jited_line_info", c_uint32),
+        ("line_info_rec_size", c_uint32),
+        ("jited_line_info_rec_size", c_uint32),
+        ("nr_prog_tags", c_uint32),
+        ("prog_tags", c_uint64),
+        ("run_time_ns", c_uint64),
+        ("run_cnt", c_uint64),
+        ("recursion_misses", c_uint64),
+        ("verified_insns", c_uint32),
+        ("attach_btf_obj_id", c_uint32),
+        ("attach_btf_id", c_uint32),
     )
 
 
@@ -498,16 +606,69 @@ class BtfInfo(ctypes.Structure):
     )
 
 
+class RawTracepointLinkInfo(ctypes.Structure):
+    """bpf_link_info.raw_tracepoint."""
+
+    _fields_ = (("tp_name", c_uint64), ("tp_name_len", c_uint32))
+
+
+class TracingLinkInfo(ctypes.Structure):
+    """bpf_link_info.tracing."""
+
+    _fields_ = (
+        ("attach_type", c_uint32),
+        ("target_obj_id", c_uint32),
+        ("target_btf_id", c_uint32),
+    )
+
+
+class CgroupLinkInfo(ctypes.Structure):
+    """bpf_link_info.cgroup."""
+
+    _fields_ = (("cgroup_id", c_uint64), ("attach_type", c_uint32))
+
+
+class NetnsLinkInfo(ctypes.Structure):
+    """bpf_link_info.netns."""
+
+    _fields_ = (("netns_ino", c_uint32), ("attach_type", c_uint32))
+
+
+class XdpLinkInfo(ctypes.Structure):
+    """bpf_link_info.xdp."""
+
+    _fields_ = (("ifindex", c_uint32),)
+
+
+class TcxLinkInfo(ctypes.Structure):
+    """bpf_link_info.tcx, and .netkit."""
+
+    _fields_ = (("ifindex", c_uint32), ("attach_type", c_uint32))
+
+
+class LinkDetails(ctypes.Union):
+    """What struct bpf_link_info says for a type of link."""
+
+    _fields_ = (
+        ("raw_tracepoint", RawTracepointLinkInfo),
+        ("tracing", TracingLinkInfo),
+        ("cgroup", CgroupLinkInfo),
+        ("netns", NetnsLinkInfo),
+        ("xdp", XdpLinkInfo),
+        ("tcx", TcxLinkInfo),
+        ("netkit", TcxLinkInfo),
+    )
+
+
 class LinkInfo(ctypes.Structure):
-    """struct bpf_link_info of a cgroup link."""
+    """struct bpf_link_info."""
 
     _fields_ = (
         ("type", c_uint32),
         ("id", c_uint32),
         ("prog_id", c_uint32),
         ("_pad", c_uint32),
-        ("cgroup_id", c_uint64),
-        ("attach_type", c_uint32),
+        ("details", LinkDetails),
     )
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Optional
 
-from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf import btf_objects, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.btf_rewrite import CONCESSIONS, conceding
 from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.errors import ExternError
 
-_MODULE_NAME_BYTES = 64
 # What kernels say of types that they do not know.
 _UNKNOWN = (errno.EINVAL, errno.E2BIG, errno.ENOTSUP, syscall.ENOTSUPP)
 
@@ -115,28 +114,8 @@ def open_module(name: str) -> int:
 
     Linux 5.11; needs CAP_SYS_ADMIN. Raises ExternError for a module without types.
     """
-    for btf_id in syscall.ids(Cmd.BTF_GET_NEXT_ID):
-        attr = Attr()
-        attr.get_id.id = btf_id
-        fd = syscall.bpf(Cmd.BTF_GET_FD_BY_ID, attr)
-        try:
-            found = _name(fd) == name
-        except BaseException:
-            os.close(fd)
-            raise
-        if found:
-            return fd
-        os.close(fd)
+    with suppress(OSError):
+        for btf_id in btf_objects.all_ids():
+            if btf_objects.info_by_id(btf_id).name == name:
+                return descriptors.by_id(Cmd.BTF_GET_FD_BY_ID, btf_id)
     raise ExternError(f"the types of module {name!r} cannot be opened; that needs CAP_SYS_ADMIN")
-
-
-def _name(fd: int) -> str:
-    """The name of a kernel's or module's types; empty for a program's."""
-    buffer = ctypes.create_string_buffer(_MODULE_NAME_BYTES)
-    info = abi.BtfInfo(name=ctypes.addressof(buffer), name_len=_MODULE_NAME_BYTES)
-    attr = Attr()
-    attr.info.bpf_fd = fd
-    attr.info.info_len = ctypes.sizeof(info)
-    attr.info.info = ctypes.addressof(info)
-    syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
-    return buffer.value.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Attaching programs to cgroups: by link, by the legacy call, and asking what is attached."""
+"""Attaching programs: by link, to cgroups by the legacy call, and asking what is attached."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import errno
 import os
 from contextlib import suppress
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Protocol
+from typing import Iterator, NamedTuple, Optional, Protocol
 
-from pybpfthrottle.bpf import abi, syscall
-from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
+from pybpfthrottle.bpf import abi, descriptors, syscall
+from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, LinkType
 from pybpfthrottle.bpf.programs import Program
+
+_NAME_BYTES = 256  # more than any tracepoint's name has
 
 
 class AttachMode(IntEnum):
@@ -45,10 +47,47 @@ class Link:
         self.fd = fd
 
     def detach(self) -> None:
-        """Close the link."""
+        """Close the link: the program is detached unless the link is pinned or another has it."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def force_detach(self) -> None:
+        """Detach the program whoever else has the link, which stays but does nothing. Linux 5.9.
+
+        Raises OSError: EOPNOTSUPP for a type of link that cannot.
+        """
+        attr = Attr()
+        attr.link_detach.link_fd = self.fd
+        syscall.bpf(Cmd.LINK_DETACH, attr)
+
+    def update(self, program: Program, *, instead_of: Optional[Program] = None) -> None:
+        """Put another program in the old one's place, as one step. Linux 5.7.
+
+        Only if it is ``instead_of``, where that is given. Raises OSError: EPERM if it is another,
+        ENOLINK if the link was detached, EINVAL for a program of another kind.
+        """
+        attr = Attr()
+        attr.link_update.link_fd = self.fd
+        attr.link_update.new_prog_fd = program.fd
+        if instead_of is not None:
+            attr.link_update.old_prog_fd = instead_of.fd
+            attr.link_update.flags = abi.BPF_F_REPLACE
+        syscall.bpf(Cmd.LINK_UPDATE, attr)
+
+    def info(self) -> LinkInfo:
+        """What the kernel says of it. Linux 5.8."""
+        return link_info(self.fd)
+
+    def pin(self, path: descriptors.Path) -> None:
+        """Give it a name in a bpf file system: it stays until that is unlinked. Linux 5.7."""
+        descriptors.pin(self.fd, path)
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     def __repr__(self) -> str:
         return f"<Link fd={self.fd}>"
@@ -106,16 +145,40 @@ class Attached(NamedTuple):
     program_ids: tuple[int, ...]
 
 
-def create_link(program: Program, cgroup_fd: int, attach_type: AttachType) -> Link:
+def create_link(program: Program, target: int, attach_type: AttachType) -> Link:
     """Attach by link, beside whatever else is attached. Linux 5.7. Raises OSError.
 
-    The flags are always 0: each of the legacy call's flags is EINVAL here on every kernel.
+    ``target`` is a descriptor of a cgroup or a network namespace; for XDP (Linux 5.9), TCX (6.6)
+    and NETKIT (6.7) the index of an interface. The flags are always 0: for a cgroup each of the
+    legacy call's flags is EINVAL on every kernel.
     """
     attr = Attr()
     attr.link_create.prog_fd = program.fd
-    attr.link_create.target_fd = cgroup_fd
+    attr.link_create.target_fd = target
     attr.link_create.attach_type = attach_type
     return Link(syscall.bpf(Cmd.LINK_CREATE, attr))
+
+
+def attach_raw_tracepoint(program: Program, name: str = "") -> Link:
+    """Attach to a raw tracepoint; with no name, where a TRACING or LSM program says. Linux 4.17.
+
+    Raises OSError: ENOENT for a tracepoint that is not there.
+    """
+    buffer = ctypes.create_string_buffer(name.encode())
+    attr = Attr()
+    attr.raw_tracepoint.name = ctypes.addressof(buffer) if name else 0
+    attr.raw_tracepoint.prog_fd = program.fd
+    return Link(syscall.bpf(Cmd.RAW_TRACEPOINT_OPEN, attr))
+
+
+def open_by_id(link_id: int) -> Link:
+    """A link of the system by its id. Linux 5.8, needs CAP_SYS_ADMIN. Raises OSError."""
+    return Link(descriptors.by_id(Cmd.LINK_GET_FD_BY_ID, link_id))
+
+
+def open_pinned(path: descriptors.Path) -> Link:
+    """A pinned link. Linux 5.7. Raises OSError."""
+    return Link(descriptors.open_pinned(path, "bpf-link"))
 
 
 def attach_legacy(
@@ -174,12 +237,64 @@ def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -
 
 
 class LinkInfo(NamedTuple):
-    """What the kernel says of a link to a cgroup."""
+    """What the kernel says of a link. What a type of link does not have is 0 or "".
+
+    ``type`` is a LinkType or a newer kernel's number; ``target`` names what it is attached to
+    where that is a raw tracepoint; ``target_object_id`` and ``target_btf_id`` say it of TRACING.
+    """
 
     id: int
+    type: int
     program_id: int
-    cgroup_id: int
-    attach_type: int
+    attach_type: int = 0
+    cgroup_id: int = 0
+    netns_inode: int = 0
+    ifindex: int = 0
+    target: str = ""
+    target_object_id: int = 0
+    target_btf_id: int = 0
+
+
+def link_info(fd: int) -> LinkInfo:
+    """What the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
+    info = descriptors.fill_info(fd, abi.LinkInfo())
+    found = LinkInfo(info.id, info.type, info.prog_id)
+    details = info.details
+    if info.type == LinkType.CGROUP:
+        own = details.cgroup
+        return found._replace(attach_type=own.attach_type, cgroup_id=own.cgroup_id)
+    if info.type == LinkType.NETNS:
+        own = details.netns
+        return found._replace(attach_type=own.attach_type, netns_inode=own.netns_ino)
+    if info.type == LinkType.XDP:
+        return found._replace(attach_type=AttachType.XDP, ifindex=details.xdp.ifindex)
+    if info.type in (LinkType.TCX, LinkType.NETKIT):
+        own = details.tcx
+        return found._replace(attach_type=own.attach_type, ifindex=own.ifindex)
+    if info.type == LinkType.TRACING:
+        own = details.tracing
+        return found._replace(
+            attach_type=own.attach_type,
+            target_object_id=own.target_obj_id,
+            target_btf_id=own.target_btf_id,
+        )
+    if info.type == LinkType.RAW_TRACEPOINT:
+        return found._replace(target=_tracepoint(fd))
+    return found
+
+
+def _tracepoint(fd: int) -> str:
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    info = abi.LinkInfo()
+    info.details.raw_tracepoint.tp_name = ctypes.addressof(name)
+    info.details.raw_tracepoint.tp_name_len = len(name)
+    descriptors.fill_info(fd, info)
+    return name.value.decode("utf-8", "replace")
+
+
+def all_ids() -> Iterator[int]:
+    """The ids of all links of the machine. Linux 5.8; needs CAP_SYS_ADMIN. Raises OSError."""
+    return syscall.all_ids(Cmd.LINK_GET_NEXT_ID)
 
 
 def all_links() -> Iterator[LinkInfo]:
@@ -187,24 +302,10 @@ def all_links() -> Iterator[LinkInfo]:
 
     Linux 5.8; needs CAP_SYS_ADMIN.
     """
-    for link_id in syscall.ids(Cmd.LINK_GET_NEXT_ID):
-        with suppress(OSError):  # one may end in between
-            info = _link_info(link_id)
-            if info.type == abi.BPF_LINK_TYPE_CGROUP:
-                yield LinkInfo(info.id, info.prog_id, info.cgroup_id, info.attach_type)
-
-
-def _link_info(link_id: int) -> abi.LinkInfo:
-    attr = Attr()
-    attr.get_id.id = link_id
-    fd = syscall.bpf(Cmd.LINK_GET_FD_BY_ID, attr)
-    try:
-        info = abi.LinkInfo()
-        attr = Attr()
-        attr.info.bpf_fd = fd
-        attr.info.info_len = ctypes.sizeof(info)
-        attr.info.info = ctypes.addressof(info)
-        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
-        return info
-    finally:
-        os.close(fd)
+    with suppress(OSError):
+        for link_id in all_ids():
+            with suppress(OSError):  # one may end in between
+                with open_by_id(link_id) as link:
+                    info = link.info()
+                if info.type == LinkType.CGROUP:
+                    yield info

@@ -10,9 +10,10 @@ from typing import Any, Iterable, NamedTuple, Optional
 from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.btf_load import ObjectTypes
+from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.externs import KCONFIG
 from pybpfthrottle.bpf.fitting import Fitted, Fitting
-from pybpfthrottle.bpf.maps import U32, Map
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.specs import MapSpec, ObjectSpec, ProgramSpec

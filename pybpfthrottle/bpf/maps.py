@@ -7,20 +7,21 @@ import errno
 import mmap
 import os
 import re
-import struct
-from collections.abc import MutableMapping
-from typing import Any, Generic, Iterator, Optional, Protocol, TypeVar, cast
+from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
+from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
 
-from pybpfthrottle.bpf import abi, corrections, syscall
+from pybpfthrottle.bpf import abi, batch, btf_objects, corrections, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.bpf.btf import Btf
+from pybpfthrottle.bpf.btf_values import BtfCodec
+from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, codec_for
+from pybpfthrottle.bpf.elements import Elements
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import MapCreateError
 
 K = TypeVar("K")
 V = TypeVar("V")
-T = TypeVar("T")
-S = TypeVar("S", bound=ctypes.Structure)
 
 _PER_CPU = (
     MapType.PERCPU_HASH,
@@ -31,92 +32,36 @@ _PER_CPU = (
 _MAX_CPUS = 8192  # CONFIG_NR_CPUS_RANGE_END of the largest configurations
 
 
-class Codec(Protocol[T]):
-    """How keys or values of type T are bytes of a map."""
+class MapInfo(NamedTuple):
+    """What the kernel says of a map. ``memory_bytes`` is 0 where /proc does not tell.
 
-    def encode(self, value: T) -> bytes:
-        """The bytes of a value."""
-        ...
+    The types are ids in the BTF with id ``btf_id``, 0 where there is none.
+    """
 
-    def decode(self, data: bytes) -> T:
-        """The value of bytes."""
-        ...
-
-
-class RawCodec:
-    """bytes as they are."""
-
-    def encode(self, value: bytes) -> bytes:
-        """The bytes of a value."""
-        return bytes(value)
-
-    def decode(self, data: bytes) -> bytes:
-        """The value of bytes."""
-        return data
-
-
-class FormatCodec:
-    """One number, by its letter in the struct module, in the byte order of this machine."""
-
-    def __init__(self, letter: str) -> None:
-        self._struct = struct.Struct("=" + letter)
-
-    def encode(self, value: int) -> bytes:
-        """The bytes of a value."""
-        return self._struct.pack(value)
-
-    def decode(self, data: bytes) -> int:
-        """The value of bytes."""
-        return cast(int, self._struct.unpack(data)[0])
-
-
-class StructureCodec(Generic[S]):
-    """A ctypes.Structure."""
-
-    def __init__(self, structure: type[S]) -> None:
-        self._structure = structure
-
-    def encode(self, value: S) -> bytes:
-        """The bytes of a value."""
-        return bytes(value)
-
-    def decode(self, data: bytes) -> S:
-        """The value of bytes."""
-        return self._structure.from_buffer_copy(data)
-
-
-class PerCpuCodec(Generic[T]):
-    """A list with one value for each possible CPU; the kernel pads each to eight bytes."""
-
-    def __init__(self, codec: Codec[T], value_size: int, cpus: int) -> None:
-        self._codec = codec
-        self._size = value_size
-        self._stride = (value_size + 7) // 8 * 8
-        self._cpus = cpus
-
-    def encode(self, value: list[T]) -> bytes:
-        """The bytes of a value."""
-        if len(value) != self._cpus:
-            raise ValueError(f"{self._cpus} values are needed, one a CPU, not {len(value)}")
-        return b"".join(self._codec.encode(item).ljust(self._stride, b"\0") for item in value)
-
-    def decode(self, data: bytes) -> list[T]:
-        """The value of bytes."""
-        return [
-            self._codec.decode(data[at : at + self._size])
-            for at in range(0, len(data), self._stride)
-        ]
-
-
-U32: Codec[int] = FormatCodec("I")
-RAW: Codec[bytes] = RawCodec()
+    id: int
+    name: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    ifindex: int
+    btf_id: int
+    key_type_id: int
+    value_type_id: int
+    extra: int
+    memory_bytes: int
+    frozen: bool
 
 
 class Map(MutableMapping[K, V]):
     """A map that this process has open, as a dict; ``close`` or ``with`` ends it.
 
     The values of a per-CPU map are lists with one value for each possible CPU. Elements of an
-    array cannot be deleted. Linux 4.10; source: man 2 bpf.
+    array cannot be deleted. The values of a map of maps or programs are written as descriptors and
+    read as ids. ``items``, ``values``, ``update`` and ``clear`` use batches where the kernel has
+    them. Programs may change the map at any time: one command is one step, two are not.
+    Linux 4.10; source: man 2 bpf.
     """
 
     def __init__(self, fd: int, spec: MapSpec, key: Codec[K], value: Codec[V]) -> None:
@@ -128,47 +73,113 @@ class Map(MutableMapping[K, V]):
         if spec.type in _PER_CPU:
             self._value_bytes = (spec.value_size + 7) // 8 * 8 * possible_cpus()
 
-    def typed(self, key: Codec[Any], value: Codec[T]) -> Map[Any, Any]:
+    @property
+    def elements(self) -> Elements:
+        """Its elements as bytes."""
+        return Elements(self.fd, self.spec.key_size, self._value_bytes)
+
+    def typed(self, key: CodecLike, value: CodecLike) -> Map[Any, Any]:
         """The same map, by the same descriptor, with other codecs; this one stays its owner.
 
-        For a per-CPU map ``value`` is the codec of one CPU's value.
+        A codec is given as ``codecs.codec_for`` takes it; for a per-CPU map ``value`` is that of
+        one CPU's value.
         """
+        value = codec_for(value, self.spec.value_size)
+        key = codec_for(key, self.spec.key_size)
         return Map(self.fd, self.spec, key, _value_codec(self.spec, value))
 
+    def typed_by_btf(self) -> Map[Any, Any]:
+        """The same map with keys and values as its BTF describes them, structs as dicts.
+
+        Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
+        """
+        info = self.info()
+        if not info.value_type_id:
+            raise LookupError(f"map {self.spec.name!r} has no BTF")
+        types = Btf(btf_objects.data_by_id(info.btf_id))
+        # A data section's map has one element, and no type for its number.
+        key = BtfCodec(types, info.key_type_id) if info.key_type_id else U32
+        return self.typed(key, BtfCodec(types, info.value_type_id))
+
     def __getitem__(self, key: K) -> V:
-        value = ctypes.create_string_buffer(self._value_bytes)
         try:
-            self._do(Cmd.MAP_LOOKUP_ELEM, self._key_buffer(key), value)
+            data = self.elements.lookup(self._key.encode(key))
         except FileNotFoundError:
             raise KeyError(key) from None
-        return self._value.decode(value.raw)
+        return self._value.decode(data)
 
     def __setitem__(self, key: K, value: V) -> None:
-        data = self._value.encode(value)
-        if len(data) != self._value_bytes:
-            raise ValueError(f"{len(data)} bytes do not make a value of {self._value_bytes}")
-        buffer = ctypes.create_string_buffer(data, len(data))
-        self._do(Cmd.MAP_UPDATE_ELEM, self._key_buffer(key), buffer)
+        self.elements.update(self._key.encode(key), self._value.encode(value))
 
     def __delitem__(self, key: K) -> None:
         try:
-            self._do(Cmd.MAP_DELETE_ELEM, self._key_buffer(key), None)
+            self.elements.delete(self._key.encode(key))
         except FileNotFoundError:
             raise KeyError(key) from None
 
     def __iter__(self) -> Iterator[K]:
-        previous: Any = None
-        following = ctypes.create_string_buffer(self.spec.key_size)
-        while True:
-            try:
-                self._do(Cmd.MAP_GET_NEXT_KEY, previous, following)
-            except FileNotFoundError:
-                return
-            yield self._key.decode(following.raw)
-            previous = ctypes.create_string_buffer(following.raw, self.spec.key_size)
+        return map(self._key.decode, batch.keys(self.elements))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def setdefault(self, key: K, default: Any = None) -> Any:
+        """The value of a key, after adding ``default`` if there was none, as one step."""
+        data = self._value.encode(default)
+        try:
+            self.elements.update(self._key.encode(key), data, abi.BPF_NOEXIST)
+        except FileExistsError:
+            return self[key]
+        return default
+
+    def lookup_and_delete(self, key: K) -> V:
+        """Take an element out, as one step. Hashes Linux 5.14. Raises KeyError, or OSError.
+
+        What the kernel refuses (EINVAL, ENOTSUPP) is not done in two steps, as ``pop`` does it: a
+        change between them would be lost.
+        """
+        try:
+            data = self.elements.lookup_and_delete(self._key.encode(key))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        return self._value.decode(data)
+
+    def items(self) -> ItemsView[K, V]:
+        """Its keys and values, read in batches."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        """Its values, read in batches."""
+        return _Values(self)
+
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Set or add elements in batches; takes what a dict takes. Those before an error stay."""
+        pairs = [*(other.items() if isinstance(other, Mapping) else other), *more.items()]
+        encode_key, encode_value = self._key.encode, self._value.encode
+        batch.update(self.elements, ((encode_key(k), encode_value(v)) for k, v in pairs))
+
+    def delete_batch(self, keys: Iterable[K]) -> int:
+        """Delete elements and tell how many; keys that are missing are passed over."""
+        return batch.delete(self.elements, map(self._key.encode, keys))
+
+    def clear(self) -> None:
+        """Delete all elements that are there now."""
+        batch.delete(self.elements, list(batch.keys(self.elements)))
+
+    def drain(self) -> Iterator[tuple[K, V]]:
+        """Take all elements out, each as one step: no change of a program's is lost.
+
+        Hashes Linux 5.6. Raises OSError (EINVAL, ENOTSUPP) where the kernel cannot.
+        """
+        return self._decoded(batch.drain(self.elements))
+
+    def info(self) -> MapInfo:
+        """What the kernel says of it. Linux 4.13."""
+        return map_info(self.fd)
+
+    def pin(self, path: descriptors.Path) -> None:
+        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        descriptors.pin(self.fd, path)
 
     def freeze(self) -> None:
         """Let this and no other process change it through system calls any more. Linux 5.2."""
@@ -196,18 +207,28 @@ class Map(MutableMapping[K, V]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    def _key_buffer(self, key: K) -> Any:
-        data = self._key.encode(key)
-        if len(data) != self.spec.key_size:
-            raise ValueError(f"{len(data)} bytes do not make a key of {self.spec.key_size}")
-        return ctypes.create_string_buffer(data, len(data))
+    def _decoded(self, pairs: Iterable[batch.Pair]) -> Iterator[tuple[K, V]]:
+        return ((self._key.decode(key), self._value.decode(value)) for key, value in pairs)
 
-    def _do(self, cmd: Cmd, key: Any, value: Any) -> None:
-        attr = Attr()
-        attr.map_elem.map_fd = self.fd
-        attr.map_elem.key = 0 if key is None else ctypes.addressof(key)
-        attr.map_elem.value = 0 if value is None else ctypes.addressof(value)
-        syscall.bpf(cmd, attr)
+
+class _Items(ItemsView[K, V]):
+    """Unlike the view of a plain mapping it never meets a key that was deleted meanwhile."""
+
+    def __init__(self, of: Map[K, V]) -> None:
+        super().__init__(of)
+        self._map = of
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        return self._map._decoded(batch.items(self._map.elements))
+
+
+class _Values(ValuesView[V]):
+    def __init__(self, of: Map[Any, V]) -> None:
+        super().__init__(of)
+        self._map = of
+
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in self._map.items())
 
 
 def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
@@ -247,26 +268,57 @@ def open_by_id(map_id: int) -> Map[Any, Any]:
 
     Raises OSError.
     """
-    attr = Attr()
-    attr.get_id.id = map_id
-    fd = syscall.bpf(Cmd.MAP_GET_FD_BY_ID, attr)
-    info = abi.MapInfo()
-    attr = Attr()
-    attr.info.bpf_fd = fd
-    attr.info.info_len = ctypes.sizeof(info)
-    attr.info.info = ctypes.addressof(info)
+    return _opened(descriptors.by_id(Cmd.MAP_GET_FD_BY_ID, map_id))
+
+
+def open_pinned(path: descriptors.Path) -> Map[Any, Any]:
+    """A pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
+    return _opened(descriptors.open_pinned(path, "bpf-map"))
+
+
+def all_ids() -> Iterator[int]:
+    """The ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    return syscall.all_ids(Cmd.MAP_GET_NEXT_ID)
+
+
+def map_info(fd: int) -> MapInfo:
+    """What the kernel says of the map behind a descriptor. Linux 4.13; names 4.15, BTF 4.18."""
+    info = descriptors.fill_info(fd, abi.MapInfo())
+    more = descriptors.fdinfo(fd)
+    return MapInfo(
+        id=info.id,
+        name=info.name.decode("ascii", "replace"),
+        type=info.type,
+        key_size=info.key_size,
+        value_size=info.value_size,
+        max_entries=info.max_entries,
+        flags=info.map_flags,
+        ifindex=info.ifindex,
+        btf_id=info.btf_id,
+        key_type_id=info.btf_key_type_id,
+        value_type_id=info.btf_value_type_id,
+        extra=info.map_extra,
+        memory_bytes=int(more.get("memlock", 0)),
+        frozen=more.get("frozen") == "1",
+    )
+
+
+def _opened(fd: int) -> Map[Any, Any]:
+    """The map of a descriptor that is this function's to close."""
     try:
-        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
+        info = map_info(fd)
     except OSError:
         os.close(fd)
         raise
     spec = MapSpec(
-        info.name.decode("ascii", "replace"),
+        info.name,
         info.type,
         info.key_size,
         info.value_size,
         info.max_entries,
-        info.map_flags,
+        info.flags,
+        extra=info.extra,
+        frozen=info.frozen,
     )
     return Map(fd, spec, RAW, _value_codec(spec, RAW))
 

@@ -8,16 +8,21 @@ import os
 import re
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.bpf import abi, syscall
+from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.maps import legal_name
 from pybpfthrottle.bpf.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
+from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
 from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
 
 _FIRST_LOG_BYTES = 1 << 16
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
 _TRIES = 5
+# A test run's packet may grow to the largest that the kernel has, and contexts are below this.
+_GROWTH_BYTES = 1 << 16
+_CONTEXT_BYTES = 1 << 9
+_NO_CONTEXT_OUT = (ProgType.RAW_TRACEPOINT, ProgType.SYSCALL)
 _SOURCE_FIELDS = (
     *("prog_btf_fd", "func_info_rec_size", "func_info", "func_info_cnt"),
     *("line_info_rec_size", "line_info", "line_info_cnt"),
@@ -25,23 +30,13 @@ _SOURCE_FIELDS = (
 _UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
 
 
-class ProgramInfo(NamedTuple):
-    """What the kernel says of a loaded program. ``load_time_ns`` is CLOCK_BOOTTIME."""
-
-    id: int
-    name: str
-    type: int
-    tag: str
-    load_time_ns: int
-    created_by_uid: int
-    map_ids: tuple[int, ...] = ()
-
-
 class TestRunResult(NamedTuple):
-    """The program's return value, and the mean time of one run in ns."""
+    """The program's return value, the mean time of one run in ns, and what it made of its input."""
 
     retval: int
     duration_ns: int
+    data: bytes = b""
+    context: bytes = b""
 
 
 class Program:
@@ -55,7 +50,7 @@ class Program:
         fd: int,
         *,
         name: str,
-        type: ProgType,
+        type: int,
         expected_attach_type: Optional[AttachType],
     ) -> None:
         self.fd = fd
@@ -67,16 +62,29 @@ class Program:
         """What the kernel says of it. Linux 4.13."""
         return program_info(self.fd)
 
-    def test_run(self, packet: bytes, *, repeat: int = 1) -> TestRunResult:
-        """Run it on a packet that begins with an Ethernet header. Linux 4.12."""
-        buffer = ctypes.create_string_buffer(packet, len(packet))
-        attr = Attr()
-        attr.test_run.prog_fd = self.fd
-        attr.test_run.data_in = ctypes.addressof(buffer)
-        attr.test_run.data_size_in = len(packet)
-        attr.test_run.repeat = repeat
-        syscall.bpf(Cmd.PROG_TEST_RUN, attr)
-        return TestRunResult(attr.test_run.retval, attr.test_run.duration)
+    def test_run(
+        self,
+        packet: bytes = b"",
+        *,
+        repeat: int = 1,
+        context: bytes = b"",
+        cpu: Optional[int] = None,
+    ) -> TestRunResult:
+        """Run it, on a packet that begins with an Ethernet header where its type takes one.
+
+        ``context`` is what its argument points to: Linux 5.2 for programs with packets, 5.10 for
+        raw tracepoints, which also take a ``cpu`` to run on, 5.14 for SYSCALL programs. Linux 4.12.
+        Raises OSError: ENOTSUPP for a type that cannot be run so, EINVAL for what it does not take.
+        """
+        return _test_run(self.fd, packet, repeat, context, cpu, self.type)
+
+    def code(self) -> bytes:
+        """Its instructions as the verifier left them. Linux 4.13."""
+        return xlated_code(self.fd)
+
+    def pin(self, path: descriptors.Path) -> None:
+        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        descriptors.pin(self.fd, path)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -91,7 +99,14 @@ class Program:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Program {self.name!r} {self.type.name} fd={self.fd}>"
+        return f"<Program {self.name!r} {_type_name(self.type)} fd={self.fd}>"
+
+
+def _type_name(type: int) -> str:
+    try:
+        return ProgType(type).name
+    except ValueError:  # a newer kernel's
+        return str(type)
 
 
 class AttachTarget(NamedTuple):
@@ -313,52 +328,57 @@ def failing_instruction(log: str) -> int:
     return int((named or seen or ["0"])[-1])
 
 
-def program_info(fd: int) -> ProgramInfo:
-    """What the kernel says of the program behind a descriptor. Linux 4.13; names 4.15."""
-    room = 0
-    while True:
-        map_ids = (ctypes.c_uint32 * room)()
-        info = abi.ProgInfo(nr_map_ids=room)
-        if room:  # Linux 4.14 knows no such field, and refuses one that is not zero
-            info.map_ids = ctypes.addressof(map_ids)
-        attr = Attr()
-        attr.info.bpf_fd = fd
-        attr.info.info_len = ctypes.sizeof(info)
-        attr.info.info = ctypes.addressof(info)
-        syscall.bpf(Cmd.OBJ_GET_INFO_BY_FD, attr)
-        if info.nr_map_ids <= room:
-            break
-        room = info.nr_map_ids
-    return ProgramInfo(
-        id=info.id,
-        name=info.name.decode("ascii", "replace"),
-        type=info.type,
-        tag=bytes(info.tag).hex(),
-        load_time_ns=info.load_time,
-        created_by_uid=info.created_by_uid,
-        map_ids=tuple(map_ids[: info.nr_map_ids]),
-    )
-
-
-def open_by_id(program_id: int) -> int:
-    """A descriptor of a program by its id; the caller closes it.
-
-    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
-    """
+def _test_run(
+    fd: int, packet: bytes, repeat: int, context: bytes, cpu: Optional[int], type: int
+) -> TestRunResult:
     attr = Attr()
-    attr.get_id.id = program_id
-    return syscall.bpf(Cmd.PROG_GET_FD_BY_ID, attr)
+    test = attr.test_run
+    test.prog_fd = fd
+    test.repeat = repeat if repeat > 1 else 0  # some types refuse any number, and 0 is once
+    data_in, context_in = (ctypes.create_string_buffer(b, len(b)) for b in (packet, context))
+    data_out = ctypes.create_string_buffer(len(packet) + _GROWTH_BYTES)
+    context_out = ctypes.create_string_buffer(max(len(context), _CONTEXT_BYTES))
+    if packet:
+        test.data_in, test.data_size_in = ctypes.addressof(data_in), len(packet)
+        test.data_out, test.data_size_out = ctypes.addressof(data_out), len(data_out)
+    if context:
+        test.ctx_in, test.ctx_size_in = ctypes.addressof(context_in), len(context)
+        if type not in _NO_CONTEXT_OUT:
+            test.ctx_out, test.ctx_size_out = ctypes.addressof(context_out), len(context_out)
+    if cpu is not None:
+        test.flags, test.cpu = abi.BPF_F_TEST_RUN_ON_CPU, cpu
+    syscall.bpf(Cmd.PROG_TEST_RUN, attr)
+    after = context_in.raw if type in _NO_CONTEXT_OUT else context_out.raw[: test.ctx_size_out]
+    data = data_out.raw[: test.data_size_out] if packet else b""
+    return TestRunResult(test.retval, test.duration, data, after if context else b"")
+
+
+def open_by_id(program_id: int) -> Program:
+    """A program of the system by its id. Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError."""
+    return _opened(descriptors.by_id(Cmd.PROG_GET_FD_BY_ID, program_id))
+
+
+def open_pinned(path: descriptors.Path) -> Program:
+    """A pinned program. Linux 4.13. Raises OSError."""
+    return _opened(descriptors.open_pinned(path, "bpf-prog"))
+
+
+def _opened(fd: int) -> Program:
+    """The program of a descriptor that is this function's to close."""
+    try:
+        info = program_info(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return Program(fd, name=info.name, type=info.type, expected_attach_type=None)
 
 
 def info_by_id(program_id: int) -> ProgramInfo:
     """What the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
-    fd = open_by_id(program_id)
-    try:
-        return program_info(fd)
-    finally:
-        os.close(fd)
+    with open_by_id(program_id) as program:
+        return program.info()
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all programs of the machine; none where that may not be seen. Linux 4.13."""
-    return syscall.ids(Cmd.PROG_GET_NEXT_ID)
+    """The ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    return syscall.all_ids(Cmd.PROG_GET_NEXT_ID)

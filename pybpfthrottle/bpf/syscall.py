@@ -86,15 +86,15 @@ def bpf(cmd: Cmd, attr: Attr) -> int:
     return result
 
 
-def ids(cmd: Cmd) -> Iterator[int]:
-    """The ids that a GET_NEXT_ID command lists; none where that is not allowed or not known."""
+def all_ids(cmd: Cmd) -> Iterator[int]:
+    """The ids that a GET_NEXT_ID command lists. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
     following = 0
     while True:
         attr = Attr()
         attr.get_id.id = following
         try:
             bpf(cmd, attr)
-        except OSError:
+        except FileNotFoundError:
             return
         if attr.get_id.next_id <= following:
             return

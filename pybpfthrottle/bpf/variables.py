@@ -11,7 +11,8 @@ import mmap
 from typing import Any, Optional, Union
 
 from pybpfthrottle.bpf import abi
-from pybpfthrottle.bpf.maps import RAW, U32, Map
+from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.specs import VariableSpec
 
 

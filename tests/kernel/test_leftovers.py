@@ -20,7 +20,8 @@ from pybpfthrottle.backends import Options, leftovers
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.asm import return_imm
-from pybpfthrottle.bpf.maps import RAW, U32, Map
+from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
@@ -173,7 +174,7 @@ from pybpfthrottle.backends.ebpf import config_for
 from pybpfthrottle.bpf import asm, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.links import AttachMode
-from pybpfthrottle.bpf.maps import RAW, U32
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.limits import MIN_RATE
 

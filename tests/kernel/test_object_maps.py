@@ -10,7 +10,7 @@ from compiled import compiled
 
 from pybpfthrottle.bpf import abi, descriptors, elf, loader, maps
 from pybpfthrottle.bpf.abi import MapType
-from pybpfthrottle.bpf.maps import RAW, U32, FormatCodec
+from pybpfthrottle.bpf.codecs import RAW, U32, FormatCodec
 from pybpfthrottle.errors import MapCreateError
 
 U64 = FormatCodec("Q")

@@ -9,7 +9,7 @@ from bpffs import mounted
 from compiled import compiled
 
 from pybpfthrottle.bpf import elf, loader, maps, pins
-from pybpfthrottle.bpf.maps import RAW, U32
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.errors import MapCreateError
 
 PACKET = bytes(64)

@@ -18,8 +18,8 @@ from pybpfthrottle.backends.ebpf import config_for
 from pybpfthrottle.backends.records import ThrottleBucket, ThrottleConfig, ThrottleStats
 from pybpfthrottle.bpf import features, links, loader
 from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
-from pybpfthrottle.bpf.maps import U32, StructureCodec
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import MAX_RATE, MIN_RATE, Direction
 

@@ -18,6 +18,7 @@ from pybpfthrottle import cgroup, throttle
 from pybpfthrottle.backends import Options, ebpf
 from pybpfthrottle.backends.records import ThrottleBucket, ThrottleConfig, ThrottleStats
 from pybpfthrottle.bpf import features, maps, privileges, syscall
+from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.cgroup import Cgroup, Mount
 from pybpfthrottle.errors import AttachError, MapCreateError, ProgramLoadError
 from pybpfthrottle.limits import Counters, Direction, Rate
@@ -116,7 +117,7 @@ def apply(target, *, method="auto", exclusive=True, verdict="auto", rate=RATE):
 
 def key(direction):
     """A direction as the maps have it."""
-    return maps.U32.encode(direction)
+    return U32.encode(direction)
 
 
 def config(kernel, direction):

@@ -9,6 +9,7 @@ import pytest
 
 from pybpfthrottle.bpf import asm, loader, maps, privileges, programs
 from pybpfthrottle.bpf.abi import AttachType, Cmd, MapType, ProgType
+from pybpfthrottle.bpf.program_info import ProgramInfo, program_info
 from pybpfthrottle.bpf.specs import (
     FunctionKey,
     FunctionSpec,
@@ -557,7 +558,7 @@ def test_program_info_is_what_the_kernel_writes(kernel):
         found.tag[:] = bytes(range(8))
 
     kernel.handlers[Cmd.OBJ_GET_INFO_BY_FD] = info
-    assert programs.program_info(3) == programs.ProgramInfo(7, "main", 8, "0001020304050607", 99, 0)
+    assert program_info(3) == ProgramInfo(7, "main", 8, "0001020304050607", 99, 0)
 
 
 def test_info_by_id_closes_its_descriptor(kernel):

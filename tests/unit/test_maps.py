@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pybpfthrottle.bpf import maps, syscall
 from pybpfthrottle.bpf.abi import Cmd, MapType
-from pybpfthrottle.bpf.maps import RAW, U32, FormatCodec, Map, PerCpuCodec, StructureCodec
+from pybpfthrottle.bpf.codecs import RAW, U32, FormatCodec, PerCpuCodec, StructureCodec
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.specs import MapSpec
 
 
@@ -28,6 +29,8 @@ class FakeElements:
         kernel.handlers[Cmd.MAP_UPDATE_ELEM] = self._update
         kernel.handlers[Cmd.MAP_DELETE_ELEM] = self._delete
         kernel.handlers[Cmd.MAP_GET_NEXT_KEY] = self._next
+        for batch in (Cmd.MAP_LOOKUP_BATCH, Cmd.MAP_UPDATE_BATCH, Cmd.MAP_DELETE_BATCH):
+            kernel.refuse(batch, errno.EINVAL)  # as Linux before 5.6 does
 
     def _key(self, attr):
         return ctypes.string_at(attr.map_elem.key, self._sizes[0])

@@ -1,0 +1,239 @@
+"""How Python values are the bytes of a map's keys and values. No system calls."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import ipaddress
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar, Union, cast, get_type_hints
+
+T = TypeVar("T")
+S = TypeVar("S", bound=ctypes.Structure)
+
+IpNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Codec(Protocol[T]):
+    """How keys or values of type T are bytes of a map."""
+
+    def encode(self, value: T) -> bytes:
+        """The bytes of a value."""
+        ...
+
+    def decode(self, data: bytes) -> T:
+        """The value of bytes."""
+        ...
+
+
+# A codec, or what ``codec_for`` makes one of.
+CodecLike = Union[Codec[Any], str, type]
+
+
+class RawCodec:
+    """bytes as they are."""
+
+    def encode(self, value: bytes) -> bytes:
+        """The bytes of a value."""
+        return bytes(value)
+
+    def decode(self, data: bytes) -> bytes:
+        """The value of bytes."""
+        return data
+
+
+class FormatCodec:
+    """One number, by its letter in the struct module, in the byte order of this machine."""
+
+    def __init__(self, letter: str) -> None:
+        self._struct = struct.Struct("=" + letter)
+
+    def encode(self, value: int) -> bytes:
+        """The bytes of a value."""
+        return self._struct.pack(value)
+
+    def decode(self, data: bytes) -> int:
+        """The value of bytes."""
+        return cast(int, self._struct.unpack(data)[0])
+
+
+class TupleCodec:
+    """Several numbers by a format of the struct module; as a C struct's members unless it says."""
+
+    def __init__(self, format: str) -> None:
+        self._struct = struct.Struct(format)
+
+    def encode(self, value: Sequence[Any]) -> bytes:
+        """The bytes of a value."""
+        return self._struct.pack(*value)
+
+    def decode(self, data: bytes) -> tuple[Any, ...]:
+        """The value of bytes."""
+        return self._struct.unpack(data)
+
+
+class IntCodec:
+    """A number without a sign of any size in bytes, in the byte order of this machine."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def encode(self, value: int) -> bytes:
+        """The bytes of a value; OverflowError for a number that does not fit."""
+        return value.to_bytes(self._size, sys.byteorder)
+
+    def decode(self, data: bytes) -> int:
+        """The value of bytes."""
+        return int.from_bytes(data, sys.byteorder)
+
+
+class StructureCodec(Generic[S]):
+    """A ctypes.Structure."""
+
+    def __init__(self, structure: type[S]) -> None:
+        self._structure = structure
+
+    def encode(self, value: S) -> bytes:
+        """The bytes of a value."""
+        return bytes(value)
+
+    def decode(self, data: bytes) -> S:
+        """The value of bytes."""
+        return self._structure.from_buffer_copy(data)
+
+
+class DataclassCodec(Generic[T]):
+    """A dataclass whose fields are annotated with their ctypes, laid out as C does.
+
+    ::
+
+        @dataclass
+        class Flow:
+            packets: Annotated[int, ctypes.c_uint64]
+            name: Annotated[bytes, ctypes.c_char * 16]
+            last: Annotated[list[int], ctypes.c_uint32 * 4]
+
+    A field may be of a dataclass of the same kind. Raises TypeError for another annotation.
+    """
+
+    def __init__(self, type: type[T]) -> None:
+        self._type = type
+        self._structure = _structure_of(type)
+
+    def encode(self, value: T) -> bytes:
+        """The bytes of a value."""
+        return bytes(_to_structure(self._structure, value))
+
+    def decode(self, data: bytes) -> T:
+        """The value of bytes."""
+        return cast(T, _from_structure(self._type, self._structure.from_buffer_copy(data)))
+
+
+def _structure_of(type_: type) -> Any:
+    """A ctypes.Structure with the fields of a dataclass."""
+    fields = []
+    for name, hint in get_type_hints(type_, include_extras=True).items():
+        layout = getattr(hint, "__metadata__", (hint,))[0]
+        if dataclasses.is_dataclass(layout):
+            layout = _structure_of(cast(type, layout))
+        try:
+            ctypes.sizeof(layout)
+        except TypeError:
+            raise TypeError(
+                f"{type_.__name__}.{name} needs a ctypes type: Annotated[int, ctypes.c_uint32]"
+            ) from None
+        fields.append((name, layout))
+    return type(type_.__name__, (ctypes.Structure,), {"_fields_": tuple(fields)})
+
+
+def _to_structure(structure: Any, value: Any) -> Any:
+    filled = structure()
+    for name, layout in structure._fields_:
+        item = getattr(value, name)
+        if issubclass(layout, ctypes.Structure):
+            item = _to_structure(layout, item)
+        elif issubclass(layout, ctypes.Array) and not isinstance(item, bytes):
+            item = layout(*item)
+        setattr(filled, name, item)
+    return filled
+
+
+def _from_structure(type_: Any, filled: Any) -> Any:
+    hints = get_type_hints(type_)
+    values = {}
+    for name, _ in filled._fields_:
+        item = getattr(filled, name)
+        if isinstance(item, ctypes.Structure):
+            item = _from_structure(hints[name], item)
+        elif isinstance(item, ctypes.Array):
+            item = list(item)
+        values[name] = item
+    return type_(**values)
+
+
+class PrefixCodec:
+    """The key of an LPM trie: a network of IPv4 (8 bytes) or of IPv6 (20 bytes).
+
+    Source: struct bpf_lpm_trie_key_u8 of include/uapi/linux/bpf.h.
+    """
+
+    def encode(self, value: IpNetwork) -> bytes:
+        """The bytes of a value."""
+        return struct.pack("=I", value.prefixlen) + value.network_address.packed
+
+    def decode(self, data: bytes) -> IpNetwork:
+        """The value of bytes; bits behind the prefix are not looked at."""
+        (length,) = struct.unpack_from("=I", data)
+        address = ipaddress.ip_address(data[4:])
+        return ipaddress.ip_network(f"{address}/{length}", strict=False)
+
+
+class PerCpuCodec(Generic[T]):
+    """A list with one value for each possible CPU; the kernel pads each to eight bytes."""
+
+    def __init__(self, codec: Codec[T], value_size: int, cpus: int) -> None:
+        self._codec = codec
+        self._size = value_size
+        self._stride = (value_size + 7) // 8 * 8
+        self._cpus = cpus
+
+    def encode(self, value: list[T]) -> bytes:
+        """The bytes of a value."""
+        if len(value) != self._cpus:
+            raise ValueError(f"{self._cpus} values are needed, one a CPU, not {len(value)}")
+        return b"".join(self._codec.encode(item).ljust(self._stride, b"\0") for item in value)
+
+    def decode(self, data: bytes) -> list[T]:
+        """The value of bytes."""
+        return [
+            self._codec.decode(data[at : at + self._size])
+            for at in range(0, len(data), self._stride)
+        ]
+
+
+U32: Codec[int] = FormatCodec("I")
+RAW: Codec[bytes] = RawCodec()
+
+
+def codec_for(wanted: CodecLike, size: int) -> Codec[Any]:
+    """The codec of keys or values of ``size`` bytes.
+
+    ``wanted`` is a codec; bytes; int, a number without a sign; a format of the struct module, one
+    letter being one value and more a tuple; a ctypes.Structure; or a dataclass as DataclassCodec
+    takes it. Raises TypeError for anything else.
+    """
+    if isinstance(wanted, str):
+        return FormatCodec(wanted) if len(wanted) == 1 else TupleCodec(wanted)
+    if not isinstance(wanted, type):
+        return wanted
+    if wanted is bytes:
+        return RAW
+    if wanted is int:
+        return IntCodec(size)
+    if issubclass(wanted, ctypes.Structure):
+        return StructureCodec(wanted)
+    if dataclasses.is_dataclass(wanted):
+        return DataclassCodec(wanted)
+    raise TypeError(f"{wanted.__name__} is no codec, ctypes.Structure, dataclass, bytes or int")
