@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pybpfthrottle import __version__
+from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import Error
@@ -262,6 +263,9 @@ def cgroup_tree(path: Optional[str], as_json: bool) -> None:
     from pybpfthrottle.cli import attachments
 
     attachments.tree(path, as_json=as_json)
+
+
+cli.add_command(bpf)
 
 
 @cli.group()

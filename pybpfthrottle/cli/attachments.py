@@ -14,7 +14,7 @@ from pybpfthrottle.attached import Attached
 from pybpfthrottle.bpf import privileges
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.cli.table import print_table
+from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import CgroupError
 
 # bpftool prints the same words.
@@ -105,4 +105,4 @@ def _print_table(found: Sequence[dict[str, Any]], *, indent: str = "") -> None:
                 owners or "no link",
             )
         )
-    print_table(rows, indent=indent)
+    tables.show(rows, indent=indent)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pybpfthrottle.bpf import elf
-from pybpfthrottle.cli.table import print_table
+from pybpfthrottle.cli import tables
 from pybpfthrottle.diagnostics import inspection
 
 _PROGRAM = ("name", "section", "type", "expected_attach_type", "instructions", "maps")
@@ -26,7 +26,7 @@ def inspect(path: str, *, as_json: bool) -> None:
     click.echo(title)
     for what, fields in (("programs", _PROGRAM), ("maps", _MAP)):
         click.echo(f"{what}:")
-        print_table([fields, *(_cells(row, fields) for row in found[what])], indent="  ")
+        tables.show([fields, *(_cells(row, fields) for row in found[what])], indent="  ")
     for fault in found["faults"]:
         click.echo(f"warning: {fault}")
 

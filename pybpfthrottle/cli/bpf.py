@@ -1,0 +1,151 @@
+"""pybpfthrottle bpf: the commands that load BPF objects, and show what the kernel has of them."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _one_or_more(function: F) -> F:
+    """What says which object of the system is meant."""
+    option = click.option("--name", help="What has this name, instead of an id or a path.")
+    argument = click.argument("target", metavar="[ID|PATH]", required=False)
+    decorated: F = argument(option(function))
+    return decorated
+
+
+@click.group()
+def bpf() -> None:
+    """Load BPF objects; show the programs, maps and links of the system.
+
+    An object is meant by its id, by the path that it is pinned to, or by --name.
+    """
+
+
+@bpf.command(
+    epilog="""
+\b
+Examples:
+  pybpfthrottle bpf load filter.o
+  pybpfthrottle bpf load filter.o --program ingress --pin /sys/fs/bpf/filter
+"""
+)
+@click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--pin",
+    "directory",
+    metavar="DIR",
+    help="Pin the programs below this directory of a bpf file system, and the maps in DIR/maps.",
+)
+@click.option(
+    "--program", "names", metavar="NAME", multiple=True, help="Only this one. May be repeated."
+)
+@click.option("--log", is_flag=True, help="Print the verifier's whole log if it rejects.")
+@_json
+def load(
+    path: str, directory: Optional[str], names: tuple[str, ...], log: bool, as_json: bool
+) -> None:
+    """Load the object file OBJECT, as clang builds it, and show what became of it.
+
+    Without --pin all of it is gone again afterwards: the kernel takes it, or this tells why not.
+    """
+    from pybpfthrottle.cli import bpf_load
+
+    bpf_load.load(path, directory, names, show_log=log, as_json=as_json)
+
+
+@bpf.group()
+def prog() -> None:
+    """Show programs."""
+
+
+@prog.command("list")
+@_json
+def prog_list(as_json: bool) -> None:
+    """All programs of the system."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.PROGRAMS, None, None, as_json=as_json)
+
+
+@prog.command("show", epilog="\b\nExample:\n  pybpfthrottle bpf prog show --name ingress")
+@_one_or_more
+@_json
+def prog_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
+    """What the kernel says of a program."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.PROGRAMS, target, name, as_json=as_json)
+
+
+@prog.command("dump", epilog="\b\nExample:\n  pybpfthrottle bpf prog dump 42")
+@_one_or_more
+@_json
+def prog_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
+    """The instructions of a program as text, as the verifier left them."""
+    from pybpfthrottle.cli import bpf_dump
+
+    bpf_dump.dump_program(target, name, as_json=as_json)
+
+
+@bpf.group("map")
+def map_() -> None:
+    """Show maps."""
+
+
+@map_.command("list")
+@_json
+def map_list(as_json: bool) -> None:
+    """All maps of the system."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.MAPS, None, None, as_json=as_json)
+
+
+@map_.command("show", epilog="\b\nExample:\n  pybpfthrottle bpf map show /sys/fs/bpf/filter/maps/x")
+@_one_or_more
+@_json
+def map_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
+    """What the kernel says of a map."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.MAPS, target, name, as_json=as_json)
+
+
+@map_.command("dump", epilog="\b\nExample:\n  pybpfthrottle bpf map dump --name counts --json")
+@_one_or_more
+@_json
+def map_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
+    """The elements of a map: by the names of their fields where it has BTF, else in hex."""
+    from pybpfthrottle.cli import bpf_dump
+
+    bpf_dump.dump_map(target, name, as_json=as_json)
+
+
+@bpf.group()
+def link() -> None:
+    """Show links."""
+
+
+@link.command("list")
+@_json
+def link_list(as_json: bool) -> None:
+    """All links of the system."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.LINKS, None, None, as_json=as_json)
+
+
+@link.command("show", epilog="\b\nExample:\n  pybpfthrottle bpf link show 7")
+@click.argument("target", metavar="ID|PATH")
+@_json
+def link_show(target: str, as_json: bool) -> None:
+    """What the kernel says of a link."""
+    from pybpfthrottle.cli import bpf_show
+
+    bpf_show.show(bpf_show.LINKS, target, None, as_json=as_json)

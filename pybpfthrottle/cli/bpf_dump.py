@@ -1,0 +1,58 @@
+"""pybpfthrottle bpf prog dump and map dump: the code of a program, the elements of a map."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any, Optional
+
+import click
+
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.xlated import xlated_lines
+from pybpfthrottle.cli import bpf_show, tables
+
+
+def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
+    """The instructions of one program."""
+    with bpf_show.refused("dump the program"):
+        for program in bpf_show.one(bpf_show.PROGRAMS, target, name):
+            lines = list(xlated_lines(program.fd))
+    if as_json:
+        tables.show_json([{"at": line.at, "disasm": line.text} for line in lines])
+        return
+    for line in lines:
+        click.echo(f"{line.at:4}: {line.text}")
+
+
+def dump_map(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
+    """The elements of one map."""
+    with bpf_show.refused("dump the map"):
+        for found in bpf_show.one(bpf_show.MAPS, target, name):
+            pairs = list(_typed(found).items())
+    if as_json:
+        tables.show_json([{"key": _plain(key), "value": _plain(value)} for key, value in pairs])
+        return
+    for key, value in pairs:
+        click.echo(f"{_text(key)}: {_text(value)}")
+    click.echo(f"{len(pairs)} element{'' if len(pairs) == 1 else 's'}")
+
+
+def _typed(found: Map[Any, Any]) -> Map[Any, Any]:
+    with suppress(LookupError):
+        return found.typed_by_btf()
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Bytes in hex, as JSON has none; all else as it is."""
+    if isinstance(value, bytes):
+        return value.hex(" ")
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    plain = _plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)

@@ -1,0 +1,42 @@
+"""Records as a plain table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Sequence
+
+import click
+
+
+def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
+    """Rows of text in columns that are as wide as they have to be."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))
+        click.echo((indent + "  ".join(cells)).rstrip())
+
+
+def show_json(value: Any) -> None:
+    """A value as JSON, for people as well."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def show_records(records: Sequence[dict[str, Any]], *, as_json: bool, none: str) -> None:
+    """Records with the same order of keys, one a row; ``none`` is said where there are none."""
+    if as_json:
+        show_json(records)
+    elif not records:
+        click.echo(none)
+    else:
+        keys = list(dict.fromkeys(key for record in records for key in record))
+        show([keys, *([_cell(record.get(key)) for key in keys] for record in records)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value)
