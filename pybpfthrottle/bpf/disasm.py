@@ -253,6 +253,8 @@ class _ObjectNames(Names):
             self._names[reference.offset] = f"map[{reference.map}]{offset}"
         for call in function.call_references:
             self._names[call.offset] = f"{call.target.section}+{call.target.offset:#x}"
+        for extern in function.extern_references:
+            self._names[extern.offset] = extern.name
 
     def call(self, insn: Instruction) -> str:
         return self._names.get(insn.at * abi.INSN_BYTES) or super().call(insn)

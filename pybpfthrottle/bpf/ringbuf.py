@@ -72,13 +72,14 @@ class RingBuffer:
         0 gives the records that are there. Each is consumed when it is given. One that a program
         has reserved and not yet submitted holds up those behind it.
         """
+        end = _deadline(timeout_s)
         while True:
             record = self._next()
-            if record is None and self._wait(timeout_s):
-                record = self._next()
-            if record is None:
+            if record is not None:
+                yield self._codec.decode(record)
+                end = _deadline(timeout_s)
+            elif not self._wait(end):
                 return
-            yield self._codec.decode(record)
 
     def consume(self, callback: Callable[[Any], object], timeout_s: float = 0) -> int:
         """Call back with each record that ``read`` gives, and tell how many there were."""
@@ -132,9 +133,8 @@ class RingBuffer:
         _barrier()
         return bool(busy)
 
-    def _wait(self, timeout_s: Optional[float]) -> bool:
-        """Wait until a record is committed; whether one is."""
-        end = None if timeout_s is None else time.monotonic() + timeout_s
+    def _wait(self, end: Optional[float]) -> bool:
+        """Wait until a record is committed or discarded; whether one is."""
         while True:
             left = None if end is None else max(0.0, end - time.monotonic())
             if not self._epoll.poll(left):
@@ -144,6 +144,10 @@ class RingBuffer:
             if left == 0:
                 return False
             time.sleep(_BUSY_PAUSE_S)  # a reserved record makes the buffer readable as well
+
+
+def _deadline(timeout_s: Optional[float]) -> Optional[float]:
+    return None if timeout_s is None else time.monotonic() + timeout_s
 
 
 def _barrier() -> None:

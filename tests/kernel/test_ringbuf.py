@@ -128,6 +128,17 @@ def test_read_waits_for_a_record(ring: Ring) -> None:
         timer.join()
 
 
+def test_a_discarded_record_does_not_end_the_wait(ring: Ring) -> None:
+    """A record that is discarded while the reader waits is passed over, and the next one read."""
+    with RingBuffer(ring.map, Event) as reader:
+        timers = [threading.Timer(0.1, ring.discard), threading.Timer(0.2, ring.submit)]
+        for timer in timers:
+            timer.start()
+        assert next(reader.read(10)).sequence == 0
+        for timer in timers:
+            timer.join()
+
+
 def test_read_ends_when_none_comes(ring: Ring) -> None:
     """Without records read ends after its time, and not much earlier or later."""
     with RingBuffer(ring.map) as reader:
