@@ -164,7 +164,7 @@ class Map(MutableMapping[K, V]):
 
     def clear(self) -> None:
         """Delete all elements that are there now."""
-        batch.delete(self.elements, list(batch.keys(self.elements)))
+        batch.delete(self.elements, [key for key, _ in batch.items(self.elements)])
 
     def drain(self) -> Iterator[tuple[K, V]]:
         """Take all elements out, each as one step: no change of a program's is lost.
@@ -221,6 +221,9 @@ class _Items(ItemsView[K, V]):
     def __iter__(self) -> Iterator[tuple[K, V]]:
         return self._map._decoded(batch.items(self._map.elements))
 
+    def __len__(self) -> int:  # list() asks for it first
+        return sum(1 for _ in batch.items(self._map.elements))
+
 
 class _Values(ValuesView[V]):
     def __init__(self, of: Map[Any, V]) -> None:
@@ -229,6 +232,9 @@ class _Values(ValuesView[V]):
 
     def __iter__(self) -> Iterator[V]:
         return (value for _, value in self._map.items())
+
+    def __len__(self) -> int:
+        return len(self._map.items())
 
 
 def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:

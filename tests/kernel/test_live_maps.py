@@ -145,6 +145,7 @@ def test_all_elements_are_written_and_read_in_batches(kind: MapType, commands: l
         wanted = {n: [n * 3] * cpus if per_cpu else n * 3 for n in range(COUNT // 2)}
         typed.update(wanted)
         read = dict(typed.items())
+        assert len(list(typed.values())) == len(read)
         assert {key: read[key] for key in wanted} == wanted
         assert len(commands) < 30
 

@@ -239,6 +239,7 @@ def test_an_interface_is_attached_to(
     assert (info.type, info.ifindex, info.attach_type) == (kind, interface, attach_type)
 
 
+@since("5.11")
 def test_the_kernels_own_btf_is_listed() -> None:
     """Among all BTF is vmlinux, and its data is what sysfs has."""
     infos = [btf_objects.info_by_id(number) for number in btf_objects.all_ids()]
