@@ -56,21 +56,19 @@ def delete(elements: Elements, keys: Iterable[bytes]) -> int:
 
 
 def _delete(elements: Elements, chunk: list[Pair]) -> int:
-    deleted = 0
-    while chunk:
-        batch = _Batch(elements, len(chunk))
-        batch.fill(chunk)
-        try:
-            batch.do(Cmd.MAP_DELETE_BATCH)
-        except FileNotFoundError:
-            pass  # the kernel stops at the first that is missing, and counts those before it
-        except OSError as error:
-            if not _lacking(error):
-                raise
-            return deleted + sum(_deleted(elements, key) for key, _ in chunk)
-        deleted += batch.count
-        chunk = chunk[batch.count + 1 :]
-    return deleted
+    batch = _Batch(elements, len(chunk))
+    batch.fill(chunk)
+    try:
+        batch.do(Cmd.MAP_DELETE_BATCH)
+    except FileNotFoundError:
+        done = batch.count  # the kernel stops at the first that is missing
+    except OSError as error:
+        if not _lacking(error):
+            raise
+        done = 0
+    else:
+        return len(chunk)
+    return done + sum(_deleted(elements, key) for key, _ in chunk[done:])
 
 
 def _deleted(elements: Elements, key: bytes) -> bool:
