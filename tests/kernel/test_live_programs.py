@@ -88,6 +88,16 @@ def test_a_run_is_repeated(loaded: Object) -> None:
     assert loaded.maps["counts"].typed(int, int)[0] == 1000 * len(PACKET)
 
 
+def test_the_maps_of_a_loaded_object_have_names_for_their_fields(loaded: Object) -> None:
+    """What a program wrote is read by the names that its source has, also of its variables."""
+    loaded.programs["longer"].test_run(PACKET, context=CONTEXT)
+    loaded.programs["count"].test_run(PACKET, repeat=3)
+    ((key, value),) = loaded.maps["values"].typed_by_btf().items()
+    assert key == {"id": MARK, "port": 80}
+    assert (value["packets"], value["delta"], value["state"]) == (1, -2, "BUSY")
+    assert loaded.maps["values.bss"].typed_by_btf()[0] == {"runs": 3}
+
+
 def test_a_raw_tracepoint_runs_on_a_cpu_with_arguments() -> None:
     """The context of a raw tracepoint is its arguments, and the CPU can be chosen."""
     code = asm.insn(0x79, dst=0, src=1, off=8) + asm.exit_()
