@@ -13,7 +13,7 @@ from compiled import compiled
 from pybpfthrottle.bpf import abi, descriptors, elf, loader
 
 # What libbpf 1.1 can load; it knows neither legacy maps nor static programs.
-OBJECTS = ["object_maps", "object_data", "object_calls"]
+OBJECTS = ["object_maps", "object_data", "object_calls", "object_callbacks"]
 
 
 @pytest.fixture(autouse=True)
