@@ -252,9 +252,8 @@ def spoil(path: Path, how: str) -> None:
     elif how == "stale":
         path.write_bytes(data + b"\0")
     elif how == "sections":
-        for name in (b"cgroup_skb/ingress", b"cgroup_skb/egress"):
-            data = data.replace(name + b"\0", b"cgroup/skb".ljust(len(name) + 1, b"\0"))
-        path.write_bytes(data)
+        name = b"cgroup_skb/ingress\0"
+        path.write_bytes(data.replace(name, b"cgroup/skb".ljust(len(name), b"\0")))
     else:
         path.write_bytes(data + b"\n")
 
