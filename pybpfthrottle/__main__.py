@@ -1,6 +1,26 @@
-"""``python -m pybpfthrottle``."""
+"""The entry point, of ``python -m pybpfthrottle`` too."""
 
-from pybpfthrottle.cli.app import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Import the command line, which takes a moment: Ctrl-C may come already."""
+    try:
+        from pybpfthrottle.cli import app
+
+        app.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "elftools", "rich"):
+            raise
+        sys.exit(
+            f"pybpfthrottle: error: the package {error.name} is missing (pip install"
+            " pybpfthrottle); python3 -m pybpfthrottle.diagnostics does without click and rich"
+        )
+
 
 if __name__ == "__main__":
     main()

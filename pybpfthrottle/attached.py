@@ -7,6 +7,7 @@ import os
 import pwd
 import time
 from contextlib import suppress
+from functools import cached_property
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import process
@@ -25,6 +26,33 @@ CGROUP_TYPES = tuple(
 )
 
 
+class Links:
+    """The links of the machine, and who holds them: listed once, when first asked for."""
+
+    @cached_property
+    def by_program(self) -> dict[int, list[LinkInfo]]:
+        """Those of cgroups, by the program that they attach."""
+        found: dict[int, list[LinkInfo]] = {}
+        for link in links.all_links():
+            found.setdefault(link.program_id, []).append(link)
+        return found
+
+    @cached_property
+    def _holders(self) -> dict[int, list[int]]:
+        return process.holders_of_links()
+
+    def held(self, link: LinkInfo) -> HeldLink:
+        """A link with the processes that hold it."""
+        return HeldLink(link.id, tuple(self._holders.get(link.id, ())))
+
+
+class HeldLink(NamedTuple):
+    """A link, and the processes that have a descriptor of it, as far as they are visible."""
+
+    id: int
+    pids: tuple[int, ...]
+
+
 class Attached(NamedTuple):
     """A program at one hook of a cgroup.
 
@@ -37,26 +65,31 @@ class Attached(NamedTuple):
     program_id: int
     mode: Optional[AttachMode]
     info: Optional[ProgramInfo]
-    links: tuple[LinkInfo, ...]
+    links: tuple[HeldLink, ...]
 
     def __str__(self) -> str:
         if self.info is None:
             return f"program {self.program_id}"
         text = f"{self.info.name or 'a program without a name'} ({_details(self.info)})"
         for link in self.links:
-            holders = process.listed(process.holders_of_link(link.id))
+            holders = process.listed(link.pids)
             text += f", link {link.id} held by {holders or 'a pin, or a process not visible here'}"
         return text
 
 
 def at(
-    cgroup: Cgroup, hooks: Sequence[AttachType] = CGROUP_TYPES, *, effective: bool = False
+    cgroup: Cgroup,
+    hooks: Sequence[AttachType] = CGROUP_TYPES,
+    *,
+    effective: bool = False,
+    known: Optional[Links] = None,
 ) -> Iterator[Attached]:
     """What is attached to a cgroup; with ``effective`` also what its ancestors pass on.
 
-    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    Who asks for many cgroups gives ``known``, so that links are listed once. Linux 4.15. Raises
+    CgroupError, and OSError where the kernel refuses to tell.
     """
-    by_program = _links_by_program()
+    known = known or Links()
     fd = cgroup.open()
     try:
         for hook in hooks:
@@ -70,8 +103,8 @@ def at(
             mode = None if effective else AttachMode(found.attach_flags)
             for program_id in found.program_ids:
                 own = tuple(
-                    link
-                    for link in by_program.get(program_id, ())
+                    known.held(link)
+                    for link in known.by_program.get(program_id, ())
                     if link.attach_type == hook and (effective or link.cgroup_id == cgroup.id)
                 )
                 yield Attached(cgroup, hook, program_id, mode, _info(program_id), own)
@@ -96,13 +129,6 @@ def blocking(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
             if found:
                 return found
     return []
-
-
-def _links_by_program() -> dict[int, list[LinkInfo]]:
-    by_program: dict[int, list[LinkInfo]] = {}
-    for link in links.all_links():
-        by_program.setdefault(link.program_id, []).append(link)
-    return by_program
 
 
 def _info(program_id: int) -> Optional[ProgramInfo]:

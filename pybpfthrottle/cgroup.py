@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import Iterator, NamedTuple, Optional
 
-from pybpfthrottle.errors import CgroupError, ProcessError
+from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 
 OWN_PREFIX = "pybpfthrottle-"
 _TRIES = 100
@@ -188,11 +188,13 @@ def root() -> Cgroup:
 
 def from_path(path: str) -> Cgroup:
     """The cgroup v2 at a path. Raises CgroupError for anything else, with what it is."""
+    if not path:
+        raise CgroupError("the path of a cgroup is empty")
     real = os.path.realpath(path)
     try:
         device = os.stat(real).st_dev
     except OSError as error:
-        raise CgroupError(f"no cgroup at {path}: {error.strerror}") from error
+        raise NoCgroupError(f"no cgroup at {path!r}: {error.strerror}") from error
     number = f"{os.major(device)}:{os.minor(device)}"
     kind = next((m.type for m in mounts() if m.device == number), "")
     if kind == "cgroup":
@@ -243,12 +245,14 @@ def from_unit(name: str) -> Cgroup:
 
     Raises CgroupError if there is none, or more than one (as with the units of several users).
     """
+    if not name:
+        raise CgroupError("the name of a unit is empty")
     wanted = name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
     if "/" in wanted:
         raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
     found = [c for c in walk() if os.path.basename(c.path) == wanted]
     if not found:
-        raise CgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
+        raise NoCgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
     if len(found) > 1:
         paths = ", ".join(c.path for c in found)
         raise CgroupError(f"{wanted!r} is ambiguous: give one of these with --cgroup: {paths}")
@@ -317,6 +321,7 @@ def create_empty(parent: Cgroup) -> OwnCgroup:
 
 
 def _create_own(parent: Cgroup, pid: Optional[int]) -> OwnCgroup:
+    os.stat(parent.path)
     for attempt in range(_TRIES):
         cgroup = Cgroup(os.path.join(parent.path, f"{OWN_PREFIX}{os.getpid()}-{attempt}"))
         # Until it is locked another instance may take it for abandoned: then the next one.
@@ -372,28 +377,45 @@ def claim(cgroup: Cgroup) -> int:
     process which has it.
     """
     try:
-        return _lock(cgroup)
+        fd = _lock(cgroup)
     except BlockingIOError:
-        holder = _lock_holder(cgroup)
-        raise CgroupError(
-            f"{cgroup.path} is limited already, by {holder}; its packets would be charged twice."
-            " If you mean both limits, add --stack"
-        ) from None
+        raise _claimed(cgroup, _locks().get(_lock_key(cgroup))) from None
     except OSError as error:
         raise CgroupError(f"cannot open the cgroup {cgroup.path}: {error.strerror}") from error
+    above = list(cgroup.with_ancestors())[1:]
+    below = [Cgroup(path) for path, _, _ in os.walk(cgroup.path)][1:]
+    locks = _locks()
+    for other in (*above, *below):
+        with suppress(FileNotFoundError):  # it was removed meanwhile
+            holder = locks.get(_lock_key(other), os.getpid())
+            if holder != os.getpid():
+                os.close(fd)
+                raise _claimed(other, holder)
+    return fd
 
 
-def _lock_holder(cgroup: Cgroup) -> str:
-    """The process that holds the lock, by /proc/locks (man 5 proc)."""
-    with suppress(OSError):
-        status = os.stat(cgroup.path)
-        wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-        with open("/proc/locks") as locks:
-            for line in locks:
-                fields = line.split()
-                if wanted in fields:
-                    return f"process {fields[fields.index(wanted) - 1]}"
-    return "another process"
+def _claimed(cgroup: Cgroup, holder: Optional[int]) -> CgroupError:
+    by = f"process {holder}" if holder else "another process"
+    return CgroupError(
+        f"{cgroup.path} is limited already, by {by}: packets would be charged to both limits."
+        " If you mean both, add --stack"
+    )
+
+
+def _locks() -> dict[str, int]:
+    """The holder of each lock, by the file as /proc/locks has it (man 5 proc)."""
+    found = {}
+    with suppress(OSError), open("/proc/locks") as locks:
+        for line in locks:
+            fields = line.split()
+            if "->" not in fields:  # one that waits
+                found[fields[5]] = int(fields[4])
+    return found
+
+
+def _lock_key(cgroup: Cgroup) -> str:
+    status = os.stat(cgroup.path)
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
 
 
 def remove_abandoned() -> list[Cgroup]:

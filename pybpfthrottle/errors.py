@@ -5,6 +5,7 @@
 Error:
     ├── LimitError (also ValueError)   a limit that cannot be read or is out of range
     ├── CgroupError                    no cgroup v2, or not the kind of cgroup that is needed
+    │   └── NoCgroupError              there is no such cgroup, or no more
     ├── ProcessError                   a process that does not exist or cannot be limited
     ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── ThrottleError                  a throttle that was refused, or is gone
@@ -39,6 +40,10 @@ class LimitError(Error, ValueError):
 
 class CgroupError(Error):
     """No cgroup v2, or not the kind of cgroup that is needed."""
+
+
+class NoCgroupError(CgroupError):
+    """There is no such cgroup, or no more."""
 
 
 class ProcessError(Error):

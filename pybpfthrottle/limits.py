@@ -137,7 +137,7 @@ class Verdict(Enum):
 
     @classmethod
     def of(cls, ratio: float) -> Verdict:
-        """The verdict on a ratio of actual to limit: over above 1.1, not working above 1.5."""
+        """On a ratio of actual to limit, the burst taken off: over above 1.1, failed above 1.5."""
         if ratio <= 0:
             return cls.IDLE
         if ratio > 1.5:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from functools import cache
 from typing import Iterator, NamedTuple, Optional, Sequence
@@ -120,15 +121,22 @@ def own_session() -> list[int]:
     return list(ancestors(os.getpid()))
 
 
-def holders_of_link(link_id: int) -> list[int]:
-    """The processes that have a descriptor of a BPF link, as far as this one may look."""
-    wanted = f"link_id:\t{link_id}\n"
-    found = []
+def links_of(pid: int) -> set[int]:
+    """The ids of the BPF links that a process has a descriptor of, as far as this one may look."""
+    found = set()
+    with suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
+            with suppress(OSError), open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
+                match = re.search(r"^link_id:\t(\d+)$", file.read(), re.MULTILINE)
+                if match:
+                    found.add(int(match[1]))
+    return found
+
+
+def holders_of_links() -> dict[int, list[int]]:
+    """For each BPF link the processes that have a descriptor of it. It looks at all processes."""
+    found: dict[int, list[int]] = {}
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with suppress(OSError):
-            for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
-                with suppress(OSError), open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
-                    if wanted in file.read():
-                        found.append(pid)
-                        break
+        for link_id in links_of(pid):
+            found.setdefault(link_id, []).append(pid)
     return found

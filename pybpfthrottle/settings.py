@@ -145,17 +145,23 @@ def _from_files(files: Sequence[str]) -> dict[str, tuple[Any, str]]:
 def _read(path: str) -> Optional[str]:
     """The text of a config file, None if there is none; as root only one that is root's own."""
     # One in a directory that may not be searched, as HOME of another user, is none of ours.
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            _refuse_untrusted(path, os.fstat(file.fileno()))
+        # Opening a pipe would wait for its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="utf-8-sig") as file:
+            _refuse_untrusted(path, os.fstat(fd))
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise SettingsError(f"cannot read {path}: {error}") from error
 
 
 def _refuse_untrusted(path: str, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise SettingsError(f"{path} is no regular file")
     if os.geteuid() == 0 and status.st_uid != 0:
         raise SettingsError(
             f"{path} belongs to another user (uid {status.st_uid}), who could so decide what"

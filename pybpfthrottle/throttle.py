@@ -37,6 +37,10 @@ class Throttle:
             found.update(handle.counters())
         return found
 
+    def burst_bytes(self, direction: Direction) -> int:
+        """What may pass at once after an idle time, beyond the rate."""
+        return self._handles[direction].burst_bytes(direction)
+
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
         if direction not in self._handles:

@@ -47,6 +47,9 @@ class Handle(Protocol):
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change the limit of a direction; None lifts it."""
 
+    def burst_bytes(self, direction: Direction) -> int:
+        """What may pass at once after an idle time, beyond the rate."""
+
     def switch(self, method: str) -> None:
         """Attach by another method, link or legacy, without a moment without a limit."""
 

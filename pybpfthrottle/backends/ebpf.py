@@ -125,6 +125,15 @@ class EbpfHandle:
                 self._buckets[direction] = ThrottleBucket(even_at_ns=now + owed_ns)
         self._rates[direction] = rate
 
+    def burst_bytes(self, direction: Direction) -> int:
+        """Credit, debt, and the packet that goes into debt."""
+        rate = self._rates[direction]
+        if rate is None:
+            return 0
+        config = self._configs[direction]
+        time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
+        return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
+
     def place(self, program: str, target: Cgroup, direction: Direction) -> None:
         """Attach one of the loaded programs. Raises AttachError or CgroupError."""
         policy = self._options.attach.get(direction, AttachPolicy())

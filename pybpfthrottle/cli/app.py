@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import Any, NoReturn, Optional
 
 import click
@@ -207,8 +210,6 @@ python -m pybpfthrottle.diagnostics does the same where click and rich are missi
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--report",
-    "report_file",
-    type=click.File("w", encoding="utf-8", lazy=False),
     metavar="FILE",
     help="Write a text file for a bug report; names and addresses are left out.",
 )
@@ -220,10 +221,13 @@ def verify_setup(**options: Any) -> None:
     Everything is tried for real where that can be done, and taken away again.
     """
     from pybpfthrottle.cli import verify
+    from pybpfthrottle.diagnostics import command
 
-    if sum(options[name] is not None for name in ("pid", "cgroup", "unit")) > 1:
-        raise click.UsageError("give one of --pid, --cgroup and --unit")
-    sys.exit(verify.verify(**options))
+    asked = command.Options(**options)
+    wrong = command.mistake(asked)
+    if wrong:
+        raise click.UsageError(wrong)
+    sys.exit(verify.verify(asked))
 
 
 @cli.command()
@@ -297,23 +301,41 @@ def _list_backends() -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:
-    """The entry point: one clear line for what went wrong; a bug keeps its traceback."""
+    """One clear line for what went wrong; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    status = _status(argv)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # it was closed
+                stream.flush()
+        except OSError as error:
+            # Python would fail once more at its end, with status 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                say(f"error: cannot write: {error.strerror}")
+            status = status or 1
+    sys.exit(status)
+
+
+def _status(argv: Optional[list[str]]) -> int:
     try:
-        cli.main(argv, prog_name="pybpfthrottle")
+        status = cli.main(argv, prog_name="pybpfthrottle", standalone_mode=False)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except click.Abort:
+        return 128 + signal.SIGINT
+    except click.ClickException as error:
+        with suppress(OSError):
+            error.show()
+        return int(error.exit_code)
     except Error as error:
         say(f"error: {error}")
     except BrokenPipeError:
         pass
-    finally:
-        _let_go_of_lost_streams()
-    sys.exit(1)
-
-
-def _let_go_of_lost_streams() -> None:
-    """Where the reader or the terminal has left, Python would fail at its end: status 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        say(f"error: {error}")
+    else:
+        return status if isinstance(status, int) else 0
+    return 1

@@ -10,11 +10,12 @@ import click
 
 from pybpfthrottle import attached, process
 from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle.attached import Attached
+from pybpfthrottle.attached import Attached, Links
 from pybpfthrottle.bpf import privileges
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli import tables
+from pybpfthrottle.cli.say import printable
 from pybpfthrottle.errors import CgroupError
 
 # bpftool prints the same words.
@@ -27,7 +28,7 @@ FLAGS = {
 
 def show(path: str, *, effective: bool, as_json: bool) -> None:
     """What is attached to one cgroup; with ``effective`` also what its ancestors pass on."""
-    found = _records(cgroups_v2.from_path(path), effective=effective)
+    found = _records(cgroups_v2.from_path(path), Links(), effective=effective)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif found:
@@ -38,11 +39,12 @@ def show(path: str, *, effective: bool, as_json: bool) -> None:
 
 def tree(path: Optional[str], *, as_json: bool) -> None:
     """What is attached to each cgroup at and below a path, or of all that are visible."""
-    top = cgroups_v2.from_path(path) if path else cgroups_v2.root()
+    top = cgroups_v2.root() if path is None else cgroups_v2.from_path(path)
+    known = Links()
     found: list[tuple[str, list[dict[str, Any]]]] = []
     for directory, _, _ in os.walk(top.path):
         try:
-            records = _records(Cgroup(directory), effective=False)
+            records = _records(Cgroup(directory), known, effective=False)
         except CgroupError:
             if os.path.isdir(directory):
                 raise
@@ -60,13 +62,13 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
         click.echo(f"Nothing is attached at or below {top.path}.")
     else:
         for directory, records in found:
-            click.echo(directory)
+            click.echo(printable(directory))
             _print_table(records, indent="  ")
 
 
-def _records(cgroup: Cgroup, *, effective: bool) -> list[dict[str, Any]]:
+def _records(cgroup: Cgroup, known: Links, *, effective: bool) -> list[dict[str, Any]]:
     try:
-        return [_record(one) for one in attached.at(cgroup, effective=effective)]
+        return [_record(one) for one in attached.at(cgroup, effective=effective, known=known)]
     except OSError as error:
         raise CgroupError(
             f"cannot ask what is attached to {cgroup.path}:"
@@ -80,9 +82,7 @@ def _record(one: Attached) -> dict[str, Any]:
         record["attach_flags"] = FLAGS[one.mode]
     if one.info is not None:
         record.update(name=one.info.name, tag=one.info.tag, uid=one.info.created_by_uid)
-    record["links"] = [
-        {"id": link.id, "pids": process.holders_of_link(link.id)} for link in one.links
-    ]
+    record["links"] = [{"id": link.id, "pids": list(link.pids)} for link in one.links]
     return record
 
 

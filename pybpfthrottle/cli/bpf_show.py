@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import click
@@ -163,8 +164,14 @@ def link_record(info: LinkInfo) -> Record:
         target_obj_id=info.target_object_id or None,
         target_btf_id=info.target_btf_id or None,
         attach_type=None if own_hook is None else _name(AttachType, own_hook),
-        pids=[pid for pid in process.holders_of_link(info.id) if pid != os.getpid()],
+        pids=[pid for pid in _holders().get(info.id, []) if pid != os.getpid()],
     )
+
+
+@cache
+def _holders() -> dict[int, list[int]]:
+    """All processes are looked at once, however many links there are."""
+    return process.holders_of_links()
 
 
 _NO_HOOK = set(LinkType) - {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Callable, NamedTuple, Optional
 
 import click
 
-from pybpfthrottle import throttle
+from pybpfthrottle import settings, throttle
 from pybpfthrottle.cli import peer
 from pybpfthrottle.cli.namespaces import NamespaceError, Wire
 from pybpfthrottle.errors import Error
@@ -43,6 +44,10 @@ def demo(download: Rate, upload: Rate, seconds: int, *, loopback: bool) -> int:
     """Run the transfers; 0 if the limits held, else 1."""
     for direction in Direction:
         throttle.choose(direction)
+    settings.load()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ExitStack() as stack:
         place = _loopback(stack) if loopback else _namespaces(stack)
         held = True
@@ -77,6 +82,7 @@ def _serve(
     server = subprocess.Popen(
         inside(*_python("pybpfthrottle.cli.peer", "serve", address)),
         env=_environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         universal_newlines=True,
     )

@@ -117,6 +117,7 @@ def _targets(target: Optional[Process], paths: Sequence[str], units: Sequence[st
         return [cgroups_v2.from_pid(target.pid)]
     chosen = [cgroups_v2.from_path(path) for path in paths]
     chosen += [cgroups_v2.from_unit(name) for name in units]
+    chosen = list(dict.fromkeys(chosen))
     for one in chosen:
         for other in chosen:
             if one is not other and other in one:

@@ -19,6 +19,7 @@ from pybpfthrottle.throttle import Throttle
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DURATION_S = 10 * 366 * 86400.0
+BACKENDS = ("auto", *(backend.name for backend in throttle.BACKENDS))
 
 
 def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[Rate]:
@@ -42,7 +43,9 @@ def parse_duration(
     except ValueError:
         seconds = math.nan
     if not 0 < seconds <= _MAX_DURATION_S:
-        raise click.BadParameter(f"{text!r}: give a number of seconds above 0, such as 5 or 0.5")
+        raise click.BadParameter(
+            f"{text!r}: give a number of seconds above 0 and up to ten years, such as 5 or 0.5"
+        )
     return seconds
 
 
@@ -81,8 +84,18 @@ def limit_options(function: F) -> F:
                 show_default=True,
                 help="How uploads are dropped: as by congestion (Linux 5.3), or denied (EPERM).",
             ),
-            click.option("--download-backend", default="auto", help="See --list-backends."),
-            click.option("--upload-backend", default="auto", help="See --list-backends."),
+            click.option(
+                "--download-backend",
+                type=click.Choice(BACKENDS),
+                default="auto",
+                help="See --list-backends.",
+            ),
+            click.option(
+                "--upload-backend",
+                type=click.Choice(BACKENDS),
+                default="auto",
+                help="See --list-backends.",
+            ),
             click.option(
                 "-v",
                 "--verbose",
@@ -141,6 +154,11 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
     )
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
+    for direction in Direction:
+        if direction not in limits and request.backends[direction] != "auto":
+            raise click.UsageError(f"--{direction}-backend goes with --{direction}-limit")
+    if Direction.UPLOAD not in limits and request.options.egress_verdict != "auto":
+        raise click.UsageError("--egress-verdict goes with --upload-limit")
     return request
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
 import time
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -121,7 +122,9 @@ def main(argv: list[str]) -> None:
     if argv[0] == "serve":
         server = Server(argv[1])
         print(READY, flush=True)
-        server.serve_forever()
+        # Whoever started it holds the other end: it ends with them, however they end.
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sys.stdin.read()
     elif argv[0] == "get":
         get(argv[1], float(argv[2]))
     else:

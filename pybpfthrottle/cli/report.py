@@ -31,11 +31,23 @@ class Reading(NamedTuple):
     limit: Optional[Rate]
     actual_bytes_per_s: float
     counters: Counters
+    # What the burst may have added to the actual rate.
+    spare_bytes_per_s: float = 0.0
 
     @property
     def ratio(self) -> Optional[float]:
         """Actual to limit; None where there is no limit."""
         return self.actual_bytes_per_s / self.limit.bytes_per_s if self.limit else None
+
+    @property
+    def verdict(self) -> Optional[Verdict]:
+        """None where there is no limit."""
+        if not self.limit:
+            return None
+        # Where anything came at all it is not idle, however small the rest.
+        steady = max(self.actual_bytes_per_s - self.spare_bytes_per_s, 0.0)
+        ratio = steady / self.limit.bytes_per_s
+        return Verdict.of(ratio or min(self.actual_bytes_per_s, 1e-9))
 
     def record(self) -> dict[str, Any]:
         """For JSON; rates in bytes per second."""
@@ -44,19 +56,18 @@ class Reading(NamedTuple):
             "limit": self.limit.bytes_per_s if self.limit else None,
             "actual": round(self.actual_bytes_per_s),
             "ratio": None if ratio is None else round(ratio, 4),
-            "verdict": None if ratio is None else Verdict.of(ratio).name.lower(),
+            "verdict": self.verdict.name.lower() if self.verdict else None,
             **self.counters._asdict(),
         }
 
     def line(self) -> str:
         """``download: actual=48.5 KB/s, limit=50.0 KB/s, ratio=0.97x ✅ THROTTLED``."""
         actual = format_rate(self.actual_bytes_per_s)
-        if self.limit is None:
+        if self.verdict is None:
             return f"{self.direction}: actual={actual}, no limit"
-        ratio = self.ratio or 0.0
         return (
-            f"{self.direction}: actual={actual}, limit={self.limit}, ratio={ratio:.2f}x"
-            f" {Verdict.of(ratio).value}"
+            f"{self.direction}: actual={actual}, limit={self.limit}, ratio={self.ratio:.2f}x"
+            f" {self.verdict.value}"
         )
 
     def summary(self, elapsed_s: float) -> str:
@@ -102,6 +113,7 @@ class Meter:
                 self._throttle.limits[direction],
                 (counters.bytes_passed - first[1][direction].bytes_passed) / elapsed,
                 counters,
+                self._throttle.burst_bytes(direction) / elapsed,
             )
             for direction, counters in last[1].items()
         ]
@@ -156,6 +168,7 @@ def never_ran(readings: list[Reading], *, pid: object, cgroup: str) -> Optional[
         return None
     return (
         f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n"
-        "   No packet has come by. A socket belongs to the cgroup that it was created in: a\n"
-        "   connection opened before the process came into this cgroup is not limited here."
+        "   No packet has come by. If something was sent or received: a socket belongs to the\n"
+        "   cgroup that it was created in, so a connection that was opened before the process\n"
+        "   came into this cgroup is not limited here; verify-setup tells of other causes."
     )

@@ -7,11 +7,15 @@ from contextlib import suppress
 import click
 
 
-def say(line: str) -> None:
-    """One line; what a user's string may hold that is no text is shown escaped."""
-    printable = "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in line
+def printable(text: str) -> str:
+    """A name that others chose may hold anything: what is no text is shown escaped."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
+
+
+def say(line: str) -> None:
+    """One line."""
     # The terminal, or whoever reads standard error, may be gone.
     with suppress(OSError):
-        click.echo(f"pybpfthrottle: {printable}", err=True)
+        click.echo(f"pybpfthrottle: {printable(line)}", err=True)

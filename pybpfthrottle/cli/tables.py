@@ -7,9 +7,12 @@ from typing import Any, Sequence
 
 import click
 
+from pybpfthrottle.cli.say import printable
+
 
 def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     """Rows of text in columns that are as wide as they have to be."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))

@@ -6,11 +6,12 @@ import os
 
 from pybpfthrottle import attached
 from pybpfthrottle import cgroup as cgroups_v2
+from pybpfthrottle.attached import Links
 from pybpfthrottle.backends.attach import ATTACH_TYPES
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
-from pybpfthrottle.errors import CgroupError, ProcessError
+from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
 
 _MOST_PROGRAMS = 64
 _MODES = {
@@ -23,13 +24,27 @@ _MODES = {
 def _mounted(setup: Setup) -> Result:
     try:
         mount = cgroups_v2.mount()
+        hidden = _hidden(mount)
     except CgroupError as error:
         others = [m.path for m in _mounts() if m.type == "cgroup"]
         evidence = [f"cgroup v1 at {path}" for path in others]
         return failed(str(error), *evidence, cause="v1-only" if others else "no-cgroup2")
+    if hidden:
+        return failed(hidden, cause="no-cgroup2")
     hybrid = any(m.type == "cgroup" for m in _mounts())
     how = "beside cgroup v1 (hybrid)" if hybrid else "alone (unified)"
     return passed(f"mounted at {mount.path}, {how}", f"its root is {mount.root}")
+
+
+def _hidden(mount: cgroups_v2.Mount) -> str:
+    """What is wrong if its path leads to something else: another file system is mounted over it."""
+    try:
+        device = os.stat(mount.path).st_dev
+    except OSError as error:
+        return f"cgroup v2 is mounted at {mount.path}, which cannot be reached: {error.strerror}"
+    if f"{os.major(device)}:{os.minor(device)}" == mount.device:
+        return ""
+    return f"cgroup v2 is mounted at {mount.path}, but something else is mounted over it"
 
 
 def _mounts() -> list[cgroups_v2.Mount]:
@@ -42,24 +57,21 @@ def _mounts() -> list[cgroups_v2.Mount]:
 def _target(setup: Setup) -> Result:
     try:
         setup.target = _find(setup)
-    except ProcessError as error:
-        return failed(str(error), cause="target-gone")
+    except (ProcessError, NoCgroupError) as error:
+        return _without_target(setup, error, "target-gone")
     except CgroupError as error:
-        gone = setup.cgroup is not None and not os.path.exists(setup.cgroup)
-        return failed(str(error), cause="target-gone" if gone else "target-wrong")
-    asked = next(
-        (
-            f"{name} {value}"
-            for name, value in (
-                ("--pid", setup.pid),
-                ("--cgroup", setup.cgroup),
-                ("--unit", setup.unit),
-            )
-            if value is not None
-        ),
-        "this process; --pid, --cgroup or --unit examine another",
-    )
-    return passed(setup.target.path, asked, *_facts(setup.target))
+        return _without_target(setup, error, "target-wrong")
+    facts = _facts(setup.target)
+    if setup.named:
+        return passed(setup.target.path, *facts)
+    return passed(f"{setup.target.path}, of this process; --pid names another", *facts)
+
+
+def _without_target(setup: Setup, error: Error, cause: str) -> Result:
+    """Nobody asked for the cgroup of this process: where it is not visible, that is no failure."""
+    if setup.named:
+        return failed(str(error), cause=cause)
+    return skipped(f"none was named, and this process's own is of no use: {error}")
 
 
 def _find(setup: Setup) -> Cgroup:
@@ -107,15 +119,18 @@ def _scratch(setup: Setup) -> Result:
         setup.stack.callback(scratch.remove)
         setup.scratch = scratch.cgroup
         return passed(f"one can be made below {parent.path}")
-    return failed("no cgroup can be made", *reasons, cause="no-scratch")
+    cause = "no-scratch" if setup.named else "no-own-cgroup"
+    return failed("no cgroup can be made", *reasons, cause=cause)
 
 
 def _root(setup: Setup) -> Result:
     top = cgroups_v2.root()
     os.close(top.open())
-    if os.access(top.path, os.W_OK):
-        return passed(f"{top.path} can be opened and written")
-    return warned(f"{top.path} is read-only: no cgroup can be made for a command")
+    if os.statvfs(top.path).f_flag & os.ST_RDONLY:
+        return warned(f"{top.path} is mounted read-only: no cgroup can be made for a command")
+    if not os.access(top.path, os.W_OK):
+        return warned(f"this process may not write {top.path}: it can make no cgroup there")
+    return passed(f"{top.path} can be opened and written")
 
 
 def _bpf_file_system(setup: Setup) -> Result:
@@ -129,7 +144,8 @@ def _programs(setup: Setup) -> Result:
     target = setup.target
     if target is None:
         return skipped("there is no target", cause="needs")
-    there = [one for where in target.with_ancestors() for one in attached.at(where)]
+    known = Links()
+    there = [one for where in target.with_ancestors() for one in attached.at(where, known=known)]
     evidence = [
         f"{one.cgroup.path}: {one.attach_type.name.lower()} {_MODES.get(one.mode, '?')}: {one}"
         for one in there
@@ -182,7 +198,7 @@ CHECKS = (
         "Cgroups",
         "access to the root cgroup",
         "cgroups for commands (run) are made below it",
-        "mount cgroup v2 writable",
+        "mount cgroup v2 writable, and run it as root",
         _root,
         ("cgroup.v2",),
     ),

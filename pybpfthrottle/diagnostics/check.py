@@ -69,6 +69,11 @@ class Setup:
     scratch: Optional[Cgroup] = None
     results: dict[str, Result] = field(default_factory=dict)
 
+    @property
+    def named(self) -> bool:
+        """Whether a target was asked for."""
+        return (self.pid, self.cgroup, self.unit) != (None, None, None)
+
     def failed(self, check_id: str) -> bool:
         """Whether a check found something that stands in the way."""
         result = self.results.get(check_id)

@@ -11,6 +11,7 @@ from typing import Iterator
 
 from pybpfthrottle import attached, netlink
 from pybpfthrottle import cgroup as cgroups_v2
+from pybpfthrottle.attached import Links
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped
 
 _SECTION = "What is there already"
@@ -120,9 +121,10 @@ def _engines(setup: Setup) -> Result:
 
 
 def _systemd(setup: Setup) -> Result:
+    known = Links()
     found: dict[str, list[str]] = {}
     for cgroup in cgroups_v2.walk():
-        for one in attached.at(cgroup):
+        for one in attached.at(cgroup, known=known):
             name = one.info.name if one.info else ""
             if name in _OF_SYSTEMD:
                 found.setdefault(f"{name} ({_OF_SYSTEMD[name]})", []).append(cgroup.path)

@@ -103,6 +103,15 @@ _NO_PYELFTOOLS = Conclusion(
     "pip install pyelftools",
     ("python",),
 )
+_NO_PROC = Conclusion(
+    "no-proc",
+    "B",
+    "/proc is not mounted",
+    "neither processes nor mounts can be seen",
+    "nothing has mounted it in this mount namespace",
+    "mount -t proc proc /proc",
+    ("kernel.proc",),
+)
 _SETTINGS = Conclusion(
     "settings",
     "D",
@@ -349,6 +358,15 @@ _NOT_DROPPED = Conclusion(
     "report it with --report FILE",
     ("trial.upload", "trial.download"),
 )
+_NO_OWN_CGROUP = Conclusion(
+    "no-own-cgroup",
+    "A",
+    "No cgroup can be made for a command",
+    "pybpfthrottle run fails; limits on cgroups that are there work",
+    "cgroup v2 is read-only here, or this process may not write to it",
+    "mount it writable and run it as root; or limit a cgroup that is there, with --cgroup",
+    ("cgroup.scratch", "cgroup.root"),
+)
 _UNPROVED = Conclusion(
     "works-unproved",
     "W",
@@ -384,6 +402,10 @@ def _traffic_proved(results: Results) -> bool:
     return all(results[name].outcome is Outcome.PASS for name in ("trial.upload", "trial.download"))
 
 
+def _by_link(results: Results) -> bool:
+    return results["trial.target"].cause != "legacy" and results["trial.link"].cause != "no-links"
+
+
 def _traffic_cause(*causes: str) -> Callable[[Results], bool]:
     return lambda results: any(
         results[name].cause in causes for name in ("trial.upload", "trial.download")
@@ -399,8 +421,13 @@ _TRAFFIC = Question(
         Question(
             "Could both directions be tried?",
             _traffic_proved,
-            Question("By link?", _cause("trial.target", ""), _WORKS, _WORKS_LEGACY),
-            _UNPROVED,
+            Question("By link?", _by_link, _WORKS, _WORKS_LEGACY),
+            Question(
+                "Is a cgroup for commands all that lacks?",
+                _cause("cgroup.scratch", "no-own-cgroup"),
+                _NO_OWN_CGROUP,
+                _UNPROVED,
+            ),
         ),
         _NOT_DROPPED,
     ),
@@ -529,9 +556,9 @@ _RIGHTS = Question(
     ),
     _NO_RIGHTS,
 )
-TREE = Question(
-    "Can this Python call bpf(2)?",
-    _ok("python"),
+_PROC = Question(
+    "Is /proc mounted?",
+    _ok("kernel.proc"),
     Question(
         "Can the settings be used?",
         _ok("settings"),
@@ -550,6 +577,12 @@ TREE = Question(
         ),
         _SETTINGS,
     ),
+    _NO_PROC,
+)
+TREE = Question(
+    "Can this Python call bpf(2)?",
+    _ok("python"),
+    _PROC,
     Question(
         "Is it pyelftools that is missing?",
         _cause("python", "no-pyelftools"),

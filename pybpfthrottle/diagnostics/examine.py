@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from typing import Callable, NamedTuple, Optional
 
@@ -75,8 +74,3 @@ def examine(
             setup.results[check.id] = check.run(setup)
     path, conclusion = decision.walk(setup.results, decision.TREE)
     return Examination([(check, setup.results[check.id]) for check in CHECKS], path, conclusion)
-
-
-def root_cgroup_wanted() -> bool:
-    """Whether the environment asks for the trial at the root cgroup."""
-    return os.environ.get("PYBPFTHROTTLE_TEST_ROOT_CGROUP", "") == "1"

@@ -73,6 +73,12 @@ def _version(setup: Setup) -> Result:
     return passed(f"{kernel.sysname} {kernel.release}", kernel.version)
 
 
+def _proc(setup: Setup) -> Result:
+    if os.path.exists("/proc/self/mountinfo"):
+        return passed("mounted")
+    return failed("/proc is not mounted", cause="no-proc")
+
+
 def _bpf(setup: Setup) -> Result:
     # An empty map is invalid; that the kernel says so proves that it was asked.
     try:
@@ -168,6 +174,14 @@ CHECKS = (
         "for the report; what the kernel can do is tried, not read from its version",
         "",
         _version,
+    ),
+    Check(
+        "kernel.proc",
+        "Kernel",
+        "the file system /proc",
+        "it tells of processes, mounts and privileges",
+        "mount -t proc proc /proc",
+        _proc,
     ),
     Check(
         "kernel.bpf",

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import time
+from contextlib import suppress
 from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, warned
@@ -34,10 +35,11 @@ class Line(NamedTuple):
 
 def read() -> list[Line]:
     """The whole log, oldest first: /dev/kmsg (Linux 3.5), or syslog(2). Raises OSError."""
-    try:
-        return list(_from_device())
-    except OSError:
-        return list(_from_system_call())
+    with suppress(OSError):
+        lines = list(_from_device())
+        if lines:  # containers often have /dev/null in its place
+            return lines
+    return list(_from_system_call())
 
 
 def telling(lines: list[Line]) -> list[Line]:
@@ -55,6 +57,8 @@ def _from_device() -> Iterator[Line]:
                 return
             except BrokenPipeError:  # overwritten in between
                 continue
+            if not record:
+                return
             line = parse_record(record)
             if line:
                 yield line

@@ -25,6 +25,16 @@ _FIRST_USER = 1000
 _NOBODY = 65534
 
 
+def write(path: str, examination: Examination) -> None:
+    """Write the report to a file; ``-`` is standard output. Raises OSError."""
+    text = for_bug_report(examination)
+    if path == "-":
+        print(text, end="")
+        return
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+
+
 def lines(examination: Examination, *, evidence: bool) -> Iterator[str]:
     """Plain text for people: each section, the path through the tree, the conclusion.
 
@@ -132,22 +142,30 @@ def redact(text: str) -> str:
     host = os.uname().nodename
     for name in (host, host.partition(".")[0]):
         text = _without(text, name, "<host>")
-    text = re.sub(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", "<address>", text, flags=re.I)
-    return re.sub(r"[0-9a-fA-F]*[:.][0-9a-fA-F:.]*[0-9a-fA-F:]", _without_address, text)
+    text = re.sub(r"\b(?:[0-9a-f]{2}[:-]){5,}[0-9a-f]{2}\b", "<address>", text, flags=re.I)
+    text = re.sub(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.]*\d)", _without_address, text)
+    return re.sub(r"[0-9a-fA-F]*:[0-9a-fA-F:]*:[0-9a-fA-F]*", _without_address, text)
 
 
 def _without(text: str, name: str, placeholder: str) -> str:
+    """Also as a part of another name: user-alice.slice."""
     if not name:
         return text
-    return re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", placeholder, text)
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", placeholder, text)
 
 
 def _without_address(found: re.Match[str]) -> str:
-    try:
-        ipaddress.ip_address(found[0])
-    except ValueError:
-        return found[0]
-    return "<address>"
+    """The longest part from the beginning on that is an address: a port may stand behind it."""
+    candidate, rest = found[0], ""
+    while candidate:
+        try:
+            ipaddress.ip_address(candidate)
+        except ValueError:
+            candidate, colon, last = candidate.rpartition(":")
+            rest = colon + last + rest
+        else:
+            return "<address>" + rest
+    return found[0]
 
 
 def _user_names() -> set[str]:

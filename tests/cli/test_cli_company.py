@@ -37,6 +37,20 @@ def test_a_second_instance_is_refused_and_names_the_first(tool, scratch, limitin
     assert tool.finish(first).status == 0
 
 
+@pytest.mark.parametrize("above", [True, False])
+def test_a_limit_above_or_below_is_refused_too(tool, scratch, limiting, above):
+    """Packets pass both cgroups, and would be charged to both limits."""
+    outer = scratch.cgroup()
+    inner = scratch.cgroup(parent=outer)
+    taken, wanted = (outer, inner) if above else (inner, outer)
+    first = limiting(taken)
+    result = tool.run("--cgroup", wanted.path, *LIMIT)
+    assert result.status == 1
+    assert f"{taken.path} is limited already, by process {first.pid}" in result.complaint
+    first.terminate()
+    assert tool.finish(first).status == 0
+
+
 def test_with_stack_both_limits_are_in_force(tool, scratch, limiting, attached):
     """Who says --stack gets a second limit on the same cgroup."""
     cgroup = scratch.cgroup()
@@ -107,3 +121,17 @@ def test_another_program_is_not_sent_the_signal(tool, scratch):
     assert result.status == 1
     assert "is no pybpfthrottle" in result.complaint
     assert child.poll() is None
+
+
+def test_a_switch_that_does_not_happen_is_an_error(tool, scratch, limiting):
+    """Who is stopped does not switch; the command says so, and does not claim success."""
+    first = limiting(scratch.cgroup())
+    first.send_signal(signal.SIGSTOP)
+    try:
+        result = tool.run("switch", str(first.pid), "legacy")
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert result.status == 1
+    assert "did not switch" in result.complaint
+    first.terminate()
+    assert tool.finish(first).status == 0

@@ -60,12 +60,25 @@ def test_a_name_that_is_no_utf8_is_127(tool):
     assert result.complaint.endswith(": command not found")
 
 
-def test_an_unknown_backend_is_125(tool):
-    """A backend that does not exist is a failure of ours, and the known ones are named."""
+def test_an_unknown_backend_is_wrong_usage(tool):
+    """A backend that does not exist is refused, and the known ones are named."""
     result = tool.run(*LIMIT, "--download-backend", "magic", "--", "true")
-    assert result.status == 125
-    assert "magic" in result.complaint
-    assert "ebpf" in result.complaint
+    assert result.status == 2
+    assert "magic" in result.usage_error
+    assert "ebpf" in result.usage_error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--upload-backend", "ebpf"], "--upload-backend goes with --upload-limit"),
+        (["--egress-verdict", "deny"], "--egress-verdict goes with --upload-limit"),
+    ],
+)
+def test_an_option_of_the_other_direction_is_refused(tool, options, message):
+    """It would be ignored."""
+    result = tool.run("run", "--download-limit", "1M", *options, "--", "true")
+    assert (result.status, message in result.usage_error) == (2, True)
 
 
 def test_the_command_does_not_start_before_the_limit(tool, tmp_path):

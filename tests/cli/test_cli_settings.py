@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -80,3 +81,18 @@ def test_nonsense_is_a_usage_error(tool, config, arguments):
     result = tool.run(*arguments, environment=nonsense)
     assert result.status == 2
     assert "PYBPFTHROTTLE_BPF_ATTACH_METHOD is 'modern'" in result.err
+
+
+def test_a_config_file_that_is_none_is_refused(tool, tmp_path):
+    """Opening a pipe would wait for ever; a link that leads to itself is told."""
+    directory = tmp_path / "pybpfthrottle"
+    directory.mkdir()
+    path = directory / "config.toml"
+    variables = {"XDG_CONFIG_HOME": str(tmp_path)}
+    os.mkfifo(path)
+    complaint = tool.run("config", "show", environment=variables)
+    assert "is no regular file" in complaint.err
+    path.unlink()
+    path.symlink_to(path)
+    complaint = tool.run("config", "show", environment=variables)
+    assert "Too many levels of symbolic links" in complaint.err

@@ -106,6 +106,7 @@ def start_server(inside: Callable[..., list[str]], address: str) -> subprocess.P
     """Start the HTTP server and wait until it listens; the caller ends it."""
     server = subprocess.Popen(
         inside(sys.executable, "-m", "pybpfthrottle.cli.peer", "serve", address),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT,
         universal_newlines=True,

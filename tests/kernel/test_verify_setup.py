@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.diagnostics.examine import Examination, examine
 
 PLAIN = [sys.executable, "-m", "pybpfthrottle.diagnostics"]
+OWN_MOUNTS = [sys.executable, str(Path(__file__).with_name("own_mounts.py")), "--"]
 REFUSING = [sys.executable, str(Path(__file__).with_name("refusing.py"))]
 
 
@@ -217,7 +219,7 @@ def test_without_cgroup2_there_is_no_place_to_attach(
 ) -> None:
     """A view with cgroup v1 alone, and one without any."""
     script += 'exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, str(tmp_path), *PLAIN]
+    command = [*OWN_MOUNTS, "sh", "-c", script, str(tmp_path), *PLAIN]
     assert conclusion(*command, stderr=subprocess.DEVNULL) == expected
 
 
@@ -288,7 +290,7 @@ def test_a_process_that_has_ended_is_no_target() -> None:
     [
         (["--cgroup", "/sys/fs/cgroup/nobody/made/this"], "target-gone"),
         (["--cgroup", "/usr"], "target-wrong"),
-        (["--unit", "nobody-made-this"], "target-wrong"),
+        (["--unit", "nobody-made-this"], "target-gone"),
     ],
 )
 def test_what_is_no_cgroup_is_no_target(options: list[str], expected: str) -> None:
@@ -308,7 +310,34 @@ def test_a_target_that_vanishes_meanwhile_is_gone(scratch: Cgroup) -> None:
     assert found.conclusion.id == "target-gone"
 
 
+SHOWN_ELSEWHERE = {
+    "no /proc": ("mount -t tmpfs none /proc", "no-proc"),
+    "something over cgroup v2": ("mount -t tmpfs none {cgroup2}", "no-cgroup2"),
+    "cgroup v2 read-only": ("mount -o remount,bind,ro {cgroup2}", "no-own-cgroup"),
+}
+
+
+@pytest.mark.parametrize("how", SHOWN_ELSEWHERE)
+def test_what_is_missing_is_named(how: str) -> None:
+    """Each has a conclusion of its own, and the remedy for it."""
+    script, expected = SHOWN_ELSEWHERE[how]
+    script = script.format(cgroup2=cgroups.mount().path) + '; exec "$@"'
+    assert conclusion(*OWN_MOUNTS, "sh", "-c", script, "sh", *PLAIN) == expected
+
+
+def test_its_own_cgroup_need_not_be_visible(scratch: Cgroup) -> None:
+    """Nobody asked for it; what has to be tried is tried on a new cgroup."""
+    script = 'mkdir $0/c && mount --bind "$1" $0/c && umount -l "$2"; shift 2; exec "$@"'
+    with TemporaryDirectory() as directory:
+        command = [*OWN_MOUNTS, "sh", "-c", script, directory, scratch.path]
+        found, status = verify(*command, cgroups.mount().path, *PLAIN)
+    assert status == 0, found["conclusion"]
+    assert result(found, "cgroup.target")["outcome"] == "skip"
+    assert result(found, "trial.upload")["outcome"] == "pass"
+
+
 BROKEN = {
+    "an empty /dev/kmsg": "mount --bind /dev/null /dev/kmsg",
     "no /proc/config.gz": "mount --bind /dev/null /proc/config.gz",
     "no /sys": "umount -l /sys; mkdir -p $0/c; mount -t cgroup2 none $0/c",
     "no /dev/kmsg": "mount -t tmpfs none /dev && mknod /dev/null c 1 3",
@@ -325,7 +354,7 @@ def test_a_broken_system_is_examined(tmp_path: Path, how: str) -> None:
     script = f'({BROKEN[how]}) 2>/dev/null; exec "$@"'
     if how == "no commands":
         script = f'{BROKEN[how]}; exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, str(tmp_path), *PLAIN]
+    command = [*OWN_MOUNTS, "sh", "-c", script, str(tmp_path), *PLAIN]
     assert conclusion(*command) in ("works", "works-by-legacy")
 
 
@@ -382,13 +411,66 @@ def test_a_libc_without_syscall_is_the_cause() -> None:
 def test_quiet_tells_by_its_status_alone(scratch: Cgroup) -> None:
     """Nothing is printed."""
     for command in (PLAIN, [*TOOL, "verify-setup"]):
-        done = subprocess.run(
-            [*command, "-q", "--cgroup", scratch.path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-        )
-        assert (done.returncode, done.stdout) == (0, b"")
+        for options in ([], ["--json"]):
+            done = subprocess.run(
+                [*command, "-q", *options, "--cgroup", scratch.path],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+            )
+            assert (done.returncode, done.stdout) == (0, b"")
+
+
+@pytest.mark.parametrize("command", [PLAIN, [*TOOL, "verify-setup"]])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pid", "0"], "0"),
+        (["--cgroup", ""], "--cgroup is empty"),
+        (["--unit", ""], "--unit is empty"),
+        (["--report", ""], "--report is empty"),
+        (["--report", "/nowhere/at/all"], "No such file or directory"),
+        (["--pid", "1", "--unit", "x"], "give one of --pid, --cgroup and --unit"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_tried(
+    command: list[str], options: list[str], said: str
+) -> None:
+    """With and without click: status 2, and what is wrong."""
+    done = subprocess.run([*command, *options], stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("command", [PLAIN, [*TOOL, "verify-setup"]])
+def test_a_report_that_cannot_be_written_is_an_error(command: list[str]) -> None:
+    """Status 1, and one line; and one that was there is not lost by another mistake."""
+    done = subprocess.run(
+        [*command, "-q", "--report", "/dev/full"],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [PLAIN, [*TOOL, "verify-setup"]])
+@pytest.mark.parametrize("how", ["ascii", "closed", "full"])
+def test_any_standard_output_will_do(command: list[str], how: str) -> None:
+    """One that knows no check marks, one that is closed, and one that is a full disk."""
+    redirected = {"ascii": "", "closed": ">&-", "full": ">/dev/full"}[how]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirected}', "sh", *command],
+        capture_output=True,
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii" if how == "ascii" else "utf-8"},
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if how == "full" else 0), done.stderr
+    if how == "full":
+        assert "No space left on device" in done.stderr
 
 
 def test_a_report_can_be_written(scratch: Cgroup, tmp_path: Path) -> None:
@@ -405,7 +487,7 @@ def test_a_report_can_be_written(scratch: Cgroup, tmp_path: Path) -> None:
     assert os.uname().nodename not in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_nothing_is_left_by_an_interruption(scratch: Cgroup, number: signal.Signals) -> None:
     """Whenever it comes."""
     for delay_s in (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4):

@@ -21,6 +21,16 @@ TABLE = [
     ([("trial.target", WARN, "legacy")], "works-by-legacy"),
     ([("cgroup.scratch", FAIL, "no-scratch"), ("trial.upload", SKIP, "needs")], "works-unproved"),
     ([("trial.download", SKIP, "no-lo")], "works-unproved"),
+    ([("cgroup.target", SKIP, ""), ("trial.target", SKIP, "needs")], "works"),
+    (
+        [("cgroup.target", SKIP, ""), ("trial.link", WARN, "no-links")],
+        "works-by-legacy",
+    ),
+    (
+        [("cgroup.scratch", FAIL, "no-own-cgroup"), ("trial.upload", SKIP, "needs")],
+        "no-own-cgroup",
+    ),
+    ([("kernel.proc", FAIL, "no-proc")], "no-proc"),
     ([("python", FAIL, "no-syscall")], "python-without-ctypes"),
     ([("python", FAIL, "no-pyelftools")], "pyelftools-missing"),
     ([("settings", FAIL, "")], "settings"),

@@ -87,7 +87,12 @@ def test_attributes_are_aligned() -> None:
     ("text", "expected"),
     [
         ("loaded by alice 3 minutes ago", "loaded by <user> 3 minutes ago"),
-        ("/home/alice/x and alice-b", "/home/<user>/x and alice-b"),
+        ("/home/alice/x and malice", "/home/<user>/x and malice"),
+        ("user-alice.slice, alice_job", "user-<user>.slice, <user>_job"),
+        ("to 1.2.3.4:80, 10.0.0.1:", "to <address>:80, <address>:"),
+        ("secret-10.0.0.1.service", "secret-<address>.service"),
+        ("2001:db8:0:0:0:0:0:1:443", "<address>:443"),
+        ("MAC=52:54:00:12:34:56:52:54:00:12:34:57:08:00", "MAC=<address>"),
         ("from 192.0.2.7 to 2001:db8::1", "from <address> to <address>"),
         ("at fe80::1%eth0 (52:54:00:12:34:56)", "at <address>%eth0 (<address>)"),
         ("Linux 6.12.117 at 12:34:56, 14.0.6", "Linux 6.12.117 at 12:34:56, 14.0.6"),
@@ -105,6 +110,7 @@ def test_a_report_does_not_name_the_host(monkeypatch) -> None:
     names = ("Linux", "tower.example.org", "6.1", "#1", "x86_64")
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(names))
     assert report.redact("tower: tower.example.org towers") == "<host>: <host> towers"
+    assert report.redact("tower-1") == "<host>-1"
 
 
 def test_the_configuration_comes_from_the_first_file(monkeypatch, tmp_path) -> None:
