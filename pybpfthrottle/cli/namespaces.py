@@ -10,6 +10,7 @@ from typing import Optional
 
 from pybpfthrottle.errors import Error
 
+DEVICE = "wire"
 _TOOLS = ("ip", "unshare", "nsenter")
 _PATIENCE_S = 5.0
 
@@ -65,22 +66,30 @@ class Wire:
         try:
             self.client.wait()
             self.server.wait()
-            _ip(
-                None,
-                f"link add wire netns {self.client.process.pid} type veth"
-                f" peer name wire netns {self.server.process.pid}",
-            )
+            self.join()
             for end in (self.client, self.server):
-                _ip(end, f"address add {end.address}/24 dev wire")
-                _ip(end, f"address add {end.address6}/64 dev wire nodad")
+                _ip(end, f"address add {end.address}/24 dev {DEVICE}")
+                _ip(end, f"address add {end.address6}/64 dev {DEVICE} nodad")
                 _ip(end, "link set lo up")
-                _ip(end, "link set wire up")
-            for end in (self.client, self.server):
-                _wait_for_link(end)
+                _ip(end, f"link set {DEVICE} up")
+            self.settle()
         except BaseException:
             self.close()
             raise
         return self
+
+    def join(self) -> None:
+        """Make the device in both namespaces, joined. Raises NamespaceError."""
+        _ip(
+            None,
+            f"link add {DEVICE} netns {self.client.process.pid} type veth"
+            f" peer name {DEVICE} netns {self.server.process.pid}",
+        )
+
+    def settle(self) -> None:
+        """Wait until packets pass."""
+        for end in (self.client, self.server):
+            _wait_for_link(end)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -94,7 +103,7 @@ class Wire:
 def _wait_for_link(namespace: Namespace) -> None:
     """Until both ends know that they are up, which may take a second: IPv6 waits for it."""
     deadline = time.monotonic() + _PATIENCE_S
-    while "state UP" not in _ip(namespace, "link show wire") and time.monotonic() < deadline:
+    while "state UP" not in _ip(namespace, f"link show {DEVICE}") and time.monotonic() < deadline:
         time.sleep(0.02)
 
 

@@ -1,0 +1,200 @@
+"""The two ends of a transfer: some TCP flows that one process sends as fast as the other lets it.
+
+The receiver reports when its time is over, the sender when it is told to: by a line, or the end,
+of standard input. Each report is one line of JSON, a ``Received`` or a ``Sending``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Any, Iterator, NamedTuple, Optional
+
+from benches.figures import BIN_S
+from benches.surroundings import ENVIRONMENT, READY, python
+from benches.tcp_info import Sent, sent
+
+_CHUNK_BYTES = 1 << 20
+# How long a receiver waits for a first byte.
+_PATIENCE_S = 15.0
+# Close by a reset: what is still queued must not disturb the next transfer.
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Plan(NamedTuple):
+    """A transfer, as both ends are told of it."""
+
+    address: str
+    port: int
+    flows: int
+    seconds: float
+    congestion_control: str
+
+
+class Received(NamedTuple):
+    """What a receiver saw, from the first byte of all flows on.
+
+    Times are CLOCK_MONOTONIC, which all processes share; the CPU seconds are the whole machine's.
+    """
+
+    begin_s: float
+    bins: list[list[int]]
+    cpu_s: float
+
+
+class Sending(NamedTuple):
+    """What the sender's connections tell at the end."""
+
+    flows: list[Sent]
+
+
+def cpu_seconds() -> float:
+    """What all CPUs have worked so far. Source: man 5 proc_stat."""
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _iowait, irq, softirq = map(int, file.readline().split()[1:8])
+    return (user + nice + system + irq + softirq) / 100.0
+
+
+class Receiver:
+    """Reads from all flows, and for some seconds from the first byte on counts what comes."""
+
+    def __init__(self, connections: list[socket.socket], seconds: float) -> None:
+        self._connections = connections
+        self._seconds = seconds
+        self._selector = _selector(connections, selectors.EVENT_READ)
+        self._buffer = bytearray(_CHUNK_BYTES)
+        self._stopped = False
+
+    def count(self) -> Received:
+        """Count until the time is over, or standard input ends."""
+        bins = [[0] * round(self._seconds / BIN_S) for _ in self._connections]
+        self._selector.select(_PATIENCE_S)
+        cpu_before_s = cpu_seconds()
+        begin_s = time.monotonic()
+        end_s = begin_s + self._seconds
+        while (left_s := end_s - time.monotonic()) > 0 and not self._stopped:
+            for number, count in self._read(left_s):
+                step = int((time.monotonic() - begin_s) / BIN_S)
+                if step < len(bins[number]):
+                    bins[number][step] += count
+        return Received(begin_s, bins, cpu_seconds() - cpu_before_s)
+
+    def drain(self) -> None:
+        """Read on, so that the sender does not notice, until standard input ends."""
+        while not self._stopped:
+            for _ in self._read(None):
+                pass
+
+    def _read(self, timeout_s: Optional[float]) -> Iterator[tuple[int, int]]:
+        """The number of each flow that something came from, and how much."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.data is None:
+                self._stopped = True
+                return
+            count = _received(self._connections[key.data], self._buffer)
+            if count == 0:
+                self._selector.unregister(key.fileobj)
+            yield key.data, count
+
+
+def send(connections: list[socket.socket]) -> Sending:
+    """Send until standard input has something."""
+    data = memoryview(bytes(_CHUNK_BYTES))
+    with _selector(connections, selectors.EVENT_WRITE) as selector:
+        while True:
+            for key, _ in selector.select():
+                if key.data is None:
+                    return Sending([sent(connection) for connection in connections])
+                try:
+                    connections[key.data].send(data)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    selector.unregister(key.fileobj)
+
+
+def _received(connection: socket.socket, buffer: bytearray) -> int:
+    """The bytes that came: 0 at the end of the flow, however it ends."""
+    try:
+        return connection.recv_into(buffer)
+    except OSError:
+        return 0
+
+
+def _selector(connections: list[socket.socket], event: int) -> selectors.BaseSelector:
+    """The connections with their number, and standard input with None."""
+    selector = selectors.DefaultSelector()
+    selector.register(sys.stdin, selectors.EVENT_READ, None)
+    for number, connection in enumerate(connections):
+        connection.setblocking(False)
+        selector.register(connection, event, number)
+    return selector
+
+
+def _accept(plan: Plan) -> list[socket.socket]:
+    with socket.create_server((plan.address, plan.port), backlog=plan.flows) as server:
+        print(READY, flush=True)
+        return [server.accept()[0] for _ in range(plan.flows)]
+
+
+def _connect(plan: Plan) -> list[socket.socket]:
+    return [
+        socket.create_connection((plan.address, plan.port), timeout=_PATIENCE_S)
+        for _ in range(plan.flows)
+    ]
+
+
+def _prepare(connections: list[socket.socket], congestion_control: str) -> None:
+    for connection in connections:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        connection.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode()
+        )
+
+
+def _ping(plan: Plan) -> subprocess.Popen[str]:
+    """A small flow beside these, in the same cgroup."""
+    return subprocess.Popen(
+        python("benches.ping", plan.address, str(plan.port + 1)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+    )
+
+
+def _report(report: Any) -> None:
+    print(json.dumps(report), flush=True)
+
+
+def main() -> None:
+    """Be one end of a transfer; the connecting end also pings, and reports that last."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("end", choices=("accept", "connect"))
+    parser.add_argument("role", choices=("send", "receive"))
+    parser.add_argument("plan", type=json.loads)
+    arguments = parser.parse_args()
+    plan = Plan(*arguments.plan)
+    ping: Optional[subprocess.Popen[str]] = None
+    if arguments.end == "connect":
+        ping = _ping(plan)
+    connections = (_connect if ping else _accept)(plan)
+    _prepare(connections, plan.congestion_control)
+    if arguments.role == "send":
+        _report(send(connections))
+    else:
+        receiver = Receiver(connections, plan.seconds)
+        _report(receiver.count())
+        receiver.drain()
+    if ping:
+        print(ping.communicate()[0], end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()
