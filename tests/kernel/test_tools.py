@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
@@ -39,3 +41,36 @@ def test_a_benchmark_measures(what: str, row: str, column: str) -> None:
         check=True,
     )
     assert json.loads(done.stdout)[row][column] > 0
+
+
+def test_the_shape_benchmark_compares_methods(tmp_path: Path) -> None:
+    """Each method that this kernel has comes out with figures, any other with a reason."""
+    found = tmp_path / "found.json"
+    wanted = "unlimited,police,shape,htb,tbf,ifb,nft"
+    cells = ["--limits", "2M", "--flows", "2", "--cc", "cubic", "--delays", "0,20"]
+    options = ["--seconds", "1", "--rounds", "1", "--methods", wanted, "--json", str(found)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "bench"), "shape", *cells, *options],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(found.read_text())
+    assert [cell["round_trip_ms"] for cell in result["cells"]] == [0, 0, 20, 20]
+    for cell in result["cells"]:
+        assert {"unlimited", "police"} <= set(cell["methods"])
+        for name, method in cell["methods"].items():
+            check_figures(name, method["median"], cell["round_trip_ms"])
+        missing = set(wanted.split(",")) - set(cell["methods"])
+        other_way = {"ifb"} if cell["direction"] == "upload" else {"htb", "tbf"}
+        assert missing - other_way <= {left.partition(",")[0] for left in result["left_out"]}
+    assert done.stdout.count("| police |") == 4
+
+
+def check_figures(name: str, figures: dict[str, Any], round_trip_ms: float) -> None:
+    """Whatever they are, they are possible."""
+    assert figures["ratio"] > (2 if name == "unlimited" else 0.3)
+    assert 0 <= figures["retransmitted_percent"] < 100
+    assert figures["inside"]["p50_ms"] >= round_trip_ms
+    assert figures["outside"]["max_ms"] >= figures["outside"]["p50_ms"] >= round_trip_ms
+    assert 0.5 <= figures["fairness"] <= 1
