@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
 
+BENCH = [sys.executable, str(ROOT / "tools" / "bench")]
+
 pytestmark = pytest.mark.timed
 
 
@@ -31,12 +33,16 @@ def test_the_demo_shows_that_limits_hold(place: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("what", "row", "column"),
-    [("cost", "throttle: IPv4 TCP", "ns"), ("start", "pybpfthrottle run", "ms")],
+    [
+        ("cost", "throttle: IPv4 TCP", "ns"),
+        ("live", "3 throttles", "upload_ns"),
+        ("start", "pybpfthrottle run", "ms"),
+    ],
 )
 def test_a_benchmark_measures(what: str, row: str, column: str) -> None:
     """Each benchmark gives its figures as JSON."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "bench"), what, "--rounds", "1", "--json"],
+        [*BENCH, what, "--rounds", "1", "--json", *(["--throttles", "3"] * (what == "live"))],
         stdout=subprocess.PIPE,
         check=True,
     )
@@ -50,7 +56,7 @@ def test_the_shape_benchmark_compares_methods(tmp_path: Path) -> None:
     cells = ["--limits", "2M", "--flows", "2", "--cc", "cubic", "--delays", "0,20"]
     options = ["--seconds", "1", "--rounds", "1", "--methods", wanted, "--json", str(found)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "bench"), "shape", *cells, *options],
+        [*BENCH, "shape", *cells, *options],
         capture_output=True,
         text=True,
     )

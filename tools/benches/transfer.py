@@ -101,10 +101,13 @@ class _Process:
     def line(self, timeout_s: float = _PATIENCE_S, *, beside: Optional[_Process] = None) -> bytes:
         """The next line of output. Raises TransferError, also if ``beside`` says anything."""
         deadline_s = time.monotonic() + timeout_s
-        others = [beside._output()] if beside else []
+        # select() takes no descriptor above 1023, and there may be many.
+        waiting = select.poll()
+        for process in filter(None, (self, beside)):
+            waiting.register(process._output(), select.POLLIN)
         while b"\n" not in self._data:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            ready, _, _ = select.select([self._output(), *others], [], [], left_s)
+            left_ms = max(0.0, deadline_s - time.monotonic()) * 1000
+            ready = [fd for fd, _ in waiting.poll(left_ms)]
             if self._output() in ready:
                 chunk = os.read(self._output(), 1 << 16)
                 if not chunk:
