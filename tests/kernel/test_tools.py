@@ -73,6 +73,19 @@ def test_the_shape_benchmark_compares_methods(tmp_path: Path) -> None:
     assert done.stdout.count("| police |") == 4
 
 
+def test_the_shape_benchmark_narrows_the_path(tmp_path: Path) -> None:
+    """A flow without a limit gets what the bottleneck lets through, and UDP beside it its part."""
+    found = tmp_path / "found.json"
+    cells = ["--limits", "2M", "--flows", "1", "--cc", "cubic", "--delays", "10", "--udp", "20"]
+    options = ["--seconds", "3", "--rounds", "1", "--methods", "unlimited", "--json", str(found)]
+    narrow = ["--bottleneck", "2M:100K"]
+    subprocess.run([*BENCH, "shape", *cells, *options, *narrow], check=True)
+    for cell in json.loads(found.read_text())["cells"]:
+        figures = cell["methods"]["unlimited"]["median"]
+        assert 0.1 <= figures["udp_ratio"] <= 0.21
+        assert 0.5 <= figures["ratio"] <= 1 - figures["udp_ratio"]
+
+
 def check_figures(name: str, figures: dict[str, Any], round_trip_ms: float) -> None:
     """Whatever they are, they are possible."""
     assert figures["ratio"] > (2 if name == "unlimited" else 0.3)

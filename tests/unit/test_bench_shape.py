@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from benches import figures, picture, report, shape
 from benches.figures import Figures, RoundTrips
+from benches.judge import Reports, judge
 from benches.line import LineSpec, Way
 from benches.methods import METHODS
+from benches.ping import Sample
 from benches.report import CellResult, Result
-from benches.tcp_info import _TcpInfo
+from benches.tcp_info import Sent, _TcpInfo
+from benches.traffic import Received
 from benches.transfer import Bottleneck, Cell, Outcome
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,15 +102,40 @@ def test_the_median_is_taken_of_each_figure_by_itself():
     assert found.outside is None
 
 
+def test_only_the_time_of_the_transfer_is_judged():
+    """What small flows and UDP did before the first byte and after the end does not count."""
+    received = Received(begin_s=10.0, bins=[[1000] * SECOND, [3000] * SECOND], cpu_s=1.0)
+    samples = [Sample(9.5, 0.9), Sample(10.5, 0.020), Sample(11.5, 0.8)]
+    datagrams = [(999, 7000), (1000, 40_000), (1099, 60_000), (1100, 9000)]
+    sent = [Sent(100, 1, 0), Sent(300, 3, 0)]
+    found = judge(Rate(400_000), Reports(received, sent, samples, [], datagrams))
+    assert found.ratio == pytest.approx(1.0)
+    assert found.inside == pytest.approx((20, 20, 20))
+    assert found.outside is None
+    assert found.udp_ratio == pytest.approx(0.25)
+    assert found.retransmitted_percent == pytest.approx(1.0)
+    assert found.fairness == pytest.approx(0.8)
+    assert found.cpu_s_per_gb is None
+
+
 def test_the_report_has_a_table_for_each_cell():
     """A row has each figure or a dash; failures and what was left out have their reason."""
-    cell = CellResult(CELL, {"police": [outcome(ratio=0.99)]}, {"htb": "no such thing"})
+    rounds = {"police": [outcome(ratio=0.99)], "tbf": [outcome(outside=RoundTrips(1, 2, 3))]}
+    cell = CellResult(CELL, rounds, {"htb": "no such thing"})
     result = Result(8, 1, {"nft, upload": "not here"}, [cell])
     text = report.markdown(result)
     assert "### 1.0 MB/s download, 8 flows, cubic, 20 ms" in text
     assert "| police | 0.990 | 0.90 to 1.10 | 0.00 % | 20.0 / 21.0 / 22.0 | - |" in text
     assert "htb failed: no such thing" in text
     assert "- nft, upload: not here" in text
+
+
+def test_a_column_that_nothing_is_in_is_left_out():
+    """Without a UDP flow there is no column for one."""
+    plain = CellResult(CELL, {"police": [outcome()]})
+    beside = CellResult(CELL._replace(udp_percent=50), {"police": [outcome(udp_ratio=0.5)]})
+    assert "| UDP |" not in report.markdown(Result(8, 1, {}, [plain]))
+    assert "| UDP |" in report.markdown(Result(8, 1, {}, [beside]))
 
 
 def test_the_report_tells_when_it_is_not_whole():
@@ -184,6 +212,7 @@ def test_options_stand_above_the_preset():
         ("--directions", "sideways"),
         ("--methods", "magic"),
         ("--bottleneck", "12M"),
+        ("--udp", "-5"),
         ("--seconds", "0.5"),
     ],
     ids=" ".join,

@@ -28,7 +28,8 @@ class RoundTrips(NamedTuple):
 class Figures(NamedTuple):
     """A transfer in figures. None is what was too short, or too still, to tell.
 
-    ``ratio`` and the windows are TCP payload over what the limit allows.
+    ``ratio`` and the windows are TCP payload over what the limit allows, ``udp_ratio`` is that of
+    the UDP flow beside it.
     """
 
     ratio: float
@@ -40,6 +41,7 @@ class Figures(NamedTuple):
     fairness: Optional[float]
     cpu_s_per_gb: Optional[float]
     stall_s: float
+    udp_ratio: Optional[float] = None
 
 
 def total(flows: Sequence[Bins]) -> list[int]:

@@ -133,7 +133,7 @@ def _tbf(direction: Direction, rate: Rate) -> list[str]:
 
 def _nft(direction: Direction, rate: Rate) -> list[str]:
     hook, port = ("input", "sport") if direction is Direction.DOWNLOAD else ("output", "dport")
-    ports = f"tcp {port} {LIMITED_PORT}-{LIMITED_PORT | 1}"
+    ports = f"meta l4proto {{ tcp, udp }} th {port} {LIMITED_PORT}-{LIMITED_PORT | 1}"
     limit = f"limit rate over {rate.bytes_per_s} bytes/second"
     return [
         "nft add table inet bench",

@@ -14,9 +14,10 @@ from benches.figures import Figures, RoundTrips
 from benches.methods import METHODS
 from benches.transfer import STEP_S, Cell, Outcome
 
-_HEADER = (
+_HEADER: tuple[str, ...] = (
     "method",
     "ratio",
+    "UDP",
     "1 s windows",
     "sent twice",
     "ping inside, ms",
@@ -25,12 +26,14 @@ _HEADER = (
     "longest stall",
     "CPU s/GB",
 )
+_NONE = "-"
 _LEGEND = """\
 ratio and windows: TCP payload received over the limit, from the first byte on, and in the least
 and the largest whole second after the second one (tc bills headers too: 0.956 is exact for it).
-sent twice: retransmitted of what was sent. ping: 64 bytes there and back, p50 / p95 / max, by a
-flow under the limit and by one that is not limited. fairness: Jain's index. CPU: of the whole
-machine, with both ends and a delay line's process, where there was enough traffic to tell.
+UDP: the same of a UDP flow beside. sent twice: retransmitted of what was sent. ping: 64 bytes there
+and back, p50 / p95 / max, by a flow under the limit and by one that is not limited. fairness:
+Jain's index. CPU: of the whole machine, with both ends and a delay line's process, where there was
+enough traffic to tell.
 """
 
 
@@ -76,10 +79,12 @@ def markdown(result: Result) -> str:
 
 
 def _table(cell: CellResult) -> str:
-    rows = [_HEADER, ("---",) + ("---:",) * (len(_HEADER) - 1)]
-    rows += [
-        _row(name, figures.median(_figures(outcomes))) for name, outcomes in cell.rounds.items()
-    ]
+    rows: list[tuple[str, ...]] = [_HEADER]
+    rows += [_row(name, figures.median(_figures(rounds))) for name, rounds in cell.rounds.items()]
+    # A column that no row fills is left out.
+    columns = [column for column in zip(*rows) if set(column[1:]) != {_NONE}]
+    rows = list(zip(*columns))
+    rows.insert(1, ("---",) + ("---:",) * (len(columns) - 1))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += [f"\n{name} failed: {why}" for name, why in cell.failures.items()]
     for name, outcomes in cell.rounds.items():
@@ -94,12 +99,13 @@ def _figures(outcomes: Sequence[Outcome]) -> list[Figures]:
 
 
 def _row(name: str, found: Figures) -> tuple[str, ...]:
-    windows = "-"
+    windows = _NONE
     if found.window_min is not None and found.window_max is not None:
         windows = f"{found.window_min:.2f} to {found.window_max:.2f}"
     return (
         name,
         f"{found.ratio:.3f}",
+        _number(found.udp_ratio, ".3f"),
         windows,
         _number(found.retransmitted_percent, ".2f", " %"),
         _trips(found.inside),
@@ -111,11 +117,11 @@ def _row(name: str, found: Figures) -> tuple[str, ...]:
 
 
 def _trips(trips: Optional[RoundTrips]) -> str:
-    return " / ".join(f"{ms:.1f}" for ms in trips) if trips else "-"
+    return " / ".join(f"{ms:.1f}" for ms in trips) if trips else _NONE
 
 
 def _number(value: Optional[float], how: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, how) + unit
+    return _NONE if value is None else format(value, how) + unit
 
 
 def to_json(result: Result) -> str:
@@ -143,6 +149,7 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "flows": cell.flows,
         "congestion_control": cell.congestion_control,
         "round_trip_ms": cell.round_trip_ms,
+        "udp_percent": cell.udp_percent,
         "bottleneck_bytes_per_s": narrow.rate.bytes_per_s if narrow else None,
         "bottleneck_queue_bytes": narrow.queue_bytes if narrow else None,
         "methods": {

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
 from benches import picture, report
+from benches.child import TransferError
 from benches.methods import METHODS, Method, MethodError
 from benches.report import CellResult, Result
-from benches.transfer import Bottleneck, Cell, Outcome, TransferError, transfer
+from benches.transfer import Bottleneck, Cell, Outcome, transfer
 from pybpfthrottle.cli.namespaces import NamespaceError
 from pybpfthrottle.errors import LimitError
 from pybpfthrottle.limits import Direction, Rate
@@ -54,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--cc", metavar="NAMES", help=f"congestion controls of the sender ({USUAL.cc})")
     add("--delays", metavar="MS", help=f"round trips; 0: a veth pair ({USUAL.delays})")
     add("--bottleneck", metavar="RATE:BYTES", help="of each path, with its queue: 12M:256K")
+    add("--udp", type=int, default=0, metavar="PERCENT", help="of the limit, offered beside by UDP")
     add("--directions", default="download,upload", metavar="NAMES")
     add("--methods", default=names, metavar="NAMES", help=names)
     add("--seconds", type=float, help=f"of each transfer ({USUAL.seconds:g})")
@@ -111,6 +113,8 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     arguments.methods = _values("--methods", arguments.methods, _method)
     if arguments.seconds < 1 or arguments.rounds < 1:
         raise argparse.ArgumentTypeError("--seconds and --rounds: at least 1")
+    if not 0 <= arguments.udp <= 1000:
+        raise argparse.ArgumentTypeError(f"--udp {arguments.udp}: between 0 and 1000 per cent")
     if arguments.bottleneck is not None:
         (arguments.bottleneck,) = _values("--bottleneck", arguments.bottleneck, _bottleneck)
 
@@ -161,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> Result:
     methods = _available(arguments.methods, arguments.directions, left_out)
     controls = _known_controls(arguments.cc, left_out)
     cells = [
-        Cell(direction, rate, flows, control, delay, arguments.bottleneck)
+        Cell(direction, rate, flows, control, delay, arguments.bottleneck, arguments.udp)
         for control, delay, rate, flows, direction in product(
             controls, arguments.delays, arguments.limits, arguments.flows, arguments.directions
         )

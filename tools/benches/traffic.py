@@ -17,7 +17,7 @@ import time
 from typing import Any, Iterator, NamedTuple, Optional
 
 from benches.figures import BIN_S
-from benches.surroundings import ENVIRONMENT, READY, python
+from benches.surroundings import READY
 from benches.tcp_info import Sent, sent
 
 _CHUNK_BYTES = 1 << 20
@@ -35,6 +35,9 @@ class Plan(NamedTuple):
     flows: int
     seconds: float
     congestion_control: str
+    # What the connecting end runs beside, in its own cgroup; each gives one line of output when
+    # its standard input ends.
+    companions: list[list[str]]
 
 
 class Received(NamedTuple):
@@ -158,15 +161,8 @@ def _prepare(connections: list[socket.socket], congestion_control: str) -> None:
         )
 
 
-def _ping(plan: Plan) -> subprocess.Popen[str]:
-    """A small flow beside these, in the same cgroup."""
-    return subprocess.Popen(
-        python("benches.ping", plan.address, str(plan.port + 1)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=ENVIRONMENT,
-        text=True,
-    )
+def _start(companion: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(companion, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _report(report: Any) -> None:
@@ -174,17 +170,16 @@ def _report(report: Any) -> None:
 
 
 def main() -> None:
-    """Be one end of a transfer; the connecting end also pings, and reports that last."""
+    """Be one end of a transfer; the connecting end reports for its companions after itself."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("end", choices=("accept", "connect"))
     parser.add_argument("role", choices=("send", "receive"))
     parser.add_argument("plan", type=json.loads)
     arguments = parser.parse_args()
     plan = Plan(*arguments.plan)
-    ping: Optional[subprocess.Popen[str]] = None
-    if arguments.end == "connect":
-        ping = _ping(plan)
-    connections = (_connect if ping else _accept)(plan)
+    connecting = arguments.end == "connect"
+    companions = [_start(each) for each in plan.companions if connecting]
+    connections = (_connect if connecting else _accept)(plan)
     _prepare(connections, plan.congestion_control)
     if arguments.role == "send":
         _report(send(connections))
@@ -192,8 +187,8 @@ def main() -> None:
         receiver = Receiver(connections, plan.seconds)
         _report(receiver.count())
         receiver.drain()
-    if ping:
-        print(ping.communicate()[0], end="", flush=True)
+    for companion in companions:
+        print(companion.communicate()[0], end="", flush=True)
 
 
 if __name__ == "__main__":
