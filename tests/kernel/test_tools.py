@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,27 @@ def test_the_shape_benchmark_narrows_the_path(tmp_path: Path) -> None:
         figures = cell["methods"]["unlimited"]["median"]
         assert 0.1 <= figures["udp_ratio"] <= 0.21
         assert 0.5 <= figures["ratio"] <= 1 - figures["udp_ratio"]
+
+
+def test_the_shape_benchmark_can_be_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C ends it at once, with the figures of what was measured so far."""
+    found = tmp_path / "found.json"
+    cells = ["--limits", "2M", "--flows", "1", "--cc", "cubic", "--delays", "0", "--seconds", "1"]
+    options = ["--rounds", "50", "--methods", "unlimited", "--json", str(found)]
+    running = subprocess.Popen(
+        [*BENCH, "shape", *cells, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with running:
+        assert running.stderr
+        assert "ratio" in running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 1
+    result = json.loads(found.read_text())
+    assert result["interrupted"]
+    assert result["cells"][0]["methods"]["unlimited"]["rounds"]
 
 
 def check_figures(name: str, figures: dict[str, Any], round_trip_ms: float) -> None:

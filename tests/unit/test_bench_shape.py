@@ -138,6 +138,17 @@ def test_a_column_that_nothing_is_in_is_left_out():
     assert "| UDP |" in report.markdown(Result(8, 1, {}, [beside]))
 
 
+def test_a_picture_shows_what_is_near_the_limit(tmp_path):
+    """Each method whose rate ever comes near the limit has its line and its name."""
+    pytest.importorskip("matplotlib")
+    free = outcome()._replace(timeline=[10 << 20, 10 << 20])
+    cell = CellResult(CELL, {"police": [outcome()], "unlimited": [free]})
+    picture.draw(Result(8, 1, {}, [cell]), tmp_path / "rates.svg")
+    drawn = (tmp_path / "rates.svg").read_text()
+    assert "<!-- police -->" in drawn
+    assert "<!-- unlimited -->" not in drawn
+
+
 def test_the_report_tells_when_it_is_not_whole():
     """Drops that were the line's own and an interruption are told."""
     cell = CellResult(CELL, {"police": [outcome()._replace(dropped_by_line=7)]})

@@ -6,12 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from benches.methods import METHODS
 from benches.report import CellResult, Result
 from benches.transfer import STEP_S
 
 _COLUMNS = 2
+# A method has the same colour in each frame.
+_COLORS = [method.name for method in METHODS]
 _FRAME_INCHES = (6.0, 3.0)
-# What is far above the limit would press all else flat.
+# What is far above the limit, as without one, would press all else flat.
 _TOP_RATIO = 2.0
 
 
@@ -49,9 +52,11 @@ def draw(result: Result, file: Path) -> None:
 def _frame(frame: Any, result: CellResult) -> None:
     allowed = result.cell.rate.bytes_per_s * STEP_S
     for name, outcomes in result.rounds.items():
-        steps = outcomes[0].timeline
-        times = [(number + 0.5) * STEP_S for number in range(len(steps))]
-        frame.plot(times, [count / allowed for count in steps], label=name, linewidth=1)
+        ratios = [count / allowed for count in outcomes[0].timeline]
+        if min(ratios) > _TOP_RATIO:
+            continue
+        times = [(number + 0.5) * STEP_S for number in range(len(ratios))]
+        frame.plot(times, ratios, f"C{_COLORS.index(name)}", label=name, linewidth=1)
     frame.axhline(1, color="black", linewidth=0.5)
     frame.set(title=str(result.cell), xlabel="seconds", ylabel="rate over limit")
     frame.set_ylim(0, _TOP_RATIO)

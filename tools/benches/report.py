@@ -27,6 +27,7 @@ _HEADER: tuple[str, ...] = (
     "CPU s/GB",
 )
 _NONE = "-"
+_HIGH_RATIO = 10
 _LEGEND = """\
 ratio and windows: TCP payload received over the limit, from the first byte on, and in the least
 and the largest whole second after the second one (tc bills headers too: 0.956 is exact for it).
@@ -101,10 +102,10 @@ def _figures(outcomes: Sequence[Outcome]) -> list[Figures]:
 def _row(name: str, found: Figures) -> tuple[str, ...]:
     windows = _NONE
     if found.window_min is not None and found.window_max is not None:
-        windows = f"{found.window_min:.2f} to {found.window_max:.2f}"
+        windows = f"{_ratio(found.window_min, 2)} to {_ratio(found.window_max, 2)}"
     return (
         name,
-        f"{found.ratio:.3f}",
+        _ratio(found.ratio, 3),
         _number(found.udp_ratio, ".3f"),
         windows,
         _number(found.retransmitted_percent, ".2f", " %"),
@@ -114,6 +115,11 @@ def _row(name: str, found: Figures) -> tuple[str, ...]:
         f"{found.stall_s:.2f} s",
         _number(found.cpu_s_per_gb, ".2f"),
     )
+
+
+def _ratio(value: float, digits: int) -> str:
+    """With fewer digits where there is no limit."""
+    return f"{value:.{digits}f}" if value < _HIGH_RATIO else f"{value:.0f}"
 
 
 def _trips(trips: Optional[RoundTrips]) -> str:

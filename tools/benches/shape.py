@@ -70,7 +70,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a minute or two instead of the usual hour",
     )
     size.add_argument(
-        "--full", dest="preset", action="store_const", const=FULL, help="the whole matrix: days"
+        "--full",
+        dest="preset",
+        action="store_const",
+        const=FULL,
+        help="the whole matrix: half a day",
     )
     add("--markdown", type=Path, metavar="FILE", help="the tables; else they go to the output")
     add("--json", type=Path, metavar="FILE", help="everything, also of each round")

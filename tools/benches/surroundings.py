@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tools")))}
+_BEFORE = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+_CODE = [str(ROOT), str(ROOT / "tools"), *filter(None, _BEFORE)]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(_CODE)}
 READY = "ready"
 
 

@@ -141,24 +141,29 @@ def _selector(connections: list[socket.socket], event: int) -> selectors.BaseSel
 
 
 def _accept(plan: Plan) -> list[socket.socket]:
-    with socket.create_server((plan.address, plan.port), backlog=plan.flows) as server:
+    with _socket(plan) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((plan.address, plan.port))
+        server.listen(plan.flows)
         print(READY, flush=True)
         return [server.accept()[0] for _ in range(plan.flows)]
 
 
 def _connect(plan: Plan) -> list[socket.socket]:
-    return [
-        socket.create_connection((plan.address, plan.port), timeout=_PATIENCE_S)
-        for _ in range(plan.flows)
-    ]
-
-
-def _prepare(connections: list[socket.socket], congestion_control: str) -> None:
+    connections = [_socket(plan) for _ in range(plan.flows)]
     for connection in connections:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        connection.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode()
-        )
+        connection.settimeout(_PATIENCE_S)
+        connection.connect((plan.address, plan.port))
+    return connections
+
+
+def _socket(plan: Plan) -> socket.socket:
+    """With the congestion control from the first packet on; accepted ones inherit it."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    name = plan.congestion_control.encode()
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+    return made
 
 
 def _start(companion: list[str]) -> subprocess.Popen[str]:
@@ -180,7 +185,6 @@ def main() -> None:
     connecting = arguments.end == "connect"
     companions = [_start(each) for each in plan.companions if connecting]
     connections = (_connect if connecting else _accept)(plan)
-    _prepare(connections, plan.congestion_control)
     if arguments.role == "send":
         _report(send(connections))
     else:
