@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
-import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, Iterator, Sequence
 
-from benches import table
+from benches import many, table
+from benches.child import Child
+from benches.many import Made
 from benches.methods import Method
+from benches.surroundings import python
 from benches.transfer import Cell, transfer
-from pybpfthrottle import cgroup, throttle
+from pybpfthrottle import cgroup
 from pybpfthrottle.bpf import links, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import MAX_RATE, Direction
-from pybpfthrottle.throttle import Throttle
 
 _ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
     Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
 }
 _TRANSFER_S = 1.0
-# More than a throttle has open; some descriptors are this process's own.
-_DESCRIPTORS_EACH = 16
-_DESCRIPTORS_OWN = 256
+# A busy machine may need some ms for each of them.
+_PATIENCE_S = 300.0
 # The shell enters the cgroup before it becomes the client.
 _ENTER = 'echo $$ >"$0/cgroup.procs" && exec "$@"'
 
@@ -44,11 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and show; the exit status."""
-    found = {}
-    _allow_descriptors(max(arguments.throttles) * _DESCRIPTORS_EACH + _DESCRIPTORS_OWN)
     with _statistics():
-        for count in arguments.throttles:
-            found[f"{count} throttles"] = _measure(count, arguments.rounds)
+        found = {
+            f"{count} throttles": _measure(count, arguments.rounds) for count in arguments.throttles
+        }
     return table.show(found, as_json=arguments.json)
 
 
@@ -63,54 +61,40 @@ def _statistics() -> Iterator[None]:
         os.close(fd)
 
 
-def _allow_descriptors(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(hard, count)))
-
-
 def _measure(count: int, rounds: int) -> dict[str, Any]:
-    """Make so many throttles, each for a cgroup of its own, and use the last."""
+    """Have so many throttles made, and use one of them."""
     with ExitStack() as stack:
-        cgroups = [stack.enter_context(_scratch(number)) for number in range(count)]
-        throttles: list[Throttle] = []
-        stack.callback(_remove, throttles)
-        row: dict[str, Any] = {}
-        with _each_us(row, "set_up_us", count):
-            for target in cgroups:
-                throttles.append(throttle.apply([target], dict.fromkeys(Direction, MAX_RATE)))
-        with _each_us(row, "read_us", count):
-            for each in throttles:
-                each.counters()
-        row["memory_kb"] = round(_memory_bytes() / count / 1024, 1)
-        for direction in Direction:
-            times = [_live_ns(cgroups[-1], direction) for _ in range(rounds)]
-            row[f"{direction}_ns"] = round(min(times))
-        with _each_us(row, "remove_us", count):
-            _remove(throttles)
-    return row
+        name = f"bench-{os.getpid()}"
+        holders, made = _hold(stack, name, count)
+        used = Cgroup(os.path.join(cgroup.root().path, f"{name}-0-0"))
+        live = {
+            f"{direction}_ns": round(min(_live_ns(used, direction) for _ in range(rounds)))
+            for direction in Direction
+        }
+        removed_s = sum(map(_removed_s, holders))
+    return {
+        **live,
+        "set_up_us": round(sum(each.set_up_s for each in made) / count * 1e6, 1),
+        "read_us": round(sum(each.read_s for each in made) / count * 1e6, 1),
+        "remove_us": round(removed_s / count * 1e6, 1),
+        "memory_kb": round(sum(each.memory_bytes for each in made) / count / 1024, 1),
+    }
 
 
-def _remove(throttles: Sequence[Throttle]) -> None:
-    for each in throttles:
-        each.remove()
+def _hold(stack: ExitStack, name: str, count: int) -> tuple[list[Child], list[Made]]:
+    """As many processes as their descriptors make necessary, one after the other."""
+    holders, made = [], []
+    share = many.most()
+    for number, first in enumerate(range(0, count, share)):
+        part = str(min(share, count - first))
+        holders.append(Child(stack, python("benches.many", f"{name}-{number}", part)))
+        made.append(Made(*holders[-1].report(_PATIENCE_S)))
+    return holders, made
 
 
-@contextmanager
-def _each_us(row: dict[str, Any], name: str, count: int) -> Iterator[None]:
-    """Note how long each of so many took."""
-    begin_s = time.perf_counter()
-    yield
-    row[name] = round((time.perf_counter() - begin_s) / count * 1e6, 1)
-
-
-@contextmanager
-def _scratch(number: int) -> Iterator[Cgroup]:
-    target = cgroup.root().create_child(f"bench-{os.getpid()}-{number}")
-    try:
-        yield target
-    finally:
-        target.remove(patience_s=5)
+def _removed_s(holder: Child) -> float:
+    holder.stop()
+    return float(holder.report(_PATIENCE_S))
 
 
 def _live_ns(target: Cgroup, direction: Direction) -> float:
@@ -139,23 +123,7 @@ def _work(program_id: int) -> tuple[int, int]:
     """How often a program ran, and for how many ns altogether."""
     fd = programs.open_by_id(program_id)
     try:
-        told = _fdinfo(fd)
+        told = many.fdinfo(fd)
         return int(told["run_cnt"]), int(told["run_time_ns"])
     finally:
         os.close(fd)
-
-
-def _memory_bytes() -> int:
-    """Of all maps and programs that this process has open."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        # The descriptor of the listing itself is gone.
-        with suppress(FileNotFoundError):
-            total += int(_fdinfo(int(name)).get("memlock", 0))
-    return total
-
-
-def _fdinfo(fd: int) -> dict[str, str]:
-    """Source: kernel/bpf/syscall.c, bpf_prog_show_fdinfo and bpf_map_show_fdinfo."""
-    with open(f"/proc/self/fdinfo/{fd}") as file:
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}

@@ -1,13 +1,13 @@
 """The two ends of a transfer: some TCP flows that one process sends as fast as the other lets it.
 
-The receiver reports when its time is over, the sender when it is told to: by a line, or the end,
-of standard input. Each report is one line of JSON, a ``Received`` or a ``Sending``.
+The receiver reports when its time is over, the sender when its standard input ends. Each report is one line of JSON, a ``Received`` or a ``Sending``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import selectors
 import socket
 import struct
@@ -61,7 +61,7 @@ def cpu_seconds() -> float:
     """What all CPUs have worked so far. Source: man 5 proc_stat."""
     with open("/proc/stat") as file:
         user, nice, system, _idle, _iowait, irq, softirq = map(int, file.readline().split()[1:8])
-    return (user + nice + system + irq + softirq) / 100.0
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 class Receiver:
@@ -107,7 +107,7 @@ class Receiver:
 
 
 def send(connections: list[socket.socket]) -> Sending:
-    """Send until standard input has something."""
+    """Send until standard input ends."""
     data = memoryview(bytes(_CHUNK_BYTES))
     with _selector(connections, selectors.EVENT_WRITE) as selector:
         while True:
