@@ -1,6 +1,7 @@
 """The two ends of a transfer: some TCP flows that one process sends as fast as the other lets it.
 
-The receiver reports when its time is over, the sender when its standard input ends. Each report is one line of JSON, a ``Received`` or a ``Sending``.
+The receiver reports when its time is over, the sender when its standard input ends. Each report is
+one line of JSON, a ``Received`` or a ``Sending``.
 """
 
 from __future__ import annotations
