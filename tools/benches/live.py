@@ -121,9 +121,5 @@ def _programs(target: Cgroup, direction: Direction) -> Sequence[int]:
 
 def _work(program_id: int) -> tuple[int, int]:
     """How often a program ran, and for how many ns altogether."""
-    fd = programs.open_by_id(program_id)
-    try:
-        told = many.fdinfo(fd)
-        return int(told["run_cnt"]), int(told["run_time_ns"])
-    finally:
-        os.close(fd)
+    info = programs.info_by_id(program_id)
+    return info.run_count, info.run_time_ns
