@@ -22,6 +22,8 @@ from pybpfthrottle.errors import ObjectFileError
 
 _FLOATS = {2: "e", 4: "f", 8: "d"}
 _MAX_DEPTH = 64
+# More parts than this for each byte of a value are no type that a compiler made.
+_PARTS, _PARTS_OF_A_BYTE = 64, 16
 
 
 class BtfCodec:
@@ -35,6 +37,11 @@ class BtfCodec:
         self._btf = btf
         self._type_id = type_id
         self._size = btf.size(type_id)
+        self._weights: dict[int, int] = {}
+        if self._weight(type_id, 0) > _PARTS + _PARTS_OF_A_BYTE * self._size:
+            raise ObjectFileError(
+                f"type {type_id} has too many members in one place", section=".BTF"
+            )
 
     def encode(self, value: Any) -> bytes:
         """The bytes of a value."""
@@ -48,6 +55,23 @@ class BtfCodec:
             raise ValueError(f"{len(data)} bytes do not make a value of {self._size}")
         return self._read(self._type_id, data, 0, 0)
 
+    def _weight(self, type_id: int, depth: int) -> int:
+        """How many parts a value has: unions of unions of unions may have more than bytes."""
+        found = self._resolve(type_id, depth)
+        if found.id not in self._weights:
+            self._weights[found.id] = self._weigh(found, depth + 1)
+        return self._weights[found.id]
+
+    def _weigh(self, found: Type, depth: int) -> int:
+        if found.kind in (Kind.STRUCT, Kind.UNION):
+            return 1 + sum(self._weight(one.type, depth) for one in self._btf.members(found))
+        if found.kind == Kind.DATASEC:
+            return 1 + sum(self._weight(inner, depth) for _, inner, _ in self._variables(found))
+        if found.kind == Kind.ARRAY:
+            element, count = self._btf.array(found)
+            return 1 + (count * self._weight(element, depth) if self._btf.size(element) else 0)
+        return 1
+
     def _read(self, type_id: int, data: bytes, at: int, depth: int) -> Any:
         found = self._resolve(type_id, depth)
         if found.kind in (Kind.STRUCT, Kind.UNION):
@@ -60,9 +84,12 @@ class BtfCodec:
                 for name, inner, offset in self._variables(found)
             }
         size = self._btf.size(type_id)
+        part = data[at : at + size]
+        if len(part) != size:
+            raise ObjectFileError(f"type {type_id} lies outside of its value", section=".BTF")
         if found.kind == Kind.FLOAT:
-            return struct.unpack_from(self._float(size), data, at)[0]
-        number = int.from_bytes(data[at : at + size], self._order)
+            return struct.unpack(self._float(size), part)[0]
+        number = int.from_bytes(part, self._order)
         return self._meaning(found, number, size * 8)
 
     def _read_members(self, aggregate: Type, data: bytes, at: int, depth: int) -> dict[str, Any]:
@@ -107,7 +134,7 @@ class BtfCodec:
             encoding = self._btf.integer(found)
             if encoding.bool:
                 return bool(number)
-            if encoding.signed and number >> bits - 1:
+            if encoding.signed and number >> max(bits - 1, 0):
                 return number - (1 << bits)
         return number
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Optional, Union
+import stat
+from contextlib import contextmanager
+from typing import Iterator, Optional, Union
 
 from pybpfthrottle.bpf import datasections, elffile, sections
 from pybpfthrottle.bpf.abi import ProgType
@@ -23,17 +25,51 @@ from pybpfthrottle.bpf.typedmaps import TypedMaps
 from pybpfthrottle.errors import ObjectFileError
 
 _EXTERN_SECTIONS = (".kconfig", ".ksyms")
+# The largest that are known, with DWARF and the whole kernel's types in them, have a tenth of it.
+_MAX_FILE_BYTES = 64 << 20
+
+Path = Union[str, "os.PathLike[str]"]
 
 
-def read_file(path: Union[str, os.PathLike[str]]) -> ObjectSpec:
+def read_file(path: Path) -> ObjectSpec:
     """Read an object file. Raises OSError, or ObjectFileError with the path in front."""
-    with open(path, "rb") as file:
-        data = file.read()
+    with naming(path):
+        return read_object(file_bytes(path), name=name_of(path))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path in front of what an ObjectFileError says."""
     try:
-        return read_object(data, name=os.path.basename(os.fspath(path)).partition(".")[0])
+        yield
     except ObjectFileError as error:
         error.args = (f"{os.fspath(path)}: {error}",)
         raise
+
+
+def name_of(path: Path) -> str:
+    """The name of the object in a file: what stands before the first dot."""
+    return os.path.basename(os.fspath(path)).partition(".")[0]
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a regular file of up to 64 MB that begins as an ELF file does.
+
+    Nothing else is opened: pipes and devices may have no end, and to read some of them does
+    something. Raises OSError, or ObjectFileError.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ObjectFileError("not a regular file")
+    # Files that the kernel makes up have no size, and reading them may block.
+    if not status.st_size:
+        raise ObjectFileError("the file is empty")
+    with open(path, "rb") as file:
+        elffile.refuse_other_files(file.read(4))
+        if status.st_size > _MAX_FILE_BYTES:
+            raise ObjectFileError(f"{status.st_size >> 20} MB are too much for an object for BPF")
+        file.seek(0)
+        return file.read(_MAX_FILE_BYTES)
 
 
 def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
@@ -41,7 +77,12 @@ def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
 
     Raises ObjectFileError with the section and offset at fault.
     """
-    return _Reading(elffile.read(data), name).read()
+    return object_in(elffile.read(data), name)
+
+
+def object_in(file: Elf, name: str) -> ObjectSpec:
+    """What the records of an ELF file define. Raises ObjectFileError."""
+    return _Reading(file, name).read()
 
 
 class _Reading:

@@ -60,16 +60,27 @@ class Section(NamedTuple):
         return bool(self.flags & EXECUTABLE)
 
 
+class Header(NamedTuple):
+    """What the table of sections says of any section; ``type`` is such as "SHT_PROGBITS"."""
+
+    name: str
+    type: Union[int, str]
+    flags: int
+    size: int
+
+
 class Elf(NamedTuple):
     """The sections by their numbers, and the symbols by the sections that they are in.
 
-    ``by_gcc`` tells whether gcc made it, which relocates in its own ways.
+    ``by_gcc`` tells whether gcc made it, which relocates in its own ways. ``headers`` has all
+    sections by number, also those that programs and data are not made of.
     """
 
     byteorder: str
     sections: dict[int, Section]
     symbols: dict[Union[int, str], list[Symbol]]
     by_gcc: bool
+    headers: tuple[Header, ...] = ()
 
     def named(self, name: str) -> Optional[Section]:
         """The first section with a name, if there is one."""
@@ -106,10 +117,7 @@ def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[by
 
 def read(data: bytes) -> Elf:
     """Read the records. Raises ObjectFileError for all that is no sound object for BPF."""
-    if not data:
-        raise ObjectFileError("the file is empty")
-    if data[:4] != b"\x7fELF":
-        raise ObjectFileError("not an ELF file")
+    refuse_other_files(data)
     try:
         return _Reader(data).read()
     except ObjectFileError:
@@ -118,6 +126,14 @@ def read(data: bytes) -> Elf:
     # AssertionError, IndexError, UnicodeDecodeError.
     except Exception as error:
         raise ObjectFileError(f"not a sound ELF file, perhaps truncated: {error}") from error
+
+
+def refuse_other_files(data: bytes) -> None:
+    """Raise ObjectFileError for what does not begin as an ELF file does."""
+    if not data:
+        raise ObjectFileError("the file is empty")
+    if data[:4] != b"\x7fELF":
+        raise ObjectFileError("not an ELF file")
 
 
 class _Reader:
@@ -160,7 +176,14 @@ class _Reader:
             by_section.setdefault(symbol.section, []).append(symbol)
         comments = (s.data for s in sections.values() if s.name == ".comment")
         by_gcc = any(b"GCC:" in comment for comment in comments if comment)
-        return Elf("little" if self._little else "big", sections, by_section, by_gcc)
+        return Elf(
+            "little" if self._little else "big",
+            *(sections, by_section, by_gcc),
+            tuple(
+                Header(name, header["sh_type"], header["sh_flags"], header["sh_size"])
+                for name, header in headers
+            ),
+        )
 
     def _headers(self, file: Any) -> list[tuple[str, Any]]:
         """The section headers by number, each with its name."""

@@ -107,12 +107,7 @@ class Fitting:
 
     def settings_map(self) -> MapSpec:
         """The map of the settings that the object asks for."""
-        weak = {
-            reference.name
-            for function in self._spec.functions.values()
-            for reference in function.extern_references
-            if reference.weak
-        }
+        weak = self._spec.weak_externs
         return externs.kconfig_map(self.btf, self.externs, weak, self._kernel.setting)
 
     @property

@@ -80,8 +80,13 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
 
 def maps_of(spec: ObjectSpec, program: ProgramSpec) -> frozenset[str]:
     """The names of the maps that a program, with all that it calls, needs."""
-    placed = _place(spec, program.function)
-    return frozenset(found.map for _, function in placed for found in function.map_references)
+    functions = functions_of(spec, program)
+    return frozenset(found.map for one in functions for found in one.map_references)
+
+
+def functions_of(spec: ObjectSpec, program: ProgramSpec) -> list[FunctionSpec]:
+    """A program's own function, and all that it calls. Raises ObjectFileError."""
+    return [function for _, function in _place(spec, program.function)]
 
 
 def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:

@@ -125,7 +125,9 @@ class VariableSpec:
 
     def get(self) -> Union[int, bytes]:
         """The value that it begins with: an int if its type is one, and bytes otherwise."""
-        contents = self.map.contents or bytes(self.map.value_size)
+        contents = self.map.contents
+        if contents is None:
+            return self.decode(bytes(self.size))
         return self.decode(contents[self.offset : self.offset + self.size])
 
     def set(self, value: Union[int, bytes]) -> None:
@@ -194,3 +196,13 @@ class ObjectSpec:
     btf_ext: Optional[bytes] = None
     layouts: dict[str, SectionLayout] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
+
+    @property
+    def weak_externs(self) -> frozenset[str]:
+        """The names of what the kernel need not have."""
+        return frozenset(
+            reference.name
+            for function in self.functions.values()
+            for reference in function.extern_references
+            if reference.weak
+        )

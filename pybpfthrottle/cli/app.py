@@ -232,15 +232,16 @@ def verify_setup(**options: Any) -> None:
 
 @cli.command()
 @click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
+@click.option("--types", "with_types", is_flag=True, help="Show the types as well, as C has them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: str, as_json: bool) -> None:
-    """Show what the object file OBJECT has in it: programs, attach types, maps.
+def inspect(path: str, with_types: bool, as_json: bool) -> None:
+    """Show what the object file OBJECT has in it, and which kernels have what it needs.
 
     Nothing is loaded, and no privileges are needed.
     """
     from pybpfthrottle.cli import inspect as inspect_command
 
-    inspect_command.inspect(path, as_json=as_json)
+    inspect_command.inspect(path, as_json=as_json, with_types=with_types)
 
 
 @cli.group()

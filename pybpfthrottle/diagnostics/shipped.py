@@ -9,7 +9,7 @@ import sys
 
 from pybpfthrottle import objects
 from pybpfthrottle.bpf import elf, features
-from pybpfthrottle.bpf.specs import ObjectSpec
+from pybpfthrottle.bpf.specs import ObjectSpec, ProgramSpec
 from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
 from pybpfthrottle.errors import ObjectFileError
@@ -57,8 +57,8 @@ def _files(setup: Setup) -> Result:
             if wrong:
                 return failed(f"{name}: {wrong[0]}", *wrong[1:], cause="sections")
             evidence += [
-                f"{name}: {one['section']}: {one['name']}, {one['expected_attach_type']}"
-                for one in inspection.programs(spec)
+                f"{name}: {one.section}: {one.name}, {_attach_type(one)}"
+                for one in spec.programs.values()
             ]
         if hashlib.sha256(data).hexdigest() != hashes[name]:
             return failed(f"{name} is not the one that MANIFEST.json describes", cause="stale")
@@ -66,6 +66,11 @@ def _files(setup: Setup) -> Result:
     if stale:
         return failed(f"{', '.join(stale)} changed since the objects were built", cause="stale")
     return passed(f"{len(hashes)} objects are whole and current", *evidence)
+
+
+def _attach_type(program: ProgramSpec) -> str:
+    attach = program.expected_attach_type
+    return "no attach type" if attach is None else attach.name.lower()
 
 
 def _stale_sources(hashes: dict[str, str]) -> list[str]:
