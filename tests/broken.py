@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from typing import NamedTuple, Optional
 
 from pybpfthrottle.bpf import disasm, relocate
@@ -57,10 +58,8 @@ def _fit(spec: ObjectSpec) -> None:
             fitted.source(0)
         except _REFUSALS:
             continue
-    try:
+    with suppress(*_REFUSALS):
         fitting.settings_map()
-    except _REFUSALS:
-        pass
 
 
 def _show_values(spec: ObjectSpec) -> None:

@@ -12,7 +12,7 @@ from pybpfthrottle.bpf.specs import MapSpec, VariableSpec
 from pybpfthrottle.errors import ObjectFileError
 
 _PREFIXES = (".rodata", ".data", ".bss")
-_MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 _MAX_NUMBER_BYTES = 8
 
 
@@ -46,7 +46,7 @@ def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterato
 
 
 def _map(section: Section, type_id: int, object_name: str) -> MapSpec:
-    if section.size > _MAX_BYTES:
+    if section.size > MAX_BYTES:
         raise ObjectFileError(f"{section.size} bytes is too large", section=section.name, offset=0)
     constant = section.name.startswith(".rodata")
     return MapSpec(

@@ -191,11 +191,13 @@ def _layouts(elf: Elf) -> dict[str, SectionLayout]:
             {
                 symbol.name: Place(symbol.value, symbol.size)
                 for symbol in elf.symbols_of(section)
-                if symbol.type == "STT_OBJECT" and symbol.size
+                if symbol.type == "STT_OBJECT"
+                and symbol.size
+                and symbol.value + symbol.size <= section.size
             },
         )
         for section in elf.sections.values()
-        if section.size and not section.executable
+        if 0 < section.size <= datasections.MAX_BYTES and not section.executable
     }
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from benches.process import Sample, medians, timed
 from benches.table import configure, show
 from pybpfthrottle import cgroup
 
@@ -44,19 +42,13 @@ def measure(rounds: int) -> dict[str, Any]:
                 built = str(ROOT / "prebuilt" / f"throttle.{target}.o")
                 arguments = [str(script), directory, built, scratch.path]
                 ways["bpftool, 3 calls"] = ["unshare", "--mount", "sh", *arguments]
-            samples: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+            samples: dict[str, list[Sample]] = {name: [] for name in ways}
             for _ in range(rounds):
                 for name, command in ways.items():
-                    samples[name].append(_timed(command, environment))
+                    samples[name].append(timed(command, environment))
         finally:
             scratch.remove()
-    return {
-        name: {
-            "ms": round(statistics.median(ms for ms, _ in pairs), 1),
-            "peak_mb": round(statistics.median(kb for _, kb in pairs) / 1024, 1) or "",
-        }
-        for name, pairs in samples.items()
-    }
+    return medians(samples)
 
 
 # The time of mounting is not bpftool's: it ends before the first call begins.
@@ -70,16 +62,6 @@ echo "$begin $(date +%s%N)"
 bpftool cgroup detach "$3" ingress pinned "$1/programs/pybpft_ingress"
 bpftool cgroup detach "$3" egress pinned "$1/programs/pybpft_egress"
 """
-
-
-def _timed(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Milliseconds, and the peak memory in KB (0: not known), as the command prints them."""
-    begin = time.time_ns()
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
-    first, second = (int(word) for word in done.stdout.split() if word.isdigit())
-    if second > first:  # the time of the beginning and of the end
-        return (second - first) / 1e6, 0
-    return (first - begin) / 1e6, second
 
 
 def main(arguments: argparse.Namespace) -> int:
