@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import ipaddress
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar, Union, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, cast, get_type_hints
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Network, IPv6Network
 
 T = TypeVar("T")
 S = TypeVar("S", bound=ctypes.Structure)
 
-IpNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+IpNetwork = Union["IPv4Network", "IPv6Network"]
 
 
 class Codec(Protocol[T]):
@@ -185,6 +187,8 @@ class PrefixCodec:
 
     def decode(self, data: bytes) -> IpNetwork:
         """The value of bytes; bits behind the prefix are not looked at."""
+        import ipaddress
+
         (length,) = struct.unpack_from("=I", data)
         address = ipaddress.ip_address(data[4:])
         return ipaddress.ip_network(f"{address}/{length}", strict=False)

@@ -7,14 +7,16 @@ and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of lib
 from __future__ import annotations
 
 import re
-from typing import Callable, Container, Iterator, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Callable, Container, Iterator, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.btf import ENUMS, Btf, Kind, Type
-from pybpfthrottle.bpf.core import Kernel
 from pybpfthrottle.bpf.flavours import essential, types_compatible
 from pybpfthrottle.bpf.specs import MapSpec, Place, SectionLayout
 from pybpfthrottle.errors import ExternError, ObjectFileError
+
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.core import Kernel
 
 KCONFIG = ".kconfig"
 _KSYMS = ".ksyms"

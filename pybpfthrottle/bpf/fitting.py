@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cached_property
-from typing import Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
-from pybpfthrottle.bpf import abi, externs, targets
-from pybpfthrottle.bpf.accesses import describe
+from pybpfthrottle.bpf import abi, externs
 from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.bpf.btf_rewrite import loadable
-from pybpfthrottle.bpf.core import Kernel, Resolver
 from pybpfthrottle.bpf.externs import Address, Extern, KernelId, Symbols
 from pybpfthrottle.bpf.patch import Instructions, PatchError, Poisoned
 from pybpfthrottle.bpf.relocate import LinkedProgram, Placed
@@ -27,6 +25,10 @@ from pybpfthrottle.bpf.specs import (
     SectionLayout,
 )
 from pybpfthrottle.errors import ObjectFileError
+
+# What asks for the kernel's types imports these itself: most objects do not.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.core import Kernel, Resolver
 
 R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
 
@@ -93,6 +95,10 @@ class Fitting:
             work.answer()
             work.find_externs()
             fitted = work.finished()
+        if not program.attach_to:
+            return fitted
+        from pybpfthrottle.bpf import targets
+
         if not targets.is_targeted(program):
             return fitted
         target = targets.find(program, self._kernel.types)
@@ -135,6 +141,8 @@ class Fitting:
     @cached_property
     def resolver(self) -> Resolver:
         """Answers the object's CO-RE relocations."""
+        from pybpfthrottle.bpf.core import Resolver
+
         return Resolver(self.btf, lambda: self._kernel.types)
 
     @cached_property
@@ -188,6 +196,8 @@ class _Program:
                     raise self._bad(at, str(error)) from error
 
     def _unresolved(self, relocation: CoreRelocation) -> Poisoned:
+        from pybpfthrottle.bpf.accesses import describe
+
         btf = self._fitting.btf
         return Poisoned(
             describe(btf, relocation), btf.type(relocation.type).name, relocation.kind.name

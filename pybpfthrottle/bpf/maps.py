@@ -13,7 +13,6 @@ from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
 from pybpfthrottle.bpf import abi, batch, btf_objects, corrections, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.btf_values import BtfCodec
 from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, codec_for
 from pybpfthrottle.bpf.elements import Elements
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
@@ -93,6 +92,8 @@ class Map(MutableMapping[K, V]):
 
         Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
         """
+        from pybpfthrottle.bpf.btf_values import BtfCodec
+
         info = self.info()
         if not info.value_type_id:
             raise LookupError(f"map {self.spec.name!r} has no BTF")

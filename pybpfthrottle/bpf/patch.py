@@ -6,10 +6,12 @@ Source: Documentation/bpf/standardization/instruction-set.rst of the kernel.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pybpfthrottle.bpf import abi
-from pybpfthrottle.bpf.core import Answer
+
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.core import Answer
 
 # No helper has such a number, so the verifier refuses a program that reaches the call; the number
 # less this one tells which of the program's poisoned instructions it was. bpftool users know it.

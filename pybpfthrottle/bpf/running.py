@@ -11,12 +11,14 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
 from pybpfthrottle.bpf.btf import Btf, Kind
-from pybpfthrottle.bpf.core import Kernel
 from pybpfthrottle.bpf.elffile import stored_section
 from pybpfthrottle.errors import ExternError
+
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.core import Kernel
 
 BTF_DIRECTORY = "/sys/kernel/btf"
 _VMLINUX = "vmlinux"
@@ -168,6 +170,8 @@ class RunningKernel:
 
         Raises ExternError where there are none, or ObjectFileError.
         """
+        from pybpfthrottle.bpf.core import Kernel
+
         path = self.types_path or os.path.join(self.directory, _VMLINUX)
         try:
             own = not self.types_path and self.directory == BTF_DIRECTORY
