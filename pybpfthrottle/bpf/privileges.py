@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import resource
 from typing import Callable, TypeVar
+
+from pybpfthrottle.bpf import syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 
 T = TypeVar("T")
 
 # include/uapi/linux/capability.h
 _CAP_NET_ADMIN = 12
 _CAP_SYS_ADMIN = 21
+_CAP_SYS_RESOURCE = 24
 _CAP_BPF = 39
 
 
@@ -54,17 +60,45 @@ def why_not_permitted(command: str) -> str:
             f"this process lacks {' and '.join(missing)};"
             " run it as root (sudo), or give it these capabilities"
         )
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     text = (
         f"the capabilities are there, so a seccomp filter (containers have one), a security module"
         f" or kernel lockdown refuses {command}"
     )
-    if soft != resource.RLIM_INFINITY and hard != resource.RLIM_INFINITY:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if not _may_raise_memlock(hard) and memlock_is_charged():
         text += (
             f"; or, before Linux 5.11, the limit on locked memory ({soft // 1024} KiB) is used up:"
             " try ulimit -l unlimited"
         )
     return text
+
+
+def _may_raise_memlock(hard: int) -> bool:
+    return hard == resource.RLIM_INFINITY or bool(effective_capabilities() >> _CAP_SYS_RESOURCE & 1)
+
+
+def memlock_is_charged() -> bool:
+    """Whether a tiny map is refused with no locked memory allowed: the kernel is before 5.11.
+
+    It is as well where a filter refuses every map, and seems not to be where the limit cannot even
+    be lowered.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    attr = Attr()
+    attr.map_create.map_type = MapType.ARRAY
+    attr.map_create.key_size = attr.map_create.value_size = ctypes.sizeof(ctypes.c_uint32)
+    attr.map_create.max_entries = 1
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, limits[1]))
+    except (ValueError, OSError):
+        return False
+    try:
+        os.close(syscall.bpf(Cmd.MAP_CREATE, attr))
+    except PermissionError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+    return False
 
 
 def why_refused(error: OSError, command: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import os
 import resource
 from typing import Iterator, Optional
 
 from pybpfthrottle import settings
 from pybpfthrottle.bpf import privileges, syscall
-from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import SettingsError
 
@@ -129,31 +127,13 @@ def _answers() -> Iterator[tuple[Cmd, int]]:
 def _memlock(setup: Setup) -> Result:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     evidence = f"RLIMIT_MEMLOCK: {_size(soft)}, at most {_size(hard)}"
-    if not _is_charged(hard):
+    if not privileges.memlock_is_charged():
         return passed("this kernel does not charge BPF to locked memory (Linux 5.11)", evidence)
     if privileges.effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
         return passed("BPF is charged to locked memory, and the limit can be raised", evidence)
     if hard != resource.RLIM_INFINITY and hard < 1 << 20:
         return warned("BPF is charged to locked memory, which is short", evidence, cause="memlock")
     return passed("BPF is charged to locked memory, which is enough", evidence)
-
-
-def _is_charged(hard: int) -> bool:
-    """Whether a tiny map is refused without any locked memory."""
-    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    attr = Attr()
-    attr.map_create.map_type = MapType.ARRAY
-    attr.map_create.key_size = ctypes.sizeof(ctypes.c_uint32)
-    attr.map_create.value_size = ctypes.sizeof(ctypes.c_uint32)
-    attr.map_create.max_entries = 1
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
-    try:
-        os.close(syscall.bpf(Cmd.MAP_CREATE, attr))
-    except PermissionError:
-        return True
-    finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
-    return False
 
 
 def _size(limit: int) -> str:

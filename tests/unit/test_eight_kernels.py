@@ -417,10 +417,15 @@ def test_locked_memory_that_cannot_be_raised_is_named(
 ):
     """Where the limit cannot be raised the error names it, and nothing stays open."""
 
-    def refuse(*_):
-        raise ValueError("not allowed to raise maximum limit")
+    def only_lower(_, new):
+        if new[1] != 65536:
+            raise ValueError("not allowed to raise maximum limit")
+        locked_memory.append(new)
 
-    monkeypatch.setattr(resource, "setrlimit", refuse)
+    sys_resource = 1 << 24
+    held = privileges.effective_capabilities() & ~sys_resource
+    monkeypatch.setattr(privileges, "effective_capabilities", lambda: held)
+    monkeypatch.setattr(resource, "setrlimit", only_lower)
     boot(release).charges_memory = True
     before = descriptors()
     with pytest.raises(MapCreateError, match="64 KiB") as caught:

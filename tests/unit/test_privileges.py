@@ -6,9 +6,9 @@ import resource
 
 import pytest
 
-from pybpfthrottle.bpf import privileges
+from pybpfthrottle.bpf import privileges, syscall
 
-NET_ADMIN, SYS_ADMIN, BPF = 1 << 12, 1 << 21, 1 << 39
+NET_ADMIN, SYS_ADMIN, SYS_RESOURCE, BPF = 1 << 12, 1 << 21, 1 << 24, 1 << 39
 INFINITY = resource.RLIM_INFINITY
 
 
@@ -70,13 +70,32 @@ def test_with_capabilities_the_causes_are_others(held, monkeypatch):
     assert "root" not in text
 
 
-def test_a_limit_on_locked_memory_is_a_cause_too(held, monkeypatch):
-    """A finite limit on locked memory is mentioned with its size and remedy."""
-    held(SYS_ADMIN | NET_ADMIN)
+@pytest.mark.parametrize(
+    ("capabilities", "charged", "named"),
+    [
+        (SYS_ADMIN | NET_ADMIN, True, True),
+        (SYS_ADMIN | NET_ADMIN, False, False),
+        (SYS_ADMIN | NET_ADMIN | SYS_RESOURCE, True, False),
+    ],
+)
+def test_a_limit_on_locked_memory_is_named_where_it_is_a_cause(
+    held, monkeypatch, capabilities, charged, named
+):
+    """With its size and remedy, where maps are charged to it and it could not be raised."""
+    held(capabilities)
+    limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.append(wanted))
+    monkeypatch.setattr(syscall, "bpf", refuse if charged else lambda *_: os.open(os.devnull, 0))
     text = privileges.why_not_permitted("BPF_MAP_CREATE")
-    assert "64 KiB" in text
-    assert "ulimit -l unlimited" in text
+    assert ("64 KiB" in text) is named
+    assert ("ulimit -l unlimited" in text) is named
+    assert limits in ([], [(0, 65536), (65536, 65536)])
+
+
+def refuse(*_):
+    """A kernel or filter that permits nothing."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def test_what_succeeds_is_done_once(monkeypatch):
