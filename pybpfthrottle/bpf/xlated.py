@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from typing import Iterator
 
-from pybpfthrottle.bpf import abi, disasm
+from pybpfthrottle.bpf import abi, btf_objects, disasm
+from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.disasm import Instruction, Line
-from pybpfthrottle.bpf.program_info import function_addresses, xlated_code
+from pybpfthrottle.bpf.program_info import (
+    function_addresses,
+    line_records,
+    program_info,
+    xlated_code,
+)
 
 _BASE = "__bpf_call_base"
 
@@ -21,6 +27,18 @@ def xlated_lines(fd: int) -> Iterator[Line]:
     Functions are named where /proc/kallsyms shows addresses. Raises OSError.
     """
     return disasm.disassemble(xlated_code(fd), names=_KernelNames(function_addresses(fd)))
+
+
+def source_lines(fd: int) -> dict[int, str]:
+    """The text of the line of source that begins at an instruction, where the kernel knows it.
+
+    Linux 5.0; needs CAP_SYS_ADMIN. Raises OSError, or ObjectFileError.
+    """
+    records = line_records(fd)
+    if not records:
+        return {}
+    types = Btf(btf_objects.data_by_id(program_info(fd).btf_id))
+    return {row.insn_off: types.string(row.line_off).strip() for row in records}
 
 
 class _KernelNames(disasm.Names):

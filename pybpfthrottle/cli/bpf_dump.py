@@ -9,19 +9,27 @@ from typing import Any, Optional
 import click
 
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.xlated import xlated_lines
+from pybpfthrottle.bpf.xlated import source_lines, xlated_lines
 from pybpfthrottle.cli import bpf_show, tables
 
 
 def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
-    """The instructions of one program."""
+    """The instructions of one program, with the lines of its source where the kernel has them."""
     with bpf_show.refused("dump the program"):
         for program in bpf_show.one(bpf_show.PROGRAMS, target, name):
             lines = list(xlated_lines(program.fd))
+            source = source_lines(program.fd)
     if as_json:
-        tables.show_json([{"at": line.at, "disasm": line.text} for line in lines])
+        tables.show_json(
+            [
+                {"at": at, "disasm": text, **({"src": source[at]} if at in source else {})}
+                for at, text in lines
+            ]
+        )
         return
     for line in lines:
+        if source.get(line.at):
+            click.echo(f"; {source[line.at]}")
         click.echo(f"{line.at:4}: {line.text}")
 
 

@@ -215,15 +215,19 @@ def test_a_map_without_btf_is_dumped_in_hex() -> None:
 
 
 def test_a_program_is_dumped_as_bpftool_dumps_it(values: Path) -> None:
-    """The instructions are the same, one a line and as JSON."""
+    """The instructions and the lines of the source are the same, one a line and as JSON."""
     path = str(values / "programs" / "count")
     shown = bpftool("prog", "dump", "xlated", "pinned", path)
     theirs = [row["disasm"] for row in shown if "disasm" in row]
     rows = ours("prog", "dump", path)
     assert [row["disasm"] for row in rows] == theirs
+    assert [row["src"] for row in rows if row.get("src")] == [
+        row["src"].strip() for row in shown if row.get("src")
+    ]
     lines = run("prog", "dump", path).stdout.splitlines()
-    assert lines[0] == "   0: (bf) r6 = r1"
-    assert len(lines) == len(rows)
+    assert lines[0].startswith("; int count(")
+    assert lines[1] == "   0: (bf) r6 = r1"
+    assert len([line for line in lines if not line.startswith(";")]) == len(rows)
 
 
 @pytest.fixture
