@@ -389,9 +389,11 @@ def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]
 def _why(spec: MapSpec, error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.ENOSYS):
         return why_refused(error, "BPF_MAP_CREATE")
+    from pybpfthrottle.bpf import releases
+
     return (
-        f"{error} (type {spec.type}, key {spec.key_size} bytes, value {spec.value_size} bytes,"
-        f" {spec.max_entries} entries, flags {spec.flags:#x})"
+        f"{error} ({releases.since_when(MapType, spec.type)}, key {spec.key_size} bytes,"
+        f" value {spec.value_size} bytes, {spec.max_entries} entries, flags {spec.flags:#x})"
     )
 
 

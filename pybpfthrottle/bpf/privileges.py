@@ -80,33 +80,38 @@ def _may_raise_memlock(hard: int) -> bool:
 def memlock_is_charged() -> bool:
     """Whether a tiny map is refused with no locked memory allowed: the kernel is before 5.11.
 
-    It is as well where a filter refuses every map, and seems not to be where the limit cannot even
-    be lowered.
+    Where a filter refuses all maps, or the limit cannot even be lowered, it seems not to be.
     """
     limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    attr = Attr()
-    attr.map_create.map_type = MapType.ARRAY
-    attr.map_create.key_size = attr.map_create.value_size = ctypes.sizeof(ctypes.c_uint32)
-    attr.map_create.max_entries = 1
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, limits[1]))
     except (ValueError, OSError):
         return False
     try:
-        os.close(syscall.bpf(Cmd.MAP_CREATE, attr))
-    except PermissionError:
-        return True
+        # A map of no type is charged to nothing; a filter does not look at the type.
+        return _is_refused(MapType.ARRAY) and not _is_refused(MapType.UNSPEC)
     finally:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+
+
+def _is_refused(type: MapType) -> bool:
+    attr = Attr()
+    attr.map_create.map_type = type
+    attr.map_create.key_size = attr.map_create.value_size = ctypes.sizeof(ctypes.c_uint32)
+    attr.map_create.max_entries = 1
+    try:
+        os.close(syscall.bpf(Cmd.MAP_CREATE, attr))
+    except OSError as error:
+        return error.errno == errno.EPERM
     return False
 
 
 def why_refused(error: OSError, command: str) -> str:
     """What stands behind a failed bpf(2) command, where its errno alone tells too little."""
     if error.errno == errno.EPERM:
-        return why_not_permitted(command)
+        return f"{command} gives EPERM: {why_not_permitted(command)}"
     if error.errno == errno.ENOSYS:
-        return "this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
+        return f"{command} gives ENOSYS: this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
     return str(error)
 
 

@@ -257,7 +257,12 @@ def _explained(
             log=log,
             source=line,
         )
-    return ProgramLoadError(f"{what}: {why_refused(error, 'BPF_PROG_LOAD')}", errno=number)
+    why = why_refused(error, "BPF_PROG_LOAD")
+    if number == errno.EINVAL:
+        from pybpfthrottle.bpf import releases
+
+        why += f" ({releases.since_when(ProgType, attr.prog_load.prog_type)})"
+    return ProgramLoadError(f"{what}: {why}", errno=number)
 
 
 def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:

@@ -7,6 +7,7 @@ for every type of program. Source: the history of linux/bpf.h and of kernel/bpf/
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Union
 
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 
@@ -130,6 +131,16 @@ _FIRST_NUMBERS = [number for number, _ in _HELPERS]
 def of_helper(number: int) -> str:
     """The first release with a helper function, by its number in linux/bpf.h."""
     return _HELPERS[max(0, bisect_right(_FIRST_NUMBERS, number) - 1)][1]
+
+
+def since_when(kind: type[Union[MapType, ProgType]], number: int) -> str:
+    """What a type is called and since when there is one: "type ringbuf, since Linux 5.8"."""
+    try:
+        known = kind(number)
+    except ValueError:
+        return f"type {number}"
+    release = PROGRAM_TYPES.get(known) if isinstance(known, ProgType) else MAP_TYPES.get(known)
+    return f"type {known.name.lower()}" + (f", since Linux {release}" if release else "")
 
 
 def order(release: str) -> tuple[int, ...]:

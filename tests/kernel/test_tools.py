@@ -37,6 +37,7 @@ def test_the_demo_shows_that_limits_hold(place: list[str]) -> None:
     [
         ("cost", "throttle: IPv4 TCP", "ns"),
         ("live", "3 throttles", "upload_ns"),
+        ("load", "shipped: pybpfthrottle", "peak_mb"),
         ("start", "pybpfthrottle run", "ms"),
     ],
 )

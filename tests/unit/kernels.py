@@ -117,6 +117,8 @@ class Kernel(FakeKernel):
         wanted = attr.map_create
         if wanted.map_name and self.release < (4, 15):
             raise _Refused(errno.EINVAL)
+        if wanted.map_type not in (MapType.ARRAY, MapType.PERCPU_ARRAY):
+            raise _Refused(errno.EINVAL)
         if self.charges_memory and self.release < (5, 11):
             soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             if soft != resource.RLIM_INFINITY:
@@ -124,8 +126,6 @@ class Kernel(FakeKernel):
         size = wanted.value_size
         if wanted.map_type == MapType.PERCPU_ARRAY:
             size = (size + 7) // 8 * 8 * maps.possible_cpus()
-        elif wanted.map_type != MapType.ARRAY:
-            raise _Refused(errno.EINVAL)
         keys = (index.to_bytes(4, sys.byteorder) for index in range(wanted.max_entries))
         fd = self.create()
         self.maps[_inode(fd)] = FakeMap(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from broken import use
 from elf_builder import OBJECT, BtfBuilder, ObjectBuilder
@@ -88,3 +92,15 @@ def test_a_pointer_to_itself_has_no_text() -> None:
     types.add(PTR, size=1)
     with pytest.raises(ObjectFileError, match="refers to itself"):
         declaration(Btf(types.build()), 1)
+
+
+def test_the_fuzzer_tells_what_it_needs() -> None:
+    """Without atheris it is one line, and status 1."""
+    tool = Path(__file__).resolve().parents[2] / "tools" / "fuzz"
+    hidden = "import sys, runpy; sys.modules['atheris'] = None; sys.argv = sys.argv[1:];"
+    code = f"{hidden} runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tool)], stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "pip install pybpfthrottle[fuzz]" in done.stderr

@@ -86,16 +86,27 @@ def test_a_limit_on_locked_memory_is_named_where_it_is_a_cause(
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.append(wanted))
-    monkeypatch.setattr(syscall, "bpf", refuse if charged else lambda *_: os.open(os.devnull, 0))
+    monkeypatch.setattr(syscall, "bpf", charging if charged else lambda *_: os.open(os.devnull, 0))
     text = privileges.why_not_permitted("BPF_MAP_CREATE")
     assert ("64 KiB" in text) is named
     assert ("ulimit -l unlimited" in text) is named
     assert limits in ([], [(0, 65536), (65536, 65536)])
 
 
-def refuse(*_):
-    """A kernel or filter that permits nothing."""
-    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+def charging(_, attr):
+    """A kernel before 5.11 that has no memory for a map."""
+    number = errno.EPERM if attr.map_create.map_type else errno.EINVAL
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_filter_is_not_taken_for_a_limit_on_locked_memory(monkeypatch):
+    """What refuses a map of no type as well does not count memory."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(syscall, "bpf", refuse)
+    assert not privileges.memlock_is_charged()
 
 
 def test_what_succeeds_is_done_once(monkeypatch):
