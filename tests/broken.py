@@ -22,6 +22,7 @@ from pybpfthrottle.errors import AmbiguousTypeError, ExternError, ObjectFileErro
 FIXTURES = (
     *("object_maps", "object_legacy", "object_data", "object_calls", "object_callbacks"),
     *("object_beyond", "object_sections", "core_reads", "core_fields", "externs", "values"),
+    *("flows", "ring", "targets"),
 )
 _REFUSALS = (ObjectFileError, ExternError, AmbiguousTypeError)
 _MAX_VALUE_BYTES = 1 << 12
