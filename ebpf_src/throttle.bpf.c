@@ -186,7 +186,7 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 {
 	__u64 now = bpf_ktime_get_ns();
 	__u64 even_at = bucket->even_at_ns;
-	__u64 limit = config->debt_ns;
+	__u64 limit = config->debt_ns + bucket->slack_ns;
 
 	if (unlikely(!even_at)) {
 		bucket->even_at_ns = even_at = now;
@@ -239,5 +239,7 @@ SEC("cgroup_skb/egress") int pybpft_egresscn(struct __sk_buff *skb)
 {
 	return police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION);
 }
+
+#include "shape.h"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -23,6 +23,8 @@ enum throttle_direction {
 
 enum throttle_flags {
 	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
+	THROTTLE_PACE = 2,     /* uploads: TCP sends at the rate */
+	THROTTLE_WINDOW = 4,   /* downloads: TCP's receive window moves at the rate */
 };
 
 #define THROTTLE_MAGIC 0x54425059 /* "YPBT" */
@@ -52,7 +54,31 @@ struct throttle_config {
 /* Written by the programs. */
 struct throttle_bucket {
 	__u64 even_at_ns; /* CLOCK_MONOTONIC time at which nothing is owed; 0: not used yet */
+	__u64 slack_ns;   /* what may be owed beyond debt_ns, for the round trips that were seen */
 };
+
+/*
+ * Written by the programs: how many connections share a limit. They are counted over epochs; the
+ * last one that is over tells, or this one where it has more already.
+ */
+struct throttle_flows {
+	__u64 epoch;
+	__u32 now;
+	__u32 before;
+};
+
+/* Of each TCP connection that is shaped. */
+struct throttle_socket {
+	__u64 epoch[THROTTLE_DIRECTIONS]; /* in which it was counted last */
+	__u64 bytes_received;
+	__u32 pacing;          /* bytes a second, as set by us; 0: not set */
+	__u32 clamp;           /* bytes, as set by us; 0: not set */
+	__u32 original_pacing; /* what they were before */
+	__u32 original_clamp;
+};
+
+/* setsockopt(2) with this level has a connection shaped that was open before. */
+#define THROTTLE_ADOPT 0x54425059
 
 /* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */
 struct throttle_stats {

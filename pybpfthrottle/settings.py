@@ -14,6 +14,7 @@ from pybpfthrottle.errors import SettingsError
 from pybpfthrottle.limits import Direction
 
 ATTACH_METHODS = ("auto", "link", "legacy")
+SHAPES = ("auto", "pace", "window", "police")
 
 # The predecessor's names are honoured behind ours.
 _PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")
@@ -25,6 +26,8 @@ _ALLOWED = {
     "bpf.attach_method": "one of " + ", ".join(f'"{method}"' for method in ATTACH_METHODS),
     "bpf.upload.attach_method": "one of " + ", ".join(f'"{method}"' for method in ATTACH_METHODS),
     "bpf.download.attach_method": "one of " + ", ".join(f'"{m}"' for m in ATTACH_METHODS),
+    "bpf.upload.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
+    "bpf.download.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
     "bpf.fallback_errnos": 'a list of names of errors, such as ["EINVAL", "EPERM"]',
 }
 
@@ -54,6 +57,7 @@ class Settings(NamedTuple):
     """All that can be set, for each direction; ``origins`` is for people."""
 
     attach: Mapping[Direction, AttachPolicy]
+    shape: Mapping[Direction, str]
     origins: tuple[Setting, ...]
     warnings: tuple[str, ...]
 
@@ -61,11 +65,12 @@ class Settings(NamedTuple):
 def load(
     *,
     method: Optional[str] = None,
+    shape: Optional[str] = None,
     exclusive: bool = False,
     environment: Optional[Mapping[str, str]] = None,
     files: Optional[Sequence[str]] = None,
 ) -> Settings:
-    """Find every setting. ``method`` is that of the command line. Raises SettingsError."""
+    """Find every setting. ``method`` and ``shape`` are the command line's. Raises SettingsError."""
     environment = os.environ if environment is None else environment
     found = _from_files(config_files(environment) if files is None else files)
     warnings: list[str] = []
@@ -83,12 +88,23 @@ def load(
         Setting(f"bpf.{direction}.attach_method", chosen, source)
         for direction, (chosen, source) in methods.items()
     ]
+    shapes = {
+        direction: (shape, "--shape")
+        if shape
+        else found.get(f"bpf.{direction}.shape", ("auto", "default"))
+        for direction in Direction
+    }
+    origins += [
+        Setting(f"bpf.{direction}.shape", chosen, source)
+        for direction, (chosen, source) in shapes.items()
+    ]
     origins.append(Setting("bpf.fallback_errnos", ", ".join(names), names_source))
     return Settings(
         {
             direction: AttachPolicy(chosen, errnos, exclusive)
             for direction, (chosen, _) in methods.items()
         },
+        {direction: chosen for direction, (chosen, _) in shapes.items()},
         tuple(origins),
         tuple(warnings),
     )
@@ -213,7 +229,7 @@ def _is_allowed(key: str, value: Any) -> bool:
             isinstance(name, str) and name.startswith("E") and hasattr(errno, name)
             for name in value
         )
-    return isinstance(value, str) and value in ATTACH_METHODS
+    return isinstance(value, str) and value in (SHAPES if key.endswith("shape") else ATTACH_METHODS)
 
 
 def _line_of(text: str, key: str) -> int:

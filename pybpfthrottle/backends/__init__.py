@@ -30,12 +30,16 @@ class Options(NamedTuple):
 
     ``loopback`` limits the loopback device too. ``attach`` tells for a direction how programs are
     attached; ``egress_verdict`` is one of EGRESS_VERDICTS: how an upload's packet is dropped, as
-    if by congestion (Linux 5.3) or denied (EPERM for the send of a UDP program).
+    if by congestion (Linux 5.3) or denied (EPERM for the send of a UDP program). ``shape`` is one
+    of settings.SHAPES for a direction. ``guard`` has a child process restore connections if this
+    process is killed.
     """
 
     loopback: bool = False
     attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
     egress_verdict: str = "auto"
+    shape: Mapping[Direction, str] = MappingProxyType({})
+    guard: bool = False
 
 
 class Handle(Protocol):

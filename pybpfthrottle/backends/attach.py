@@ -26,9 +26,11 @@ ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
     Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
 }
-_DIRECTION_NAMES = {
+_HOOK_NAMES = {
     AttachType.CGROUP_INET_INGRESS: "ingress",
     AttachType.CGROUP_INET_EGRESS: "egress",
+    AttachType.CGROUP_SOCK_OPS: "sockops",
+    AttachType.CGROUP_SETSOCKOPT: "setsockopt",
 }
 
 _MODES = {
@@ -65,7 +67,7 @@ def attach(
     log.debug(
         'Attached %s to "%s" with mode: %s', program.name, cgroup.path, _MODES[attachment.mode]
     )
-    log.info("Successfully attached eBPF %s program", _DIRECTION_NAMES[attach_type])
+    log.info("Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
     return attachment
 
 

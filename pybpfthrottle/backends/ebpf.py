@@ -10,8 +10,10 @@ from functools import cache
 from typing import NamedTuple, Optional, Sequence
 
 from pybpfthrottle import cgroup, objects, process
-from pybpfthrottle.backends import Limits, Options, Priority
+from pybpfthrottle.backends import Limits, Options, Priority, connections
 from pybpfthrottle.backends.attach import ATTACH_TYPES, attach
+from pybpfthrottle.backends.connections import SOCKETS
+from pybpfthrottle.backends.guard import Guard
 from pybpfthrottle.backends.records import (
     INVERSE_RATE_SHIFT,
     THROTTLE_LOOPBACK,
@@ -21,14 +23,17 @@ from pybpfthrottle.backends.records import (
     ThrottleConfig,
     ThrottleStats,
 )
+from pybpfthrottle.backends.shaping import POLICE, Shaping
+from pybpfthrottle.backends.shaping import choose as shaping_for
 from pybpfthrottle.bpf import features, loader, privileges
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.errors import CgroupError, Error, ThrottleError
+from pybpfthrottle.errors import BpfError, CgroupError, Error, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
@@ -37,19 +42,16 @@ log = logging.getLogger(__name__)
 _MS = 1_000_000
 _NS_PER_S = 1_000_000_000
 
-# The burst after an idle time: 250 ms, which is longer than TCP's shortest retransmission timeout
-# (200 ms): with less, a flow that waits for it loses bandwidth for good (0.72 of the limit was
-# measured with 150 ms). And 64 KB at least, one packet as large as they come.
-BURST_NS = 250 * _MS
+# One packet as large as they come, at least.
 BURST_BYTES = 64 * 1024
-# The share of it that the bucket may owe. It is also the burst at the start, where there is no
-# credit yet: it makes up for the slow start of TCP in the first seconds.
-DEBT_SHARE = 0.4
 # How much longer small packets pass: a ping is not caught behind a bulk transfer.
 SMALL_NS = 20 * _MS
+SHAPER, ADOPTER = "pybpft_sockops", "pybpft_adopt"
 
 
-def config_for(rate: Optional[Rate], *, loopback: bool) -> ThrottleConfig:
+def config_for(
+    rate: Optional[Rate], *, loopback: bool, shaping: Shaping = POLICE
+) -> ThrottleConfig:
     """The record for a rate, in units that spare the program each division."""
     owner = process.identity()
     config = ThrottleConfig(
@@ -58,17 +60,17 @@ def config_for(rate: Optional[Rate], *, loopback: bool) -> ThrottleConfig:
         owner_pid=owner.pid,
         owner_pid_namespace=owner.pid_namespace,
         owner_start_ticks=owner.start_ticks,
-        flags=THROTTLE_LOOPBACK if loopback else 0,
+        flags=shaping.flags | (THROTTLE_LOOPBACK if loopback else 0),
     )
     if rate is None:
         return config
     per_s = rate.bytes_per_s
-    burst_ns = max(BURST_NS, BURST_BYTES * _NS_PER_S // per_s)
-    debt_ns = int(burst_ns * DEBT_SHARE)
+    # At low rates both grow, in proportion, until they hold the largest packet.
+    stretch = max(1.0, BURST_BYTES * _NS_PER_S / per_s / shaping.burst_ns)
     config.rate_bytes_per_s = per_s
     config.inverse_rate = (_NS_PER_S << INVERSE_RATE_SHIFT) // per_s
-    config.credit_ns = burst_ns - debt_ns
-    config.debt_ns = debt_ns
+    config.credit_ns = int(shaping.credit_ns * stretch)
+    config.debt_ns = int(shaping.debt_ns * stretch)
     config.small_ns = SMALL_NS
     return config
 
@@ -78,19 +80,31 @@ class _Placed(NamedTuple):
 
     program: str
     target: Cgroup
-    direction: Direction
+    hook: AttachType
+    policy: AttachPolicy
     attachment: Attachment
 
 
 class EbpfHandle:
     """One object loaded for one throttle: its maps, its programs, and where they are attached."""
 
-    def __init__(self, loaded: Object, limits: Limits, options: Options, object_name: str) -> None:
+    def __init__(
+        self,
+        loaded: Object,
+        limits: Limits,
+        options: Options,
+        *,
+        object_name: str,
+        cannot_shape: Optional[str],
+    ) -> None:
         self._loaded = loaded
         self._options = options
         self._object_name = object_name
+        self._cannot_shape = cannot_shape
         self._rates = dict(limits)
+        self._shapings = dict.fromkeys(limits, POLICE)
         self._placed: list[_Placed] = []
+        self._guard: Optional[Guard] = None
         self._configs: Map[int, ThrottleConfig] = loaded.maps["CGROUP_CONFIGS"].typed(
             U32, StructureCodec(ThrottleConfig)
         )
@@ -116,13 +130,20 @@ class EbpfHandle:
         if direction not in self._rates:
             raise ThrottleError(f"this throttle was made without a limit for {direction}")
         old = self._rates[direction]
-        self._configs[direction] = config_for(rate, loopback=self._options.loopback)
+        wanted = self._options.shape.get(direction, "auto")
+        shaping = shaping_for(direction, rate, wanted, refused=self._cannot_shape)
+        self._configs[direction] = config_for(
+            rate, loopback=self._options.loopback, shaping=shaping
+        )
+        self._shapings[direction] = shaping
+        log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
         if old is not None and rate is not None:
             now = time.monotonic_ns()
-            owed_ns = self._buckets[direction].even_at_ns - now
+            bucket = self._buckets[direction]
+            owed_ns = bucket.even_at_ns - now
             if owed_ns > 0:
-                owed_ns = owed_ns * old.bytes_per_s // rate.bytes_per_s
-                self._buckets[direction] = ThrottleBucket(even_at_ns=now + owed_ns)
+                bucket.even_at_ns = now + owed_ns * old.bytes_per_s // rate.bytes_per_s
+                self._buckets[direction] = bucket
         self._rates[direction] = rate
 
     def burst_bytes(self, direction: Direction) -> int:
@@ -134,44 +155,93 @@ class EbpfHandle:
         time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
         return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
 
-    def place(self, program: str, target: Cgroup, direction: Direction) -> None:
+    def place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
         """Attach one of the loaded programs. Raises AttachError or CgroupError."""
-        policy = self._options.attach.get(direction, AttachPolicy())
-        self._placed.append(
-            _Placed(program, target, direction, self._attach(program, target, direction, policy))
-        )
+        attachment = attach(self._loaded.programs[program], target, hook, policy)
+        self._placed.append(_Placed(program, target, hook, policy, attachment))
 
     def switch(self, method: str) -> None:
         """For each program first the new attachment, then the end of the old one."""
         for index, placed in enumerate(self._placed):
-            policy = self._options.attach.get(placed.direction, AttachPolicy())
             if placed.attachment.rung.partition(" ")[0] == method:
                 continue
-            attachment = self._attach(
-                placed.program, placed.target, placed.direction, policy._replace(method=method)
-            )
+            policy = placed.policy._replace(method=method)
+            program = self._loaded.programs[placed.program]
+            attachment = attach(program, placed.target, placed.hook, policy)
             self._placed[index] = placed._replace(attachment=attachment)
             placed.attachment.detach()
 
-    def remove(self) -> None:
-        """Detach everything, and close what was loaded."""
+    def adopt(self) -> None:
+        """Shape the connections that are open already; where that is refused, they are policed."""
+        if ADOPTER not in self._loaded.programs:
+            return
+        cgroups = self._cgroups()
+        count = len(self._placed)
         try:
+            for target in cgroups:
+                self.place(ADOPTER, target, AttachType.CGROUP_SETSOCKOPT, AttachPolicy())
+            refused = connections.adopt(cgroups)
+        except (BpfError, OSError) as error:
+            log.debug("Connections that are open are not shaped: %s", error)
+        else:
+            if refused:
+                log.info("%d connections that were open are policed, not shaped", refused)
+                self._leave_room()
+        finally:
+            while len(self._placed) > count:
+                self._placed.pop().attachment.detach()
+            self._loaded.programs.pop(ADOPTER).close()
+
+    def _leave_room(self) -> None:
+        """As long a burst as the policer has, for connections that nothing else slows down."""
+        for direction, shaping in self._shapings.items():
+            bucket = self._buckets[direction]
+            bucket.slack_ns = max(bucket.slack_ns, POLICE.burst_ns - shaping.burst_ns)
+            self._buckets[direction] = bucket
+
+    def remove(self) -> None:
+        """Give connections back what they had, detach everything, and close what was loaded."""
+        try:
+            if self._placed:
+                self._restore()
+            if self._guard is not None:
+                self._guard.end()
+                self._guard = None
             while self._placed:
                 self._placed.pop().attachment.detach()
         finally:
             self._loaded.close()
 
-    def _attach(
-        self, program: str, target: Cgroup, direction: Direction, policy: AttachPolicy
-    ) -> Attachment:
-        return attach(self._loaded.programs[program], target, ATTACH_TYPES[direction], policy)
+    def guard(self) -> None:
+        """Have connections restored also if this process is killed."""
+        if SOCKETS in self._loaded.maps:
+            self._guard = Guard(self._cgroups(), self._loaded.maps[SOCKETS])
+
+    def _restore(self) -> None:
+        if SOCKETS not in self._loaded.maps:
+            return
+        for direction in self._rates:
+            # The shaper sets nothing any more.
+            self._configs[direction] = config_for(None, loopback=False)
+        connections.restore(self._cgroups(), self._loaded.maps[SOCKETS])
+
+    def _cgroups(self) -> list[Cgroup]:
+        return list(dict.fromkeys(placed.target for placed in self._placed))
 
     def describe(self, direction: Direction) -> dict[str, str]:
-        """The way its program is attached, and which of the shipped objects it comes from."""
-        rungs = sorted(
-            {placed.attachment.rung for placed in self._placed if placed.direction is direction}
-        )
-        return {"backend": "ebpf", "object": self._object_name, "attached_by": "+".join(rungs)}
+        """How it is attached and shaped, and which of the shipped objects it comes from."""
+        hook = ATTACH_TYPES[direction]
+        rungs = sorted({placed.attachment.rung for placed in self._placed if placed.hook is hook})
+        shaping = self._shapings[direction]
+        if shaping.flags & ~self._configs[direction].flags and self._rates[direction] is not None:
+            shaping = Shaping("police", f"the kernel refused what {shaping.method} needs")
+        return {
+            "backend": "ebpf",
+            "object": self._object_name,
+            "attached_by": "+".join(rungs),
+            "shape": shaping.method,
+            "shape_reason": shaping.reason,
+        }
 
 
 class EbpfBackend:
@@ -203,25 +273,55 @@ class EbpfBackend:
 
         Raises BpfError or CgroupError; then all is undone.
         """
+        programs = {_program_name(direction, options): direction for direction in limits}
         spec = _read_object()
-        wanted = {direction: _program_name(direction, options) for direction in limits}
-        loaded = loader.load(spec, wanted.values())
-        handle = EbpfHandle(loaded, limits, options, spec.name)
+        loaded, cannot_shape = _load(spec, list(programs), limits, options)
+        handle = EbpfHandle(
+            loaded, limits, options, object_name=spec.name, cannot_shape=cannot_shape
+        )
         try:
-            for direction, name in wanted.items():
+            for name, direction in programs.items():
                 log.debug(
                     "Program '%s' loaded with expected_attach_type: Some(%s)",
                     name,
                     "Ingress" if direction is Direction.DOWNLOAD else "Egress",
                 )
                 handle.set_rate(direction, limits[direction])
+            policies = {
+                direction: options.attach.get(direction, AttachPolicy()) for direction in limits
+            }
             for target in cgroups:
-                for direction, name in wanted.items():
-                    handle.place(name, target, direction)
+                for name, direction in programs.items():
+                    handle.place(name, target, ATTACH_TYPES[direction], policies[direction])
+                if SHAPER in loaded.programs:
+                    policy = next(iter(policies.values()))
+                    handle.place(SHAPER, target, AttachType.CGROUP_SOCK_OPS, policy)
+            handle.adopt()
+            if options.guard:
+                handle.guard()
         except BaseException:
             handle.remove()
             raise
         return handle
+
+
+def _load(
+    spec: ObjectSpec, programs: list[str], limits: Limits, options: Options
+) -> tuple[Object, Optional[str]]:
+    """With the shaper, if it is wanted and this kernel takes it; else why it does not."""
+    wanted = any(
+        shaping_for(direction, rate, options.shape.get(direction, "auto")).flags
+        for direction, rate in limits.items()
+    )
+    if not wanted:
+        return loader.load(spec, programs), None
+    for more in ([SHAPER, ADOPTER], [SHAPER]):
+        try:
+            return loader.load(spec, [*programs, *more]), None
+        except BpfError as error:
+            log.debug("This kernel does not take %s: %s", " and ".join(more), error)
+            refused = str(error)
+    return loader.load(spec, programs), refused
 
 
 @cache

@@ -6,26 +6,29 @@ import ctypes
 import errno
 import logging
 import os
-from contextlib import suppress
-from typing import Iterator, NamedTuple, Optional
+from contextlib import nullcontext, suppress
+from typing import Any, Iterator, NamedTuple, Optional
 
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import process
+from pybpfthrottle.backends import connections
 from pybpfthrottle.backends.attach import ATTACH_TYPES
+from pybpfthrottle.backends.connections import SOCKETS
 from pybpfthrottle.backends.records import THROTTLE_MAGIC, ThrottleConfig
 from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import CgroupError
-from pybpfthrottle.limits import Direction
 from pybpfthrottle.process import Identity
 
 log = logging.getLogger(__name__)
 
 PROGRAM_PREFIX = "pybpft_"
 _CONFIGS = "CGROUP_CONFIGS"
+_HOOKS = (*ATTACH_TYPES.values(), AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT)
 
 
 class Leftover(NamedTuple):
@@ -33,7 +36,7 @@ class Leftover(NamedTuple):
 
     program_id: int
     name: str
-    direction: Direction
+    hook: AttachType
     owner_pid: int
     cgroup: Optional[Cgroup]
 
@@ -45,25 +48,32 @@ class Leftover(NamedTuple):
 def find() -> list[Leftover]:
     """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
     ours = {
-        info.id: (info, direction, owner)
+        info.id: (info, owner)
         for info in _our_programs()
-        for direction in [_direction(info)]
-        for owner in [_owner(info, direction)]
+        for owner in [_owner(info)]
         if owner is not None and process.is_gone(owner)
     }
     if not ours:
         return []
     places = dict(_places(set(ours)))
     return [
-        Leftover(program_id, info.name, direction, owner.pid, places.get(program_id))
-        for program_id, (info, direction, owner) in ours.items()
+        Leftover(program_id, info.name, _hook(info), owner.pid, places.get(program_id))
+        for program_id, (info, owner) in ours.items()
     ]
 
 
 def remove(leftover: Leftover) -> None:
-    """Detach it; disarm it where that cannot be done, as on a removed cgroup."""
-    if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
-        _disarm(leftover)
+    """Detach it; disarm it where that cannot be done, as on a removed cgroup.
+
+    Connections that it shaped get back what they had.
+    """
+    map_ids = programs.info_by_id(leftover.program_id).map_ids
+    shaped = _open(map_ids, SOCKETS)
+    with nullcontext() if shaped is None else shaped:
+        if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
+            _disarm(map_ids)
+        if shaped is not None and leftover.cgroup is not None:
+            connections.restore([leftover.cgroup], shaped)
     log.info("Removed %s, which a crash has left", leftover)
 
 
@@ -86,20 +96,26 @@ def _our_programs() -> Iterator[ProgramInfo]:
                     yield info
 
 
-def _direction(info: ProgramInfo) -> Direction:
-    return Direction.DOWNLOAD if "ingress" in info.name else Direction.UPLOAD
+def _hook(info: ProgramInfo) -> AttachType:
+    if info.type == ProgType.SOCK_OPS:
+        return AttachType.CGROUP_SOCK_OPS
+    if info.type == ProgType.CGROUP_SOCKOPT:
+        return AttachType.CGROUP_SETSOCKOPT
+    download = "ingress" in info.name
+    return AttachType.CGROUP_INET_INGRESS if download else AttachType.CGROUP_INET_EGRESS
 
 
-def _owner(info: ProgramInfo, direction: Direction) -> Optional[Identity]:
+def _owner(info: ProgramInfo) -> Optional[Identity]:
     """Who made the program; None if it is not ours, or disarmed already."""
     configs = _configs(info.map_ids)
     if configs is None:
         return None
     with configs:
-        config = _Head.from_buffer_copy(configs[direction])
-    if config.magic != THROTTLE_MAGIC or not config.rate_bytes_per_s:
-        return None
-    return Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
+        heads = [_Head.from_buffer_copy(record) for record in configs.values()]
+    for head in heads:
+        if head.magic == THROTTLE_MAGIC and head.rate_bytes_per_s:
+            return Identity(head.owner_pid, head.owner_pid_namespace, head.owner_start_ticks)
+    return None
 
 
 class _Head(ctypes.Structure):
@@ -110,11 +126,21 @@ class _Head(ctypes.Structure):
 
 def _configs(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
     """The map of configurations, whose records another version may have made longer or shorter."""
+    found = _open(map_ids, _CONFIGS)
+    if found is None:
+        return None
+    if found.spec.value_size < ctypes.sizeof(_Head):
+        found.close()
+        return None
+    return found.typed(U32, RAW)
+
+
+def _open(map_ids: tuple[int, ...], name: str) -> Optional[Map[Any, Any]]:
     for map_id in map_ids:
         with suppress(OSError):
             found = maps.open_by_id(map_id)
-            if found.spec.name == _CONFIGS and found.spec.value_size >= ctypes.sizeof(_Head):
-                return found.typed(U32, RAW)
+            if found.spec.name == name:
+                return found
             found.close()
     return None
 
@@ -124,7 +150,7 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
         with suppress(CgroupError):
             fd = cgroup.open()
             try:
-                for hook in ATTACH_TYPES.values():
+                for hook in _HOOKS:
                     with suppress(OSError):
                         for program_id in links.query(fd, hook).program_ids:
                             if program_id in wanted:
@@ -138,7 +164,7 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
     cgroup_fd = cgroup.open()
     try:
         with programs.open_by_id(leftover.program_id) as program:
-            links.detach(program.fd, cgroup_fd, ATTACH_TYPES[leftover.direction])
+            links.detach(program.fd, cgroup_fd, leftover.hook)
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
@@ -148,12 +174,12 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
     return True
 
 
-def _disarm(leftover: Leftover) -> None:
+def _disarm(map_ids: tuple[int, ...]) -> None:
     """Unlimited, by its map: the program then lets all packets pass."""
-    configs = _configs(programs.info_by_id(leftover.program_id).map_ids)
+    configs = _configs(map_ids)
     if configs is not None:
         with configs:
-            record = configs[leftover.direction]
-            config = _Head.from_buffer_copy(record)
-            config.rate_bytes_per_s = 0
-            configs[leftover.direction] = bytes(config) + record[ctypes.sizeof(_Head) :]
+            for direction, record in list(configs.items()):
+                head = _Head.from_buffer_copy(record)
+                head.rate_bytes_per_s = 0
+                configs[direction] = bytes(head) + record[ctypes.sizeof(_Head) :]

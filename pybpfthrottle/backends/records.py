@@ -7,6 +7,9 @@ from ctypes import c_uint32, c_uint64
 
 INVERSE_RATE_SHIFT = 20
 THROTTLE_LOOPBACK = 1
+THROTTLE_PACE = 2
+THROTTLE_WINDOW = 4
+THROTTLE_ADOPT = 0x54425059
 THROTTLE_MAGIC = 0x54425059
 THROTTLE_VERSION = 1
 
@@ -33,7 +36,26 @@ class ThrottleConfig(ctypes.Structure):
 class ThrottleBucket(ctypes.Structure):
     """struct throttle_bucket."""
 
-    _fields_ = (("even_at_ns", c_uint64),)
+    _fields_ = (("even_at_ns", c_uint64), ("slack_ns", c_uint64))
+
+
+class ThrottleFlows(ctypes.Structure):
+    """struct throttle_flows."""
+
+    _fields_ = (("epoch", c_uint64), ("now", c_uint32), ("before", c_uint32))
+
+
+class ThrottleSocket(ctypes.Structure):
+    """struct throttle_socket."""
+
+    _fields_ = (
+        ("epoch", c_uint64 * 2),
+        ("bytes_received", c_uint64),
+        ("pacing", c_uint32),
+        ("clamp", c_uint32),
+        ("original_pacing", c_uint32),
+        ("original_clamp", c_uint32),
+    )
 
 
 class ThrottleStats(ctypes.Structure):

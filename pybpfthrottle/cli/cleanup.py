@@ -56,7 +56,7 @@ def _record(
             {
                 "id": leftover.program_id,
                 "name": leftover.name,
-                "direction": str(leftover.direction),
+                "hook": leftover.hook.name.lower(),
                 "owner_pid": leftover.owner_pid,
                 "cgroup": leftover.cgroup.path if leftover.cgroup else None,
             }

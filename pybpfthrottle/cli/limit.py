@@ -73,7 +73,11 @@ def _limit(
         )
         watch.start(pid=pid)
         if not request.quiet and not as_json:
-            rates = ", ".join(f"{direction} {rate}" for direction, rate in live.limits.items())
+            how = live.describe()
+            rates = ", ".join(
+                f"{direction} {rate} ({how[str(direction)]['shape']})"
+                for direction, rate in live.limits.items()
+            )
             where = ", ".join(cgroup.path for cgroup in chosen)
             watch.say(f"Limiting {where}: {rates}. Ctrl-C ends it.")
         reason = _wait(watch, live, target, signals, request.duration_s)

@@ -13,7 +13,7 @@ from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.limits import Direction, Rate
-from pybpfthrottle.settings import ATTACH_METHODS
+from pybpfthrottle.settings import ATTACH_METHODS, SHAPES
 from pybpfthrottle.throttle import Throttle
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,6 +85,12 @@ def limit_options(function: F) -> F:
                 help="How uploads are dropped: as by congestion (Linux 5.3), or denied (EPERM).",
             ),
             click.option(
+                "--shape",
+                type=click.Choice(SHAPES),
+                help="How TCP keeps to a limit: uploads paced, downloads by their receive window,"
+                " or packets over it dropped (police). auto (the default) chooses.",
+            ),
+            click.option(
                 "--download-backend",
                 type=click.Choice(BACKENDS),
                 default="auto",
@@ -132,6 +138,7 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
     try:
         found = settings.load(
             method=given.pop("bpf_attach_method"),
+            shape=given.pop("shape"),
             exclusive=own_cgroup or given.pop("exclusive", False),
         )
     except SettingsError as error:
@@ -146,6 +153,8 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
             loopback=given.pop("loopback"),
             attach=found.attach,
             egress_verdict=given.pop("egress_verdict"),
+            shape=found.shape,
+            guard=True,
         ),
         backends={direction: given.pop(f"{direction}_backend") for direction in Direction},
         duration_s=given.pop("duration"),

@@ -4,7 +4,7 @@ import uuid
 from typing import Iterator
 
 import pytest
-from lab import attached
+from lab import ALL_HOOKS, attached
 
 from pybpfthrottle import cgroup
 from pybpfthrottle.cgroup import Cgroup
@@ -17,6 +17,6 @@ def scratch() -> Iterator[Cgroup]:
     try:
         yield target
         if target.exists():
-            assert attached(target) == []
+            assert attached(target, ALL_HOOKS) == []
     finally:
         target.remove(patience_s=5)

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
@@ -140,14 +140,16 @@ def median_windows(transfers: list[Transfer], rate: Rate, seconds: int) -> list[
     ]
 
 
-def attached(target: Cgroup) -> list[int]:
-    """The programs at both hooks of a cgroup."""
+PACKETS = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
+ALL_HOOKS = (*PACKETS, AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT)
+
+
+def attached(target: Cgroup, hooks: Sequence[AttachType] = PACKETS) -> list[int]:
+    """The programs at hooks of a cgroup that this kernel has."""
     fd = target.open()
     try:
         return [
-            program
-            for attach_type in (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
-            for program in links.query(fd, attach_type).program_ids
+            program for attach_type in hooks for program in links.query(fd, attach_type).program_ids
         ]
     finally:
         os.close(fd)

@@ -13,7 +13,8 @@ from lab import ENVIRONMENT, TOOL, lab
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import BURST_NS, SMALL_NS
+from pybpfthrottle.backends.ebpf import SMALL_NS
+from pybpfthrottle.backends.shaping import POLICE
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate
 
@@ -56,7 +57,7 @@ def test_two_racing_cpus_lose_and_win_nothing(scratch: Cgroup, limit: str) -> No
     accepted = last.bytes_passed - first.bytes_passed
     assert last.packets_dropped > first.packets_dropped, "the floods did not reach the limit"
     assert 0.99 * allowed <= accepted
-    assert accepted <= allowed + rate.bytes_per_s * (BURST_NS + SMALL_NS) / 1e9
+    assert accepted <= allowed + rate.bytes_per_s * (POLICE.burst_ns + SMALL_NS) / 1e9
 
 
 @pytest.mark.alone

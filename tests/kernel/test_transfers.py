@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from lab import LARGEST_PACKET, Lab, Transfer, lab, median_ratio, median_windows, three_times
 
-from pybpfthrottle.backends.ebpf import BURST_NS, SMALL_NS
+from pybpfthrottle.backends.ebpf import SMALL_NS
+from pybpfthrottle.backends.shaping import POLICE
 from pybpfthrottle.limits import Rate
 
 pytestmark = pytest.mark.timed
@@ -64,7 +65,7 @@ def test_an_idle_time_saves_up_no_more_than_the_burst() -> None:
             3,
             before=f"curl -sN --max-time 1 {own.url} >/dev/null; sleep 2;",
         )
-    spare = rate.bytes_per_s * (BURST_NS + SMALL_NS) / 1e9 + LARGEST_PACKET
+    spare = rate.bytes_per_s * (POLICE.burst_ns + SMALL_NS) / 1e9 + LARGEST_PACKET
     came = 0
     for at, count in transfer.events:
         came += count

@@ -28,6 +28,8 @@ NAMES = ("throttle", "throttle-direct")
 RECORDS = {
     "throttle_config": records.ThrottleConfig,
     "throttle_bucket": records.ThrottleBucket,
+    "throttle_flows": records.ThrottleFlows,
+    "throttle_socket": records.ThrottleSocket,
     "throttle_stats": records.ThrottleStats,
 }
 
@@ -99,6 +101,8 @@ def test_the_records_are_the_maps_values(spec):
         for name, found in spec.maps.items()
     }
     assert shapes == {
+        "CGROUP_FLOWS": (MapType.ARRAY, 4, sizes["throttle_flows"], count),
+        "SOCKETS": (MapType.SK_STORAGE, 4, sizes["throttle_socket"], 0),
         "CGROUP_CONFIGS": (MapType.ARRAY, 4, sizes["throttle_config"], count),
         "CGROUP_BUCKETS": (MapType.ARRAY, 4, sizes["throttle_bucket"], count),
         "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, sizes["throttle_stats"], count),
@@ -106,7 +110,7 @@ def test_the_records_are_the_maps_values(spec):
 
 
 def test_the_programs_are_where_their_names_say(spec):
-    """The programs are of type cgroup_skb, each in the section of its direction."""
+    """The policer's are of type cgroup_skb, each in the section of its direction."""
     ingress, egress = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
     found = {
         name: (program.section, program.type, program.expected_attach_type)
@@ -116,6 +120,12 @@ def test_the_programs_are_where_their_names_say(spec):
         "pybpft_ingress": ("cgroup_skb/ingress", ProgType.CGROUP_SKB, ingress),
         "pybpft_egress": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
         "pybpft_egresscn": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
+        "pybpft_sockops": ("sockops", ProgType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
+        "pybpft_adopt": (
+            "cgroup/setsockopt",
+            ProgType.CGROUP_SOCKOPT,
+            AttachType.CGROUP_SETSOCKOPT,
+        ),
     }
 
 
@@ -124,10 +134,12 @@ def test_the_names_of_programs_and_maps_are_whole_in_the_kernel(spec):
     assert max(len(name) for name in (*spec.programs, *spec.maps)) <= 15
 
 
-def test_each_program_uses_all_three_maps(spec):
-    """Each program needs the configuration, the bucket and the counters."""
+def test_the_policer_does_without_the_shapers_maps(spec):
+    """It is loaded on kernels that have no socket storage."""
     for program in spec.programs.values():
-        assert relocate.link(spec, program).maps == set(spec.maps)
+        if program.type is ProgType.CGROUP_SKB:
+            wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS"}
+            assert relocate.link(spec, program).maps == wanted
 
 
 def test_the_license_lets_gpl_helpers_be_called(spec):

@@ -86,8 +86,26 @@ def test_files_are_merged_key_by_key(config):
     assert {s.name: s.source for s in found.origins} == {
         "bpf.download.attach_method": own,
         "bpf.upload.attach_method": own,
+        "bpf.download.shape": "default",
+        "bpf.upload.shape": "default",
         "bpf.fallback_errnos": system,
     }
+
+
+def test_a_direction_has_its_own_shape(config):
+    """By the file, or by the command line for both."""
+    file = config('[bpf.upload]\nshape = "police"\n')
+    found = settings.load(environment={}, files=[file])
+    assert found.shape == {Direction.DOWNLOAD: "auto", Direction.UPLOAD: "police"}
+    found = settings.load(environment={}, files=[file], shape="window")
+    assert set(found.shape.values()) == {"window"}
+
+
+def test_an_unknown_shape_is_refused_with_what_is_allowed(config):
+    """File, line and the words that are known."""
+    file = config('[bpf.upload]\nshape = "round"\n')
+    with pytest.raises(SettingsError, match=r"line 2: .*'round'; allowed is one of .*\"police\""):
+        settings.load(environment={}, files=[file])
 
 
 def test_the_users_file_is_found_by_xdg():

@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * The shaper: TCP is slowed down before packets have to be dropped.
+ *
+ * A sock_ops program on the same cgroup is called before each segment of a connection leaves, data
+ * or acknowledgement. For uploads it sets the rate that TCP paces itself at; for downloads the
+ * receive window, whose right edge then moves at the limit, so that the sender is clocked by it.
+ * Both follow the debt of the policer's bucket in proportion: an integral controller oscillates.
+ * The policer stays behind it for all that is not TCP or does not obey.
+ *
+ * Needs Linux 5.10: callbacks for header options, and socket storage.
+ */
+
+#define BPF_SOCK_OPS_RWND_INIT 2
+#define BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB 4
+#define BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB 5
+#define BPF_SOCK_OPS_HDR_OPT_LEN_CB 14
+#define BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG (1 << 6)
+#define BPF_WRITE_HDR_TCP_CURRENT_MSS 1
+
+#define AF_INET6 10
+
+#define SOL_SOCKET 1
+#define SO_MAX_PACING_RATE 47
+#define SOL_TCP 6
+#define TCP_WINDOW_CLAMP 10
+
+#define BPF_MAP_TYPE_SK_STORAGE 24
+#define BPF_F_NO_PREALLOC 1
+#define BPF_SK_STORAGE_GET_F_CREATE 1
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define bpf_htonl(x) __builtin_bswap32(x)
+#else
+#define bpf_htonl(x) (x)
+#endif
+
+#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008 /* Linux 6.12 */
+
+#define UNLIMITED (~0U)
+#define MS 1000000LL
+#define EPOCH_SHIFT 30 /* of nanoseconds: 1.07 s */
+#define PACING_TARGET_NS (60 * MS)
+#define PACING_SLACK_NS (300 * MS)
+#define WINDOW_TARGET_NS (20 * MS)
+#define POLICE_SLACK_NS (250 * MS)
+#define MOST_SLACK_NS (2000 * MS)
+#define LEAST_WINDOW_BYTES 1152
+#define LEAST_SHARE_BYTES 2896 /* two segments */
+#define FIRST_WINDOW_PACKETS 10
+
+/* The start of the context, as in linux/bpf.h. */
+struct bpf_sock_ops {
+	__u32 op;
+	__u32 args[4]; /* the first of them is the reply too */
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 is_fullsock;
+	__u32 snd_cwnd;
+	__u32 srtt_us; /* eight times the smoothed round trip */
+	__u32 bpf_sock_ops_cb_flags;
+	__u32 state;
+	__u32 rtt_min;
+	__u32 snd_ssthresh;
+	__u32 rcv_nxt;
+	__u32 snd_nxt;
+	__u32 snd_una;
+	__u32 mss_cache;
+	__u32 ecn_flags;
+	__u32 rate_delivered;
+	__u32 rate_interval_us;
+	__u32 packets_out;
+	__u32 retrans_out;
+	__u32 total_retrans;
+	__u32 segs_in;
+	__u32 data_segs_in;
+	__u32 segs_out;
+	__u32 data_segs_out;
+	__u32 lost_out;
+	__u32 sacked_out;
+	__u32 sk_txhash;
+	__u64 bytes_received;
+	__u64 bytes_acked;
+	void *sk;
+
+	__u64 skb_data;
+	__u64 skb_data_end;
+	__u32 skb_len;
+};
+
+static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;
+static long (*bpf_getsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)57;
+static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
+static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, THROTTLE_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct throttle_flows);
+} CGROUP_FLOWS SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct throttle_socket);
+} SOCKETS SEC(".maps");
+
+/* How many connections use the bucket in this direction, this one included. */
+always_inline __u32 count_flows(__u64 *counted, __u32 direction, __u64 now)
+{
+	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
+	__u64 epoch = now >> EPOCH_SHIFT;
+	__u32 count;
+
+	if (!flows)
+		return 1;
+	if (flows->epoch != epoch) {
+		/* CPUs that race here miscount a flow or two for an epoch. */
+		flows->before = flows->epoch + 1 == epoch ? flows->now : 0;
+		flows->now = 0;
+		flows->epoch = epoch;
+	}
+	if (*counted != epoch) {
+		*counted = epoch;
+		__sync_fetch_and_add(&flows->now, 1);
+	}
+	count = flows->now > flows->before ? flows->now : flows->before;
+	return count ? count : 1;
+}
+
+/*
+ * The whole rate while nothing is owed, a fair share at the target debt, and less above it. TCP
+ * paces its headers too, so while there is credit it is a little more than the whole.
+ */
+always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt)
+{
+	__u64 share = rate / flows;
+	__u64 paced;
+
+	if (debt <= -PACING_TARGET_NS)
+		return rate + rate / 8;
+	if (debt <= 0)
+		return rate + rate / 8 * (__u64)-debt / PACING_TARGET_NS;
+	if (debt < PACING_TARGET_NS)
+		return rate - (rate - share) * (__u64)debt / PACING_TARGET_NS;
+	paced = share * PACING_TARGET_NS / (__u64)debt;
+	return paced > share / 4 ? paced : share / 4;
+}
+
+always_inline __s64 debt_of(struct throttle_bucket *bucket, __u64 now)
+{
+	return bucket->even_at_ns ? (__s64)(bucket->even_at_ns - now) : 0;
+}
+
+/* This kernel refuses the option: the policer alone is left, and needs a longer burst. */
+always_inline void police_instead(struct throttle_config *config, struct throttle_bucket *bucket,
+				  __u32 flag)
+{
+	config->flags &= ~flag;
+	bucket->slack_ns = POLICE_SLACK_NS;
+}
+
+always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
+			struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
+{
+	__u32 flows = count_flows(&socket->epoch[THROTTLE_UPLOAD], THROTTLE_UPLOAD, now);
+	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now));
+	__u32 value = rate < UNLIMITED ? rate : UNLIMITED;
+	__u32 difference = value > socket->pacing ? value - socket->pacing : socket->pacing - value;
+
+	if (difference <= socket->pacing >> 4)
+		return;
+	/* Connections that share the bucket may owe more than one alone: pacing makes up for it. */
+	if (!bucket->slack_ns)
+		bucket->slack_ns = PACING_SLACK_NS;
+	/* Four bytes: eight are refused. */
+	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
+		police_instead(config, bucket, THROTTLE_PACE);
+	else
+		socket->pacing = value;
+}
+
+always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
+			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
+{
+	__u32 flows = count_flows(&socket->epoch[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD, now);
+	__s64 credit = config->credit_ns;
+	__s64 debt = debt_of(bucket, now);
+	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8; /* the round trip, and a quarter */
+	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
+	__u64 bytes = 0;
+	__u32 value;
+
+	/* What is on its way cannot be called back: dropping it would only make it come twice. */
+	ahead += share > WINDOW_TARGET_NS ? share : WINDOW_TARGET_NS;
+	if (ahead * 2 > (__s64)bucket->slack_ns && ahead * 2 <= MOST_SLACK_NS)
+		bucket->slack_ns = ahead * 2;
+	if (debt < -credit)
+		debt = -credit;
+	ahead -= debt;
+	/* Microseconds: nanoseconds at 100 GB/s would overflow. */
+	if (ahead > 0)
+		bytes = (__u64)ahead / 1000 * (config->rate_bytes_per_s / flows) / 1000000;
+	value = bytes < LEAST_WINDOW_BYTES ? LEAST_WINDOW_BYTES : bytes < 1 << 30 ? bytes : 1 << 30;
+	/* On every acknowledgement, even if it is the same: TCP's autotuning overwrites it. */
+	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
+		police_instead(config, bucket, THROTTLE_WINDOW);
+	else
+		socket->clamp = value;
+}
+
+/*
+ * Whether a connection does not leave the machine: to 127.0.0.0/8, or to its own address. Such are
+ * policed alone, if at all: segments of 64 KB do not go with a receive window.
+ */
+always_inline int is_local(__u32 family, __u32 remote_ip4, __u32 local_ip4, __u32 mapped,
+			   __u32 differ_ip6)
+{
+	if (family == AF_INET6 && mapped != bpf_htonl(0xffff))
+		return !differ_ip6;
+	return (remote_ip4 & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) ||
+	       remote_ip4 == local_ip4;
+}
+
+/* Read into values first: the compiler must not merge accesses to the context. */
+#define IS_LOCAL(from, remote, local)                                                              \
+	is_local(from->family, from->remote##4, from->local##4, from->remote##6[2],                \
+		 (from->remote##6[0] ^ from->local##6[0]) | (from->remote##6[1] ^ from->local##6[1]) | \
+			 (from->remote##6[2] ^ from->local##6[2]) |                                \
+			 (from->remote##6[3] ^ from->local##6[3]))
+
+/* Behind a receive window the policer's burst is short; who has no such window needs the long one. */
+always_inline void leave_room(struct throttle_config *config, struct throttle_bucket *bucket)
+{
+	if (config->flags & THROTTLE_WINDOW && bucket->slack_ns < POLICE_SLACK_NS)
+		bucket->slack_ns = POLICE_SLACK_NS;
+}
+
+/* Remember what we are going to change. `ctx` is what the helpers know the connection by. */
+always_inline void remember(void *ctx, struct throttle_socket *socket)
+{
+	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->original_pacing, 4))
+		socket->original_pacing = UNLIMITED;
+	if (bpf_getsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4))
+		socket->original_clamp = 0;
+}
+
+/* A limit that was lifted: TCP is as it was before. */
+always_inline void restore_pacing(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
+{
+	if (!socket->pacing)
+		return;
+	socket->pacing = 0;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->original_pacing, 4);
+}
+
+always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
+{
+	if (!socket->clamp)
+		return;
+	socket->clamp = 0;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
+}
+
+SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
+{
+	__u32 up = THROTTLE_UPLOAD, down = THROTTLE_DOWNLOAD;
+	struct throttle_config *upload = bpf_map_lookup_elem(&CGROUP_CONFIGS, &up);
+	struct throttle_config *download = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
+	struct throttle_bucket *upload_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &up);
+	struct throttle_bucket *download_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
+	struct throttle_socket *socket = 0;
+	int starts = 0;
+	__u64 now;
+
+	if (!upload || !download || !upload_bucket || !download_bucket)
+		return 1;
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_RWND_INIT:
+		if (download->flags & THROTTLE_WINDOW && download->rate_bytes_per_s)
+			ctx->args[0] = FIRST_WINDOW_PACKETS;
+		return 1;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		if (!ctx->sk)
+			return 1;
+		if (IS_LOCAL(ctx, remote_ip, local_ip)) {
+			leave_room(download, download_bucket);
+			return 1;
+		}
+		socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (!socket)
+			return 1;
+		remember(ctx, socket);
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		starts = 1;
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		if (!ctx->sk || ctx->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
+			return 1;
+		socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0);
+		break;
+	default:
+		return 1;
+	}
+	if (!socket)
+		return 1;
+	now = bpf_ktime_get_ns();
+	if (!(upload->flags & THROTTLE_PACE) || !upload->rate_bytes_per_s)
+		restore_pacing(ctx, socket);
+	else if (starts || ctx->skb_len)
+		pace(ctx, socket, upload, upload_bucket, now);
+	if (!(download->flags & THROTTLE_WINDOW) || !download->rate_bytes_per_s)
+		restore_clamp(ctx, socket);
+	else if (!ctx->skb_len || ctx->bytes_received != socket->bytes_received)
+		clamp(ctx, socket, download, download_bucket, now);
+	socket->bytes_received = ctx->bytes_received;
+	return 1;
+}
+
+/* As in linux/bpf.h. */
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__u32 src_ip4;
+	__u32 src_ip6[4];
+	__u32 src_port;
+	__u32 dst_port;
+	__u32 dst_ip4;
+	__u32 dst_ip6[4];
+};
+
+/* The start of the context of setsockopt(2), as in linux/bpf.h. */
+struct bpf_sockopt {
+	struct bpf_sock *sk;
+	void *optval;
+	void *optval_end;
+	int level;
+	int optname;
+	int optlen;
+	int retval;
+};
+
+/*
+ * Connections that were open before have no callbacks. User space calls setsockopt(2) on each of
+ * them, with a level that nobody else knows; this runs for those alone that are in the cgroup.
+ */
+SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
+{
+	__u32 direction = THROTTLE_UPLOAD;
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
+	struct throttle_socket *socket;
+	int flags = 0;
+
+	if (ctx->level != THROTTLE_ADOPT)
+		return 1;
+	/* The configuration tells who has left this program behind, if somebody has. */
+	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))
+		return 0;
+	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0)) {
+		ctx->optlen = -1;
+		return 1;
+	}
+	if (bpf_getsockopt(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
+		return 0;
+	flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+	socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!socket)
+		return 0;
+	remember(ctx->sk, socket);
+	if (bpf_setsockopt(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
+		return 0;
+	/* The kernel itself is not to see it. */
+	ctx->optlen = -1;
+	return 1;
+}

@@ -1,0 +1,289 @@
+"""Shaping: TCP keeps to its limit by itself, and is as it was before when the limit ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, NamedTuple, Optional
+
+import pytest
+from lab import ENVIRONMENT, TOOL, Lab, attached, lab
+
+from pybpfthrottle import sockets, throttle
+from pybpfthrottle.backends import Options
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.throttle import Throttle
+
+pytestmark = pytest.mark.timed
+
+UNLIMITED = (1 << 64) - 1
+RATE = Rate.parse("2M")
+METHODS = {Direction.UPLOAD: "pace", Direction.DOWNLOAD: "window"}
+
+
+class Connection(NamedTuple):
+    """What struct tcp_info and TCP_WINDOW_CLAMP tell of a connection."""
+
+    max_pacing: int
+    clamp: int
+    acked: int
+    received: int
+
+    @classmethod
+    def of(cls, cgroup: Cgroup) -> Optional[Connection]:
+        """The first connection of the processes in a cgroup."""
+        for own in sockets.tcp_of(cgroup.pids_below()):
+            info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+            clamp = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+            max_pacing, acked, received = struct.unpack_from("=QQQ", info, 112)
+            return cls(max_pacing, clamp, acked, received)
+        return None
+
+    def transferred(self, direction: Direction) -> int:
+        """Payload bytes in a direction."""
+        return self.acked if direction is Direction.UPLOAD else self.received
+
+
+@contextmanager
+def client(own: Lab, cgroup: Cgroup, direction: Direction) -> Iterator[None]:
+    """Curl, as fast as it can, in a cgroup."""
+    command = ["curl", "-sN", "--max-time", "20", own.url]
+    if direction is Direction.UPLOAD:
+        command += ["-T", "-"]
+    with (
+        open("/dev/zero", "rb") as zeros,
+        subprocess.Popen(
+            own.inside(*command),
+            stdin=zeros,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: cgroup.move_in(0),
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 10
+            while (found := Connection.of(cgroup)) is None or not found.transferred(direction):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield
+        finally:
+            process.kill()
+
+
+def limited(cgroup: Cgroup, direction: Direction, rate: Rate = RATE, shape: str = "auto"):
+    """A throttle for one direction."""
+    options = Options(shape={direction: shape})
+    return throttle.apply([cgroup], {direction: rate}, options=options)
+
+
+def now(cgroup: Cgroup) -> Connection:
+    """The connection, which has to be there."""
+    found = Connection.of(cgroup)
+    assert found is not None
+    return found
+
+
+def rate_over(cgroup: Cgroup, direction: Direction, seconds: float) -> float:
+    """What the connection transfers, over RATE."""
+    begin, before = time.monotonic(), now(cgroup).transferred(direction)
+    time.sleep(seconds)
+    count = now(cgroup).transferred(direction) - before
+    return count / (time.monotonic() - begin) / RATE.bytes_per_s
+
+
+def need_shaping(live: Throttle, direction: Direction) -> None:
+    """Skip where this kernel cannot shape; it says why."""
+    how = live.describe()[str(direction)]
+    if how["shape"] == "police":
+        pytest.skip(how["shape_reason"])
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_shaped_transfer_keeps_to_its_limit(scratch: Cgroup, direction: Direction) -> None:
+    """A connection that begins under the limit; of an upload nothing is dropped."""
+    with lab() as own, limited(scratch, direction) as live:
+        need_shaping(live, direction)
+        with client(own, scratch, direction):
+            need_shaping(live, direction)
+            assert live.describe()[str(direction)]["shape"] == METHODS[direction]
+            assert 0.94 <= rate_over(scratch, direction, 4) <= 1.06
+            counters = live.counters()[direction]
+    if direction is Direction.UPLOAD:
+        assert counters.packets_dropped == 0
+    else:
+        assert counters.bytes_dropped < 0.2 * counters.bytes_total
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Direction) -> None:
+    """When the limit ends, pacing and window are as they were, at once."""
+    with lab() as own:
+        with limited(scratch, direction) as live:
+            need_shaping(live, direction)
+            with client(own, scratch, direction):
+                need_shaping(live, direction)
+                time.sleep(0.5)
+                during = now(scratch)
+                live.remove()
+                after = now(scratch)
+                assert rate_over(scratch, direction, 1) > 5
+    if direction is Direction.UPLOAD:
+        assert during.max_pacing <= RATE.bytes_per_s
+    else:
+        assert during.clamp <= RATE.bytes_per_s
+    assert after.max_pacing == UNLIMITED
+    assert after.clamp > 60_000
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_an_open_connection_is_shaped_too(scratch: Cgroup, direction: Direction) -> None:
+    """It is adopted when the limit begins, and restored when it ends."""
+    with lab() as own, client(own, scratch, direction):
+        time.sleep(0.5)
+        before = now(scratch)
+        with limited(scratch, direction) as live:
+            need_shaping(live, direction)
+            time.sleep(1)
+            ratio = rate_over(scratch, direction, 3)
+            during = now(scratch)
+        after = now(scratch)
+        # What was dropped of a faster connection's packets on their way may be waited for.
+        assert any(rate_over(scratch, direction, 1) > 5 for _ in range(8))
+    assert ratio <= 1.1
+    if direction is Direction.UPLOAD and during.max_pacing != UNLIMITED:
+        assert ratio >= 0.9
+    assert after.max_pacing == before.max_pacing
+    assert after.clamp >= before.clamp
+
+
+def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
+    """Within 100 ms the connection is paced at the new rate; lifting the limit restores it."""
+    direction = Direction.UPLOAD
+    with lab() as own, limited(scratch, direction) as live:
+        need_shaping(live, direction)
+        with client(own, scratch, direction):
+            time.sleep(0.5)
+            live.set_limit(direction, Rate(RATE.bytes_per_s // 4))
+            time.sleep(0.1)
+            assert now(scratch).max_pacing <= RATE.bytes_per_s // 4
+            assert 0.15 <= rate_over(scratch, direction, 2) <= 0.3
+            live.set_limit(direction, None)
+            time.sleep(0.5)
+            assert now(scratch).max_pacing == UNLIMITED
+            assert rate_over(scratch, direction, 1) > 5
+
+
+@pytest.mark.parametrize(
+    ("direction", "shape", "rate", "method"),
+    [
+        (Direction.UPLOAD, "police", "1M", "police"),
+        (Direction.UPLOAD, "window", "1M", "police"),
+        (Direction.DOWNLOAD, "pace", "1M", "police"),
+        (Direction.DOWNLOAD, "auto", "100M", "police"),
+        (Direction.DOWNLOAD, "window", "100M", "window"),
+        (Direction.UPLOAD, "auto", "1G", "pace"),
+    ],
+)
+def test_the_method_is_chosen_and_told(
+    scratch: Cgroup, direction: Direction, shape: str, rate: str, method: str
+) -> None:
+    """For the direction, the rate and what was asked for, with the reason."""
+    with limited(scratch, direction, Rate.parse(rate), shape) as live:
+        how = live.describe()[str(direction)]
+        if method != "police":
+            need_shaping(live, direction)
+        assert how["shape"] == method
+        assert how["shape_reason"]
+
+
+TOOL_LIMIT = [*TOOL, "--upload-limit", "2M", "--whole-cgroup", "--cgroup"]
+
+
+@contextmanager
+def limiting(cgroup: Cgroup, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The tool on a cgroup, once a connection in it is paced."""
+    with subprocess.Popen(
+        [*TOOL_LIMIT, cgroup.path, *options], stdout=subprocess.DEVNULL, env=ENVIRONMENT
+    ) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while now(cgroup).max_pacing == UNLIMITED:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def uploading(scratch: Cgroup) -> Iterator[Cgroup]:
+    """A cgroup in which a connection uploads, on a kernel that can shape those that are open."""
+    with lab() as own, client(own, scratch, Direction.UPLOAD):
+        with limited(scratch, Direction.UPLOAD) as live:
+            need_shaping(live, Direction.UPLOAD)
+            time.sleep(0.3)
+            if now(scratch).max_pacing == UNLIMITED:
+                pytest.skip("this kernel cannot shape connections that were open before (6.12)")
+        yield scratch
+
+
+def restored(cgroup: Cgroup) -> bool:
+    """Whether the connection is as it was, within a second."""
+    deadline = time.monotonic() + 1
+    while now(cgroup).max_pacing != UNLIMITED and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return now(cgroup).max_pacing == UNLIMITED
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_the_tool_ends_connections_are_restored(
+    uploading: Cgroup, number: signal.Signals
+) -> None:
+    """Also after kill -9, by the process that waits for that."""
+    with limiting(uploading) as process:
+        process.send_signal(number)
+        process.wait()
+        assert restored(uploading)
+    assert attached(uploading) == []
+
+
+@pytest.mark.alone
+def test_cleanup_restores_what_a_crash_of_all_has_left(uploading: Cgroup) -> None:
+    """With the legacy call the programs stay, and so does what they know of connections."""
+    with limiting(uploading, "--bpf-attach-method", "legacy") as process:
+        [guard] = children(process.pid)
+        os.kill(guard, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    assert now(uploading).max_pacing != UNLIMITED
+    subprocess.run([*TOOL, "cleanup"], env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+    assert restored(uploading)
+    assert attached(uploading) == []
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()]
+
+
+def test_other_connections_are_left_alone(scratch: Cgroup) -> None:
+    """One of another cgroup keeps its pacing and its speed."""
+    other = scratch.create_child("other")
+    limited_one = scratch.create_child("limited")
+    try:
+        with lab() as own, client(own, other, Direction.UPLOAD):
+            with limited(limited_one, Direction.UPLOAD):
+                time.sleep(0.3)
+                assert now(other).max_pacing == UNLIMITED
+                assert rate_over(other, Direction.UPLOAD, 1) > 5
+    finally:
+        other.remove(patience_s=5)
+        limited_one.remove(patience_s=5)
