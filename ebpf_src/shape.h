@@ -47,7 +47,11 @@
 #define MOST_SLACK_NS (2000 * MS)
 #define LEAST_WINDOW_BYTES 1152
 #define LEAST_SHARE_BYTES 2896 /* two segments */
-#define FIRST_WINDOW_PACKETS 10
+#define LEAST_SHARE_SHIFT 6    /* a 64th of the limit */
+#define MOST_SHARE_NS (200 * MS)
+#define LEAST_FIRST_PACKETS 2
+#define MOST_FIRST_PACKETS 10
+#define FIRST_PACKET_SHARE 72500 /* so that the first window is 20 ms' worth */
 
 /* The start of the context, as in linux/bpf.h. */
 struct bpf_sock_ops {
@@ -112,11 +116,16 @@ struct {
 	__type(value, struct throttle_socket);
 } SOCKETS SEC(".maps");
 
-/* How many connections use the bucket in this direction, this one included. */
-always_inline __u32 count_flows(__u64 *counted, __u32 direction, __u64 now)
+/*
+ * How many connections share a limit in a direction, where this one has moved so many bytes so
+ * far. One that takes next to nothing does not count.
+ */
+always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, __u64 bytes,
+				__u64 rate, __u64 now)
 {
 	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
 	__u64 epoch = now >> EPOCH_SHIFT;
+	__u64 least = share->counted ? rate >> LEAST_SHARE_SHIFT : LEAST_SHARE_BYTES;
 	__u32 count;
 
 	if (!flows)
@@ -127,8 +136,13 @@ always_inline __u32 count_flows(__u64 *counted, __u32 direction, __u64 now)
 		flows->now = 0;
 		flows->epoch = epoch;
 	}
-	if (*counted != epoch) {
-		*counted = epoch;
+	if (share->epoch != epoch) {
+		share->epoch = epoch;
+		share->epoch_bytes = share->bytes;
+	}
+	share->bytes = bytes;
+	if (share->counted != epoch && bytes - share->epoch_bytes >= least) {
+		share->counted = epoch;
 		__sync_fetch_and_add(&flows->now, 1);
 	}
 	count = flows->now > flows->before ? flows->now : flows->before;
@@ -170,7 +184,8 @@ always_inline void police_instead(struct throttle_config *config, struct throttl
 always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
-	__u32 flows = count_flows(&socket->epoch[THROTTLE_UPLOAD], THROTTLE_UPLOAD, now);
+	__u32 flows = count_flows(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
+				  ctx->bytes_acked, config->rate_bytes_per_s, now);
 	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now));
 	__u32 value = rate < UNLIMITED ? rate : UNLIMITED;
 	__u32 difference = value > socket->pacing ? value - socket->pacing : socket->pacing - value;
@@ -190,18 +205,23 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
-	__u32 flows = count_flows(&socket->epoch[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD, now);
+	__u32 flows = count_flows(&socket->share[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD,
+				  ctx->bytes_received, config->rate_bytes_per_s, now);
 	__s64 credit = config->credit_ns;
 	__s64 debt = debt_of(bucket, now);
-	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8; /* the round trip, and a quarter */
+	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8 + WINDOW_TARGET_NS; /* a round trip and more */
 	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
+	__s64 slack;
 	__u64 bytes = 0;
 	__u32 value;
 
+	if (share > MOST_SHARE_NS)
+		share = MOST_SHARE_NS;
 	/* What is on its way cannot be called back: dropping it would only make it come twice. */
-	ahead += share > WINDOW_TARGET_NS ? share : WINDOW_TARGET_NS;
-	if (ahead * 2 > (__s64)bucket->slack_ns && ahead * 2 <= MOST_SLACK_NS)
-		bucket->slack_ns = ahead * 2;
+	slack = ahead * 4 + share;
+	if (slack > (__s64)bucket->slack_ns && slack <= MOST_SLACK_NS)
+		bucket->slack_ns = slack;
+	ahead += share;
 	if (debt < -credit)
 		debt = -credit;
 	ahead -= debt;
@@ -269,6 +289,16 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
 }
 
+/* In packets. Many connections may begin at once, and none of them is counted yet. */
+always_inline __u32 first_window(__u64 rate)
+{
+	__u64 packets = rate / FIRST_PACKET_SHARE;
+
+	if (packets < LEAST_FIRST_PACKETS)
+		return LEAST_FIRST_PACKETS;
+	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
+}
+
 SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
 {
 	__u32 up = THROTTLE_UPLOAD, down = THROTTLE_DOWNLOAD;
@@ -285,7 +315,7 @@ SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (download->flags & THROTTLE_WINDOW && download->rate_bytes_per_s)
-			ctx->args[0] = FIRST_WINDOW_PACKETS;
+			ctx->args[0] = first_window(download->rate_bytes_per_s);
 		return 1;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
@@ -319,9 +349,8 @@ SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
 		pace(ctx, socket, upload, upload_bucket, now);
 	if (!(download->flags & THROTTLE_WINDOW) || !download->rate_bytes_per_s)
 		restore_clamp(ctx, socket);
-	else if (!ctx->skb_len || ctx->bytes_received != socket->bytes_received)
+	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
 		clamp(ctx, socket, download, download_bucket, now);
-	socket->bytes_received = ctx->bytes_received;
 	return 1;
 }
 

@@ -67,10 +67,17 @@ struct throttle_flows {
 	__u32 before;
 };
 
+/* What a TCP connection has moved in a direction. */
+struct throttle_share {
+	__u64 bytes;       /* until now */
+	__u64 epoch;       /* the last in which it moved something, */
+	__u64 epoch_bytes; /* and what it had moved when that began */
+	__u64 counted;     /* the epoch in which it was last counted as one that shares the limit */
+};
+
 /* Of each TCP connection that is shaped. */
 struct throttle_socket {
-	__u64 epoch[THROTTLE_DIRECTIONS]; /* in which it was counted last */
-	__u64 bytes_received;
+	struct throttle_share share[THROTTLE_DIRECTIONS];
 	__u32 pacing;          /* bytes a second, as set by us; 0: not set */
 	__u32 clamp;           /* bytes, as set by us; 0: not set */
 	__u32 original_pacing; /* what they were before */

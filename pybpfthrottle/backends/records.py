@@ -45,12 +45,22 @@ class ThrottleFlows(ctypes.Structure):
     _fields_ = (("epoch", c_uint64), ("now", c_uint32), ("before", c_uint32))
 
 
+class ThrottleShare(ctypes.Structure):
+    """struct throttle_share."""
+
+    _fields_ = (
+        ("bytes", c_uint64),
+        ("epoch", c_uint64),
+        ("epoch_bytes", c_uint64),
+        ("counted", c_uint64),
+    )
+
+
 class ThrottleSocket(ctypes.Structure):
     """struct throttle_socket."""
 
     _fields_ = (
-        ("epoch", c_uint64 * 2),
-        ("bytes_received", c_uint64),
+        ("share", ThrottleShare * 2),
         ("pacing", c_uint32),
         ("clamp", c_uint32),
         ("original_pacing", c_uint32),

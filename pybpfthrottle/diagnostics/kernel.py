@@ -150,12 +150,15 @@ def _helpers(setup: Setup) -> Result:
 
 
 def _helpers_of(name: str) -> Iterator[int]:
+    """Of the programs that a limit needs."""
     spec = objects.read(name)
     order = "<" if spec.byteorder == "little" else ">"
-    for function in spec.functions.values():
-        for code, registers, _, number in struct.iter_unpack(order + "BBhi", function.code):
-            if code == abi.BPF_CALL and registers == 0:
-                yield number
+    for program in spec.programs.values():
+        if program.type is ProgType.CGROUP_SKB:
+            code = program.function.code
+            for opcode, registers, _, number in struct.iter_unpack(order + "BBhi", code):
+                if opcode == abi.BPF_CALL and registers == 0:
+                    yield number
 
 
 CHECKS = (

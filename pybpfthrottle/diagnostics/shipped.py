@@ -9,6 +9,7 @@ import sys
 
 from pybpfthrottle import objects
 from pybpfthrottle.bpf import elf, features
+from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.specs import ObjectSpec, ProgramSpec
 from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
@@ -29,10 +30,15 @@ def read(name: str) -> ObjectSpec:
 
 
 def loadable(spec: ObjectSpec) -> list[str]:
-    """The programs that this kernel takes."""
-    if features.CONGESTION_VERDICT.available():
-        return list(spec.programs)
-    return [name for name in spec.programs if name != "pybpft_egresscn"]
+    """The programs that a limit needs, as far as this kernel has what they are for."""
+    newer = set() if features.CONGESTION_VERDICT.available() else {"pybpft_egresscn"}
+    policer = (p.name for p in spec.programs.values() if p.type is ProgType.CGROUP_SKB)
+    return [name for name in policer if name not in newer]
+
+
+def shaping(spec: ObjectSpec) -> list[str]:
+    """The programs that make limits smooth, which older kernels do without."""
+    return [p.name for p in spec.programs.values() if p.type is not ProgType.CGROUP_SKB]
 
 
 def _files(setup: Setup) -> Result:

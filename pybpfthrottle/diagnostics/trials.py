@@ -170,6 +170,19 @@ def _objects(setup: Setup) -> Result:
     return passed("the kernel takes the programs of each", *loaded)
 
 
+def _shaping(setup: Setup) -> Result:
+    spec = shipped.read(shipped.names()[0])
+    refused = []
+    for name in shipped.shaping(spec):
+        try:
+            loader.load(spec, [name]).close()
+        except Error as error:
+            refused.append(str(error))
+    if refused:
+        return warned("this kernel does not take all that shapes", *refused)
+    return passed("uploads can be paced, downloads moved at their receive window")
+
+
 def _traffic(direction: Direction) -> Callable[[Setup], Result]:
     def attempt(setup: Setup) -> Result:
         assert setup.scratch is not None  # noqa: S101 - the check needs cgroup.scratch
@@ -314,6 +327,15 @@ CHECKS = (
         "reinstall pybpfthrottle; if that does not help, report it with --report",
         _objects,
         ("trial.load", "objects"),
+    ),
+    Check(
+        "trial.shaping",
+        _SECTION,
+        "shaping",
+        "TCP is slowed down before packets have to be dropped",
+        "nothing has to be done: what cannot be shaped is policed",
+        _shaping,
+        ("trial.objects",),
     ),
     Check(
         "trial.upload",

@@ -134,7 +134,7 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
                 after = now(scratch)
                 assert rate_over(scratch, direction, 1) > 5
     if direction is Direction.UPLOAD:
-        assert during.max_pacing <= RATE.bytes_per_s
+        assert during.max_pacing <= RATE.bytes_per_s * 9 // 8
     else:
         assert during.clamp <= RATE.bytes_per_s
     assert after.max_pacing == UNLIMITED
@@ -171,7 +171,8 @@ def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
             time.sleep(0.5)
             live.set_limit(direction, Rate(RATE.bytes_per_s // 4))
             time.sleep(0.1)
-            assert now(scratch).max_pacing <= RATE.bytes_per_s // 4
+            # It is a little more while there is credit: TCP paces its headers too.
+            assert now(scratch).max_pacing <= RATE.bytes_per_s // 4 * 9 // 8
             assert 0.15 <= rate_over(scratch, direction, 2) <= 0.3
             live.set_limit(direction, None)
             time.sleep(0.5)

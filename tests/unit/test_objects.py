@@ -29,6 +29,7 @@ RECORDS = {
     "throttle_config": records.ThrottleConfig,
     "throttle_bucket": records.ThrottleBucket,
     "throttle_flows": records.ThrottleFlows,
+    "throttle_share": records.ThrottleShare,
     "throttle_socket": records.ThrottleSocket,
     "throttle_stats": records.ThrottleStats,
 }
