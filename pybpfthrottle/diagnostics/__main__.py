@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Optional
 
@@ -24,10 +25,15 @@ def main(argv: Optional[list[str]] = None) -> int:
     if wrong:
         _parser().error(wrong)
     try:
-        return command.run(options, lambda run: command.show_plain(run, evidence=options.verbose))
+        status = command.run(options, lambda run: command.show_plain(run, evidence=options.verbose))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Python would try once more at its end, and fail with a status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
