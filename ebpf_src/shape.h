@@ -43,10 +43,11 @@
 #define PACING_TARGET_NS (60 * MS)
 #define PACING_SLACK_NS (300 * MS)
 #define WINDOW_TARGET_NS (20 * MS)
-#define POLICE_SLACK_NS (250 * MS)
+#define POLICE_SLACK_NS (180 * MS) /* up to the policer's own burst */
 #define MOST_SLACK_NS (2000 * MS)
 #define LEAST_WINDOW_BYTES 1152
 #define LEAST_SHARE_BYTES 2896 /* two segments */
+#define SHORT_WAY_US 2000
 #define LEAST_SHARE_SHIFT 6    /* a 64th of the limit */
 #define MOST_SHARE_NS (200 * MS)
 #define LEAST_FIRST_PACKETS 2
@@ -202,6 +203,13 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 		socket->pacing = value;
 }
 
+/* Behind a receive window the policer's burst is short; who has no such window needs the long one. */
+always_inline void leave_room(struct throttle_config *config, struct throttle_bucket *bucket)
+{
+	if (config->flags & THROTTLE_WINDOW && bucket->slack_ns < POLICE_SLACK_NS)
+		bucket->slack_ns = POLICE_SLACK_NS;
+}
+
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
@@ -215,6 +223,14 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	__u64 bytes = 0;
 	__u32 value;
 
+	/*
+	 * On a short way even the smallest window is more than a small limit, and one of less than two
+	 * segments has its acknowledgements delayed: such a connection is policed.
+	 */
+	if (ctx->srtt_us < SHORT_WAY_US * 8) {
+		leave_room(config, bucket);
+		return;
+	}
 	if (share > MOST_SHARE_NS)
 		share = MOST_SHARE_NS;
 	/* What is on its way cannot be called back: dropping it would only make it come twice. */
@@ -255,13 +271,6 @@ always_inline int is_local(__u32 family, __u32 remote_ip4, __u32 local_ip4, __u3
 		 (from->remote##6[0] ^ from->local##6[0]) | (from->remote##6[1] ^ from->local##6[1]) | \
 			 (from->remote##6[2] ^ from->local##6[2]) |                                \
 			 (from->remote##6[3] ^ from->local##6[3]))
-
-/* Behind a receive window the policer's burst is short; who has no such window needs the long one. */
-always_inline void leave_room(struct throttle_config *config, struct throttle_bucket *bucket)
-{
-	if (config->flags & THROTTLE_WINDOW && bucket->slack_ns < POLICE_SLACK_NS)
-		bucket->slack_ns = POLICE_SLACK_NS;
-}
 
 /* Remember what we are going to change. `ctx` is what the helpers know the connection by. */
 always_inline void remember(void *ctx, struct throttle_socket *socket)

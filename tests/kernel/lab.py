@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
+from benches.line import DelayLine, LineSpec
+
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.cgroup import Cgroup
@@ -89,9 +91,9 @@ class Lab:
 
 
 @contextmanager
-def lab(*, ipv6: bool = False) -> Iterator[Lab]:
-    """A lab of its own; nothing of it is left afterwards."""
-    with Wire() as wire:
+def lab(*, ipv6: bool = False, round_trip_s: float = 0.0) -> Iterator[Lab]:
+    """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards."""
+    with DelayLine(LineSpec(round_trip_s / 2)) if round_trip_s else Wire() as wire:
         address = wire.server.address6 if ipv6 else wire.server.address
         server = start_server(wire.server.inside, address)
         try:
