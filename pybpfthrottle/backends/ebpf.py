@@ -33,7 +33,7 @@ from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.errors import BpfError, CgroupError, Error, ThrottleError
+from pybpfthrottle.errors import AttachError, BpfError, CgroupError, Error, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
@@ -153,6 +153,7 @@ class EbpfHandle:
             return 0
         config = self._configs[direction]
         time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
+        time_ns += self._buckets[direction].slack_ns
         return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
 
     def place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
@@ -171,11 +172,27 @@ class EbpfHandle:
             self._placed[index] = placed._replace(attachment=attachment)
             placed.attachment.detach()
 
-    def adopt(self) -> None:
+    def shape(self, cgroups: Sequence[Cgroup]) -> None:
+        """Attach the shaper. Where another tool's program refuses it, the policer is left."""
+        if SHAPER not in self._loaded.programs:
+            return
+        count = len(self._placed)
+        policy = self._options.attach.get(next(iter(self._rates)), AttachPolicy())
+        try:
+            for target in cgroups:
+                self.place(SHAPER, target, AttachType.CGROUP_SOCK_OPS, policy)
+        except AttachError as error:
+            self._detach_but(count)
+            self._cannot_shape = str(error)
+            for direction, rate in self._rates.items():
+                self.set_rate(direction, rate)
+        else:
+            self._adopt(cgroups)
+
+    def _adopt(self, cgroups: Sequence[Cgroup]) -> None:
         """Shape the connections that are open already; where that is refused, they are policed."""
         if ADOPTER not in self._loaded.programs:
             return
-        cgroups = self._cgroups()
         count = len(self._placed)
         try:
             for target in cgroups:
@@ -188,8 +205,7 @@ class EbpfHandle:
                 log.info("%d connections that were open are policed, not shaped", refused)
                 self._leave_room()
         finally:
-            while len(self._placed) > count:
-                self._placed.pop().attachment.detach()
+            self._detach_but(count)
             self._loaded.programs.pop(ADOPTER).close()
 
     def _leave_room(self) -> None:
@@ -207,10 +223,14 @@ class EbpfHandle:
             if self._guard is not None:
                 self._guard.end()
                 self._guard = None
-            while self._placed:
-                self._placed.pop().attachment.detach()
+            self._detach_but(0)
         finally:
             self._loaded.close()
+
+    def _detach_but(self, count: int) -> None:
+        """The last ones first, until so many are left."""
+        while len(self._placed) > count:
+            self._placed.pop().attachment.detach()
 
     def guard(self) -> None:
         """Have connections restored also if this process is killed."""
@@ -293,10 +313,7 @@ class EbpfBackend:
             for target in cgroups:
                 for name, direction in programs.items():
                     handle.place(name, target, ATTACH_TYPES[direction], policies[direction])
-                if SHAPER in loaded.programs:
-                    policy = next(iter(policies.values()))
-                    handle.place(SHAPER, target, AttachType.CGROUP_SOCK_OPS, policy)
-            handle.adopt()
+            handle.shape(cgroups)
             if options.guard:
                 handle.guard()
         except BaseException:

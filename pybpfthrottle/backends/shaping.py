@@ -55,12 +55,12 @@ POLICE = Shaping("police", "nothing else was asked for")
 def choose(
     direction: Direction, rate: Optional[Rate], wanted: str, *, refused: Optional[str] = None
 ) -> Shaping:
-    """The method for a direction; ``refused`` is why this kernel cannot shape."""
+    """The method for a direction; ``refused`` is why nothing can be shaped here."""
     method = _FOR[direction]
     if wanted not in ("auto", method):
         return Shaping("police", f"--shape {wanted}")
     if refused is not None:
-        return Shaping("police", f"this kernel cannot shape: {refused}")
+        return Shaping("police", f"it cannot be shaped here: {refused}")
     if wanted == method:
         return Shaping(method, f"--shape {wanted}")
     if method == "window" and rate is not None and rate.bytes_per_s > MOST_FOR_WINDOW.bytes_per_s:

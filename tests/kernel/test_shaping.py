@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
 import pytest
-from lab import ENVIRONMENT, TOOL, Lab, attached, lab
+from lab import ALL_HOOKS, ENVIRONMENT, TOOL, Lab, attached, lab
 
 from pybpfthrottle import sockets, throttle
 from pybpfthrottle.backends import Options
+from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.asm import return_imm
+from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.throttle import Throttle
@@ -212,6 +216,32 @@ def test_the_method_is_chosen_and_told(
             need_shaping(live, direction)
         assert how["shape"] == method
         assert how["shape_reason"]
+
+
+@pytest.mark.parametrize("place", ["same", "above"])
+def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, place: str) -> None:
+    """It has the hook of the shaper for itself; the limit is put in force all the same."""
+    below = scratch.create_child("below")
+    fd = (below if place == "same" else scratch).open()
+    theirs = programs.load(
+        return_imm(1),
+        type=ProgType.SOCK_OPS,
+        license="GPL",
+        name="theirs",
+        expected_attach_type=AttachType.CGROUP_SOCK_OPS,
+    )
+    attachment = links.attach_legacy(theirs, fd, AttachType.CGROUP_SOCK_OPS, AttachMode.SINGLE)
+    try:
+        with limited(below, Direction.UPLOAD) as live:
+            how = live.describe()["upload"]
+            assert how["shape"] == "police"
+            assert how["shape_reason"].startswith("it cannot be shaped here: ")
+            assert len(attached(below, ALL_HOOKS)) == (2 if place == "same" else 1)
+    finally:
+        attachment.detach()
+        theirs.close()
+        os.close(fd)
+        below.remove(patience_s=5)
 
 
 TOOL_LIMIT = [*TOOL, "--upload-limit", "2M", "--whole-cgroup", "--cgroup"]

@@ -192,7 +192,7 @@ def test_a_kernel_that_cannot_shape_polices(release, boot, target):
         ]
         for how in limits.describe().values():
             assert how["shape"] == "police"
-            assert how["shape_reason"].startswith("this kernel cannot shape: ")
+            assert how["shape_reason"].startswith("it cannot be shaped here: ")
 
 
 @pytest.mark.parametrize("release", KERNELS)
