@@ -118,7 +118,7 @@ def test_verbose_logs_how_it_was_attached(tool, running):
     """-v logs the attachment in the words of the seeds, on standard error only."""
     process, _ = running("-v", "--duration", "0.1")
     result = tool.finish(process)
-    assert result.err.count("✅ Successfully attached using modern method (bpf_link_create)") == 2
+    assert result.err.count("✅ Successfully attached using modern method (bpf_link_create)") >= 2
     assert "Successfully attached eBPF ingress program" in result.err
     assert "Successfully attached eBPF egress program" in result.err
     assert "Auto-detecting" not in result.err

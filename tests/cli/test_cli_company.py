@@ -78,7 +78,7 @@ def test_a_running_limit_is_switched(tool, scratch, limiting, attached, eventual
     cgroup = scratch.cgroup()
     other = {"link": "legacy", "legacy": "link"}[method]
     process = limiting(cgroup, "--bpf-attach-method", method)
-    assert len(linked(tool, cgroup)) == (method == "link")
+    assert attached_by(tool, cgroup) == method
     for wanted in (other, other, method):
         assert tool.run("switch", str(process.pid), wanted).status == 0
         eventually(lambda: attached_by(tool, cgroup) == wanted)  # noqa: B023 - called at once
@@ -88,18 +88,12 @@ def test_a_running_limit_is_switched(tool, scratch, limiting, attached, eventual
     assert attached(cgroup) == ()
 
 
-def linked(tool, cgroup):
-    """The links of what is attached to a cgroup."""
-    found = json.loads(tool.run("cgroup", "show", "--json", cgroup.path).text)
-    return [link for program in found for link in program["links"]]
-
-
 def attached_by(tool, cgroup):
-    """How the one program of a cgroup is attached; None while it is attached twice."""
+    """How each hook's one program is attached; None while one is attached twice, or otherwise."""
     found = json.loads(tool.run("cgroup", "show", "--json", cgroup.path).text)
-    if len(found) != 1:
-        return None
-    return "link" if found[0]["links"] else "legacy"
+    hooks = {program["attach_type"] for program in found}
+    ways = {"link" if program["links"] else "legacy" for program in found}
+    return ways.pop() if len(ways) == 1 and len(found) == len(hooks) else None
 
 
 def test_a_command_goes_on_limited_while_it_is_switched(tool, attached, eventually):
