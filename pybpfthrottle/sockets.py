@@ -6,7 +6,8 @@ import ctypes
 import os
 import socket
 from contextlib import suppress
-from typing import Iterable, Iterator
+from functools import cache
+from typing import Any, Iterable, Iterator
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
@@ -54,9 +55,15 @@ def _borrowed(pidfd: int, number: int) -> Iterator[socket.socket]:
             yield own
 
 
-def _system_call(number: int, *arguments: int) -> int:
+@cache
+def _syscall() -> Any:
     function = ctypes.CDLL(None, use_errno=True).syscall
-    result = int(function(ctypes.c_long(number), *(ctypes.c_long(value) for value in arguments)))
+    function.restype = ctypes.c_long
+    return function
+
+
+def _system_call(number: int, *arguments: int) -> int:
+    result = int(_syscall()(*map(ctypes.c_long, (number, *arguments))))
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
