@@ -122,7 +122,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
     if request.param == "throttle-direct" and not features.TEST_RUN_PACKET.available():
         pytest.skip(f"this kernel lacks {features.TEST_RUN_PACKET.name}")
-    with loader.load(objects.read(request.param)) as loaded:
+    with loader.load(objects.read(request.param), PROGRAMS) as loaded:
         own = Bench(loaded)
         for direction in Direction:
             own.configs[direction] = config_for(MAX_RATE, loopback=True)
@@ -282,7 +282,7 @@ def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, hos
         Direction.UPLOAD: ("pybpft_egress", AttachType.CGROUP_INET_EGRESS),
     }
     billed = []
-    with loader.load(objects.read(name)) as loaded, ExitStack() as stack:
+    with loader.load(objects.read(name), PROGRAMS) as loaded, ExitStack() as stack:
         own = Bench(loaded)
         fd = scratch.open()
         stack.callback(os.close, fd)
