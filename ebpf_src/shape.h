@@ -47,7 +47,7 @@
 #define MOST_SLACK_NS (2000 * MS)
 #define LEAST_WINDOW_BYTES 1152
 #define LEAST_SHARE_BYTES 2896 /* two segments */
-#define SHORT_WAY_US 2000
+#define SHORT_WAY_US 5000
 #define LEAST_SHARE_SHIFT 6    /* a 64th of the limit */
 #define MOST_SHARE_NS (200 * MS)
 #define LEAST_FIRST_PACKETS 2
@@ -220,7 +220,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8 + WINDOW_TARGET_NS; /* a round trip and more */
 	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	__s64 slack;
-	__u64 bytes = 0;
+	__u64 bytes = 0, least;
 	__u32 value;
 
 	/*
@@ -244,7 +244,16 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	/* Microseconds: nanoseconds at 100 GB/s would overflow. */
 	if (ahead > 0)
 		bytes = (__u64)ahead / 1000 * (config->rate_bytes_per_s / flows) / 1000000;
-	value = bytes < LEAST_WINDOW_BYTES ? LEAST_WINDOW_BYTES : bytes < 1 << 30 ? bytes : 1 << 30;
+	/*
+	 * Two segments, where they are no more than a fair share of what fits on the way: of less, the
+	 * acknowledgements are delayed, and before Linux 6.18 such a window is slow to grow again.
+	 */
+	least = config->rate_bytes_per_s / flows * (ctx->srtt_us / 8) / 1000000;
+	if (least > LEAST_SHARE_BYTES)
+		least = LEAST_SHARE_BYTES;
+	if (least < LEAST_WINDOW_BYTES)
+		least = LEAST_WINDOW_BYTES;
+	value = bytes < least ? least : bytes < 1 << 30 ? bytes : 1 << 30;
 	/* On every acknowledgement, even if it is the same: TCP's autotuning overwrites it. */
 	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
 		police_instead(config, bucket, THROTTLE_WINDOW);

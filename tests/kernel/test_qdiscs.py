@@ -53,4 +53,5 @@ def test_a_limit_holds_beside_a_qdisc(name: str, direction: str) -> None:
         else:
             transfer = own.upload(["--upload-limit", "200K"], 10)
         assert tc(own, "qdisc show") == before
-    assert 0.9 <= transfer.ratio(Rate.parse("200K"), 10) <= 1.1
+    # fq paces headers and all, in steps of its own.
+    assert 0.8 <= transfer.ratio(Rate.parse("200K"), 10) <= 1.1

@@ -122,7 +122,7 @@ def test_the_holder_of_a_link_is_named(scratch: Cgroup) -> None:
         assert f"held by {os.getpid()} (" in str(found)
 
 
-RUN = [*TOOL, "run", "--download-limit", "2M"]
+RUN = [*TOOL, "run", "--download-limit", "2M", "--shape", "police"]
 
 
 def limited_transfer(rules: list[str], *options: str, **variables: str) -> tuple[float, str]:

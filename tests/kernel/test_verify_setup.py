@@ -71,6 +71,8 @@ def test_this_machine_works_and_nothing_is_left(scratch: Cgroup) -> None:
     assert own.returncode == 0
     assert found["conclusion"]["id"] == ("works" if has_links() else "works-by-legacy")
     outcomes = {check["id"]: check["outcome"] for check in found["checks"]}
+    # Older kernels do not take all that shapes, and do without.
+    assert outcomes.pop("trial.shaping") in ("pass", "warn")
     tried = [outcome for name, outcome in outcomes.items() if name.startswith("trial.")]
     assert set(tried) == {"pass"}
     assert left_by(own.pid) == attached(scratch) == []
