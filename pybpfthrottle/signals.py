@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 import select
 import signal
-from typing import Any, Iterable
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals come after it: what is made is also registered, what is begun is also ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SignalQueue:

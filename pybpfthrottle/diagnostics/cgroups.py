@@ -12,6 +12,7 @@ from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
+from pybpfthrottle.signals import held_back
 
 _MOST_PROGRAMS = 64
 _MODES = {
@@ -112,11 +113,12 @@ def _scratch(setup: Setup) -> Result:
     own = None if setup.failed("cgroup.target") else setup.target
     for parent in dict.fromkeys(filter(None, (cgroups_v2.root(), own))):
         try:
-            scratch = cgroups_v2.create_empty(parent)
+            with held_back():
+                scratch = cgroups_v2.create_empty(parent)
+                setup.stack.callback(scratch.remove)
         except OSError as error:
             reasons.append(f"{parent.path}: {error.strerror}")
             continue
-        setup.stack.callback(scratch.remove)
         setup.scratch = scratch.cgroup
         return passed(f"one can be made below {parent.path}")
     cause = "no-scratch" if setup.named else "no-own-cgroup"

@@ -17,6 +17,7 @@ from pybpfthrottle.diagnostics import (
 )
 from pybpfthrottle.diagnostics.check import Check, Outcome, Result, Setup
 from pybpfthrottle.diagnostics.decision import Conclusion, Step
+from pybpfthrottle.signals import held_back
 
 # A check stands behind all that it needs.
 CHECKS: tuple[Check, ...] = (
@@ -67,10 +68,14 @@ def examine(
     ``root_cgroup`` attaching to the root cgroup is tried as well. ``progress`` is told each check
     before it is run.
     """
-    with ExitStack() as stack:
-        setup = Setup(stack, pid=pid, cgroup=cgroup, unit=unit, root_cgroup=root_cgroup)
+    stack = ExitStack()
+    setup = Setup(stack, pid=pid, cgroup=cgroup, unit=unit, root_cgroup=root_cgroup)
+    try:
         for check in CHECKS:
             progress(check)
             setup.results[check.id] = check.run(setup)
+    finally:
+        with held_back():
+            stack.close()
     path, conclusion = decision.walk(setup.results, decision.TREE)
     return Examination([(check, setup.results[check.id]) for check in CHECKS], path, conclusion)
