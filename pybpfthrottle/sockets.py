@@ -14,7 +14,6 @@ _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
 SO_MAX_PACING_RATE = 47
-UNLIMITED = (1 << 32) - 1
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:

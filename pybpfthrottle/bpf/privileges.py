@@ -65,7 +65,7 @@ def why_not_permitted(command: str) -> str:
         f" or kernel lockdown refuses {command}"
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if not _may_raise_memlock(hard) and memlock_is_charged():
+    if not may_raise_memlock(hard) and memlock_is_charged():
         text += (
             f"; or, before Linux 5.11, the limit on locked memory ({soft // 1024} KiB) is used up:"
             " try ulimit -l unlimited"
@@ -73,7 +73,8 @@ def why_not_permitted(command: str) -> str:
     return text
 
 
-def _may_raise_memlock(hard: int) -> bool:
+def may_raise_memlock(hard: int) -> bool:
+    """Whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
     return hard == resource.RLIM_INFINITY or bool(effective_capabilities() >> _CAP_SYS_RESOURCE & 1)
 
 

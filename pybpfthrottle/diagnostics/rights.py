@@ -18,7 +18,6 @@ ESSENTIAL = (Cmd.MAP_CREATE, Cmd.MAP_UPDATE_ELEM, Cmd.MAP_LOOKUP_ELEM, Cmd.PROG_
 _TRIED = (*ESSENTIAL, Cmd.PROG_ATTACH, Cmd.PROG_DETACH, Cmd.LINK_CREATE, Cmd.PROG_QUERY)
 _NO_FD = (1 << 31) - 1
 _WHOLE_RANGE = 4294967295
-_CAP_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
 
 
 def process_status() -> dict[str, str]:
@@ -129,9 +128,9 @@ def _memlock(setup: Setup) -> Result:
     evidence = f"RLIMIT_MEMLOCK: {_size(soft)}, at most {_size(hard)}"
     if not privileges.memlock_is_charged():
         return passed("this kernel does not charge BPF to locked memory (Linux 5.11)", evidence)
-    if privileges.effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
+    if privileges.may_raise_memlock(hard):
         return passed("BPF is charged to locked memory, and the limit can be raised", evidence)
-    if hard != resource.RLIM_INFINITY and hard < 1 << 20:
+    if hard < 1 << 20:
         return warned("BPF is charged to locked memory, which is short", evidence, cause="memlock")
     return passed("BPF is charged to locked memory, which is enough", evidence)
 

@@ -24,11 +24,6 @@ def names() -> list[str]:
     return ["throttle", "throttle-direct"] if direct else ["throttle"]
 
 
-def read(name: str) -> ObjectSpec:
-    """Raises ObjectFileError."""
-    return objects.read(name)
-
-
 def loadable(spec: ObjectSpec) -> list[str]:
     """The programs that a limit needs, as far as this kernel has what they are for."""
     newer = set() if features.CONGESTION_VERDICT.available() else {"pybpft_egresscn"}

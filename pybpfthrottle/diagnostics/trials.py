@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Callable
 
 from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import settings, throttle
+from pybpfthrottle import objects, settings, throttle
 from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import BURST_BYTES
 from pybpfthrottle.bpf import asm, features, links, loader, programs, syscall
@@ -160,7 +160,7 @@ def _objects(setup: Setup) -> Result:
     loaded = []
     for name in shipped.names():
         try:
-            spec = shipped.read(name)
+            spec = objects.read(name)
             loader.load(spec, shipped.loadable(spec)).close()
             loaded.append(f"{name}: {', '.join(shipped.loadable(spec))}")
         except VerifierError as error:
@@ -171,7 +171,7 @@ def _objects(setup: Setup) -> Result:
 
 
 def _shaping(setup: Setup) -> Result:
-    spec = shipped.read(shipped.names()[0])
+    spec = objects.read(shipped.names()[0])
     refused = []
     for name in shipped.shaping(spec):
         try:
