@@ -317,7 +317,7 @@ always_inline __u32 first_window(__u64 rate)
 	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
 }
 
-SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
+always_inline int shape(struct bpf_sock_ops *ctx)
 {
 	__u32 up = THROTTLE_UPLOAD, down = THROTTLE_DOWNLOAD;
 	struct throttle_config *upload = bpf_map_lookup_elem(&CGROUP_CONFIGS, &up);

@@ -9,7 +9,8 @@
  *
  * It has to load on Linux 4.14, so: the first instruction set (-mcpu=v1), no loops, no calls, only
  * helpers and context fields of that kernel. DIRECT_PACKET_ACCESS makes a second object of it, for
- * Linux 5.0 and later, which reads headers without a helper call each.
+ * Linux 5.0 and later, which reads headers without a helper call each; with MARKED as well it
+ * limits the sockets of some processes alone.
  *
  * It includes no system headers, so that the objects are the same wherever they are built.
  */
@@ -58,6 +59,20 @@ struct __sk_buff {
 	__u32 tc_classid;
 	__u32 data;
 	__u32 data_end;
+	__u32 napi_id;
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 data_meta;
+	void *flow_keys;
+	__u64 tstamp;
+	__u32 wire_len;
+	__u32 gso_segs;
+	void *sk;
 };
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
@@ -224,6 +239,11 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	return drop;
 }
 
+#include "shape.h"
+
+#ifdef MARKED
+#include "marks.h"
+#else
 SEC("cgroup_skb/ingress") int pybpft_ingress(struct __sk_buff *skb)
 {
 	return police(skb, THROTTLE_DOWNLOAD, DROP);
@@ -240,6 +260,10 @@ SEC("cgroup_skb/egress") int pybpft_egresscn(struct __sk_buff *skb)
 	return police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION);
 }
 
-#include "shape.h"
+SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
+{
+	return shape(ctx);
+}
+#endif
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -84,6 +84,11 @@ struct throttle_socket {
 	__u32 original_clamp;
 };
 
+/* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */
+struct throttle_process {
+	__u32 follow; /* the processes that it starts are taken in too */
+};
+
 /* setsockopt(2) with this level has a connection shaped that was open before. */
 #define THROTTLE_ADOPT 0x54425059
 

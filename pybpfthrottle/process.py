@@ -11,6 +11,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.errors import ProcessError
 
 _PF_KTHREAD = 0x00200000
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
 _ENDED = ("Z", "X")
 
 
@@ -38,7 +39,7 @@ def is_gone(owner: Identity) -> bool:
     if owner.pid_namespace != _pid_namespace():
         return False
     stat = _stat(owner.pid)
-    return stat is None or int(stat[19]) != owner.start_ticks or stat[0] in _ENDED
+    return stat is None or int(stat[19]) != owner.start_ticks or _has_ended(stat)
 
 
 def _pid_namespace() -> int:
@@ -56,7 +57,7 @@ class Process:
         stat = _stat(pid)
         if stat is None:
             raise ProcessError(f"there is no process {pid}")
-        if stat[0] in _ENDED:
+        if _has_ended(stat):
             raise ProcessError(f"process {pid} ({_name(pid)}) has ended (it is a zombie)")
         if is_kernel_thread(pid):
             raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
@@ -70,6 +71,11 @@ class Process:
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"
+
+
+def _has_ended(stat: list[str]) -> bool:
+    """Whether all of a process has: its first thread may be a zombie while others go on."""
+    return stat[0] in _ENDED and int(stat[17]) <= 1
 
 
 def _stat(pid: int) -> Optional[list[str]]:
@@ -87,6 +93,32 @@ def _name(pid: int) -> str:
             return file.read().rstrip("\n")
     except OSError:
         return "?"
+
+
+def running() -> Iterator[int]:
+    """The ids of all processes that are visible, those that have ended and wait included."""
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def has_ended(pid: int) -> bool:
+    """Whether no thread of a process runs any more."""
+    stat = _stat(pid)
+    return stat is None or _has_ended(stat)
+
+
+def families() -> dict[int, list[int]]:
+    """The children of each process that has some."""
+    found: dict[int, list[int]] = {}
+    for pid in running():
+        stat = _stat(pid)
+        if stat is not None:
+            found.setdefault(int(stat[1]), []).append(pid)
+    return found
+
+
+def in_first_namespace() -> bool:
+    """Whether process ids mean the same here as in the kernel."""
+    return _pid_namespace() == _FIRST_PID_NAMESPACE
 
 
 def is_kernel_thread(pid: int) -> bool:
@@ -136,7 +168,7 @@ def links_of(pid: int) -> set[int]:
 def holders_of_links() -> dict[int, list[int]]:
     """For each BPF link the processes that have a descriptor of it. It looks at all processes."""
     found: dict[int, list[int]] = {}
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+    for pid in running():
         for link_id in links_of(pid):
             found.setdefault(link_id, []).append(pid)
     return found

@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from typing import Mapping, Optional, Sequence
 
-from pybpfthrottle.backends import Backend, Handle, Limits, Options
+from pybpfthrottle.backends import Backend, Handle, Limits, Options, Targets
 from pybpfthrottle.backends.ebpf import EbpfBackend
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.selection import Selection
 
 BACKENDS: tuple[Backend, ...] = (EbpfBackend(),)
 
 
 class Throttle:
-    """Limits in force on some cgroups, which share them. ``remove`` or ``with`` ends it."""
+    """Limits in force on cgroups or processes, which share them. ``remove`` or ``with`` ends it."""
 
-    def __init__(
-        self, cgroups: Sequence[Cgroup], limits: Limits, handles: dict[Direction, Handle]
-    ) -> None:
-        self.cgroups = tuple(cgroups)
+    def __init__(self, targets: Targets, limits: Limits, handles: dict[Direction, Handle]) -> None:
+        self.cgroups = tuple(targets.cgroups)
+        self.selection = targets.processes
         self._limits = dict(limits)
         self._handles = handles
         self.started_s = time.monotonic()
@@ -64,8 +64,22 @@ class Throttle:
         }
 
     def vanished(self) -> bool:
-        """Whether no cgroup is left to limit."""
-        return not any(cgroup.exists() for cgroup in self.cgroups)
+        """Whether nothing is left to limit, and nothing can come."""
+        if any(cgroup.exists() for cgroup in self.cgroups):
+            return False
+        if self.selection is None:
+            return True
+        return not self.selection.matches_some and not self.processes()
+
+    def processes(self) -> list[int]:
+        """The selected processes that are limited now, and those that they have started."""
+        found = (pid for handle in self._distinct_handles() for pid in handle.processes())
+        return sorted(set(found))
+
+    def notes(self) -> list[str]:
+        """What is not covered, or covered besides, a line each; more may come with time."""
+        found = (note for handle in self._distinct_handles() for note in handle.notes())
+        return list(dict.fromkeys(found))
 
     def remove(self) -> None:
         """Take the limits away. Doing so twice is no error."""
@@ -86,16 +100,19 @@ def apply(
     cgroups: Sequence[Cgroup],
     limits: Limits,
     *,
+    processes: Optional[Selection] = None,
     options: Options = Options(),  # noqa: B008 - an immutable value
     backends: Optional[Mapping[Direction, str]] = None,
 ) -> Throttle:
     """Put limits in force on cgroups, which share them; the traffic of all others is not touched.
 
+    With ``processes`` they are for the sockets of these, whatever cgroup they are of.
     ``backends`` names a mechanism for a direction; without, the best available one is chosen.
-    Raises ThrottleError, BpfError or CgroupError; then nothing stays attached.
+    Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
     if not limits:
         raise ThrottleError("no limit was given")
+    targets = Targets(cgroups, processes)
     chosen: dict[Backend, dict[Direction, Optional[Rate]]] = {}
     for direction, rate in limits.items():
         backend = choose(direction, (backends or {}).get(direction, "auto"))
@@ -103,13 +120,13 @@ def apply(
     handles: dict[Direction, Handle] = {}
     try:
         for backend, share in chosen.items():
-            handle = backend.apply(cgroups, share, options)
+            handle = backend.apply(targets, share, options)
             handles.update(dict.fromkeys(share, handle))
     except BaseException:
         for handle in handles.values():
             handle.remove()
         raise
-    return Throttle(cgroups, limits, handles)
+    return Throttle(targets, limits, handles)
 
 
 def prepare() -> None:

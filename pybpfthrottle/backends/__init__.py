@@ -8,6 +8,7 @@ from typing import Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.selection import Selection
 from pybpfthrottle.settings import AttachPolicy
 
 # None: unlimited, but counted.
@@ -42,6 +43,17 @@ class Options(NamedTuple):
     guard: bool = False
 
 
+class Targets(NamedTuple):
+    """What a limit is for: all traffic of cgroups, the sockets of processes, or both together.
+
+    With both, sockets that are of the cgroups must not be the processes' as well: ``new_sockets``
+    of the selection is false.
+    """
+
+    cgroups: Sequence[Cgroup] = ()
+    processes: Optional[Selection] = None
+
+
 class Handle(Protocol):
     """A limit that is in force on some directions."""
 
@@ -63,6 +75,12 @@ class Handle(Protocol):
     def describe(self, direction: Direction) -> dict[str, str]:
         """How a direction is limited, for people and for JSON."""
 
+    def processes(self) -> list[int]:
+        """The selected processes that are limited now, and those that they have started."""
+
+    def notes(self) -> Sequence[str]:
+        """What the user should know of what is covered and what not, a line each."""
+
 
 class Backend(Protocol):
     """A mechanism."""
@@ -76,5 +94,5 @@ class Backend(Protocol):
     def prepare(self) -> None:
         """Do what takes time and can be done before the targets are known."""
 
-    def apply(self, cgroups: Sequence[Cgroup], limits: Limits, options: Options) -> Handle:
-        """Put limits, shared by all of the cgroups, in force."""
+    def apply(self, targets: Targets, limits: Limits, options: Options) -> Handle:
+        """Put limits, shared by all of the targets, in force."""

@@ -31,6 +31,7 @@ _HOOK_NAMES = {
     AttachType.CGROUP_INET_EGRESS: "egress",
     AttachType.CGROUP_SOCK_OPS: "sockops",
     AttachType.CGROUP_SETSOCKOPT: "setsockopt",
+    AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
 }
 
 _MODES = {

@@ -19,20 +19,18 @@ from pybpfthrottle.cgroup import Cgroup
 SOCKETS = "SOCKETS"
 
 
-def adopt(cgroups: Sequence[Cgroup]) -> int:
-    """Have the connections of the processes in cgroups shaped; how many could not be.
+def adopt(own: socket.socket) -> bool:
+    """Have a connection shaped; false if that cannot be.
 
     The program at the setsockopt hook has to be attached. It answers for sockets that belong to
-    the cgroups alone: one that a process brought along from elsewhere is not limited, nor shaped.
+    its cgroups alone: another is not limited there, nor shaped, and gives true.
     """
-    refused = 0
-    for own in sockets.tcp_of(_pids(cgroups)):
-        try:
-            own.setsockopt(THROTTLE_ADOPT, 0, 0)
-        except OSError as error:
-            # ENOPROTOOPT: no program answered, so it belongs to another cgroup.
-            refused += error.errno == errno.EPERM
-    return refused
+    try:
+        own.setsockopt(THROTTLE_ADOPT, 0, 0)
+    except OSError as error:
+        # ENOPROTOOPT: no program answered, so it belongs to another cgroup.
+        return error.errno != errno.EPERM
+    return True
 
 
 def restore(cgroups: Sequence[Cgroup], shaped: Map[Any, Any]) -> None:
@@ -41,7 +39,7 @@ def restore(cgroups: Sequence[Cgroup], shaped: Map[Any, Any]) -> None:
     ``shaped`` is the map SOCKETS, by descriptor. What nobody has open any more needs nothing.
     """
     records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
-    for own in sockets.tcp_of(_pids(cgroups)):
+    for own in sockets.tcp_of(pids_of(cgroups)):
         with suppress(KeyError, OSError):
             _restore(own, records[own.fileno()])
 
@@ -54,7 +52,8 @@ def _restore(own: socket.socket, record: ThrottleSocket) -> None:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, record.original_clamp)
 
 
-def _pids(cgroups: Iterable[Cgroup]) -> list[int]:
+def pids_of(cgroups: Iterable[Cgroup]) -> list[int]:
+    """The processes in cgroups and below them."""
     found: set[int] = set()
     for cgroup in cgroups:
         with suppress(OSError):

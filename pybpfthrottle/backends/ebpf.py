@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
-from typing import NamedTuple, Optional, Sequence
+from threading import Thread
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle import cgroup, objects, process
-from pybpfthrottle.backends import Limits, Options, Priority, connections
+from pybpfthrottle import cgroup, objects, process, sockets
+from pybpfthrottle.backends import Limits, Options, Priority, Targets, connections
 from pybpfthrottle.backends.attach import ATTACH_TYPES, attach
 from pybpfthrottle.backends.connections import SOCKETS
 from pybpfthrottle.backends.guard import Guard
+from pybpfthrottle.backends.marks import MARKS, PROCESSES, Marks
 from pybpfthrottle.backends.records import (
     INVERSE_RATE_SHIFT,
     THROTTLE_LOOPBACK,
@@ -31,10 +35,12 @@ from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import AttachError, BpfError, CgroupError, Error, ThrottleError
 from pybpfthrottle.limits import Counters, Direction, Rate
+from pybpfthrottle.selection import Selection
 from pybpfthrottle.settings import AttachPolicy
 
 log = logging.getLogger(__name__)
@@ -46,7 +52,7 @@ _NS_PER_S = 1_000_000_000
 BURST_BYTES = 64 * 1024
 # How much longer small packets pass: a ping is not caught behind a bulk transfer.
 SMALL_NS = 20 * _MS
-SHAPER, ADOPTER = "pybpft_sockops", "pybpft_adopt"
+ADOPTER, MARKER = "pybpft_adopt", "pybpft_create"
 
 
 def config_for(
@@ -85,35 +91,67 @@ class _Placed(NamedTuple):
     attachment: Attachment
 
 
+class _Kind(NamedTuple):
+    """Whose packets programs are for: all of a cgroup, or those of marked sockets."""
+
+    letter: str  # in front of the hook in the programs' names
+
+    def policer(self, direction: Direction, verdict: str) -> str:
+        """The program for a direction; ``verdict`` is one of EGRESS_VERDICTS."""
+        if direction is Direction.DOWNLOAD:
+            return f"pybpft_{self.letter}ingress"
+        if verdict == "auto":
+            verdict = "congestion" if features.CONGESTION_VERDICT.available() else "deny"
+        return f"pybpft_{self.letter}egress{'cn' if verdict == 'congestion' else ''}"
+
+    @property
+    def shaper(self) -> str:
+        """The program that shapes."""
+        return f"pybpft_{self.letter}sockops"
+
+
+_ALL, _MARKED = _Kind(""), _Kind("m")
+
+
 class EbpfHandle:
-    """One object loaded for one throttle: its maps, its programs, and where they are attached."""
+    """What was loaded for one throttle: its maps, its programs, and where they are attached."""
 
     def __init__(
-        self,
-        loaded: Object,
-        limits: Limits,
-        options: Options,
-        *,
-        object_name: str,
-        cannot_shape: Optional[str],
+        self, loaded: Object, limits: Limits, options: Options, *, object_name: str
     ) -> None:
-        self._loaded = loaded
+        self._objects = [loaded]
+        self._programs: dict[str, Program] = dict(loaded.programs)
+        self._maps: dict[str, Map[Any, Any]] = dict(loaded.maps)
         self._options = options
         self._object_name = object_name
-        self._cannot_shape = cannot_shape
+        self._cannot_shape: Optional[str] = None
         self._rates = dict(limits)
         self._shapings = dict.fromkeys(limits, POLICE)
         self._placed: list[_Placed] = []
         self._guard: Optional[Guard] = None
-        self._configs: Map[int, ThrottleConfig] = loaded.maps["CGROUP_CONFIGS"].typed(
+        self._marks: Optional[Marks] = None
+        self._follower: Optional[_Follower] = None
+        self._notes: list[str] = []
+        self._configs: Map[int, ThrottleConfig] = self._maps["CGROUP_CONFIGS"].typed(
             U32, StructureCodec(ThrottleConfig)
         )
-        self._buckets: Map[int, ThrottleBucket] = loaded.maps["CGROUP_BUCKETS"].typed(
+        self._buckets: Map[int, ThrottleBucket] = self._maps["CGROUP_BUCKETS"].typed(
             U32, StructureCodec(ThrottleBucket)
         )
-        self._stats: Map[int, list[ThrottleStats]] = loaded.maps["CGROUP_STATS"].typed(
+        self._stats: Map[int, list[ThrottleStats]] = self._maps["CGROUP_STATS"].typed(
             U32, StructureCodec(ThrottleStats)
         )
+
+    @property
+    def maps(self) -> dict[str, Map[Any, Any]]:
+        """All maps, by name; those of one object are used by the next."""
+        return self._maps
+
+    def add(self, loaded: Object) -> None:
+        """Programs of another object, which shares the maps of the first."""
+        self._objects.append(loaded)
+        self._programs.update(loaded.programs)
+        self._maps.update(loaded.maps)
 
     def counters(self) -> dict[Direction, Counters]:
         """What each direction counted, over all CPUs."""
@@ -156,9 +194,66 @@ class EbpfHandle:
         time_ns += self._buckets[direction].slack_ns
         return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
 
-    def place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
+    def limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
+        """All packets of cgroups. Raises AttachError or CgroupError."""
+        self._place_policers(_ALL, cgroups)
+        if self._shape(_ALL, cgroups):
+            with self._adopting(cgroups) as adopt:
+                for own in sockets.tcp_of(connections.pids_of(cgroups)):
+                    adopt(own)
+
+    def limit_processes(self, selection: Selection) -> None:
+        """The packets of the sockets that processes have, and make.
+
+        Raises AttachError, CgroupError, ProcessError or ThrottleError.
+        """
+        cgroups = self._place_marked(selection)
+        shaped = self._shape(_MARKED, cgroups)
+        self._marks = Marks(
+            selection,
+            self._maps[MARKS],
+            self._maps[PROCESSES],
+            lambda: self._adopting(cgroups if shaped else ()),
+        )
+        self._marks.begin()
+
+    def _place_marked(self, selection: Selection) -> list[Cgroup]:
+        """At the top, where each socket is seen; or else at the cgroups of the processes."""
+        top = cgroup.root()
+        chosen = [cgroup.from_pid(one.pid) for one in selection.processes]
+        places = [[top], list(dict.fromkeys(one for one in chosen if one != top))]
+        for cgroups in places:
+            try:
+                self._place_policers(_MARKED, cgroups)
+                if selection.new_sockets:
+                    self._place_all(MARKER, cgroups, AttachType.CGROUP_INET_SOCK_CREATE)
+            except AttachError as error:
+                self._detach_but(0)
+                if cgroups is places[-1] or not places[-1]:
+                    raise
+                self._notes.append(
+                    f"sockets of other cgroups than {', '.join(c.path for c in places[-1])}"
+                    f" are not limited: {error}"
+                )
+            else:
+                break
+        return cgroups
+
+    def _place_policers(self, kind: _Kind, cgroups: Sequence[Cgroup]) -> None:
+        for target in cgroups:
+            for direction in self._rates:
+                program = kind.policer(direction, self._options.egress_verdict)
+                policy = self._options.attach.get(direction, AttachPolicy())
+                self._place(program, target, ATTACH_TYPES[direction], policy)
+
+    def _place_all(self, program: str, cgroups: Sequence[Cgroup], hook: AttachType) -> None:
+        policy = self._options.attach.get(next(iter(self._rates)), AttachPolicy())
+        for target in cgroups:
+            self._place(program, target, hook, policy)
+
+    def _place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
         """Attach one of the loaded programs. Raises AttachError or CgroupError."""
-        attachment = attach(self._loaded.programs[program], target, hook, policy)
+        attachment = attach(self._programs[program], target, hook, policy)
         self._placed.append(_Placed(program, target, hook, policy, attachment))
 
     def switch(self, method: str) -> None:
@@ -167,46 +262,62 @@ class EbpfHandle:
             if placed.attachment.rung.partition(" ")[0] == method:
                 continue
             policy = placed.policy._replace(method=method)
-            program = self._loaded.programs[placed.program]
+            program = self._programs[placed.program]
             attachment = attach(program, placed.target, placed.hook, policy)
             self._placed[index] = placed._replace(attachment=attachment)
             placed.attachment.detach()
 
-    def shape(self, cgroups: Sequence[Cgroup]) -> None:
+    def begin(self, cannot_shape: Optional[str]) -> None:
+        """Put the rates in force. ``cannot_shape`` is why the policer alone is left, or None."""
+        self._cannot_shape = cannot_shape or self._cannot_shape
+        for direction, rate in self._rates.items():
+            self.set_rate(direction, rate)
+
+    def _shape(self, kind: _Kind, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. Where another tool's program refuses it, the policer is left."""
-        if SHAPER not in self._loaded.programs:
-            return
+        if kind.shaper not in self._programs:
+            return False
         count = len(self._placed)
-        policy = self._options.attach.get(next(iter(self._rates)), AttachPolicy())
         try:
-            for target in cgroups:
-                self.place(SHAPER, target, AttachType.CGROUP_SOCK_OPS, policy)
+            self._place_all(kind.shaper, cgroups, AttachType.CGROUP_SOCK_OPS)
         except AttachError as error:
             self._detach_but(count)
-            self._cannot_shape = str(error)
-            for direction, rate in self._rates.items():
-                self.set_rate(direction, rate)
-        else:
-            self._adopt(cgroups)
+            self.begin(str(error))
+            return False
+        return True
 
-    def _adopt(self, cgroups: Sequence[Cgroup]) -> None:
-        """Shape the connections that are open already; where that is refused, they are policed."""
-        if ADOPTER not in self._loaded.programs:
-            return
-        count = len(self._placed)
+    @contextmanager
+    def _adopting(self, cgroups: Sequence[Cgroup]) -> Iterator[Callable[[socket.socket], None]]:
+        """Connections that were open before are shaped; where that is refused, they are policed.
+
+        The program that does it is attached from the first of them on.
+        """
+        able: Optional[bool] = None
+        refused = 0
+        with ExitStack() as stack:
+
+            def adopt(own: socket.socket) -> None:
+                nonlocal able, refused
+                if able is None:
+                    able = self._attach_adopter(cgroups, stack)
+                refused += able and not connections.adopt(own)
+
+            yield adopt
+        if refused:
+            log.info("%d connections that were open are policed, not shaped", refused)
+            self._leave_room()
+
+    def _attach_adopter(self, cgroups: Sequence[Cgroup], stack: ExitStack) -> bool:
+        if ADOPTER not in self._programs:
+            return False
         try:
             for target in cgroups:
-                self.place(ADOPTER, target, AttachType.CGROUP_SETSOCKOPT, AttachPolicy())
-            refused = connections.adopt(cgroups)
-        except (BpfError, OSError) as error:
+                hook = AttachType.CGROUP_SETSOCKOPT
+                stack.callback(attach(self._programs[ADOPTER], target, hook).detach)
+        except (BpfError, CgroupError) as error:
             log.debug("Connections that are open are not shaped: %s", error)
-        else:
-            if refused:
-                log.info("%d connections that were open are policed, not shaped", refused)
-                self._leave_room()
-        finally:
-            self._detach_but(count)
-            self._loaded.programs.pop(ADOPTER).close()
+            return False
+        return bool(cgroups)
 
     def _leave_room(self) -> None:
         """As long a burst as the policer has, for connections that nothing else slows down."""
@@ -218,6 +329,9 @@ class EbpfHandle:
     def remove(self) -> None:
         """Give connections back what they had, detach everything, and close what was loaded."""
         try:
+            if self._follower is not None:
+                self._follower.end()
+                self._follower = None
             if self._placed:
                 self._restore()
             if self._guard is not None:
@@ -225,7 +339,10 @@ class EbpfHandle:
                 self._guard = None
             self._detach_but(0)
         finally:
-            self._loaded.close()
+            if self._marks is not None:
+                self._marks.close()
+            for loaded in self._objects:
+                loaded.close()
 
     def _detach_but(self, count: int) -> None:
         """The last ones first, until so many are left."""
@@ -234,16 +351,29 @@ class EbpfHandle:
 
     def guard(self) -> None:
         """Have connections restored also if this process is killed."""
-        if SOCKETS in self._loaded.maps:
-            self._guard = Guard(self._cgroups(), self._loaded.maps[SOCKETS])
+        if SOCKETS in self._maps:
+            self._guard = Guard(self._cgroups(), self._maps[SOCKETS])
+
+    def follow(self) -> None:
+        """Keep up to date, in a thread, what is limited and what of it is shaped."""
+        if self._marks is not None:
+            self._follower = _Follower(self._marks)
+
+    def processes(self) -> list[int]:
+        """The selected processes that are limited now, and those that they have started."""
+        return [] if self._marks is None else self._marks.pids()
+
+    def notes(self) -> list[str]:
+        """What is not covered, or covered besides, a line each."""
+        return [*self._notes, *(self._marks.notes() if self._marks else ())]
 
     def _restore(self) -> None:
-        if SOCKETS not in self._loaded.maps:
+        if SOCKETS not in self._maps:
             return
         for direction in self._rates:
             # The shaper sets nothing any more.
             self._configs[direction] = config_for(None, loopback=False)
-        connections.restore(self._cgroups(), self._loaded.maps[SOCKETS])
+        connections.restore(self._cgroups(), self._maps[SOCKETS])
 
     def _cgroups(self) -> list[Cgroup]:
         return list(dict.fromkeys(placed.target for placed in self._placed))
@@ -262,6 +392,21 @@ class EbpfHandle:
             "shape": shaping.method,
             "shape_reason": shaping.reason,
         }
+
+
+class _Follower:
+    """The thread in which marks are kept up to date."""
+
+    def __init__(self, marks: Marks) -> None:
+        self._stop, self._stopping = os.pipe()
+        self._thread = Thread(target=marks.follow, args=(self._stop,), daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Wait until it has ended."""
+        os.close(self._stopping)
+        self._thread.join()
+        os.close(self._stop)
 
 
 class EbpfBackend:
@@ -288,57 +433,70 @@ class EbpfBackend:
         with suppress(Error):
             _read_object()
 
-    def apply(self, cgroups: Sequence[Cgroup], limits: Limits, options: Options) -> EbpfHandle:
-        """Load once, and attach to each cgroup.
+    def apply(self, targets: Targets, limits: Limits, options: Options) -> EbpfHandle:
+        """Load once, and attach to each target.
 
-        Raises BpfError or CgroupError; then all is undone.
+        Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
-        programs = {_program_name(direction, options): direction for direction in limits}
-        spec = _read_object()
-        loaded, cannot_shape = _load(spec, list(programs), limits, options)
-        handle = EbpfHandle(
-            loaded, limits, options, object_name=spec.name, cannot_shape=cannot_shape
-        )
+        kinds = [_ALL] if targets.cgroups else []
+        kinds += [_MARKED] if targets.processes is not None else []
+        handle: Optional[EbpfHandle] = None
         try:
-            for name, direction in programs.items():
-                log.debug(
-                    "Program '%s' loaded with expected_attach_type: Some(%s)",
-                    name,
-                    "Ingress" if direction is Direction.DOWNLOAD else "Egress",
-                )
-                handle.set_rate(direction, limits[direction])
-            policies = {
-                direction: options.attach.get(direction, AttachPolicy()) for direction in limits
-            }
-            for target in cgroups:
-                for name, direction in programs.items():
-                    handle.place(name, target, ATTACH_TYPES[direction], policies[direction])
-            handle.shape(cgroups)
+            for kind in kinds:
+                handle = _load(kind, limits, options, handle)
+            if handle is None:
+                raise ThrottleError("no target was given")
+            if targets.cgroups:
+                handle.limit_cgroups(targets.cgroups)
+            if targets.processes is not None:
+                handle.limit_processes(targets.processes)
             if options.guard:
                 handle.guard()
+            handle.follow()
         except BaseException:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
             raise
         return handle
 
 
 def _load(
-    spec: ObjectSpec, programs: list[str], limits: Limits, options: Options
-) -> tuple[Object, Optional[str]]:
-    """With the shaper, if it is wanted and this kernel takes it; else why it does not."""
+    kind: _Kind, limits: Limits, options: Options, handle: Optional[EbpfHandle]
+) -> EbpfHandle:
+    """The programs of a kind, with the shaper if it is wanted and this kernel takes it.
+
+    They share the maps of what ``handle`` has already.
+    """
+    programs = {kind.policer(direction, options.egress_verdict): direction for direction in limits}
     wanted = any(
         shaping_for(direction, rate, options.shape.get(direction, "auto")).flags
         for direction, rate in limits.items()
     )
-    if not wanted:
-        return loader.load(spec, programs), None
-    for more in ([SHAPER, ADOPTER], [SHAPER]):
+    names = [*programs, *([MARKER] if kind is _MARKED else [])]
+    sets = [[*names, kind.shaper, ADOPTER], [*names, kind.shaper]] if wanted else []
+    spec = _read_marked() if kind is _MARKED else _read_object()
+    refused = None
+    for more in (*sets, names):
         try:
-            return loader.load(spec, [*programs, *more]), None
+            loaded = loader.load(spec, more, maps=handle.maps if handle else {})
+            break
         except BpfError as error:
-            log.debug("This kernel does not take %s: %s", " and ".join(more), error)
+            if more is names:
+                raise
             refused = str(error)
-    return loader.load(spec, programs), refused
+            log.debug("This kernel does not take %s: %s", ", ".join(more), error)
+    for name, direction in programs.items():
+        log.debug(
+            "Program '%s' loaded with expected_attach_type: Some(%s)",
+            name,
+            "Ingress" if direction is Direction.DOWNLOAD else "Egress",
+        )
+    if handle is None:
+        handle = EbpfHandle(loaded, limits, options, object_name=spec.name)
+    else:
+        handle.add(loaded)
+    handle.begin(refused if wanted and kind.shaper not in loaded.programs else None)
+    return handle
 
 
 @cache
@@ -348,10 +506,6 @@ def _read_object() -> ObjectSpec:
     return objects.read("throttle-direct" if direct else "throttle")
 
 
-def _program_name(direction: Direction, options: Options) -> str:
-    if direction is Direction.DOWNLOAD:
-        return "pybpft_ingress"
-    verdict = options.egress_verdict
-    if verdict == "auto":
-        verdict = "congestion" if features.CONGESTION_VERDICT.available() else "deny"
-    return "pybpft_egresscn" if verdict == "congestion" else "pybpft_egress"
+@cache
+def _read_marked() -> ObjectSpec:
+    return objects.read("throttle-marked")

@@ -28,7 +28,12 @@ log = logging.getLogger(__name__)
 
 PROGRAM_PREFIX = "pybpft_"
 _CONFIGS = "CGROUP_CONFIGS"
-_HOOKS = (*ATTACH_TYPES.values(), AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT)
+_HOOKS_BY_TYPE = {
+    ProgType.SOCK_OPS: AttachType.CGROUP_SOCK_OPS,
+    ProgType.CGROUP_SOCKOPT: AttachType.CGROUP_SETSOCKOPT,
+    ProgType.CGROUP_SOCK: AttachType.CGROUP_INET_SOCK_CREATE,
+}
+_HOOKS = (*ATTACH_TYPES.values(), *_HOOKS_BY_TYPE.values())
 
 
 class Leftover(NamedTuple):
@@ -97,10 +102,9 @@ def _our_programs() -> Iterator[ProgramInfo]:
 
 
 def _hook(info: ProgramInfo) -> AttachType:
-    if info.type == ProgType.SOCK_OPS:
-        return AttachType.CGROUP_SOCK_OPS
-    if info.type == ProgType.CGROUP_SOCKOPT:
-        return AttachType.CGROUP_SETSOCKOPT
+    hook = _HOOKS_BY_TYPE.get(ProgType(info.type))
+    if hook is not None:
+        return hook
     download = "ingress" in info.name
     return AttachType.CGROUP_INET_INGRESS if download else AttachType.CGROUP_INET_EGRESS
 

@@ -68,6 +68,12 @@ class ThrottleSocket(ctypes.Structure):
     )
 
 
+class ThrottleProcess(ctypes.Structure):
+    """struct throttle_process."""
+
+    _fields_ = (("follow", c_uint32),)
+
+
 class ThrottleStats(ctypes.Structure):
     """struct throttle_stats."""
 

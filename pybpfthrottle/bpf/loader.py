@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections import deque
 from contextlib import ExitStack
-from typing import Any, Iterable, NamedTuple, Optional
+from types import MappingProxyType
+from typing import Any, Iterable, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -77,6 +78,7 @@ def load(
     spec: ObjectSpec,
     select: Optional[Iterable[str]] = None,
     *,
+    maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
     pin_path: Optional[descriptors.Path] = None,
     kernel: Optional[RunningKernel] = None,
 ) -> Object:
@@ -86,7 +88,8 @@ def load(
     begins with a question mark. What a map holds from the start is loaded as well. A program that
     the kernel cannot take does not matter as long as it is not selected. Maps that ask to be
     pinned by name are shared in the directory ``pin_path`` of a bpf file system, or else not
-    pinned.
+    pinned. ``maps`` are used in place of those that the object has by these names, as those of
+    another object; they stay the caller's.
 
     ``kernel`` may name other files for the kernel's types and configuration, which are read only
     if the programs ask for them.
@@ -107,11 +110,15 @@ def load(
         map_specs = {name: found for name, found in spec.maps.items() if name in needed.maps}
         if any(KCONFIG in found.linked.maps for found in fitted.values()):
             map_specs[KCONFIG] = fitting.settings_map()
+        given = {
+            name: _fitting(maps[name], found) for name, found in map_specs.items() if name in maps
+        }
         live_maps = {
             name: undo.enter_context(_create(found, pin_path, types.fd))
             for name, found in map_specs.items()
+            if name not in given
         }
-        fds = {name: live.fd for name, live in live_maps.items()}
+        fds = {name: live.fd for name, live in {**live_maps, **given}.items()}
         live_programs = {
             name: undo.enter_context(_load(spec, spec.programs[name], found, fds, types))
             for name, found in fitted.items()
@@ -155,6 +162,15 @@ def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:
     if not types.functions:
         return SourceInfo(at=fitted.source)
     return SourceInfo(types.fd, fitted.functions, fitted.lines, fitted.source)
+
+
+def _fitting(given: Map[Any, Any], spec: MapSpec) -> Map[Any, Any]:
+    different = pins.differences(given.fd, spec)
+    if different:
+        raise MapCreateError(
+            f"the map that was given is not {spec.name!r}: its {', its '.join(different)}"
+        )
+    return given
 
 
 def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) -> Map[Any, Any]:

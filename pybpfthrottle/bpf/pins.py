@@ -49,8 +49,7 @@ def _open(spec: MapSpec, path: str) -> Map[Any, Any]:
     wanted = maps.corrected(spec)
     fd = descriptors.open_pinned(path, "bpf-map")
     try:
-        info = descriptors.fill_info(fd, abi.MapInfo())
-        different = list(_differences(wanted, info))
+        different = differences(fd, wanted)
         if different:
             raise MapCreateError(
                 f"the map that is pinned at {path} is not {spec.name!r}: its"
@@ -70,6 +69,11 @@ def _create(spec: MapSpec, path: str, btf_fd: int) -> Map[Any, Any]:
         found.close()
         raise
     return found
+
+
+def differences(fd: int, wanted: MapSpec) -> list[str]:
+    """What tells a map from another that is described, such as "key_size is 4 and not 8"."""
+    return list(_differences(maps.corrected(wanted), descriptors.fill_info(fd, abi.MapInfo())))
 
 
 def _differences(wanted: MapSpec, info: abi.MapInfo) -> Iterator[str]:

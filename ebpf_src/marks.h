@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/*
+ * Limits for some processes: the packets of sockets that are marked, whatever cgroup they are of.
+ *
+ * User space marks the sockets that a process has, the kernel those that it makes (and, with the
+ * programs of processes.bpf.c, those of the processes that it starts). What a marked listener
+ * accepts is marked from the handshake on. A packet without a mark passes at once.
+ *
+ * Needs Linux 5.10: socket storage in programs for new sockets, and by a packet's socket.
+ */
+
+#define BPF_MAP_TYPE_HASH 1
+#define BPF_F_CLONE (1 << 9)
+
+#include "processes.h"
+
+static __u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, __u32);
+	__type(value, __u32);
+} MARKS SEC(".maps");
+
+#define IS_MARKED(sk) ((sk) && bpf_sk_storage_get(&MARKS, sk, 0, 0))
+
+SEC("cgroup_skb/ingress") int pybpft_mingress(struct __sk_buff *skb)
+{
+	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
+}
+
+SEC("cgroup_skb/egress") int pybpft_megress(struct __sk_buff *skb)
+{
+	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP) : PASS;
+}
+
+SEC("cgroup_skb/egress") int pybpft_megresscn(struct __sk_buff *skb)
+{
+	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION) : PASS;
+}
+
+/* Connections that are shaped had a mark when that began. */
+SEC("sockops") int pybpft_msockops(struct bpf_sock_ops *ctx)
+{
+	if (ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || IS_MARKED(ctx->sk))
+		return shape(ctx);
+	return 1;
+}
+
+SEC("cgroup/sock_create") int pybpft_create(struct bpf_sock *ctx)
+{
+	__u32 direction = THROTTLE_UPLOAD;
+	__u32 process = bpf_get_current_pid_tgid() >> 32;
+
+	/* The configuration tells who has left this program behind, if somebody has. */
+	if (bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction) &&
+	    bpf_map_lookup_elem(&PROCESSES, &process))
+		bpf_sk_storage_get(&MARKS, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	return 1;
+}
