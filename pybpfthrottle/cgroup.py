@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
 from contextlib import suppress
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterable, Iterator, NamedTuple, Optional
 
+from pybpfthrottle import locks, process
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 
 OWN_PREFIX = "pybpfthrottle-"
+MOVED_PREFIX = OWN_PREFIX + "moved-"
 _TRIES = 100
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
@@ -315,15 +316,96 @@ def _usual_parents(pid: int) -> list[Cgroup]:
     return [own] if own == top else [own, top]
 
 
-def create_empty(parent: Cgroup) -> OwnCgroup:
+def create_empty(parent: Cgroup, *, prefix: str = OWN_PREFIX) -> OwnCgroup:
     """Make a cgroup without processes. Raises OSError."""
-    return _create_own(parent, None)
+    return _create_own(parent, None, prefix)
 
 
-def _create_own(parent: Cgroup, pid: Optional[int]) -> OwnCgroup:
+class Moved:
+    """Processes in cgroups that were made for them, below those that they were in.
+
+    ``back`` or ``with`` ends it; after a crash the next start does so.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """Make the cgroups; ``move`` fills them. Raises CgroupError or ProcessError."""
+        self._pids = list(pids)
+        self._own: dict[Cgroup, OwnCgroup] = {}
+        try:
+            for origin in dict.fromkeys(from_pid(pid) for pid in self._pids):
+                self._own[origin] = create_empty(origin, prefix=MOVED_PREFIX)
+        except BaseException as error:
+            self.back()
+            if isinstance(error, OSError):
+                raise CgroupError(f"cannot make a cgroup to move into: {error}") from error
+            raise
+
+    @property
+    def cgroups(self) -> list[Cgroup]:
+        """Those that were made."""
+        return [own.cgroup for own in self._own.values()]
+
+    def move(self) -> None:
+        """Move the processes, and what they have started, as far as it is in the same cgroups.
+
+        Raises CgroupError.
+        """
+        pending = set(self._pids)
+        while pending:
+            found = set(pending)
+            for pid in pending:
+                with suppress(ProcessError, ProcessLookupError):
+                    self._move(pid)
+            # One that was started meanwhile is where its parent was then.
+            families = process.families()
+            pending = {child for pid in found for child in families.get(pid, ())}
+
+    def _move(self, pid: int) -> None:
+        own = self._own.get(from_pid(pid))
+        if own is None:
+            return
+        try:
+            own.cgroup.move_in(pid)
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            raise CgroupError(f"cannot move process {pid}: {error.strerror}") from error
+
+    def populated(self) -> bool:
+        """Whether a process is in one of them."""
+        return any(cgroup.exists() and cgroup.populated() for cgroup in self.cgroups)
+
+    def back(self) -> None:
+        """Move what is in them to where it came from, and remove them."""
+        for origin, own in self._own.items():
+            _move_out(own.cgroup, origin)
+            own.remove()
+        self._own.clear()
+
+    def __enter__(self) -> Moved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.back()
+
+
+def _move_out(cgroup: Cgroup, into: Cgroup) -> None:
+    """Move all processes; what is started meanwhile, too."""
+    while True:
+        with suppress(FileNotFoundError):
+            pids = cgroup.pids()
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    into.move_in(pid)
+            if pids:
+                continue
+        return
+
+
+def _create_own(parent: Cgroup, pid: Optional[int], prefix: str = OWN_PREFIX) -> OwnCgroup:
     os.stat(parent.path)
     for attempt in range(_TRIES):
-        cgroup = Cgroup(os.path.join(parent.path, f"{OWN_PREFIX}{os.getpid()}-{attempt}"))
+        cgroup = Cgroup(os.path.join(parent.path, f"{prefix}{os.getpid()}-{attempt}"))
         # Until it is locked another instance may take it for abandoned: then the next one.
         with suppress(FileExistsError, FileNotFoundError, BlockingIOError):
             os.mkdir(cgroup.path)
@@ -345,14 +427,10 @@ def _lock(cgroup: Cgroup) -> int:
 
     The lock ends with the descriptor.
     """
-    fd = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not cgroup.exists():  # removed between the two
-            raise FileNotFoundError(errno.ENOENT, "removed", cgroup.path)
-    except BaseException:
+    fd = locks.lock(cgroup.path)
+    if not cgroup.exists():  # removed between the two
         os.close(fd)
-        raise
+        raise FileNotFoundError(errno.ENOENT, "removed", cgroup.path)
     return fd
 
 
@@ -379,19 +457,29 @@ def claim(cgroup: Cgroup) -> int:
     try:
         fd = _lock(cgroup)
     except BlockingIOError:
-        raise _claimed(cgroup, _locks().get(_lock_key(cgroup))) from None
+        raise _claimed(cgroup, locks.holders().get(locks.key(cgroup.path))) from None
     except OSError as error:
         raise CgroupError(f"cannot open the cgroup {cgroup.path}: {error.strerror}") from error
     above = list(cgroup.with_ancestors())[1:]
     below = [Cgroup(path) for path, _, _ in os.walk(cgroup.path)][1:]
-    locks = _locks()
+    held = locks.holders()
     for other in (*above, *below):
         with suppress(FileNotFoundError):  # it was removed meanwhile
-            holder = locks.get(_lock_key(other), os.getpid())
+            holder = held.get(locks.key(other.path), os.getpid())
             if holder != os.getpid():
                 os.close(fd)
                 raise _claimed(other, holder)
     return fd
+
+
+def refuse_claimed(cgroup: Cgroup) -> None:
+    """Raise CgroupError if another process has a limit on a cgroup or above it."""
+    held = locks.holders()
+    for other in cgroup.with_ancestors():
+        with suppress(FileNotFoundError):
+            holder = held.get(locks.key(other.path), os.getpid())
+            if holder != os.getpid():
+                raise _claimed(other, holder)
 
 
 def _claimed(cgroup: Cgroup, holder: Optional[int]) -> CgroupError:
@@ -402,24 +490,11 @@ def _claimed(cgroup: Cgroup, holder: Optional[int]) -> CgroupError:
     )
 
 
-def _locks() -> dict[str, int]:
-    """The holder of each lock, by the file as /proc/locks has it (man 5 proc)."""
-    found = {}
-    with suppress(OSError), open("/proc/locks") as locks:
-        for line in locks:
-            fields = line.split()
-            if "->" not in fields:  # one that waits
-                found[fields[5]] = int(fields[4])
-    return found
-
-
-def _lock_key(cgroup: Cgroup) -> str:
-    status = os.stat(cgroup.path)
-    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-
-
 def remove_abandoned() -> list[Cgroup]:
-    """Remove the cgroups of crashed runs of ours that no process is in any more."""
+    """Remove the cgroups of crashed runs of ours that no process is in any more.
+
+    Those that were moved into one go back to where they came from.
+    """
     return abandoned(remove=True)
 
 
@@ -433,7 +508,10 @@ def abandoned(*, remove: bool = False) -> list[Cgroup]:
         with suppress(OSError):
             fd = _lock(cgroup)
             try:
-                if not cgroup.populated():
+                moved = os.path.basename(cgroup.path).startswith(MOVED_PREFIX)
+                if moved and remove:
+                    _move_out(cgroup, Cgroup(os.path.dirname(cgroup.path)))
+                if moved or not cgroup.populated():
                     if remove:
                         cgroup.remove()
                     found.append(cgroup)

@@ -9,6 +9,7 @@ Error:
     ├── ProcessError                   a process that does not exist or cannot be limited
     ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── ThrottleError                  a throttle that was refused, or is gone
+    │   └── NoMarksError               single processes cannot be limited here, cgroups can
     ├── ObjectFileError                an object file that cannot be read
     ├── AmbiguousTypeError             the kernel has two types where an object asks for one
     ├── ExternError                    something of the kernel that an object needs is not there
@@ -56,6 +57,10 @@ class SettingsError(Error):
 
 class ThrottleError(Error):
     """A throttle that was refused, or is gone."""
+
+
+class NoMarksError(ThrottleError):
+    """Sockets cannot be marked here, and so single processes not be limited; cgroups can."""
 
 
 class ObjectFileError(Error):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Iterator, NamedTuple, Optional, Sequence
 
+from pybpfthrottle import locks
 from pybpfthrottle.errors import ProcessError
 
 _PF_KTHREAD = 0x00200000
@@ -68,6 +69,24 @@ class Process:
     def alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
         return not is_gone(self._identity)
+
+    def claim(self) -> int:
+        """Lock it for a limit, so that no second one is put on it unknowingly.
+
+        The lock ends with the descriptor that is returned. Raises ProcessError that names who has
+        it, or if the process has ended.
+        """
+        path = f"/proc/{self.pid}"
+        try:
+            return locks.lock(path)
+        except BlockingIOError:
+            holder = locks.holders().get(locks.key(path))
+            raise ProcessError(
+                f"process {self.pid} ({self.name}) is limited already, by process {holder}: its"
+                " packets would be charged to both limits. If you mean both, add --stack"
+            ) from None
+        except OSError:
+            raise ProcessError(f"process {self.pid} ({self.name}) has ended") from None
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"

@@ -38,7 +38,14 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.errors import AttachError, BpfError, CgroupError, Error, ThrottleError
+from pybpfthrottle.errors import (
+    AttachError,
+    BpfError,
+    CgroupError,
+    Error,
+    NoMarksError,
+    ThrottleError,
+)
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.selection import Selection
 from pybpfthrottle.settings import AttachPolicy
@@ -131,6 +138,7 @@ class EbpfHandle:
         self._guard: Optional[Guard] = None
         self._marks: Optional[Marks] = None
         self._follower: Optional[_Follower] = None
+        self._follows = False
         self._notes: list[str] = []
         self._configs: Map[int, ThrottleConfig] = self._maps["CGROUP_CONFIGS"].typed(
             U32, StructureCodec(ThrottleConfig)
@@ -216,6 +224,7 @@ class EbpfHandle:
             lambda: self._adopting(cgroups if shaped else ()),
         )
         self._marks.begin()
+        self._follows = selection.new_sockets
 
     def _place_marked(self, selection: Selection) -> list[Cgroup]:
         """At the top, where each socket is seen; or else at the cgroups of the processes."""
@@ -356,7 +365,7 @@ class EbpfHandle:
 
     def follow(self) -> None:
         """Keep up to date, in a thread, what is limited and what of it is shaped."""
-        if self._marks is not None:
+        if self._marks is not None and self._follows:
             self._follower = _Follower(self._marks)
 
     def processes(self) -> list[int]:
@@ -443,7 +452,14 @@ class EbpfBackend:
         handle: Optional[EbpfHandle] = None
         try:
             for kind in kinds:
-                handle = _load(kind, limits, options, handle)
+                try:
+                    handle = _load(kind, limits, options, handle)
+                except BpfError as error:
+                    if kind is _MARKED:
+                        raise NoMarksError(
+                            f"the kernel takes no marks on sockets: {error}"
+                        ) from error
+                    raise
             if handle is None:
                 raise ThrottleError("no target was given")
             if targets.cgroups:

@@ -21,7 +21,7 @@ from pybpfthrottle.backends.tracing import Tracing
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.errors import Error, ProcessError, ThrottleError
+from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.selection import Selection
 from pybpfthrottle.sockets import Borrowed, Scan, descriptors
 
@@ -35,8 +35,7 @@ _IPPROTO_MPTCP = 262
 _MARK = b"\0\0\0\0"
 
 _OTHER_NAMESPACE = (
-    "process ids of this pid namespace are not those of the kernel, so single processes cannot be"
-    " limited from within this container; use --cgroup, --whole-cgroup, or run"
+    "process ids of this pid namespace (of a container) are not those that the kernel compares"
 )
 
 # Has a connection that was open before shaped; only while the context lasts.
@@ -71,6 +70,8 @@ class Marks:
         Raises ProcessError for a process that has ended, or that may not be looked into.
         """
         if self._selection.new_sockets:
+            if not process.in_first_namespace():
+                raise NoMarksError(_OTHER_NAMESPACE)
             self._trace()
         chosen = [one.pid for one in self._selection.processes]
         self._take_in([*chosen, *self._selection.matching()])
@@ -123,8 +124,6 @@ class Marks:
             self._tracing = None
 
     def _trace(self) -> None:
-        if not process.in_first_namespace():
-            raise ThrottleError(_OTHER_NAMESPACE)
         try:
             self._tracing = Tracing(self._processes, executions=self._selection.matches_some)
         except (Error, OSError) as error:

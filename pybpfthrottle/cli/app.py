@@ -25,6 +25,7 @@ _EPILOG = """
 Examples:
   pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
+  pybpfthrottle --name rsync --user backup --upload-limit 500K
   pybpfthrottle --unit backup --upload-limit 8mbit --duration 3600
   pybpfthrottle demo
 
@@ -39,7 +40,42 @@ or 125 failed, 126 cannot be executed, 127 not found.
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--pid", type=click.IntRange(min=1), help="Limit the cgroup of this process.")
+@click.option(
+    "--pid",
+    "pids",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Limit this process and what it starts. May be repeated: all that is named shares the"
+    " limit.",
+)
+@click.option(
+    "--name", "names", multiple=True, metavar="NAME", help="All processes with this name."
+)
+@click.option(
+    "--exe",
+    "executables",
+    multiple=True,
+    metavar="PATH",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="All processes that run this executable.",
+)
+@click.option(
+    "--user",
+    "users",
+    multiple=True,
+    metavar="USER",
+    help="All processes of this user. With --name or --exe: those alone that match both.",
+)
+@click.option(
+    "--no-children", is_flag=True, help="Not what these processes start, unless it matches."
+)
+@click.option("--each", is_flag=True, help="Each of the processes gets the limit for itself.")
+@click.option(
+    "--move-cgroup",
+    is_flag=True,
+    help="With --pid: move the processes into a cgroup below their own until the end. This covers"
+    " MPTCP, and whatever they start.",
+)
 @click.option(
     "--cgroup",
     "cgroups",
@@ -51,11 +87,10 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.option(
     "--whole-cgroup",
     is_flag=True,
-    help="Do so even if other processes, or this session, are in the cgroup.",
+    help="With --pid: limit all of the cgroup that the process is in. With --cgroup and --unit:"
+    " even if this session is in it.",
 )
-@click.option(
-    "--stack", is_flag=True, help="Limit a cgroup that another pybpfthrottle limits as well."
-)
+@click.option("--stack", is_flag=True, help="Limit what another pybpfthrottle limits as well.")
 @click.option(
     "--exclusive",
     is_flag=True,
@@ -67,9 +102,11 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.version_option(__version__, prog_name="pybpfthrottle")
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:
-    """Limit the bandwidth of programs, with BPF programs on their cgroup (version 2).
+    """Limit the bandwidth of programs that run, or of cgroups (version 2).
 
-    Runs until Ctrl-C, SIGTERM, SIGHUP or --duration, and takes the limit away at each of them.
+    Runs until Ctrl-C, SIGTERM, SIGHUP or --duration, or until what is limited has ended, and takes
+    the limit away at each of them. With --name, --exe or --user it also waits for processes that
+    are started later.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options_in_front(ctx)
@@ -84,7 +121,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 
     request = request_from(options)
     start_logging(request.verbose)
-    limit.limit(request, **options)
+    limit.limit(request, limit.Wanted(**options))
 
 
 def _refuse_options_in_front(ctx: click.Context) -> None:

@@ -13,6 +13,7 @@ from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.selection import Selection
 from pybpfthrottle.settings import ATTACH_METHODS, SHAPES
 from pybpfthrottle.throttle import Throttle
 
@@ -125,9 +126,17 @@ class Request(NamedTuple):
     verbose: int
     quiet: bool
 
-    def apply(self, cgroups: Sequence[Cgroup]) -> Throttle:
+    def apply(
+        self, cgroups: Sequence[Cgroup] = (), processes: Optional[Selection] = None
+    ) -> Throttle:
         """Put it in force."""
-        return throttle.apply(cgroups, self.limits, options=self.options, backends=self.backends)
+        return throttle.apply(
+            cgroups,
+            self.limits,
+            processes=processes,
+            options=self.options,
+            backends=self.backends,
+        )
 
 
 def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from typing import Any, NamedTuple, Optional, TextIO
+from typing import Any, Mapping, NamedTuple, Optional, TextIO
 
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.limits import (
@@ -120,10 +120,14 @@ class Meter:
 
 
 class JsonLines:
-    """One JSON object a line: ``start``, ``sample`` once a second, ``end``."""
+    """One JSON object a line: ``start``, ``sample`` once a second, ``note``, ``end``.
 
-    def __init__(self, file: TextIO) -> None:
+    ``common`` are fields that each of them has.
+    """
+
+    def __init__(self, file: TextIO, common: Mapping[str, Any]) -> None:
         self._file = file
+        self._common = common
         self._failed = False
 
     def start(self, throttle: Throttle, **fields: Any) -> None:
@@ -140,6 +144,10 @@ class JsonLines:
         """The rates of the last seconds, the counters since the start."""
         self._write("sample", elapsed_s=round(elapsed_s, 3), **_by_direction(readings))
 
+    def note(self, text: str) -> None:
+        """Something about what is covered."""
+        self._write("note", text=text)
+
     def end(self, elapsed_s: float, readings: list[Reading], **fields: Any) -> None:
         """The rates over the whole time."""
         self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
@@ -148,7 +156,7 @@ class JsonLines:
         if self._failed:
             return
         try:
-            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.write(json.dumps({"event": event, **self._common, **fields}) + "\n")
             self._file.flush()
         except BrokenPipeError:
             raise
@@ -162,13 +170,21 @@ def _by_direction(readings: list[Reading]) -> dict[str, Any]:
     return {str(reading.direction): reading.record() for reading in readings}
 
 
-def never_ran(readings: list[Reading], *, pid: object, cgroup: str) -> Optional[str]:
-    """What to say if no program has seen a packet, or None."""
+def never_ran(
+    readings: list[Reading], *, pid: object, cgroup: str, marked: bool = False
+) -> Optional[str]:
+    """What to say if no program has seen a packet, or None.
+
+    ``marked`` tells that the limit was for the sockets of processes, not for a cgroup.
+    """
     if any(reading.counters.program_calls for reading in readings):
         return None
-    return (
-        f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n"
-        "   No packet has come by. If something was sent or received: a socket belongs to the\n"
-        "   cgroup that it was created in, so a connection that was opened before the process\n"
-        "   came into this cgroup is not limited here; verify-setup tells of other causes."
+    why = (
+        "   No packet has come by. If something was sent or received: pybpfthrottle sockets --pid N"
+        " shows\n   which sockets of a process can be limited; verify-setup tells of other causes."
+        if marked
+        else "   No packet has come by. If something was sent or received: a socket belongs to the"
+        "\n   cgroup that it was created in, so a connection that was opened before the process"
+        "\n   came into this cgroup is not limited here; verify-setup tells of other causes."
     )
+    return f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n{why}"

@@ -9,6 +9,7 @@ from typing import Any, Optional, Sequence, TextIO
 
 import click
 
+from pybpfthrottle import cgroup
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
 from pybpfthrottle.cli.say import say
@@ -24,7 +25,10 @@ SWITCHES = {signal.SIGUSR1: "link", signal.SIGUSR2: "legacy"}
 
 
 class Watch:
-    """One throttle's display. ``pid`` and ``name`` are those of the process in the log lines."""
+    """One throttle's display. ``pid`` and ``name`` are those of the process in the log lines.
+
+    It has no live line where it is one of ``several``, and each JSON line then has the pid.
+    """
 
     def __init__(
         self,
@@ -36,13 +40,16 @@ class Watch:
         json_file: Optional[TextIO],
         quiet: bool,
         prefix: str = "",
+        several: bool = False,
     ) -> None:
         self._live = live
         self._pid = "-" if pid is None else str(pid)
         self._name = f" ({name})" if name else ""
         self._terminal = terminal
-        self._line = LiveLine(terminal, enabled=not quiet and json_file is not terminal)
-        self._json = JsonLines(json_file) if json_file else None
+        shown = not (several or quiet or json_file is terminal)
+        self._line = LiveLine(terminal, enabled=shown)
+        common = {"pid": pid} if several else {}
+        self._json = JsonLines(json_file, common) if json_file else None
         self._quiet = quiet or json_file is terminal
         self._prefix = prefix
         self._meter = Meter(live)
@@ -83,10 +90,19 @@ class Watch:
             return
         for reading in readings:
             self.say(reading.summary(self._meter.elapsed_s))
-        silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id())
+        marked = self._live.selection is not None
+        silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
         if silent and expect_traffic:
             with suppress(OSError):
                 click.echo(silent, err=True)
+
+    def note(self, text: str) -> None:
+        """Something about what is covered, to standard error, or as a JSON line."""
+        self._line.clear()
+        if self._json:
+            self._json.note(text)
+        if not self._quiet:
+            say(f"{self._prefix}{text}")
 
     def say(self, line: str) -> None:
         """A line for people. A terminal or a reader that has gone away does not matter."""
@@ -95,6 +111,8 @@ class Watch:
 
     def _cgroup_id(self) -> str:
         try:
-            return str(self._live.cgroups[0].id)
-        except OSError:  # it has been removed
+            if self._live.cgroups:
+                return str(self._live.cgroups[0].id)
+            return str(cgroup.from_pid(int(self._pid)).id)
+        except (OSError, Error, ValueError):  # it is gone, or there are several
             return "?"

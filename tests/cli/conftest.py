@@ -269,10 +269,13 @@ class Scratch:
         """A name that no other test has."""
         return f"clitest-{os.getpid()}-{next(_numbers)}"
 
-    def process(self, cgroup, *command):
-        """A process in this cgroup; without a command one that sleeps."""
+    def process(self, cgroup, *command, user=None):
+        """A process in this cgroup; without a command one that sleeps. ``user`` is an id."""
         started = subprocess.Popen(
-            command or ("sleep", "120"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command or ("sleep", "120"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            user=user,
         )
         self._processes.append(started)
         cgroup.move_in(started.pid)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 
 from pybpfthrottle import cgroup as cgroups
-from pybpfthrottle.process import is_kernel_thread
+from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.process import is_kernel_thread, links_of
 
 LIMIT = ("--download-limit", "1M", "-q")
 SHORT = (*LIMIT, "--duration", "0.3")
@@ -24,38 +29,138 @@ def refusal(tool, *arguments, **options):
     return result.complaint
 
 
-def test_a_pid_alone_in_its_cgroup_is_limited(tool, scratch, attached, eventually):
-    """--pid attaches to the process's own cgroup, and ends with 0 when the process does."""
+def begin(tool, *arguments):
+    """Start it, and wait until the limit is in force; what it says of that."""
+    started = tool.start(*arguments, "--download-limit", "1M", "--json", stdout=subprocess.PIPE)
+    line = started.stdout.readline()
+    assert line, started.stderr.read()
+    return started, json.loads(line)
+
+
+def test_a_pid_is_limited_until_it_ends(tool, scratch, attached):
+    """--pid attaches nothing to the process's own cgroup, and ends with 0 when the process does."""
     cgroup = scratch.cgroup()
     process = scratch.process(cgroup)
-    started = tool.start("--pid", str(process.pid), *LIMIT)
-    eventually(lambda: attached(cgroup))
+    started, event = begin(tool, "--pid", str(process.pid))
+    assert (event["event"], event["pid"], event["pids"]) == ("start", process.pid, [process.pid])
+    assert attached(cgroup) == ()
     process.kill()
     process.wait()
     assert tool.finish(started).status == 0
-    assert attached(cgroup) == ()
 
 
-def test_a_pid_ends_as_a_zombie_too(tool, scratch, attached, eventually):
+def test_a_pid_ends_as_a_zombie_too(tool, scratch):
     """A process whose parent does not reap it has ended all the same."""
-    cgroup = scratch.cgroup()
-    process = scratch.process(cgroup)
-    started = tool.start("--pid", str(process.pid), *LIMIT)
-    eventually(lambda: attached(cgroup))
+    process = scratch.process(scratch.cgroup())
+    started, _ = begin(tool, "--pid", str(process.pid))
     process.kill()
     assert tool.finish(started).status == 0
 
 
-def test_a_pid_whose_cgroup_goes_with_it_is_no_error(tool, scratch, attached, eventually):
+def test_a_pid_whose_cgroup_goes_with_it_is_no_error(tool, scratch):
     """When the process ends and its cgroup is removed at once the status is 0: it has ended."""
     cgroup = scratch.cgroup()
     process = scratch.process(cgroup)
-    started = tool.start("--pid", str(process.pid), *LIMIT)
-    eventually(lambda: attached(cgroup))
+    started, _ = begin(tool, "--pid", str(process.pid))
     process.kill()
     process.wait()
     cgroup.remove(patience_s=5)
     assert tool.finish(started).status == 0
+
+
+def test_one_limit_for_several(tool, scratch):
+    """--pid may be repeated; the end of the last one is the end."""
+    cgroup = scratch.cgroup()
+    processes = [scratch.process(cgroup) for _ in range(2)]
+    pids = [process.pid for process in processes]
+    started, event = begin(tool, "--pid", str(pids[0]), "--pid", str(pids[1]))
+    assert event["pids"] == pids
+    processes[0].kill()
+    time.sleep(1.5)
+    assert started.poll() is None
+    processes[1].kill()
+    assert tool.finish(started).status == 0
+
+
+def test_a_limit_for_each(tool, scratch):
+    """--each makes one for each of them, and what is told of it has its pid."""
+    cgroup = scratch.cgroup()
+    processes = [scratch.process(cgroup) for _ in range(2)]
+    pids = [process.pid for process in processes]
+    result = tool.run(
+        *("--each", "--pid", str(pids[0]), "--pid", str(pids[1])),
+        *("--json", "--download-limit", "1M", "--duration", "0.3"),
+    )
+    events = [json.loads(line) for line in result.text.splitlines()]
+    for kind in ("start", "end"):
+        assert [event["pid"] for event in events if event["event"] == kind] == pids
+
+
+def test_a_process_is_limited_once(tool, scratch):
+    """A second limit for it is refused, naming who has the first, unless --stack asks for it."""
+    process = scratch.process(scratch.cgroup())
+    pid = str(process.pid)
+    started, _ = begin(tool, "--pid", pid)
+    complaint = refusal(tool, "--pid", pid)
+    assert f"process {started.pid}" in complaint
+    assert "--stack" in complaint
+    assert tool.run("--pid", pid, "--stack", *SHORT).status == 0
+    process.kill()
+    assert tool.finish(started).status == 0
+
+
+def test_a_process_of_a_limited_cgroup_is_limited_once(tool, scratch, attached, eventually):
+    """As it is by the limit of its cgroup."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started = tool.start("--cgroup", cgroup.path, *LIMIT)
+    eventually(lambda: attached(cgroup))
+    assert cgroup.path in refusal(tool, "--pid", str(process.pid))
+    started.terminate()
+    assert tool.finish(started).status == 0
+
+
+@pytest.mark.parametrize("way", ["name", "exe", "user"])
+def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, way):
+    """By name, executable and user, and later ones as well; until told to stop."""
+    own = tmp_path / scratch.name()
+    shutil.copy(shutil.which("sleep"), own)
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        directory.chmod(directory.stat().st_mode | 0o11)
+    selected = {"name": own.name, "exe": str(own), "user": "54321"}[way]
+    options = ["--exe", str(own)] if way == "user" else []
+    user = 54321 if way == "user" else None
+    cgroup = scratch.cgroup()
+    started, event = begin(tool, f"--{way}", selected, *options)
+    assert event["pids"] == []
+    processes = [scratch.process(cgroup, str(own), "60", user=user) for _ in range(2)]
+    marked = [str(process.pid) for process in processes]
+    time.sleep(0.2)
+    process_table = limited_by(started.pid)
+    assert sorted(process_table) == sorted(map(int, marked))
+    for process in processes:
+        process.kill()
+    time.sleep(1.5)
+    assert started.poll() is None
+    started.terminate()
+    assert tool.finish(started).status == 0
+
+
+def limited_by(pid):
+    """The processes whose new sockets the tool with a pid has marked: its map PROCESSES."""
+    found = []
+    for info in programs_of(pid):
+        for map_id in info.map_ids:
+            with maps.open_by_id(map_id) as one:
+                if one.spec.name == "PROCESSES":
+                    found = list(one.typed(U32, U32))
+    return found
+
+
+def programs_of(pid):
+    """The programs of the links that a process holds."""
+    ids = links_of(pid)
+    return [programs.info_by_id(link.program_id) for link in links.all_links() if link.id in ids]
 
 
 def test_the_log_names_the_process(tool, scratch):
@@ -68,24 +173,6 @@ def test_the_log_names_the_process(tool, scratch):
     assert f"eBPF stats PID {process.pid} cgroup " in result.err
 
 
-def test_a_pid_with_company_is_refused(tool, scratch):
-    """A cgroup with another process is refused, naming that one and the option."""
-    cgroup = scratch.cgroup()
-    process, other = scratch.process(cgroup), scratch.process(cgroup)
-    complaint = refusal(tool, "--pid", str(process.pid))
-    assert f"{other.pid} (sleep)" in complaint
-    assert "--whole-cgroup" in complaint
-
-
-def test_a_pid_with_a_child_cgroup_of_others_is_refused(tool, scratch):
-    """A process in a cgroup below would be limited too: it is company."""
-    cgroup = scratch.cgroup()
-    process = scratch.process(cgroup)
-    below = scratch.cgroup(parent=cgroup)
-    other = scratch.process(below)
-    assert str(other.pid) in refusal(tool, "--pid", str(process.pid))
-
-
 def test_the_whole_cgroup_may_be_asked_for(tool, scratch, attached, eventually):
     """With --whole-cgroup the other process is limited too."""
     cgroup = scratch.cgroup()
@@ -96,12 +183,36 @@ def test_the_whole_cgroup_may_be_asked_for(tool, scratch, attached, eventually):
     assert tool.finish(started).status == 0
 
 
-def test_a_pid_in_the_root_cgroup_is_refused(tool, scratch):
-    """The root cgroup is not limited for the sake of one process."""
+def test_the_root_cgroup_is_not_limited_for_one_process(tool, scratch):
+    """As a whole; the process alone is."""
     process = scratch.process(cgroups.root())
-    complaint = refusal(tool, "--pid", str(process.pid))
-    assert "root" in complaint
-    assert "--whole-cgroup" in complaint
+    assert "root" in refusal(tool, "--pid", str(process.pid), "--whole-cgroup")
+    assert tool.run("--pid", str(process.pid), *SHORT).status == 0
+
+
+def test_a_process_moves_there_and_back(tool, scratch, eventually):
+    """--move-cgroup makes a cgroup below its own one for the time of the limit."""
+    cgroup = scratch.cgroup()
+    process, other = scratch.process(cgroup), scratch.process(cgroup)
+    started, _ = begin(tool, "--pid", str(process.pid), "--move-cgroup")
+    [made] = [each for each in cgroups.walk() if each in cgroup and each != cgroup]
+    assert (made.pids(), cgroup.pids()) == ([process.pid], [other.pid])
+    started.terminate()
+    assert tool.finish(started).status == 0
+    assert sorted(cgroup.pids()) == sorted([process.pid, other.pid])
+    assert not made.exists()
+
+
+def test_a_moved_process_is_moved_back_after_a_crash(tool, scratch):
+    """The next start does what kill -9 has prevented."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started, _ = begin(tool, "--pid", str(process.pid), "--move-cgroup")
+    started.kill()
+    started.wait()
+    assert cgroup.pids() == []
+    assert tool.run("cleanup").status == 0
+    assert cgroup.pids() == [process.pid]
 
 
 def test_a_kernel_thread_is_refused(tool):

@@ -99,11 +99,11 @@ def test_inspect_shows_an_object(tool, anybody):
     assert "CGROUP_STATS    percpu_array" in result.text
     found = json.loads(tool.run("inspect", "--json", path, prefix=anybody).text)
     assert [program["name"] for program in found["programs"]] == [
+        "pybpft_adopt",
         "pybpft_ingress",
         "pybpft_egress",
         "pybpft_egresscn",
         "pybpft_sockops",
-        "pybpft_adopt",
     ]
     assert found["faults"] == []
 
