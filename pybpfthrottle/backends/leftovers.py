@@ -54,7 +54,7 @@ def find() -> list[Leftover]:
     """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
     ours = {
         info.id: (info, owner)
-        for info in _our_programs()
+        for info in our_programs()
         for owner in [_owner(info)]
         if owner is not None and process.is_gone(owner)
     }
@@ -62,7 +62,7 @@ def find() -> list[Leftover]:
         return []
     places = dict(_places(set(ours)))
     return [
-        Leftover(program_id, info.name, _hook(info), owner.pid, places.get(program_id))
+        Leftover(program_id, info.name, hook_of(info), owner.pid, places.get(program_id))
         for program_id, (info, owner) in ours.items()
     ]
 
@@ -73,7 +73,7 @@ def remove(leftover: Leftover) -> None:
     Connections that it shaped get back what they had.
     """
     map_ids = programs.info_by_id(leftover.program_id).map_ids
-    shaped = _open(map_ids, SOCKETS)
+    shaped = open_map(map_ids, SOCKETS)
     with nullcontext() if shaped is None else shaped:
         if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
             _disarm(map_ids)
@@ -92,7 +92,8 @@ def remove_all() -> list[Leftover]:
     return removed
 
 
-def _our_programs() -> Iterator[ProgramInfo]:
+def our_programs() -> Iterator[ProgramInfo]:
+    """All programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
     with suppress(OSError):  # they may not be seen
         for program_id in programs.all_ids():
             with suppress(OSError):  # it may end in between
@@ -101,7 +102,8 @@ def _our_programs() -> Iterator[ProgramInfo]:
                     yield info
 
 
-def _hook(info: ProgramInfo) -> AttachType:
+def hook_of(info: ProgramInfo) -> AttachType:
+    """Where a program of ours is attached, by its type and name."""
     hook = _HOOKS_BY_TYPE.get(ProgType(info.type))
     if hook is not None:
         return hook
@@ -111,35 +113,36 @@ def _hook(info: ProgramInfo) -> AttachType:
 
 def _owner(info: ProgramInfo) -> Optional[Identity]:
     """Who made the program; None if it is not ours, or disarmed already."""
-    configs = _configs(info.map_ids)
+    configs = configs_of(info.map_ids)
     if configs is None:
         return None
     with configs:
-        heads = [_Head.from_buffer_copy(record) for record in configs.values()]
+        heads = [Head.from_buffer_copy(record) for record in configs.values()]
     for head in heads:
         if head.magic == THROTTLE_MAGIC and head.rate_bytes_per_s:
             return Identity(head.owner_pid, head.owner_pid_namespace, head.owner_start_ticks)
     return None
 
 
-class _Head(ctypes.Structure):
+class Head(ctypes.Structure):
     """The owner and the rate, which never move: all that may be relied on in any version."""
 
     _fields_ = ThrottleConfig._fields_[:6]
 
 
-def _configs(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
+def configs_of(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
     """The map of configurations, whose records another version may have made longer or shorter."""
-    found = _open(map_ids, _CONFIGS)
+    found = open_map(map_ids, _CONFIGS)
     if found is None:
         return None
-    if found.spec.value_size < ctypes.sizeof(_Head):
+    if found.spec.value_size < ctypes.sizeof(Head):
         found.close()
         return None
     return found.typed(U32, RAW)
 
 
-def _open(map_ids: tuple[int, ...], name: str) -> Optional[Map[Any, Any]]:
+def open_map(map_ids: tuple[int, ...], name: str) -> Optional[Map[Any, Any]]:
+    """The one of these maps that has this name, if any; the caller closes it."""
     for map_id in map_ids:
         with suppress(OSError):
             found = maps.open_by_id(map_id)
@@ -180,10 +183,10 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
 
 def _disarm(map_ids: tuple[int, ...]) -> None:
     """Unlimited, by its map: the program then lets all packets pass."""
-    configs = _configs(map_ids)
+    configs = configs_of(map_ids)
     if configs is not None:
         with configs:
             for direction, record in list(configs.items()):
-                head = _Head.from_buffer_copy(record)
+                head = Head.from_buffer_copy(record)
                 head.rate_bytes_per_s = 0
-                configs[direction] = bytes(head) + record[ctypes.sizeof(_Head) :]
+                configs[direction] = bytes(head) + record[ctypes.sizeof(Head) :]
