@@ -17,6 +17,54 @@ _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 SO_MAX_PACING_RATE = 47
 
 
+class Descriptor(NamedTuple):
+    """A descriptor of another process that is a socket, and the socket's inode."""
+
+    number: int
+    inode: int
+
+
+class Lender:
+    """A process to borrow sockets from; ``close`` or ``with`` ends it."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError: ESRCH for a process that is gone, ENOSYS before Linux 5.3."""
+        self.pid = pid
+        self._pidfd = _system_call(_PIDFD_OPEN, pid, 0)
+
+    def borrow(self, number: int) -> int:
+        """An own descriptor of what ``number`` is there; the caller closes it. Linux 5.6.
+
+        Needs CAP_SYS_PTRACE for processes of other users. Raises OSError: EBADF if it was closed
+        meanwhile, ESRCH if the process has ended.
+        """
+        return _system_call(_PIDFD_GETFD, self._pidfd, number, 0)
+
+    def close(self) -> None:
+        """Close the descriptor of the process."""
+        if self._pidfd >= 0:
+            pidfd, self._pidfd = self._pidfd, -1
+            os.close(pidfd)
+
+    def __enter__(self) -> Lender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def descriptors(pid: int) -> list[Descriptor]:
+    """Those of a process that are sockets. Raises OSError where it may not be looked into."""
+    directory = f"/proc/{pid}/fd"
+    found = []
+    for name in os.listdir(directory):
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            target = os.readlink(f"{directory}/{name}")
+            if target.startswith("socket:["):
+                found.append(Descriptor(int(name), int(target[len("socket:[") : -1])))
+    return sorted(found)
+
+
 class Scan:
     """Looks through processes again and again, and lends each of their sockets once.
 
@@ -37,34 +85,26 @@ class Scan:
         self.refused = {}
         for pid in pids:
             try:
-                pidfd = _system_call(_PIDFD_OPEN, pid, 0)
+                with Lender(pid) as lender:
+                    for number, inode in descriptors(pid):
+                        if inode not in met and inode not in self._known:
+                            yield from self._borrowed(lender, number, inode)
+                        met.add(inode)
             except OSError as error:
-                self._note(pid, error)
-                continue
-            try:
-                for number, inode in descriptors(pid):
-                    if inode not in met and inode not in self._known:
-                        yield from self._borrowed(pid, pidfd, number, inode)
-                    met.add(inode)
-            except OSError as error:
-                self._note(pid, error)
-            finally:
-                os.close(pidfd)
+                # ESRCH, ENOENT: the process has ended.
+                if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+                    self.refused[pid] = error
         self._known = met
 
-    def _borrowed(self, pid: int, pidfd: int, number: int, inode: int) -> Iterator[Borrowed]:
+    def _borrowed(self, lender: Lender, number: int, inode: int) -> Iterator[Borrowed]:
         try:
-            descriptor = _system_call(_PIDFD_GETFD, pidfd, number, 0)
+            fd = lender.borrow(number)
         except OSError as error:
-            self._note(pid, error)
-            return
-        with socket.socket(fileno=descriptor) as own:
-            yield Borrowed(own, pid, number, inode)
-
-    def _note(self, pid: int, error: OSError) -> None:
-        # ESRCH, ENOENT: the process has ended; EBADF: it has closed the descriptor.
-        if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
-            self.refused[pid] = error
+            if error.errno == errno.EBADF:  # it was closed meanwhile
+                return
+            raise
+        with socket.socket(fileno=fd) as own:
+            yield Borrowed(own, lender.pid, number, inode)
 
 
 class Borrowed(NamedTuple):
@@ -93,16 +133,6 @@ def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:
     ends in between, are passed over.
     """
     return (found.socket for found in Scan().new(pids) if found.is_tcp)
-
-
-def descriptors(pid: int) -> Iterator[tuple[int, int]]:
-    """The descriptors of a process that are sockets, each with its inode. Raises OSError."""
-    directory = f"/proc/{pid}/fd"
-    for name in os.listdir(directory):
-        with suppress(OSError):
-            target = os.readlink(f"{directory}/{name}")
-            if target.startswith("socket:["):
-                yield int(name), int(target[8:-1])
 
 
 @cache

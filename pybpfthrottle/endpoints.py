@@ -1,0 +1,238 @@
+"""What a socket is: its family, type and protocol, its addresses, its state."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from contextlib import suppress
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
+
+T = TypeVar("T")
+
+# include/uapi/asm-generic/socket.h (that of all machines that bpf(2) can be called on)
+_SO_TYPE, _SO_PROTOCOL, _SO_DOMAIN = 3, 38, 39
+_IPPROTO_MPTCP = 262
+
+# include/linux/socket.h; Python has not all of them in all versions.
+_FAMILIES = {
+    1: "unix", 2: "inet", 10: "inet6", 15: "key", 16: "netlink", 17: "packet", 21: "rds",
+    29: "can", 30: "tipc", 31: "bluetooth", 38: "alg", 39: "nfc", 40: "vsock", 43: "smc",
+    44: "xdp", 45: "mctp",
+}  # fmt: skip
+_TYPES = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp", 10: "packet"}
+_PROTOCOLS = {
+    1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 58: "icmpv6", 132: "sctp", 136: "udplite",
+    255: "raw", _IPPROTO_MPTCP: "mptcp",
+}  # fmt: skip
+# include/net/tcp_states.h
+_STATES = (
+    "", "established", "syn-sent", "syn-recv", "fin-wait-1", "fin-wait-2", "time-wait", "close",
+    "close-wait", "last-ack", "listen", "closing", "syn-recv",
+)  # fmt: skip
+
+IP_FAMILIES = ("inet", "inet6")
+# What is sent by them goes past the hooks of cgroups.
+PACKET_FAMILIES = ("packet", "xdp")
+
+
+class Endpoint(NamedTuple):
+    """An address: of IP with a port (0: none), a path or another name without (None)."""
+
+    address: str
+    port: Optional[int] = None
+
+    def __str__(self) -> str:
+        if self.port is None:
+            return self.address
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port or '*'}"
+
+    def is_loopback(self) -> bool:
+        """Whether it is an IP address of the loopback device."""
+        address = self.ip()
+        return address is not None and address.is_loopback
+
+    def ip(self) -> Any:
+        """The IP address, the IPv4 one where IPv6 maps it; None if it is none."""
+        if self.port is None:
+            return None
+        address = ipaddress.ip_address(self.address.partition("%")[0])
+        return getattr(address, "ipv4_mapped", None) or address
+
+
+class Kind(NamedTuple):
+    """What a socket is, by the kernel's numbers. None: not known."""
+
+    family: Optional[int] = None
+    type: Optional[int] = None
+    protocol: Optional[int] = None
+
+    @property
+    def family_name(self) -> str:
+        """As ``inet6``."""
+        return _name(_FAMILIES, self.family)
+
+    @property
+    def type_name(self) -> str:
+        """As ``stream``."""
+        return _name(_TYPES, self.type)
+
+    @property
+    def protocol_name(self) -> Optional[str]:
+        """As ``tcp``; None where the family has no protocols, or but one."""
+        if self.family_name not in IP_FAMILIES:
+            return None
+        return _name(_PROTOCOLS, self.protocol)
+
+    def is_ip(self) -> bool:
+        """Whether IP packets pass it."""
+        return self.family_name in IP_FAMILIES
+
+    def is_mptcp(self) -> bool:
+        """Whether other sockets, which the kernel has opened, carry its data."""
+        return self.is_ip() and self.protocol == _IPPROTO_MPTCP
+
+
+class Description(NamedTuple):
+    """What one socket is. ``state`` is that of TCP."""
+
+    kind: Kind
+    local: Optional[Endpoint] = None
+    remote: Optional[Endpoint] = None
+    state: Optional[str] = None
+
+
+def describe(descriptor: int) -> Description:
+    """What the socket behind a descriptor of this process is. Raises OSError if it is none.
+
+    It tells the same of sockets of other network namespaces.
+    """
+    # The true family is not known yet, and asking for options needs none.
+    kind = _with_socket(descriptor, Kind(socket.AF_UNIX, socket.SOCK_STREAM, 0), _kind)
+    return _with_socket(descriptor, kind, lambda own: _description(own, kind))
+
+
+def _with_socket(descriptor: int, kind: Kind, ask: Callable[[socket.socket], T]) -> T:
+    own = socket.socket(kind.family or 0, kind.type or 0, kind.protocol or 0, fileno=descriptor)
+    try:
+        return ask(own)
+    finally:
+        own.detach()
+
+
+def _kind(own: socket.socket) -> Kind:
+    return Kind(
+        own.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN),
+        own.getsockopt(socket.SOL_SOCKET, _SO_TYPE),
+        own.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL),
+    )
+
+
+def _description(own: socket.socket, kind: Kind) -> Description:
+    state = None
+    if kind.is_ip() and kind.type == socket.SOCK_STREAM:
+        with suppress(OSError):  # SCTP has none
+            first = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            state = _state(first)
+    local, remote = (_endpoint(ask, kind) for ask in (own.getsockname, own.getpeername))
+    return Description(kind, local, remote, state)
+
+
+def _endpoint(ask: Callable[[], Any], kind: Kind) -> Optional[Endpoint]:
+    try:
+        found = ask()
+    except OSError as error:
+        # Not connected, no such question for this family, or closed by the other side meanwhile.
+        if error.errno in (errno.ENOTSOCK, errno.EBADF):
+            raise
+        return None
+    if kind.is_ip():
+        host, port, *more = found
+        scope = f"%{more[1]}" if more and more[1] and "%" not in host else ""
+        # Raw sockets have the protocol there.
+        return _ip_endpoint(host + scope, 0 if kind.type == socket.SOCK_RAW else port)
+    name = _NAMES.get(kind.family_name, lambda _: "")(found)
+    return Endpoint(name) if name else None
+
+
+def _ip_endpoint(address: str, port: int) -> Optional[Endpoint]:
+    """None for that of a socket that is not bound."""
+    found = Endpoint(address, port)
+    return None if not port and found.ip().is_unspecified else found
+
+
+def _unix_name(found: Any) -> str:
+    if isinstance(found, bytes):  # an abstract one begins with a zero byte
+        return "@" + found[1:].decode("utf-8", "replace") if found else ""
+    return str(found)
+
+
+# How Python tells addresses: https://docs.python.org/3/library/socket.html
+_NAMES: dict[str, Callable[[Any], str]] = {
+    "unix": _unix_name,
+    "netlink": lambda found: str(found[0]) if found[0] else "",
+    "packet": lambda found: str(found[0]),
+    "vsock": lambda found: f"{found[0]}:{found[1]}",
+}
+
+
+def _state(number: int) -> Optional[str]:
+    return _STATES[number] if 0 < number < len(_STATES) else None
+
+
+def _name(names: dict[int, str], number: Optional[int]) -> str:
+    if number is None:
+        return "?"
+    return names.get(number, str(number))
+
+
+_TABLES = {
+    "tcp": Kind(2, 1, 6),
+    "tcp6": Kind(10, 1, 6),
+    "udp": Kind(2, 2, 17),
+    "udp6": Kind(10, 2, 17),
+    "udplite": Kind(2, 2, 136),
+    "udplite6": Kind(10, 2, 136),
+    "icmp": Kind(2, 2, 1),
+    "icmp6": Kind(10, 2, 58),
+    "raw": Kind(2, 3, 255),
+    "raw6": Kind(10, 3, 255),
+}
+# Of these the family, and in which column the inode is.
+_OTHER_TABLES = {"unix": (1, 6), "netlink": (16, -1), "packet": (17, -1)}
+
+
+def listed_in_proc(pid: int) -> dict[int, Description]:
+    """What /proc/PID/net tells of the sockets of a process's network namespace, by inode.
+
+    For those that cannot be borrowed. Sockets that are neither bound nor connected are not listed.
+    """
+    found: dict[int, Description] = {}
+    for table, kind in _TABLES.items():
+        for line in _lines(pid, table):
+            fields = line.split()
+            local, remote = (_from_hex(field) for field in fields[1:3])
+            state = _state(int(fields[3], 16)) if kind.protocol == 6 else None
+            found[int(fields[9])] = Description(kind, local, remote, state)
+    for table, (family, column) in _OTHER_TABLES.items():
+        for line in _lines(pid, table):
+            found[int(line.split()[column])] = Description(Kind(family))
+    return found
+
+
+def _lines(pid: int, table: str) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/net/{table}", errors="replace") as file:
+            return file.read().splitlines()[1:]
+    except OSError:  # a kernel without the protocol
+        return []
+
+
+def _from_hex(text: str) -> Optional[Endpoint]:
+    """An address as these tables have it: 32-bit numbers in the byte order of the machine."""
+    address, _, port = text.partition(":")
+    words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
+    ip = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    return _ip_endpoint(str(ip), int(port, 16))
