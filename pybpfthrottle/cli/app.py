@@ -208,6 +208,34 @@ def switch(pid: int, method: str) -> None:
     switch_command.switch(pid, method)
 
 
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle sockets --pid 1234
+  sudo pybpfthrottle sockets --pid 1234 --pid 1240
+  sudo pybpfthrottle sockets --pid 1234 --json | jq '.processes[].sockets[] | select(.covered)'
+
+\b
+Exit status: 0 done, 1 a process could not be looked into, 2 wrong usage.
+""",
+)
+@click.option(
+    "--pid",
+    "pids",
+    type=click.IntRange(min=1),
+    multiple=True,
+    required=True,
+    help="The process. May be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sockets(pids: tuple[int, ...], as_json: bool) -> None:
+    """Show the sockets of a process, which running throttles limit them, or why none does."""
+    from pybpfthrottle.cli import sockets as sockets_command
+
+    sys.exit(sockets_command.sockets(pids, as_json=as_json))
+
+
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 LIMIT = ("--download-limit", "1M", "-q")
@@ -51,6 +53,35 @@ def test_the_demo_of_a_user_is_one_line(tool, anybody):
     result = tool.run("demo", "--seconds", "2", prefix=[*own_loopback, *anybody])
     assert result.status == 1
     assert "root" in result.complaint
+
+
+def test_a_user_sees_the_sockets_of_own_processes(tool, anybody):
+    """Nobody sees the sockets of nobody's processes, and one line tells that root knows more."""
+    code = "import socket; s = socket.create_server(('127.0.0.1', 0))\n"
+    code += "print(s.getsockname()[1], flush=True); input()"
+    server = subprocess.Popen(
+        [*anybody, tool.python, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with server:
+        port = server.stdout.readline().strip()
+        result = tool.run("sockets", "--pid", str(server.pid), prefix=anybody)
+        server.stdin.close()
+    assert result.status == 0
+    assert "root" in result.complaint
+    assert f"127.0.0.1:{port}" in result.text
+    assert "listen" in result.text
+    assert "not known" in result.text
+
+
+def test_a_user_does_not_see_the_sockets_of_others(tool, anybody, scratch):
+    """The sockets of root's process as nobody are 1, and one line that names the capability."""
+    process = scratch.process(scratch.cgroup())
+    result = tool.run("sockets", "--pid", str(process.pid), prefix=anybody)
+    assert (result.status, result.out) == (1, b"")
+    assert "CAP_SYS_PTRACE" in result.complaint
 
 
 def test_backends_are_listed_as_unavailable_to_a_user(tool, anybody):

@@ -1,7 +1,8 @@
 """Make bpf(2) refuse some commands: ``python refusing.py CMD=ERRNO ... -- COMMAND``.
 
 A seccomp filter, on the real kernel, for the command and what it starts. It makes an older kernel,
-a security module or a container of this one. CMD is a number of enum bpf_cmd, or ``all``.
+a security module or a container of this one. CMD is a number of enum bpf_cmd, or ``all``; or the
+name of another system call, of OTHERS, that is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ LD_W_ABS, JEQ_K, RET_K = 0x20, 0x15, 0x06
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
 NUMBER_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 16
 BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+OTHERS = {"pidfd_getfd": 438}
 
 
 def instruction(code: int, k: int, *, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -27,14 +29,19 @@ def instruction(code: int, k: int, *, if_true: int = 0, if_false: int = 0) -> by
 def refuse(rules: list[tuple[str, int]]) -> None:
     """Put the filter in force on this process."""
     tests = b""
+    others = b""
     for command, errno in rules:
-        if command == "all":
+        if command in OTHERS:
+            others += instruction(JEQ_K, OTHERS[command], if_false=1)
+            others += instruction(RET_K, RET_ERRNO | errno)
+        elif command == "all":
             tests += instruction(RET_K, RET_ERRNO | errno)
         else:
             tests += instruction(JEQ_K, int(command), if_false=1)
             tests += instruction(RET_K, RET_ERRNO | errno)
     code = (
         instruction(LD_W_ABS, NUMBER_OFFSET)
+        + others
         + instruction(JEQ_K, BPF, if_false=1 + len(tests) // 8)
         + instruction(LD_W_ABS, FIRST_ARGUMENT_OFFSET)
         + tests

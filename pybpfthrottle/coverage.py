@@ -1,0 +1,439 @@
+"""Which running throttles cover the sockets of a process, and why they do not cover the others."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
+from socket import IPPROTO_RAW, SOCK_RAW
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
+
+from pybpfthrottle import cgroup as cgroups_v2
+from pybpfthrottle import endpoints, netns, process, sockets
+from pybpfthrottle.backends.running import Rule, Rules
+from pybpfthrottle.bpf import privileges
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.endpoints import PACKET_FAMILIES, Description, Kind
+from pybpfthrottle.errors import CgroupError, ProcessError
+from pybpfthrottle.limits import Direction
+from pybpfthrottle.process import Identity, Process
+
+MARK, CGROUP = "mark", "cgroup"
+
+
+class Remark(NamedTuple):
+    """What is to be known of a socket: a code, which stays the same, and a text."""
+
+    code: str
+    text: str
+
+    def about(self, **what: Any) -> Remark:
+        """The same with what its text leaves open."""
+        return self._replace(text=self.text.format(**what))
+
+
+# Why a socket is not covered; where there are several reasons, the first of these.
+NOT_IP = Remark("not-ip", "no IP traffic")
+PACKET = Remark("packet", "its packets go past the hooks of cgroups")
+CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
+LOOPBACK = Remark("loopback", "loopback traffic, limited with --loopback alone")
+MPTCP = Remark("mptcp", "MPTCP: its data goes by sockets of the kernel; --move-cgroup covers them")
+OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
+OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before the move to the limited {now}")
+NOT_MARKED = Remark("not-marked", "not marked; one handed over by another process is in a second")
+NO_THROTTLE = Remark("no-throttle", "outside of all throttles; --pid {pid} would cover it")
+_REASONS = (
+    *(NOT_IP, PACKET, CGROUP_REMOVED, LOOPBACK, MPTCP, OUT_OF_REACH, OTHER_CGROUP, NOT_MARKED),
+    NO_THROTTLE,
+)
+UNKNOWN = Remark("unknown", "not known")
+
+# Notes on others.
+LISTENS = Remark("listens", "what it accepts is limited as well")
+SHARED = Remark("shared", "limited for these too: {processes}")
+CGROUP_ASSUMED = Remark("cgroup-assumed", "if it was created in the present cgroup of the process")
+
+
+class Cover(NamedTuple):
+    """A throttle that covers a socket, ``by`` MARK or CGROUP; ``owner`` is its process."""
+
+    owner: Identity
+    by: str
+    directions: tuple[Direction, ...]
+
+
+class OpenSocket(NamedTuple):
+    """A descriptor of a process that is a socket, and which throttles cover it.
+
+    ``covered`` is None where that is not known; ``reason`` tells why it is not True. ``cgroup`` is
+    that of the socket, or of the process where ``cgroup_assumed``. ``shared_with`` are the other
+    processes that have it open, as far as they may be looked into.
+    """
+
+    fd: int
+    inode: int
+    description: Description
+    cgroup: Optional[Cgroup] = None
+    cgroup_assumed: bool = False
+    shared_with: tuple[int, ...] = ()
+    covers: tuple[Cover, ...] = ()
+    covered: Optional[bool] = None
+    reason: Optional[Remark] = None
+    notes: tuple[Remark, ...] = ()
+
+
+class Report(NamedTuple):
+    """The sockets of a process, by descriptor. ``unknown`` tells why coverage is not known."""
+
+    process: Process
+    cgroup: Optional[Cgroup]
+    sockets: tuple[OpenSocket, ...]
+    unknown: Optional[str] = None
+
+
+class Coverage:
+    """The throttles in force now, and reports on processes; ``close`` or ``with`` ends it."""
+
+    def __init__(self) -> None:
+        """Linux 4.15. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
+
+        Without them ``unknown`` says so, and reports tell what can be told.
+        """
+        self.unknown: Optional[str] = None
+        self._rules: Optional[Rules] = None
+        try:
+            self._rules = Rules()
+            self._rules.passed_in(cgroups_v2.root())  # it tells what is refused
+        except CgroupError as error:
+            self.unknown = str(error)
+        except OSError as error:
+            self.unknown = _why_unknown(error)
+
+    def report(self, pid: int) -> Report:
+        """The sockets that a process has open. Linux 5.6 tells whether they are covered.
+
+        What is opened and closed meanwhile may be among them or not. Raises ProcessError if there
+        is no such process, if it ends, or if it may not be looked into.
+        """
+        target = Process(pid)
+        try:
+            listed = sockets.descriptors(pid)
+        except OSError as error:
+            raise _cannot_look(target, error) from error
+        where = None
+        with suppress(CgroupError):
+            where = cgroups_v2.from_pid(pid)
+        try:
+            found, unknown = self._covered(target, where, listed), self.unknown
+        except OSError as error:
+            descriptions = endpoints.listed_in_proc(pid)
+            found = [
+                _undecided(OpenSocket(*each, descriptions.get(each.inode, Description(Kind()))))
+                for each in listed
+            ]
+            unknown = self.unknown or _why_unknown(error)
+        if not target.alive():
+            raise ProcessError(f"process {pid} ({target.name}) has ended")
+        return Report(target, where, tuple(found), unknown)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._rules is not None:
+            self._rules.close()
+
+    def __enter__(self) -> Coverage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _covered(
+        self, target: Process, where: Optional[Cgroup], listed: Sequence[sockets.Descriptor]
+    ) -> list[OpenSocket]:
+        """Raises OSError where sockets may not be borrowed, or rules not be asked for."""
+        with sockets.Lender(target.pid) as lender, _Namespaces() as namespaces:
+            borrowed = list(_borrow(lender, listed, self._rules, namespaces))
+            if self._rules is None or self.unknown is not None:
+                return [
+                    _undecided(OpenSocket(one.fd, one.inode, one.description)) for one in borrowed
+                ]
+            surroundings = namespaces.surroundings(borrowed)
+        marked = frozenset(map_id for one in borrowed for map_id in one.marks)
+        judge = _Judge(target.pid, where, self._rules, marked)
+        found = []
+        for one in borrowed:
+            around = surroundings.get(one.namespace, _NOWHERE)
+            own = OpenSocket(one.fd, one.inode, one.description)
+            own = own._replace(shared_with=self._shared(one.inode, target.pid))
+            found.append(judge.judged(own, one.marks, around))
+        return found
+
+    def _shared(self, inode: int, pid: int) -> tuple[int, ...]:
+        return tuple(
+            other for other in self._users.get(inode, ()) if other not in (pid, os.getpid())
+        )
+
+    @cached_property
+    def _users(self) -> dict[int, list[int]]:
+        """The processes that have a socket open, by its inode."""
+        found: dict[int, list[int]] = {}
+        for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+            with suppress(OSError):
+                for inode in {each.inode for each in sockets.descriptors(pid)}:
+                    found.setdefault(inode, []).append(pid)
+        return found
+
+
+class _Borrowed(NamedTuple):
+    """What a socket tells while it is borrowed. ``namespace`` is an inode; 0: not told."""
+
+    fd: int
+    inode: int
+    description: Description
+    namespace: int = 0
+    marks: frozenset[int] = frozenset()
+
+
+class _Surroundings(NamedTuple):
+    """What a network namespace tells: its sockets' cgroups by inode, and its addresses."""
+
+    cgroup_ids: dict[int, int]
+    addresses: set[str]
+
+    def on_loopback(self, description: Description) -> bool:
+        """Whether its packets pass the loopback device, as those to an own address do."""
+        local, remote = description.local, description.remote
+        end = remote or local
+        if end is None or end.is_loopback():
+            return end is not None
+        return remote is not None and (
+            str(remote.ip()) in self.addresses or (local is not None and local.ip() == remote.ip())
+        )
+
+
+_NOWHERE = _Surroundings({}, set())
+
+
+class _Namespaces(ExitStack):
+    """The network namespaces of borrowed sockets, kept open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[int, int] = {}
+
+    def of(self, descriptor: int) -> int:
+        """The inode of that of a socket; 0 where it is not told."""
+        try:
+            namespace = netns.of_socket(descriptor)
+        except OSError:
+            return 0
+        inode = os.fstat(namespace).st_ino
+        if inode in self._open:
+            os.close(namespace)
+        else:
+            self._open[inode] = namespace
+            self.callback(os.close, namespace)
+        return inode
+
+    def surroundings(self, borrowed: Sequence[_Borrowed]) -> dict[int, _Surroundings]:
+        """What each of them tells, as far as it does."""
+        found = {}
+        for inode, namespace in self._open.items():
+            kinds = {one.description.kind for one in borrowed if one.namespace == inode}
+            with suppress(OSError):
+                found[inode] = netns.inside(namespace, partial(_surroundings, kinds))
+        return found
+
+
+def _surroundings(kinds: set[Kind]) -> _Surroundings:
+    asked = {
+        # All raw sockets are listed as one protocol, whatever theirs is.
+        (kind.family or 0, IPPROTO_RAW if kind.type == SOCK_RAW else kind.protocol or 0)
+        for kind in kinds
+    }
+    return _Surroundings(netns.cgroup_ids(asked), netns.own_addresses())
+
+
+def _borrow(
+    lender: sockets.Lender,
+    listed: Sequence[sockets.Descriptor],
+    rules: Optional[Rules],
+    namespaces: _Namespaces,
+) -> Iterator[_Borrowed]:
+    for number, _ in listed:
+        try:
+            own = lender.borrow(number)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ESRCH):  # it ended meanwhile
+                continue
+            raise
+        try:
+            with suppress(OSError):  # another file has its number meanwhile
+                description = endpoints.describe(own)
+                found = _Borrowed(number, os.fstat(own).st_ino, description)
+                if rules is not None and description.kind.is_ip():
+                    marks = rules.marks_of(own)
+                    found = found._replace(namespace=namespaces.of(own), marks=marks)
+                yield found
+        finally:
+            os.close(own)
+
+
+class _Judge:
+    """Finds out which rules cover the sockets of a process, which is in the cgroup ``now``."""
+
+    def __init__(
+        self, pid: int, now: Optional[Cgroup], rules: Rules, marked: frozenset[int]
+    ) -> None:
+        """``marked`` has the ids of the maps in which any socket of the process has a mark."""
+        self._pid = pid
+        self._now = now
+        self._rules = rules
+        self._marked = marked
+        self._cgroups = _Cgroups(now)
+        self._rules_near: dict[Cgroup, list[Rule]] = {}
+
+    def judged(self, own: OpenSocket, marks: frozenset[int], around: _Surroundings) -> OpenSocket:
+        """The socket with its covers, or the reason why there are none. Raises OSError."""
+        if not own.description.kind.is_ip():
+            return _undecided(own)
+        number = around.cgroup_ids.get(own.inode)
+        where = self._now if number is None else self._cgroups.by_id(number)
+        own = own._replace(cgroup=where, cgroup_assumed=number is None)
+        passed = self._passed_in(where)
+        if where is None or passed is None:
+            return own._replace(reason=CGROUP_REMOVED)
+        on_loopback = around.on_loopback(own.description)
+        covering = []
+        reasons = [NO_THROTTLE.about(pid=f"{self._pid}{' --loopback' if on_loopback else ''}")]
+        if own.description.kind.is_mptcp():
+            reasons.append(MPTCP)
+        for rule in self._near(where, passed):
+            reason = self._escapes(own, where, rule.program_id in passed, marks, rule)
+            if reason is None and on_loopback and not rule.loopback:
+                reason = LOOPBACK
+            if reason is None:
+                covering.append(rule)
+            else:
+                reasons.append(reason)
+        if covering:
+            own = own._replace(covered=True, covers=_covers(covering))
+        else:
+            own = own._replace(covered=False, reason=min(reasons, key=_rank))
+        return own._replace(notes=tuple(_notes(own)))
+
+    def _near(self, where: Cgroup, passed: frozenset[int]) -> list[Rule]:
+        """The rules that have to do with this process, of many on the machine."""
+        if where not in self._rules_near:
+            around = passed | (self._passed_in(self._now) or frozenset())
+            self._rules_near[where] = [
+                rule
+                for rule in self._rules.all
+                if rule.program_id in around or rule.marks_id in self._marked
+            ]
+        return self._rules_near[where]
+
+    def _escapes(
+        self, own: OpenSocket, where: Cgroup, is_passed: bool, marks: frozenset[int], rule: Rule
+    ) -> Optional[Remark]:
+        """Why a rule does not hold for a socket of the cgroup ``where``; None if it does."""
+        if rule.marks_id is None:
+            if is_passed:
+                return None
+            if self._now and rule.program_id in (self._passed_in(self._now) or ()):
+                return OTHER_CGROUP.about(cgroup=where.path, now=self._now.path)
+            return NO_THROTTLE.about(pid=self._pid)
+        if rule.marks_id not in marks:
+            return NOT_MARKED if rule.marks_id in self._marked else NO_THROTTLE.about(pid=self._pid)
+        if not is_passed:
+            return OUT_OF_REACH.about(cgroup=where.path)
+        return MPTCP if own.description.kind.is_mptcp() else None
+
+    def _passed_in(self, where: Optional[Cgroup]) -> Optional[frozenset[int]]:
+        """None for a cgroup that was removed."""
+        with suppress(OSError, CgroupError):
+            return self._rules.passed_in(where) if where else None
+        return None
+
+
+class _Cgroups:
+    """Cgroups by their ids. Most sockets are of the one that their process is in."""
+
+    def __init__(self, usual: Optional[Cgroup]) -> None:
+        self._found: dict[int, Cgroup] = {}
+        self._complete = False
+        if usual is not None:
+            with suppress(OSError):
+                self._found[usual.id] = usual
+
+    def by_id(self, number: int) -> Optional[Cgroup]:
+        """None for one that was removed, or that is not visible here."""
+        if number not in self._found and not self._complete:
+            self._complete = True
+            for each in cgroups_v2.walk():
+                with suppress(OSError):  # it may vanish meanwhile
+                    self._found[each.id] = each
+        return self._found.get(number)
+
+
+def _covers(rules: Sequence[Rule]) -> tuple[Cover, ...]:
+    together: dict[tuple[Identity, str], set[Direction]] = {}
+    for rule in rules:
+        by = CGROUP if rule.marks_id is None else MARK
+        together.setdefault((rule.owner, by), set()).add(rule.direction)
+    return tuple(
+        Cover(owner, by, tuple(sorted(directions)))
+        for (owner, by), directions in sorted(together.items())
+    )
+
+
+def _notes(own: OpenSocket) -> Iterator[Remark]:
+    if own.covered and own.description.state == "listen":
+        yield LISTENS
+    if own.covered and own.shared_with:
+        yield SHARED.about(processes=process.listed(own.shared_with))
+    if own.covered and own.cgroup_assumed:
+        yield CGROUP_ASSUMED
+
+
+def _rank(reason: Remark) -> int:
+    return next(rank for rank, each in enumerate(_REASONS) if each.code == reason.code)
+
+
+def _undecided(own: OpenSocket) -> OpenSocket:
+    """What is known of a socket without knowing the throttles."""
+    kind = own.description.kind
+    if kind.is_ip() or kind.family is None:
+        return own._replace(reason=UNKNOWN)
+    return own._replace(
+        covered=False, reason=PACKET if kind.family_name in PACKET_FAMILIES else NOT_IP
+    )
+
+
+def _cannot_look(target: Process, error: OSError) -> ProcessError:
+    if isinstance(error, PermissionError):
+        return ProcessError(
+            f"process {target.pid} ({target.name}) may not be looked into:"
+            " that needs root, or CAP_SYS_PTRACE"
+        )
+    return ProcessError(f"process {target.pid} ({target.name}) has ended")
+
+
+def _why_unknown(error: OSError) -> str:
+    """Why it cannot be told whether sockets are covered."""
+    if error.errno == errno.ENOSYS:
+        if error.filename:
+            return privileges.why_refused(error, str(error.filename))
+        return "the kernel has no pidfd_getfd (Linux 5.6), or a filter refuses it"
+    if error.filename:
+        return (
+            f"{error.filename} gives {errno.errorcode.get(error.errno or 0)}: to see throttles"
+            " needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+        )
+    if error.errno == errno.EPERM:
+        return (
+            "pidfd_getfd gives EPERM: to borrow its sockets needs root (CAP_SYS_PTRACE), and no"
+            " filter or security module that refuses it"
+        )
+    return f"its sockets cannot be borrowed: {error.strerror}"
