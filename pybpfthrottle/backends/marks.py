@@ -62,6 +62,8 @@ class Marks:
         self._inodes: set[int] = set()
         self._looked_for_sharing = False
         self._tracing: Optional[Tracing] = None
+        # Whether the kernel takes in whatever those in the map start from now on.
+        self._all_followed = False
         self._notes: dict[str, None] = {}
 
     def begin(self) -> None:
@@ -69,10 +71,8 @@ class Marks:
 
         Raises ProcessError for a process that has ended, or that may not be looked into.
         """
-        if self._selection.new_sockets:
-            if not process.in_first_namespace():
-                raise NoMarksError(_OTHER_NAMESPACE)
-            self._trace()
+        if self._selection.new_sockets and not process.in_first_namespace():
+            raise NoMarksError(_OTHER_NAMESPACE)
         chosen = [one.pid for one in self._selection.processes]
         self._take_in([*chosen, *self._selection.matching()])
         for one in self._selection.processes:
@@ -88,6 +88,11 @@ class Marks:
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
                 )
+        if self._selection.new_sockets:
+            # It takes a while to find out about the kernel's structures: last, and once more.
+            self._trace()
+            self._take_in(self._selection.matching())
+            self._mark_new()
 
     def follow(self, stop: int) -> None:
         """Keep the marks up to date until the descriptor ``stop`` is readable."""
@@ -155,7 +160,7 @@ class Marks:
         """These, and what they have started; without tracing also what those before have."""
         known = set(self._processes)
         new = set(pids) - known
-        parents = new if self._tracing else known | new
+        parents = new if self._all_followed else known | new
         value = ThrottleProcess(follow=self._selection.children)
         while new or parents:
             for pid in new:
@@ -167,6 +172,7 @@ class Marks:
             families = process.families()
             new = {child for pid in parents for child in families.get(pid, ())} - known
             parents = new
+        self._all_followed = self._tracing is not None
 
     def _mark_new(self) -> int:
         """Mark the sockets that have none; how many there were."""
