@@ -17,16 +17,31 @@ if TYPE_CHECKING:
     from pybpfthrottle import cgroup
     from pybpfthrottle.errors import Error
     from pybpfthrottle.limits import Counters, Direction, Rate, Verdict
+    from pybpfthrottle.process import Process
+    from pybpfthrottle.selection import Selection
     from pybpfthrottle.throttle import Throttle, apply
 
-__all__ = ["Counters", "Direction", "Error", "Rate", "Throttle", "Verdict", "apply", "cgroup"]
+__all__ = [
+    "Counters",
+    "Direction",
+    "Error",
+    "Process",
+    "Rate",
+    "Selection",
+    "Throttle",
+    "Verdict",
+    "apply",
+    "cgroup",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Counters": "limits",
     "Direction": "limits",
     "Error": "errors",
+    "Process": "process",
     "Rate": "limits",
+    "Selection": "selection",
     "Throttle": "throttle",
     "Verdict": "limits",
     "apply": "throttle",
