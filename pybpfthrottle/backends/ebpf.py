@@ -229,24 +229,30 @@ class EbpfHandle:
     def _place_marked(self, selection: Selection) -> list[Cgroup]:
         """At the top, where each socket is seen; or else at the cgroups of the processes."""
         top = cgroup.root()
-        chosen = [cgroup.from_pid(one.pid) for one in selection.processes]
-        places = [[top], list(dict.fromkeys(one for one in chosen if one != top))]
-        for cgroups in places:
-            try:
-                self._place_policers(_MARKED, cgroups)
-                if selection.new_sockets:
-                    self._place_all(MARKER, cgroups, AttachType.CGROUP_INET_SOCK_CREATE)
-            except AttachError as error:
-                self._detach_but(0)
-                if cgroups is places[-1] or not places[-1]:
-                    raise
-                self._notes.append(
-                    f"sockets of other cgroups than {', '.join(c.path for c in places[-1])}"
-                    f" are not limited: {error}"
-                )
-            else:
-                break
-        return cgroups
+        try:
+            self._place_programs_for_marks([top], selection)
+        except AttachError as error:
+            own = dict.fromkeys(cgroup.from_pid(one.pid) for one in selection.processes)
+            below = [one for one in own if one != top]
+            if not below:
+                raise
+            self._place_programs_for_marks(below, selection)
+            self._notes.append(
+                f"sockets that were made in other cgroups than"
+                f" {', '.join(one.path for one in below)} are not limited: {error}"
+            )
+            return below
+        return [top]
+
+    def _place_programs_for_marks(self, cgroups: Sequence[Cgroup], selection: Selection) -> None:
+        count = len(self._placed)
+        try:
+            self._place_policers(_MARKED, cgroups)
+            if selection.new_sockets:
+                self._place_all(MARKER, cgroups, AttachType.CGROUP_INET_SOCK_CREATE)
+        except AttachError:
+            self._detach_but(count)
+            raise
 
     def _place_policers(self, kind: _Kind, cgroups: Sequence[Cgroup]) -> None:
         for target in cgroups:
