@@ -121,7 +121,7 @@ def test_a_process_of_a_limited_cgroup_is_limited_once(tool, scratch, attached, 
 
 
 @pytest.mark.parametrize("way", ["name", "exe", "user"])
-def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, way):
+def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, eventually, way):
     """By name, executable and user, and later ones as well; until told to stop."""
     own = tmp_path / scratch.name()
     shutil.copy(shutil.which("sleep"), own)
@@ -134,10 +134,8 @@ def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, way):
     started, event = begin(tool, f"--{way}", selected, *options)
     assert event["pids"] == []
     processes = [scratch.process(cgroup, str(own), "60", user=user) for _ in range(2)]
-    marked = [str(process.pid) for process in processes]
-    time.sleep(0.2)
-    process_table = limited_by(started.pid)
-    assert sorted(process_table) == sorted(map(int, marked))
+    wanted = sorted(process.pid for process in processes)
+    eventually(lambda: sorted(limited_by(started.pid)) == wanted)
     for process in processes:
         process.kill()
     time.sleep(1.5)
