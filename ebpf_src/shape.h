@@ -432,3 +432,22 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	ctx->optlen = -1;
 	return 1;
 }
+
+/*
+ * Where the kernel cannot adopt them, user space paces their uploads. This answers which they are:
+ * those of the cgroup that leave the machine, and that nothing shapes yet. Needs Linux 5.3.
+ */
+SEC("cgroup/setsockopt") int pybpft_belongs(struct bpf_sockopt *ctx)
+{
+	__u32 direction = THROTTLE_UPLOAD;
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
+
+	if (ctx->level != THROTTLE_ADOPT)
+		return 1;
+	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))
+		return 0;
+	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0))
+		return 0;
+	ctx->optlen = -1;
+	return 1;
+}

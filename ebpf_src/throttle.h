@@ -89,7 +89,7 @@ struct throttle_process {
 	__u32 follow; /* the processes that it starts are taken in too */
 };
 
-/* setsockopt(2) with this level has a connection shaped that was open before. */
+/* setsockopt(2) with this level is about a connection that was open before the limit. */
 #define THROTTLE_ADOPT 0x54425059
 
 /* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */

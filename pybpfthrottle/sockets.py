@@ -6,8 +6,10 @@ import ctypes
 import errno
 import os
 import socket
+import struct
 from contextlib import suppress
 from functools import cache
+from ipaddress import ip_address
 from typing import Any, Iterable, Iterator, NamedTuple
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
@@ -16,12 +18,46 @@ _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
 SO_MAX_PACING_RATE = 47
 
+# include/net/tcp_states.h: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING
+_SENDING = (1, 4, 8, 9, 11)
+
 
 class Descriptor(NamedTuple):
     """A descriptor of another process that is a socket, and the socket's inode."""
 
     number: int
     inode: int
+
+
+class Place(NamedTuple):
+    """Where a socket is open: a descriptor of a process, and what tells it from all others."""
+
+    pid: int
+    number: int
+    inode: int
+
+
+class TcpInfo(NamedTuple):
+    """The part of struct tcp_info that we ask for. Linux 4.6."""
+
+    state: int
+    last_data_sent_ms: int
+    bytes_acked: int
+
+    @property
+    def sends(self) -> bool:
+        """Whether it is connected, and not closed for sending for good.
+
+        No listener: what that has is inherited. No SYN_SENT: programs are told when it is
+        established.
+        """
+        return self.state in _SENDING
+
+    @classmethod
+    def of(cls, own: socket.socket) -> TcpInfo:
+        """That of a TCP connection. Raises OSError."""
+        data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return cls(*struct.unpack_from("=B43xI72xQ", data))
 
 
 class Lender:
@@ -104,16 +140,14 @@ class Scan:
                 return
             raise
         with socket.socket(fileno=fd) as own:
-            yield Borrowed(own, lender.pid, number, inode)
+            yield Borrowed(own, Place(lender.pid, number, inode))
 
 
 class Borrowed(NamedTuple):
     """A socket of another process: the same one, by a descriptor of ours for the moment."""
 
     socket: socket.socket
-    pid: int
-    number: int
-    inode: int
+    place: Place
 
     @property
     def is_ip(self) -> bool:
@@ -124,6 +158,39 @@ class Borrowed(NamedTuple):
     def is_tcp(self) -> bool:
         """Whether it is of TCP."""
         return self.is_ip and self.socket.proto == socket.IPPROTO_TCP
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is connected, and by that does not leave the machine."""
+        try:
+            remote = ip_address(self.socket.getpeername()[0].partition("%")[0])
+        except OSError:
+            return False
+        mapped = getattr(remote, "ipv4_mapped", None) or remote
+        return mapped.is_loopback or self.socket.getsockname()[0] == self.socket.getpeername()[0]
+
+
+def places(pids: Iterable[int]) -> dict[int, Place]:
+    """Where each socket of some processes is open, of whatever kind, by its inode."""
+    found: dict[int, Place] = {}
+    for pid in pids:
+        with suppress(OSError):
+            for number, inode in descriptors(pid):
+                found.setdefault(inode, Place(pid, number, inode))
+    return found
+
+
+def borrow(place: Place) -> socket.socket:
+    """The socket at a place, to be closed soon: while it is open its owner cannot end it.
+
+    Raises OSError if it is not there any more.
+    """
+    with Lender(place.pid) as lender:
+        own = socket.socket(fileno=lender.borrow(place.number))
+    if os.fstat(own.fileno()).st_ino != place.inode:
+        own.close()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
+    return own
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Optional
 
 from pybpfthrottle import sockets
 from pybpfthrottle.backends.records import THROTTLE_ADOPT, ThrottleSocket
@@ -19,27 +19,25 @@ from pybpfthrottle.cgroup import Cgroup
 SOCKETS = "SOCKETS"
 
 
-def adopt(own: socket.socket) -> bool:
-    """Have a connection shaped; false if that cannot be.
+def ask(own: socket.socket) -> Optional[bool]:
+    """What the program at the setsockopt hook says of a connection.
 
-    The program at the setsockopt hook has to be attached. It answers for sockets that belong to
-    its cgroups alone: another is not limited there, nor shaped, and gives true.
+    None if no program answers: it belongs to another cgroup, and is neither limited nor shaped.
     """
     try:
         own.setsockopt(THROTTLE_ADOPT, 0, 0)
     except OSError as error:
-        # ENOPROTOOPT: no program answered, so it belongs to another cgroup.
-        return error.errno != errno.EPERM
+        return False if error.errno == errno.EPERM else None
     return True
 
 
-def restore(cgroups: Sequence[Cgroup], shaped: Map[Any, Any]) -> None:
-    """Give the connections of the processes in cgroups back the pacing and window they had.
+def restore(pids: Iterable[int], shaped: Map[Any, Any]) -> None:
+    """Give the connections of processes back the pacing and window they had.
 
     ``shaped`` is the map SOCKETS, by descriptor. What nobody has open any more needs nothing.
     """
     records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
-    for own in sockets.tcp_of(pids_of(cgroups)):
+    for own in sockets.tcp_of(pids):
         with suppress(KeyError, OSError):
             _restore(own, records[own.fileno()])
 
@@ -52,8 +50,8 @@ def _restore(own: socket.socket, record: ThrottleSocket) -> None:
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, record.original_clamp)
 
 
-def pids_of(cgroups: Iterable[Cgroup]) -> list[int]:
-    """The processes in cgroups and below them."""
+def pids(cgroups: Iterable[Cgroup]) -> list[int]:
+    """The processes in cgroups and below them, but for this one."""
     found: set[int] = set()
     for cgroup in cgroups:
         with suppress(OSError):

@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 import time
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from threading import Thread
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import cgroup, objects, process, sockets
 from pybpfthrottle.backends import Limits, Options, Priority, Targets, connections
+from pybpfthrottle.backends.adoption import Adoption
 from pybpfthrottle.backends.attach import ATTACH_TYPES, attach
 from pybpfthrottle.backends.connections import SOCKETS
 from pybpfthrottle.backends.guard import Guard
 from pybpfthrottle.backends.marks import MARKS, PROCESSES, Marks
+from pybpfthrottle.backends.pacer import Pacer, Seen
 from pybpfthrottle.backends.records import (
     INVERSE_RATE_SHIFT,
     THROTTLE_LOOPBACK,
@@ -25,6 +26,7 @@ from pybpfthrottle.backends.records import (
     THROTTLE_VERSION,
     ThrottleBucket,
     ThrottleConfig,
+    ThrottleFlows,
     ThrottleStats,
 )
 from pybpfthrottle.backends.shaping import POLICE, Shaping
@@ -49,6 +51,7 @@ from pybpfthrottle.errors import (
 from pybpfthrottle.limits import Counters, Direction, Rate
 from pybpfthrottle.selection import Selection
 from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.sockets import Borrowed
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,10 @@ _NS_PER_S = 1_000_000_000
 BURST_BYTES = 64 * 1024
 # How much longer small packets pass: a ping is not caught behind a bulk transfer.
 SMALL_NS = 20 * _MS
-ADOPTER, MARKER = "pybpft_adopt", "pybpft_create"
+# As in shape.h.
+EPOCH_SHIFT = 30
+PACING_SLACK_NS = 300 * _MS
+MARKER = "pybpft_create"
 
 
 def config_for(
@@ -102,6 +108,7 @@ class _Kind(NamedTuple):
     """Whose packets programs are for: all of a cgroup, or those of marked sockets."""
 
     letter: str  # in front of the hook in the programs' names
+    read: Callable[[], ObjectSpec]
 
     def policer(self, direction: Direction, verdict: str) -> str:
         """The program for a direction; ``verdict`` is one of EGRESS_VERDICTS."""
@@ -117,15 +124,34 @@ class _Kind(NamedTuple):
         return f"pybpft_{self.letter}sockops"
 
 
-_ALL, _MARKED = _Kind(""), _Kind("m")
+@cache
+def _read_object() -> ObjectSpec:
+    """The faster one, where this kernel takes it."""
+    direct = features.DIRECT_PACKET_ACCESS.available()
+    return objects.read("throttle-direct" if direct else "throttle")
+
+
+@cache
+def _read_marked() -> ObjectSpec:
+    return objects.read("throttle-marked")
+
+
+_ALL, _MARKED = _Kind("", _read_object), _Kind("m", _read_marked)
 
 
 class EbpfHandle:
     """What was loaded for one throttle: its maps, its programs, and where they are attached."""
 
     def __init__(
-        self, loaded: Object, limits: Limits, options: Options, *, object_name: str
+        self,
+        loaded: Object,
+        targets: Targets,
+        limits: Limits,
+        options: Options,
+        *,
+        object_name: str,
     ) -> None:
+        self._targets = targets
         self._objects = [loaded]
         self._programs: dict[str, Program] = dict(loaded.programs)
         self._maps: dict[str, Map[Any, Any]] = dict(loaded.maps)
@@ -136,6 +162,8 @@ class EbpfHandle:
         self._shapings = dict.fromkeys(limits, POLICE)
         self._placed: list[_Placed] = []
         self._guard: Optional[Guard] = None
+        self._pacer: Optional[Pacer] = None
+        self._unadopted = 0
         self._marks: Optional[Marks] = None
         self._follower: Optional[_Follower] = None
         self._follows = False
@@ -191,6 +219,8 @@ class EbpfHandle:
                 bucket.even_at_ns = now + owed_ns * old.bytes_per_s // rate.bytes_per_s
                 self._buckets[direction] = bucket
         self._rates[direction] = rate
+        if self._pacer is not None and direction is Direction.UPLOAD:
+            self._pacer.start(rate if shaping.method == "pace" else None)
 
     def burst_bytes(self, direction: Direction) -> int:
         """Credit, debt, and the packet that goes into debt."""
@@ -206,9 +236,9 @@ class EbpfHandle:
         """All packets of cgroups. Raises AttachError or CgroupError."""
         self._place_policers(_ALL, cgroups)
         if self._shape(_ALL, cgroups):
-            with self._adopting(cgroups) as adopt:
-                for own in sockets.tcp_of(connections.pids_of(cgroups)):
-                    adopt(own)
+            with self._adopting(_ALL, cgroups) as adopt:
+                for found in sockets.Scan().new(connections.pids(cgroups)):
+                    adopt(found)
 
     def limit_processes(self, selection: Selection) -> None:
         """The packets of the sockets that processes have, and make.
@@ -221,7 +251,7 @@ class EbpfHandle:
             selection,
             self._maps[MARKS],
             self._maps[PROCESSES],
-            lambda: self._adopting(cgroups if shaped else ()),
+            partial(self._adopting, _MARKED, cgroups if shaped else ()),
         )
         self._marks.begin()
         self._follows = selection.new_sockets
@@ -299,46 +329,61 @@ class EbpfHandle:
             self._detach_but(count)
             self.begin(str(error))
             return False
+        if self._pacer is None:
+            self._pacer = Pacer(self._pids, self._maps[SOCKETS], self._seen)
         return True
 
     @contextmanager
-    def _adopting(self, cgroups: Sequence[Cgroup]) -> Iterator[Callable[[socket.socket], None]]:
-        """Connections that were open before are shaped; where that is refused, they are policed.
+    def _adopting(
+        self, kind: _Kind, cgroups: Sequence[Cgroup]
+    ) -> Iterator[Callable[[Borrowed], None]]:
+        """Connections that were open before are shaped.
 
-        The program that does it is attached from the first of them on.
+        Those that the kernel does not adopt have their uploads paced from outside, and their
+        downloads policed.
         """
-        able: Optional[bool] = None
-        refused = 0
-        with ExitStack() as stack:
-
-            def adopt(own: socket.socket) -> None:
-                nonlocal able, refused
-                if able is None:
-                    able = self._attach_adopter(cgroups, stack)
-                refused += able and not connections.adopt(own)
-
-            yield adopt
-        if refused:
-            log.info("%d connections that were open are policed, not shaped", refused)
+        if self._pacer is None or not cgroups:
+            yield lambda found: None
+            return
+        with Adoption(kind.read(), self._maps, cgroups, self._pacer) as adoption:
+            yield adoption
+        if adoption.unadopted:
+            self._unadopted += adoption.unadopted
+            for direction, shaping in self._shapings.items():
+                log.info("%s: of open connections %s", direction, self._open(direction))
+                if direction is Direction.UPLOAD and shaping.method == "pace":
+                    self._pacer.start(self._rates[direction])
             self._leave_room()
 
-    def _attach_adopter(self, cgroups: Sequence[Cgroup], stack: ExitStack) -> bool:
-        if ADOPTER not in self._programs:
-            return False
-        try:
-            for target in cgroups:
-                hook = AttachType.CGROUP_SETSOCKOPT
-                stack.callback(attach(self._programs[ADOPTER], target, hook).detach)
-        except (BpfError, CgroupError) as error:
-            log.debug("Connections that are open are not shaped: %s", error)
-            return False
-        return bool(cgroups)
+    def _open(self, direction: Direction) -> str:
+        """What is done about connections that were open, and that the kernel did not adopt."""
+        pace = self._shapings[direction].method == "pace"
+        if direction is Direction.UPLOAD and pace and self._pacer:
+            return f"{len(self._pacer)} paced from user space"
+        return f"{self._unadopted} policed"
+
+    def _seen(self) -> Seen:
+        """What the programs know of uploads."""
+        flows: ThrottleFlows = self._maps["CGROUP_FLOWS"].typed(U32, StructureCodec(ThrottleFlows))[
+            Direction.UPLOAD
+        ]
+        even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
+        now = time.monotonic_ns()
+        epochs_ago = (now >> EPOCH_SHIFT) - flows.epoch
+        return Seen(
+            owed_ns=even_at_ns - now if even_at_ns else 0,
+            passed=self.counters()[Direction.UPLOAD].bytes_passed,
+            flows=(max(flows.now, flows.before), flows.now, 0)[min(epochs_ago, 2)],
+        )
 
     def _leave_room(self) -> None:
         """As long a burst as the policer has, for connections that nothing else slows down."""
         for direction, shaping in self._shapings.items():
             bucket = self._buckets[direction]
-            bucket.slack_ns = max(bucket.slack_ns, POLICE.burst_ns - shaping.burst_ns)
+            slack_ns = POLICE.burst_ns - shaping.burst_ns
+            if direction is Direction.UPLOAD and self._pacer:
+                slack_ns = PACING_SLACK_NS
+            bucket.slack_ns = max(bucket.slack_ns, slack_ns)
             self._buckets[direction] = bucket
 
     def remove(self) -> None:
@@ -347,6 +392,8 @@ class EbpfHandle:
             if self._follower is not None:
                 self._follower.end()
                 self._follower = None
+            if self._pacer is not None:
+                self._pacer.end()
             if self._placed:
                 self._restore()
             if self._guard is not None:
@@ -367,7 +414,7 @@ class EbpfHandle:
     def guard(self) -> None:
         """Have connections restored also if this process is killed."""
         if SOCKETS in self._maps:
-            self._guard = Guard(self._cgroups(), self._maps[SOCKETS])
+            self._guard = Guard(self._holders, self._maps[SOCKETS])
 
     def follow(self) -> None:
         """Keep up to date, in a thread, what is limited and what of it is shaped."""
@@ -388,10 +435,16 @@ class EbpfHandle:
         for direction in self._rates:
             # The shaper sets nothing any more.
             self._configs[direction] = config_for(None, loopback=False)
-        connections.restore(self._cgroups(), self._maps[SOCKETS])
+        connections.restore(self._holders(), self._maps[SOCKETS])
 
-    def _cgroups(self) -> list[Cgroup]:
-        return list(dict.fromkeys(placed.target for placed in self._placed))
+    def _pids(self) -> list[int]:
+        """The processes whose sockets are limited."""
+        return sorted({*connections.pids(self._targets.cgroups), *self.processes()})
+
+    def _holders(self) -> list[int]:
+        """All that may have a socket that was shaped: one with a mark may be handed over."""
+        cgroups = self._targets.cgroups if self._targets.processes is None else [cgroup.root()]
+        return connections.pids(cgroups)
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """How it is attached and shaped, and which of the shipped objects it comes from."""
@@ -400,13 +453,16 @@ class EbpfHandle:
         shaping = self._shapings[direction]
         if shaping.flags & ~self._configs[direction].flags and self._rates[direction] is not None:
             shaping = Shaping("police", f"the kernel refused what {shaping.method} needs")
-        return {
+        how = {
             "backend": "ebpf",
             "object": self._object_name,
             "attached_by": "+".join(rungs),
             "shape": shaping.method,
             "shape_reason": shaping.reason,
         }
+        if self._unadopted:
+            how["open_connections"] = self._open(direction)
+        return how
 
 
 class _Follower:
@@ -459,7 +515,7 @@ class EbpfBackend:
         try:
             for kind in kinds:
                 try:
-                    handle = _load(kind, limits, options, handle)
+                    handle = _load(kind, targets, limits, options, handle)
                 except BpfError as error:
                     if kind is _MARKED:
                         raise NoMarksError(
@@ -468,12 +524,14 @@ class EbpfBackend:
                     raise
             if handle is None:
                 raise ThrottleError("no target was given")
+            # First: it may be needed as soon as something is shaped, and is to be forked before
+            # there is a thread.
+            if options.guard:
+                handle.guard()
             if targets.cgroups:
                 handle.limit_cgroups(targets.cgroups)
             if targets.processes is not None:
                 handle.limit_processes(targets.processes)
-            if options.guard:
-                handle.guard()
             handle.follow()
         except BaseException:
             if handle is not None:
@@ -483,7 +541,11 @@ class EbpfBackend:
 
 
 def _load(
-    kind: _Kind, limits: Limits, options: Options, handle: Optional[EbpfHandle]
+    kind: _Kind,
+    targets: Targets,
+    limits: Limits,
+    options: Options,
+    handle: Optional[EbpfHandle],
 ) -> EbpfHandle:
     """The programs of a kind, with the shaper if it is wanted and this kernel takes it.
 
@@ -495,10 +557,9 @@ def _load(
         for direction, rate in limits.items()
     )
     names = [*programs, *([MARKER] if kind is _MARKED else [])]
-    sets = [[*names, kind.shaper, ADOPTER], [*names, kind.shaper]] if wanted else []
-    spec = _read_marked() if kind is _MARKED else _read_object()
+    spec = kind.read()
     refused = None
-    for more in (*sets, names):
+    for more in ([*names, kind.shaper], names) if wanted else (names,):
         try:
             loaded = loader.load(spec, more, maps=handle.maps if handle else {})
             break
@@ -514,20 +575,8 @@ def _load(
             "Ingress" if direction is Direction.DOWNLOAD else "Egress",
         )
     if handle is None:
-        handle = EbpfHandle(loaded, limits, options, object_name=spec.name)
+        handle = EbpfHandle(loaded, targets, limits, options, object_name=spec.name)
     else:
         handle.add(loaded)
     handle.begin(refused if wanted and kind.shaper not in loaded.programs else None)
     return handle
-
-
-@cache
-def _read_object() -> ObjectSpec:
-    """The faster one, where this kernel takes it."""
-    direct = features.DIRECT_PACKET_ACCESS.available()
-    return objects.read("throttle-direct" if direct else "throttle")
-
-
-@cache
-def _read_marked() -> ObjectSpec:
-    return objects.read("throttle-marked")

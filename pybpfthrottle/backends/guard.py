@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
-from typing import Any, Sequence
+from typing import Any, Callable, Iterable
 
 from pybpfthrottle.backends import connections
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.cgroup import Cgroup
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _MOST_DESCRIPTORS = 1 << 20
@@ -22,12 +21,12 @@ class Guard:
     stays with its socket.
     """
 
-    def __init__(self, cgroups: Sequence[Cgroup], shaped: Map[Any, Any]) -> None:
+    def __init__(self, pids: Callable[[], Iterable[int]], shaped: Map[Any, Any]) -> None:
         reading, self._writing = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                _wait_and_restore(reading, cgroups, shaped)
+                _wait_and_restore(reading, pids, shaped)
             finally:
                 os._exit(0)
         os.close(reading)
@@ -39,7 +38,9 @@ class Guard:
         os.close(self._writing)
 
 
-def _wait_and_restore(reading: int, cgroups: Sequence[Cgroup], shaped: Map[Any, Any]) -> None:
+def _wait_and_restore(
+    reading: int, pids: Callable[[], Iterable[int]], shaped: Map[Any, Any]
+) -> None:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
@@ -49,4 +50,4 @@ def _wait_and_restore(reading: int, cgroups: Sequence[Cgroup], shaped: Map[Any, 
         os.closerange(first + 1, last)
     with suppress(OSError):
         os.read(reading, 1)
-    connections.restore(cgroups, shaped)
+    connections.restore(pids(), shaped)

@@ -78,7 +78,7 @@ def remove(leftover: Leftover) -> None:
         if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
             _disarm(map_ids)
         if shaped is not None and leftover.cgroup is not None:
-            connections.restore([leftover.cgroup], shaped)
+            connections.restore(connections.pids([leftover.cgroup]), shaped)
     log.info("Removed %s, which a crash has left", leftover)
 
 

@@ -39,7 +39,7 @@ _OTHER_NAMESPACE = (
 )
 
 # Has a connection that was open before shaped; only while the context lasts.
-Adopting = Callable[[], ContextManager[Callable[[socket.socket], None]]]
+Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
 
 
 class Marks:
@@ -106,13 +106,16 @@ class Marks:
             if any(fd == stop for fd, _ in ready):
                 return
             begin = time.monotonic()
-            with suppress(OSError):
+            try:
                 if ready and self._tracing is not None:
                     self._started(self._tracing.executed())
                 if begin >= following:
                     self._pass()
                     end = time.monotonic()
                     following = end + max(PERIOD_S, (end - begin) / _MOST_OF_TIME)
+            except (Error, OSError) as error:
+                following = time.monotonic() + PERIOD_S
+                log.warning("Cannot keep the marks up to date: %s", error)
 
     def pids(self) -> list[int]:
         """The processes that are limited now."""
@@ -181,8 +184,7 @@ class Marks:
             for found in self._scan.new(self._processes):
                 if self._mark(found):
                     count += 1
-                    if found.is_tcp:
-                        adopt(found.socket)
+                    adopt(found)
         for pid, error in self._scan.refused.items():
             self._note(
                 f"the sockets that {process.listed([pid])} had open before are not limited:"
@@ -192,23 +194,24 @@ class Marks:
 
     def _mark(self, found: Borrowed) -> bool:
         """Whether it had no mark and has one now."""
+        owner = found.place.pid
         if not found.is_ip:
             if found.socket.family == socket.AF_PACKET:
-                self._note(f"what {process.listed([found.pid])} sends by AF_PACKET is not limited")
+                self._note(f"what {process.listed([owner])} sends by AF_PACKET is not limited")
             return False
         if found.socket.proto == _IPPROTO_MPTCP:
             self._note(
-                f"{process.listed([found.pid])} uses MPTCP, whose connections get no marks and are"
+                f"{process.listed([owner])} uses MPTCP, whose connections get no marks and are"
                 " not limited; --move-cgroup limits new ones"
             )
-        self._inodes.add(found.inode)
+        self._inodes.add(found.place.inode)
         try:
             self._marks.update(U32.encode(found.socket.fileno()), _MARK, abi.BPF_NOEXIST)
         except FileExistsError:
             return False
         except OSError as error:
-            owner = process.listed([found.pid])
-            self._note(f"descriptor {found.number} of {owner} is not limited: {error}")
+            number = found.place.number
+            self._note(f"descriptor {number} of {process.listed([owner])} is not limited: {error}")
             return False
         return True
 
@@ -218,7 +221,7 @@ class Marks:
         for pid in process.running():
             if pid not in own:
                 with suppress(OSError):
-                    if any(inode in self._inodes for _, inode in descriptors(pid)):
+                    if any(one.inode in self._inodes for one in descriptors(pid)):
                         self._note(
                             f"{process.listed([pid])} uses some of the sockets too: these are"
                             " limited for all who do"

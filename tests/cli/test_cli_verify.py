@@ -100,6 +100,7 @@ def test_inspect_shows_an_object(tool, anybody):
     found = json.loads(tool.run("inspect", "--json", path, prefix=anybody).text)
     assert [program["name"] for program in found["programs"]] == [
         "pybpft_adopt",
+        "pybpft_belongs",
         "pybpft_ingress",
         "pybpft_egress",
         "pybpft_egresscn",

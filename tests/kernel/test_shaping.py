@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
 import pytest
+import unadopted
 from lab import ALL_HOOKS, ENVIRONMENT, TOOL, Lab, attached, lab
 
 from pybpfthrottle import sockets, throttle
-from pybpfthrottle.backends import Options
+from pybpfthrottle.backends import Options, ebpf
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.asm import return_imm
@@ -45,12 +46,16 @@ class Connection(NamedTuple):
     @classmethod
     def of(cls, cgroup: Cgroup) -> Optional[Connection]:
         """The first connection of the processes in a cgroup."""
+        return next(cls.all_of(cgroup), None)
+
+    @classmethod
+    def all_of(cls, cgroup: Cgroup) -> Iterator[Connection]:
+        """All connections of the processes in a cgroup."""
         for own in sockets.tcp_of(cgroup.pids_below()):
             info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
             clamp = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
             max_pacing, acked, received = struct.unpack_from("=QQQ", info, 112)
-            return cls(max_pacing, clamp, acked, received)
-        return None
+            yield cls(max_pacing, clamp, acked, received)
 
     def transferred(self, direction: Direction) -> int:
         """Payload bytes in a direction."""
@@ -156,8 +161,30 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
     assert after.clamp > 60_000
 
 
+OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}
+
+
+@pytest.fixture(params=OPEN)
+def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who shapes the connections that were open before the limit."""
+    ebpf._read_object.cache_clear()
+    if request.param == "user space":
+        unadopted.refuse()
+    yield request.param
+    ebpf._read_object.cache_clear()
+
+
+def need_to_shape_open(live: Throttle, shaped_by: str) -> None:
+    """Skip where this kernel does not adopt open connections."""
+    need_shaping(live, Direction.UPLOAD)
+    if shaped_by == "kernel" and "open_connections" in live.describe()["upload"]:
+        pytest.skip("this kernel does not adopt connections that were open before (6.12)")
+
+
 @pytest.mark.parametrize("direction", Direction)
-def test_an_open_connection_is_shaped_too(scratch: Cgroup, direction: Direction) -> None:
+def test_an_open_connection_is_shaped_too(
+    scratch: Cgroup, direction: Direction, shaped_by: str
+) -> None:
     """It is adopted when the limit begins, and restored when it ends."""
     with lab(round_trip_s=WAYS[direction]) as own, client(own, scratch, direction):
         time.sleep(0.5)
@@ -174,8 +201,9 @@ def test_an_open_connection_is_shaped_too(scratch: Cgroup, direction: Direction)
         faster = 5 if adopted else 1.5
         assert any(rate_over(scratch, direction, 1) > faster for _ in range(8))
     assert ratio <= 1.2  # a fast one is still being caught
-    if direction is Direction.UPLOAD and during.max_pacing != UNLIMITED:
+    if direction is Direction.UPLOAD:
         assert ratio >= 0.9
+        assert adopted
     assert after.max_pacing == before.max_pacing
     assert after.clamp >= before.clamp
 
@@ -247,36 +275,37 @@ def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, pla
         below.remove(patience_s=5)
 
 
-TOOL_LIMIT = [*TOOL, "--upload-limit", "2M", "--whole-cgroup", "--cgroup"]
+class Uploading(NamedTuple):
+    """A cgroup in which a connection uploads, and the tool that shapes it."""
 
+    cgroup: Cgroup
+    tool: list[str]
 
-@contextmanager
-def limiting(cgroup: Cgroup, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The tool on a cgroup, once a connection in it is paced."""
-    with subprocess.Popen(
-        [*TOOL_LIMIT, cgroup.path, *options], stdout=subprocess.DEVNULL, env=ENVIRONMENT
-    ) as process:
-        try:
-            deadline = time.monotonic() + 10
-            while now(cgroup).max_pacing == UNLIMITED:
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.kill()
+    @contextmanager
+    def limited(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The tool on the cgroup, once the connection is paced."""
+        command = [*self.tool, "--upload-limit", "2M", "--whole-cgroup", "--cgroup"]
+        with subprocess.Popen(
+            [*command, self.cgroup.path, *options], stdout=subprocess.DEVNULL, env=ENVIRONMENT
+        ) as process:
+            try:
+                deadline = time.monotonic() + 30
+                while now(self.cgroup).max_pacing == UNLIMITED:
+                    assert time.monotonic() < deadline
+                    assert process.poll() is None
+                    time.sleep(0.02)
+                yield process
+            finally:
+                process.kill()
 
 
 @pytest.fixture
-def uploading(scratch: Cgroup) -> Iterator[Cgroup]:
-    """A cgroup in which a connection uploads, on a kernel that can shape those that are open."""
+def uploading(scratch: Cgroup, shaped_by: str) -> Iterator[Uploading]:
+    """A connection that is open, and that can be shaped."""
     with lab() as own, client(own, scratch, Direction.UPLOAD):
         with limited(scratch, Direction.UPLOAD) as live:
-            need_shaping(live, Direction.UPLOAD)
-            time.sleep(0.3)
-            if now(scratch).max_pacing == UNLIMITED:
-                pytest.skip("this kernel cannot shape connections that were open before (6.12)")
-        yield scratch
+            need_to_shape_open(live, shaped_by)
+        yield Uploading(scratch, OPEN[shaped_by])
 
 
 def restored(cgroup: Cgroup) -> bool:
@@ -289,28 +318,28 @@ def restored(cgroup: Cgroup) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_the_tool_ends_connections_are_restored(
-    uploading: Cgroup, number: signal.Signals
+    uploading: Uploading, number: signal.Signals
 ) -> None:
     """Also after kill -9, by the process that waits for that."""
-    with limiting(uploading) as process:
+    with uploading.limited() as process:
         process.send_signal(number)
         process.wait()
-        assert restored(uploading)
-    assert attached(uploading) == []
+        assert restored(uploading.cgroup)
+    assert attached(uploading.cgroup) == []
 
 
 @pytest.mark.alone
-def test_cleanup_restores_what_a_crash_of_all_has_left(uploading: Cgroup) -> None:
+def test_cleanup_restores_what_a_crash_of_all_has_left(uploading: Uploading) -> None:
     """With the legacy call the programs stay, and so does what they know of connections."""
-    with limiting(uploading, "--bpf-attach-method", "legacy") as process:
+    with uploading.limited("--bpf-attach-method", "legacy") as process:
         [guard] = children(process.pid)
         os.kill(guard, signal.SIGKILL)
         process.kill()
         process.wait()
-    assert now(uploading).max_pacing != UNLIMITED
+    assert now(uploading.cgroup).max_pacing != UNLIMITED
     subprocess.run([*TOOL, "cleanup"], env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
-    assert restored(uploading)
-    assert attached(uploading) == []
+    assert restored(uploading.cgroup)
+    assert attached(uploading.cgroup) == []
 
 
 def children(pid: int) -> list[int]:
@@ -332,3 +361,101 @@ def test_other_connections_are_left_alone(scratch: Cgroup) -> None:
     finally:
         other.remove(patience_s=5)
         limited_one.remove(patience_s=5)
+
+
+def test_an_open_connection_that_is_paced_loses_next_to_nothing(
+    scratch: Cgroup, shaped_by: str
+) -> None:
+    """Once its packets that were on their way have arrived, it keeps to its limit by itself."""
+    direction = Direction.UPLOAD
+    with lab() as own, client(own, scratch, direction), limited(scratch, direction) as live:
+        need_to_shape_open(live, shaped_by)
+        time.sleep(1)
+        before = live.counters()[direction]
+        ratio = rate_over(scratch, direction, 4)
+        after = live.counters()[direction]
+    assert 0.9 <= ratio <= 1.1
+    dropped = after.bytes_dropped - before.bytes_dropped
+    assert dropped <= 0.02 * (after.bytes_total - before.bytes_total)
+
+
+def test_open_connections_share_a_limit(scratch: Cgroup, shaped_by: str) -> None:
+    """Two get about the same; when one of them ends the other has it all."""
+    direction = Direction.UPLOAD
+    first, second = (scratch.create_child(name) for name in ("first", "second"))
+    try:
+        with lab() as own, client(own, first, direction):
+            with client(own, second, direction), limited(scratch, direction) as live:
+                need_to_shape_open(live, shaped_by)
+                time.sleep(1)
+                before = [now(one).acked for one in (first, second)]
+                time.sleep(4)
+                acked = [now(one).acked - was for one, was in zip((first, second), before)]
+                assert 0.9 <= sum(acked) / 4 / RATE.bytes_per_s <= 1.1
+                assert min(acked) >= 0.4 * sum(acked)
+                [kill] = second.pids()
+                os.kill(kill, signal.SIGKILL)
+                # What it had written already is still sent.
+                assert any(0.9 <= rate_over(first, direction, 1) <= 1.1 for _ in range(8))
+    finally:
+        first.remove(patience_s=5)
+        second.remove(patience_s=5)
+
+
+def test_a_new_rate_is_for_open_connections_too(scratch: Cgroup, shaped_by: str) -> None:
+    """A limit that is lifted gives them back what they had, and may come back."""
+    direction = Direction.UPLOAD
+    # The shaper has to wait for a segment, which may be one that was dropped.
+    patience_s = {"kernel": 1.0, "user space": 0.1}[shaped_by]
+    with lab() as own, client(own, scratch, direction), limited(scratch, direction) as live:
+        need_to_shape_open(live, shaped_by)
+        for rate, most in ((RATE, 2 << 20), (Rate(RATE.bytes_per_s // 4), 1 << 19)) * 2:
+            live.set_limit(direction, rate)
+            time.sleep(patience_s)
+            assert now(scratch).max_pacing <= most * 9 // 8
+            live.set_limit(direction, None)
+            time.sleep(patience_s)
+            assert now(scratch).max_pacing == UNLIMITED
+
+
+def test_it_is_told_what_becomes_of_open_connections(scratch: Cgroup, shaped_by: str) -> None:
+    """Where the kernel does not adopt them: how many are paced, and how many policed."""
+    limits = dict.fromkeys(Direction, RATE)
+    with lab() as own, client(own, scratch, Direction.UPLOAD):
+        with throttle.apply([scratch], limits) as live:
+            need_to_shape_open(live, shaped_by)
+            told = {name: how.get("open_connections") for name, how in live.describe().items()}
+    if shaped_by == "kernel":
+        assert told == {"upload": None, "download": None}
+    else:
+        assert told == {"upload": "1 paced from user space", "download": "1 policed"}
+
+
+def test_a_connection_that_was_brought_along_is_left_alone(scratch: Cgroup, shaped_by: str) -> None:
+    """It belongs to the cgroup that its process was in, and is not limited."""
+    before, after = (scratch.create_child(name) for name in ("before", "after"))
+    try:
+        with lab() as own, client(own, before, Direction.UPLOAD):
+            [pid] = before.pids()
+            after.move_in(pid)
+            with limited(after, Direction.UPLOAD):
+                time.sleep(0.5)
+                assert now(after).max_pacing == UNLIMITED
+                assert rate_over(after, Direction.UPLOAD, 1) > 5
+    finally:
+        before.remove(patience_s=5)
+        after.remove(patience_s=5)
+
+
+def test_what_is_paced_can_be_closed_by_its_owner(scratch: Cgroup, shaped_by: str) -> None:
+    """Nobody else keeps a descriptor of it: it ends with its owner's."""
+    with lab() as own, client(own, scratch, Direction.UPLOAD):
+        with limited(scratch, Direction.UPLOAD) as live:
+            need_to_shape_open(live, shaped_by)
+            time.sleep(0.5)
+            [pid] = scratch.pids()
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.3)
+            table = subprocess.check_output(own.inside("cat", "/proc/net/tcp"), text=True)
+            states = [line.split()[3] for line in table.splitlines()[1:]]
+            assert "01" not in states  # ESTABLISHED

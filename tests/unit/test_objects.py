@@ -122,10 +122,9 @@ def test_the_programs_are_where_their_names_say(spec):
         "pybpft_egress": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
         "pybpft_egresscn": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
         "pybpft_sockops": ("sockops", ProgType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
-        "pybpft_adopt": (
-            "cgroup/setsockopt",
-            ProgType.CGROUP_SOCKOPT,
-            AttachType.CGROUP_SETSOCKOPT,
+        **dict.fromkeys(
+            ("pybpft_adopt", "pybpft_belongs"),
+            ("cgroup/setsockopt", ProgType.CGROUP_SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
         ),
     }
 
