@@ -47,6 +47,11 @@
 #define MOST_SLACK_NS (2000 * MS)
 #define LEAST_WINDOW_BYTES 1152
 #define LEAST_SHARE_BYTES 2896 /* two segments */
+#define LEAST_RTO_US 200000 /* after which TCP sends into a window of less than a segment */
+#define STOP_NS (400 * MS)
+#define FEW_FLOWS 2
+#define USUAL_CLAMP (65535 << 7)
+#define USUAL_CLAMP_RATE 25000000
 #define SHORT_WAY_US 5000
 #define LEAST_SHARE_SHIFT 6    /* a 64th of the limit */
 #define MOST_SHARE_NS (200 * MS)
@@ -98,6 +103,7 @@ struct bpf_sock_ops {
 	__u32 skb_len;
 };
 
+static __u32 (*bpf_get_prandom_u32)(void) = (void *)7;
 static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;
 static long (*bpf_getsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)57;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
@@ -124,8 +130,8 @@ struct {
 always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, __u64 bytes,
 				__u64 rate, __u64 now)
 {
-	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
 	__u64 epoch = now >> EPOCH_SHIFT;
+	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
 	__u64 least = share->counted ? rate >> LEAST_SHARE_SHIFT : LEAST_SHARE_BYTES;
 	__u32 count;
 
@@ -210,6 +216,24 @@ always_inline void leave_room(struct throttle_config *config, struct throttle_bu
 		bucket->slack_ns = POLICE_SLACK_NS;
 }
 
+/*
+ * Whether a connection has to stop, whose fair share of what fits on the way is less than a segment.
+ * With a window of less than a segment TCP waits for its timer, 200 ms and a round trip, and then
+ * sends what fits. So some connections stop while the others send a segment each round trip, as many
+ * of each as make up the limit. Chance tells them apart: in step they would all stop at once. One
+ * or two have nobody to make up for them, and stop as evenly as may be.
+ */
+always_inline int has_to_stop(struct throttle_socket *socket, int few, __u64 fair, __u64 segment,
+			      __u64 way_us)
+{
+	/* What a stop costs, and what it would cost never to stop; their ratio is the share of stops. */
+	__u64 over = (segment - fair) * way_us, under = fair * (LEAST_RTO_US + way_us);
+	__u32 before = few ? socket->stop : bpf_get_prandom_u32();
+
+	socket->stop = (before & 0xffff) + (over < under ? (over << 16) / under : 1 << 16);
+	return socket->stop >> 16;
+}
+
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
@@ -219,8 +243,10 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	__s64 debt = debt_of(bucket, now);
 	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8 + WINDOW_TARGET_NS; /* a round trip and more */
 	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
-	__s64 slack;
-	__u64 bytes = 0, least;
+	__s64 slack, lack;
+	__u64 way_us = ctx->srtt_us / 8, segment = ctx->mss_cache;
+	__u64 bytes = 0, fair, least;
+	int few = flows <= FEW_FLOWS;
 	__u32 value;
 
 	/*
@@ -248,9 +274,19 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	 * Two segments, where they are no more than a fair share of what fits on the way: of less, the
 	 * acknowledgements are delayed, and before Linux 6.18 such a window is slow to grow again.
 	 */
-	least = config->rate_bytes_per_s / flows * (ctx->srtt_us / 8) / 1000000;
-	if (least > LEAST_SHARE_BYTES)
-		least = LEAST_SHARE_BYTES;
+	fair = config->rate_bytes_per_s / flows * way_us / 1000000;
+	least = fair < LEAST_SHARE_BYTES ? fair : LEAST_SHARE_BYTES;
+	if (fair < segment) {
+		lack = (__s64)(segment * flows * config->inverse_rate >> INVERSE_RATE_SHIFT) - ahead;
+		least = segment;
+		if (few && bytes > 2 * segment)
+			bytes = 2 * segment;
+		if (few || lack > 0) {
+			fair = lack < STOP_NS ? fair * (__u64)(STOP_NS - lack) / STOP_NS : 0;
+			if (fair < segment && has_to_stop(socket, few, fair, segment, way_us))
+				bytes = least = LEAST_WINDOW_BYTES;
+		}
+	}
 	if (least < LEAST_WINDOW_BYTES)
 		least = LEAST_WINDOW_BYTES;
 	value = bytes < least ? least : bytes < 1 << 30 ? bytes : 1 << 30;
@@ -308,10 +344,21 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 }
 
 /* In packets. Many connections may begin at once, and none of them is counted yet. */
-always_inline __u32 first_window(__u64 rate)
+always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 {
 	__u64 packets = rate / FIRST_PACKET_SHARE;
+	__u32 clamp;
 
+	/*
+	 * The window is scaled for the largest one that there may be. Where net.ipv4.tcp_rmem allows
+	 * more than usual, its unit is 1024 bytes, and none is less than a segment.
+	 */
+	if (rate <= USUAL_CLAMP_RATE &&
+	    !bpf_getsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp)) &&
+	    (!clamp || clamp > USUAL_CLAMP)) {
+		clamp = USUAL_CLAMP;
+		bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
+	}
 	if (packets < LEAST_FIRST_PACKETS)
 		return LEAST_FIRST_PACKETS;
 	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
@@ -333,7 +380,7 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (download->flags & THROTTLE_WINDOW && download->rate_bytes_per_s)
-			ctx->args[0] = first_window(download->rate_bytes_per_s);
+			ctx->args[0] = first_window(ctx, download->rate_bytes_per_s);
 		return 1;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:

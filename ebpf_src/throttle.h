@@ -82,6 +82,8 @@ struct throttle_socket {
 	__u32 clamp;           /* bytes, as set by us; 0: not set */
 	__u32 original_pacing; /* what they were before */
 	__u32 original_clamp;
+	__u32 stop; /* how much of a stop is due, in 65536ths */
+	__u32 reserved;
 };
 
 /* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */

@@ -65,6 +65,8 @@ class ThrottleSocket(ctypes.Structure):
         ("clamp", c_uint32),
         ("original_pacing", c_uint32),
         ("original_clamp", c_uint32),
+        ("stop", c_uint32),
+        ("reserved", c_uint32),
     )
 
 
