@@ -127,22 +127,30 @@ struct {
  * How many connections share a limit in a direction, where this one has moved so many bytes so
  * far. One that takes next to nothing does not count.
  */
+always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
+{
+	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
+
+	if (flows && flows->epoch != epoch) {
+		/* CPUs that race here miscount a flow or two for an epoch. */
+		flows->before = flows->epoch + 1 == epoch ? flows->now : 0;
+		flows->now = 0;
+		flows->begun = 0;
+		flows->epoch = epoch;
+	}
+	return flows;
+}
+
 always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, __u64 bytes,
 				__u64 rate, __u64 now)
 {
 	__u64 epoch = now >> EPOCH_SHIFT;
-	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
+	struct throttle_flows *flows = flows_of(direction, epoch);
 	__u64 least = share->counted ? rate >> LEAST_SHARE_SHIFT : LEAST_SHARE_BYTES;
 	__u32 count;
 
 	if (!flows)
 		return 1;
-	if (flows->epoch != epoch) {
-		/* CPUs that race here miscount a flow or two for an epoch. */
-		flows->before = flows->epoch + 1 == epoch ? flows->now : 0;
-		flows->now = 0;
-		flows->epoch = epoch;
-	}
 	if (share->epoch != epoch) {
 		share->epoch = epoch;
 		share->epoch_bytes = share->bytes;
@@ -343,9 +351,10 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
 }
 
-/* In packets. Many connections may begin at once, and none of them is counted yet. */
+/* In packets. Many connections may begin at once; those that begin later get less. */
 always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 {
+	struct throttle_flows *flows = flows_of(THROTTLE_DOWNLOAD, bpf_ktime_get_ns() >> EPOCH_SHIFT);
 	__u64 packets = rate / FIRST_PACKET_SHARE;
 	__u32 clamp;
 
@@ -358,6 +367,10 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 	    (!clamp || clamp > USUAL_CLAMP)) {
 		clamp = USUAL_CLAMP;
 		bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
+	}
+	if (flows) {
+		packets /= flows->begun + 1;
+		__sync_fetch_and_add(&flows->begun, 1);
 	}
 	if (packets < LEAST_FIRST_PACKETS)
 		return LEAST_FIRST_PACKETS;

@@ -42,7 +42,13 @@ class ThrottleBucket(ctypes.Structure):
 class ThrottleFlows(ctypes.Structure):
     """struct throttle_flows."""
 
-    _fields_ = (("epoch", c_uint64), ("now", c_uint32), ("before", c_uint32))
+    _fields_ = (
+        ("epoch", c_uint64),
+        ("now", c_uint32),
+        ("before", c_uint32),
+        ("begun", c_uint32),
+        ("reserved", c_uint32),
+    )
 
 
 class ThrottleShare(ctypes.Structure):
