@@ -35,6 +35,7 @@
 #define bpf_htonl(x) (x)
 #endif
 
+#define TCP_BPF_IW 1001
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008 /* Linux 6.12 */
 
 #define UNLIMITED (~0U)
@@ -57,7 +58,7 @@
 #define MOST_SHARE_NS (200 * MS)
 #define LEAST_FIRST_PACKETS 2
 #define MOST_FIRST_PACKETS 10
-#define FIRST_PACKET_SHARE 72500 /* so that the first window is 20 ms' worth */
+#define FIRST_PACKET_SHARE 72500 /* so that it is 20 ms' worth */
 
 /* The start of the context, as in linux/bpf.h. */
 struct bpf_sock_ops {
@@ -165,6 +166,24 @@ always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, _
 }
 
 /*
+ * What a connection may send before it is known how many share the limit. Many may begin at once;
+ * those that begin later get less.
+ */
+always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now)
+{
+	struct throttle_flows *flows = flows_of(direction, now >> EPOCH_SHIFT);
+	__u64 packets = rate / FIRST_PACKET_SHARE;
+
+	if (flows) {
+		packets /= flows->begun + 1;
+		__sync_fetch_and_add(&flows->begun, 1);
+	}
+	if (packets < LEAST_FIRST_PACKETS)
+		return LEAST_FIRST_PACKETS;
+	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
+}
+
+/*
  * The whole rate while nothing is owed, a fair share at the target debt, and less above it. TCP
  * paces its headers too, so while there is credit it is a little more than the whole.
  */
@@ -204,7 +223,14 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now));
 	__u32 value = rate < UNLIMITED ? rate : UNLIMITED;
 	__u32 difference = value > socket->pacing ? value - socket->pacing : socket->pacing - value;
+	__u32 packets;
 
+	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
+	if (!socket->pacing) {
+		packets = first_packets(THROTTLE_UPLOAD, config->rate_bytes_per_s, now);
+		if (packets < MOST_FIRST_PACKETS)
+			bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, &packets, sizeof(packets));
+	}
 	if (difference <= socket->pacing >> 4)
 		return;
 	/* Connections that share the bucket may owe more than one alone: pacing makes up for it. */
@@ -351,11 +377,9 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
 }
 
-/* In packets. Many connections may begin at once; those that begin later get less. */
+/* In packets. */
 always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 {
-	struct throttle_flows *flows = flows_of(THROTTLE_DOWNLOAD, bpf_ktime_get_ns() >> EPOCH_SHIFT);
-	__u64 packets = rate / FIRST_PACKET_SHARE;
 	__u32 clamp;
 
 	/*
@@ -368,13 +392,7 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 		clamp = USUAL_CLAMP;
 		bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
 	}
-	if (flows) {
-		packets /= flows->begun + 1;
-		__sync_fetch_and_add(&flows->begun, 1);
-	}
-	if (packets < LEAST_FIRST_PACKETS)
-		return LEAST_FIRST_PACKETS;
-	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
+	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns());
 }
 
 always_inline int shape(struct bpf_sock_ops *ctx)

@@ -65,7 +65,7 @@ struct throttle_flows {
 	__u64 epoch;
 	__u32 now;
 	__u32 before;
-	__u32 begun; /* downloads that began in this epoch */
+	__u32 begun; /* connections that began in this epoch */
 	__u32 reserved;
 };
 
