@@ -42,6 +42,7 @@
 #define MS 1000000LL
 #define EPOCH_SHIFT 30 /* of nanoseconds: 1.07 s */
 #define PACING_TARGET_NS (60 * MS)
+#define MOST_PACED_NS (400 * MS)
 #define PACING_SLACK_NS (300 * MS)
 #define WINDOW_TARGET_NS (20 * MS)
 #define POLICE_SLACK_NS (180 * MS) /* up to the policer's own burst */
@@ -187,7 +188,7 @@ always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now)
  * The whole rate while nothing is owed, a fair share at the target debt, and less above it. TCP
  * paces its headers too, so while there is credit it is a little more than the whole.
  */
-always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt)
+always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt, __s64 target)
 {
 	__u64 share = rate / flows;
 	__u64 paced;
@@ -196,9 +197,9 @@ always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt)
 		return rate + rate / 8;
 	if (debt <= 0)
 		return rate + rate / 8 * (__u64)-debt / PACING_TARGET_NS;
-	if (debt < PACING_TARGET_NS)
-		return rate - (rate - share) * (__u64)debt / PACING_TARGET_NS;
-	paced = share * PACING_TARGET_NS / (__u64)debt;
+	if (debt < target)
+		return rate - (rate - share) * (__u64)debt / (__u64)target;
+	paced = share * (__u64)target / (__u64)debt;
 	return paced > share / 4 ? paced : share / 4;
 }
 
@@ -220,7 +221,10 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 {
 	__u32 flows = count_flows(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
 				  ctx->bytes_acked, config->rate_bytes_per_s, now);
-	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now));
+	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
+	/* TCP sends two segments at once, so each connection may owe as many. */
+	__s64 target = PACING_TARGET_NS + (share < MOST_PACED_NS ? share : MOST_PACED_NS);
+	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now), target);
 	__u32 value = rate < UNLIMITED ? rate : UNLIMITED;
 	__u32 difference = value > socket->pacing ? value - socket->pacing : socket->pacing - value;
 	__u32 packets;
