@@ -125,10 +125,7 @@ struct {
 	__type(value, struct throttle_socket);
 } SOCKETS SEC(".maps");
 
-/*
- * How many connections share a limit in a direction, where this one has moved so many bytes so
- * far. One that takes next to nothing does not count.
- */
+/* The counts of an epoch, which begins when it is asked for first. */
 always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
 {
 	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
@@ -143,6 +140,10 @@ always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
 	return flows;
 }
 
+/*
+ * How many connections share a limit in a direction, where this one has moved so many bytes so
+ * far. One that takes next to nothing does not count.
+ */
 always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, __u64 bytes,
 				__u64 rate, __u64 now)
 {
