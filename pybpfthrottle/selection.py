@@ -67,7 +67,19 @@ class Selection(NamedTuple):
             if self.users:
                 words.append(f"of {_any_of({user_name(uid) for uid in self.users})}")
             parts.append(" ".join(words))
-        return " and ".join(parts) + (", and what they start" if self.children else "")
+        they = "they start" if len(self.processes) > 1 or self.matches_some else "it starts"
+        return " and ".join(parts) + (f", and what {they}" if self.children else "")
+
+
+def executable(path: str) -> str:
+    """The path of an executable. Raises ProcessError for a script, which an interpreter runs."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(2) == b"#!":
+            raise ProcessError(
+                f"{path} is a script: its processes run the interpreter. Choose them by --name, or"
+                " by --exe with the interpreter"
+            )
+    return path
 
 
 def user_id(text: str) -> int:

@@ -20,7 +20,7 @@ from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
 from pybpfthrottle.errors import CgroupError, Error, NoMarksError, ProcessError, ThrottleError
 from pybpfthrottle.process import Process, is_kernel_thread
-from pybpfthrottle.selection import Selection, user_id
+from pybpfthrottle.selection import Selection, executable, user_id
 from pybpfthrottle.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
 
@@ -129,7 +129,7 @@ class _Command:
         selection = Selection(
             tuple(Process(pid) for pid in dict.fromkeys(wanted.pids)),
             frozenset(wanted.names),
-            frozenset(wanted.executables),
+            frozenset(map(executable, wanted.executables)),
             frozenset(map(user_id, wanted.users)),
             children=not wanted.no_children,
         )
@@ -155,6 +155,8 @@ class _Command:
             self._limit_without_marks(selection, error)
         else:
             self._begin(live, selection.processes, str(selection), lambda: not live.vanished())
+            if not live.processes():
+                self._say("No process matches yet; those that are started will.")
 
     def _limit_without_marks(self, selection: Selection, why: Error) -> None:
         """The best that remains: all of its cgroup where nobody else is in it, or moving it."""

@@ -144,6 +144,37 @@ def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, eventuall
     assert tool.finish(started).status == 0
 
 
+def test_a_script_is_no_executable(tool, tmp_path):
+    """The kernel runs its interpreter: said, not waited for in vain."""
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    assert "interpreter" in refusal(tool, "--exe", str(script))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--name", "x", "--cgroup", "y"), "--cgroup"),
+        (("--name", "x", "--move-cgroup"), "--move-cgroup"),
+        (("--user", "root", "--whole-cgroup"), "--whole-cgroup"),
+        (("--cgroup", "x", "--each"), "--each"),
+        (("--unit", "x", "--no-children"), "--no-children"),
+        (("--pid", "1", "--move-cgroup", "--whole-cgroup"), "--whole-cgroup"),
+        (("--pid", "1", "--move-cgroup", "--each"), "--each"),
+        (("--pid", "1", "--whole-cgroup", "--no-children"), "--no-children"),
+        (("--exe", "/no/such/file"), "/no/such/file"),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(tool, options, named):
+    """Which options are named in the one line."""
+    assert named in tool.run(*options, *LIMIT).usage_error
+
+
+def test_a_user_that_does_not_exist_is_refused(tool):
+    """By its name."""
+    assert "no-such-user" in refusal(tool, "--user", "no-such-user")
+
+
 def limited_by(pid):
     """The processes whose new sockets the tool with a pid has marked: its map PROCESSES."""
     found = []
