@@ -452,7 +452,7 @@ def claim(cgroup: Cgroup) -> int:
     """Lock a cgroup for a limit, so that no second one is put on it unknowingly.
 
     The lock ends with the descriptor, and so with this process. Raises CgroupError that names the
-    process which has it.
+    process which has it, or has one above, below, or for a process in it.
     """
     try:
         fd = _lock(cgroup)
@@ -460,23 +460,30 @@ def claim(cgroup: Cgroup) -> int:
         raise _claimed(cgroup, locks.holders().get(locks.key(cgroup.path))) from None
     except OSError as error:
         raise CgroupError(f"cannot open the cgroup {cgroup.path}: {error.strerror}") from error
-    above = list(cgroup.with_ancestors())[1:]
-    below = [Cgroup(path) for path, _, _ in os.walk(cgroup.path)][1:]
-    held = locks.holders()
-    for other in (*above, *below):
-        with suppress(FileNotFoundError):  # it was removed meanwhile
-            holder = held.get(locks.key(other.path), os.getpid())
-            if holder != os.getpid():
-                os.close(fd)
-                raise _claimed(other, holder)
+    try:
+        below = [Cgroup(path) for path, _, _ in os.walk(cgroup.path)][1:]
+        _refuse_held((*list(cgroup.with_ancestors())[1:], *below))
+        holder = process.claimed(cgroup.pids_below())
+        if holder:
+            raise CgroupError(
+                f"process {process.listed([holder.claimed])} in {cgroup.path} is limited already,"
+                f" by process {holder.by}. If you mean both limits, add --stack"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
 def refuse_claimed(cgroup: Cgroup) -> None:
     """Raise CgroupError if another process has a limit on a cgroup or above it."""
+    _refuse_held(cgroup.with_ancestors())
+
+
+def _refuse_held(cgroups: Iterable[Cgroup]) -> None:
     held = locks.holders()
-    for other in cgroup.with_ancestors():
-        with suppress(FileNotFoundError):
+    for other in cgroups:
+        with suppress(FileNotFoundError):  # it was removed meanwhile
             holder = held.get(locks.key(other.path), os.getpid())
             if holder != os.getpid():
                 raise _claimed(other, holder)

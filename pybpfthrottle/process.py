@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import suppress
 from functools import cache
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import locks
 from pybpfthrottle.errors import ProcessError
@@ -112,6 +112,26 @@ def _name(pid: int) -> str:
             return file.read().rstrip("\n")
     except OSError:
         return "?"
+
+
+class Claimed(NamedTuple):
+    """A process that has a limit, and the process that holds that."""
+
+    claimed: int
+    by: int
+
+
+def claimed(pids: Iterable[int]) -> Optional[Claimed]:
+    """The first of some processes that another one than this has claimed."""
+    held = locks.holders()
+    device = locks.key("/proc").rpartition(":")[0]
+    if any(key.startswith(device) for key in held):
+        for pid in pids:
+            with suppress(OSError):
+                by = held.get(locks.key(f"/proc/{pid}"), os.getpid())
+                if by != os.getpid():
+                    return Claimed(pid, by)
+    return None
 
 
 def running() -> Iterator[int]:

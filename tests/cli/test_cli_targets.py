@@ -120,6 +120,19 @@ def test_a_process_of_a_limited_cgroup_is_limited_once(tool, scratch, attached, 
     assert tool.finish(started).status == 0
 
 
+def test_a_cgroup_with_a_limited_process_is_refused(tool, scratch):
+    """As it is the other way round."""
+    cgroup = scratch.cgroup()
+    process = scratch.process(cgroup)
+    started, _ = begin(tool, "--pid", str(process.pid))
+    complaint = refusal(tool, "--cgroup", cgroup.path)
+    assert f"{process.pid} (sleep)" in complaint
+    assert f"process {started.pid}" in complaint
+    assert tool.run("--cgroup", cgroup.path, "--stack", *SHORT).status == 0
+    process.kill()
+    assert tool.finish(started).status == 0
+
+
 @pytest.mark.parametrize("way", ["name", "exe", "user"])
 def test_processes_are_found_by_what_they_are(tool, scratch, tmp_path, eventually, way):
     """By name, executable and user, and later ones as well; until told to stop."""
