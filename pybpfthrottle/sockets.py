@@ -139,7 +139,12 @@ class Scan:
             if error.errno == errno.EBADF:  # it was closed meanwhile
                 return
             raise
-        with socket.socket(fileno=fd) as own:
+        try:
+            own = socket.socket(fileno=fd)
+        except OSError:  # another file has its number meanwhile, or it is of a family like AF_ALG
+            os.close(fd)
+            return
+        with own:
             yield Borrowed(own, Place(lender.pid, number, inode))
 
 
