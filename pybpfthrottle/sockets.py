@@ -14,6 +14,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+_PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
 
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
 SO_MAX_PACING_RATE = 47
@@ -64,9 +65,12 @@ class Lender:
     """A process to borrow sockets from; ``close`` or ``with`` ends it."""
 
     def __init__(self, pid: int) -> None:
-        """Raises OSError: ESRCH for a process that is gone, ENOSYS before Linux 5.3."""
+        """Raises OSError: ESRCH for a process that is gone, ENOSYS before Linux 5.3.
+
+        EOPNOTSUPP before Linux 6.9 for one whose first thread has ended before others.
+        """
         self.pid = pid
-        self._pidfd = _system_call(_PIDFD_OPEN, pid, 0)
+        self._pidfd = _open_thread(pid, _holder(pid))
 
     def borrow(self, number: int) -> int:
         """An own descriptor of what ``number`` is there; the caller closes it. Linux 5.6.
@@ -89,9 +93,31 @@ class Lender:
         self.close()
 
 
+def _holder(pid: int) -> int:
+    """The thread that has a process's descriptors: the first, or one that goes on after that."""
+    with suppress(OSError):
+        for thread in (pid, *map(int, os.listdir(f"/proc/{pid}/task"))):
+            with os.scandir(f"/proc/{pid}/task/{thread}/fd") as entries:
+                if next(entries, None) is not None:
+                    return thread
+    return pid
+
+
+def _open_thread(pid: int, thread: int) -> int:
+    if thread == pid:
+        return _system_call(_PIDFD_OPEN, pid, 0)
+    try:
+        return _system_call(_PIDFD_OPEN, thread, _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        reason = "its first thread has ended, and to borrow from another takes Linux 6.9"
+        raise OSError(errno.EOPNOTSUPP, reason) from error
+
+
 def descriptors(pid: int) -> list[Descriptor]:
     """Those of a process that are sockets. Raises OSError where it may not be looked into."""
-    directory = f"/proc/{pid}/fd"
+    directory = f"/proc/{pid}/task/{_holder(pid)}/fd"
     found = []
     for name in os.listdir(directory):
         with suppress(FileNotFoundError):  # it was closed meanwhile
@@ -127,8 +153,7 @@ class Scan:
                             yield from self._borrowed(lender, number, inode)
                         met.add(inode)
             except OSError as error:
-                # ESRCH, ENOENT: the process has ended.
-                if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+                if error.errno not in (errno.ESRCH, errno.ENOENT):  # it has ended
                     self.refused[pid] = error
         self._known = met
 
@@ -141,7 +166,7 @@ class Scan:
             raise
         try:
             own = socket.socket(fileno=fd)
-        except OSError:  # another file has its number meanwhile, or it is of a family like AF_ALG
+        except OSError:  # another file has its number meanwhile, or it is of a family like AF_XDP
             os.close(fd)
             return
         with own:

@@ -6,7 +6,6 @@ before, and what others hand over to it, is found by looking through its descrip
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
@@ -83,7 +82,7 @@ class Marks:
             pass
         for pid in chosen:
             refused = self._scan.refused.get(pid)
-            if refused is not None and refused.errno != errno.ENOSYS:
+            if isinstance(refused, PermissionError):
                 raise ProcessError(
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
