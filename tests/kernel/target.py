@@ -1,0 +1,198 @@
+"""A process that does what it is told: ``python target.py`` evaluates each line of its input.
+
+What that gives goes out as a line of JSON. Sockets are told by their descriptors.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from socket import AF_INET, AF_INET6, SOCK_DGRAM, SOCK_STREAM
+from typing import Any, Optional, TextIO
+
+_kept: dict[int, socket.socket] = {}
+_children: dict[int, _Child] = {}
+
+
+def keep(own: socket.socket) -> int:
+    """Have it open until the end."""
+    _kept[own.fileno()] = own
+    return own.fileno()
+
+
+def make(*how: int) -> int:
+    """A socket of a family, a type and perhaps a protocol."""
+    return keep(socket.socket(*how))
+
+
+def make_if_possible(*how: int) -> Optional[int]:
+    """The same, or None where this kernel has none."""
+    try:
+        return make(*how)
+    except OSError:
+        return None
+
+
+def make_many(count: int) -> list[int]:
+    """Sockets of TCP and UDP, IPv4 and IPv6."""
+    kinds = [(family, kind) for family in (AF_INET, AF_INET6) for kind in (SOCK_STREAM, SOCK_DGRAM)]
+    return [make(*kinds[index % len(kinds)]) for index in range(count)]
+
+
+def listen() -> int:
+    """A server on the loopback device."""
+    return keep(socket.create_server(("127.0.0.1", 0)))
+
+
+def port(number: int) -> int:
+    """The port of a socket."""
+    return int(_kept[number].getsockname()[1])
+
+
+def connect(number: int, host: str = "127.0.0.1") -> int:
+    """A connection to a port."""
+    return keep(socket.create_connection((host, number)))
+
+
+def accept(listener: int) -> int:
+    """The next connection of a server."""
+    return keep(_kept[listener].accept()[0])
+
+
+def close_all() -> None:
+    """Close what was opened."""
+    for one in _kept.values():
+        one.close()
+    _kept.clear()
+
+
+def letter_box() -> tuple[int, str]:
+    """A Unix socket that descriptors can be sent to, and its abstract name."""
+    own = socket.socket(socket.AF_UNIX, SOCK_DGRAM)
+    own.bind("")
+    return keep(own), own.getsockname()[1:].decode()
+
+
+def receive(unix: int) -> int:
+    """A descriptor that is handed over by a Unix socket."""
+    numbers = array.array("i")
+    _, [(_, _, data)], _, _ = _kept[unix].recvmsg(1, socket.CMSG_SPACE(numbers.itemsize))
+    numbers.frombytes(data[: numbers.itemsize])
+    return keep(socket.socket(fileno=numbers[0]))
+
+
+def churn(each_s: float) -> None:
+    """Open and close sockets and files all the time, in a thread; numbers are used again."""
+
+    def run() -> None:
+        while True:
+            kept = [socket.socket(), open("/dev/null"), socket.socket()]  # noqa: SIM115
+            time.sleep(each_s)
+            for one in kept:
+                one.close()
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def thread(how: str) -> Any:
+    """What an expression gives in a thread, which goes on."""
+    done = threading.Event()
+    found = []
+
+    def run() -> None:
+        found.append(eval(how))  # noqa: S307 - the tests tell it
+        done.set()
+        time.sleep(600)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.wait()
+    return found[0]
+
+
+def end_first_thread() -> None:
+    """Only another goes on, which does what comes then."""
+
+    def run() -> None:
+        print(json.dumps(None), flush=True)
+        serve(sys.stdin, sys.stdout)
+        os._exit(0)
+
+    threading.Thread(target=run).start()
+    ctypes.CDLL(None).pthread_exit(None)
+
+
+class _Child:
+    """Another process that does what it is told."""
+
+    def __init__(self, way: str) -> None:
+        """Made by fork; ``way`` may have the words double, setsid and exec."""
+        reading, to = os.pipe()
+        back, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(to)
+            os.close(back)
+            _become(way, reading, writing)
+        os.close(reading)
+        os.close(writing)
+        if "double" in way:
+            os.waitpid(pid, 0)
+        self._to, self._back = os.fdopen(to, "w"), os.fdopen(back)
+        self.pid = int(self.do("os.getpid()"))
+
+    def order(self, how: str) -> None:
+        """Evaluate an expression there, without waiting for what it gives."""
+        print(how, file=self._to, flush=True)
+
+    def do(self, how: str) -> Any:
+        """What an expression gives there."""
+        self.order(how)
+        return json.loads(self._back.readline())
+
+
+def _become(way: str, reading: int, writing: int) -> None:
+    try:
+        if "double" in way and os.fork():
+            return
+        if "setsid" in way:
+            os.setsid()
+        if "exec" in way:
+            os.dup2(reading, 0)
+            os.dup2(writing, 1)
+            os.execv(sys.executable, [sys.executable, __file__])
+        serve(os.fdopen(reading), os.fdopen(writing, "w"))
+    finally:
+        os._exit(0)
+
+
+def child(way: str = "fork") -> int:
+    """The pid of a new one."""
+    one = _Child(way)
+    _children[one.pid] = one
+    return one.pid
+
+
+def tell(pid: int, how: str) -> Any:
+    """What an expression gives in a child."""
+    return _children[pid].do(how)
+
+
+def order(pid: int, how: str) -> None:
+    """Have a child begin with an expression."""
+    _children[pid].order(how)
+
+
+def serve(reading: TextIO, writing: TextIO) -> None:
+    """Until nobody tells anything more."""
+    for line in reading:
+        print(json.dumps(eval(line)), file=writing, flush=True)  # noqa: S307 - as above
+
+
+if __name__ == "__main__":
+    serve(sys.stdin, sys.stdout)

@@ -1,0 +1,181 @@
+"""Processes to be limited, and what the kernel knows of their sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+from lab import ENVIRONMENT, TOOL
+
+from pybpfthrottle import throttle
+from pybpfthrottle.backends import Options
+from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.process import Process, links_of
+from pybpfthrottle.selection import Selection
+from pybpfthrottle.sockets import Lender, Scan
+from pybpfthrottle.throttle import Throttle
+
+PATIENCE_S = 10.0
+# A pass over all processes is made each second; this is how long its result may take.
+NEXT_PASS_S = 3.0
+BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
+
+
+def eventually(predicate: Callable[[], Any], *, within_s: float = PATIENCE_S) -> Any:
+    """Poll until it gives something true, and return that."""
+    deadline = time.monotonic() + within_s
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.01)
+    return value
+
+
+class Target:
+    """A process that does what it is told; see target.py."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.pid = process.pid
+
+    def do(self, how: str) -> Any:
+        """What an expression gives there."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(how, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, "the target has failed"
+        return json.loads(line)
+
+    def end(self) -> None:
+        """End it and wait for that."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def target(
+    cgroup: Cgroup, inside: Callable[..., list[str]] = lambda *c: list(c)
+) -> Iterator[Target]:
+    """A new one, in a cgroup; ``inside`` makes the command that runs one somewhere else."""
+    with subprocess.Popen(
+        inside(sys.executable, str(Path(__file__).with_name("target.py"))),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: cgroup.move_in(0),
+    ) as process:
+        one = Target(process)
+        try:
+            assert one.do("os.getpid()") == process.pid
+            yield one
+        finally:
+            one.end()
+            for pid in cgroup.pids_below():  # what it has started
+                if pid != process.pid and _is_target(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _is_target(pid: int) -> bool:
+    try:
+        return b"target.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def selected(*pids: int, **how: Any) -> Selection:
+    """These processes."""
+    return Selection(tuple(map(Process, pids)), **how)
+
+
+def limited(*pids: int, options: Options = Options(), **how: Any) -> Throttle:  # noqa: B008
+    """A limit on these processes, of this process."""
+    return throttle.apply([], BOTH, processes=selected(*pids, **how), options=options)
+
+
+@contextmanager
+def live_map(name: str, owner: Optional[int] = None) -> Iterator[Map[Any, Any]]:
+    """A map of the limit that a process keeps; it is the only one of that process."""
+    ids = links_of(owner or os.getpid())
+    for link in links.all_links():
+        if link.id in ids:
+            for map_id in programs.info_by_id(link.program_id).map_ids:
+                with maps.open_by_id(map_id) as one:
+                    if one.spec.name == name:
+                        yield one
+                        return
+    raise AssertionError(f"process {owner or os.getpid()} has no map {name}")
+
+
+def marked(pid: int, numbers: Sequence[int], owner: Optional[int] = None) -> list[bool]:
+    """Which of a process's descriptors are sockets with a mark."""
+    found = []
+    with live_map("MARKS", owner) as marks, Lender(pid) as lender:
+        for number in numbers:
+            own = lender.borrow(number)
+            found.append(own in marks.typed(U32, U32))
+            os.close(own)
+    return found
+
+
+def followed(owner: Optional[int] = None) -> set[int]:
+    """The processes whose new sockets are marked."""
+    with live_map("PROCESSES", owner) as processes:
+        return set(processes.typed(U32, U32))
+
+
+@contextmanager
+def tool(
+    *arguments: str, prefix: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], dict]]:
+    """The tool with ``--json``, once the limit is in force, and what it says of that."""
+    limits = [] if any("-limit" in each for each in arguments) else ["--download-limit", "1M"]
+    with subprocess.Popen(
+        [*prefix, *TOOL, *arguments, *limits, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stderr
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield process, json.loads(line)
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE_S)
+
+
+def transferred(pid: int, direction: Direction) -> int:
+    """Payload bytes of the TCP connections that a process has open."""
+    total = 0
+    for found in Scan().new([pid]):
+        if found.is_tcp:
+            info = found.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+            acked, received = struct.unpack_from("=QQ", info, 120)
+            total += acked if direction is Direction.UPLOAD else received
+    return total
+
+
+def rates_over(pids: Sequence[int], direction: Direction, seconds: float) -> list[float]:
+    """Bytes per second of each process's connections, in the same time."""
+    begin = time.monotonic()
+    before = [transferred(pid, direction) for pid in pids]
+    time.sleep(seconds)
+    after = [transferred(pid, direction) for pid in pids]
+    elapsed = time.monotonic() - begin
+    return [(end - start) / elapsed for start, end in zip(before, after)]
