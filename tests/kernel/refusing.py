@@ -18,7 +18,7 @@ LD_W_ABS, JEQ_K, RET_K = 0x20, 0x15, 0x06
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
 NUMBER_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 16
 BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
-OTHERS = {"pidfd_getfd": 438}
+OTHERS = {"pidfd_open": 434, "pidfd_getfd": 438}
 
 
 def instruction(code: int, k: int, *, if_true: int = 0, if_false: int = 0) -> bytes:

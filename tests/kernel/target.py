@@ -17,6 +17,7 @@ from socket import AF_INET, AF_INET6, SOCK_DGRAM, SOCK_STREAM
 from typing import Any, Optional, TextIO
 
 _kept: dict[int, socket.socket] = {}
+_received: dict[int, int] = {}
 _children: dict[int, _Child] = {}
 
 
@@ -85,6 +86,59 @@ def receive(unix: int) -> int:
     _, [(_, _, data)], _, _ = _kept[unix].recvmsg(1, socket.CMSG_SPACE(numbers.itemsize))
     numbers.frombytes(data[: numbers.itemsize])
     return keep(socket.socket(fileno=numbers[0]))
+
+
+def download(host: str, number: int, *, wait: bool = False) -> int:
+    """A connection to a web server, from which all is read that comes."""
+    own = socket.create_connection((host, number))
+    own.sendall(b"GET / HTTP/1.1\r\nHost: there\r\n\r\n")
+
+    def run() -> None:
+        while own.recv(1 << 20):
+            pass
+
+    reading = threading.Thread(target=run, daemon=True)
+    reading.start()
+    if wait:
+        reading.join()
+    return keep(own)
+
+
+def receiver(family: int) -> int:
+    """A UDP socket whose bytes are counted, headers included."""
+    own = socket.socket(family, SOCK_DGRAM)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    own.bind(("", 0))
+    headers = 28 if family == AF_INET else 48
+
+    def run() -> None:
+        while True:
+            _received[own.fileno()] += len(own.recv(1 << 16)) + headers
+
+    _received[own.fileno()] = 0
+    threading.Thread(target=run, daemon=True).start()
+    return keep(own)
+
+
+def received(number: int) -> int:
+    """What a receiver has counted."""
+    return _received[number]
+
+
+def flood(number: int, host: str, port: int, bytes_per_s: float) -> None:
+    """Send datagrams at this rate, in a thread."""
+    own, data = _kept[number], bytes(1200)
+
+    def run() -> None:
+        begin, sent = time.monotonic(), 0
+        while True:
+            if sent > bytes_per_s * (time.monotonic() - begin):
+                time.sleep(0.001)
+                continue
+            own.sendto(data, (host, port))
+            sent += len(data)
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def churn(each_s: float) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
@@ -18,12 +19,12 @@ from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf import maps, programs
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate
-from pybpfthrottle.process import Process, links_of
+from pybpfthrottle.process import Process
 from pybpfthrottle.selection import Selection
 from pybpfthrottle.sockets import Lender, Scan
 from pybpfthrottle.throttle import Throttle
@@ -105,17 +106,24 @@ def limited(*pids: int, options: Options = Options(), **how: Any) -> Throttle:  
     return throttle.apply([], BOTH, processes=selected(*pids, **how), options=options)
 
 
+def programs_of(pid: int) -> set[int]:
+    """The ids of the programs that a process has descriptors of, or of links of them."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(FileNotFoundError):
+            found.update(re.findall(r"^prog_id:\t(\d+)$", path.read_text(), re.MULTILINE))
+    return set(map(int, found))
+
+
 @contextmanager
 def live_map(name: str, owner: Optional[int] = None) -> Iterator[Map[Any, Any]]:
     """A map of the limit that a process keeps; it is the only one of that process."""
-    ids = links_of(owner or os.getpid())
-    for link in links.all_links():
-        if link.id in ids:
-            for map_id in programs.info_by_id(link.program_id).map_ids:
-                with maps.open_by_id(map_id) as one:
-                    if one.spec.name == name:
-                        yield one
-                        return
+    for program_id in programs_of(owner or os.getpid()):
+        for map_id in programs.info_by_id(program_id).map_ids:
+            with maps.open_by_id(map_id) as one:
+                if one.spec.name == name:
+                    yield one
+                    return
     raise AssertionError(f"process {owner or os.getpid()} has no map {name}")
 
 
