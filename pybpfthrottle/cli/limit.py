@@ -134,6 +134,7 @@ class _Command:
             children=not wanted.no_children,
         )
         if wanted.move_cgroup:
+            self._claim(selection.processes)
             self._limit_moved(selection)
         elif wanted.each:
             self._later = selection if selection.matches_some else None
@@ -171,10 +172,9 @@ class _Command:
             self._limit_whole(cgroups, selection.processes)
 
     def _limit_moved(self, selection: Selection) -> None:
-        """In cgroups of their own, and the sockets that they had before by marks."""
+        """In cgroups of their own, and the sockets that they had before by marks; once claimed."""
         if not selection.processes[0].alive():
             raise ProcessError(f"process {selection.processes[0].pid} has ended")
-        self._claim(selection.processes)
         moved = self._stack.enter_context(Moved(one.pid for one in selection.processes))
         before = selection._replace(new_sockets=False)
         try:
