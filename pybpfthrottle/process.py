@@ -146,11 +146,11 @@ def has_ended(pid: int) -> bool:
 
 
 def families() -> dict[int, list[int]]:
-    """The children of each process that has some."""
+    """The children of each process that has some, but for those that have ended."""
     found: dict[int, list[int]] = {}
     for pid in running():
         stat = _stat(pid)
-        if stat is not None:
+        if stat is not None and not _has_ended(stat):
             found.setdefault(int(stat[1]), []).append(pid)
     return found
 

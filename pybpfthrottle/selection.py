@@ -50,6 +50,7 @@ class Selection(NamedTuple):
             and (not self.executables or _executes(pid, self.executables))
             and (not self.users or _user(pid) in self.users)
             and not process.is_kernel_thread(pid)
+            and not process.has_ended(pid)
         )
 
     def __str__(self) -> str:
