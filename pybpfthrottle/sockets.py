@@ -216,11 +216,11 @@ def borrow(place: Place) -> socket.socket:
     Raises OSError if it is not there any more.
     """
     with Lender(place.pid) as lender:
-        own = socket.socket(fileno=lender.borrow(place.number))
-    if os.fstat(own.fileno()).st_ino != place.inode:
-        own.close()
+        fd = lender.borrow(place.number)
+    if os.fstat(fd).st_ino != place.inode:
+        os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
-    return own
+    return socket.socket(fileno=fd)
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:

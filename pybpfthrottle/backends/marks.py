@@ -104,14 +104,14 @@ class Marks:
             ready = waiting.poll(max(0.0, following - time.monotonic()) * 1000)
             if any(fd == stop for fd, _ in ready):
                 return
-            begin = time.monotonic()
+            begin_s = time.thread_time()
             try:
                 if ready and self._tracing is not None:
                     self._started(self._tracing.executed())
-                if begin >= following:
+                if time.monotonic() >= following:
                     self._pass()
-                    end = time.monotonic()
-                    following = end + max(PERIOD_S, (end - begin) / _MOST_OF_TIME)
+                    pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
+                    following = time.monotonic() + max(PERIOD_S, pause_s)
             except (Error, OSError) as error:
                 following = time.monotonic() + PERIOD_S
                 log.warning("Cannot keep the marks up to date: %s", error)

@@ -303,7 +303,7 @@ def test_a_number_that_is_a_file_meanwhile_stops_no_scan(
 
     monkeypatch.setattr(sockets, "descriptors", descriptors)
     mine = len(os.listdir("/proc/self/fd"))
-    assert [found.number for found in sockets.Scan().new([own.pid])] == [second]
+    assert [found.place.number for found in sockets.Scan().new([own.pid])] == [second]
     assert len(os.listdir("/proc/self/fd")) == mine
 
 
