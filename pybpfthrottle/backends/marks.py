@@ -112,6 +112,9 @@ class Marks:
                     self._pass()
                     pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
                     following = time.monotonic() + max(PERIOD_S, pause_s)
+                    if not self._looked_for_sharing:
+                        self._looked_for_sharing = True
+                        self._look_for_sharing()
             except (Error, OSError) as error:
                 following = time.monotonic() + PERIOD_S
                 log.warning("Cannot keep the marks up to date: %s", error)
@@ -154,9 +157,6 @@ class Marks:
                 self._processes.pop(pid, None)
         self._take_in(self._selection.matching())
         self._mark_new()
-        if not self._looked_for_sharing:
-            self._looked_for_sharing = True
-            self._look_for_sharing()
 
     def _take_in(self, pids: Iterable[int]) -> None:
         """These, and what they have started; without tracing also what those before have."""
