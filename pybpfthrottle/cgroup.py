@@ -508,7 +508,8 @@ def remove_abandoned() -> list[Cgroup]:
 def abandoned(*, remove: bool = False) -> list[Cgroup]:
     """The cgroups of crashed runs of ours that no process is in any more."""
     found = []
-    for cgroup in walk():
+    # From below: who was moved twice goes back twice.
+    for cgroup in reversed(list(walk())):
         if not os.path.basename(cgroup.path).startswith(OWN_PREFIX):
             continue
         # An OSError: its owner lives, or it is not ours to remove.

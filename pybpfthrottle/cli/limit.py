@@ -175,6 +175,8 @@ class _Command:
         """In cgroups of their own, and the sockets that they had before by marks; once claimed."""
         if not selection.processes[0].alive():
             raise ProcessError(f"process {selection.processes[0].pid} has ended")
+        # Who is still where a crash has left it goes back first, or it would come back there.
+        cgroups_v2.remove_abandoned()
         moved = self._stack.enter_context(Moved(one.pid for one in selection.processes))
         before = selection._replace(new_sockets=False)
         try:
