@@ -104,6 +104,19 @@ def download(host: str, number: int, *, wait: bool = False) -> int:
     return keep(own)
 
 
+def upload(host: str, number: int) -> int:
+    """A connection to a web server, which is sent as much as it takes."""
+    own = socket.create_connection((host, number))
+    own.sendall(b"PUT / HTTP/1.1\r\nHost: there\r\n\r\n")
+
+    def run() -> None:
+        while True:
+            own.sendall(bytes(1 << 16))
+
+    threading.Thread(target=run, daemon=True).start()
+    return keep(own)
+
+
 def receiver(family: int) -> int:
     """A UDP socket whose bytes are counted, headers included."""
     own = socket.socket(family, SOCK_DGRAM)

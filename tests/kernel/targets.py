@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
@@ -29,7 +30,7 @@ from pybpfthrottle.selection import Selection
 from pybpfthrottle.sockets import Lender, Scan
 from pybpfthrottle.throttle import Throttle
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 # A pass over all processes is made each second; this is how long its result may take.
 NEXT_PASS_S = 10.0
 BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
@@ -70,9 +71,10 @@ class Target:
 def target(
     cgroup: Cgroup, inside: Callable[..., list[str]] = lambda *c: list(c)
 ) -> Iterator[Target]:
-    """A new one, in a cgroup; ``inside`` makes the command that runs one somewhere else."""
+    """A new one, in a cgroup; ``inside`` makes the command that runs one in another way."""
+    name = f"TARGET={uuid.uuid4()}"
     with subprocess.Popen(
-        inside(sys.executable, str(Path(__file__).with_name("target.py"))),
+        inside("env", name, sys.executable, str(Path(__file__).with_name("target.py"))),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -84,16 +86,22 @@ def target(
             yield one
         finally:
             one.end()
-            for pid in cgroup.pids_below():  # what it has started
-                if pid != process.pid and _is_target(pid):
+            for pid in cgroup.pids_below():
+                if name.encode() in _environment(pid):  # what it has started
                     os.kill(pid, signal.SIGKILL)
 
 
-def _is_target(pid: int) -> bool:
+def as_user(uid: int, *command: str) -> list[str]:
+    """The command that runs another one as this user, who may read the interpreter all the same."""
+    rights = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
+    return ["setpriv", f"--reuid={uid}", *rights, *command]
+
+
+def _environment(pid: int) -> bytes:
     try:
-        return b"target.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return False
+        return b""
 
 
 def selected(*pids: int, **how: Any) -> Selection:
@@ -177,6 +185,16 @@ def transferred(pid: int, direction: Direction) -> int:
             acked, received = struct.unpack_from("=QQ", info, 120)
             total += acked if direction is Direction.UPLOAD else received
     return total
+
+
+def pacing(pid: int) -> list[int]:
+    """The most that each TCP connection of a process is paced at, in bytes per second."""
+    infos = (
+        found.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 120)
+        for found in Scan().new([pid])
+        if found.is_tcp
+    )
+    return [struct.unpack_from("=Q", info, 112)[0] for info in infos]
 
 
 def rates_over(pids: Sequence[int], direction: Direction, seconds: float) -> list[float]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -15,6 +16,7 @@ from lab import ALL_HOOKS, ENVIRONMENT, TOOL, attached
 from targets import (
     NEXT_PASS_S,
     Target,
+    as_user,
     eventually,
     followed,
     marked,
@@ -271,7 +273,7 @@ def with_only(*capabilities: str) -> list[str]:
 @pytest.mark.parametrize("rights", [("bpf", "net_admin", "perfmon"), ("sys_admin", "net_admin")])
 def test_a_process_of_another_user_needs_a_right(scratch: Cgroup, rights: Sequence[str]) -> None:
     """Without CAP_SYS_PTRACE its sockets cannot be borrowed: an error names that, and it."""
-    with target(scratch, lambda *command: ["setpriv", f"--reuid={USER}", *command]) as own:
+    with target(scratch, partial(as_user, USER)) as own:
         own.do(STREAM)
         complaint = failed("--pid", str(own.pid), prefix=with_only(*rights))
         assert f"{own.pid} (" in complaint

@@ -261,6 +261,24 @@ def test_a_socket_that_is_handed_over_is_found(own: Target) -> None:
         eventually(lambda: marked(own.pid, [received]) == [True], within_s=NEXT_PASS_S)
 
 
+def test_it_is_found_on_a_busy_machine_too(own: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that has to wait for the CPU costs nobody anything: the next is not put off."""
+    unix, name = own.do("letter_box()")
+    look_up = sockets.descriptors
+
+    def descriptors(pid: int) -> list[sockets.Descriptor]:
+        time.sleep(0.1)
+        return look_up(pid)
+
+    monkeypatch.setattr(sockets, "descriptors", descriptors)
+    with limited(own.pid), socket.socket() as given, socket.socket(socket.AF_UNIX, DGRAM) as mine:
+        time.sleep(0.5)
+        mine.connect(f"\0{name}")
+        socket.send_fds(mine, [b"x"], [given.fileno()])
+        received = own.do(f"receive({unix})")
+        eventually(lambda: marked(own.pid, [received]) == [True], within_s=NEXT_PASS_S)
+
+
 def test_two_thousand_sockets_are_marked(own: Target) -> None:
     """All of them, in a fraction of a second, and the next passes cost next to nothing."""
     fds = own.do("make_many(2000)")
