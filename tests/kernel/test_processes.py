@@ -267,7 +267,7 @@ def test_it_is_found_on_a_busy_machine_too(own: Target, monkeypatch: pytest.Monk
     look_up = sockets.descriptors
 
     def descriptors(pid: int) -> list[sockets.Descriptor]:
-        time.sleep(0.1)
+        time.sleep(0.05)
         return look_up(pid)
 
     monkeypatch.setattr(sockets, "descriptors", descriptors)
