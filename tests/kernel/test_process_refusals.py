@@ -240,13 +240,13 @@ def test_without_marks_each_has_none(own: Target) -> None:
 def test_in_a_pid_namespace_the_process_is_moved(scratch: Cgroup) -> None:
     """Its ids are not the kernel's; the connections that are open get marks all the same."""
     script = (
-        "sleep 60 & sleep 60 & for p in $(jobs -p); do echo $p >$0/cgroup.procs; done;"
-        ' exec "$@" --pid $p'
+        "sleep 60 & echo $! >$0/cgroup.procs; sleep 60 & echo $! >$0/cgroup.procs;"
+        ' exec "$@" --pid $!'
     )
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [*TOOL, "--download-limit", "1M", "--duration", "1"]
     with subprocess.Popen(
-        [*inside, "bash", "-c", script, scratch.path, *command],
+        [*inside, "sh", "-c", script, scratch.path, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=ENVIRONMENT,
