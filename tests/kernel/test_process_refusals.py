@@ -278,3 +278,12 @@ def test_a_process_of_another_user_needs_a_right(scratch: Cgroup, rights: Sequen
         complaint = failed("--pid", str(own.pid), prefix=with_only(*rights))
         assert f"{own.pid} (" in complaint
         assert "CAP_SYS_PTRACE" in complaint
+
+
+def test_three_rights_are_enough(own: Target) -> None:
+    """CAP_BPF, CAP_NET_ADMIN and CAP_SYS_PTRACE; without CAP_PERFMON children are looked for."""
+    before = own.do(STREAM)
+    prefix = with_only("bpf", "net_admin", "sys_ptrace")
+    with tool("--pid", str(own.pid), prefix=prefix) as (running, _):
+        assert "every 1 s" in note(running, "started from now on")
+        assert marked(own.pid, [before, own.do(STREAM)], running.pid) == [True, True]
