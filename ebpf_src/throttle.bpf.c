@@ -9,8 +9,8 @@
  *
  * It has to load on Linux 4.14, so: the first instruction set (-mcpu=v1), no loops, no calls, only
  * helpers and context fields of that kernel. DIRECT_PACKET_ACCESS makes a second object of it, for
- * Linux 5.0 and later, which reads headers without a helper call each; with MARKED as well it
- * limits the sockets of some processes alone.
+ * Linux 5.0 and later, which reads headers without a helper call each, and needs CAP_PERFMON for
+ * it. MARKED makes one that limits the sockets of some processes alone.
  *
  * It includes no system headers, so that the objects are the same wherever they are built.
  */
