@@ -12,7 +12,7 @@ from typing import Callable
 from pybpfthrottle import cgroup as cgroups_v2
 from pybpfthrottle import objects, settings, throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import BURST_BYTES
+from pybpfthrottle.backends.bucket import BURST_BYTES
 from pybpfthrottle.bpf import asm, features, links, loader, programs, syscall
 from pybpfthrottle.bpf.abi import BPF_F_ALLOW_MULTI, AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.links import Attachment

@@ -13,7 +13,7 @@ from lab import ENVIRONMENT, TOOL, lab
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import SMALL_NS
+from pybpfthrottle.backends.bucket import SMALL_NS
 from pybpfthrottle.backends.shaping import POLICE
 from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.limits import Direction, Rate

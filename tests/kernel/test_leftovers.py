@@ -170,7 +170,7 @@ def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None
 
 OWNER = """
 import os, sys, time
-from pybpfthrottle.backends.ebpf import config_for
+from pybpfthrottle.backends.bucket import config_for
 from pybpfthrottle.bpf import asm, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.links import AttachMode

@@ -14,7 +14,7 @@ from typing import Iterator
 import pytest
 
 from pybpfthrottle import objects
-from pybpfthrottle.backends.ebpf import config_for
+from pybpfthrottle.backends.bucket import config_for
 from pybpfthrottle.backends.records import ThrottleBucket, ThrottleConfig, ThrottleStats
 from pybpfthrottle.bpf import features, links, loader
 from pybpfthrottle.bpf.abi import AttachType

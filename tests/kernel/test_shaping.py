@@ -17,7 +17,7 @@ import unadopted
 from lab import ALL_HOOKS, ENVIRONMENT, TOOL, Lab, attached, lab
 
 from pybpfthrottle import sockets, throttle
-from pybpfthrottle.backends import Options, ebpf
+from pybpfthrottle.backends import Options, kinds
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.asm import return_imm
@@ -167,11 +167,11 @@ OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}
 @pytest.fixture(params=OPEN)
 def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who shapes the connections that were open before the limit."""
-    ebpf._read_object.cache_clear()
+    kinds.read_object.cache_clear()
     if request.param == "user space":
         unadopted.refuse()
     yield request.param
-    ebpf._read_object.cache_clear()
+    kinds.read_object.cache_clear()
 
 
 def need_to_shape_open(live: Throttle, shaped_by: str) -> None:

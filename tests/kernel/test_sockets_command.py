@@ -21,7 +21,7 @@ from lab import ENVIRONMENT, ROOT, TOOL
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import config_for
+from pybpfthrottle.backends.bucket import config_for
 from pybpfthrottle.backends.records import ThrottleConfig
 from pybpfthrottle.backends.running import MARKS
 from pybpfthrottle.bpf import abi, btf_load, links, maps, programs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lab import LARGEST_PACKET, Lab, Transfer, lab, median_ratio, median_windows, three_times
 
-from pybpfthrottle.backends.ebpf import SMALL_NS
+from pybpfthrottle.backends.bucket import SMALL_NS
 from pybpfthrottle.backends.shaping import POLICE
 from pybpfthrottle.limits import Rate
 

@@ -7,13 +7,13 @@ refuse it as it is.
 from __future__ import annotations
 
 from pybpfthrottle.__main__ import main
-from pybpfthrottle.backends import adoption, ebpf
+from pybpfthrottle.backends import adoption, kinds
 from pybpfthrottle.bpf.abi import AttachType
 
 
 def refuse() -> None:
     """Have this process's kernel refuse it from now on."""
-    adopter = ebpf._read_object().programs[adoption.ADOPTER]
+    adopter = kinds.read_object().programs[adoption.ADOPTER]
     adopter.expected_attach_type = AttachType.CGROUP_INET_INGRESS
 
 

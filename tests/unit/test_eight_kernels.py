@@ -16,7 +16,7 @@ import pytest
 from kernels import Kernel
 
 from pybpfthrottle import cgroup, throttle
-from pybpfthrottle.backends import Options, ebpf
+from pybpfthrottle.backends import Options, kinds
 from pybpfthrottle.backends.records import ThrottleBucket, ThrottleConfig, ThrottleStats
 from pybpfthrottle.bpf import features, maps, privileges, syscall
 from pybpfthrottle.bpf.codecs import U32
@@ -55,10 +55,10 @@ ROWS = {
 def nothing_is_remembered():
     """No test sees what another has found out of its kernel."""
     features.forget()
-    ebpf._read_object.cache_clear()
+    kinds.read_object.cache_clear()
     yield
     features.forget()
-    ebpf._read_object.cache_clear()
+    kinds.read_object.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 from benches.table import configure, show
 from pybpfthrottle import objects
-from pybpfthrottle.backends.ebpf import config_for
+from pybpfthrottle.backends.bucket import config_for
 from pybpfthrottle.backends.records import ThrottleConfig
 from pybpfthrottle.bpf import asm, features, loader, programs
 from pybpfthrottle.bpf.abi import ProgType
