@@ -74,19 +74,21 @@ class Process:
         """Lock it for a limit, so that no second one is put on it unknowingly.
 
         The lock ends with the descriptor that is returned. Raises ProcessError that names who has
-        it, or if the process has ended.
+        it, or has one of a process above; or if the process has ended.
         """
-        path = f"/proc/{self.pid}"
-        try:
-            return locks.lock(path)
-        except BlockingIOError:
-            holder = locks.holders().get(locks.key(path))
-            raise ProcessError(
-                f"process {self.pid} ({self.name}) is limited already, by process {holder}: its"
-                " packets would be charged to both limits. If you mean both, add --stack"
-            ) from None
-        except OSError:
-            raise ProcessError(f"process {self.pid} ({self.name}) has ended") from None
+        holder = claimed(ancestors(self.pid))
+        if holder is None:
+            with suppress(BlockingIOError):
+                try:
+                    return locks.lock(f"/proc/{self.pid}")
+                except FileNotFoundError:
+                    raise ProcessError(f"process {self.pid} ({self.name}) has ended") from None
+        by = holder.by if holder else os.getpid()
+        whose = "" if holder is None or holder.claimed == self.pid else ", with its parents"
+        raise ProcessError(
+            f"process {self.pid} ({self.name}) is limited already{whose}, by process {by}: its"
+            " packets would be charged to both limits. If you mean both, add --stack"
+        )
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"

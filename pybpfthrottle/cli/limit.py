@@ -85,11 +85,15 @@ def limit(request: Request, wanted: Wanted) -> None:
 
 
 class _Limit(NamedTuple):
-    """One limit that is in force. ``goes_on`` tells whether there still is what it is for."""
+    """One limit that is in force, which ``undo`` takes away.
+
+    ``goes_on`` tells whether there still is what it is for.
+    """
 
     live: Throttle
     watch: Watch
     goes_on: Callable[[], bool]
+    undo: ExitStack
 
 
 class _Command:
@@ -101,6 +105,7 @@ class _Command:
         self._stack = stack
         self._limits: list[_Limit] = []
         self._said: set[str] = set()
+        self._explained: list[str] = []
         # Where later processes get a limit each: which of them.
         self._later: Optional[Selection] = None
         # What it is called if the last thing that is limited goes.
@@ -163,12 +168,12 @@ class _Command:
         """The best that remains: all of its cgroup where nobody else is in it, or moving it."""
         cgroups = list(dict.fromkeys(cgroups_v2.from_pid(one.pid) for one in selection.processes))
         if any(cgroup.is_root() or _company(cgroup, selection) for cgroup in cgroups):
-            self._say(f"Single sockets cannot be limited here: {why}.")
-            self._say("The processes are moved into a cgroup of their own until the end.")
+            self._explain(f"Single sockets cannot be limited here: {why}.")
+            self._explain("The processes are moved into a cgroup of their own until the end.")
             self._limit_moved(selection)
         else:
-            self._say(f"Single sockets cannot be limited here: {why}.")
-            self._say("Nobody else is in the cgroup of the processes: it is limited as a whole.")
+            self._explain(f"Single sockets cannot be limited here: {why}.")
+            self._explain("Nobody else is in the cgroup of the processes: all of it is limited.")
             self._limit_whole(cgroups, selection.processes)
 
     def _limit_moved(self, selection: Selection) -> None:
@@ -183,7 +188,7 @@ class _Command:
             live = self._stack.enter_context(self._request.apply(moved.cgroups, before))
         except NoMarksError as error:
             live = self._stack.enter_context(self._request.apply(moved.cgroups))
-            self._say(f"Connections that are open already are not limited: {error}")
+            self._explain(f"Connections that are open already are not limited: {error}")
         moved.move()
         self._begin(live, selection.processes, f"{selection}, moved", moved.populated)
 
@@ -201,10 +206,12 @@ class _Command:
         self._begin(live, targets, ", ".join(cgroup.path for cgroup in cgroups), goes_on)
 
     def _limit_each(self, target: Process) -> None:
-        self._claim([target])
         selection = Selection((target,), children=not self._wanted.no_children)
-        live = self._stack.enter_context(self._request.apply(processes=selection))
-        self._begin(live, [target], str(selection), lambda: not live.vanished())
+        with ExitStack() as undo:
+            self._claim([target], undo)
+            live = undo.enter_context(self._request.apply(processes=selection))
+            own = self._stack.enter_context(undo.pop_all())
+        self._begin(live, [target], str(selection), lambda: not live.vanished(), own)
 
     def _limit_later(self) -> None:
         """Those that match and have no limit yet."""
@@ -217,11 +224,11 @@ class _Command:
             except ProcessError:  # it has ended, or has a limit of another instance
                 continue
 
-    def _claim(self, targets: Sequence[Process]) -> None:
+    def _claim(self, targets: Sequence[Process], undo: Optional[ExitStack] = None) -> None:
         if self._wanted.stack:
             return
         for target in targets:
-            self._stack.callback(os.close, target.claim())
+            (undo or self._stack).callback(os.close, target.claim())
             try:
                 cgroup = cgroups_v2.from_pid(target.pid)
             except CgroupError:  # it may be in none that is visible
@@ -234,8 +241,9 @@ class _Command:
         targets: Sequence[Process],
         what: str,
         goes_on: Callable[[], bool],
+        undo: Optional[ExitStack] = None,
     ) -> None:
-        """A limit is in force: show it."""
+        """A limit is in force: show it. Without ``undo`` it goes with everything."""
         first = targets[0] if targets else None
         several = self._wanted.each
         watch = Watch(
@@ -248,7 +256,7 @@ class _Command:
             prefix=f"{first.pid} ({first.name}): " if first and several else "",
             several=several,
         )
-        self._limits.append(_Limit(live, watch, goes_on))
+        self._limits.append(_Limit(live, watch, goes_on, undo or self._stack))
         pids = [target.pid for target in targets]
         watch.start(pid=pids[0] if pids else None, pids=pids, target=what)
         how = live.describe()
@@ -257,7 +265,14 @@ class _Command:
             for direction, rate in live.limits.items()
         )
         self._say(f"Limiting {what}: {rates}. Ctrl-C ends it.")
+        for line in self._explained if self._wanted.as_json else ():
+            watch.note(line)
         self._say_notes()
+
+    def _explain(self, line: str) -> None:
+        """What is done instead of what was asked for; in JSON a note, when the limit begins."""
+        self._explained.append(line)
+        self._say(line)
 
     def _say(self, line: str) -> None:
         if not self._request.quiet and not self._wanted.as_json:
@@ -308,7 +323,7 @@ class _Command:
             one.watch.sample()
         for one in gone:
             one.watch.end(reason=self._end)
-            one.live.remove()
+            one.undo.close()
             self._limits.remove(one)
         return ""
 

@@ -14,7 +14,7 @@ import pytest
 from pybpfthrottle import cgroup as cgroups
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.codecs import U32
-from pybpfthrottle.process import is_kernel_thread, links_of
+from pybpfthrottle.process import families, is_kernel_thread, links_of
 
 LIMIT = ("--download-limit", "1M", "-q")
 SHORT = (*LIMIT, "--duration", "0.3")
@@ -106,6 +106,16 @@ def test_a_process_is_limited_once(tool, scratch):
     assert "--stack" in complaint
     assert tool.run("--pid", pid, "--stack", *SHORT).status == 0
     process.kill()
+    assert tool.finish(started).status == 0
+
+
+def test_a_child_of_a_limited_process_is_limited_once(tool, scratch, eventually):
+    """As it is with its parent."""
+    parent = scratch.process(scratch.cgroup(), "sh", "-c", "sleep 60 & wait")
+    [child] = eventually(lambda: families().get(parent.pid))
+    started, _ = begin(tool, "--pid", str(parent.pid))
+    assert "with its parents" in refusal(tool, "--pid", str(child))
+    os.kill(child, signal.SIGKILL)
     assert tool.finish(started).status == 0
 
 
