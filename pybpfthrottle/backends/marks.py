@@ -70,8 +70,11 @@ class Marks:
 
         Raises ProcessError for a process that has ended, or that may not be looked into.
         """
-        if self._selection.new_sockets and not process.in_first_namespace():
-            raise NoMarksError(_OTHER_NAMESPACE)
+        if self._selection.new_sockets:
+            if not process.in_first_namespace():
+                raise NoMarksError(_OTHER_NAMESPACE)
+            # First: what is started from now on is followed, whoever its parent is by then.
+            self._trace()
         chosen = [one.pid for one in self._selection.processes]
         self._take_in([*chosen, *self._selection.matching()])
         for one in self._selection.processes:
@@ -87,11 +90,6 @@ class Marks:
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
                 )
-        if self._selection.new_sockets:
-            # It takes a while to find out about the kernel's structures: last, and once more.
-            self._trace()
-            self._take_in(self._selection.matching())
-            self._mark_new()
 
     def follow(self, stop: int) -> None:
         """Keep the marks up to date until the descriptor ``stop`` is readable."""

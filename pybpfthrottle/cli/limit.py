@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -23,6 +24,8 @@ from pybpfthrottle.process import Process, is_kernel_thread
 from pybpfthrottle.selection import Selection, executable, user_id
 from pybpfthrottle.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
+
+log = logging.getLogger(__name__)
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -221,8 +224,9 @@ class _Command:
         for pid in set(self._later.matching()) - limited:
             try:
                 self._limit_each(Process(pid))
-            except ProcessError:  # it has ended, or has a limit of another instance
-                continue
+            except Error as error:
+                # It has ended, has a limit of another instance, or there are too many.
+                log.info("%d gets no limit: %s", pid, error)
 
     def _claim(self, targets: Sequence[Process], undo: Optional[ExitStack] = None) -> None:
         if self._wanted.stack:
