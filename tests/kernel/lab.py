@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 from benches.line import DelayLine, LineSpec
 
@@ -21,10 +23,13 @@ from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli import peer
 from pybpfthrottle.cli.namespaces import Wire
 from pybpfthrottle.limits import Rate
+from pybpfthrottle.sockets import SO_MAX_PACING_RATE, tcp_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 TOOL = [sys.executable, "-m", "pybpfthrottle"]
+# Of what is not limited; more would only make a small machine too busy to measure anything.
+FASTEST = Rate.parse("100M")
 LARGEST_PACKET = 64 * 1024
 
 
@@ -91,17 +96,32 @@ class Lab:
 
 
 @contextmanager
-def lab(*, ipv6: bool = False, round_trip_s: float = 0.0) -> Iterator[Lab]:
-    """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards."""
+def lab(
+    *, ipv6: bool = False, round_trip_s: float = 0.0, fastest: Optional[Rate] = FASTEST
+) -> Iterator[Lab]:
+    """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards.
+
+    The server sends no connection more than ``fastest``.
+    """
     with DelayLine(LineSpec(round_trip_s / 2)) if round_trip_s else Wire() as wire:
         address = wire.server.address6 if ipv6 else wire.server.address
         server = start_server(wire.server.inside, address)
+        if fastest is not None:
+            pace(server.pid, fastest)
         try:
             host = f"[{address}]" if ipv6 else address
             yield Lab(wire, f"http://{host}:{peer.PORT}/", server)
         finally:
             server.kill()
             server.communicate()
+
+
+def pace(server: int, fastest: Rate) -> None:
+    """What a server accepts from now on sends no more than this."""
+    for listener in tcp_of([server]):
+        listener.setsockopt(
+            socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", fastest.bytes_per_s)
+        )
 
 
 def start_server(inside: Callable[..., list[str]], address: str) -> subprocess.Popen[str]:

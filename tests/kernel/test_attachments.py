@@ -103,6 +103,7 @@ def test_show_tells_what_bpftool_tells(busy: Cgroup) -> None:
     assert comparable(found) == comparable(theirs("show", busy.path))
 
 
+@pytest.mark.alone  # other tests attach to the ancestors
 def test_effective_tells_what_bpftool_tells(busy: Cgroup) -> None:
     """So it is for what is effective, the ancestors' programs included."""
     found = ours("show", "--effective", busy.path)

@@ -29,7 +29,7 @@ def check(transfers: list[Transfer], limit: str, seconds: int) -> None:
     assert 0.94 <= median_ratio(transfers, rate, seconds) <= 1.06
     if rate.bytes_per_s >= 1 << 20:
         windows = median_windows(transfers, rate, seconds)[1:]
-        assert all(0.8 <= window <= 1.2 for window in windows), windows
+        assert all(0.75 <= window <= 1.25 for window in windows), windows
 
 
 @pytest.mark.parametrize("direction", ["download", "upload"])
