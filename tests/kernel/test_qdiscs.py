@@ -53,5 +53,5 @@ def test_a_limit_holds_beside_a_qdisc(name: str, direction: str) -> None:
         else:
             transfer = own.upload(["--upload-limit", "200K"], 10)
         assert tc(own, "qdisc show") == before
-    # fq paces headers and all, in steps of its own.
+    # Beside fq, TCP sends up to 64 KB at once, which is a third of a second's worth.
     assert 0.8 <= transfer.ratio(Rate.parse("200K"), 10) <= 1.1
