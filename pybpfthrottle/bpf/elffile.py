@@ -116,12 +116,17 @@ def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[by
 
 
 def read(data: bytes) -> Elf:
-    """Read the records. Raises ObjectFileError for all that is no sound object for BPF."""
+    """Read the records.
+
+    Raises ObjectFileError for all that is no sound object for BPF, and without pyelftools.
+    """
     refuse_other_files(data)
     try:
         return _Reader(data).read()
     except ObjectFileError:
         raise
+    except ModuleNotFoundError as error:
+        raise ObjectFileError("pyelftools is missing: pip install pyelftools") from error
     # pyelftools meets broken input with whatever comes first: its own errors, construct's,
     # AssertionError, IndexError, UnicodeDecodeError.
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -169,3 +170,16 @@ def test_help_into_a_closed_pipe_is_no_traceback(tool):
     process = tool.start("--help", stdout=writer)
     os.close(writer)
     assert tool.finish(process).err == ""
+
+
+def test_run_without_pyelftools_names_it(tool):
+    """It is what is missing, not the object that is broken."""
+    hide = "import sys; sys.modules['elftools'] = None; import runpy; "
+    main = "sys.argv[0] = 'pybpfthrottle'; runpy.run_module('pybpfthrottle', run_name='__main__')"
+    command = [tool.python, "-c", hide + main, "run", *LIMIT, "--", "true"]
+    done = subprocess.run(
+        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": tool.path}, text=True
+    )
+    assert done.returncode == 125
+    assert "pyelftools is missing: pip install pyelftools" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -101,7 +101,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.picture:
         picture.draw(result, arguments.picture)
     failed = any(cell.failures for cell in result.cells)
-    return 1 if failed or result.interrupted else 0
+    nothing = not any(cell.rounds for cell in result.cells)
+    return 1 if failed or nothing or result.interrupted else 0
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:
@@ -174,6 +175,8 @@ def measure(arguments: argparse.Namespace) -> Result:
             controls, arguments.delays, arguments.limits, arguments.flows, arguments.directions
         )
     ]
+    for what, why in left_out.items():
+        print(f"left out: {what}: {why}", file=sys.stderr)
     result = Result(arguments.seconds, arguments.rounds, left_out)
     turns = [
         (CellResult(cell), [m for m in methods if cell.direction in methods[m]]) for cell in cells
