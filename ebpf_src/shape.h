@@ -48,6 +48,7 @@
 #define WINDOW_TARGET_NS (20 * MS)
 #define POLICE_SLACK_NS (180 * MS) /* up to the policer's own burst */
 #define MOST_SLACK_NS (2000 * MS)
+#define PROMISED_SLACK_NS (50 * MS)
 #define LEAST_WINDOW_BYTES 1152
 #define LEAST_SHARE_BYTES 2896 /* two segments */
 #define LEAST_RTO_US 200000 /* after which TCP sends into a window of less than a segment */
@@ -280,6 +281,8 @@ always_inline int has_to_stop(struct throttle_socket *socket, int few, __u64 fai
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
+	__u64 before = socket->share[THROTTLE_DOWNLOAD].bytes;
+	__u64 moved = before ? ctx->bytes_received - before : 0;
 	__u32 flows = count_flows(&socket->share[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD,
 				  ctx->bytes_received, config->rate_bytes_per_s, now);
 	__s64 credit = config->credit_ns;
@@ -292,6 +295,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	int few = flows <= FEW_FLOWS;
 	__u32 value;
 
+	socket->promised = moved < socket->promised ? socket->promised - moved : 0;
 	/*
 	 * On a short way even the smallest window is more than a small limit, and one of less than two
 	 * segments has its acknowledgements delayed: such a connection is policed.
@@ -302,8 +306,12 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	}
 	if (share > MOST_SHARE_NS)
 		share = MOST_SHARE_NS;
-	/* What is on its way cannot be called back: dropping it would only make it come twice. */
-	slack = ahead * 4 + share;
+	/*
+	 * What is on its way cannot be called back: dropping it would only make it come twice. Nor can
+	 * a window from before the limit, but its sender has to slow down: what it owed by then would
+	 * be taken off when its new window has hold of it.
+	 */
+	slack = socket->promised ? PROMISED_SLACK_NS : ahead * 4 + share;
 	if (slack > (__s64)bucket->slack_ns && slack <= MOST_SLACK_NS)
 		bucket->slack_ns = slack;
 	ahead += share;
@@ -488,7 +496,8 @@ struct bpf_sockopt {
 
 /*
  * Connections that were open before have no callbacks. User space calls setsockopt(2) on each of
- * them, with a level that nobody else knows; this runs for those alone that are in the cgroup.
+ * them, with a level that nobody else knows, and as the option the bytes of the receive window;
+ * this runs for those alone that are in the cgroup.
  */
 SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 {
@@ -513,6 +522,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	if (!socket)
 		return 0;
 	remember(ctx->sk, socket);
+	socket->promised = ctx->optname;
 	if (bpf_setsockopt(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
 		return 0;
 	/* The kernel itself is not to see it. */

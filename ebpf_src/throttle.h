@@ -85,7 +85,7 @@ struct throttle_socket {
 	__u32 original_pacing; /* what they were before */
 	__u32 original_clamp;
 	__u32 stop; /* how much of a stop is due, in 65536ths */
-	__u32 reserved;
+	__u32 promised; /* bytes of a window from before the limit that are still to come */
 };
 
 /* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */

@@ -38,12 +38,16 @@ class Place(NamedTuple):
     inode: int
 
 
+_TCP_INFO = struct.Struct("=B43xI72xQ104xI")
+
+
 class TcpInfo(NamedTuple):
     """The part of struct tcp_info that we ask for. Linux 4.6."""
 
     state: int
     last_data_sent_ms: int
     bytes_acked: int
+    receive_window: int  # bytes; 0 before Linux 6.2
 
     @property
     def sends(self) -> bool:
@@ -57,8 +61,8 @@ class TcpInfo(NamedTuple):
     @classmethod
     def of(cls, own: socket.socket) -> TcpInfo:
         """That of a TCP connection. Raises OSError."""
-        data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-        return cls(*struct.unpack_from("=B43xI72xQ", data))
+        data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        return cls(*_TCP_INFO.unpack(data.ljust(_TCP_INFO.size, b"\0")))
 
 
 class Lender:

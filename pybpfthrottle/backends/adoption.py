@@ -56,12 +56,12 @@ class Adoption:
     def __call__(self, found: Borrowed) -> None:
         """Have a socket shaped, if it is a connection."""
         with suppress(OSError):  # it is none any more
-            if found.is_tcp and TcpInfo.of(found.socket).sends:
-                self._shape(found)
+            if found.is_tcp and (info := TcpInfo.of(found.socket)).sends:
+                self._shape(found, info.receive_window)
 
-    def _shape(self, found: Borrowed) -> None:
+    def _shape(self, found: Borrowed, window: int) -> None:
         while not found.is_local and (self._program or self._attach_next()):
-            answer = connections.ask(found.socket)
+            answer = connections.ask(found.socket, window)
             if answer is None:
                 return
             if self._program == BELONGS:

@@ -19,13 +19,14 @@ from pybpfthrottle.cgroup import Cgroup
 SOCKETS = "SOCKETS"
 
 
-def ask(own: socket.socket) -> Optional[bool]:
-    """What the program at the setsockopt hook says of a connection.
+def ask(own: socket.socket, window: int) -> Optional[bool]:
+    """What the program at the setsockopt hook says of a connection, which has a receive window.
 
     None if no program answers: it belongs to another cgroup, and is neither limited nor shaped.
     """
     try:
-        own.setsockopt(THROTTLE_ADOPT, 0, 0)
+        # It may move before the program has it in hand.
+        own.setsockopt(THROTTLE_ADOPT, window + window // 4, 0)
     except OSError as error:
         return False if error.errno == errno.EPERM else None
     return True

@@ -72,7 +72,7 @@ class ThrottleSocket(ctypes.Structure):
         ("original_pacing", c_uint32),
         ("original_clamp", c_uint32),
         ("stop", c_uint32),
-        ("reserved", c_uint32),
+        ("promised", c_uint32),
     )
 
 
