@@ -165,6 +165,8 @@ class Marks:
         while new or parents:
             for pid in new:
                 self._processes[pid] = value
+                if process.has_ended(pid):  # before it was in the map: nobody else takes it out
+                    self._processes.pop(pid, None)
             known |= new
             if not self._selection.children:
                 return
