@@ -30,6 +30,8 @@ MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
 # Looking through processes takes no more than this part of one CPU's time.
 _MOST_OF_TIME = 0.01
+# A cleanup after a crash looks at sockets too, for less than this.
+_BORROWED_S = 0.2
 _IPPROTO_MPTCP = 262
 _MARK = b"\0\0\0\0"
 
@@ -216,16 +218,25 @@ class Marks:
 
     def _look_for_sharing(self) -> None:
         """A mark belongs to a socket, whoever uses it."""
-        own = {os.getpid(), *self._processes}
-        for pid in process.running():
-            if pid not in own:
+        sharing = self._sharing(process.running())
+        if sharing:
+            time.sleep(_BORROWED_S)
+            for pid in self._sharing(sharing):
+                self._note(
+                    f"{process.listed([pid])} uses some of the sockets too: these are limited for"
+                    " all who do"
+                )
+        self._inodes.clear()
+
+    def _sharing(self, pids: Iterable[int]) -> list[int]:
+        """Those that have a marked socket open, and are not limited."""
+        found = []
+        for pid in pids:
+            if pid != os.getpid() and pid not in self._processes:
                 with suppress(OSError):
                     if any(one.inode in self._inodes for one in descriptors(pid)):
-                        self._note(
-                            f"{process.listed([pid])} uses some of the sockets too: these are"
-                            " limited for all who do"
-                        )
-        self._inodes.clear()
+                        found.append(pid)
+        return found
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
@@ -20,10 +20,12 @@ from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
+from pybpfthrottle.backends.records import ThrottleConfig
 from pybpfthrottle.bpf import maps, programs
-from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.errors import Error
 from pybpfthrottle.limits import Direction, Rate
 from pybpfthrottle.process import Process
 from pybpfthrottle.selection import Selection
@@ -115,23 +117,46 @@ def limited(*pids: int, options: Options = Options(), **how: Any) -> Throttle:  
 
 
 def programs_of(pid: int) -> set[int]:
-    """The ids of the programs that a process has descriptors of, or of links of them."""
-    found = set()
+    """The ids of a limit's programs that its process has descriptors of, or of links of them.
+
+    While it starts, it looks at those of others too.
+    """
+    found: set[int] = set()
     for path in Path(f"/proc/{pid}/fdinfo").iterdir():
         with suppress(FileNotFoundError):
-            found.update(re.findall(r"^prog_id:\t(\d+)$", path.read_text(), re.MULTILINE))
-    return set(map(int, found))
+            found.update(map(int, re.findall(r"^prog_id:\t(\d+)$", path.read_text(), re.M)))
+    return {program for program in found if _owner(program) in (pid, None)}
+
+
+@contextmanager
+def _maps_of(program: int) -> Iterator[dict[str, Map[Any, Any]]]:
+    """By their names; none if the program is gone meanwhile."""
+    with ExitStack() as stack:
+        found = {}
+        with suppress(Error, OSError):
+            for each in programs.info_by_id(program).map_ids:
+                one = stack.enter_context(maps.open_by_id(each))
+                found[one.spec.name] = one
+        yield found
+
+
+def _owner(program: int) -> Optional[int]:
+    """The process that a program says it belongs to, if it says so."""
+    with _maps_of(program) as found:
+        configs = found.get("CGROUP_CONFIGS")
+        if configs is None:
+            return None
+        return int(configs.typed(U32, StructureCodec(ThrottleConfig))[0].owner_pid)
 
 
 @contextmanager
 def live_map(name: str, owner: Optional[int] = None) -> Iterator[Map[Any, Any]]:
     """A map of the limit that a process keeps; it is the only one of that process."""
-    for program_id in programs_of(owner or os.getpid()):
-        for map_id in programs.info_by_id(program_id).map_ids:
-            with maps.open_by_id(map_id) as one:
-                if one.spec.name == name:
-                    yield one
-                    return
+    for program in programs_of(owner or os.getpid()):
+        with _maps_of(program) as found:
+            if "CGROUP_CONFIGS" in found and name in found:
+                yield found[name]
+                return
     raise AssertionError(f"process {owner or os.getpid()} has no map {name}")
 
 

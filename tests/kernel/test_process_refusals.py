@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from pybpfthrottle.bpf.abi import AttachType, Cmd
 from pybpfthrottle.cgroup import Cgroup
 
 STREAM = "make(AF_INET, SOCK_STREAM)"
-USER = 54321
+USER = 2_000_000 + os.getpid()  # nobody else, nor a test beside this one
 CAP_SYS_RESOURCE = 24
 HOOKS = (*ALL_HOOKS, AttachType.CGROUP_INET_SOCK_CREATE)
 
