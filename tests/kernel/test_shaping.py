@@ -65,7 +65,7 @@ class Connection(NamedTuple):
 @contextmanager
 def client(own: Lab, cgroup: Cgroup, direction: Direction) -> Iterator[None]:
     """Curl, as fast as it can, in a cgroup."""
-    command = ["curl", "-sN", "--max-time", "20", own.url]
+    command = ["curl", "-sN", "--max-time", "60", own.url]
     if direction is Direction.UPLOAD:
         command += ["-T", "-"]
     with (
@@ -198,8 +198,8 @@ def test_an_open_connection_is_shaped_too(
         # What was dropped of a faster connection's packets on their way may be waited for, and
         # where it could not be adopted but only policed, congestion control has to recover too.
         adopted = during.max_pacing != UNLIMITED or during.clamp < before.clamp
-        faster = 5 if adopted else 1.5
-        assert any(rate_over(scratch, direction, 1) > faster for _ in range(8))
+        faster = 5 if adopted else 1.3
+        assert any(rate_over(scratch, direction, 1) > faster for _ in range(20))
     assert ratio <= 1.2  # a fast one is still being caught
     if direction is Direction.UPLOAD:
         assert ratio >= 0.9
