@@ -455,6 +455,7 @@ def claim(cgroup: Cgroup) -> int:
     process which has it, or has one above, below, or for a process in it.
     """
     try:
+        locks.settle(cgroup.path)
         fd = _lock(cgroup)
     except BlockingIOError:
         raise _claimed(cgroup, locks.holders().get(locks.key(cgroup.path))) from None

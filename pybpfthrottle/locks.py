@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from contextlib import suppress
+
+# How long what a killed instance left behind may take to clear up.
+_PATIENCE_S = 2.0
 
 
 def lock(path: str) -> int:
@@ -30,6 +34,20 @@ def holders() -> dict[str, int]:
             if "->" not in fields:  # one that waits
                 found[fields[5]] = int(fields[4])
     return found
+
+
+def settle(path: str) -> None:
+    """Wait until no lock on this file system is held for a process that has ended.
+
+    What that left behind clears up under its lock. Gives up after two seconds.
+    """
+    device = key(path).rpartition(":")[0]
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline and any(
+        locked.startswith(device) and pid > 0 and not os.path.exists(f"/proc/{pid}")
+        for locked, pid in holders().items()
+    ):
+        time.sleep(0.01)
 
 
 def key(path: str) -> str:

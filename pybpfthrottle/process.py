@@ -76,6 +76,7 @@ class Process:
         The lock ends with the descriptor that is returned. Raises ProcessError that names who has
         it, or has one of a process above; or if the process has ended.
         """
+        locks.settle("/proc")
         holder = claimed(ancestors(self.pid))
         if holder is None:
             with suppress(BlockingIOError):
