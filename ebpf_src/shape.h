@@ -225,9 +225,9 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	__u32 flows = count_flows(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
 				  ctx->bytes_acked, config->rate_bytes_per_s, now);
 	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
-	/* Two of them wait in a queue that paces, as fq does: charged, but not sent yet. */
+	/* A queue that paces, as fq does, holds two of what TCP sends at once: charged, not sent yet. */
 	__s64 queued = (__u64)ctx->skb_len * 2 * config->inverse_rate >> INVERSE_RATE_SHIFT;
-	/* TCP sends two segments at once, so each connection may owe as many. */
+	/* TCP sends at least two segments at once, so each connection may owe as many. */
 	__s64 target = PACING_TARGET_NS + (share < MOST_PACED_NS ? share : MOST_PACED_NS) +
 		       (queued < MOST_QUEUED_NS ? queued : MOST_QUEUED_NS);
 	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now), target);

@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pybpfthrottle import cgroup
     from pybpfthrottle.errors import Error
-    from pybpfthrottle.limits import Counters, Direction, Rate, Verdict
-    from pybpfthrottle.process import Process
-    from pybpfthrottle.selection import Selection
+    from pybpfthrottle.linux import cgroup
+    from pybpfthrottle.linux.process import Process
+    from pybpfthrottle.model import Counters, Direction, Rate, Verdict
+    from pybpfthrottle.targets import Selection
     from pybpfthrottle.throttle import Throttle, apply
 
 __all__ = [
@@ -36,14 +36,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Counters": "limits",
-    "Direction": "limits",
+    "Counters": "model",
+    "Direction": "model",
     "Error": "errors",
-    "Process": "process",
-    "Rate": "limits",
-    "Selection": "selection",
+    "Process": "linux.process",
+    "Rate": "model",
+    "Selection": "targets",
     "Throttle": "throttle",
-    "Verdict": "limits",
+    "Verdict": "model",
     "apply": "throttle",
 }
 
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "cgroup":
-        return import_module("pybpfthrottle.cgroup")
+        return import_module("pybpfthrottle.linux.cgroup")
     if name in _HOMES:
         return getattr(import_module(f"pybpfthrottle.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,15 +9,15 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import endpoints, netns, process, sockets
-from pybpfthrottle.backends.running import Rule, Rules
+from pybpfthrottle.backends.ebpf.running import Rule, Rules
 from pybpfthrottle.bpf import privileges
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.endpoints import PACKET_FAMILIES, Description, Kind
 from pybpfthrottle.errors import CgroupError, ProcessError
-from pybpfthrottle.limits import Direction
-from pybpfthrottle.process import Identity, Process
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import endpoints, netns, process, sockets
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.endpoints import PACKET_FAMILIES, Description, Kind
+from pybpfthrottle.linux.process import Identity, Process
+from pybpfthrottle.model import Direction
 
 MARK, CGROUP = "mark", "cgroup"
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import SettingsError
-from pybpfthrottle.limits import Direction
+from pybpfthrottle.model import Direction
 
 ATTACH_METHODS = ("auto", "link", "legacy")
 SHAPES = ("auto", "pace", "window", "police")

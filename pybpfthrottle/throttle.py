@@ -6,11 +6,11 @@ import time
 from typing import Mapping, Optional, Sequence
 
 from pybpfthrottle.backends import Backend, Handle, Limits, Options, Targets
-from pybpfthrottle.backends.ebpf import EbpfBackend
-from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.backends.ebpf.backend import EbpfBackend
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.limits import Counters, Direction, Rate
-from pybpfthrottle.selection import Selection
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Counters, Direction, Rate
+from pybpfthrottle.targets import Selection
 
 BACKENDS: tuple[Backend, ...] = (EbpfBackend(),)
 

@@ -10,13 +10,13 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple, Optional
 
-from pybpfthrottle.bpf import disasm, relocate
-from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.btf_values import BtfCodec
-from pybpfthrottle.bpf.core import Kernel
-from pybpfthrottle.bpf.fitting import Fitting
-from pybpfthrottle.bpf.inspection import Inspection
-from pybpfthrottle.bpf.specs import ObjectSpec
+from pybpfthrottle.bpf.obj import disasm, relocate
+from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.btf_values import BtfCodec
+from pybpfthrottle.bpf.obj.core import Kernel
+from pybpfthrottle.bpf.obj.fitting import Fitting
+from pybpfthrottle.bpf.obj.inspection import Inspection
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import AmbiguousTypeError, ExternError, ObjectFileError
 
 FIXTURES = (

@@ -6,10 +6,10 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Mapping, NamedTuple, Optional, Protocol, Sequence
 
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.limits import Counters, Direction, Rate
-from pybpfthrottle.selection import Selection
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.targets import Selection
 
 # None: unlimited, but counted.
 Limits = Mapping[Direction, Optional[Rate]]

@@ -10,8 +10,8 @@ from typing import Optional
 
 from pybpfthrottle.bpf import btf_objects, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
-from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.btf_rewrite import CONCESSIONS, conceding
+from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding
 from pybpfthrottle.bpf.privileges import with_memlock
 from pybpfthrottle.errors import ExternError
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Callable, Optional
 
-from pybpfthrottle.bpf import asm, maps, programs, syscall
+from pybpfthrottle.bpf import maps, programs, syscall
 from pybpfthrottle.bpf.abi import INSN_BYTES, AttachType, Attr, Cmd, MapType, ProgType
+from pybpfthrottle.bpf.obj import asm
+from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import with_memlock
-from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import BpfError, VerifierError
 
 # Of struct __sk_buff.

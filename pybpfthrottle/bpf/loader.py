@@ -8,16 +8,17 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, Iterable, Mapping, NamedTuple, Optional
 
-from pybpfthrottle.bpf import descriptors, maps, pins, programs, relocate
+from pybpfthrottle.bpf import descriptors, maps, pins, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.btf_load import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
-from pybpfthrottle.bpf.externs import KCONFIG
-from pybpfthrottle.bpf.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj import relocate
+from pybpfthrottle.bpf.obj.externs import KCONFIG
+from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
+from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.bpf.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.variables import Memory, Variable
 from pybpfthrottle.errors import MapCreateError, ObjectFileError
 

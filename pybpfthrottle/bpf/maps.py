@@ -10,13 +10,14 @@ import re
 from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
 from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
 
-from pybpfthrottle.bpf import abi, batch, btf_objects, corrections, descriptors, syscall
+from pybpfthrottle.bpf import abi, batch, btf_objects, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
-from pybpfthrottle.bpf.btf import Btf
 from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, codec_for
 from pybpfthrottle.bpf.elements import Elements
+from pybpfthrottle.bpf.obj import corrections
+from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
-from pybpfthrottle.bpf.specs import MapSpec
 from pybpfthrottle.errors import MapCreateError
 
 K = TypeVar("K")
@@ -92,7 +93,7 @@ class Map(MutableMapping[K, V]):
 
         Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
         """
-        from pybpfthrottle.bpf.btf_values import BtfCodec
+        from pybpfthrottle.bpf.obj.btf_values import BtfCodec
 
         info = self.info()
         if not info.value_type_id:
@@ -389,7 +390,7 @@ def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]
 def _why(spec: MapSpec, error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.ENOSYS):
         return why_refused(error, "BPF_MAP_CREATE")
-    from pybpfthrottle.bpf import releases
+    from pybpfthrottle.bpf.obj import releases
 
     return (
         f"{error} ({releases.since_when(MapType, spec.type)}, key {spec.key_size} bytes,"

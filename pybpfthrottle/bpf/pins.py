@@ -8,7 +8,7 @@ from typing import Any, Iterator
 from pybpfthrottle.bpf import abi, descriptors, maps
 from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.specs import MapSpec
+from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.errors import MapCreateError
 
 _TRIES = 3

@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.maps import legal_name
-from pybpfthrottle.bpf.patch import POISON, Poisoned
+from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
 from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
@@ -259,7 +259,7 @@ def _explained(
         )
     why = why_refused(error, "BPF_PROG_LOAD")
     if number == errno.EINVAL:
-        from pybpfthrottle.bpf import releases
+        from pybpfthrottle.bpf.obj import releases
 
         why += f" ({releases.since_when(ProgType, attr.prog_load.prog_type)})"
     return ProgramLoadError(f"{what}: {why}", errno=number)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
-from pybpfthrottle.bpf.btf import Btf, Kind
-from pybpfthrottle.bpf.elffile import stored_section
+from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.elffile import stored_section
 from pybpfthrottle.errors import ExternError
 
 if TYPE_CHECKING:
-    from pybpfthrottle.bpf.core import Kernel
+    from pybpfthrottle.bpf.obj.core import Kernel
 
 BTF_DIRECTORY = "/sys/kernel/btf"
 _VMLINUX = "vmlinux"
@@ -170,7 +170,7 @@ class RunningKernel:
 
         Raises ExternError where there are none, or ObjectFileError.
         """
-        from pybpfthrottle.bpf.core import Kernel
+        from pybpfthrottle.bpf.obj.core import Kernel
 
         path = self.types_path or os.path.join(self.directory, _VMLINUX)
         try:

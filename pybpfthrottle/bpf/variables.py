@@ -13,7 +13,7 @@ from typing import Any, Optional, Union
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.specs import VariableSpec
+from pybpfthrottle.bpf.obj.specs import VariableSpec
 
 
 class Memory:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Iterator
 
-from pybpfthrottle.bpf import abi, btf_objects, disasm
-from pybpfthrottle.bpf.btf import Btf
-from pybpfthrottle.bpf.disasm import Instruction, Line
+from pybpfthrottle.bpf import abi, btf_objects
+from pybpfthrottle.bpf.obj import disasm
+from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.disasm import Instruction, Line
 from pybpfthrottle.bpf.program_info import (
     function_addresses,
     line_records,

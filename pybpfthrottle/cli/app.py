@@ -17,7 +17,7 @@ from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import Error
-from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import BACKENDS
 
 _EPILOG = """

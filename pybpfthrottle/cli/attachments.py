@@ -8,15 +8,16 @@ from typing import Any, Optional, Sequence
 
 import click
 
-from pybpfthrottle import attached, process
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle.attached import Attached, Links
+from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf.attached import Attached, Links
 from pybpfthrottle.bpf import privileges
 from pybpfthrottle.bpf.links import AttachMode
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import printable
 from pybpfthrottle.errors import CgroupError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
 
 # bpftool prints the same words.
 FLAGS = {

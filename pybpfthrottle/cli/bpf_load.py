@@ -8,11 +8,12 @@ from typing import Any, Optional, Sequence, Union
 
 import click
 
-from pybpfthrottle.bpf import elf, loader
+from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.bpf.specs import ObjectSpec
 from pybpfthrottle.cli import bpf_show, tables
 from pybpfthrottle.errors import BpfError, VerifierError
 

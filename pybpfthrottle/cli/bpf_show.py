@@ -14,7 +14,6 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import click
 
-from pybpfthrottle import process
 from pybpfthrottle.bpf import links, maps, privileges, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType, ProgType
 from pybpfthrottle.bpf.links import LinkInfo
@@ -22,6 +21,7 @@ from pybpfthrottle.bpf.maps import MapInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import BpfError
+from pybpfthrottle.linux import process
 
 Record = dict[str, Any]
 

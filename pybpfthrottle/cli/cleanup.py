@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle.backends import leftovers
+from pybpfthrottle.backends.ebpf import leftovers
 from pybpfthrottle.bpf import privileges
 from pybpfthrottle.errors import Error, ThrottleError
+from pybpfthrottle.linux import cgroup as cgroups_v2
 
 
 def tidy_up() -> None:

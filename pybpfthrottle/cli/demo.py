@@ -13,10 +13,10 @@ from typing import Callable, NamedTuple, Optional
 import click
 
 from pybpfthrottle import settings, throttle
-from pybpfthrottle.cli import peer
-from pybpfthrottle.cli.namespaces import NamespaceError, Wire
+from pybpfthrottle.demo import peer
+from pybpfthrottle.demo.wire import NamespaceError, Wire
 from pybpfthrottle.errors import Error
-from pybpfthrottle.limits import Direction, Rate, Verdict, format_rate
+from pybpfthrottle.model import Direction, Rate, Verdict, format_rate
 
 # Long enough to see; an unlimited transfer moves gigabytes.
 _UNLIMITED_S = 2
@@ -80,7 +80,7 @@ def _serve(
     stack: ExitStack, inside: Callable[..., list[str]], address: str
 ) -> subprocess.Popen[str]:
     server = subprocess.Popen(
-        inside(*_python("pybpfthrottle.cli.peer", "serve", address)),
+        inside(*_python("pybpfthrottle.demo.peer", "serve", address)),
         env=_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -100,7 +100,7 @@ def _serve(
 def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], seconds: int) -> bool:
     """One transfer, measured at its receiving end. Whether its limit held."""
     verb = "get" if direction is Direction.DOWNLOAD else "put"
-    command = _python("pybpfthrottle.cli.peer", verb, place.url, str(seconds))
+    command = _python("pybpfthrottle.demo.peer", verb, place.url, str(seconds))
     shown = f"{verb} {place.url}"
     if limit is not None:
         limiter = ["run", "--quiet", f"--{direction}-limit", str(limit.bytes_per_s)]

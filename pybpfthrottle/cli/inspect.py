@@ -8,8 +8,8 @@ from typing import Any, Iterable, Iterator
 
 import click
 
-from pybpfthrottle.bpf import elf
-from pybpfthrottle.bpf.inspection import Inspection
+from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj.inspection import Inspection
 from pybpfthrottle.cli import bpf_show, tables
 from pybpfthrottle.diagnostics import inspection
 

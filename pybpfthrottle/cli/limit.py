@@ -13,16 +13,16 @@ from typing import Callable, NamedTuple, Optional, Sequence
 
 import click
 
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import process
-from pybpfthrottle.cgroup import Cgroup, Moved
 from pybpfthrottle.cli.cleanup import tidy_up
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
 from pybpfthrottle.errors import CgroupError, Error, NoMarksError, ProcessError, ThrottleError
-from pybpfthrottle.process import Process, is_kernel_thread
-from pybpfthrottle.selection import Selection, executable, user_id
-from pybpfthrottle.signals import SignalQueue
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup, Moved
+from pybpfthrottle.linux.process import Process, is_kernel_thread
+from pybpfthrottle.linux.signals import SignalQueue
+from pybpfthrottle.targets import Selection, executable, user_id
 from pybpfthrottle.throttle import Throttle
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import click
 
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends import EGRESS_VERDICTS, Limits, Options
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
-from pybpfthrottle.limits import Direction, Rate
-from pybpfthrottle.selection import Selection
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.settings import ATTACH_METHODS, SHAPES
+from pybpfthrottle.targets import Selection
 from pybpfthrottle.throttle import Throttle
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -8,14 +8,7 @@ from collections import deque
 from typing import Any, Mapping, NamedTuple, Optional, TextIO
 
 from pybpfthrottle.cli.say import say
-from pybpfthrottle.limits import (
-    Counters,
-    Direction,
-    Rate,
-    Verdict,
-    format_bytes,
-    format_rate,
-)
+from pybpfthrottle.model import Counters, Direction, Rate, Verdict, format_bytes, format_rate
 from pybpfthrottle.throttle import Throttle
 
 # The rate is the mean over so many samples: TCP comes in bursts.

@@ -11,16 +11,17 @@ from contextlib import ExitStack
 from threading import Thread
 from typing import Optional, Sequence, TextIO
 
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import process, throttle
-from pybpfthrottle.cgroup import OwnCgroup
+from pybpfthrottle import throttle
 from pybpfthrottle.cli.cleanup import tidy_up
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
 from pybpfthrottle.errors import Error
-from pybpfthrottle.launch import Command, LaunchError, User
-from pybpfthrottle.signals import SignalQueue
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import OwnCgroup
+from pybpfthrottle.linux.launch import Command, LaunchError, User
+from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
 
 _FAILED = 125

@@ -6,12 +6,12 @@ from typing import Any, Optional, Sequence
 
 import click
 
-from pybpfthrottle import process
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import printable, say
 from pybpfthrottle.coverage import MARK, Cover, Coverage, OpenSocket, Remark, Report
-from pybpfthrottle.endpoints import Endpoint
 from pybpfthrottle.errors import ProcessError
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.endpoints import Endpoint
 
 SCHEMA = 1
 

@@ -7,7 +7,7 @@ import time
 
 from pybpfthrottle.cli.watch import SWITCHES
 from pybpfthrottle.errors import ProcessError
-from pybpfthrottle.process import Process, links_of
+from pybpfthrottle.linux.process import Process, links_of
 
 _PATIENCE_S = 5.0
 _STEP_S = 0.01

@@ -9,11 +9,11 @@ from typing import Any, Optional, Sequence, TextIO
 
 import click
 
-from pybpfthrottle import cgroup
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import Error
+from pybpfthrottle.linux import cgroup
 from pybpfthrottle.throttle import Throttle
 
 log = logging.getLogger(__name__)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 
-from pybpfthrottle import attached
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle.attached import Links
-from pybpfthrottle.backends.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf.attached import Links
 from pybpfthrottle.bpf.links import AttachMode
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
-from pybpfthrottle.signals import held_back
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.signals import held_back
 
 _MOST_PROGRAMS = 64
 _MODES = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Callable, Optional, Sequence
 
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import Error
+from pybpfthrottle.linux.cgroup import Cgroup
 
 
 class Outcome(Enum):

@@ -9,10 +9,11 @@ import struct
 from pathlib import Path
 from typing import Iterator
 
-from pybpfthrottle import attached, netlink
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle.attached import Links
+from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf.attached import Links
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import netlink
 
 _SECTION = "What is there already"
 _ROUTE, _NETFILTER = 0, 12

@@ -17,7 +17,7 @@ from pybpfthrottle.diagnostics import (
 )
 from pybpfthrottle.diagnostics.check import Check, Outcome, Result, Setup
 from pybpfthrottle.diagnostics.decision import Conclusion, Step
-from pybpfthrottle.signals import held_back
+from pybpfthrottle.linux.signals import held_back
 
 # A check stands behind all that it needs.
 CHECKS: tuple[Check, ...] = (

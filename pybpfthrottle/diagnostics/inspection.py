@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from pybpfthrottle.bpf.abi import ProgType
-from pybpfthrottle.bpf.specs import ObjectSpec
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 
 
 def faults(spec: ObjectSpec) -> Iterator[str]:

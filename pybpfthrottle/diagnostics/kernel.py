@@ -10,7 +10,7 @@ import struct
 from importlib import import_module
 from typing import Iterator, Optional
 
-from pybpfthrottle import objects
+from pybpfthrottle.backends.ebpf import objects
 from pybpfthrottle.bpf import abi, features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned

@@ -7,10 +7,11 @@ import json
 import os
 import sys
 
-from pybpfthrottle import objects
-from pybpfthrottle.bpf import elf, features
+from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.bpf import features
 from pybpfthrottle.bpf.abi import ProgType
-from pybpfthrottle.bpf.specs import ObjectSpec, ProgramSpec
+from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj.specs import ObjectSpec, ProgramSpec
 from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
 from pybpfthrottle.errors import ObjectFileError

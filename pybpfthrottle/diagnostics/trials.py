@@ -9,19 +9,21 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Callable
 
-from pybpfthrottle import cgroup as cgroups_v2
-from pybpfthrottle import objects, settings, throttle
+from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.bucket import BURST_BYTES
-from pybpfthrottle.bpf import asm, features, links, loader, programs, syscall
+from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
+from pybpfthrottle.bpf import features, links, loader, programs, syscall
 from pybpfthrottle.bpf.abi import BPF_F_ALLOW_MULTI, AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.links import Attachment
+from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.diagnostics import shipped
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import BpfError, CgroupError, Error, VerifierError
-from pybpfthrottle.limits import MIN_RATE, Counters, Direction
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import MIN_RATE, Counters, Direction
 from pybpfthrottle.settings import AttachPolicy
 
 _HOOKS = {

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import pytest
 
-from pybpfthrottle import cgroup as cgroups
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.linux import cgroup as cgroups
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 30.0

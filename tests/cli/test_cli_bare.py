@@ -10,11 +10,11 @@ import subprocess
 
 import pytest
 
-from pybpfthrottle import cgroup as cgroups
-from pybpfthrottle import objects
+from pybpfthrottle.backends.ebpf import objects
 from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import AttachMode
+from pybpfthrottle.linux import cgroup as cgroups
 
 ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pybpfthrottle import cgroup as cgroups
+from pybpfthrottle.linux import cgroup as cgroups
 
 LIMIT = ("run", "-q", "--download-limit", "1M")
 LOOP = "echo ready; while :; do sleep 0.05; done"

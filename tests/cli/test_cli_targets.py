@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from pybpfthrottle import cgroup as cgroups
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.codecs import U32
-from pybpfthrottle.process import families, is_kernel_thread, links_of
+from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux.process import families, is_kernel_thread, links_of
 
 LIMIT = ("--download-limit", "1M", "-q")
 SHORT = (*LIMIT, "--duration", "0.3")

@@ -6,8 +6,8 @@ from typing import Iterator
 import pytest
 from lab import ALL_HOOKS, attached
 
-from pybpfthrottle import cgroup
-from pybpfthrottle.cgroup import Cgroup
+from pybpfthrottle.linux import cgroup
+from pybpfthrottle.linux.cgroup import Cgroup
 
 
 @pytest.fixture

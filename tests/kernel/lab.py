@@ -19,11 +19,11 @@ from benches.line import DelayLine, LineSpec
 
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.cli import peer
-from pybpfthrottle.cli.namespaces import Wire
-from pybpfthrottle.limits import Rate
-from pybpfthrottle.sockets import SO_MAX_PACING_RATE, tcp_of
+from pybpfthrottle.demo import peer
+from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.sockets import SO_MAX_PACING_RATE, tcp_of
+from pybpfthrottle.model import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -127,7 +127,7 @@ def pace(server: int, fastest: Rate) -> None:
 def start_server(inside: Callable[..., list[str]], address: str) -> subprocess.Popen[str]:
     """Start the HTTP server and wait until it listens; the caller ends it."""
     server = subprocess.Popen(
-        inside(sys.executable, "-m", "pybpfthrottle.cli.peer", "serve", address),
+        inside(sys.executable, "-m", "pybpfthrottle.demo.peer", "serve", address),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT,

@@ -20,16 +20,16 @@ from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.records import ThrottleConfig
+from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.bpf import maps, programs
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.cgroup import Cgroup
 from pybpfthrottle.errors import Error
-from pybpfthrottle.limits import Direction, Rate
-from pybpfthrottle.process import Process
-from pybpfthrottle.selection import Selection
-from pybpfthrottle.sockets import Lender, Scan
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Process
+from pybpfthrottle.linux.sockets import Lender, Scan
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.targets import Selection
 from pybpfthrottle.throttle import Throttle
 
 PATIENCE_S = 30.0

@@ -7,7 +7,7 @@ refuse it as it is.
 from __future__ import annotations
 
 from pybpfthrottle.__main__ import main
-from pybpfthrottle.backends import adoption, kinds
+from pybpfthrottle.backends.ebpf import adoption, kinds
 from pybpfthrottle.bpf.abi import AttachType
 
 

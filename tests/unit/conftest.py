@@ -8,7 +8,8 @@ import pytest
 from elf_builder import ObjectBuilder
 from fake_kernel import FakeKernel
 
-from pybpfthrottle.bpf import elf, features, syscall
+from pybpfthrottle.bpf import features, syscall
+from pybpfthrottle.bpf.obj import elf
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -11,11 +11,12 @@ from functools import cache
 from typing import NamedTuple, Optional
 
 from fake_kernel import Call, FakeKernel, _is_open
-from test_old_kernels import context_accesses, too_new
+from linux_4_14 import context_accesses, too_new
 
-from pybpfthrottle import objects
-from pybpfthrottle.bpf import abi, asm, maps, relocate, syscall
+from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.bpf.obj import asm, relocate
 
 MODES = {0: "SINGLE", abi.BPF_F_ALLOW_OVERRIDE: "OVERRIDE", abi.BPF_F_ALLOW_MULTI: "MULTI"}
 PROBE = "a probe"

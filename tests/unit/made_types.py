@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elf_builder import BtfBuilder
 
-from pybpfthrottle.bpf.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import Btf, Kind
 
 
 class Types(BtfBuilder):

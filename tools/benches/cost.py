@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any, Callable
 
 from benches.table import configure, show
-from pybpfthrottle import objects
-from pybpfthrottle.backends.bucket import config_for
-from pybpfthrottle.backends.records import ThrottleConfig
-from pybpfthrottle.bpf import asm, features, loader, programs
+from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf.bucket import config_for
+from pybpfthrottle.backends.ebpf.records import ThrottleConfig
+from pybpfthrottle.bpf import features, loader, programs
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.limits import MAX_RATE, MIN_RATE, Direction, Rate
+from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
 
 __all__ = ["configure", "main"]
 

@@ -9,7 +9,7 @@ from benches.figures import Figures, RoundTrips
 from benches.ping import Sample
 from benches.tcp_info import Sent
 from benches.traffic import Received
-from pybpfthrottle.limits import Rate
+from pybpfthrottle.model import Rate
 
 _GB = 1 << 30
 # The CPU time of less is that of the small flows, and of whatever else the machine does.

@@ -29,7 +29,7 @@ from contextlib import suppress
 from typing import NamedTuple, Optional
 
 from benches.surroundings import ENVIRONMENT, READY
-from pybpfthrottle.cli.namespaces import DEVICE, Namespace, NamespaceError, Wire
+from pybpfthrottle.demo.wire import DEVICE, Namespace, NamespaceError, Wire
 
 # asm-generic/ioctl.h: the same but on MIPS, PowerPC and SPARC.
 _TUNSETIFF = 0x400454CA

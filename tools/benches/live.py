@@ -17,11 +17,11 @@ from benches.many import Made
 from benches.methods import Method
 from benches.surroundings import python
 from benches.transfer import Cell, transfer
-from pybpfthrottle import cgroup
 from pybpfthrottle.bpf import links, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.limits import MAX_RATE, Direction
+from pybpfthrottle.linux import cgroup
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import MAX_RATE, Direction
 
 _ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,

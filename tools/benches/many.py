@@ -14,9 +14,10 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Iterator, NamedTuple
 
-from pybpfthrottle import cgroup, throttle
-from pybpfthrottle.cgroup import Cgroup
-from pybpfthrottle.limits import MAX_RATE, Direction
+from pybpfthrottle import throttle
+from pybpfthrottle.linux import cgroup
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import MAX_RATE, Direction
 
 # More than a throttle has open; some descriptors are the process's own.
 _DESCRIPTORS_EACH = 16

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Callable, NamedTuple, Optional
 
 from benches.surroundings import ENVIRONMENT, python
-from pybpfthrottle.cli.namespaces import DEVICE, Namespace, Wire
-from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
+from pybpfthrottle.model import Direction, Rate
 
 # The limited flow, and with the last bit set the small one beside it.
 LIMITED_PORT = 5200

@@ -20,9 +20,9 @@ from benches.child import TransferError
 from benches.methods import METHODS, Method, MethodError
 from benches.report import CellResult, Result
 from benches.transfer import Bottleneck, Cell, Outcome, transfer
-from pybpfthrottle.cli.namespaces import NamespaceError
+from pybpfthrottle.demo.wire import NamespaceError
 from pybpfthrottle.errors import LimitError
-from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.model import Direction, Rate
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from benches.process import Sample, medians, timed
 from benches.table import configure, show
-from pybpfthrottle import cgroup
+from pybpfthrottle.linux import cgroup
 
 __all__ = ["configure", "main"]
 

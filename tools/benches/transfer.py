@@ -16,8 +16,8 @@ from benches.ping import Sample
 from benches.surroundings import python
 from benches.tcp_info import Sent
 from benches.traffic import Plan, Received
-from pybpfthrottle.cli.namespaces import Wire
-from pybpfthrottle.limits import Direction, Rate
+from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.model import Direction, Rate
 
 STEP_S = 0.1
 

@@ -1,0 +1,1 @@
+"""The mechanism that comes first: a token bucket in the kernel, in BPF programs of cgroups."""

@@ -1,0 +1,149 @@
+"""The ladder: attach by link, or by the legacy call where the kernel has no links."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Iterator, Optional
+
+from pybpfthrottle.backends.ebpf import refusals
+from pybpfthrottle.bpf import links
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.links import Attachment, AttachMode
+from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.bpf.syscall import errno_name
+from pybpfthrottle.errors import AttachError
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction
+from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
+
+log = logging.getLogger(__name__)
+# What is logged is shown where somebody asked for it, and nowhere else.
+logging.getLogger("pybpfthrottle").addHandler(logging.NullHandler())
+
+ATTACH_TYPES = {
+    Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
+    Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
+}
+_HOOK_NAMES = {
+    AttachType.CGROUP_INET_INGRESS: "ingress",
+    AttachType.CGROUP_INET_EGRESS: "egress",
+    AttachType.CGROUP_SOCK_OPS: "sockops",
+    AttachType.CGROUP_SETSOCKOPT: "setsockopt",
+    AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
+}
+
+_MODES = {
+    AttachMode.ALLOW_MULTIPLE: "AllowMultiple (BPF_F_ALLOW_MULTI - allows coexistence)",
+    AttachMode.ALLOW_OVERRIDE: "AllowOverride (BPF_F_ALLOW_OVERRIDE - a cgroup below may replace)",
+    AttachMode.SINGLE: "Single (0 - allows no other)",
+}
+
+
+def attach(
+    program: Program,
+    cgroup: Cgroup,
+    attach_type: AttachType,
+    policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
+) -> Attachment:
+    """Attach by the policy's method: auto is a link, and after some errors the legacy call.
+
+    Raises CgroupError, or AttachError with the cause.
+    """
+    if policy.method not in ATTACH_METHODS:
+        known = ", ".join(ATTACH_METHODS)
+        raise ValueError(f"no attach method {policy.method!r} (known: {known})")
+    fd = cgroup.open()
+    try:
+        log.debug('Opened cgroup file: "%s"', cgroup.path)
+        attachment = _attach(program, fd, attach_type, policy)
+    except OSError as error:
+        why = refusals.explain(error, program, cgroup, fd, attach_type, policy)
+        raise AttachError(
+            f"cannot attach {program.name!r} to {cgroup.path}: {why}", errno=error.errno or 0
+        ) from error
+    finally:
+        os.close(fd)
+    log.debug(
+        'Attached %s to "%s" with mode: %s', program.name, cgroup.path, _MODES[attachment.mode]
+    )
+    log.info("Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
+    return attachment
+
+
+def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy) -> Attachment:
+    if policy.method == "legacy":
+        log.info("Using legacy BPF attach method (bpf_prog_attach)")
+        return _attach_legacy(program, fd, attach_type, policy)
+    if policy.method == "auto":
+        log.debug("Auto-detecting best BPF attach method")
+    try:
+        link = links.create_link(program, fd, attach_type)
+    except OSError as error:
+        if policy.method == "link":
+            raise
+        found = find_errno(error, *policy.fallback_errnos)
+        if found is None:
+            log.error("Modern attach failed with non-EINVAL error, not retrying")
+            raise
+        log.debug("Found OSError with errno %d in error chain", found)
+        log.warning(
+            "Modern attach failed with %s, falling back to legacy method...", errno_name(found)
+        )
+        return _attach_legacy(program, fd, attach_type, policy)
+    log.info("✅ Successfully attached using modern method (bpf_link_create)")
+    return link
+
+
+def _attach_legacy(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+) -> Attachment:
+    attachment = _first_accepted(program, fd, attach_type, policy)
+    log.info("✅ Successfully attached using legacy method!")
+    return attachment
+
+
+def _first_accepted(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+) -> Attachment:
+    """Multiple; on a kernel without it the other modes, if they may replace what is there."""
+    try:
+        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not policy.exclusive or _has_query(fd, attach_type):
+            raise
+    try:
+        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_OVERRIDE)
+    except OSError:
+        # Below a cgroup with an exclusive program, or before Linux 4.12.
+        return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
+
+
+def _has_query(fd: int, attach_type: AttachType) -> bool:
+    """Whether the kernel has BPF_PROG_QUERY, which came with multiple (Linux 4.15)."""
+    try:
+        links.query(fd, attach_type)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
+
+
+def find_errno(error: BaseException, *wanted: int) -> Optional[int]:
+    """The first of these errnos anywhere in a chain of wrapped exceptions."""
+    for link in _chain(error):
+        number = getattr(link, "errno", None)
+        if number in wanted:
+            return int(number)
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    pending: list[Optional[BaseException]] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            pending += [current.__cause__, current.__context__]

@@ -1,0 +1,157 @@
+"""What programs are attached to cgroups, with their flags and owners, whoever attached them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import time
+from contextlib import suppress
+from functools import cached_property
+from typing import Iterator, NamedTuple, Optional, Sequence
+
+from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.links import AttachMode, LinkInfo
+from pybpfthrottle.bpf.program_info import ProgramInfo
+from pybpfthrottle.bpf.syscall import ENOTSUPP
+from pybpfthrottle.errors import CgroupError
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+
+CGROUP_TYPES = tuple(
+    attach_type
+    for attach_type in AttachType
+    if attach_type.name.startswith("CGROUP_") or attach_type is AttachType.LSM_CGROUP
+)
+
+
+class Links:
+    """The links of the machine, and who holds them: listed once, when first asked for."""
+
+    @cached_property
+    def by_program(self) -> dict[int, list[LinkInfo]]:
+        """Those of cgroups, by the program that they attach."""
+        found: dict[int, list[LinkInfo]] = {}
+        for link in links.all_links():
+            found.setdefault(link.program_id, []).append(link)
+        return found
+
+    @cached_property
+    def _holders(self) -> dict[int, list[int]]:
+        return process.holders_of_links()
+
+    def held(self, link: LinkInfo) -> HeldLink:
+        """A link with the processes that hold it."""
+        return HeldLink(link.id, tuple(self._holders.get(link.id, ())))
+
+
+class HeldLink(NamedTuple):
+    """A link, and the processes that have a descriptor of it, as far as they are visible."""
+
+    id: int
+    pids: tuple[int, ...]
+
+
+class Attached(NamedTuple):
+    """A program at one hook of a cgroup.
+
+    ``mode`` is None among the effective ones, where the kernel does not tell it; ``info`` where
+    this process may not look the program up (CAP_SYS_ADMIN).
+    """
+
+    cgroup: Cgroup
+    attach_type: AttachType
+    program_id: int
+    mode: Optional[AttachMode]
+    info: Optional[ProgramInfo]
+    links: tuple[HeldLink, ...]
+
+    def __str__(self) -> str:
+        if self.info is None:
+            return f"program {self.program_id}"
+        text = f"{self.info.name or 'a program without a name'} ({_details(self.info)})"
+        for link in self.links:
+            holders = process.listed(link.pids)
+            text += f", link {link.id} held by {holders or 'a pin, or a process not visible here'}"
+        return text
+
+
+def at(
+    cgroup: Cgroup,
+    hooks: Sequence[AttachType] = CGROUP_TYPES,
+    *,
+    effective: bool = False,
+    known: Optional[Links] = None,
+) -> Iterator[Attached]:
+    """What is attached to a cgroup; with ``effective`` also what its ancestors pass on.
+
+    Who asks for many cgroups gives ``known``, so that links are listed once. Linux 4.15. Raises
+    CgroupError, and OSError where the kernel refuses to tell.
+    """
+    known = known or Links()
+    fd = cgroup.open()
+    try:
+        for hook in hooks:
+            try:
+                found = links.query(fd, hook, effective=effective)
+            except OSError as error:
+                # An attach type that this kernel does not have.
+                if error.errno in (errno.EINVAL, errno.ENOTSUP, ENOTSUPP):
+                    continue
+                raise
+            mode = None if effective else AttachMode(found.attach_flags)
+            for program_id in found.program_ids:
+                own = tuple(
+                    known.held(link)
+                    for link in known.by_program.get(program_id, ())
+                    if link.attach_type == hook and (effective or link.cgroup_id == cgroup.id)
+                )
+                yield Attached(cgroup, hook, program_id, mode, _info(program_id), own)
+    finally:
+        os.close(fd)
+
+
+def blocking(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
+    """The programs that allow none of ours at a hook of a cgroup: its own, or an ancestor's.
+
+    One that may be overridden stands in the way in its own cgroup alone. Where the kernel does
+    not tell (before Linux 4.15, or without privileges) there seem to be none.
+    """
+    for where in cgroup.with_ancestors():
+        with suppress(OSError, CgroupError):
+            found = [
+                one
+                for one in at(where, [hook])
+                if one.mode is AttachMode.SINGLE
+                or (one.mode is AttachMode.ALLOW_OVERRIDE and where == cgroup)
+            ]
+            if found:
+                return found
+    return []
+
+
+def _info(program_id: int) -> Optional[ProgramInfo]:
+    with suppress(OSError):  # it may be gone, or may not be looked at
+        return programs.info_by_id(program_id)
+    return None
+
+
+def _details(info: ProgramInfo) -> str:
+    try:
+        kind = ProgType(info.type).name.lower()
+    except ValueError:
+        kind = str(info.type)
+    try:
+        user = pwd.getpwuid(info.created_by_uid).pw_name
+    except KeyError:
+        user = str(info.created_by_uid)
+    age_s = max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - info.load_time_ns / 1e9)
+    return f"id {info.id}, tag {info.tag}, {kind}, loaded by {user} {_ago(age_s)}"
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} seconds ago"

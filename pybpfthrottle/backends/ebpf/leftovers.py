@@ -1,0 +1,192 @@
+"""What a crash has left: programs of ours, attached by the legacy call, whose owner is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+from contextlib import nullcontext, suppress
+from typing import Any, Iterator, NamedTuple, Optional
+
+from pybpfthrottle.backends.ebpf import connections
+from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf.connections import SOCKETS
+from pybpfthrottle.backends.ebpf.records import THROTTLE_MAGIC, ThrottleConfig
+from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.program_info import ProgramInfo
+from pybpfthrottle.errors import CgroupError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Identity
+
+log = logging.getLogger(__name__)
+
+PROGRAM_PREFIX = "pybpft_"
+_CONFIGS = "CGROUP_CONFIGS"
+_HOOKS_BY_TYPE = {
+    ProgType.SOCK_OPS: AttachType.CGROUP_SOCK_OPS,
+    ProgType.CGROUP_SOCKOPT: AttachType.CGROUP_SETSOCKOPT,
+    ProgType.CGROUP_SOCK: AttachType.CGROUP_INET_SOCK_CREATE,
+}
+_HOOKS = (*ATTACH_TYPES.values(), *_HOOKS_BY_TYPE.values())
+
+
+class Leftover(NamedTuple):
+    """A program without an owner. ``cgroup`` is None where its cgroup was removed."""
+
+    program_id: int
+    name: str
+    hook: AttachType
+    owner_pid: int
+    cgroup: Optional[Cgroup]
+
+    def __str__(self) -> str:
+        where = self.cgroup.path if self.cgroup else "a cgroup that was removed"
+        return f"{self.name} (id {self.program_id}) on {where}, of process {self.owner_pid}"
+
+
+def find() -> list[Leftover]:
+    """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
+    ours = {
+        info.id: (info, owner)
+        for info in our_programs()
+        for owner in [_owner(info)]
+        if owner is not None and process.is_gone(owner)
+    }
+    if not ours:
+        return []
+    places = dict(_places(set(ours)))
+    return [
+        Leftover(program_id, info.name, hook_of(info), owner.pid, places.get(program_id))
+        for program_id, (info, owner) in ours.items()
+    ]
+
+
+def remove(leftover: Leftover) -> None:
+    """Detach it; disarm it where that cannot be done, as on a removed cgroup.
+
+    Connections that it shaped get back what they had.
+    """
+    map_ids = programs.info_by_id(leftover.program_id).map_ids
+    shaped = open_map(map_ids, SOCKETS)
+    with nullcontext() if shaped is None else shaped:
+        if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
+            _disarm(map_ids)
+        if shaped is not None and leftover.cgroup is not None:
+            connections.restore(connections.pids([leftover.cgroup]), shaped)
+    log.info("Removed %s, which a crash has left", leftover)
+
+
+def remove_all() -> list[Leftover]:
+    """Find and remove; what cannot be removed is left."""
+    removed = []
+    for leftover in find():
+        with suppress(OSError, CgroupError):
+            remove(leftover)
+            removed.append(leftover)
+    return removed
+
+
+def our_programs() -> Iterator[ProgramInfo]:
+    """All programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
+    with suppress(OSError):  # they may not be seen
+        for program_id in programs.all_ids():
+            with suppress(OSError):  # it may end in between
+                info = programs.info_by_id(program_id)
+                if info.name.startswith(PROGRAM_PREFIX):
+                    yield info
+
+
+def hook_of(info: ProgramInfo) -> AttachType:
+    """Where a program of ours is attached, by its type and name."""
+    hook = _HOOKS_BY_TYPE.get(ProgType(info.type))
+    if hook is not None:
+        return hook
+    download = "ingress" in info.name
+    return AttachType.CGROUP_INET_INGRESS if download else AttachType.CGROUP_INET_EGRESS
+
+
+def _owner(info: ProgramInfo) -> Optional[Identity]:
+    """Who made the program; None if it is not ours, or disarmed already."""
+    configs = configs_of(info.map_ids)
+    if configs is None:
+        return None
+    with configs:
+        heads = [Head.from_buffer_copy(record) for record in configs.values()]
+    for head in heads:
+        if head.magic == THROTTLE_MAGIC and head.rate_bytes_per_s:
+            return Identity(head.owner_pid, head.owner_pid_namespace, head.owner_start_ticks)
+    return None
+
+
+class Head(ctypes.Structure):
+    """The owner and the rate, which never move: all that may be relied on in any version."""
+
+    _fields_ = ThrottleConfig._fields_[:6]
+
+
+def configs_of(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
+    """The map of configurations, whose records another version may have made longer or shorter."""
+    found = open_map(map_ids, _CONFIGS)
+    if found is None:
+        return None
+    if found.spec.value_size < ctypes.sizeof(Head):
+        found.close()
+        return None
+    return found.typed(U32, RAW)
+
+
+def open_map(map_ids: tuple[int, ...], name: str) -> Optional[Map[Any, Any]]:
+    """The one of these maps that has this name, if any; the caller closes it."""
+    for map_id in map_ids:
+        with suppress(OSError):
+            found = maps.open_by_id(map_id)
+            if found.spec.name == name:
+                return found
+            found.close()
+    return None
+
+
+def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
+    for cgroup in cgroups_v2.walk():
+        with suppress(CgroupError):
+            fd = cgroup.open()
+            try:
+                for hook in _HOOKS:
+                    with suppress(OSError):
+                        for program_id in links.query(fd, hook).program_ids:
+                            if program_id in wanted:
+                                yield program_id, cgroup
+            finally:
+                os.close(fd)
+
+
+def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
+    """Whether it could be detached: a link that a child has inherited cannot."""
+    cgroup_fd = cgroup.open()
+    try:
+        with programs.open_by_id(leftover.program_id) as program:
+            links.detach(program.fd, cgroup_fd, leftover.hook)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+    finally:
+        os.close(cgroup_fd)
+    return True
+
+
+def _disarm(map_ids: tuple[int, ...]) -> None:
+    """Unlimited, by its map: the program then lets all packets pass."""
+    configs = configs_of(map_ids)
+    if configs is not None:
+        with configs:
+            for direction, record in list(configs.items()):
+                head = Head.from_buffer_copy(record)
+                head.rate_bytes_per_s = 0
+                configs[direction] = bytes(head) + record[ctypes.sizeof(Head) :]

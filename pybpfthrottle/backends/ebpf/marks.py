@@ -1,0 +1,244 @@
+"""Marks on the sockets of selected processes: those that they have, and those that come.
+
+The kernel marks what a process makes or accepts once its id is in the map PROCESSES. What it had
+before, and what others hand over to it, is found by looking through its descriptors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import time
+from contextlib import suppress
+from typing import Any, Callable, ContextManager, Iterable, Optional
+
+from pybpfthrottle.backends.ebpf.records import ThrottleProcess
+from pybpfthrottle.backends.ebpf.tracing import Tracing
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.errors import Error, NoMarksError, ProcessError
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors
+from pybpfthrottle.targets import Selection
+
+log = logging.getLogger(__name__)
+
+MARKS, PROCESSES = "MARKS", "PROCESSES"
+PERIOD_S = 1.0
+# Looking through processes takes no more than this part of one CPU's time.
+_MOST_OF_TIME = 0.01
+# A cleanup after a crash looks at sockets too, for less than this.
+_BORROWED_S = 0.2
+_IPPROTO_MPTCP = 262
+_MARK = b"\0\0\0\0"
+
+_OTHER_NAMESPACE = (
+    "process ids of this pid namespace (of a container) are not those that the kernel compares"
+)
+
+# Has a connection that was open before shaped; only while the context lasts.
+Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
+
+
+class Marks:
+    """The marks of one limit."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        marks: Map[Any, Any],
+        processes: Map[Any, Any],
+        adopting: Adopting,
+    ) -> None:
+        self._selection = selection
+        self._marks = marks.elements
+        self._processes: Map[int, ThrottleProcess] = processes.typed(
+            U32, StructureCodec(ThrottleProcess)
+        )
+        self._adopting = adopting
+        self._scan = Scan()
+        self._inodes: set[int] = set()
+        self._looked_for_sharing = False
+        self._tracing: Optional[Tracing] = None
+        # Whether the kernel takes in whatever those in the map start from now on.
+        self._all_followed = False
+        self._notes: dict[str, None] = {}
+
+    def begin(self) -> None:
+        """Mark all that is there. The programs have to be attached.
+
+        Raises ProcessError for a process that has ended, or that may not be looked into.
+        """
+        if self._selection.new_sockets:
+            if not process.in_first_namespace():
+                raise NoMarksError(_OTHER_NAMESPACE)
+            # First: what is started from now on is followed, whoever its parent is by then.
+            self._trace()
+        chosen = [one.pid for one in self._selection.processes]
+        self._take_in([*chosen, *self._selection.matching()])
+        for one in self._selection.processes:
+            if not one.alive():
+                raise ProcessError(f"process {one.pid} ({one.name}) has ended")
+        # What appears while the first pass is under way belongs to it.
+        while self._mark_new():
+            pass
+        for pid in chosen:
+            refused = self._scan.refused.get(pid)
+            if isinstance(refused, PermissionError):
+                raise ProcessError(
+                    f"may not look into process {process.listed([pid])}: {refused.strerror};"
+                    " for the sockets that it has open already CAP_SYS_PTRACE is needed"
+                )
+
+    def follow(self, stop: int) -> None:
+        """Keep the marks up to date until the descriptor ``stop`` is readable."""
+        waiting = select.poll()
+        waiting.register(stop, select.POLLIN)
+        if self._tracing is not None and self._tracing.fileno() >= 0:
+            waiting.register(self._tracing.fileno(), select.POLLIN)
+        following = time.monotonic()
+        while True:
+            ready = waiting.poll(max(0.0, following - time.monotonic()) * 1000)
+            if any(fd == stop for fd, _ in ready):
+                return
+            begin_s = time.thread_time()
+            try:
+                if ready and self._tracing is not None:
+                    self._started(self._tracing.executed())
+                if time.monotonic() >= following:
+                    self._pass()
+                    pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
+                    following = time.monotonic() + max(PERIOD_S, pause_s)
+                    if not self._looked_for_sharing:
+                        self._looked_for_sharing = True
+                        self._look_for_sharing()
+            except (Error, OSError) as error:
+                following = time.monotonic() + PERIOD_S
+                log.warning("Cannot keep the marks up to date: %s", error)
+
+    def pids(self) -> list[int]:
+        """The processes that are limited now."""
+        return [pid for pid in self._processes if not process.has_ended(pid)]
+
+    def notes(self) -> tuple[str, ...]:
+        """What was found that the user should know, a line each; more may come."""
+        return tuple(self._notes)
+
+    def close(self) -> None:
+        """Follow no more processes."""
+        if self._tracing is not None:
+            self._tracing.close()
+            self._tracing = None
+
+    def _trace(self) -> None:
+        try:
+            self._tracing = Tracing(self._processes, executions=self._selection.matches_some)
+        except (Error, OSError) as error:
+            if self._selection.children or self._selection.matches_some:
+                self._note(
+                    f"processes that are started from now on are looked for every {PERIOD_S:g} s"
+                    f" and not followed at once, since the kernel refused that: {error}"
+                )
+
+    def _started(self, executed: Iterable[int]) -> None:
+        """Take in what matches of the processes that have executed a program."""
+        found = [pid for pid in set(executed) if self._selection.matches(pid)]
+        if found:
+            self._take_in(found)
+            self._mark_new()
+
+    def _pass(self) -> None:
+        """Once more: what has ended, what matches now, and what it has open."""
+        for pid in list(self._processes):
+            if process.has_ended(pid):
+                self._processes.pop(pid, None)
+        self._take_in(self._selection.matching())
+        self._mark_new()
+
+    def _take_in(self, pids: Iterable[int]) -> None:
+        """These, and what they have started; without tracing also what those before have."""
+        known = set(self._processes)
+        new = set(pids) - known
+        parents = new if self._all_followed else known | new
+        value = ThrottleProcess(follow=self._selection.children)
+        while new or parents:
+            for pid in new:
+                self._processes[pid] = value
+                if process.has_ended(pid):  # before it was in the map: nobody else takes it out
+                    self._processes.pop(pid, None)
+            known |= new
+            if not self._selection.children:
+                return
+            # Once its parent is in the map the kernel takes a process in; those before are here.
+            families = process.families()
+            new = {child for pid in parents for child in families.get(pid, ())} - known
+            parents = new
+        self._all_followed = self._tracing is not None
+
+    def _mark_new(self) -> int:
+        """Mark the sockets that have none; how many there were."""
+        count = 0
+        with self._adopting() as adopt:
+            for found in self._scan.new(self._processes):
+                if self._mark(found):
+                    count += 1
+                    adopt(found)
+        for pid, error in self._scan.refused.items():
+            self._note(
+                f"the sockets that {process.listed([pid])} had open before are not limited:"
+                f" they cannot be looked at ({error.strerror})"
+            )
+        return count
+
+    def _mark(self, found: Borrowed) -> bool:
+        """Whether it had no mark and has one now."""
+        owner = found.place.pid
+        if not found.is_ip:
+            if found.socket.family == socket.AF_PACKET:
+                self._note(f"what {process.listed([owner])} sends by AF_PACKET is not limited")
+            return False
+        if found.socket.proto == _IPPROTO_MPTCP:
+            self._note(
+                f"{process.listed([owner])} uses MPTCP, whose connections get no marks and are"
+                " not limited; --move-cgroup limits new ones"
+            )
+        self._inodes.add(found.place.inode)
+        try:
+            self._marks.update(U32.encode(found.socket.fileno()), _MARK, abi.BPF_NOEXIST)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            number = found.place.number
+            self._note(f"descriptor {number} of {process.listed([owner])} is not limited: {error}")
+            return False
+        return True
+
+    def _look_for_sharing(self) -> None:
+        """A mark belongs to a socket, whoever uses it."""
+        sharing = self._sharing(process.running())
+        if sharing:
+            time.sleep(_BORROWED_S)
+            for pid in self._sharing(sharing):
+                self._note(
+                    f"{process.listed([pid])} uses some of the sockets too: these are limited for"
+                    " all who do"
+                )
+        self._inodes.clear()
+
+    def _sharing(self, pids: Iterable[int]) -> list[int]:
+        """Those that have a marked socket open, and are not limited."""
+        found = []
+        for pid in pids:
+            if pid != os.getpid() and pid not in self._processes:
+                with suppress(OSError):
+                    if any(one.inode in self._inodes for one in descriptors(pid)):
+                        found.append(pid)
+        return found
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes[text] = None
+            log.info("%s", text)

@@ -1,0 +1,207 @@
+"""Uploads of connections that were open before the limit, paced from user space.
+
+Before Linux 6.12 no program can be told of them: here a thread does what the shaper does for all
+others (ebpf_src/shape.h). It looks four times a second, so it divides the rate from the start,
+where the shaper lets each connection try how much there is.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, NamedTuple, Optional
+
+from pybpfthrottle.backends.ebpf.records import ThrottleSocket
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.linux import sockets
+from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
+from pybpfthrottle.model import Rate
+
+_PERIOD_S = 0.25
+# At most so much of the time is spent on it, however many connections there are.
+_MOST_BUSY = 0.05
+_TARGET_NS = 60_000_000
+_RECENT_MS = 1000
+# A smaller share would not be one: TCP waits between two segments, whatever is set meanwhile.
+_LEAST = 1024
+_UNLIMITED = 0xFFFFFFFF
+
+
+class Seen(NamedTuple):
+    """What the programs know of uploads.
+
+    ``owed_ns`` is the time for which the limit is used up already, ``passed`` how many bytes
+    there were, and ``flows`` how many connections the programs shape.
+    """
+
+    owed_ns: int
+    passed: int
+    flows: int
+
+
+@dataclass
+class _Usage:
+    """How fast a count of bytes has grown lately."""
+
+    count: int
+    at_s: float
+    bytes_per_s: Optional[float] = None
+
+    def look(self, count: int) -> Optional[float]:
+        """Bytes a second, with this count taken into account; None if the last one is too new."""
+        now = time.monotonic()
+        elapsed = now - self.at_s
+        if elapsed < _PERIOD_S / 2:
+            return None
+        latest = (count - self.count) / elapsed
+        self.bytes_per_s = latest if self.bytes_per_s is None else (self.bytes_per_s + latest) / 2
+        self.count, self.at_s = count, now
+        return self.bytes_per_s
+
+
+@dataclass
+class _Flow:
+    """A connection. ``wants`` is what it takes, or infinite where that is about what it may."""
+
+    place: Place
+    original: int
+    usage: _Usage
+    wants: float
+    pacing: int = 0
+
+
+class Pacer:
+    """Paces the connections that it is given; they are given back by ``set_rate(None)``.
+
+    What it changes it notes in ``shaped``, the map SOCKETS, first: so whoever has that map can
+    restore connections, as ``connections.restore`` does. A descriptor is borrowed for the moment
+    alone, lest its owner's close has no effect. Linux 5.6.
+    """
+
+    def __init__(
+        self, pids: Callable[[], Iterable[int]], shaped: Map[Any, Any], seen: Callable[[], Seen]
+    ) -> None:
+        self._pids = pids
+        self._records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
+        self._seen = seen
+        self._flows: dict[int, _Flow] = {}
+        self._rate: Optional[Rate] = None
+        self._level = 0.0
+        self._passed = _Usage(0, time.monotonic())
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pacer", daemon=True)
+
+    def __len__(self) -> int:
+        """How many connections there are still."""
+        return len(self._flows)
+
+    def take(self, found: Borrowed) -> None:
+        """Pace one more, from the next round on. Raises OSError."""
+        info = TcpInfo.of(found.socket)
+        original = found.socket.getsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, 4)
+        flow = _Flow(
+            found.place,
+            int.from_bytes(original, sys.byteorder),
+            _Usage(info.bytes_acked, time.monotonic()),
+            math.inf if info.last_data_sent_ms < _RECENT_MS else 0.0,
+        )
+        with self._lock:
+            self._flows[found.place.inode] = flow
+
+    def start(self, rate: Optional[Rate]) -> None:
+        """Share a rate, and follow what the connections do in a thread."""
+        self.set_rate(rate)
+        if self._flows and not self._thread.is_alive():
+            self._thread.start()
+
+    def set_rate(self, rate: Optional[Rate]) -> None:
+        """Share another rate from now on; None gives connections back what they had."""
+        with self._lock:
+            self._rate = rate
+            self._round()
+
+    def end(self) -> None:
+        """Change nothing any more; what was changed stays, for ``connections.restore``."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        wait_s = _PERIOD_S
+        while not self._ended.wait(wait_s):
+            with self._lock:
+                begin = time.monotonic()
+                self._round()
+                wait_s = max(_PERIOD_S, (time.monotonic() - begin) / _MOST_BUSY)
+
+    def _round(self) -> None:
+        """Visit all; those that are not where they were are looked for, or forgotten."""
+        pacing = self._share()
+        lost = [flow for flow in self._flows.values() if not self._visit(flow, pacing)]
+        if not lost:
+            return
+        places = sockets.places(self._pids())
+        for flow in lost:
+            inode = flow.place.inode
+            flow.place = places.get(inode, flow.place)
+            if inode not in places or not self._visit(flow, pacing):
+                del self._flows[inode]
+
+    def _share(self) -> int:
+        """What each may send, in bytes a second; 0 where nothing is limited.
+
+        A fair share of the rate, a little more while next to nothing is owed (TCP paces its
+        headers too), and less while much is.
+        """
+        if self._rate is None:
+            return 0
+        seen = self._seen()
+        wants = [flow.wants for flow in self._flows.values()]
+        self._passed.look(seen.passed)
+        if seen.flows:
+            # Those of the shaper have what passed beside ours.
+            ours = sum(flow.usage.bytes_per_s or 0 for flow in self._flows.values())
+            each = max(0, (self._passed.bytes_per_s or 0) - ours) / seen.flows
+            wants += [each if 2 * each < self._level else math.inf] * seen.flows
+        self._level = fair_share(self._rate.bytes_per_s, wants)
+        factor = 1 + (1 - max(0, seen.owed_ns) / _TARGET_NS) / 8
+        return min(max(_LEAST, int(self._level * max(0.25, factor))), _UNLIMITED)
+
+    def _visit(self, flow: _Flow, pacing: int) -> bool:
+        """Pace one, and see what it took; false if it is gone."""
+        with suppress(OSError), sockets.borrow(flow.place) as own:
+            info = TcpInfo.of(own)
+            if not info.sends:
+                return False
+            used = flow.usage.look(info.bytes_acked)
+            if used is not None:
+                flow.wants = used if 2 * used < flow.pacing else math.inf
+            if pacing != flow.pacing and abs(pacing - flow.pacing) >= flow.pacing >> 4:
+                self._pace(flow, own, pacing)
+            return True
+        return False
+
+    def _pace(self, flow: _Flow, own: socket.socket, pacing: int) -> None:
+        self._records[own.fileno()] = ThrottleSocket(pacing=pacing, original_pacing=flow.original)
+        option = (pacing or flow.original).to_bytes(4, sys.byteorder)
+        own.setsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, option)
+        flow.pacing = pacing
+
+
+def fair_share(rate: float, wants: Iterable[float]) -> float:
+    """The most that each may have, where those that want less leave the rest to the others."""
+    share = rate
+    ascending = sorted(wants)
+    for count, want in zip(range(len(ascending), 0, -1), ascending):
+        share = rate / count
+        if want >= share:
+            break
+        rate -= want
+    return share

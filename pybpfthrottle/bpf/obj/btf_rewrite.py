@@ -1,0 +1,158 @@
+"""The types of an object -> as a kernel takes them: places filled in, externs and news taken out.
+
+Ids stay what they are. What the kernel does not take becomes a pointer to void. Pure; source:
+kernel/bpf/btf.c of the kernel.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Callable, Container, Mapping, NamedTuple, Optional
+
+from pybpfthrottle.bpf.obj.btf import Btf, Kind, Linkage, Type
+from pybpfthrottle.bpf.obj.specs import SectionLayout
+
+_MAGIC, _VERSION, _HEADER_BYTES = 0xEB9F, 1, 24
+_INFO, _SIZE = 1, 2  # words of struct btf_type
+_KIND_SHIFT = 24
+
+
+def _stand_in() -> array[int]:
+    return array("I", (0, Kind.PTR << _KIND_SHIFT, 0))
+
+
+class _Rewriting:
+    """The words of all types, to be replaced one by one."""
+
+    def __init__(self, btf: Btf) -> None:
+        self._btf = btf
+        self._types = [btf.words(type_id) for type_id in range(1, btf.count)]
+
+    def __getitem__(self, type_id: int) -> array[int]:
+        return self._types[type_id - 1]
+
+    def __setitem__(self, type_id: int, words: array[int]) -> None:
+        self._types[type_id - 1] = words
+
+    def stand_in(self, type_id: int) -> None:
+        """Put a pointer to void in the place of a type."""
+        self[type_id] = _stand_in()
+
+    def take_tags_away(self) -> None:
+        """Tags of declarations that are no more would be refused."""
+        for tag in self._btf.of_kind(Kind.DECL_TAG):
+            declared = tag.size_or_type
+            if 0 < declared < self._btf.count and self[declared] == _stand_in():
+                self.stand_in(tag.id)
+
+    def build(self) -> bytes:
+        """The section, in the byte order of this machine."""
+        types = b"".join(words.tobytes() for words in self._types)
+        strings = self._btf.strings
+        header = struct.pack(
+            "=HBBIIIII",
+            *(_MAGIC, _VERSION, 0, _HEADER_BYTES, 0, len(types), len(types), len(strings)),
+        )
+        return header + types + strings
+
+
+def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[str]) -> bytes:
+    """All that compilers leave open filled in, for a kernel that knows all kinds of types.
+
+    ``layouts`` tells where variables are; sections that are not in it, externs and their tags go.
+    Functions named by ``static`` (hidden ones) are not verified apart from their callers.
+    """
+    out = _Rewriting(btf)
+    for section in btf.of_kind(Kind.DATASEC):
+        layout = layouts.get(section.name)
+        words = _placed(btf, section, layout) if layout else None
+        out[section.id] = words or _stand_in()
+        _settle_variables(btf, section, out, defined=words is not None)
+    for function in btf.of_kind(Kind.FUNC):
+        if function.vlen == Linkage.EXTERN:
+            out.stand_in(function.id)
+        elif function.name in static:
+            out[function.id][_INFO] = Kind.FUNC << _KIND_SHIFT | Linkage.STATIC
+    out.take_tags_away()
+    return out.build()
+
+
+def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[int]]:
+    """A section with the places of its variables, in order; None: not all of them are known."""
+    rows = []
+    for variable in btf.variables(section):
+        place = layout.places.get(btf.type(variable.type).name)
+        if place is None or btf.type(variable.type).kind != Kind.VAR:
+            return None
+        rows.append((place.offset, variable.type, place.size))
+    words = btf.words(section.id)[:3]
+    words[_SIZE] = layout.size
+    for offset, type_id, size in sorted(rows):
+        words.extend((type_id, offset, size))
+    return words
+
+
+def _settle_variables(btf: Btf, section: Type, out: _Rewriting, *, defined: bool) -> None:
+    """What is declared extern is now defined, in a map of ours, or else no type for the kernel."""
+    for variable in btf.variables(section):
+        var = btf.type(variable.type)
+        if var.kind == Kind.VAR and btf.linkage(var) == Linkage.EXTERN:
+            if defined:
+                out[var.id][3] = Linkage.GLOBAL
+            else:
+                out.stand_in(var.id)
+
+
+class Concession(NamedTuple):
+    """What older kernels lack, and how types do without it."""
+
+    since: str
+    kinds: tuple[Kind, ...]
+    replace: Callable[[array[int]], array[int]]
+
+
+def _as_integer(words: array[int]) -> array[int]:
+    size = words[_SIZE]
+    return array("I", (words[0], Kind.INT << _KIND_SHIFT, size, size * 8))
+
+
+def _as_const(words: array[int]) -> array[int]:
+    return array("I", (0, Kind.CONST << _KIND_SHIFT, words[_SIZE]))
+
+
+def _as_struct(words: array[int]) -> array[int]:
+    return array("I", (0, Kind.STRUCT << _KIND_SHIFT, words[_SIZE]))
+
+
+def _as_static(words: array[int]) -> array[int]:
+    return array("I", (words[0], Kind.FUNC << _KIND_SHIFT, words[_SIZE]))
+
+
+def _as_pointer(_: array[int]) -> array[int]:
+    return _stand_in()
+
+
+# Newest first: a kernel that refuses one knows none that is newer.
+CONCESSIONS = (
+    Concession("6.0", (Kind.ENUM64,), _as_integer),
+    Concession("5.17", (Kind.TYPE_TAG,), _as_const),
+    Concession("5.16", (Kind.DECL_TAG,), _as_pointer),
+    Concession("5.13", (Kind.FLOAT,), _as_struct),
+    Concession("5.6", (Kind.FUNC,), _as_static),
+    Concession("5.2", (Kind.DATASEC, Kind.VAR), _as_pointer),
+    Concession("5.0", (Kind.FUNC, Kind.FUNC_PROTO), _as_pointer),
+)
+
+
+def conceding(data: bytes, concession: Concession) -> Optional[bytes]:
+    """Types without what an older kernel lacks; None: they have nothing of it."""
+    btf = Btf(data)
+    found = list(btf.of_kind(*concession.kinds))
+    out = _Rewriting(btf)
+    changed = False
+    for item in found:
+        words = concession.replace(out[item.id])
+        changed = changed or words != out[item.id]
+        out[item.id] = words
+    return out.build() if changed else None

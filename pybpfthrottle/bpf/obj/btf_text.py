@@ -1,0 +1,92 @@
+"""Types as C spells them. No system calls.
+
+Types without a name are told apart by their number: ``struct #12``. So each type is one text that
+grows with its own members only.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
+from pybpfthrottle.errors import ObjectFileError
+
+_MAX_CHAIN = 64
+_WORDS = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}
+_QUALIFIERS = {Kind.CONST: "const", Kind.VOLATILE: "volatile", Kind.RESTRICT: "restrict"}
+
+
+def declaration(btf: Btf, type_id: int, name: str = "") -> str:
+    """How something of a type is declared: ``char name[16]``, or without a name the type.
+
+    Raises ObjectFileError for a type that is not there, or that refers to itself.
+    """
+    return _declared(btf, type_id, name, inside=False)
+
+
+def _declared(btf: Btf, type_id: int, declared: str, *, inside: bool) -> str:
+    """Go from the outermost pointer, array or function inwards, as C does."""
+    qualifiers = ""
+    for _ in range(_MAX_CHAIN):
+        found = btf.type(type_id)
+        if found.kind == Kind.PTR:
+            declared, qualifiers = f"*{qualifiers}{declared}", ""
+        elif found.kind == Kind.ARRAY:
+            element, count = btf.array(found)
+            declared = f"{_in_brackets(declared)}[{count}]"
+            type_id = element
+            continue
+        elif found.kind == Kind.FUNC_PROTO:
+            declared = f"{_in_brackets(declared)}({_parameters(btf, found, inside)})"
+        elif found.kind in _QUALIFIERS:
+            qualifiers = f"{_QUALIFIERS[found.kind]} {qualifiers}"
+        elif found.kind not in (Kind.TYPE_TAG, Kind.FUNC, Kind.VAR):
+            return f"{qualifiers}{_named(found)} {declared}".rstrip()
+        type_id = found.size_or_type
+    raise ObjectFileError(f"type {type_id} refers to itself", section=".BTF")
+
+
+def _in_brackets(declared: str) -> str:
+    return f"({declared})" if declared.startswith("*") else declared
+
+
+def _parameters(btf: Btf, prototype: Type, inside: bool) -> str:
+    # Functions that take functions that take functions could take all memory.
+    if inside:
+        return "..."
+    found = [
+        _declared(btf, parameter.type, parameter.name, inside=True) if parameter.type else "..."
+        for parameter in btf.parameters(prototype)
+    ]
+    return ", ".join(found) or "void"
+
+
+def _named(found: Type) -> str:
+    if found.kind == Kind.VOID:
+        return "void"
+    word = _WORDS.get(found.kind, "")
+    if found.kind == Kind.FWD:
+        word = "union " if found.flag else "struct "
+    return word + (found.name or f"#{found.id}")
+
+
+def definitions(btf: Btf) -> Iterator[str]:
+    """The lines that define all structures, unions, enums, typedefs, functions and variables."""
+    for found in btf.of_kind(*COMPOSITES, *ENUMS, Kind.TYPEDEF, Kind.FUNC, Kind.VAR):
+        if found.kind in COMPOSITES:
+            yield f"{_named(found)} {{  /* {found.size_or_type} bytes */"
+            yield from _members(btf, found)
+            yield "};"
+        elif found.kind in ENUMS:
+            yield f"{_named(found)} {{"
+            yield from (f"    {name} = {value}," for name, value in btf.enumerators(found))
+            yield "};"
+        else:
+            word = "typedef " if found.kind == Kind.TYPEDEF else ""
+            yield f"{word}{declaration(btf, found.size_or_type, found.name)};"
+
+
+def _members(btf: Btf, composite: Type) -> Iterator[str]:
+    for member in btf.members(composite):
+        width = f" : {member.bits}" if member.bits else ""
+        yield f"    {declaration(btf, member.type, member.name)}{width};"

@@ -1,0 +1,110 @@
+"""Sections of data -> maps of one element, and the variables in them. No system calls."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.obj.btf import Btf, Kind, Type
+from pybpfthrottle.bpf.obj.elffile import Elf, Section
+from pybpfthrottle.bpf.obj.specs import MapSpec, VariableSpec
+from pybpfthrottle.errors import ObjectFileError
+
+_PREFIXES = (".rodata", ".data", ".bss")
+MAX_BYTES = 1 << 30
+_MAX_NUMBER_BYTES = 8
+
+
+def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSpec]:
+    """The map of each section of data by the section's number, named as libbpf names them.
+
+    Raises ObjectFileError for a section that is too large.
+    """
+    found = [s for s in elf.sections.values() if s.size and _is_data(s.name)]
+    types = btf.types if btf and found else ()
+    ids = {known.name: known.id for known in types if known.kind == Kind.DATASEC}
+    return {
+        section.number: _map(section, ids.get(section.name, 0), object_name) for section in found
+    }
+
+
+def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
+    """The variables of all data maps; those that are static come first."""
+    signs = _Signs(btf)
+    for number, spec in maps.items():
+        types = _types(btf, spec.value_type)
+        symbols = [s for s in elf.symbols_of(elf.sections[number]) if s.type == "STT_OBJECT"]
+        for symbol in sorted(symbols, key=lambda symbol: not symbol.local):
+            if symbol.size and symbol.value + symbol.size <= spec.value_size:
+                type_id = types.get(symbol.name, 0)
+                signed = signs.of(type_id, symbol.size)
+                yield VariableSpec(
+                    *(symbol.name, spec, symbol.value, symbol.size),
+                    *(elf.byteorder, signed, type_id),
+                )
+
+
+def _map(section: Section, type_id: int, object_name: str) -> MapSpec:
+    if section.size > MAX_BYTES:
+        raise ObjectFileError(f"{section.size} bytes is too large", section=section.name, offset=0)
+    constant = section.name.startswith(".rodata")
+    return MapSpec(
+        _name(object_name, section.name),
+        MapType.ARRAY,
+        key_size=4,
+        value_size=section.size,
+        max_entries=1,
+        flags=abi.BPF_F_MMAPABLE | (abi.BPF_F_RDONLY_PROG if constant else 0),
+        contents=section.data,
+        frozen=constant,
+        value_type=type_id,
+        section=section.name,
+    )
+
+
+def _is_data(name: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in _PREFIXES)
+
+
+def _name(object_name: str, section: str) -> str:
+    if "." in section[1:]:
+        return section  # such as .rodata.str1.1: there may be several
+    room = abi.BPF_OBJ_NAME_LEN - 1 - max(len(section), len(".rodata"))
+    return object_name[: max(0, room)] + section
+
+
+def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
+    """The types of the variables of a section, by their names."""
+    if btf is None or not datasec_id:
+        return {}
+    found = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
+    return {var.name: var.size_or_type for var in found if var.kind == Kind.VAR}
+
+
+class _Signs:
+    """Which numbers have a sign; an enum is looked through once, however many variables it has."""
+
+    def __init__(self, btf: Optional[Btf]) -> None:
+        self._btf = btf
+        self._known: dict[int, Optional[bool]] = {}
+
+    def of(self, type_id: int, size: int) -> Optional[bool]:
+        """Whether a number of so many bytes has a sign; None for what is no number."""
+        if self._btf is None or not type_id or size > _MAX_NUMBER_BYTES:
+            return None
+        found = self._btf.resolve(type_id)
+        if found.id not in self._known:
+            self._known[found.id] = _signed(self._btf, found)
+        return self._known[found.id]
+
+
+def _signed(btf: Btf, found: Type) -> Optional[bool]:
+    if found.kind == Kind.INT:
+        return btf.integer(found).signed
+    if found.kind == Kind.ENUM:
+        # clang before 15 does not say whether the values have a sign.
+        return any(item.value >> 31 for item in btf.enumerators(found))
+    if found.kind == Kind.ENUM64:
+        return any(item.value < 0 for item in btf.enumerators(found))
+    return False if found.kind == Kind.PTR else None

@@ -1,0 +1,221 @@
+"""A clang-built object file: bytes -> ObjectSpec. Same bytes, same spec; no system calls."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager
+from typing import Iterator, Optional, Union
+
+from pybpfthrottle.bpf.abi import ProgType
+from pybpfthrottle.bpf.obj import datasections, elffile, sections
+from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.elffile import Elf, Section
+from pybpfthrottle.bpf.obj.functions import Function, Places, read_functions
+from pybpfthrottle.bpf.obj.legacymaps import legacy_maps
+from pybpfthrottle.bpf.obj.specs import (
+    FunctionKey,
+    MapSpec,
+    ObjectSpec,
+    Place,
+    ProgramSpec,
+    SectionLayout,
+)
+from pybpfthrottle.bpf.obj.typedmaps import TypedMaps
+from pybpfthrottle.errors import ObjectFileError
+
+_EXTERN_SECTIONS = (".kconfig", ".ksyms")
+# The largest that are known, with DWARF and the whole kernel's types in them, have a tenth of it.
+_MAX_FILE_BYTES = 64 << 20
+
+Path = Union[str, "os.PathLike[str]"]
+
+
+def read_file(path: Path) -> ObjectSpec:
+    """Read an object file. Raises OSError, or ObjectFileError with the path in front."""
+    with naming(path):
+        return read_object(file_bytes(path), name=name_of(path))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path in front of what an ObjectFileError says."""
+    try:
+        yield
+    except ObjectFileError as error:
+        error.args = (f"{os.fspath(path)}: {error}",)
+        raise
+
+
+def name_of(path: Path) -> str:
+    """The name of the object in a file: what stands before the first dot."""
+    return os.path.basename(os.fspath(path)).partition(".")[0]
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a regular file of up to 64 MB that begins as an ELF file does.
+
+    Nothing else is opened: pipes and devices may have no end, and to read some of them does
+    something. Raises OSError, or ObjectFileError.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ObjectFileError("not a regular file")
+    # Files that the kernel makes up have no size, and reading them may block.
+    if not status.st_size:
+        raise ObjectFileError("the file is empty")
+    with open(path, "rb") as file:
+        elffile.refuse_other_files(file.read(4))
+        if status.st_size > _MAX_FILE_BYTES:
+            raise ObjectFileError(f"{status.st_size >> 20} MB are too much for an object for BPF")
+        file.seek(0)
+        return file.read(_MAX_FILE_BYTES)
+
+
+def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
+    """Read an object of a BPF compiler; ``name`` goes into the names of its data maps.
+
+    Raises ObjectFileError with the section and offset at fault.
+    """
+    return object_in(elffile.read(data), name)
+
+
+def object_in(file: Elf, name: str) -> ObjectSpec:
+    """What the records of an ELF file define. Raises ObjectFileError."""
+    return _Reading(file, name).read()
+
+
+class _Reading:
+    """One object while its parts are put together."""
+
+    def __init__(self, elf: Elf, name: str) -> None:
+        self._elf = elf
+        data = elf.contents(".BTF")
+        self._btf = Btf(data) if data else None
+        self.spec = ObjectSpec(
+            name,
+            elf.byteorder,
+            license=_license(elf),
+            btf=data,
+            btf_ext=elf.contents(".BTF.ext"),
+            layouts=_layouts(elf),
+            hidden=_hidden(elf),
+        )
+
+    def read(self) -> ObjectSpec:
+        """The whole object."""
+        typed = TypedMaps(self._elf, self._btf)
+        defined = {**legacy_maps(self._elf), **typed.maps}
+        data = datasections.data_maps(self._elf, self._btf, self.spec.name)
+        for (number, offset), found in defined.items():
+            self._add_map(found, number, offset)
+        for number, found in data.items():
+            self._add_map(found, number, 0)
+        for variable in datasections.variables(self._elf, self._btf, data):
+            self.spec.variables[variable.name] = variable
+        self._read_code(
+            Places(
+                {place: found.name for place, found in defined.items()},
+                {number: found.name for number, found in data.items()},
+                _externs(self._btf),
+            )
+        )
+        typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
+        return self.spec
+
+    def _add_map(self, found: MapSpec, section: int, offset: int) -> None:
+        if found.name in self.spec.maps:
+            raise ObjectFileError(
+                f"a second map {found.name!r}",
+                section=self._elf.sections[section].name,
+                offset=offset,
+            )
+        self.spec.maps[found.name] = found
+
+    def _read_code(self, places: Places) -> None:
+        read = [
+            (section, read_functions(self._elf, section, places))
+            for section in self._elf.sections.values()
+            if section.executable and section.size
+        ]
+        for section, functions in read:
+            self._add_functions(section, functions)
+        called = {
+            call.target
+            for function in self.spec.functions.values()
+            for call in function.call_references
+        }
+        for section, functions in read:
+            self._add_programs(section, functions, called)
+
+    def _add_functions(self, section: Section, functions: list[Function]) -> None:
+        for function in functions:
+            key = function.spec.key
+            if self.spec.functions.setdefault(key, function.spec) is not function.spec:
+                raise ObjectFileError(
+                    "a second section of this name", section=section.name, offset=key.offset
+                )
+
+    def _add_programs(
+        self, section: Section, functions: list[Function], called: set[FunctionKey]
+    ) -> None:
+        """Functions outside of .text are programs, but for static ones that others call."""
+        if section.name == ".text" or section.name.startswith(".text."):
+            return
+        kind, target, autoload = sections.meaning_of(section.name)
+        for function in functions:
+            key = function.spec.key
+            if key in called and (function.local or kind.type == ProgType.UNSPEC):
+                continue
+            if function.name in self.spec.programs:
+                raise ObjectFileError(
+                    f"a second program {function.name!r}", section=section.name, offset=key.offset
+                )
+            self.spec.programs[function.name] = ProgramSpec(
+                *(function.name, section.name, kind.type, kind.attach_type, function.spec),
+                flags=kind.flags,
+                attach_to=target,
+                autoload=autoload,
+            )
+
+
+def _license(elf: Elf) -> str:
+    return (elf.contents("license") or b"").partition(b"\0")[0].decode("ascii", "replace")
+
+
+def _layouts(elf: Elf) -> dict[str, SectionLayout]:
+    """Where the variables are in each section of data."""
+    return {
+        section.name: SectionLayout(
+            section.size,
+            {
+                symbol.name: Place(symbol.value, symbol.size)
+                for symbol in elf.symbols_of(section)
+                if symbol.type == "STT_OBJECT"
+                and symbol.size
+                and symbol.value + symbol.size <= section.size
+            },
+        )
+        for section in elf.sections.values()
+        if 0 < section.size <= datasections.MAX_BYTES and not section.executable
+    }
+
+
+def _hidden(elf: Elf) -> frozenset[str]:
+    return frozenset(
+        symbol.name
+        for symbols in elf.symbols.values()
+        for symbol in symbols
+        if symbol.type == "STT_FUNC" and symbol.hidden
+    )
+
+
+def _externs(btf: Optional[Btf]) -> frozenset[str]:
+    """The names that the object's types say are the kernel's: functions, variables, options."""
+    found = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
+    return frozenset(
+        btf.type(variable.type).name
+        for datasec in found
+        if btf and datasec
+        for variable in btf.variables(datasec)
+    )

@@ -1,0 +1,210 @@
+"""What an object declares and the kernel is to have: settings, variables and functions. Pure.
+
+``extern int CONFIG_HZ __kconfig`` stands in the section .kconfig of the object's types, variables
+and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of libbpf.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Callable, Container, Iterator, NamedTuple, Optional, Union
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind, Type
+from pybpfthrottle.bpf.obj.flavours import essential, types_compatible
+from pybpfthrottle.bpf.obj.specs import MapSpec, Place, SectionLayout
+from pybpfthrottle.errors import ExternError, ObjectFileError
+
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.obj.core import Kernel
+
+KCONFIG = ".kconfig"
+_KSYMS = ".ksyms"
+_TRISTATE = {"n": 0, "y": 1, "m": 2}
+_ALIGNMENT = 8
+_MAX_SETTINGS_BYTES = 1 << 16
+
+
+class Extern(NamedTuple):
+    """Something that an object declares; ``declared`` is its VAR or FUNC."""
+
+    section: str
+    declared: Type
+
+    @property
+    def name(self) -> str:
+        """The name as the kernel spells it."""
+        return essential(self.declared.name)
+
+
+def externs(btf: Btf) -> dict[str, Extern]:
+    """All that an object's types declare to be the kernel's, by the object's own names."""
+    found = {}
+    for section in (KCONFIG, _KSYMS):
+        datasec = btf.find(Kind.DATASEC, section)
+        for variable in btf.variables(datasec) if datasec else ():
+            declared = btf.type(variable.type)
+            found[declared.name] = Extern(section, declared)
+    return found
+
+
+def kconfig_layout(btf: Btf, found: dict[str, Extern]) -> SectionLayout:
+    """Where each setting lies in the map of settings; the compiler leaves that open."""
+    places, end = {}, 0
+    for name, extern in found.items():
+        if extern.section == KCONFIG:
+            place = Place(
+                -(-end // _ALIGNMENT) * _ALIGNMENT, btf.size(extern.declared.size_or_type)
+            )
+            places[name] = place
+            end = place.offset + place.size
+        if end > _MAX_SETTINGS_BYTES:
+            raise ObjectFileError("the settings are too large", section=KCONFIG)
+    return SectionLayout(end, places)
+
+
+def kconfig_map(
+    btf: Btf,
+    found: dict[str, Extern],
+    weak: Container[str],
+    setting: Callable[[str], Optional[str]],
+) -> MapSpec:
+    """The map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
+    layout = kconfig_layout(btf, found)
+    contents = bytearray(layout.size)
+    for name, (offset, size) in layout.places.items():
+        text = setting(found[name].name)
+        if text is not None:
+            type_id = found[name].declared.size_or_type
+            contents[offset : offset + size] = encode_setting(btf, type_id, name, text)
+        elif name not in weak:
+            raise ExternError(
+                f"this kernel's configuration has no {name}; declare it __weak if it may be missing"
+            )
+    datasec = btf.find(Kind.DATASEC, KCONFIG)
+    return MapSpec(
+        KCONFIG,
+        abi.MapType.ARRAY,
+        key_size=4,
+        value_size=layout.size,
+        max_entries=1,
+        flags=abi.BPF_F_MMAPABLE | abi.BPF_F_RDONLY_PROG,
+        contents=bytes(contents),
+        frozen=True,
+        value_type=datasec.id if datasec else 0,
+        section=KCONFIG,
+    )
+
+
+def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
+    """The bytes of a setting such as y, m, 250, 0xdead or "(none)". Raises ExternError."""
+    found = btf.resolve(type_id)
+    size = btf.size(type_id)
+    if found.kind == Kind.ARRAY:
+        if text[:1] != '"' or btf.size(btf.array(found)[0]) != 1 or not size:
+            raise ExternError(f"{name} is {text}, and no char array")
+        inside = re.sub(r"\\(.)", r"\1", text.strip('"')).encode()
+        return inside[: size - 1].ljust(size, b"\0")
+    value = _number(btf, found, text)
+    if value is not None:
+        signed = found.kind == Kind.INT and btf.integer(found).signed
+        try:
+            order = btf.byteorder
+            return value.to_bytes(size, order, signed=signed)  # type: ignore[arg-type]
+        except OverflowError:
+            pass
+    raise ExternError(f"{name} is {text}, which does not go into the type that it is declared with")
+
+
+def _number(btf: Btf, found: Type, text: str) -> Optional[int]:
+    """What a setting is as a number of the declared type; None: it cannot be."""
+    is_bool = found.kind == Kind.INT and btf.integer(found).bool
+    if text in _TRISTATE:
+        if found.kind in ENUMS:
+            return _TRISTATE[text]
+        if found.size_or_type == 1 and not is_bool:
+            return ord(text)
+        return None if text == "m" else _TRISTATE[text]
+    try:
+        value = int(text, 0)
+    except ValueError:
+        return None
+    if found.kind != Kind.INT or (is_bool and value > 1):
+        return None
+    return value
+
+
+class Address(NamedTuple):
+    """A symbol of the kernel, which is at this address."""
+
+    value: int
+
+
+class KernelId(NamedTuple):
+    """A variable or function of the kernel's types, or of a module's."""
+
+    type: int
+    btf: Btf
+
+
+class Symbols:
+    """Finds what an object declares in .ksyms. Raises ExternError for what does not fit."""
+
+    def __init__(
+        self,
+        btf: Btf,
+        kernel: Callable[[], Kernel],
+        *,
+        address: Callable[[str], Optional[int]],
+        is_symbol: Callable[[str], bool],
+    ) -> None:
+        self._btf = btf
+        self._kernel = kernel
+        self._address = address
+        self._is_symbol = is_symbol
+        self._found: dict[int, Union[Address, KernelId, None]] = {}
+
+    def find(self, extern: Extern) -> Union[Address, KernelId, None]:
+        """Where the kernel has it, or None: it does not."""
+        key = extern.declared.id
+        if key not in self._found:
+            self._found[key] = self._find(extern)
+        return self._found[key]
+
+    def _find(self, extern: Extern) -> Union[Address, KernelId, None]:
+        declared = extern.declared
+        if declared.kind == Kind.FUNC:
+            return self._typed(extern, Kind.FUNC)
+        # Declared as const void, so that only its address is wanted.
+        if self._btf.resolve(declared.size_or_type).kind == Kind.VOID:
+            address = self._address(extern.name)
+            return None if address is None else Address(address)
+        # Without CONFIG_KALLSYMS_ALL the kernel has types of variables that it cannot find.
+        return self._typed(extern, Kind.VAR) if self._is_symbol(extern.name) else None
+
+    def _typed(self, extern: Extern, kind: Kind) -> Optional[KernelId]:
+        for btf, found in self._candidates(extern.name, kind):
+            local = extern.declared.size_or_type
+            if not types_compatible(self._btf, local, btf, found.size_or_type):
+                raise ExternError(f"{extern.name!r} is declared otherwise than in this kernel")
+            return KernelId(found.id, btf)
+        return None
+
+    def _candidates(self, name: str, kind: Kind) -> Iterator[tuple[Btf, Type]]:
+        kernel = self._kernel()
+        found = kernel.types.find(kind, name)
+        if found is not None:
+            yield kernel.types, found
+            return
+        for module in kernel.modules():
+            found = module.find(kind, name)
+            if found is not None:
+                yield module, found
+
+
+def missing(extern: Extern) -> ExternError:
+    """The error for what is neither there nor weak."""
+    what = "function" if extern.declared.kind == Kind.FUNC else "symbol"
+    return ExternError(
+        f"this kernel has no {what} {extern.name!r}; declare it __weak if it may be missing"
+    )

@@ -1,0 +1,307 @@
+"""A linked program -> the same, fitted to a kernel: CO-RE answered, externs found. No system calls.
+
+It also brings along what the object says of its source, for the kernel and for error messages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cached_property
+from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.obj import externs
+from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
+from pybpfthrottle.bpf.obj.btf_rewrite import loadable
+from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
+from pybpfthrottle.bpf.obj.patch import Instructions, PatchError, Poisoned
+from pybpfthrottle.bpf.obj.relocate import LinkedProgram, Placed
+from pybpfthrottle.bpf.obj.specs import (
+    ExternReference,
+    MapReference,
+    MapSpec,
+    ObjectSpec,
+    ProgramSpec,
+    SectionLayout,
+)
+from pybpfthrottle.errors import ObjectFileError
+
+# What asks for the kernel's types imports these itself: most objects do not.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.obj.core import Kernel, Resolver
+
+R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
+
+
+class KernelFacts(Protocol):
+    """What is to be known of a kernel, each when it is asked for."""
+
+    @property
+    def types(self) -> Kernel:
+        """Its types, and those of its modules."""
+        ...
+
+    def setting(self, name: str) -> Optional[str]:
+        """A setting of its configuration."""
+        ...
+
+    def symbol(self, name: str) -> Optional[int]:
+        """The address of a symbol."""
+        ...
+
+    def has_symbol(self, name: str) -> bool:
+        """Whether there is a symbol of this name."""
+        ...
+
+
+class Fitted(NamedTuple):
+    """A program for one kernel; ``poisoned`` are its instructions that must not be reached.
+
+    ``modules`` are descriptors for fd_array. ``functions`` and ``lines`` are struct bpf_func_info
+    and bpf_line_info, empty where the object does not say all that the kernel wants; ``source``
+    tells the line of an instruction. ``target`` is the function that it is loaded for: its type,
+    and the descriptor of its module's types.
+    """
+
+    linked: LinkedProgram
+    poisoned: tuple[Poisoned, ...] = ()
+    modules: tuple[int, ...] = ()
+    functions: bytes = b""
+    lines: bytes = b""
+    source: Callable[[int], Optional[str]] = lambda _: None
+    target: tuple[int, int] = (0, 0)
+
+
+class Fitting:
+    """Fits the programs of one object to one kernel.
+
+    ``descriptor`` opens the types of a module, and keeps them open until the programs are loaded.
+    """
+
+    def __init__(
+        self, spec: ObjectSpec, kernel: KernelFacts, descriptor: Callable[[Btf], int]
+    ) -> None:
+        self._spec = spec
+        self._kernel = kernel
+        self._descriptor = descriptor
+        self._btf = Btf(spec.btf) if spec.btf else None
+        self._records = BtfExt(spec.btf_ext, self._btf) if self._btf and spec.btf_ext else None
+
+    def fit(self, program: ProgramSpec, linked: LinkedProgram) -> Fitted:
+        """Fit one program. Raises ObjectFileError, ExternError or AmbiguousTypeError."""
+        fitted = Fitted(linked)
+        if self._btf is not None:
+            work = _Program(self, linked)
+            work.answer()
+            work.find_externs()
+            fitted = work.finished()
+        if not program.attach_to:
+            return fitted
+        from pybpfthrottle.bpf.obj import targets
+
+        if not targets.is_targeted(program):
+            return fitted
+        target = targets.find(program, self._kernel.types)
+        return fitted._replace(target=(target.type, self.descriptor(target.btf)))
+
+    def loadable_types(self) -> Optional[bytes]:
+        """The object's types for BPF_BTF_LOAD, if it has any."""
+        if self._btf is None:
+            return None
+        layouts = {**self._spec.layouts, externs.KCONFIG: self.settings_layout}
+        return loadable(self._btf, layouts, self._spec.hidden)
+
+    def settings_map(self) -> MapSpec:
+        """The map of the settings that the object asks for."""
+        weak = self._spec.weak_externs
+        return externs.kconfig_map(self.btf, self.externs, weak, self._kernel.setting)
+
+    @property
+    def btf(self) -> Btf:
+        """The object's types."""
+        if self._btf is None:
+            raise ObjectFileError("needs a .BTF section; compile with -g")
+        return self._btf
+
+    @property
+    def records(self) -> Optional[BtfExt]:
+        """What the compiler says of single instructions."""
+        return self._records
+
+    @cached_property
+    def externs(self) -> dict[str, Extern]:
+        """What the object declares and does not define."""
+        return externs.externs(self.btf)
+
+    @cached_property
+    def settings_layout(self) -> SectionLayout:
+        """Where settings lie in their map."""
+        return externs.kconfig_layout(self.btf, self.externs)
+
+    @cached_property
+    def resolver(self) -> Resolver:
+        """Answers the object's CO-RE relocations."""
+        from pybpfthrottle.bpf.obj.core import Resolver
+
+        return Resolver(self.btf, lambda: self._kernel.types)
+
+    @cached_property
+    def symbols(self) -> Symbols:
+        """Finds the object's externs."""
+        kernel = self._kernel
+        return Symbols(
+            *(self.btf, lambda: kernel.types),
+            address=kernel.symbol,
+            is_symbol=kernel.has_symbol,
+        )
+
+    def descriptor(self, btf: Btf) -> int:
+        """A descriptor of a module's types; 0 for the kernel's own."""
+        return self._descriptor(btf) if btf.base else 0
+
+
+def within(records: dict[str, Records[R]], placed: Placed) -> Iterator[tuple[int, R]]:
+    """The records of a function, each with its byte in the linked code."""
+    start, function = placed
+    begin = function.key.offset
+    if function.key.section in records:
+        for row in records[function.key.section].between(begin, begin + len(function.code)):
+            yield start + row.offset - begin, row
+
+
+class _Program:
+    """One program while it is fitted."""
+
+    def __init__(self, fitting: Fitting, linked: LinkedProgram) -> None:
+        self._fitting = fitting
+        self._linked = linked
+        self._code = bytearray(linked.code)
+        self._instructions = Instructions(self._code, linked.byteorder)
+        self._poisoned: list[Poisoned] = []
+        self._modules: list[int] = []
+        self._settings: list[MapReference] = []
+
+    def answer(self) -> None:
+        """Put the answers of CO-RE in."""
+        records = self._fitting.records
+        if records is None:
+            return
+        for placed in self._linked.placed:
+            for at, relocation in within(records.relocations, placed):
+                try:
+                    answer = self._fitting.resolver.answer(relocation)
+                    if not self._instructions.answer(at, answer, len(self._poisoned)):
+                        self._poisoned.append(self._unresolved(relocation))
+                except (ObjectFileError, PatchError) as error:
+                    raise self._bad(at, str(error)) from error
+
+    def _unresolved(self, relocation: CoreRelocation) -> Poisoned:
+        from pybpfthrottle.bpf.obj.accesses import describe
+
+        btf = self._fitting.btf
+        return Poisoned(
+            describe(btf, relocation), btf.type(relocation.type).name, relocation.kind.name
+        )
+
+    def find_externs(self) -> None:
+        """Put in what the kernel has of what the object declares."""
+        for reference in self._linked.extern_references:
+            extern = self._fitting.externs.get(reference.name)
+            if extern is None:
+                raise self._bad(reference.offset, f"{reference.name!r} is declared nowhere")
+            try:
+                self._put(reference, extern)
+            except PatchError as error:
+                raise self._bad(reference.offset, f"{reference.name!r}: {error}") from error
+
+    def _put(self, reference: ExternReference, extern: Extern) -> None:
+        at = reference.offset
+        if extern.section == externs.KCONFIG:
+            place = self._fitting.settings_layout.places[reference.name]
+            self._settings.append(MapReference(at, externs.KCONFIG, place.offset))
+            return
+        found = self._fitting.symbols.find(extern)
+        if found is None and not reference.weak:
+            raise externs.missing(extern)
+        if self._code[at] == abi.BPF_CALL:
+            self._put_call(at, extern, found)
+        else:
+            self._put_address(at, found)
+
+    def _put_call(self, at: int, extern: Extern, found: Union[Address, KernelId, None]) -> None:
+        if isinstance(found, KernelId):
+            module = self._fitting.descriptor(found.btf)
+            if module and module not in self._modules:
+                self._modules.append(module)
+            place = self._modules.index(module) + 1 if module else 0
+            self._instructions.call_kernel(at, found.type, place)
+        else:
+            self._instructions.poison(at, len(self._poisoned))
+            self._poisoned.append(Poisoned(f"{extern.name}()", "", "a function"))
+
+    def _put_address(self, at: int, found: Union[Address, KernelId, None]) -> None:
+        if isinstance(found, KernelId):
+            module = self._fitting.descriptor(found.btf)
+            self._instructions.load_imm64(at, abi.BPF_PSEUDO_BTF_ID, found.type, module)
+        else:
+            value = found.value if found else 0
+            self._instructions.load_imm64(at, 0, value & 0xFFFFFFFF, value >> 32)
+
+    def _bad(self, at: int, reason: str) -> ObjectFileError:
+        origin = self._linked.origin(at)
+        return ObjectFileError(reason, section=origin.section, offset=origin.offset)
+
+    def finished(self) -> Fitted:
+        """The program with all that was found out."""
+        linked = self._linked._replace(
+            code=bytes(self._code),
+            map_references=(*self._linked.map_references, *self._settings),
+            extern_references=(),
+        )
+        functions, lines = self._functions(), self._lines()
+        return Fitted(
+            *(linked, tuple(self._poisoned), tuple(self._modules), functions, lines),
+            self._source,
+        )
+
+    def _functions(self) -> bytes:
+        """The kernel wants one record for each function, at its beginning."""
+        records = self._fitting.records
+        if records is None:
+            return b""
+        found = b""
+        for placed in self._linked.placed:
+            first = next(within(records.functions, placed), None)
+            if first is not None and first[0] == placed.start:
+                found += bytes(abi.FuncInfo(placed.start // abi.INSN_BYTES, first[1].type))
+        whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
+        return found if len(found) == whole else b""
+
+    def _lines(self) -> bytes:
+        """The kernel wants a record at the beginning of each function, and one for each place."""
+        records = self._fitting.records
+        if records is None:
+            return b""
+        found: dict[int, bytes] = {}
+        for placed in self._linked.placed:
+            for at, row in within(records.lines, placed):
+                line = abi.LineInfo(at // abi.INSN_BYTES, row.file, row.text, row.place)
+                found.setdefault(at, bytes(line))
+            if placed.start not in found:
+                return b""
+        return b"".join(found.values())
+
+    def _source(self, instruction: int) -> Optional[str]:
+        """The line of the source that an instruction is of, as "file.c:12: text"."""
+        records = self._fitting.records
+        offset = instruction * abi.INSN_BYTES
+        if records is None or offset >= len(self._code):
+            return None
+        origin = self._linked.origin(offset)
+        lines = records.lines.get(origin.section)
+        line = lines.last_at(origin.offset) if lines else None
+        if line is None:
+            return None
+        btf = self._fitting.btf
+        return f"{btf.string(line.file)}:{line.line}: {btf.string(line.text).strip()}"

@@ -1,0 +1,210 @@
+"""Sections of code -> functions, each with what it refers to. No system calls."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any, Collection, Iterator, Mapping, NamedTuple, Optional, Union
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section, Symbol
+from pybpfthrottle.bpf.obj.specs import (
+    CallReference,
+    ExternReference,
+    FunctionKey,
+    FunctionSpec,
+    MapReference,
+)
+from pybpfthrottle.errors import ObjectFileError
+
+# The kernel's Documentation/bpf/llvm_reloc.rst. Others are for data only.
+_R_BPF_64_64 = 1
+_R_BPF_64_32 = 10
+
+# Which relocation an instruction may have.
+_TYPES = {abi.BPF_LD_IMM64: _R_BPF_64_64, abi.BPF_CALL: _R_BPF_64_32}
+
+_Reference = Union[MapReference, CallReference, ExternReference]
+
+
+class Places(NamedTuple):
+    """What code may refer to, by the numbers of the sections.
+
+    ``maps`` has the names of maps by their section and offset, ``data`` the names of data maps by
+    their section, ``externs`` the names that the kernel is to have.
+    """
+
+    maps: Mapping[tuple[int, int], str]
+    data: Mapping[int, str]
+    externs: Collection[str] = ()
+
+
+class Function(NamedTuple):
+    """A function under one of its names; ``local`` means static."""
+
+    name: str
+    local: bool
+    spec: FunctionSpec
+
+
+def read_functions(elf: Elf, section: Section, places: Places) -> list[Function]:
+    """The functions of a section in order; one that has two names is there twice.
+
+    Raises ObjectFileError with the place of what is not understood.
+    """
+    symbols = _function_symbols(elf, section)
+    section.relocations.sort(key=lambda relocation: relocation.offset)
+    offsets = [relocation.offset for relocation in section.relocations]
+    found: dict[int, FunctionSpec] = {}
+    result = []
+    for symbol, end in _extents(section, symbols):
+        start = symbol.value
+        if start not in found:
+            first, last = bisect_left(offsets, start), bisect_left(offsets, end)
+            code = _Code(elf, section, start, end, places)
+            found[start] = code.read(symbol.name, section.relocations[first:last])
+        result.append(Function(symbol.name, symbol.local, found[start]))
+    return result
+
+
+def _function_symbols(elf: Elf, section: Section) -> list[Symbol]:
+    symbols = elf.symbols_of(section)
+    functions = [symbol for symbol in symbols if symbol.type == "STT_FUNC"]
+    # clang before 7 does not mark them; its labels of blocks are no functions.
+    functions = functions or [
+        symbol
+        for symbol in symbols
+        if symbol.type == "STT_NOTYPE"
+        and symbol.name
+        and not (symbol.local and symbol.name.startswith("LBB"))
+    ]
+    if not functions:
+        raise ObjectFileError("it has code, but no function", section=section.name, offset=0)
+    return functions
+
+
+def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, int]]:
+    """Each function with its end: one without a size reaches to the next, or the section's end."""
+    size = len(section.data or b"")
+    starts = sorted({symbol.value for symbol in symbols})
+    following = dict(zip(starts, [*starts[1:], size]))
+    for symbol in symbols:
+        limit = following[symbol.value]
+        end = symbol.value + symbol.size if symbol.size else limit
+        if not symbol.value < end <= min(limit, size) or symbol.value % 8 or end % 8:
+            raise ObjectFileError(
+                f"function {symbol.name!r} of {symbol.size} bytes does not fit in",
+                section=section.name,
+                offset=symbol.value,
+            )
+        yield symbol, end
+
+
+class _Code:
+    """The instructions of one function: bytes ``start`` to ``end`` of a section."""
+
+    def __init__(self, elf: Elf, section: Section, start: int, end: int, places: Places) -> None:
+        self._elf = elf
+        self._section = section
+        self._start = start
+        self._code = (section.data or b"")[start:end]
+        self._places = places
+        self._order: Any = elf.byteorder
+
+    def read(self, name: str, relocations: list[Relocation]) -> FunctionSpec:
+        """The function with its references, in the order of its code."""
+        found: list[_Reference] = [self._reference(relocation) for relocation in relocations]
+        found += self._plain_calls({reference.offset for reference in found})
+        found.sort(key=lambda reference: reference.offset)
+        return FunctionSpec(
+            name,
+            FunctionKey(self._section.name, self._start),
+            self._code,
+            tuple(reference for reference in found if isinstance(reference, MapReference)),
+            tuple(reference for reference in found if isinstance(reference, CallReference)),
+            tuple(reference for reference in found if isinstance(reference, ExternReference)),
+        )
+
+    def _reference(self, relocation: Relocation) -> _Reference:
+        at = relocation.offset - self._start
+        opcode = self._code[at]
+        wide = opcode == abi.BPF_LD_IMM64
+        if at % 8 or (wide and at + 2 * abi.INSN_BYTES > len(self._code)):
+            raise ObjectFileError(
+                "a relocation inside of an instruction",
+                section=self._section.name,
+                offset=relocation.offset,
+            )
+        found = None
+        if _TYPES.get(opcode) == relocation.type:
+            symbol = relocation.symbol
+            if symbol.undefined and symbol.name in self._places.externs:
+                return ExternReference(at, symbol.name, symbol.weak)
+            found = self._address(at, symbol) if wide else self._callee(at, symbol)
+        if found is None:
+            raise self._unresolved(relocation)
+        return found
+
+    def _callee(self, at: int, symbol: Symbol) -> Optional[CallReference]:
+        section = self._section_of(symbol)
+        if section is None or not section.executable:
+            return None
+        # clang counts the distance from the section's start in instructions, less one.
+        extra = (self._imm(at) + 1) * 8 if symbol.type == "STT_SECTION" else 0
+        return CallReference(at, FunctionKey(section.name, symbol.value + extra))
+
+    def _address(self, at: int, symbol: Symbol) -> Optional[_Reference]:
+        section = self._section_of(symbol)
+        if section is None:
+            return None
+        offset = self._offset(at, symbol)
+        if section.executable:
+            return CallReference(at, FunctionKey(section.name, offset), address=True)
+        name = self._places.maps.get((section.number, offset))
+        if name is not None:
+            return MapReference(at, name)
+        if section.number in self._places.data and 0 <= offset <= section.size:
+            return MapReference(at, self._places.data[section.number], offset)
+        return None
+
+    def _offset(self, at: int, symbol: Symbol) -> int:
+        """The place in its section that a load is of: the instruction has what to add."""
+        imm = self._imm(at)
+        # gcc 12 has put the symbol's own value there.
+        added = imm == symbol.value and self._elf.by_gcc
+        return imm if added else symbol.value + imm
+
+    def _section_of(self, symbol: Symbol) -> Optional[Section]:
+        number = symbol.section
+        return self._elf.sections.get(number) if isinstance(number, int) else None
+
+    def _imm(self, at: int) -> int:
+        return int.from_bytes(self._code[at + 4 : at + 8], self._order, signed=True)
+
+    def _unresolved(self, relocation: Relocation) -> ObjectFileError:
+        symbol = relocation.symbol
+        what = f"symbol {symbol.name!r}" if symbol.name else "a symbol without a name"
+        if symbol.undefined:
+            what += ", which is not defined in this object"
+        if symbol.section == "SHN_COMMON":
+            what += ", which has no section; compile with -fno-common"
+        return ObjectFileError(
+            f"cannot resolve the relocation (type {relocation.type}) against {what}",
+            section=self._section.name,
+            offset=relocation.offset,
+        )
+
+    def _plain_calls(self, relocated: set[int]) -> Iterator[CallReference]:
+        """Calls inside of one section carry the distance and need no relocation."""
+        code = self._code
+        src_shift = 4 if self._order == "little" else 0
+        position = code.find(abi.BPF_CALL)
+        while position >= 0:
+            if (
+                position % 8 == 0
+                and code[position + 1] >> src_shift & 0xF == abi.BPF_PSEUDO_CALL
+                and position not in relocated
+                and (position < 8 or code[position - 8] != abi.BPF_LD_IMM64)
+            ):
+                target = self._start + position + 8 * (self._imm(position) + 1)
+                yield CallReference(position, FunctionKey(self._section.name, target))
+            position = code.find(abi.BPF_CALL, position + 1)

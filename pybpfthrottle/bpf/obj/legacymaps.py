@@ -1,0 +1,111 @@
+"""Maps defined by structs of numbers, in sections ``maps`` -> MapSpecs. No system calls.
+
+Such as libbpf before 1.0, aya and iproute2 have them; each has its own fields after the first five.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
+from pybpfthrottle.bpf.obj.specs import MapSpec
+from pybpfthrottle.errors import ObjectFileError
+
+
+def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:
+    """The maps by the number of their section and their offset in it.
+
+    Raises ObjectFileError with the place of what is not understood.
+    """
+    found: dict[tuple[int, int], MapSpec] = {}
+    for section in elf.sections.values():
+        if section.name == "maps" or section.name.startswith("maps/"):
+            found.update(_Definitions(elf, section).read())
+    return found
+
+
+class _Definitions:
+    """The maps of one section, each struct bpf_map_def or longer."""
+
+    def __init__(self, elf: Elf, section: Section) -> None:
+        self._section = section
+        order: Any = ctypes.LittleEndianStructure
+        if elf.byteorder == "big":
+            order = ctypes.BigEndianStructure
+        self._layouts: list[Any] = [
+            type(layout.__name__, (order,), {"_fields_": layout._fields_})
+            for layout in (abi.LegacyMapDef, abi.NumberedMapDef, abi.Iproute2MapDef)
+        ]
+        self._symbols = elf.symbols_of(section)
+
+    def read(self) -> dict[tuple[int, int], MapSpec]:
+        """The maps in the order of their definitions; those that iproute2 nests are nested."""
+        ends = {
+            s.value: e.value for s, e in zip(self._symbols, self._symbols[1:]) if e.value > s.value
+        }
+        defined = [
+            (symbol, self._define(symbol, ends.get(symbol.value, self._section.size)))
+            for symbol in self._symbols
+            if symbol.name
+        ]
+        found = {symbol.name: self._spec(symbol, define) for symbol, define in defined}
+        self._nest(defined, found)
+        number = self._section.number
+        return {(number, symbol.value): found[symbol.name] for symbol, _ in defined}
+
+    def _define(self, symbol: Symbol, end: int) -> Any:
+        """The shortest of the layouts whose fields explain all bytes that are not zero."""
+        data = self._section.data or b""
+        end = min(end, symbol.value + symbol.size) if symbol.size else end
+        raw = data[symbol.value : end]
+        shortest = ctypes.sizeof(self._layouts[0])
+        if len(raw) < shortest:
+            raise self._bad(symbol, f"{shortest} bytes are needed, {len(raw)} are there")
+        for layout in self._layouts:
+            size = ctypes.sizeof(layout)
+            if len(raw) >= size and not any(raw[size:]):
+                return layout.from_buffer_copy(raw)
+        raise self._bad(symbol, "it has fields that are not known", at=shortest)
+
+    def _spec(self, symbol: Symbol, define: Any) -> MapSpec:
+        spec = MapSpec(
+            symbol.name,
+            define.type,
+            define.key_size,
+            define.value_size,
+            define.max_entries,
+            define.map_flags,
+        )
+        numa_or_pinning = getattr(define, "numa_node", 0)
+        if spec.flags & abi.BPF_F_NUMA_NODE:
+            spec.numa_node = numa_or_pinning
+        else:
+            spec.pinned = bool(getattr(define, "pinning", numa_or_pinning))
+        return spec
+
+    def _nest(self, defined: list[tuple[Symbol, Any]], found: dict[str, MapSpec]) -> None:
+        """The template of a map of maps is named by its id or its number, or by the caller."""
+        by_id = {d.id: (s, d) for s, d in reversed(defined) if getattr(d, "id", 0)}
+        for symbol, define in defined:
+            spec = found[symbol.name]
+            if spec.type not in abi.MAPS_OF_MAPS:
+                continue
+            inner = by_id.get(getattr(define, "inner_id", 0))
+            if inner is None and symbol.size == ctypes.sizeof(abi.NumberedMapDef):
+                index = getattr(define, "inner_map_idx", 0)
+                inner = defined[index] if index < len(defined) else None
+            if inner is None or found[inner[0].name].type in abi.MAPS_OF_MAPS:
+                continue
+            spec.inner = found[inner[0].name]
+            slot = getattr(inner[1], "inner_idx", abi.IPROUTE2_NO_INDEX)
+            if slot != abi.IPROUTE2_NO_INDEX:
+                spec.initial[slot] = inner[0].name
+
+    def _bad(self, symbol: Symbol, reason: str, *, at: int = 0) -> ObjectFileError:
+        return ObjectFileError(
+            f"map {symbol.name!r}: {reason}",
+            section=self._section.name,
+            offset=symbol.value + at,
+        )

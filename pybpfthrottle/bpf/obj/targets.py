@@ -1,0 +1,69 @@
+"""Which function of the kernel a program's section says that it is to be attached to. Pure.
+
+Such a program is loaded for one function, since the verifier has to know its parameters. Source:
+Documentation/bpf/libbpf/program_types.rst of the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.core import Kernel
+from pybpfthrottle.bpf.obj.specs import ProgramSpec
+from pybpfthrottle.errors import ExternError
+
+
+class Target(NamedTuple):
+    """A type of the kernel, or of a module."""
+
+    type: int
+    btf: Btf
+
+
+class _Naming(NamedTuple):
+    """What the kernel calls the type for a target."""
+
+    kind: Kind
+    prefix: str = ""
+
+
+_NAMINGS = {
+    (ProgType.TRACING, AttachType.TRACE_RAW_TP): _Naming(Kind.TYPEDEF, "btf_trace_"),
+    (ProgType.TRACING, AttachType.TRACE_FENTRY): _Naming(Kind.FUNC),
+    (ProgType.TRACING, AttachType.TRACE_FEXIT): _Naming(Kind.FUNC),
+    (ProgType.TRACING, AttachType.MODIFY_RETURN): _Naming(Kind.FUNC),
+    (ProgType.TRACING, AttachType.TRACE_ITER): _Naming(Kind.FUNC, "bpf_iter_"),
+    (ProgType.LSM, AttachType.LSM_MAC): _Naming(Kind.FUNC, "bpf_lsm_"),
+    (ProgType.LSM, AttachType.LSM_CGROUP): _Naming(Kind.FUNC, "bpf_lsm_"),
+}
+
+
+def is_targeted(program: ProgramSpec) -> bool:
+    """Whether a program is loaded for one function of the kernel, and names it."""
+    return bool(program.attach_to) and _naming(program) is not None
+
+
+def _naming(program: ProgramSpec) -> Optional[_Naming]:
+    if program.expected_attach_type is None:
+        return None
+    return _NAMINGS.get((program.type, program.expected_attach_type))
+
+
+def find(program: ProgramSpec, kernel: Kernel) -> Target:
+    """The target of a program for which ``is_targeted``. Raises ExternError if there is none."""
+    naming = _naming(program)
+    if naming is not None and program.attach_to:
+        name = naming.prefix + program.attach_to
+        found = kernel.types.find(naming.kind, name)
+        if found is not None:
+            return Target(found.id, kernel.types)
+        for module in kernel.modules():
+            found = module.find(naming.kind, name)
+            if found is not None:
+                return Target(found.id, module)
+    raise ExternError(
+        f"{program.name!r} is to be attached to {program.attach_to!r}, but this kernel has no such"
+        f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'} with types"
+    )

@@ -1,0 +1,1 @@
+"""What Linux says of processes, cgroups, sockets and networks, without BPF."""

@@ -1,0 +1,102 @@
+"""What a network namespace tells of its sockets and addresses, also one of other processes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Iterable, TypeVar
+
+from pybpfthrottle.linux import netlink
+
+T = TypeVar("T")
+
+_SIOCGSKNS = 0x894C  # include/uapi/linux/sockios.h
+_CLONE_NEWNET = 0x40000000
+
+# include/uapi/linux/sock_diag.h, inet_diag.h
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST = struct.Struct("=BBBxI48s")  # struct inet_diag_req_v2
+_ANSWER = struct.Struct("=4B48s5I")  # struct inet_diag_msg
+_ALL_STATES = 0xFFFFFFFF
+_INET_DIAG_REQ_PROTOCOL = 3
+_INET_DIAG_CGROUP_ID = 21
+
+# include/uapi/linux/rtnetlink.h, if_addr.h
+_RTM_GETADDR = 22
+_IFADDRMSG = struct.Struct("=4BI")
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+
+
+def of_socket(descriptor: int) -> int:
+    """A descriptor of the network namespace that a socket is in; the caller closes it.
+
+    Linux 4.10; needs CAP_NET_ADMIN there. Raises OSError.
+    """
+    return fcntl.ioctl(descriptor, _SIOCGSKNS)
+
+
+def inside(namespace: int, work: Callable[[], T]) -> T:
+    """What ``work`` answers in a network namespace, given by a descriptor.
+
+    A thread of its own goes there, so that the rest of this process stays where it is. Needs
+    CAP_SYS_ADMIN, unless it is the own namespace. Raises OSError.
+    """
+
+    def enter() -> T:
+        _enter(namespace)
+        return work()
+
+    if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter).result()
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "setns")
+
+
+def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """The id of the cgroup that each socket was created in, by the socket's inode.
+
+    ``kinds`` has the families and protocols to ask for. Sockets that are neither bound nor
+    connected are not listed. Linux 5.8 with CONFIG_SOCK_CGROUP_DATA: before, and for protocols
+    that the kernel cannot list, there are none. Raises OSError.
+    """
+    found = {}
+    for family, protocol in kinds:
+        # MPTCP's number does not fit into the byte that protocols had.
+        more = struct.pack("=HHI", 8, _INET_DIAG_REQ_PROTOCOL, protocol) if protocol > 255 else b""
+        request = _REQUEST.pack(family, protocol & 0xFF, 0, _ALL_STATES, bytes(48)) + more
+        try:
+            for answer in netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request):
+                own = netlink.attributes(answer[_ANSWER.size :]).get(_INET_DIAG_CGROUP_ID)
+                inode = _ANSWER.unpack_from(answer)[-1]
+                if own is not None and inode:
+                    found[inode] = struct.unpack("=Q", own)[0]
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return found
+
+
+def own_addresses() -> set[str]:
+    """The IP addresses of this namespace, as ``ipaddress`` spells them. Raises OSError."""
+    found = set()
+    request = _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+    for answer in netlink.dump(socket.NETLINK_ROUTE, _RTM_GETADDR, request):
+        attributes = netlink.attributes(answer[_IFADDRMSG.size :])
+        # Of a point-to-point device IFA_ADDRESS is that of the other end.
+        own = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
+        if own is not None:
+            found.add(str(ipaddress.ip_address(own)))
+    return found

@@ -1,0 +1,117 @@
+"""UDP: billed by its IP length, dropped without an error to the program."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from lab import ENVIRONMENT, TOOL
+
+from pybpfthrottle.demo.wire import Namespace, Wire
+from pybpfthrottle.model import Rate
+
+pytestmark = pytest.mark.timed
+
+PAYLOAD = 1200
+HEADERS = {4: 28, 6: 48}
+SECONDS = 4
+
+# Sends faster than the limit, and tells how often sendto failed and with what.
+SENDER = """
+import json, socket, sys, time
+address, rate, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+errors, sent, begin = {}, 0, time.monotonic()
+while (now := time.monotonic() - begin) < seconds:
+    if sent > rate * now / 1200:
+        time.sleep(0.001)
+        continue
+    try:
+        s.sendto(bytes(1200), (address, 9999))
+    except OSError as error:
+        errors[error.errno] = errors.get(error.errno, 0) + 1
+    sent += 1
+print(json.dumps({"sent": sent, "errors": errors}))
+"""
+
+# Counts what comes in so many seconds from the first datagram on.
+RECEIVER = """
+import json, socket, sys, time
+address, seconds = sys.argv[1], float(sys.argv[2])
+s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+s.bind((address, 9999))
+print("ready", flush=True)
+s.settimeout(10)
+count = len(s.recv(65535)) // 1200
+begin = time.monotonic()
+s.settimeout(0.2)
+while time.monotonic() - begin < seconds:
+    try:
+        s.recv(65535)
+        count += 1
+    except TimeoutError:
+        pass
+print(json.dumps({"count": count}))
+"""
+
+
+def limited(direction: str, rate: Rate, options: list[str], command: list[str]) -> list[str]:
+    """The command below ``pybpfthrottle run``."""
+    limit = [f"--{direction}-limit", str(rate.bytes_per_s)]
+    return [*TOOL, "run", "-q", *limit, *options, "--", *command]
+
+
+def exchange(direction: str, rate: Rate, *options: str, version: int = 4) -> tuple[int, dict]:
+    """A flood at twice the limit; how many datagrams came, and the sender's errors."""
+    with Wire() as wire:
+        sender, receiver = wire.client, wire.server
+        if direction == "download":
+            sender, receiver = receiver, sender
+        address = address_of(receiver, version)
+        receive = [sys.executable, "-c", RECEIVER, address, str(SECONDS)]
+        send = [sys.executable, "-c", SENDER, address, str(2 * rate.bytes_per_s), str(SECONDS + 1)]
+        if direction == "download":
+            receive = limited(direction, rate, list(options), receive)
+        else:
+            send = limited(direction, rate, list(options), send)
+        with subprocess.Popen(
+            receiver.inside(*receive), stdout=subprocess.PIPE, env=ENVIRONMENT
+        ) as counting:
+            assert counting.stdout
+            assert counting.stdout.readline() == b"ready\n"
+            sent = subprocess.run(
+                sender.inside(*send), stdout=subprocess.PIPE, env=ENVIRONMENT, check=True
+            )
+            received = json.loads(counting.stdout.readline())
+        return received["count"], json.loads(sent.stdout)["errors"]
+
+
+def address_of(namespace: Namespace, version: int) -> str:
+    """Its IPv4 or IPv6 address."""
+    return namespace.address if version == 4 else namespace.address6
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("direction", ["download", "upload"])
+def test_a_flood_of_datagrams_keeps_to_its_limit(direction: str, version: int) -> None:
+    """The IP bytes of a UDP flood are what the limit allows, and no sendto fails."""
+    rate = Rate.parse("1M")
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: exchange(direction, rate, version=version), range(3)))
+    size = PAYLOAD + HEADERS[version]
+    came = statistics.median(count for count, _ in results) * size
+    assert 0.94 <= came / rate.bytes_per_s / SECONDS <= 1.06
+    assert [errors for _, errors in results] == [{}, {}, {}]
+
+
+def test_the_denying_verdict_shows_as_eperm() -> None:
+    """With --egress-verdict deny the program's sendto fails with EPERM, and the limit holds."""
+    rate = Rate.parse("1M")
+    count, errors = exchange("upload", rate, "--egress-verdict", "deny")
+    assert list(errors) == ["1"]
+    assert 0.9 <= count * (PAYLOAD + HEADERS[4]) / rate.bytes_per_s / SECONDS <= 1.1

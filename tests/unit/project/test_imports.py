@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAVY = {"click", "rich", "elftools"}
+
+
+def loaded_by(statement):
+    """The top-level modules that are there after a statement in a new Python."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("pybpfthrottle", "pybpfthrottle.throttle", "pybpfthrottle.bpf.loader"),
+        *(
+            "pybpfthrottle.bpf.obj.elf",
+            "pybpfthrottle.backends.ebpf.objects",
+            "pybpfthrottle.backends.ebpf.backend",
+        ),
+    ],
+)
+def test_the_library_loads_no_package_that_it_may_not_need(module):
+    """Importing the library loads neither click nor rich, nor pyelftools before it is needed."""
+    assert loaded_by(f"import {module}") & HEAVY == set()
+
+
+def test_reading_an_object_loads_pyelftools_only():
+    """Reading an object loads pyelftools, and neither click nor rich."""
+    statement = "from pybpfthrottle.backends.ebpf import objects; objects.read('throttle')"
+    assert loaded_by(statement) & HEAVY == {"elftools"}
+
+
+def test_each_public_name_is_there():
+    """Each name in __all__ can be imported from the package, and they are sorted."""
+    import pybpfthrottle
+
+    assert sorted(pybpfthrottle.__all__) == pybpfthrottle.__all__
+    for name in pybpfthrottle.__all__:
+        assert getattr(pybpfthrottle, name).__name__.rpartition(".")[2] == name
+
+
+def test_another_name_is_an_attribute_error():
+    """A name that the package does not have is an AttributeError, as for any module."""
+    import pybpfthrottle
+
+    with pytest.raises(AttributeError, match="nonsense"):
+        pybpfthrottle.nonsense  # noqa: B018
