@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Iterator
 
 import pytest
+from since import needs_release
 
 from pybpfthrottle.backends.ebpf import objects
 from pybpfthrottle.backends.ebpf.bucket import config_for
@@ -120,8 +121,8 @@ class Bench:
 @pytest.fixture(params=["throttle", "throttle-direct"])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
-    if request.param == "throttle-direct" and not features.TEST_RUN_PACKET.available():
-        pytest.skip(f"this kernel lacks {features.TEST_RUN_PACKET.name}")
+    if request.param == "throttle-direct":
+        needs_release(features.TEST_RUN_PACKET.since, features.TEST_RUN_PACKET.name)
     with loader.load(objects.read(request.param), PROGRAMS) as loaded:
         own = Bench(loaded)
         for direction in Direction:
@@ -275,8 +276,8 @@ def exchange(scratch: Cgroup, host: str) -> None:
 @pytest.mark.parametrize("name", ["throttle", "throttle-direct"])
 def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, host: str) -> None:
     """Of 5 MB each way over TCP each object bills exactly that, in both directions."""
-    if name == "throttle-direct" and not features.DIRECT_PACKET_ACCESS.available():
-        pytest.skip("no direct packet access in cgroup_skb programs (Linux 5.0)")
+    if name == "throttle-direct":
+        needs_release(features.DIRECT_PACKET_ACCESS.since, features.DIRECT_PACKET_ACCESS.name)
     hooks = {
         Direction.DOWNLOAD: ("pybpft_ingress", AttachType.CGROUP_INET_INGRESS),
         Direction.UPLOAD: ("pybpft_egress", AttachType.CGROUP_INET_EGRESS),
