@@ -33,6 +33,11 @@ pytestmark = pytest.mark.timed
 
 UNLIMITED = (1 << 64) - 1
 RATE = Rate.parse("2M")
+# The second is not tried before a connection is there.
+SHAPES_SINCE = {
+    Direction.UPLOAD: ("5.10", "socket storage for programs of cgroups"),
+    Direction.DOWNLOAD: ("6.1", "bpf_getsockopt of TCP_WINDOW_CLAMP"),
+}
 # From then on a program at the setsockopt hook can adopt connections that are open; before, only
 # uploads are shaped, from user space.
 ADOPTS_SINCE = "6.12"
@@ -118,7 +123,7 @@ def need_shaping(live: Throttle, direction: Direction) -> None:
     """Skip where this kernel is too old to shape; on others it has to."""
     how = live.describe()[str(direction)]
     if how["shape"] == "police":
-        needs_release("5.10", "socket storage for programs of cgroups")
+        needs_release(*SHAPES_SINCE[direction])
     assert how["shape"] == METHODS[direction], how["shape_reason"]
 
 
