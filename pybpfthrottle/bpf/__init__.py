@@ -2,7 +2,8 @@
 
 ::
 
-    from pybpfthrottle.bpf import elf, loader
+    from pybpfthrottle.bpf import loader
+    from pybpfthrottle.bpf.obj import elf
 
     spec = elf.read_file("filter.o")
     spec.maps["counts"].max_entries = 64

@@ -171,13 +171,13 @@ def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None
 
 OWNER = """
 import os, sys, time
-from pybpfthrottle.backends.bucket import config_for
-from pybpfthrottle.bpf import asm, links, maps, programs
+from pybpfthrottle.backends.ebpf.bucket import config_for
+from pybpfthrottle.bpf.obj import asm; from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.bpf.codecs import RAW, U32
-from pybpfthrottle.bpf.specs import MapSpec
-from pybpfthrottle.limits import MIN_RATE
+from pybpfthrottle.bpf.obj.specs import MapSpec
+from pybpfthrottle.model import MIN_RATE
 
 path, mode, size = sys.argv[1], AttachMode[sys.argv[2]], int(sys.argv[3])
 configs = maps.create(MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, size, 2)).typed(U32, RAW)
