@@ -10,7 +10,7 @@ import struct
 from importlib import import_module
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import abi, features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
@@ -151,7 +151,7 @@ def _helpers(setup: Setup) -> Result:
 
 def _helpers_of(name: str) -> Iterator[int]:
     """Of the programs that a limit needs."""
-    spec = objects.read(name)
+    spec = programs.read(name)
     order = "<" if spec.byteorder == "little" else ">"
     for program in spec.programs.values():
         if program.type is ProgType.CGROUP_SKB:

@@ -11,7 +11,7 @@ from typing import Callable
 
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs as table
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
 from pybpfthrottle.bpf import features, links, loader, programs, syscall
 from pybpfthrottle.bpf.abi import BPF_F_ALLOW_MULTI, AttachType, Attr, Cmd, ProgType
@@ -162,9 +162,9 @@ def _objects(setup: Setup) -> Result:
     loaded = []
     for name in shipped.names():
         try:
-            spec = objects.read(name)
-            loader.load(spec, shipped.loadable(spec)).close()
-            loaded.append(f"{name}: {', '.join(shipped.loadable(spec))}")
+            spec = table.read(name)
+            loader.load(spec, shipped.loadable(name)).close()
+            loaded.append(f"{name}: {', '.join(shipped.loadable(name))}")
         except VerifierError as error:
             return failed(f"{name}: {error}", error.reason, cause="verifier")
         except Error as error:
@@ -173,9 +173,9 @@ def _objects(setup: Setup) -> Result:
 
 
 def _shaping(setup: Setup) -> Result:
-    spec = objects.read(shipped.names()[0])
+    spec = table.read(shipped.names()[0])
     refused = []
-    for name in shipped.shaping(spec):
+    for name in shipped.shaping(spec.name):
         try:
             loader.load(spec, [name]).close()
         except Error as error:

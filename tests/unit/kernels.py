@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 from fake_kernel import Call, FakeKernel, _is_open
 from linux_4_14 import context_accesses, too_new
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.obj import asm, relocate
@@ -287,7 +287,7 @@ def _shipped() -> dict[bytes, str]:
     """The code of each shipped program, without its maps, and object/program."""
     found = {}
     for name in ("throttle", "throttle-direct"):
-        spec = objects.read(name)
+        spec = programs.read(name)
         for program in spec.programs.values():
             code = relocate.resolve(relocate.link(spec, program), dict.fromkeys(spec.maps, 0))
             found[_without_maps(code)] = f"{name}/{program.name}"

@@ -6,11 +6,11 @@ import logging
 from contextlib import ExitStack, suppress
 from typing import Any, Mapping, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf import connections
+from pybpfthrottle.backends.ebpf import connections, programs
 from pybpfthrottle.backends.ebpf.attach import attach
 from pybpfthrottle.backends.ebpf.pacer import Pacer
+from pybpfthrottle.backends.ebpf.programs import Role, Shipped
 from pybpfthrottle.bpf import loader
-from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, CgroupError
@@ -18,8 +18,6 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Borrowed, TcpInfo
 
 log = logging.getLogger(__name__)
-
-ADOPTER, BELONGS = "pybpft_adopt", "pybpft_belongs"
 
 
 class Adoption:
@@ -42,8 +40,8 @@ class Adoption:
         self._maps = maps
         self._cgroups = cgroups
         self._pacer = pacer
-        self._untried = [ADOPTER, BELONGS]
-        self._program: Optional[str] = None
+        self._untried = [*programs.with_role(Role.ADOPT), *programs.with_role(Role.BELONGS)]
+        self._program: Optional[Shipped] = None
         self._stack = ExitStack()
         self.unadopted = 0
 
@@ -64,7 +62,7 @@ class Adoption:
             answer = connections.ask(found.socket, window)
             if answer is None:
                 return
-            if self._program == BELONGS:
+            if self._program and self._program.role is Role.BELONGS:
                 if answer:
                     self._pacer.take(found)
                     break
@@ -80,14 +78,15 @@ class Adoption:
             program = self._untried.pop(0)
             with ExitStack() as undo:
                 try:
-                    loaded = undo.enter_context(loader.load(self._spec, [program], maps=self._maps))
+                    loaded = undo.enter_context(
+                        loader.load(self._spec, [program.name], maps=self._maps)
+                    )
+                    live = loaded.programs[program.name]
                     for target in self._cgroups:
-                        attachment = attach(
-                            loaded.programs[program], target, AttachType.CGROUP_SETSOCKOPT
-                        )
+                        attachment = attach(live, target, program.attach_type)
                         undo.callback(attachment.detach)
                 except (BpfError, CgroupError) as error:
-                    log.debug("Connections that are open are not for %s: %s", program, error)
+                    log.debug("Connections that are open are not for %s: %s", program.name, error)
                     continue
                 self._stack = undo.pop_all()
                 self._program = program

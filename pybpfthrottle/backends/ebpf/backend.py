@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Optional
 
 from pybpfthrottle.backends import Limits, Options, Priority, Targets
-from pybpfthrottle.backends.ebpf.kinds import ALL, MARKED, MARKER, Kind, read_object
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.shaping import choose as shaping_for
 from pybpfthrottle.backends.ebpf.throttle import EbpfHandle
 from pybpfthrottle.bpf import features, loader, privileges
@@ -47,22 +48,22 @@ class EbpfBackend:
     def prepare(self) -> None:
         """Read the object ahead; what is wrong with it is told when it is applied."""
         with suppress(Error):
-            read_object()
+            programs.read(programs.object_for(Scope.ALL))
 
     def apply(self, targets: Targets, limits: Limits, options: Options) -> EbpfHandle:
         """Load once, and attach to each target.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
-        kinds = [ALL] if targets.cgroups else []
-        kinds += [MARKED] if targets.processes is not None else []
+        scopes = [Scope.ALL] if targets.cgroups else []
+        scopes += [Scope.MARKED] if targets.processes is not None else []
         handle: Optional[EbpfHandle] = None
         try:
-            for kind in kinds:
+            for scope in scopes:
                 try:
-                    handle = _load(kind, targets, limits, options, handle)
+                    handle = _load(scope, targets, limits, options, handle)
                 except BpfError as error:
-                    if kind is MARKED:
+                    if scope is Scope.MARKED:
                         raise NoMarksError(
                             f"the kernel takes no marks on sockets: {error}"
                         ) from error
@@ -86,25 +87,27 @@ class EbpfBackend:
 
 
 def _load(
-    kind: Kind,
+    scope: Scope,
     targets: Targets,
     limits: Limits,
     options: Options,
     handle: Optional[EbpfHandle],
 ) -> EbpfHandle:
-    """The programs of a kind, with the shaper if it is wanted and this kernel takes it.
+    """The programs for a scope, with the shaper if it is wanted and this kernel takes it.
 
     They share the maps of what ``handle`` has already.
     """
-    programs = {kind.policer(direction, options.egress_verdict): direction for direction in limits}
+    policers = [programs.policer(scope, each, options.egress_verdict) for each in limits]
     wanted = any(
         shaping_for(direction, rate, options.shape.get(direction, "auto")).flags
         for direction, rate in limits.items()
     )
-    names = [*programs, *([MARKER] if kind is MARKED else [])]
-    spec = kind.read()
+    markers = programs.with_role(Role.MARK) if scope is Scope.MARKED else ()
+    names = [program.name for program in (*policers, *markers)]
+    shaper = programs.shaper(scope).name
+    spec = programs.read(programs.object_for(scope))
     refused = None
-    for more in ([*names, kind.shaper], names) if wanted else (names,):
+    for more in ([*names, shaper], names) if wanted else (names,):
         try:
             loaded = loader.load(spec, more, maps=handle.maps if handle else {})
             break
@@ -113,15 +116,15 @@ def _load(
                 raise
             refused = str(error)
             log.debug("This kernel does not take %s: %s", ", ".join(more), error)
-    for name, direction in programs.items():
+    for program in policers:
         log.debug(
             "Program '%s' loaded with expected_attach_type: Some(%s)",
-            name,
-            "Ingress" if direction is Direction.DOWNLOAD else "Egress",
+            program.name,
+            "Ingress" if program.direction is Direction.DOWNLOAD else "Egress",
         )
     if handle is None:
         handle = EbpfHandle(loaded, targets, limits, options, object_name=spec.name)
     else:
         handle.add(loaded)
-    handle.begin(refused if wanted and kind.shaper not in loaded.programs else None)
+    handle.begin(refused if wanted and shaper not in loaded.programs else None)
     return handle

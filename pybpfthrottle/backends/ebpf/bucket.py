@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Optional
 
 from pybpfthrottle.backends.ebpf.records import (
-    INVERSE_RATE_SHIFT,
-    THROTTLE_LOOPBACK,
-    THROTTLE_MAGIC,
-    THROTTLE_VERSION,
     ThrottleConfig,
+    ThrottleFlags,
+    ThrottleFormat,
+    ThrottleShift,
 )
 from pybpfthrottle.backends.ebpf.shaping import POLICE, Shaping
 from pybpfthrottle.linux import process
@@ -30,12 +29,12 @@ def config_for(
     """The record for a rate, in units that spare the program each division."""
     owner = process.identity()
     config = ThrottleConfig(
-        magic=THROTTLE_MAGIC,
-        version=THROTTLE_VERSION,
+        magic=ThrottleFormat.MAGIC,
+        version=ThrottleFormat.VERSION,
         owner_pid=owner.pid,
         owner_pid_namespace=owner.pid_namespace,
         owner_start_ticks=owner.start_ticks,
-        flags=shaping.flags | (THROTTLE_LOOPBACK if loopback else 0),
+        flags=shaping.flags | (ThrottleFlags.LOOPBACK if loopback else 0),
     )
     if rate is None:
         return config
@@ -43,7 +42,7 @@ def config_for(
     # At low rates both grow, in proportion, until they hold the largest packet.
     stretch = max(1.0, BURST_BYTES * _NS_PER_S / per_s / shaping.burst_ns)
     config.rate_bytes_per_s = per_s
-    config.inverse_rate = (_NS_PER_S << INVERSE_RATE_SHIFT) // per_s
+    config.inverse_rate = (_NS_PER_S << ThrottleShift.INVERSE_RATE_SHIFT) // per_s
     config.credit_ns = int(shaping.credit_ns * stretch)
     config.debt_ns = int(shaping.debt_ns * stretch)
     config.small_ns = SMALL_NS

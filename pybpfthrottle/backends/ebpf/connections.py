@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from typing import Any, Iterable, Optional
 
-from pybpfthrottle.backends.ebpf.records import THROTTLE_ADOPT, ThrottleSocket
+from pybpfthrottle.backends.ebpf.records import ThrottleLevel, ThrottleSocket
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.linux import sockets
@@ -26,7 +26,7 @@ def ask(own: socket.socket, window: int) -> Optional[bool]:
     """
     try:
         # It may move before the program has it in hand.
-        own.setsockopt(THROTTLE_ADOPT, window + window // 4, 0)
+        own.setsockopt(ThrottleLevel.ADOPT, window + window // 4, 0)
     except OSError as error:
         return False if error.errno == errno.EPERM else None
     return True

@@ -10,11 +10,12 @@ from contextlib import nullcontext, suppress
 from typing import Any, Iterator, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf import connections
-from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
-from pybpfthrottle.backends.ebpf.records import THROTTLE_MAGIC, ThrottleConfig
+from pybpfthrottle.backends.ebpf.programs import Role
+from pybpfthrottle.backends.ebpf.records import ThrottleConfig, ThrottleFormat
 from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.program_info import ProgramInfo
@@ -26,14 +27,7 @@ from pybpfthrottle.linux.process import Identity
 
 log = logging.getLogger(__name__)
 
-PROGRAM_PREFIX = "pybpft_"
 _CONFIGS = "CGROUP_CONFIGS"
-_HOOKS_BY_TYPE = {
-    ProgType.SOCK_OPS: AttachType.CGROUP_SOCK_OPS,
-    ProgType.CGROUP_SOCKOPT: AttachType.CGROUP_SETSOCKOPT,
-    ProgType.CGROUP_SOCK: AttachType.CGROUP_INET_SOCK_CREATE,
-}
-_HOOKS = (*ATTACH_TYPES.values(), *_HOOKS_BY_TYPE.values())
 
 
 class Leftover(NamedTuple):
@@ -53,8 +47,10 @@ class Leftover(NamedTuple):
 def find() -> list[Leftover]:
     """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
     ours = {
-        info.id: (info, owner)
+        info.id: (info, program.attach_type, owner)
         for info in our_programs()
+        for program in [shipped.by_name(info.name)]
+        if program is not None and program.role is not Role.FOLLOW
         for owner in [_owner(info)]
         if owner is not None and process.is_gone(owner)
     }
@@ -62,8 +58,8 @@ def find() -> list[Leftover]:
         return []
     places = dict(_places(set(ours)))
     return [
-        Leftover(program_id, info.name, hook_of(info), owner.pid, places.get(program_id))
-        for program_id, (info, owner) in ours.items()
+        Leftover(program_id, info.name, hook, owner.pid, places.get(program_id))
+        for program_id, (info, hook, owner) in ours.items()
     ]
 
 
@@ -98,17 +94,8 @@ def our_programs() -> Iterator[ProgramInfo]:
         for program_id in programs.all_ids():
             with suppress(OSError):  # it may end in between
                 info = programs.info_by_id(program_id)
-                if info.name.startswith(PROGRAM_PREFIX):
+                if info.name.startswith(shipped.PREFIX):
                     yield info
-
-
-def hook_of(info: ProgramInfo) -> AttachType:
-    """Where a program of ours is attached, by its type and name."""
-    hook = _HOOKS_BY_TYPE.get(ProgType(info.type))
-    if hook is not None:
-        return hook
-    download = "ingress" in info.name
-    return AttachType.CGROUP_INET_INGRESS if download else AttachType.CGROUP_INET_EGRESS
 
 
 def _owner(info: ProgramInfo) -> Optional[Identity]:
@@ -119,7 +106,7 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
     with configs:
         heads = [Head.from_buffer_copy(record) for record in configs.values()]
     for head in heads:
-        if head.magic == THROTTLE_MAGIC and head.rate_bytes_per_s:
+        if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
             return Identity(head.owner_pid, head.owner_pid_namespace, head.owner_start_ticks)
     return None
 
@@ -157,7 +144,7 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
         with suppress(CgroupError):
             fd = cgroup.open()
             try:
-                for hook in _HOOKS:
+                for hook in shipped.HOOKS:
                     with suppress(OSError):
                         for program_id in links.query(fd, hook).program_ids:
                             if program_id in wanted:

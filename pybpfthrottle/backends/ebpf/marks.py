@@ -12,7 +12,7 @@ import select
 import socket
 import time
 from contextlib import suppress
-from typing import Any, Callable, ContextManager, Iterable, Optional
+from typing import Any, Callable, ContextManager, Iterable, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
 from pybpfthrottle.backends.ebpf.tracing import Tracing
@@ -49,13 +49,13 @@ class Marks:
     def __init__(
         self,
         selection: Selection,
-        marks: Map[Any, Any],
-        processes: Map[Any, Any],
+        maps: Mapping[str, Map[Any, Any]],
         adopting: Adopting,
     ) -> None:
         self._selection = selection
-        self._marks = marks.elements
-        self._processes: Map[int, ThrottleProcess] = processes.typed(
+        self._maps = maps
+        self._marks = maps[MARKS].elements
+        self._processes: Map[int, ThrottleProcess] = maps[PROCESSES].typed(
             U32, StructureCodec(ThrottleProcess)
         )
         self._adopting = adopting
@@ -135,7 +135,7 @@ class Marks:
 
     def _trace(self) -> None:
         try:
-            self._tracing = Tracing(self._processes, executions=self._selection.matches_some)
+            self._tracing = Tracing(self._maps, executions=self._selection.matches_some)
         except (Error, OSError) as error:
             if self._selection.children or self._selection.matches_some:
                 self._note(

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, NamedTuple, Optional
 
-from pybpfthrottle.backends.ebpf.records import ThrottleSocket
+from pybpfthrottle.backends.ebpf.records import ThrottlePacing, ThrottlePacingRate, ThrottleSocket
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.linux import sockets
@@ -26,11 +26,12 @@ from pybpfthrottle.model import Rate
 _PERIOD_S = 0.25
 # At most so much of the time is spent on it, however many connections there are.
 _MOST_BUSY = 0.05
-_TARGET_NS = 60_000_000
 _RECENT_MS = 1000
 # A smaller share would not be one: TCP waits between two segments, whatever is set meanwhile.
 _LEAST = 1024
-_UNLIMITED = 0xFFFFFFFF
+# The whole is so many times what is given besides, and so many times the least.
+_EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
+_LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
 
 class Seen(NamedTuple):
@@ -171,8 +172,9 @@ class Pacer:
             each = max(0, (self._passed.bytes_per_s or 0) - ours) / seen.flows
             wants += [each if 2 * each < self._level else math.inf] * seen.flows
         self._level = fair_share(self._rate.bytes_per_s, wants)
-        factor = 1 + (1 - max(0, seen.owed_ns) / _TARGET_NS) / 8
-        return min(max(_LEAST, int(self._level * max(0.25, factor))), _UNLIMITED)
+        extra = 1 - max(0, seen.owed_ns) / ThrottlePacing.PACING_TARGET_NS
+        factor = max(1 + extra / _EXTRA, 1 / _LEAST_SHARE)
+        return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)
 
     def _visit(self, flow: _Flow, pacing: int) -> bool:
         """Pace one, and see what it took; false if it is gone."""
@@ -183,7 +185,8 @@ class Pacer:
             used = flow.usage.look(info.bytes_acked)
             if used is not None:
                 flow.wants = used if 2 * used < flow.pacing else math.inf
-            if pacing != flow.pacing and abs(pacing - flow.pacing) >= flow.pacing >> 4:
+            least = flow.pacing >> ThrottlePacing.PACING_STEP_SHIFT
+            if pacing != flow.pacing and abs(pacing - flow.pacing) >= least:
                 self._pace(flow, own, pacing)
             return True
         return False

@@ -8,10 +8,11 @@ from contextlib import ExitStack, suppress
 from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf import leftovers
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
-from pybpfthrottle.backends.ebpf.records import THROTTLE_LOOPBACK, THROTTLE_MAGIC, ThrottleConfig
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
+from pybpfthrottle.backends.ebpf.records import ThrottleConfig, ThrottleFlags, ThrottleFormat
 from pybpfthrottle.bpf import links, programs
-from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.program_info import ProgramInfo
@@ -21,8 +22,6 @@ from pybpfthrottle.model import Direction
 
 # The map of the socket storage; by a descriptor of a socket it has the mark of that.
 MARKS = "MARKS"
-# They limit all sockets of their cgroups; other programs of ours those that have a mark.
-_UNCONDITIONAL = ("pybpft_ingress", "pybpft_egress", "pybpft_egresscn")
 
 
 class Rule(NamedTuple):
@@ -78,16 +77,15 @@ class Rules:
         self.close()
 
     def _read(self, info: ProgramInfo) -> Iterator[Rule]:
-        if info.type != ProgType.CGROUP_SKB:
+        program = shipped.by_name(info.name)
+        if program is None or program.role is not Role.POLICE or program.direction is None:
             return
-        hook = leftovers.hook_of(info)
-        direction = next(each for each, its_hook in ATTACH_TYPES.items() if its_hook == hook)
-        config = _config(info, direction)
-        if config is None or config.magic != THROTTLE_MAGIC or not config.rate_bytes_per_s:
+        config = _config(info, program.direction)
+        if config is None or config.magic != ThrottleFormat.MAGIC or not config.rate_bytes_per_s:
             return
         owner = Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
-        rule = Rule(info.id, direction, owner, bool(config.flags & THROTTLE_LOOPBACK))
-        if info.name in _UNCONDITIONAL:
+        rule = Rule(info.id, program.direction, owner, bool(config.flags & ThrottleFlags.LOOPBACK))
+        if program.scope is Scope.ALL:
             yield rule
             return
         marks_id = self._open_marks(info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
-from pybpfthrottle.backends.ebpf.records import THROTTLE_PACE, THROTTLE_WINDOW
+from pybpfthrottle.backends.ebpf.records import ThrottleFlags
 from pybpfthrottle.model import Direction, Rate
 
 # Small windows keep the kernel from merging packets: beyond this, the window costs more than the
@@ -19,7 +19,11 @@ _MS = 1_000_000
 # waits for a timeout. What shaped connections may owe beyond it the shaper itself adds.
 _POLICED = (150 * _MS, 100 * _MS)
 _BURSTS = {"police": _POLICED, "pace": _POLICED, "window": (50 * _MS, 20 * _MS)}
-_FLAGS = {"police": 0, "pace": THROTTLE_PACE, "window": THROTTLE_WINDOW}
+_FLAGS = {
+    "police": ThrottleFlags(0),
+    "pace": ThrottleFlags.PACE,
+    "window": ThrottleFlags.WINDOW,
+}
 
 
 class Shaping(NamedTuple):
@@ -44,8 +48,8 @@ class Shaping(NamedTuple):
         return self.credit_ns + self.debt_ns
 
     @property
-    def flags(self) -> int:
-        """What the programs have to do, as enum throttle_flags."""
+    def flags(self) -> ThrottleFlags:
+        """What the programs have to do."""
         return _FLAGS[self.method]
 
 

@@ -11,24 +11,25 @@ from threading import Thread
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends import Limits, Options, Targets
-from pybpfthrottle.backends.ebpf import connections
+from pybpfthrottle.backends.ebpf import connections, programs
 from pybpfthrottle.backends.ebpf.adoption import Adoption
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES, config_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.guard import Guard
-from pybpfthrottle.backends.ebpf.kinds import ALL, MARKED, MARKER, Kind
-from pybpfthrottle.backends.ebpf.marks import MARKS, PROCESSES, Marks
+from pybpfthrottle.backends.ebpf.marks import Marks
 from pybpfthrottle.backends.ebpf.pacer import Pacer, Seen
+from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
     ThrottleConfig,
     ThrottleFlows,
+    ThrottleShift,
+    ThrottleSlack,
     ThrottleStats,
 )
 from pybpfthrottle.backends.ebpf.shaping import POLICE, Shaping
 from pybpfthrottle.backends.ebpf.shaping import choose as shaping_for
-from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.loader import Object
@@ -47,19 +48,14 @@ from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
 
-_MS = 1_000_000
 _NS_PER_S = 1_000_000_000
-# As in shape.h.
-EPOCH_SHIFT = 30
-PACING_SLACK_NS = 300 * _MS
 
 
 class _Placed(NamedTuple):
     """A program where it is attached."""
 
-    program: str
+    program: Shipped
     target: Cgroup
-    hook: AttachType
     policy: AttachPolicy
     attachment: Attachment
 
@@ -89,6 +85,7 @@ class EbpfHandle:
         self._guard: Optional[Guard] = None
         self._pacer: Optional[Pacer] = None
         self._unadopted = 0
+        self._slack_ns = dict.fromkeys(limits, 0)
         self._marks: Optional[Marks] = None
         self._follower: Optional[_Follower] = None
         self._follows = False
@@ -125,24 +122,16 @@ class EbpfHandle:
         }
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
-        """Change the limit at once; what is owed is owed in bytes, so its time is scaled."""
+        """Change the limit at once; the programs scale the time of what is owed, in bytes."""
         if direction not in self._rates:
             raise ThrottleError(f"this throttle was made without a limit for {direction}")
-        old = self._rates[direction]
         wanted = self._options.shape.get(direction, "auto")
         shaping = shaping_for(direction, rate, wanted, refused=self._cannot_shape)
-        self._configs[direction] = config_for(
-            rate, loopback=self._options.loopback, shaping=shaping
-        )
+        config = config_for(rate, loopback=self._options.loopback, shaping=shaping)
+        config.slack_ns = self._slack_ns[direction]
+        self._configs[direction] = config
         self._shapings[direction] = shaping
         log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
-        if old is not None and rate is not None:
-            now = time.monotonic_ns()
-            bucket = self._buckets[direction]
-            owed_ns = bucket.even_at_ns - now
-            if owed_ns > 0:
-                bucket.even_at_ns = now + owed_ns * old.bytes_per_s // rate.bytes_per_s
-                self._buckets[direction] = bucket
         self._rates[direction] = rate
         if self._pacer is not None and direction is Direction.UPLOAD:
             self._pacer.start(rate if shaping.method == "pace" else None)
@@ -154,14 +143,14 @@ class EbpfHandle:
             return 0
         config = self._configs[direction]
         time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
-        time_ns += self._buckets[direction].slack_ns
+        time_ns += max(config.slack_ns, self._buckets[direction].slack_ns)
         return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
 
     def limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
         """All packets of cgroups. Raises AttachError or CgroupError."""
-        self._place_policers(ALL, cgroups)
-        if self._shape(ALL, cgroups):
-            with self._adopting(ALL, cgroups) as adopt:
+        self._place_policers(Scope.ALL, cgroups)
+        if self._shape(Scope.ALL, cgroups):
+            with self._adopting(Scope.ALL, cgroups) as adopt:
                 for found in sockets.Scan().new(connections.pids(cgroups)):
                     adopt(found)
 
@@ -171,12 +160,11 @@ class EbpfHandle:
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
         cgroups = self._place_marked(selection)
-        shaped = self._shape(MARKED, cgroups)
+        shaped = self._shape(Scope.MARKED, cgroups)
         self._marks = Marks(
             selection,
-            self._maps[MARKS],
-            self._maps[PROCESSES],
-            partial(self._adopting, MARKED, cgroups if shaped else ()),
+            self._maps,
+            partial(self._adopting, Scope.MARKED, cgroups if shaped else ()),
         )
         self._marks.begin()
         self._follows = selection.new_sockets
@@ -202,29 +190,31 @@ class EbpfHandle:
     def _place_programs_for_marks(self, cgroups: Sequence[Cgroup], selection: Selection) -> None:
         count = len(self._placed)
         try:
-            self._place_policers(MARKED, cgroups)
+            self._place_policers(Scope.MARKED, cgroups)
             if selection.new_sockets:
-                self._place_all(MARKER, cgroups, AttachType.CGROUP_INET_SOCK_CREATE)
+                for marker in programs.with_role(Role.MARK):
+                    self._place_all(marker, cgroups)
         except AttachError:
             self._detach_but(count)
             raise
 
-    def _place_policers(self, kind: Kind, cgroups: Sequence[Cgroup]) -> None:
+    def _place_policers(self, scope: Scope, cgroups: Sequence[Cgroup]) -> None:
         for target in cgroups:
             for direction in self._rates:
-                program = kind.policer(direction, self._options.egress_verdict)
+                program = programs.policer(scope, direction, self._options.egress_verdict)
                 policy = self._options.attach.get(direction, AttachPolicy())
-                self._place(program, target, ATTACH_TYPES[direction], policy)
+                self._place(program, target, policy)
 
-    def _place_all(self, program: str, cgroups: Sequence[Cgroup], hook: AttachType) -> None:
+    def _place_all(self, program: Shipped, cgroups: Sequence[Cgroup]) -> None:
         policy = self._options.attach.get(next(iter(self._rates)), AttachPolicy())
         for target in cgroups:
-            self._place(program, target, hook, policy)
+            self._place(program, target, policy)
 
-    def _place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
+    def _place(self, program: Shipped, target: Cgroup, policy: AttachPolicy) -> None:
         """Attach one of the loaded programs. Raises AttachError or CgroupError."""
-        attachment = attach(self._programs[program], target, hook, policy)
-        self._placed.append(_Placed(program, target, hook, policy, attachment))
+        live = self._programs[program.name]
+        attachment = attach(live, target, program.attach_type, policy)
+        self._placed.append(_Placed(program, target, policy, attachment))
 
     def switch(self, method: str) -> None:
         """For each program first the new attachment, then the end of the old one."""
@@ -232,8 +222,8 @@ class EbpfHandle:
             if placed.attachment.rung.partition(" ")[0] == method:
                 continue
             policy = placed.policy._replace(method=method)
-            program = self._programs[placed.program]
-            attachment = attach(program, placed.target, placed.hook, policy)
+            program = self._programs[placed.program.name]
+            attachment = attach(program, placed.target, placed.program.attach_type, policy)
             self._placed[index] = placed._replace(attachment=attachment)
             placed.attachment.detach()
 
@@ -243,13 +233,14 @@ class EbpfHandle:
         for direction, rate in self._rates.items():
             self.set_rate(direction, rate)
 
-    def _shape(self, kind: Kind, cgroups: Sequence[Cgroup]) -> bool:
+    def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. Where another tool's program refuses it, the policer is left."""
-        if kind.shaper not in self._programs:
+        shaper = programs.shaper(scope)
+        if shaper.name not in self._programs:
             return False
         count = len(self._placed)
         try:
-            self._place_all(kind.shaper, cgroups, AttachType.CGROUP_SOCK_OPS)
+            self._place_all(shaper, cgroups)
         except AttachError as error:
             self._detach_but(count)
             self.begin(str(error))
@@ -260,7 +251,7 @@ class EbpfHandle:
 
     @contextmanager
     def _adopting(
-        self, kind: Kind, cgroups: Sequence[Cgroup]
+        self, scope: Scope, cgroups: Sequence[Cgroup]
     ) -> Iterator[Callable[[Borrowed], None]]:
         """Connections that were open before are shaped.
 
@@ -270,7 +261,8 @@ class EbpfHandle:
         if self._pacer is None or not cgroups:
             yield lambda found: None
             return
-        with Adoption(kind.read(), self._maps, cgroups, self._pacer) as adoption:
+        spec = programs.read(programs.object_for(scope))
+        with Adoption(spec, self._maps, cgroups, self._pacer) as adoption:
             yield adoption
         if adoption.unadopted:
             self._unadopted += adoption.unadopted
@@ -294,7 +286,7 @@ class EbpfHandle:
         ]
         even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
         now = time.monotonic_ns()
-        epochs_ago = (now >> EPOCH_SHIFT) - flows.epoch
+        epochs_ago = (now >> ThrottleShift.EPOCH_SHIFT) - flows.epoch
         return Seen(
             owed_ns=even_at_ns - now if even_at_ns else 0,
             passed=self.counters()[Direction.UPLOAD].bytes_passed,
@@ -304,12 +296,13 @@ class EbpfHandle:
     def _leave_room(self) -> None:
         """As long a burst as the policer has, for connections that nothing else slows down."""
         for direction, shaping in self._shapings.items():
-            bucket = self._buckets[direction]
             slack_ns = POLICE.burst_ns - shaping.burst_ns
             if direction is Direction.UPLOAD and self._pacer:
-                slack_ns = PACING_SLACK_NS
-            bucket.slack_ns = max(bucket.slack_ns, slack_ns)
-            self._buckets[direction] = bucket
+                slack_ns = ThrottleSlack.PACING_SLACK_NS
+            self._slack_ns[direction] = max(self._slack_ns[direction], slack_ns)
+            config = self._configs[direction]
+            config.slack_ns = self._slack_ns[direction]
+            self._configs[direction] = config
 
     def remove(self) -> None:
         """Give connections back what they had, detach everything, and close what was loaded."""
@@ -374,9 +367,15 @@ class EbpfHandle:
     def describe(self, direction: Direction) -> dict[str, str]:
         """How it is attached and shaped, and which of the shipped objects it comes from."""
         hook = ATTACH_TYPES[direction]
-        rungs = sorted({placed.attachment.rung for placed in self._placed if placed.hook is hook})
+        rungs = sorted(
+            {
+                placed.attachment.rung
+                for placed in self._placed
+                if placed.program.attach_type is hook
+            }
+        )
         shaping = self._shapings[direction]
-        if shaping.flags & ~self._configs[direction].flags and self._rates[direction] is not None:
+        if shaping.flags & self._buckets[direction].refused and self._rates[direction] is not None:
             shaping = Shaping("police", f"the kernel refused what {shaping.method} needs")
         how = {
             "backend": "ebpf",

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 
+_EXECUTION = "sched_process_exec"
+
 
 class Tracing:
     """Keeps the map PROCESSES: a child of what is in it comes in, and what has ended goes.
 
+    ``maps`` are those of the throttle, with which it shares them.
     With ``executions`` it also tells of each process that executes a program. Linux 5.8, with the
     kernel's BTF; needs CAP_PERFMON. Raises BpfError, ObjectFileError or OSError.
     """
 
-    def __init__(self, processes: Map[Any, Any], *, executions: bool) -> None:
-        programs = {"pybpft_exit": "sched_process_exit", "pybpft_fork": "sched_process_fork"}
-        if executions:
-            programs["pybpft_exec"] = "sched_process_exec"
-        spec = objects.read("processes")
+    def __init__(self, maps: Mapping[str, Map[Any, Any]], *, executions: bool) -> None:
+        hooks = {
+            program.name: str(program.hook)
+            for program in programs.with_role(Role.FOLLOW)
+            if executions or program.hook != _EXECUTION
+        }
         self._stack = ExitStack()
         with ExitStack() as undo:
             loaded: Object = undo.enter_context(
-                loader.load(spec, list(programs), maps={"PROCESSES": processes})
+                loader.load(programs.read("processes"), hooks, maps=maps)
             )
-            for program, tracepoint in programs.items():
+            for program, tracepoint in hooks.items():
                 link = links.attach_raw_tracepoint(loaded.programs[program], tracepoint)
                 undo.callback(link.detach)
             self._executed = (

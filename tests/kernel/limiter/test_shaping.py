@@ -14,11 +14,12 @@ from typing import Iterator, NamedTuple, Optional
 
 import pytest
 import unadopted
-from lab import ALL_HOOKS, ENVIRONMENT, TOOL, Lab, attached, lab
+from lab import ENVIRONMENT, TOOL, Lab, attached, lab
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import kinds
+from pybpfthrottle.backends.ebpf import programs as shipped
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.links import AttachMode
@@ -169,17 +170,19 @@ OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}
 @pytest.fixture(params=OPEN)
 def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who shapes the connections that were open before the limit."""
-    kinds.read_object.cache_clear()
+    shipped.read.cache_clear()
     if request.param == "user space":
         unadopted.refuse()
     yield request.param
-    kinds.read_object.cache_clear()
+    shipped.read.cache_clear()
 
 
-def need_to_shape_open(live: Throttle, shaped_by: str) -> None:
+def need_to_shape_open(
+    live: Throttle, shaped_by: str, direction: Direction = Direction.UPLOAD
+) -> None:
     """Skip where this kernel does not adopt open connections."""
-    need_shaping(live, Direction.UPLOAD)
-    if shaped_by == "kernel" and "open_connections" in live.describe()["upload"]:
+    need_shaping(live, direction)
+    if shaped_by == "kernel" and "open_connections" in live.describe()[str(direction)]:
         pytest.skip("this kernel does not adopt connections that were open before (6.12)")
 
 
@@ -218,7 +221,7 @@ def test_a_running_download_comes_down_and_stays(scratch: Cgroup) -> None:
     with line as own, client(own, scratch, direction):
         time.sleep(1)
         with limited(scratch, direction) as live:
-            need_to_shape_open(live, "kernel")
+            need_to_shape_open(live, "kernel", direction)
             time.sleep(1)
             ratios = [rate_over(scratch, direction, 1) for _ in range(3)]
     assert all(0.88 <= ratio <= 1.12 for ratio in ratios), ratios
@@ -283,7 +286,7 @@ def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, pla
             how = live.describe()["upload"]
             assert how["shape"] == "police"
             assert how["shape_reason"].startswith("it cannot be shaped here: ")
-            assert len(attached(below, ALL_HOOKS)) == (2 if place == "same" else 1)
+            assert len(attached(below, HOOKS)) == (2 if place == "same" else 1)
     finally:
         attachment.detach()
         theirs.close()

@@ -9,7 +9,7 @@ from compiled import compiled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf.abi import INSN_BYTES
 from pybpfthrottle.bpf.obj import asm, disasm, elf
 from pybpfthrottle.bpf.obj.helper_names import helper_name
@@ -19,7 +19,7 @@ def test_both_byte_orders_are_read() -> None:
     """The same program for machines of the other byte order is the same text."""
     texts = []
     for order in ("bpfel", "bpfeb"):
-        spec = elf.read_object(objects.data(f"throttle.{order}.o"))
+        spec = elf.read_object(programs.data(f"throttle.{order}.o"))
         function = spec.programs["pybpft_ingress"].function
         texts.append(list(disasm.disassemble(function.code, byteorder=spec.byteorder)))
     kinds = [[line.text[:4] for line in text if "skb" not in line.text] for text in texts]

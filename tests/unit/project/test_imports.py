@@ -26,7 +26,7 @@ def loaded_by(statement):
         *("pybpfthrottle", "pybpfthrottle.throttle", "pybpfthrottle.bpf.loader"),
         *(
             "pybpfthrottle.bpf.obj.elf",
-            "pybpfthrottle.backends.ebpf.objects",
+            "pybpfthrottle.backends.ebpf.programs",
             "pybpfthrottle.backends.ebpf.backend",
         ),
     ],
@@ -38,7 +38,7 @@ def test_the_library_loads_no_package_that_it_may_not_need(module):
 
 def test_reading_an_object_loads_pyelftools_only():
     """Reading an object loads pyelftools, and neither click nor rich."""
-    statement = "from pybpfthrottle.backends.ebpf import objects; objects.read('throttle')"
+    statement = "from pybpfthrottle.backends.ebpf import programs; programs.read('throttle')"
     assert loaded_by(statement) & HEAVY == {"elftools"}
 
 
