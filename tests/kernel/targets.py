@@ -146,7 +146,9 @@ def _owner(program: int) -> Optional[int]:
         configs = found.get("CGROUP_CONFIGS")
         if configs is None:
             return None
-        return int(configs.typed(U32, StructureCodec(ThrottleConfig))[0].owner_pid)
+        records = configs.typed(U32, StructureCodec(ThrottleConfig)).values()
+        # A direction without a limit has none.
+        return max(int(record.owner_pid) for record in records)
 
 
 @contextmanager

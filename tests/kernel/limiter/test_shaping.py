@@ -15,13 +15,16 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 import unadopted
 from lab import ENVIRONMENT, TOOL, Lab, attached, lab
+from targets import live_map
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleFlags
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.bpf.obj.asm import return_imm
 from pybpfthrottle.linux import sockets
@@ -162,6 +165,28 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
         assert during.clamp <= RATE.bytes_per_s
     assert after.max_pacing == UNLIMITED
     assert after.clamp > 60_000
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_what_the_kernel_has_refused_is_not_tried_again(
+    scratch: Cgroup, direction: Direction
+) -> None:
+    """The programs note it beside the bucket; the limit is policed, and that is told."""
+    with lab(round_trip_s=WAYS[direction]) as own, limited(scratch, direction) as live:
+        need_shaping(live, direction)
+        with live_map("CGROUP_BUCKETS") as found:
+            buckets = found.typed(U32, StructureCodec(ThrottleBucket))
+            buckets[direction] = ThrottleBucket(refused=ThrottleFlags.PACE | ThrottleFlags.WINDOW)
+        with client(own, scratch, direction):
+            time.sleep(0.5)
+            during = now(scratch)
+        assert live.describe()[str(direction)]["shape"] == "police"
+        assert live.counters()[direction].packets_dropped > 0
+        # Another rate is no reason to try it again.
+        live.set_limit(direction, Rate(RATE.bytes_per_s * 2))
+        assert live.describe()[str(direction)]["shape"] == "police"
+    assert during.max_pacing == UNLIMITED
+    assert during.clamp > 60_000
 
 
 OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}

@@ -26,7 +26,7 @@ from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.backends.ebpf.running import MARKS
 from pybpfthrottle.bpf import abi, btf_load, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.asm import load_map, return_imm
 from pybpfthrottle.bpf.obj.specs import MapSpec
@@ -197,7 +197,9 @@ INT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + (
 
 
 @contextmanager
-def marking(cgroup: Cgroup, *, loopback: bool = False) -> Iterator[Map[int, int]]:
+def marking(
+    cgroup: Cgroup, *, loopback: bool = False, record_bytes: int = ctypes.sizeof(ThrottleConfig)
+) -> Iterator[Map[int, int]]:
     """A throttle of marked sockets on a cgroup; its marks, by descriptors of this process."""
     with ExitStack() as stack:
         types = btf_load.load(INT_BTF)
@@ -206,11 +208,11 @@ def marking(cgroup: Cgroup, *, loopback: bool = False) -> Iterator[Map[int, int]
         flags = abi.BPF_F_NO_PREALLOC | 1 << 9  # BPF_F_CLONE
         marks_spec = MapSpec(MARKS, MapType.SK_STORAGE, 4, 4, 0, flags, key_type=1, value_type=1)
         marks = stack.enter_context(maps.create(marks_spec, btf_fd=types.fd))
-        codec = StructureCodec(ThrottleConfig)
-        configs_spec = MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, ctypes.sizeof(ThrottleConfig), 2)
+        configs_spec = MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, record_bytes, 2)
         configs = stack.enter_context(maps.create(configs_spec))
         for direction, rate in BOTH.items():
-            configs.typed(U32, codec)[direction] = config_for(rate, loopback=loopback)
+            record = bytes(config_for(rate, loopback=loopback))[:record_bytes]
+            configs.typed(U32, RAW)[direction] = record
         fd = cgroup.open()
         stack.callback(os.close, fd)
         for name, hook in (
@@ -399,6 +401,17 @@ def test_a_mark_covers_one_socket(far: Child, wire: Wire, scratch: Cgroup) -> No
     assert "listens" in notes(found[fds["any"]])
     assert code(found[fds["other"]]) == "not-marked"
     assert code(found[fds["local"]]) == "loopback"
+
+
+def test_a_throttle_of_version_1_is_told(child: Child, scratch: Cgroup) -> None:
+    """Its record is shorter, and has all that tells what is covered."""
+    fds = child.open("{'udp': at(('', 0), I, D), 'local': at(('127.0.0.1', 0), I, D)}")
+    with marking(scratch, loopback=True, record_bytes=72) as marks:
+        mark(marks, child.pid, *fds.values())
+        found = told(child.pid)
+    assert {name: found[fd]["covered_by"] for name, fd in fds.items()} == dict.fromkeys(
+        fds, covered_by("mark")
+    )
 
 
 def test_a_mark_out_of_the_programs_reach_is_told(child: Child, scratch: Cgroup) -> None:
