@@ -11,10 +11,11 @@ import time
 
 import pytest
 
+from pybpfthrottle.backends.ebpf.attached import links_of
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux.process import families, is_kernel_thread, links_of
+from pybpfthrottle.linux.process import families, is_kernel_thread
 
 LIMIT = ("--download-limit", "1M", "-q")
 SHORT = (*LIMIT, "--duration", "0.3")

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.bpf import maps, programs
 from pybpfthrottle.bpf.codecs import U32, StructureCodec

@@ -16,8 +16,8 @@ import pytest
 from lab import ENVIRONMENT, TOOL, attached
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import leftovers
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType

@@ -18,8 +18,8 @@ from lab import ENVIRONMENT, TOOL, Lab, attached, lab
 from targets import live_map
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import programs as shipped
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleFlags
 from pybpfthrottle.bpf import links, programs
@@ -116,7 +116,7 @@ def rate_over(cgroup: Cgroup, direction: Direction, seconds: float) -> float:
 
 def need_shaping(live: Throttle, direction: Direction) -> None:
     """Skip where this kernel cannot shape; it says why."""
-    how = live.describe()[str(direction)]
+    how = live.how()[direction]
     if how["shape"] == "police":
         pytest.skip(how["shape_reason"])
 
@@ -128,7 +128,7 @@ def test_a_shaped_transfer_keeps_to_its_limit(scratch: Cgroup, direction: Direct
         need_shaping(live, direction)
         with client(own, scratch, direction):
             need_shaping(live, direction)
-            assert live.describe()[str(direction)]["shape"] == METHODS[direction]
+            assert live.how()[direction]["shape"] == METHODS[direction]
             assert 0.94 <= rate_over(scratch, direction, 4) <= 1.06
             counters = live.counters()[direction]
     if direction is Direction.UPLOAD:
@@ -180,11 +180,11 @@ def test_what_the_kernel_has_refused_is_not_tried_again(
         with client(own, scratch, direction):
             time.sleep(0.5)
             during = now(scratch)
-        assert live.describe()[str(direction)]["shape"] == "police"
+        assert live.how()[direction]["shape"] == "police"
         assert live.counters()[direction].packets_dropped > 0
         # Another rate is no reason to try it again.
         live.set_limit(direction, Rate(RATE.bytes_per_s * 2))
-        assert live.describe()[str(direction)]["shape"] == "police"
+        assert live.how()[direction]["shape"] == "police"
     assert during.max_pacing == UNLIMITED
     assert during.clamp > 60_000
 
@@ -207,7 +207,7 @@ def need_to_shape_open(
 ) -> None:
     """Skip where this kernel does not adopt open connections."""
     need_shaping(live, direction)
-    if shaped_by == "kernel" and "open_connections" in live.describe()[str(direction)]:
+    if shaped_by == "kernel" and "open_connections" in live.how()[direction]:
         pytest.skip("this kernel does not adopt connections that were open before (6.12)")
 
 
@@ -286,7 +286,7 @@ def test_the_method_is_chosen_and_told(
 ) -> None:
     """For the direction, the rate and what was asked for, with the reason."""
     with limited(scratch, direction, Rate.parse(rate), shape) as live:
-        how = live.describe()[str(direction)]
+        how = live.how()[direction]
         if method != "police":
             need_shaping(live, direction)
         assert how["shape"] == method
@@ -308,7 +308,7 @@ def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, pla
     attachment = links.attach_legacy(theirs, fd, AttachType.CGROUP_SOCK_OPS, AttachMode.SINGLE)
     try:
         with limited(below, Direction.UPLOAD) as live:
-            how = live.describe()["upload"]
+            how = live.how()[Direction.UPLOAD]
             assert how["shape"] == "police"
             assert how["shape_reason"].startswith("it cannot be shaped here: ")
             assert len(attached(below, HOOKS)) == (2 if place == "same" else 1)
@@ -468,7 +468,7 @@ def test_it_is_told_what_becomes_of_open_connections(scratch: Cgroup, shaped_by:
     with lab() as own, client(own, scratch, Direction.UPLOAD):
         with throttle.apply([scratch], limits) as live:
             need_to_shape_open(live, shaped_by)
-            told = {name: how.get("open_connections") for name, how in live.describe().items()}
+            told = {str(name): how.get("open_connections") for name, how in live.how().items()}
     if shaped_by == "kernel":
         assert told == {"upload": None, "download": None}
     else:

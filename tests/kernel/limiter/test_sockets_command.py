@@ -20,10 +20,9 @@ import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
-from pybpfthrottle.backends.ebpf.running import MARKS
+from pybpfthrottle.backends.ebpf.registry import MARKS
 from pybpfthrottle.bpf import abi, btf_load, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32
@@ -33,7 +32,7 @@ from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Lender
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import Direction, Rate, Traffic
 
 BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
 BOTH_WORDS = ["download", "upload"]
@@ -331,7 +330,7 @@ def test_a_limited_cgroup_covers_its_sockets(far: Child, wire: Wire, scratch: Cg
 def test_loopback_is_covered_where_the_throttle_says_so(child: Child, scratch: Cgroup) -> None:
     """With --loopback sockets to the loopback device are covered."""
     fds = child.open("{'udp': to(('127.0.0.1', 9), I, D), 'six': to(('::1', 9), I6, D)}")
-    with throttle.apply([scratch], BOTH, options=Options(loopback=True)):
+    with throttle.apply([scratch], BOTH, traffic=Traffic(loopback=True)):
         found = told(child.pid)
     assert [found[fd]["covered_by"] for fd in fds.values()] == [covered_by("cgroup")] * 2
 
@@ -628,7 +627,10 @@ def test_without_borrowing_proc_tells_addresses(
 @pytest.mark.parametrize("missing", ["sys_admin", "net_admin", "bpf"])
 def test_without_the_rights_coverage_is_not_known(child: Child, missing: str) -> None:
     """Who may not see throttles is told so once, and sees the sockets."""
-    child.open("{'udp': at(('', 5355), I, D), 'tcp': socket.socket(), 'unix': socket.socket(1)}")
+    port = {"sys_admin": 5355, "net_admin": 5356, "bpf": 5357}[missing]  # they run side by side
+    child.open(
+        f"{{'udp': at(('', {port}), I, D), 'tcp': socket.socket(), 'unix': socket.socket(1)}}"
+    )
     refused = {"sys_admin": ["-sys_admin"], "net_admin": ["-net_admin,-sys_admin"]}
     prefix = ["setpriv", f"--bounding-set={refused.get(missing, [''])[0]}"]
     if missing == "bpf":
@@ -638,7 +640,7 @@ def test_without_the_rights_coverage_is_not_known(child: Child, missing: str) ->
     (process,) = json.loads(done.stdout)["processes"]
     assert {"bpf": "bpf(2)"}.get(missing, "root (CAP_SYS_ADMIN") in process["unknown"]
     udp, tcp, unix = process["sockets"]
-    assert udp["local"] == end(ANY, 5355)
+    assert udp["local"] == end(ANY, port)
     assert [one["covered"] for one in (udp, tcp, unix)] == [None, None, False]
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pybpfthrottle.backends.ebpf import programs, records
+from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
 from pybpfthrottle.backends.ebpf.programs import Role
-from pybpfthrottle.backends.ebpf.shaping import POLICE, Shaping
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind
