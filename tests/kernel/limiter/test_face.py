@@ -12,7 +12,7 @@ from typing import Iterator
 
 import pytest
 from lab import ENVIRONMENT, TOOL, attached
-from targets import NEXT_PASS_S, Target, eventually, followed, marked, target
+from targets import NEXT_PASS_S, Target, eventually, followed, marked, programs_of, target
 
 import pybpfthrottle
 from pybpfthrottle import Direction, Rate
@@ -39,14 +39,15 @@ def threads() -> int:
 def test_a_process_is_limited_within_the_block(own: Target) -> None:
     """With its sockets of before and later ones; afterwards nothing of it is there."""
     before = own.do(STREAM)
-    at_the_top = set(attached(cgroup.root(), programs.HOOKS))
     with pybpfthrottle.limit(pid=own.pid, upload="8mbit") as throttle:
         assert throttle.limits == {Direction.UPLOAD: Rate(1_000_000)}
         assert throttle.processes() == [own.pid]
         assert marked(own.pid, [before, own.do(STREAM)]) == [True, True]
         assert threads() == 1
+        ours = programs_of(os.getpid()) & set(attached(cgroup.root(), programs.HOOKS))
+        assert ours
     assert threads() == 0
-    assert not set(attached(cgroup.root(), programs.HOOKS)) - at_the_top
+    assert not ours & set(attached(cgroup.root(), programs.HOOKS))
 
 
 def test_limits_change_while_it_is_in_force(scratch: Cgroup) -> None:
