@@ -10,10 +10,10 @@ from typing import Optional
 
 from pybpfthrottle.bpf import btf_objects, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding
 from pybpfthrottle.bpf.privileges import with_memlock
-from pybpfthrottle.errors import ExternError
 
 # What kernels say of types that they do not know.
 _UNKNOWN = (errno.EINVAL, errno.E2BIG, errno.ENOTSUP, syscall.ENOTSUPP)

@@ -14,10 +14,10 @@ from typing import Callable, Optional
 
 from pybpfthrottle.bpf import maps, programs, syscall
 from pybpfthrottle.bpf.abi import INSN_BYTES, AttachType, Attr, Cmd, MapType, ProgType
+from pybpfthrottle.bpf.errors import BpfError, VerifierError
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import with_memlock
-from pybpfthrottle.errors import BpfError, VerifierError
 
 # Of struct __sk_buff.
 _LEN_OFFSET = 0

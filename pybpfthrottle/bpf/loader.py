@@ -12,6 +12,7 @@ from pybpfthrottle.bpf import descriptors, maps, pins, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.btf_load import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.bpf.errors import MapCreateError, ObjectFileError
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
@@ -20,7 +21,6 @@ from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.variables import Memory, Variable
-from pybpfthrottle.errors import MapCreateError, ObjectFileError
 
 
 class Object:

@@ -14,11 +14,11 @@ from pybpfthrottle.bpf import abi, batch, btf_objects, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, codec_for
 from pybpfthrottle.bpf.elements import Elements
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj import corrections
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
-from pybpfthrottle.errors import MapCreateError
 
 K = TypeVar("K")
 V = TypeVar("V")

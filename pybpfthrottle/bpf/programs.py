@@ -10,11 +10,11 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
+from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
-from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
 
 _FIRST_LOG_BYTES = 1 << 16
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take

@@ -16,11 +16,11 @@ from pybpfthrottle.cli.cleanup import tidy_up
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import OwnCgroup
-from pybpfthrottle.linux.launch import Command, LaunchError, User
+from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.throttle import Throttle
 

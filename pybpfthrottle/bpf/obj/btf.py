@@ -12,7 +12,7 @@ from array import array
 from enum import IntEnum
 from typing import Iterator, NamedTuple, Optional
 
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.errors import ObjectFileError
 
 _MAGIC = 0xEB9F
 _SECTION = ".BTF"

@@ -11,8 +11,8 @@ from operator import attrgetter
 from typing import Callable, Generic, Iterator, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, words_of
-from pybpfthrottle.errors import ObjectFileError
 
 _SECTION = ".BTF.ext"
 _HEADER_BYTES = 24

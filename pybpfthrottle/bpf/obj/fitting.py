@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import externs
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
@@ -25,7 +26,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ProgramSpec,
     SectionLayout,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 # What asks for the kernel's types imports these itself: most objects do not.
 if TYPE_CHECKING:

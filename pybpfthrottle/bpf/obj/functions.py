@@ -6,6 +6,7 @@ from bisect import bisect_left
 from typing import Any, Collection, Iterator, Mapping, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section, Symbol
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
@@ -14,7 +15,6 @@ from pybpfthrottle.bpf.obj.specs import (
     FunctionSpec,
     MapReference,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 # The kernel's Documentation/bpf/llvm_reloc.rst. Others are for data only.
 _R_BPF_64_64 = 1

@@ -9,9 +9,9 @@ import ctypes
 from typing import Any
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import ObjectFileError
 
 
 def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from typing import Mapping, NamedTuple
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ExternReference,
@@ -16,7 +17,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ObjectSpec,
     ProgramSpec,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 
 class Placed(NamedTuple):

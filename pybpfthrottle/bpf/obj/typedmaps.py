@@ -10,10 +10,10 @@ from typing import Any, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec
-from pybpfthrottle.errors import ObjectFileError
 
 SECTION = ".maps"
 _POINTER_BYTES = 8

@@ -13,12 +13,12 @@ from run_once import run
 
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ExternError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.core import Resolver
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.errors import ExternError, UnresolvedError, VerifierError
 
 PACKET = bytes(64)
 VMLINUX = "/sys/kernel/btf/vmlinux"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from made_types import Types
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
-from pybpfthrottle.errors import ObjectFileError
 
 
 def table(*words):

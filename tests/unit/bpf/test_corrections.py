@@ -8,9 +8,9 @@ import pytest
 
 from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Cmd, MapType
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj import corrections
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import MapCreateError
 
 
 def corrected(type, key=0, value=0, entries=0):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from made_types import SplitTypes, Types
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import Error, ExternError
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.core import Kernel
 from pybpfthrottle.bpf.obj.externs import encode_setting
 from pybpfthrottle.bpf.obj.fitting import Fitting
 from pybpfthrottle.bpf.obj.patch import POISON
-from pybpfthrottle.errors import Error, ExternError
 
 SPECS = [elf.read_object(compiled(name)) for name in ("core_fields", "core_reads", "externs")]
 MODULE_FD = 77

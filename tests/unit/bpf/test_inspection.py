@@ -12,12 +12,12 @@ import pytest
 from compiled import compiled
 
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import asm, elf, releases
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.btf_text import declaration, definitions
 from pybpfthrottle.bpf.obj.helper_names import helper_name
 from pybpfthrottle.bpf.obj.inspection import Inspection
-from pybpfthrottle.errors import ObjectFileError
 
 FIXTURES = ("object_maps", "object_data", "object_calls", "core_reads", "externs", "ring")
 

@@ -9,6 +9,12 @@ import pytest
 
 from pybpfthrottle.bpf import loader, maps, privileges, programs
 from pybpfthrottle.bpf.abi import AttachType, Cmd, MapType, ProgType
+from pybpfthrottle.bpf.errors import (
+    MapCreateError,
+    ObjectFileError,
+    ProgramLoadError,
+    VerifierError,
+)
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.obj.specs import (
     FunctionKey,
@@ -19,7 +25,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ProgramSpec,
 )
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info
-from pybpfthrottle.errors import MapCreateError, ObjectFileError, ProgramLoadError, VerifierError
 
 INFINITY = resource.RLIM_INFINITY
 

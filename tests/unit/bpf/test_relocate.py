@@ -7,6 +7,7 @@ import pytest
 from elf_builder import R_BPF_64_64, ObjectBuilder
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import asm, elf, relocate
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
@@ -17,7 +18,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ObjectSpec,
     ProgramSpec,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 RETURN = 16  # bytes of a function that only returns
 
