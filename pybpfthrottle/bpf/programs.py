@@ -13,7 +13,7 @@ from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
-from pybpfthrottle.bpf.privileges import why_refused, with_memlock
+from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
 
 _FIRST_LOG_BYTES = 1 << 16
@@ -257,7 +257,8 @@ def _explained(
             log=log,
             source=line,
         )
-    why = why_refused(error, "BPF_PROG_LOAD")
+    needed = capabilities_for(attr.prog_load.prog_type)
+    why = why_refused(error, "BPF_PROG_LOAD", needed)
     if number == errno.EINVAL:
         from pybpfthrottle.bpf.obj import releases
 

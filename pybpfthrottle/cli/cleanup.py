@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from pybpfthrottle.backends.ebpf import leftovers
-from pybpfthrottle.bpf import privileges
+from pybpfthrottle.backends.ebpf import leftovers, privileges
 from pybpfthrottle.errors import Error, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Iterator, Optional
 
 from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT, DIRECT_PACKET_ACCESS
 from pybpfthrottle.bpf import abi, features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
@@ -26,7 +27,7 @@ _REQUIRED_OPTIONS = (
 )
 _WANTED_OPTIONS = ("CONFIG_BPF_JIT",)
 LOCKDOWN = "/sys/kernel/security/lockdown"
-_OPTIONAL = (features.LINK, features.CONGESTION_VERDICT, features.DIRECT_PACKET_ACCESS)
+_OPTIONAL = (features.LINK, CONGESTION_VERDICT, DIRECT_PACKET_ACCESS)
 
 
 def config_files() -> list[str]:

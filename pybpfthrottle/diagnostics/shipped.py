@@ -7,8 +7,7 @@ import json
 import os
 import sys
 
-from pybpfthrottle.backends.ebpf import objects
-from pybpfthrottle.bpf import features
+from pybpfthrottle.backends.ebpf import features, objects
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec, ProgramSpec

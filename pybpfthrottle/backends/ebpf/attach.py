@@ -10,7 +10,7 @@ from typing import Iterator, Optional
 from pybpfthrottle.backends.ebpf import refusals
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.links import Attachment, AttachMode
+from pybpfthrottle.bpf.links import Attachment, AttachMode, Link
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.errors import AttachError
@@ -118,6 +118,15 @@ def _first_accepted(
     except OSError:
         # Below a cgroup with an exclusive program, or before Linux 4.12.
         return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
+
+
+def rung(attachment: Attachment) -> str:
+    """Return how a program is attached: link, legacy, or legacy with the mode if not multiple."""
+    if isinstance(attachment, Link):
+        return "link"
+    if attachment.mode is AttachMode.ALLOW_MULTIPLE:
+        return "legacy"
+    return f"legacy ({attachment.mode.name.lower()})"
 
 
 def _has_query(fd: int, attach_type: AttachType) -> bool:

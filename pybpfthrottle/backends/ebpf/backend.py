@@ -8,10 +8,11 @@ from contextlib import suppress
 from typing import Optional
 
 from pybpfthrottle.backends import Limits, Options, Priority, Targets
+from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.kinds import ALL, MARKED, MARKER, Kind, read_object
 from pybpfthrottle.backends.ebpf.shaping import choose as shaping_for
 from pybpfthrottle.backends.ebpf.throttle import EbpfHandle
-from pybpfthrottle.bpf import features, loader, privileges
+from pybpfthrottle.bpf import loader
 from pybpfthrottle.errors import (
     BpfError,
     CgroupError,

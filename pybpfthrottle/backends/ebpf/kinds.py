@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Callable, NamedTuple
 
-from pybpfthrottle.backends.ebpf import objects
-from pybpfthrottle.bpf import features
+from pybpfthrottle.backends.ebpf import features, objects
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.model import Direction
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Optional
 
-from pybpfthrottle.backends.ebpf import attached
-from pybpfthrottle.bpf import features, links, privileges
+from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.bpf import features, links
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux.cgroup import Cgroup

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.backends import Limits, Options, Targets
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf.adoption import Adoption
-from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach
+from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach, rung
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES, config_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.guard import Guard
@@ -229,7 +229,7 @@ class EbpfHandle:
     def switch(self, method: str) -> None:
         """For each program first the new attachment, then the end of the old one."""
         for index, placed in enumerate(self._placed):
-            if placed.attachment.rung.partition(" ")[0] == method:
+            if rung(placed.attachment).partition(" ")[0] == method:
                 continue
             policy = placed.policy._replace(method=method)
             program = self._programs[placed.program]
@@ -374,7 +374,7 @@ class EbpfHandle:
     def describe(self, direction: Direction) -> dict[str, str]:
         """How it is attached and shaped, and which of the shipped objects it comes from."""
         hook = ATTACH_TYPES[direction]
-        rungs = sorted({placed.attachment.rung for placed in self._placed if placed.hook is hook})
+        rungs = sorted({rung(placed.attachment) for placed in self._placed if placed.hook is hook})
         shaping = self._shapings[direction]
         if shaping.flags & ~self._configs[direction].flags and self._rates[direction] is not None:
             shaping = Shaping("police", f"the kernel refused what {shaping.method} needs")

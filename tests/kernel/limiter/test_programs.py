@@ -13,10 +13,10 @@ from typing import Iterator
 
 import pytest
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import features, objects
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, ThrottleStats
-from pybpfthrottle.bpf import features, links, loader
+from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
