@@ -15,10 +15,11 @@ from functools import cache
 from typing import Callable, Optional
 
 from pybpfthrottle.bpf import maps, programs, syscall
-from pybpfthrottle.bpf.abi import INSN_BYTES, AttachType, Attr, Cmd, MapType, ProgType
+from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, MapType, ProgType
 from pybpfthrottle.bpf.errors import BpfError, VerifierError
 from pybpfthrottle.bpf.obj import asm, releases
 from pybpfthrottle.bpf.obj.helper_names import helper_name
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import with_memlock
 

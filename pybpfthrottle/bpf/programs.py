@@ -12,6 +12,7 @@ from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
@@ -155,7 +156,7 @@ def load(
     attr = Attr()
     attr.prog_load.prog_type = type
     attr.prog_load.insns = ctypes.addressof(instructions)
-    attr.prog_load.insn_cnt = len(code) // abi.INSN_BYTES
+    attr.prog_load.insn_cnt = len(code) // INSN_BYTES
     attr.prog_load.license = ctypes.addressof(license_buffer)
     attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)

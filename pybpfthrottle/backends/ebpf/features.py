@@ -7,14 +7,17 @@ import errno
 from pybpfthrottle.bpf import programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.features import Feature, load_exactly
-from pybpfthrottle.bpf.obj import asm
+from pybpfthrottle.bpf.obj import asm, insn
 
 # Of struct __sk_buff.
 _LEN_OFFSET = 0
 _DATA_OFFSET = 76
 _DATA_END_OFFSET = 80
 
-_LDX_W, _AND_IMM, _ADD, _JGT = 0x61, 0x57, 0x0F, 0x2D
+_LDX_W = insn.BPF_LDX | insn.BPF_MEM | insn.BPF_W
+_AND_IMM = insn.BPF_ALU64 | insn.BPF_AND | insn.BPF_K
+_ADD = insn.BPF_ALU64 | insn.BPF_ADD | insn.BPF_X
+_JGT = insn.BPF_JMP | insn.BPF_JGT | insn.BPF_X
 
 
 def _load(code: bytes, attach_type: AttachType = AttachType.CGROUP_INET_INGRESS) -> None:

@@ -16,6 +16,7 @@ from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
 from pybpfthrottle.bpf.obj.btf_rewrite import loadable
 from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import Instructions, PatchError, Poisoned
 from pybpfthrottle.bpf.obj.relocate import LinkedProgram, Placed
 from pybpfthrottle.bpf.obj.specs import (
@@ -224,7 +225,7 @@ class _Program:
         found = self._fitting.symbols.find(extern)
         if found is None and not reference.weak:
             raise externs.missing(extern)
-        if self._code[at] == abi.BPF_CALL:
+        if self._code[at] == CALL:
             self._put_call(at, extern, found)
         else:
             self._put_address(at, found)
@@ -243,10 +244,9 @@ class _Program:
     def _put_address(self, at: int, found: Union[Address, KernelId, None]) -> None:
         if isinstance(found, KernelId):
             module = self._fitting.descriptor(found.btf)
-            self._instructions.load_imm64(at, abi.BPF_PSEUDO_BTF_ID, found.type, module)
+            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, found.type | module << 32)
         else:
-            value = found.value if found else 0
-            self._instructions.load_imm64(at, 0, value & 0xFFFFFFFF, value >> 32)
+            self._instructions.load_imm64(at, 0, found.value if found else 0)
 
     def _bad(self, at: int, reason: str) -> ObjectFileError:
         origin = self._linked.origin(at)
@@ -274,7 +274,7 @@ class _Program:
         for placed in self._linked.placed:
             first = next(within(records.functions, placed), None)
             if first is not None and first[0] == placed.start:
-                found += bytes(abi.FuncInfo(placed.start // abi.INSN_BYTES, first[1].type))
+                found += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
         whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
         return found if len(found) == whole else b""
 
@@ -286,7 +286,7 @@ class _Program:
         found: dict[int, bytes] = {}
         for placed in self._linked.placed:
             for at, row in within(records.lines, placed):
-                line = abi.LineInfo(at // abi.INSN_BYTES, row.file, row.text, row.place)
+                line = abi.LineInfo(at // INSN_BYTES, row.file, row.text, row.place)
                 found.setdefault(at, bytes(line))
             if placed.start not in found:
                 return b""
@@ -295,7 +295,7 @@ class _Program:
     def _source(self, instruction: int) -> Optional[str]:
         """The line of the source that an instruction is of, as "file.c:12: text"."""
         records = self._fitting.records
-        offset = instruction * abi.INSN_BYTES
+        offset = instruction * INSN_BYTES
         if records is None or offset >= len(self._code):
             return None
         origin = self._linked.origin(offset)

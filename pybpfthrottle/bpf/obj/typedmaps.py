@@ -13,12 +13,17 @@ from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
+from pybpfthrottle.bpf.obj.insn import RelocationType
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec
 
 SECTION = ".maps"
 _POINTER_BYTES = 8
-# R_BPF_64_64, as clang before 13 wrote it for data too, R_BPF_64_ABS64, and gcc's R_BPF_DATA_64.
-_POINTER_RELOCATIONS = (1, 2, 12)
+# clang before 13 wrote R_BPF_64_64 for data too.
+_POINTER_RELOCATIONS = (
+    RelocationType.R_BPF_64_64,
+    RelocationType.R_BPF_64_ABS64,
+    RelocationType.R_BPF_DATA_64,
+)
 _NUMBERS = {
     "type": "type",
     "max_entries": "max_entries",

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_types import SplitTypes, Types
 
-from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.errors import Error, ExternError
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.core import Kernel
 from pybpfthrottle.bpf.obj.externs import encode_setting
 from pybpfthrottle.bpf.obj.fitting import Fitting
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL
 from pybpfthrottle.bpf.obj.patch import POISON
 
 SPECS = [elf.read_object(compiled(name)) for name in ("core_fields", "core_reads", "externs")]
@@ -74,7 +74,7 @@ def test_functions_of_modules_are_called_by_their_place():
     release = module.func("bpf_task_release", module.proto(0, task))
     found = fitted(SPECS[2], "functions", Facts(types.btf(), module.btf()))
     assert found.modules == (MODULE_FD,)
-    calls = [row for row in instructions(found) if row[:2] == (abi.BPF_CALL, 2)]
+    calls = [row for row in instructions(found) if row[:2] == (CALL, 2)]
     assert [row[2:] for row in calls] == [(0, 4), (1, release)]
 
 
@@ -84,7 +84,7 @@ def test_addresses_in_modules_name_their_types():
     module = SplitTypes(types.btf())
     release = module.func("bpf_task_release", module.proto(0, task))
     found = instructions(fitted(SPECS[2], "functions", Facts(types.btf(), module.btf())))
-    at = next(i for i, row in enumerate(found) if row[:2] == (0x18, abi.BPF_PSEUDO_BTF_ID))
+    at = next(i for i, row in enumerate(found) if row[:2] == (0x18, BPF_PSEUDO_BTF_ID))
     assert (found[at][3], found[at + 1][3]) == (release, MODULE_FD)
 
 
@@ -93,7 +93,7 @@ def test_a_typed_variable_is_loaded_by_its_id():
     types = Types()
     variable = types.var("not_a_variable", types.int(signed=True))
     found = instructions(fitted(SPECS[2], "symbols", Facts(types.btf())))
-    assert (0x18, abi.BPF_PSEUDO_BTF_ID, 0, variable) in found
+    assert (0x18, BPF_PSEUDO_BTF_ID, 0, variable) in found
 
 
 def test_an_address_fills_both_halves():
@@ -119,7 +119,7 @@ def test_poisoned_instructions_are_numbered():
     """Each poisoned instruction has a number of its own, which tells what it asked for."""
     found = fitted(SPECS[1], "read", Facts(Types().btf()))
     assert found.poisoned[0].access == "struct task_struct___mine.pid"
-    numbers = {row[3] for row in instructions(found) if row[0] == abi.BPF_CALL}
+    numbers = {row[3] for row in instructions(found) if row[0] == CALL}
     assert numbers >= {POISON + number for number in range(len(found.poisoned))}
 
 
