@@ -96,7 +96,7 @@ class _Reading:
             name,
             elf.byteorder,
             license=_license(elf),
-            btf=data,
+            btf=self._btf,
             btf_ext=elf.contents(".BTF.ext"),
             layouts=_layouts(elf),
             hidden=_hidden(elf),

@@ -13,7 +13,7 @@ from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import externs
 from pybpfthrottle.bpf.obj.btf import Btf
-from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
+from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, Records
 from pybpfthrottle.bpf.obj.btf_rewrite import loadable
 from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
 from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL, INSN_BYTES
@@ -32,7 +32,7 @@ from pybpfthrottle.bpf.obj.specs import (
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Kernel, Resolver
 
-R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
+R = TypeVar("R", FunctionInfo, CoreRelocation)
 
 
 class KernelFacts(Protocol):
@@ -86,8 +86,8 @@ class Fitting:
         self._spec = spec
         self._kernel = kernel
         self._descriptor = descriptor
-        self._btf = Btf(spec.btf) if spec.btf else None
-        self._records = BtfExt(spec.btf_ext, self._btf) if self._btf and spec.btf_ext else None
+        self._btf = spec.btf
+        self._records = BtfExt(spec.btf_ext, spec.btf) if spec.btf and spec.btf_ext else None
 
     def fit(self, program: ProgramSpec, linked: LinkedProgram) -> Fitted:
         """Fit one program. Raises ObjectFileError, ExternError or AmbiguousTypeError."""
@@ -283,14 +283,15 @@ class _Program:
         records = self._fitting.records
         if records is None:
             return b""
-        found: dict[int, bytes] = {}
-        for placed in self._linked.placed:
-            for at, row in within(records.lines, placed):
-                line = abi.LineInfo(at // INSN_BYTES, row.file, row.text, row.place)
-                found.setdefault(at, bytes(line))
-            if placed.start not in found:
+        tables = []
+        for start, function in self._linked.placed:
+            section, begin = function.key
+            lines = records.lines.get(section)
+            table = lines.encoded(begin, begin + len(function.code), start) if lines else b""
+            if not table:
                 return b""
-        return b"".join(found.values())
+            tables.append(table)
+        return b"".join(tables)
 
     def _source(self, instruction: int) -> Optional[str]:
         """The line of the source that an instruction is of, as "file.c:12: text"."""

@@ -11,7 +11,6 @@ from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import CoreRelocationKind, MapType
 from pybpfthrottle.bpf.obj import elf, elffile, needs, relocate
 from pybpfthrottle.bpf.obj.accesses import describe
-from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_ext import BtfExt
 from pybpfthrottle.bpf.obj.btf_text import declaration, definitions
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
@@ -46,7 +45,7 @@ class Inspection:
     def __init__(self, data: bytes, name: str = "object") -> None:
         self._file = elffile.read(data)
         self.spec = elf.object_in(self._file, name)
-        self._btf = Btf(self.spec.btf) if self.spec.btf else None
+        self._btf = self.spec.btf
         self._lengths: dict[str, int] = {}
 
     def describe(self, *, with_types: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.obj.btf import Btf
 
 
 @dataclass
@@ -181,8 +182,10 @@ class SectionLayout(NamedTuple):
 class ObjectSpec:
     """All that one object file defines. ``byteorder`` is "little" or "big".
 
-    ``btf`` and ``btf_ext`` are the bytes of sections .BTF and .BTF.ext; ``layouts`` (by section)
-    and ``hidden`` (functions that are not for other objects) are what compilers leave open there.
+    ``btf`` are the types of section .BTF: parsed once, when the object is read, and decoded one by
+    one as they are asked for. ``btf_ext`` are the bytes of section .BTF.ext, which only loading
+    needs. ``layouts`` (by section) and ``hidden`` (functions that are not for other objects) are
+    what compilers leave open there.
     """
 
     name: str
@@ -192,7 +195,7 @@ class ObjectSpec:
     programs: dict[str, ProgramSpec] = field(default_factory=dict)
     functions: dict[FunctionKey, FunctionSpec] = field(default_factory=dict)
     variables: dict[str, VariableSpec] = field(default_factory=dict)
-    btf: Optional[bytes] = None
+    btf: Optional[Btf] = None
     btf_ext: Optional[bytes] = None
     layouts: dict[str, SectionLayout] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()

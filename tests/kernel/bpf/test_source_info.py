@@ -65,7 +65,7 @@ def test_instructions_have_their_lines(loaded):
 def test_an_older_kernels_types_are_taken():
     """Whatever is conceded to older kernels, types are still such as the kernel takes."""
     spec = elf.read_object(compiled("externs"))
-    data = loadable(Btf(spec.btf), spec.layouts, spec.hidden)
+    data = loadable(spec.btf, spec.layouts, spec.hidden)
     for concession in CONCESSIONS:
         data = conceding(data, concession) or data
         with btf_load.load(data) as found:

@@ -16,7 +16,7 @@ import pytest
 from pybpfthrottle.backends.ebpf import objects, records
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
 
@@ -82,7 +82,7 @@ def test_the_sources_give_the_objects():
 @pytest.mark.parametrize("record", sorted(RECORDS))
 def test_a_record_is_as_the_object_has_it(spec, record):
     """Each field of a record has the name, offset and size that the object's BTF says."""
-    btf = Btf(spec.btf)
+    btf = spec.btf
     theirs = btf.find(Kind.STRUCT, record)
     ours = RECORDS[record]
     assert [

@@ -106,9 +106,9 @@ def test_an_address_fills_both_halves():
 def test_each_function_and_line_is_told():
     """There is a record for each function, and one for the first instruction of each."""
     spec = SPECS[1]
-    found = fitted(spec, "read", Facts(Btf(spec.btf)))
+    found = fitted(spec, "read", Facts(spec.btf))
     functions = list(struct.iter_unpack("=II", found.functions))
-    assert [Btf(spec.btf).type(type_id).name for _, type_id in functions] == ["read"]
+    assert [spec.btf.type(type_id).name for _, type_id in functions] == ["read"]
     offsets = [row[0] for row in struct.iter_unpack("=IIII", found.lines)]
     assert offsets[0] == 0
     assert offsets == sorted(set(offsets))
@@ -183,13 +183,14 @@ def test_a_setting_of_another_type_is_refused(make, text):
 )
 def test_any_types_are_fitted_or_refused(spec, changes):
     """Whatever is in .BTF and .BTF.ext, the answer is a program or an error of ours."""
-    parts = {"btf": bytearray(spec.btf), "btf_ext": bytearray(spec.btf_ext)}
+    parts = {"btf": bytearray(bytes(spec.btf)), "btf_ext": bytearray(spec.btf_ext)}
     for in_types, word, value in changes:
         part = parts["btf" if in_types else "btf_ext"]
         struct.pack_into("<I", part, word % (len(part) // 4) * 4, value)
-    broken = dataclasses.replace(spec, **{name: bytes(part) for name, part in parts.items()})
     with suppress(Error):
-        fitting = Fitting(broken, Facts(Btf(spec.btf)), lambda module: MODULE_FD)
+        types = Btf(bytes(parts["btf"]))
+        broken = dataclasses.replace(spec, btf=types, btf_ext=bytes(parts["btf_ext"]))
+        fitting = Fitting(broken, Facts(spec.btf), lambda module: MODULE_FD)
         fitting.loadable_types()
         for program in broken.programs.values():
             found = fitting.fit(program, relocate.link(broken, program))

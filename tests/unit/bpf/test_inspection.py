@@ -14,7 +14,7 @@ from compiled import compiled
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import asm, elf, releases
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.obj.btf_text import declaration, definitions
 from pybpfthrottle.bpf.obj.helper_names import helper_name
 from pybpfthrottle.bpf.obj.inspection import Inspection
@@ -161,7 +161,7 @@ def test_weak_externs_are_optional() -> None:
 
 def test_types_are_as_c_spells_them() -> None:
     """Pointers, arrays, functions and qualifiers stand where C wants them."""
-    btf = Btf(Inspection(compiled("externs")).spec.btf)
+    btf = Inspection(compiled("externs")).spec.btf
     acquire = btf.find(Kind.FUNC, "bpf_task_acquire")
     assert declaration(btf, acquire.size_or_type, "f").startswith("struct task_struct *f(struct")
     lines = list(definitions(btf))

@@ -6,6 +6,7 @@ import resource
 import sys
 
 import pytest
+from compiled import compiled
 
 from pybpfthrottle.bpf import loader, maps, privileges, programs
 from pybpfthrottle.bpf.abi import AttachType, Cmd, MapType, ProgType
@@ -15,7 +16,8 @@ from pybpfthrottle.bpf.errors import (
     ProgramLoadError,
     VerifierError,
 )
-from pybpfthrottle.bpf.obj import asm
+from pybpfthrottle.bpf.obj import asm, elf
+from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.specs import (
     FunctionKey,
     FunctionSpec,
@@ -579,3 +581,27 @@ def test_info_by_id_closes_its_descriptor(kernel):
     programs.info_by_id(7)
     assert kernel.created() == 1
     assert kernel.still_open() == 0
+
+
+def test_the_types_of_an_object_are_parsed_once(kernel, monkeypatch):
+    """Reading an object parses its types, and loading it takes these: also a second time."""
+    parsed = []
+    parse = Btf.__init__
+    monkeypatch.setattr(
+        Btf, "__init__", lambda self, data, **more: parsed.append(data) or parse(self, data, **more)
+    )
+    spec = elf.read_object(compiled("object_data"))
+    assert len(parsed) == 1
+    for _ in range(2):
+        loader.load(spec).close()
+    assert len(kernel.given(Cmd.BTF_LOAD)) == 2
+    assert parsed == [bytes(spec.btf)]
+
+
+def test_the_same_bytes_are_the_same_spec():
+    """Two readings of an object are equal, with their types, and another object is not."""
+    data = compiled("object_data")
+    assert elf.read_object(data) == elf.read_object(data)
+    other = elf.read_object(data)
+    other.btf = elf.read_object(compiled("object_maps")).btf
+    assert elf.read_object(data) != other
