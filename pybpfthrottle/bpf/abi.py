@@ -464,6 +464,12 @@ class LinkCreate(ctypes.Structure):
     )
 
 
+class IterCreate(ctypes.Structure):
+    """BPF_ITER_CREATE."""
+
+    _fields_ = (("link_fd", c_uint32), ("flags", c_uint32))
+
+
 class LinkUpdate(ctypes.Structure):
     """BPF_LINK_UPDATE."""
 
@@ -507,6 +513,7 @@ class Attr(ctypes.Union):
         ("raw_tracepoint", RawTracepointOpen),
         ("btf_load", BtfLoad),
         ("link_create", LinkCreate),
+        ("iter_create", IterCreate),
         ("link_update", LinkUpdate),
         ("link_detach", LinkDetach),
         ("enable_stats", EnableStats),
@@ -634,6 +641,12 @@ class TcxLinkInfo(ctypes.Structure):
     _fields_ = (("ifindex", c_uint32), ("attach_type", c_uint32))
 
 
+class SockmapLinkInfo(ctypes.Structure):
+    """bpf_link_info.sockmap."""
+
+    _fields_ = (("map_id", c_uint32), ("attach_type", c_uint32))
+
+
 class LinkDetails(ctypes.Union):
     """What struct bpf_link_info says for a type of link."""
 
@@ -645,6 +658,7 @@ class LinkDetails(ctypes.Union):
         ("xdp", XdpLinkInfo),
         ("tcx", TcxLinkInfo),
         ("netkit", TcxLinkInfo),
+        ("sockmap", SockmapLinkInfo),
     )
 
 

@@ -7,7 +7,7 @@ import errno
 import os
 from contextlib import suppress
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Optional, Protocol
+from typing import BinaryIO, Iterator, NamedTuple, Optional, Protocol
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, LinkType
@@ -69,6 +69,15 @@ class Link:
             attr.link_update.old_prog_fd = instead_of.fd
             attr.link_update.flags = abi.BPF_F_REPLACE
         syscall.bpf(Cmd.LINK_UPDATE, attr)
+
+    def open_iterator(self) -> BinaryIO:
+        """Open what an iterator writes; its program runs as the file is read. Linux 5.8.
+
+        Raises OSError: EINVAL for a link of another type.
+        """
+        attr = Attr()
+        attr.iter_create.link_fd = self.fd
+        return os.fdopen(syscall.bpf(Cmd.ITER_CREATE, attr), "rb")
 
     def info(self) -> LinkInfo:
         """What the kernel says of it. Linux 5.8."""
@@ -241,6 +250,7 @@ class LinkInfo(NamedTuple):
     target: str = ""
     target_object_id: int = 0
     target_btf_id: int = 0
+    map_id: int = 0
 
 
 def link_info(fd: int) -> LinkInfo:
@@ -266,6 +276,9 @@ def link_info(fd: int) -> LinkInfo:
             target_object_id=own.target_obj_id,
             target_btf_id=own.target_btf_id,
         )
+    if info.type == LinkType.SOCKMAP:
+        own = details.sockmap
+        return found._replace(attach_type=own.attach_type, map_id=own.map_id)
     if info.type == LinkType.RAW_TRACEPOINT:
         return found._replace(target=_tracepoint(fd))
     return found

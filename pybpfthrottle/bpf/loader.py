@@ -201,6 +201,7 @@ def _load(
         name=program.name,
         expected_attach_type=program.expected_attach_type,
         flags=program.flags,
+        attach_to=program.attach_to,
         source=_source(fitted, types),
         modules=fitted.modules,
         poisoned=fitted.poisoned,

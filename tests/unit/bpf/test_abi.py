@@ -30,6 +30,7 @@ NAMED = {
     "query": "query",
     "raw_tracepoint": "raw_tracepoint",
     "link_create": "link_create",
+    "iter_create": "iter_create",
     "link_update": "link_update",
     "link_detach": "link_detach",
     "enable_stats": "enable_stats",
