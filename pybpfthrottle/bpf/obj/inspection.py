@@ -39,6 +39,17 @@ _QUESTIONS = {
 _MAX_SHOWN_BYTES = 256
 
 
+def inspect(source: Union[bytes, elf.Path]) -> Inspection:
+    """Read an object file, or the bytes of one, to tell what it has. No privileges are needed.
+
+    Raises OSError, or ObjectFileError with the path in front.
+    """
+    if isinstance(source, bytes):
+        return Inspection(source)
+    with elf.naming(source):
+        return Inspection(elf.file_bytes(source), elf.name_of(source))
+
+
 class Inspection:
     """One object and all that can be told of it. Raises ObjectFileError."""
 

@@ -605,3 +605,23 @@ def test_the_same_bytes_are_the_same_spec():
     other = elf.read_object(data)
     other.btf = elf.read_object(compiled("object_maps")).btf
     assert elf.read_object(data) != other
+
+
+def test_a_path_and_bytes_are_loaded_as_well(kernel, tmp_path):
+    """What is loaded may be a spec, the path of an object file, or its bytes."""
+    data = compiled("object_data")
+    path = tmp_path / "object_data.bpf.o"
+    path.write_bytes(data)
+    for source in (elf.read_object(data), data, path, str(path)):
+        with loader.load(source) as loaded:
+            assert list(loaded.programs) == list(elf.read_object(data).programs)
+
+
+def test_a_path_that_is_no_object_is_named(kernel, tmp_path):
+    """The path stands in front of what is wrong with the file."""
+    path = tmp_path / "text.o"
+    path.write_text("no object")
+    with pytest.raises(ObjectFileError, match=str(path)):
+        loader.load(path)
+    with pytest.raises(FileNotFoundError):
+        loader.load(tmp_path / "missing.o")
