@@ -269,10 +269,6 @@ BPF_RINGBUF_HDR_SZ = 8
 BPF_OBJ_NAME_LEN = 16
 BPF_TAG_SIZE = 8
 
-# enum libbpf_pin_type of libbpf's bpf_helpers.h.
-LIBBPF_PIN_NONE = 0
-LIBBPF_PIN_BY_NAME = 1
-
 
 class MapCreate(ctypes.Structure):
     """BPF_MAP_CREATE."""
@@ -699,42 +695,4 @@ class LineInfo(ctypes.Structure):
         ("file_name_off", c_uint32),
         ("line_off", c_uint32),
         ("line_col", c_uint32),
-    )
-
-
-class LegacyMapDef(ctypes.Structure):
-    """struct bpf_map_def, as objects without BTF define maps in section ``maps``."""
-
-    _fields_ = (
-        ("type", c_uint32),
-        ("key_size", c_uint32),
-        ("value_size", c_uint32),
-        ("max_entries", c_uint32),
-        ("map_flags", c_uint32),
-    )
-
-
-class NumberedMapDef(ctypes.Structure):
-    """struct bpf_map_def of samples/bpf and of aya, which has ``pinning`` last instead."""
-
-    _fields_ = (
-        *LegacyMapDef._fields_,
-        ("inner_map_idx", c_uint32),
-        ("numa_node", c_uint32),
-    )
-
-
-# inner_idx of struct bpf_elf_map for what is in no other map.
-IPROUTE2_NO_INDEX = 0xFFFFFFFF
-
-
-class Iproute2MapDef(ctypes.Structure):
-    """struct bpf_elf_map of iproute2's bpf_elf.h."""
-
-    _fields_ = (
-        *LegacyMapDef._fields_,
-        ("id", c_uint32),
-        ("pinning", c_uint32),
-        ("inner_id", c_uint32),
-        ("inner_idx", c_uint32),
     )

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import descriptors, maps, pins, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
-from pybpfthrottle.bpf.btf_load import ObjectTypes
+from pybpfthrottle.bpf.btf_objects import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.errors import MapCreateError, ObjectFileError
 from pybpfthrottle.bpf.maps import Map

@@ -32,6 +32,10 @@ _NUMBERS = {
     "map_extra": "extra",
 }
 
+# enum libbpf_pin_type of libbpf's bpf_helpers.h.
+LIBBPF_PIN_NONE = 0
+LIBBPF_PIN_BY_NAME = 1
+
 
 class _Definition(NamedTuple):
     """A map, and where its own pointers to maps or programs are."""
@@ -200,7 +204,7 @@ class _Reader:
         setattr(self._spec, f"{what}_size", size)
 
     def _take_pinning(self, how: int) -> None:
-        if how not in (abi.LIBBPF_PIN_NONE, abi.LIBBPF_PIN_BY_NAME):
+        if how not in (LIBBPF_PIN_NONE, LIBBPF_PIN_BY_NAME):
             raise self._bad(f"pinning {how} is not known")
         if how and self._nested:
             raise self._bad("an inner map cannot be pinned")

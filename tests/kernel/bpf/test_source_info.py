@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from compiled import compiled
 
-from pybpfthrottle.bpf import btf_load, loader
+from pybpfthrottle.bpf import btf_objects, loader
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding, loadable
@@ -68,6 +68,6 @@ def test_an_older_kernels_types_are_taken():
     data = loadable(spec.btf, spec.layouts, spec.hidden)
     for concession in CONCESSIONS:
         data = conceding(data, concession) or data
-        with btf_load.load(data) as found:
+        with btf_objects.load(data) as found:
             assert found.functions
     assert not list(Btf(data).of_kind(Kind.FUNC, Kind.DATASEC))

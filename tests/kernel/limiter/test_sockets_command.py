@@ -24,7 +24,7 @@ from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.backends.ebpf.running import MARKS
-from pybpfthrottle.bpf import abi, btf_load, links, maps, programs
+from pybpfthrottle.bpf import abi, btf_objects, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
@@ -200,7 +200,7 @@ INT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + (
 def marking(cgroup: Cgroup, *, loopback: bool = False) -> Iterator[Map[int, int]]:
     """A throttle of marked sockets on a cgroup; its marks, by descriptors of this process."""
     with ExitStack() as stack:
-        types = btf_load.load(INT_BTF)
+        types = btf_objects.load(INT_BTF)
         assert types
         stack.enter_context(types)
         flags = abi.BPF_F_NO_PREALLOC | 1 << 9  # BPF_F_CLONE

@@ -10,7 +10,7 @@ import pytest
 from broken import use
 from elf_builder import OBJECT, BtfBuilder, ObjectBuilder
 
-from pybpfthrottle.bpf.btf_load import ObjectTypes
+from pybpfthrottle.bpf.btf_objects import ObjectTypes
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Btf
