@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
+from pybpfthrottle.backends.ebpf import privileges
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
-from pybpfthrottle.bpf import privileges
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import endpoints, netns, process, sockets

@@ -14,8 +14,8 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import click
 
-from pybpfthrottle.backends.ebpf import attached
-from pybpfthrottle.bpf import links, maps, privileges, programs, syscall
+from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.bpf import links, maps, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType, ProgType
 from pybpfthrottle.bpf.links import LinkInfo
 from pybpfthrottle.bpf.maps import MapInfo

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from pybpfthrottle.backends.ebpf import leftovers
-from pybpfthrottle.bpf import privileges
+from pybpfthrottle.backends.ebpf import leftovers, privileges
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup

@@ -15,10 +15,10 @@ from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import own_cgroups, process
 from pybpfthrottle.linux.cgroup import locked
-from pybpfthrottle.linux.launch import Command, LaunchError, User
+from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.own_cgroups import OwnCgroup
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.model import Target

@@ -58,7 +58,7 @@ def _all(find: Callable[[], list[Record]]) -> list[Record]:
 
 
 def _why(error: OSError) -> str:
-    from pybpfthrottle.bpf import privileges
+    from pybpfthrottle.backends.ebpf import privileges
 
     return privileges.why_refused(error, str(error.filename or "the look"))
 

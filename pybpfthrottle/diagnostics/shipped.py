@@ -7,9 +7,8 @@ import json
 import os
 import sys
 
-from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
-from pybpfthrottle.bpf import features
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ProgramSpec
 from pybpfthrottle.diagnostics import inspection

@@ -12,6 +12,7 @@ from typing import Callable
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends.ebpf import programs as table
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
+from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf import features, links, loader, programs, syscall
@@ -193,7 +194,7 @@ def _marks(setup: Setup) -> Result:
         program
         for program in table.of_object(name)
         if program.role in (Role.POLICE, Role.MARK)
-        and (program.verdict != "congestion" or features.CONGESTION_VERDICT.available())
+        and (program.verdict != "congestion" or CONGESTION_VERDICT.available())
     ]
     try:
         loader.load(table.read(name), [program.name for program in wanted]).close()

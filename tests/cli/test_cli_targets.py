@@ -213,7 +213,7 @@ def limited_by(pid):
 def programs_of(pid):
     """The programs of the links that a process holds."""
     ids = links_of(pid)
-    return [programs.info_by_id(link.program_id) for link in links.all_links() if link.id in ids]
+    return [programs.info_by_id(link.program_id) for link in links.all_infos() if link.id in ids]
 
 
 def test_the_log_names_the_process(tool, scratch):

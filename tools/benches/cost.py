@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, Callable
 
 from benches.table import configure, show
+from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
-from pybpfthrottle.bpf import features, loader, programs
+from pybpfthrottle.bpf import loader, programs
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.obj import asm

@@ -7,10 +7,10 @@ import logging
 import os
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends.ebpf import attached
-from pybpfthrottle.bpf import features, links, privileges
+from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.bpf import features, links
 from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.links import Attachment, AttachMode
+from pybpfthrottle.bpf.links import Attachment, AttachMode, Link
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.errors import AttachError
@@ -121,6 +121,15 @@ def _first_accepted(
         return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
 
 
+def rung(attachment: Attachment) -> str:
+    """Return how a program is attached: link, legacy, or legacy with the mode if not multiple."""
+    if isinstance(attachment, Link):
+        return "link"
+    if attachment.mode is AttachMode.ALLOW_MULTIPLE:
+        return "legacy"
+    return f"legacy ({attachment.mode.name.lower()})"
+
+
 def _has_query(fd: int, attach_type: AttachType) -> bool:
     """Whether the kernel has BPF_PROG_QUERY, which came with multiple (Linux 4.15)."""
     try:
@@ -228,8 +237,3 @@ def exclusive_program(cgroup: Cgroup, attach_type: AttachType) -> Optional[str]:
         f"another program is attached {place} in a mode that allows none beside it:"
         f" {', '.join(map(str, found))}. Ask its owner to attach it with BPF_F_ALLOW_MULTI"
     )
-
-
-def rung(attachment: Attachment) -> str:
-    """Return how it is attached: link, legacy, or legacy with a mode that is not multiple."""
-    return attachment.rung

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.bpf import links, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
 from pybpfthrottle.bpf.links import AttachMode, LinkInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.bpf.syscall import ENOTSUPP
@@ -34,8 +34,10 @@ class Links:
     def by_program(self) -> dict[int, list[LinkInfo]]:
         """Those of cgroups, by the program that they attach."""
         found: dict[int, list[LinkInfo]] = {}
-        for link in links.all_links():
-            found.setdefault(link.program_id, []).append(link)
+        with suppress(OSError):  # they may not be listed here (CAP_SYS_ADMIN, Linux 5.8)
+            for link in links.all_infos():
+                if link.type == LinkType.CGROUP:
+                    found.setdefault(link.program_id, []).append(link)
         return found
 
     @cached_property

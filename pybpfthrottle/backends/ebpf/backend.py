@@ -7,11 +7,10 @@ from contextlib import suppress
 from typing import Iterator, Optional
 
 from pybpfthrottle.backends import Match, Offer, Order, Part, Priority, Record
-from pybpfthrottle.backends.ebpf import leftovers, programs, registry
+from pybpfthrottle.backends.ebpf import features, leftovers, privileges, programs, registry
 from pybpfthrottle.backends.ebpf.found import FoundThrottle
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
-from pybpfthrottle.bpf import features, privileges
 from pybpfthrottle.errors import CgroupError, Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.model import Direction

@@ -16,6 +16,7 @@ from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFlags, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap, record_of
 from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.abi import LinkType
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -181,8 +182,8 @@ class FoundThrottle:
         """Detach its programs from cgroups. Those at tracepoints end with its owner."""
         some_map = next(iter(_map_ids(self._found).values()))
         ours = registry.programs_of(some_map)
-        for link in links.all_links():
-            if link.program_id in ours:
+        for link in links.all_infos():
+            if link.program_id in ours and link.type == LinkType.CGROUP:
                 # Linux 5.9; before, the programs stay and let all pass.
                 with suppress(OSError), links.open_by_id(link.id) as open_link:
                     open_link.force_detach()

@@ -9,7 +9,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple, Optional, Union
 
-from pybpfthrottle.bpf import features
+from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec

@@ -16,6 +16,7 @@ from typing import Iterator
 
 import pytest
 
+from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
@@ -26,7 +27,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleRecord,
     ThrottleStats,
 )
-from pybpfthrottle.bpf import features, links, loader
+from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.linux.cgroup import Cgroup

@@ -23,7 +23,7 @@ from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.backends.ebpf.registry import MARKS
-from pybpfthrottle.bpf import abi, btf_load, links, maps, programs
+from pybpfthrottle.bpf import abi, btf_objects, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
@@ -201,7 +201,7 @@ def marking(
 ) -> Iterator[Map[int, int]]:
     """A throttle of marked sockets on a cgroup; its marks, by descriptors of this process."""
     with ExitStack() as stack:
-        types = btf_load.load(INT_BTF)
+        types = btf_objects.load(INT_BTF)
         assert types
         stack.enter_context(types)
         flags = abi.BPF_F_NO_PREALLOC | 1 << 9  # BPF_F_CLONE

@@ -16,10 +16,12 @@ import pytest
 from kernels import Kernel
 
 from pybpfthrottle import throttle
+from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, ThrottleStats
-from pybpfthrottle.bpf import features, maps, privileges, syscall
+from pybpfthrottle.bpf import maps, privileges, syscall
 from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.bpf.features import LINK, forget
 from pybpfthrottle.errors import AttachError, MapCreateError, ProgramLoadError
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
@@ -55,9 +57,9 @@ ROWS = {
 @pytest.fixture(autouse=True)
 def nothing_is_remembered():
     """No test sees what another has found out of its kernel."""
-    features.forget()
+    forget()
     yield
-    features.forget()
+    forget()
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_what_is_missing_is_found_out(release, boot):
             features.CGROUP_SKB,
             features.DIRECT_PACKET_ACCESS,
             features.CONGESTION_VERDICT,
-            features.LINK,
+            LINK,
         )
     }
     assert list(found.values()) == {

@@ -19,7 +19,7 @@ from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate
-from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind
+from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
 
@@ -93,7 +93,7 @@ def test_the_sources_give_the_objects():
 
 def shared(spec, *kinds):
     """The types of an object that Python has to have as well, by their names."""
-    btf = Btf(spec.btf)
+    btf = spec.btf
     return btf, {
         found.name: found for found in btf.of_kind(*kinds) if found.name.startswith(PREFIX)
     }

@@ -146,7 +146,7 @@ def refusing(monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system")
 
         monkeypatch.setattr(syscall, "bpf", bpf)
-        monkeypatch.setattr(privileges, "missing_capabilities", lambda **_: [])
+        monkeypatch.setattr(privileges, "effective_capabilities", lambda: (1 << 64) - 1)
         monkeypatch.setattr(own_cgroups, "create_empty", create_empty)
         features.forget()
 
