@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -224,7 +223,6 @@ class Stage:
         put = f"exec curl -s -T {ROOT}/README.md {self._far.url}/file"
         scripts = {
             "sudo": 'exec "$@"',
-            "pybpfthrottle": f'exec {shlex.quote(sys.executable)} -m pybpfthrottle "$@"',
             **dict.fromkeys(_DOWNLOADERS, get),
             **dict.fromkeys(_UPLOADERS, put),
         }
@@ -232,6 +230,10 @@ class Stage:
             path = self._directory / "bin" / name
             path.write_text(f"#!/bin/sh\n{script}\n")
             path.chmod(0o755)
+        (self._directory / "bin" / "pybpfthrottle").write_text(
+            f"#!{sys.executable}\nfrom pybpfthrottle.__main__ import main\nmain()\n"
+        )
+        (self._directory / "bin" / "pybpfthrottle").chmod(0o755)
         (self._directory / "crawl").symlink_to("bin/crawl")
 
     # Its blocks
@@ -406,8 +408,11 @@ def _alike(shown: str, found: str) -> bool:
 
 
 def _shape(line: str) -> str:
-    """A pattern for a line's words, with any figures and any spaces."""
-    parts = re.split(r"(\.\.\.|\d[\d.,]*|[▁-█]+|\s+|[KMG]?B/s|[KMG]?B\b)", line.rstrip())
+    """A pattern for a line's words, with any figures, any spaces and any ids of throttles."""
+    parts = re.split(
+        r"(\.\.\.|\b(?=[a-z]+\d)[a-z0-9]{6}\b|\d[\d.,]*|[▁-█]+|\s+|[KMG]?B/s|[KMG]?B\b)",
+        line.rstrip(),
+    )
     anything = {0: re.escape, 1: _any}
     return "".join(anything[number % 2](part) for number, part in enumerate(parts))
 
@@ -419,6 +424,8 @@ def _any(part: str) -> str:
         return r"\d[\d.,]*"
     if part.isspace():
         return r"\s+"
+    if part.isalnum() and part.islower():
+        return "[a-z0-9]{6}"
     return "[▁-█]+" if "▁" <= part[0] <= "█" else "[KMG]?B" + "/s" * part.endswith("/s")
 
 
