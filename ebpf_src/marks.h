@@ -35,7 +35,7 @@ SEC("cgroup_skb/egress") int pybpft_megress(struct __sk_buff *skb)
 	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP) : PASS;
 }
 
-SEC("cgroup_skb/egress") int pybpft_megresscn(struct __sk_buff *skb)
+SEC("cgroup_skb/egress") int pybpft_megressc(struct __sk_buff *skb)
 {
 	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION) : PASS;
 }
@@ -53,7 +53,8 @@ SEC("cgroup/sock_create") int pybpft_create(struct bpf_sock *ctx)
 	__u32 direction = THROTTLE_UPLOAD;
 	__u32 process = bpf_get_current_pid_tgid() >> 32;
 
-	/* The configuration tells who has left this program behind, if somebody has. */
+	HOLD_RECORD();
+	/* By the configuration each version finds out who has left this program behind. */
 	if (bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction) &&
 	    bpf_map_lookup_elem(&PROCESSES, &process))
 		bpf_sk_storage_get(&MARKS, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);

@@ -12,9 +12,11 @@
 #define __uint(name, value) int(*name)[value]
 #define __type(name, value) value *name
 #define BPF_MAP_TYPE_HASH 1
+#define BPF_MAP_TYPE_ARRAY 2
 #define BPF_MAP_TYPE_RINGBUF 27
 
 #include "processes.h"
+#include "record.h"
 
 /* What is read of the kernel's own structures; where they have it is found when this is loaded. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -60,6 +62,7 @@ SEC("raw_tp/sched_process_fork") int pybpft_fork(struct bpf_raw_tracepoint_args 
 	struct throttle_process value;
 	__u32 started;
 
+	HOLD_RECORD();
 	if (!parent || !parent->follow)
 		return 0;
 	if (bpf_probe_read_kernel(&started, sizeof(started), &child->tgid) || started == process)
@@ -77,6 +80,7 @@ SEC("raw_tp/sched_process_exit") int pybpft_exit(struct bpf_raw_tracepoint_args 
 	struct signal_struct *group;
 	int threads;
 
+	HOLD_RECORD();
 	if (!bpf_map_lookup_elem(&PROCESSES, &process))
 		return 0;
 	if (bpf_probe_read_kernel(&group, sizeof(group), &task->signal) ||
@@ -91,6 +95,7 @@ SEC("raw_tp/sched_process_exec") int pybpft_exec(struct bpf_raw_tracepoint_args 
 	__u32 process = bpf_get_current_pid_tgid() >> 32;
 
 	(void)ctx;
+	HOLD_RECORD();
 	bpf_ringbuf_output(&EXECUTED, &process, sizeof(process), 0);
 	return 0;
 }

@@ -38,15 +38,10 @@
 #define TCP_BPF_IW 1001
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008 /* Linux 6.12 */
 
-#define UNLIMITED (~0U)
 #define MS 1000000LL
-#define EPOCH_SHIFT 30 /* of nanoseconds: 1.07 s */
-#define PACING_TARGET_NS (60 * MS)
 #define MOST_PACED_NS (400 * MS)
 #define MOST_QUEUED_NS (600 * MS)
-#define PACING_SLACK_NS (300 * MS)
 #define WINDOW_TARGET_NS (20 * MS)
-#define POLICE_SLACK_NS (180 * MS) /* up to the policer's own burst */
 #define MOST_SLACK_NS (2000 * MS)
 #define PROMISED_SLACK_NS (50 * MS)
 #define LEAST_WINDOW_BYTES 1152
@@ -197,25 +192,25 @@ always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt, __s64 target
 	__u64 paced;
 
 	if (debt <= -PACING_TARGET_NS)
-		return rate + rate / 8;
+		return rate + (rate >> PACING_EXTRA_SHIFT);
 	if (debt <= 0)
-		return rate + rate / 8 * (__u64)-debt / PACING_TARGET_NS;
+		return rate + (rate >> PACING_EXTRA_SHIFT) * (__u64)-debt / PACING_TARGET_NS;
 	if (debt < target)
 		return rate - (rate - share) * (__u64)debt / (__u64)target;
 	paced = share * (__u64)target / (__u64)debt;
-	return paced > share / 4 ? paced : share / 4;
+	return paced > share >> PACING_LEAST_SHIFT ? paced : share >> PACING_LEAST_SHIFT;
 }
 
+/* After a change of the rate it is the old rate's until the next packet that the limit is for. */
 always_inline __s64 debt_of(struct throttle_bucket *bucket, __u64 now)
 {
 	return bucket->even_at_ns ? (__s64)(bucket->even_at_ns - now) : 0;
 }
 
 /* This kernel refuses the option: the policer alone is left, and needs a longer burst. */
-always_inline void police_instead(struct throttle_config *config, struct throttle_bucket *bucket,
-				  __u32 flag)
+always_inline void police_instead(struct throttle_bucket *bucket, __u32 flag)
 {
-	config->flags &= ~flag;
+	bucket->refused |= flag;
 	bucket->slack_ns = POLICE_SLACK_NS;
 }
 
@@ -241,14 +236,14 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 		if (packets < MOST_FIRST_PACKETS)
 			bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, &packets, sizeof(packets));
 	}
-	if (difference <= socket->pacing >> 4)
+	if (difference <= socket->pacing >> PACING_STEP_SHIFT)
 		return;
 	/* Connections that share the bucket may owe more than one alone: pacing makes up for it. */
 	if (!bucket->slack_ns)
 		bucket->slack_ns = PACING_SLACK_NS;
 	/* Four bytes: eight are refused. */
 	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
-		police_instead(config, bucket, THROTTLE_PACE);
+		police_instead(bucket, THROTTLE_PACE);
 	else
 		socket->pacing = value;
 }
@@ -343,7 +338,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	value = bytes < least ? least : bytes < 1 << 30 ? bytes : 1 << 30;
 	/* On every acknowledgement, even if it is the same: TCP's autotuning overwrites it. */
 	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
-		police_instead(config, bucket, THROTTLE_WINDOW);
+		police_instead(bucket, THROTTLE_WINDOW);
 	else
 		socket->clamp = value;
 }
@@ -412,6 +407,12 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns());
 }
 
+/* Whether a limit is to be kept in a way, which this kernel has not refused. */
+always_inline __u32 does(struct throttle_config *config, struct throttle_bucket *bucket, __u32 flag)
+{
+	return config->rate_bytes_per_s ? config->flags & ~bucket->refused & flag : 0;
+}
+
 always_inline int shape(struct bpf_sock_ops *ctx)
 {
 	__u32 up = THROTTLE_UPLOAD, down = THROTTLE_DOWNLOAD;
@@ -421,13 +422,17 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	struct throttle_bucket *download_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
 	struct throttle_socket *socket = 0;
 	int starts = 0;
+	__u32 paces, moves;
 	__u64 now;
 
+	HOLD_RECORD();
 	if (!upload || !download || !upload_bucket || !download_bucket)
 		return 1;
+	paces = does(upload, upload_bucket, THROTTLE_PACE);
+	moves = does(download, download_bucket, THROTTLE_WINDOW);
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
-		if (download->flags & THROTTLE_WINDOW && download->rate_bytes_per_s)
+		if (moves)
 			ctx->args[0] = first_window(ctx, download->rate_bytes_per_s);
 		return 1;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
@@ -456,11 +461,11 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	if (!socket)
 		return 1;
 	now = bpf_ktime_get_ns();
-	if (!(upload->flags & THROTTLE_PACE) || !upload->rate_bytes_per_s)
+	if (!paces)
 		restore_pacing(ctx, socket);
 	else if (starts || ctx->skb_len)
 		pace(ctx, socket, upload, upload_bucket, now);
-	if (!(download->flags & THROTTLE_WINDOW) || !download->rate_bytes_per_s)
+	if (!moves)
 		restore_clamp(ctx, socket);
 	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
 		clamp(ctx, socket, download, download_bucket, now);
@@ -506,9 +511,10 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	struct throttle_socket *socket;
 	int flags = 0;
 
+	HOLD_RECORD();
 	if (ctx->level != THROTTLE_ADOPT)
 		return 1;
-	/* The configuration tells who has left this program behind, if somebody has. */
+	/* By the configuration each version finds out who has left this program behind. */
 	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))
 		return 0;
 	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0)) {
@@ -539,6 +545,7 @@ SEC("cgroup/setsockopt") int pybpft_belongs(struct bpf_sockopt *ctx)
 	__u32 direction = THROTTLE_UPLOAD;
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
 
+	HOLD_RECORD();
 	if (ctx->level != THROTTLE_ADOPT)
 		return 1;
 	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))

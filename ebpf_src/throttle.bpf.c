@@ -16,9 +16,9 @@
  */
 #include "throttle.h"
 
-#define INVERSE_RATE_SHIFT 20
 #define SMALL_PACKET_BYTES 160
 #define LOOPBACK_IFINDEX 1 /* in each network namespace */
+#define MOST_SCALED (1ULL << 63) /* a time as it is scaled: 2.4 hours */
 
 #define IPV6_HEADER_BYTES 40
 #define TCP_DATA_OFFSET 12
@@ -106,6 +106,8 @@ struct {
 	__type(key, __u32);
 	__type(value, struct throttle_stats);
 } CGROUP_STATS SEC(".maps");
+
+#include "record.h"
 
 /* Copies bytes of the packet; not 0 where it has not so many. */
 always_inline long load_bytes(struct __sk_buff *skb, __u32 offset, void *to, __u32 len)
@@ -195,14 +197,47 @@ always_inline __u32 billed_bytes(struct __sk_buff *skb, __u32 len)
 	return tcp_payload_at(skb, header_bytes, len);
 }
 
+/*
+ * The rate has changed. What is owed is owed in bytes, so the time that it takes changes too.
+ *
+ * A CPU that comes between the two writes takes what is owed for the new rate's already, and what
+ * it adds is lost: at worst a packet is free, or dropped. The other order would let it scale twice.
+ */
+always_inline __u64 charge_anew(struct throttle_bucket *bucket, __u64 even_at, __u64 before,
+				__u64 inverse_rate, __u64 now)
+{
+	__u64 owed = even_at - now, bytes, most;
+
+	if (!inverse_rate) /* The configuration is half written. */
+		return even_at;
+	*(volatile __u64 *)&bucket->inverse_rate = inverse_rate;
+	if (!before || !even_at || (__s64)owed <= 0)
+		return even_at;
+	if (owed > MOST_SCALED >> INVERSE_RATE_SHIFT)
+		owed = MOST_SCALED >> INVERSE_RATE_SHIFT;
+	bytes = (owed << INVERSE_RATE_SHIFT) / before;
+	most = MOST_SCALED / inverse_rate;
+	if (bytes > most)
+		bytes = most;
+	even_at = now + (bytes * inverse_rate >> INVERSE_RATE_SHIFT);
+	*(volatile __u64 *)&bucket->even_at_ns = even_at;
+	return even_at;
+}
+
 /* Takes the packet's price from the bucket, or returns 0 where the bucket has run too far ahead. */
 always_inline int pay(struct throttle_bucket *bucket, const struct throttle_config *config,
 		      __u32 billed)
 {
 	__u64 now = bpf_ktime_get_ns();
-	__u64 even_at = bucket->even_at_ns;
-	__u64 limit = config->debt_ns + bucket->slack_ns;
+	/* In this order: what was scaled already is not taken for the old rate's. */
+	__u64 even_at = *(volatile __u64 *)&bucket->even_at_ns;
+	__u64 charged_at = *(volatile __u64 *)&bucket->inverse_rate;
+	__u64 inverse_rate = config->inverse_rate;
+	__u64 slack = config->slack_ns, seen_slack = bucket->slack_ns;
+	__u64 limit = config->debt_ns + (slack > seen_slack ? slack : seen_slack);
 
+	if (unlikely(charged_at != inverse_rate))
+		even_at = charge_anew(bucket, even_at, charged_at, inverse_rate, now);
 	if (unlikely(!even_at)) {
 		bucket->even_at_ns = even_at = now;
 	} else if ((__s64)(now - even_at) > (__s64)config->credit_ns) {
@@ -212,7 +247,7 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 		limit += config->small_ns;
 	if ((__s64)(even_at - now) > (__s64)limit)
 		return 0;
-	__sync_fetch_and_add(&bucket->even_at_ns, billed * config->inverse_rate >> INVERSE_RATE_SHIFT);
+	__sync_fetch_and_add(&bucket->even_at_ns, billed * inverse_rate >> INVERSE_RATE_SHIFT);
 	return 1;
 }
 
@@ -223,6 +258,7 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &direction);
 	__u32 billed;
 
+	HOLD_RECORD();
 	if (!config || !stats || !bucket)
 		return PASS;
 	stats->program_calls++;

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /*
- * The records that the kernel programs share with Python.
+ * The records and constants that the kernel programs share with Python.
  *
- * pybpfthrottle/backends/records.py declares the same structures for ctypes;
- * a test compares each size and offset with the object's BTF.
+ * pybpfthrottle/backends/ebpf/records.py declares the same structures and enums;
+ * a test compares each of them with the BTF of each object, in both directions.
+ *
+ * Each record has one writer: user space, or the programs.
  */
 #ifndef THROTTLE_H
 #define THROTTLE_H
@@ -18,8 +20,8 @@ typedef long long __s64;
 enum throttle_direction {
 	THROTTLE_DOWNLOAD = 0, /* ingress */
 	THROTTLE_UPLOAD = 1,   /* egress */
-	THROTTLE_DIRECTIONS = 2,
 };
+#define THROTTLE_DIRECTIONS 2
 
 enum throttle_flags {
 	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
@@ -27,8 +29,40 @@ enum throttle_flags {
 	THROTTLE_WINDOW = 4,   /* downloads: TCP's receive window moves at the rate */
 };
 
-#define THROTTLE_MAGIC 0x54425059 /* "YPBT" */
-#define THROTTLE_VERSION 1
+/* How a record begins. Version 1 had a shorter configuration, and no struct throttle_record. */
+enum throttle_format {
+	THROTTLE_MAGIC = 0x54425059, /* "YPBT" */
+	THROTTLE_VERSION = 2,
+};
+
+/* setsockopt(2) with this level is about a connection that was open before the limit. */
+enum throttle_level {
+	THROTTLE_ADOPT = 0x54425059,
+};
+
+enum throttle_shift {
+	INVERSE_RATE_SHIFT = 20,
+	EPOCH_SHIFT = 30, /* of nanoseconds: 1.07 s */
+};
+
+/* What connections may owe beyond debt_ns. */
+enum throttle_slack {
+	PACING_SLACK_NS = 300 * 1000 * 1000,
+	POLICE_SLACK_NS = 180 * 1000 * 1000, /* up to the policer's own burst */
+};
+
+/* The law of pacing, by which user space paces what the kernel does not adopt. */
+enum throttle_pacing {
+	PACING_TARGET_NS = 60 * 1000 * 1000,
+	PACING_EXTRA_SHIFT = 3, /* while there is credit an 8th more than the rate, */
+	PACING_LEAST_SHIFT = 2, /* and never less than a quarter of a fair share */
+	PACING_STEP_SHIFT = 4,  /* a change by less than a 16th is none */
+};
+
+/* What SO_MAX_PACING_RATE has where nothing is paced. */
+enum throttle_pacing_rate {
+	UNLIMITED = 0xffffffff,
+};
 
 /*
  * Written by user space, read by the programs.
@@ -49,12 +83,16 @@ struct throttle_config {
 	__u64 small_ns;         /* so much further for packets billed below SMALL_PACKET_BYTES */
 	__u32 flags;            /* enum throttle_flags */
 	__u32 reserved;
+	__u64 slack_ns; /* how much further for connections that nothing else slows down */
 };
 
 /* Written by the programs. */
 struct throttle_bucket {
 	__u64 even_at_ns; /* CLOCK_MONOTONIC time at which nothing is owed; 0: not used yet */
 	__u64 slack_ns;   /* what may be owed beyond debt_ns, for the round trips that were seen */
+	__u64 inverse_rate; /* the one that what is owed was charged at; 0: not charged yet */
+	__u32 refused;      /* enum throttle_flags: what this kernel has refused to do */
+	__u32 reserved;
 };
 
 /*
@@ -93,9 +131,6 @@ struct throttle_process {
 	__u32 follow; /* the processes that it starts are taken in too */
 };
 
-/* setsockopt(2) with this level is about a connection that was open before the limit. */
-#define THROTTLE_ADOPT 0x54425059
-
 /* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */
 struct throttle_stats {
 	__u64 program_calls;
@@ -103,6 +138,40 @@ struct throttle_stats {
 	__u64 bytes_total;
 	__u64 packets_dropped;
 	__u64 bytes_dropped;
+};
+
+enum throttle_record_flags {
+	THROTTLE_KEPT = 1,    /* stays in force after its owner has ended */
+	THROTTLE_REMOVED = 2, /* somebody has taken the limit away; the owner ends */
+};
+
+/* Nothing has this type. It has the enums in the BTF of each object. */
+union throttle_constants {
+	enum throttle_direction direction;
+	enum throttle_flags flags;
+	enum throttle_record_flags record_flags;
+	enum throttle_format format;
+	enum throttle_level level;
+	enum throttle_shift shift;
+	enum throttle_slack slack;
+	enum throttle_pacing pacing;
+	enum throttle_pacing_rate pacing_rate;
+};
+
+/*
+ * What a throttle is to limit, as whoever asks any of its programs can read it. Written by user
+ * space alone; the programs only hold it. The generation is odd while it is being written: who
+ * reads it compares the generation before and after.
+ */
+struct throttle_record {
+	__u32 magic;
+	__u32 version;
+	__u32 generation;
+	__u32 flags;  /* enum throttle_record_flags */
+	__u32 length; /* of the text in bytes */
+	__u32 reserved;
+	char text[4072]; /* JSON */
+	union throttle_constants constants[0]; /* takes no room */
 };
 
 #endif

@@ -1,12 +1,15 @@
-"""A pure-Python BPF toolkit, and a bandwidth limiter for programs on Linux made with it.
+"""Limit the bandwidth of any process, service or cgroup on Linux; and a pure-Python BPF toolkit.
 
-As a library::
+::
 
-    from pybpfthrottle import Direction, Rate, apply, cgroup
+    import pybpfthrottle
 
-    with apply([cgroup.from_path(path)], {Direction.DOWNLOAD: Rate.parse("1M")}) as throttle:
+    with pybpfthrottle.limit(pid=1234, upload="8mbit") as throttle:
         ...
+        throttle.set(upload="4mbit")
         print(throttle.counters())
+
+``pybpfthrottle.bpf`` is the toolkit.
 """
 
 from __future__ import annotations
@@ -14,12 +17,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pybpfthrottle import bpf
     from pybpfthrottle.errors import Error
+    from pybpfthrottle.face import limit, throttles
     from pybpfthrottle.linux import cgroup
     from pybpfthrottle.linux.process import Process
-    from pybpfthrottle.model import Counters, Direction, Rate, Verdict
+    from pybpfthrottle.model import (
+        Counters,
+        Direction,
+        Rate,
+        Target,
+        ThrottleSpec,
+        Traffic,
+        Verdict,
+    )
+    from pybpfthrottle.plan import Wish
     from pybpfthrottle.targets import Selection
-    from pybpfthrottle.throttle import Throttle, apply
+    from pybpfthrottle.throttle import Throttle, apply, start
 
 __all__ = [
     "Counters",
@@ -28,13 +42,22 @@ __all__ = [
     "Process",
     "Rate",
     "Selection",
+    "Target",
     "Throttle",
+    "ThrottleSpec",
+    "Traffic",
     "Verdict",
+    "Wish",
     "apply",
+    "bpf",
     "cgroup",
+    "limit",
+    "start",
+    "throttles",
 ]
 __version__ = "0.1.0"
 
+# Where each name is; modules by their own names.
 _HOMES = {
     "Counters": "model",
     "Direction": "model",
@@ -42,18 +65,26 @@ _HOMES = {
     "Process": "linux.process",
     "Rate": "model",
     "Selection": "targets",
+    "Target": "model",
     "Throttle": "throttle",
+    "ThrottleSpec": "model",
+    "Traffic": "model",
     "Verdict": "model",
+    "Wish": "plan",
     "apply": "throttle",
+    "limit": "face",
+    "start": "throttle",
+    "throttles": "face",
 }
+_MODULES = {"bpf": "bpf", "cgroup": "linux.cgroup"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: the command line starts faster for it."""
     from importlib import import_module
 
-    if name == "cgroup":
-        return import_module("pybpfthrottle.linux.cgroup")
+    if name in _MODULES:
+        return import_module(f"pybpfthrottle.{_MODULES[name]}")
     if name in _HOMES:
         return getattr(import_module(f"pybpfthrottle.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf.running import Rule, Rules
-from pybpfthrottle.bpf import privileges
+from pybpfthrottle.backends.ebpf import privileges
+from pybpfthrottle.backends.ebpf.registry import Rule, Rules
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import endpoints, netns, process, sockets
@@ -422,11 +422,12 @@ def _cannot_look(target: Process, error: OSError) -> ProcessError:
 
 def _why_unknown(error: OSError) -> str:
     """Why it cannot be told whether sockets are covered."""
+    asked = str(error.filename or "").startswith("BPF_")
     if error.errno == errno.ENOSYS:
-        if error.filename:
+        if asked:
             return privileges.why_refused(error, str(error.filename))
         return "the kernel has no pidfd_getfd (Linux 5.6), or a filter refuses it"
-    if error.filename:
+    if asked:
         return (
             f"{error.filename} gives {errno.errorcode.get(error.errno or 0)}: to see throttles"
             " needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"

@@ -1,10 +1,11 @@
-"""The vocabulary: rates, directions, counters and verdicts. Pure."""
+"""The vocabulary: what is limited, to what, and how it went. Pure; to and from JSON."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.errors import LimitError
 
@@ -143,3 +144,100 @@ class Verdict(Enum):
         if ratio > 1.5:
             return cls.NOT_WORKING
         return cls.OVER_LIMIT if ratio > 1.1 else cls.THROTTLED
+
+
+# None: unlimited, but counted.
+Limits = Mapping[Direction, Optional[Rate]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a limit is for: processes, cgroups, systemd units or a command.
+
+    Processes are given by id (``pids``), or match by name, executable and user: one of each that is
+    given. With ``children`` the processes that they start are limited too. ``cgroups`` are paths of
+    version 2, ``units`` names, ``command`` an argument vector that is run with the limit.
+    """
+
+    pids: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    executables: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    children: bool = True
+    cgroups: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+
+    @property
+    def matches(self) -> bool:
+        """Whether processes are chosen by what they are: then a later one may match."""
+        return bool(self.names or self.executables or self.users)
+
+    @property
+    def processes(self) -> bool:
+        """Whether it is processes that are limited, wherever they are."""
+        return bool(self.pids) or self.matches
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that say something, for JSON."""
+        record: dict[str, Any] = {
+            name: list(value)
+            for name, value in vars(self).items()
+            if isinstance(value, tuple) and value
+        }
+        if self.processes:
+            record["children"] = self.children
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Target:
+        """Return the target that ``to_json`` wrote; fields of later versions are left out."""
+        known: dict[str, Any] = {
+            name: tuple(record[name]) if isinstance(record[name], list) else record[name]
+            for name in cls.__dataclass_fields__
+            if name in record
+        }
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Which packets of a target are limited."""
+
+    loopback: bool = False
+
+
+@dataclass(frozen=True)
+class ThrottleSpec:
+    """A throttle as it is asked for: by the command line, by Python, or as the kernel has it."""
+
+    target: Target
+    limits: Limits
+    traffic: Traffic = Traffic()
+    name: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON; limits in bytes per second, null where there is none."""
+        return {
+            "name": self.name,
+            "target": self.target.to_json(),
+            "limits": {
+                str(direction): rate.bytes_per_s if rate else None
+                for direction, rate in self.limits.items()
+            },
+            "loopback": self.traffic.loopback,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ThrottleSpec:
+        """Return the spec that ``to_json`` wrote. Raises KeyError, TypeError or ValueError."""
+        limits = {
+            Direction[direction.upper()]: None if rate is None else Rate(int(rate))
+            for direction, rate in record["limits"].items()
+        }
+        return cls(
+            Target.from_json(record["target"]),
+            limits,
+            Traffic(loopback=bool(record.get("loopback"))),
+            str(record.get("name", "")),
+        )

@@ -15,6 +15,8 @@ from pybpfthrottle.model import Direction
 
 ATTACH_METHODS = ("auto", "link", "legacy")
 SHAPES = ("auto", "pace", "window", "police")
+EGRESS_VERDICTS = ("auto", "congestion", "deny")
+BACKENDS = ("auto", "ebpf")
 
 # The predecessor's names are honoured behind ours.
 _PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")

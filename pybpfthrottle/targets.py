@@ -1,15 +1,18 @@
-"""Which processes are meant: by id, by name, by executable, by user; and those that they start."""
+"""From a target to processes and cgroups, and which of them may be limited."""
 
 from __future__ import annotations
 
 import os
 import pwd
 from contextlib import suppress
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.errors import ProcessError
+from pybpfthrottle.errors import CgroupError, ProcessError
+from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Process
+from pybpfthrottle.model import Target
 
 _COMM_BYTES = 15  # of a process's name the kernel keeps so many
 
@@ -139,3 +142,103 @@ def _user(pid: int) -> int:
             if line.startswith("Uid:"):
                 return int(line.split()[2])
     return -1
+
+
+def select(target: Target) -> Selection:
+    """Return the processes of a target. Raises ProcessError for what does not exist."""
+    return Selection(
+        tuple(Process(pid) for pid in dict.fromkeys(target.pids)),
+        frozenset(target.names),
+        frozenset(map(executable, target.executables)),
+        frozenset(map(user_id, target.users)),
+        children=target.children,
+    )
+
+
+def target_of(selection: Optional[Selection], chosen: Sequence[Cgroup] = ()) -> Target:
+    """Return the target that means a selection, or else cgroups."""
+    if selection is None:
+        return Target(cgroups=tuple(cgroup.path for cgroup in chosen))
+    return Target(
+        pids=tuple(one.pid for one in selection.processes),
+        names=tuple(sorted(selection.names)),
+        executables=tuple(sorted(selection.executables)),
+        users=tuple(sorted(map(user_name, selection.users))),
+        children=selection.children,
+    )
+
+
+def given_cgroups(target: Target, *, insist: bool) -> list[Cgroup]:
+    """Return the cgroups and units of a target; ``insist`` allows those of this session.
+
+    Raises CgroupError, or ProcessError for one that may not be limited.
+    """
+    chosen = [cgroups.from_path(path) for path in target.cgroups]
+    chosen += [cgroups.from_unit(name) for name in target.units]
+    chosen = list(dict.fromkeys(chosen))
+    _refuse_nested(chosen)
+    if not insist:
+        _refuse_own_session(chosen, "add --whole-cgroup")
+    return chosen
+
+
+def whole_cgroups(selection: Selection) -> list[Cgroup]:
+    """Return the cgroups that processes are in, to be limited as a whole.
+
+    Raises CgroupError, or ProcessError for one that may not be limited.
+    """
+    chosen = own_cgroups(selection)
+    _refuse_nested(chosen)
+    for cgroup in chosen:
+        if cgroup.is_root():
+            raise ProcessError(
+                f"{cgroup.path} is the root cgroup, which holds whatever is in no other one:"
+                " leave --whole-cgroup out, to limit the process alone"
+            )
+    _refuse_own_session(chosen, "give --cgroup PATH --whole-cgroup")
+    return chosen
+
+
+def own_cgroups(selection: Selection) -> list[Cgroup]:
+    """Return the cgroups that processes are in. Raises CgroupError or ProcessError."""
+    return list(dict.fromkeys(cgroups.from_pid(one.pid) for one in selection.processes))
+
+
+def share_cgroups(selection: Selection) -> bool:
+    """Whether others are in the cgroups of processes too, or may come, since one is the root."""
+    own = {one.pid for one in selection.processes}
+    try:
+        return any(
+            cgroup.is_root()
+            or any(
+                pid not in own and not process.is_kernel_thread(pid) for pid in cgroup.pids_below()
+            )
+            for cgroup in own_cgroups(selection)
+        )
+    except (CgroupError, OSError):  # a cgroup that is not visible here, or is gone
+        return True
+
+
+def _refuse_nested(chosen: Sequence[Cgroup]) -> None:
+    for one in chosen:
+        for other in chosen:
+            if one is not other and other in one:
+                raise CgroupError(
+                    f"{other.path} is inside of {one.path}: its packets would be charged twice"
+                )
+
+
+def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
+    """Nobody should lose the connection that they type on by accident."""
+    for pid in process.own_session():
+        try:
+            where = cgroups.from_pid(pid)
+        except (ProcessError, CgroupError):
+            continue
+        for cgroup in chosen:
+            if where in cgroup:
+                raise ProcessError(
+                    f"{cgroup.path} holds this session too (process"
+                    f" {process.listed([pid])}): the limit would be for the terminal or the"
+                    f" remote login that you work on. If you mean that, {insist}"
+                )

@@ -1,67 +1,117 @@
-"""Throttle: choose a backend for each direction, apply, read counters, change, remove."""
+"""From a spec to a throttle: plan it, put it in force, read it, change it, take it away."""
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Mapping, Optional, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
-from pybpfthrottle.backends import Backend, Handle, Limits, Options, Targets
-from pybpfthrottle.backends.ebpf.backend import EbpfBackend
-from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Counters, Direction, Rate
+from pybpfthrottle import registry, targets
+from pybpfthrottle.backends import Backend, Match, Offer, Order, Part, Record, all_backends
+from pybpfthrottle.backends import get as get_backend
+from pybpfthrottle.errors import Error, NoMarksError, ThrottleError
+from pybpfthrottle.linux import own_cgroups
+from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
+from pybpfthrottle.supervisor import Chore, Driver, InThread, OnEventLoop
 from pybpfthrottle.targets import Selection
 
-BACKENDS: tuple[Backend, ...] = (EbpfBackend(),)
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Throttle:
-    """Limits in force on cgroups or processes, which share them. ``remove`` or ``with`` ends it."""
+    """Limits in force on cgroups or processes, which share them. ``remove`` or ``with`` ends it.
 
-    def __init__(self, targets: Targets, limits: Limits, handles: dict[Direction, Handle]) -> None:
-        self.cgroups = tuple(targets.cgroups)
-        self.selection = targets.processes
-        self._limits = dict(limits)
-        self._handles = handles
+    One of another process, taken in hand by ``open_record``, stays in force after ``with``.
+
+    What has to be done while it is in force (``chores``) is done by a supervisor: of whoever made
+    it, or in a background thread within ``with``, or on the event loop within ``async with``.
+    """
+
+    def __init__(
+        self,
+        throttle_id: str,
+        spec: ThrottleSpec,
+        parts: Mapping[Direction, Part],
+        cgroups: Sequence[Cgroup],
+        selection: Optional[Selection],
+        undo: ExitStack,
+        *,
+        own: bool = True,
+    ) -> None:
+        self.id = throttle_id
+        self.spec = spec
+        self.cgroups = tuple(cgroups)
+        self.selection = selection
         self.started_s = time.monotonic()
+        self._parts = dict(parts)
+        self._undo = undo
+        self._own = own
+        self._driver: Optional[Driver] = None
+        self._goes_on: Callable[[], bool] = lambda: not self.vanished()
+        self._end = "exited" if selection is not None else "vanished"
+        # What is done instead of what was asked for, a line each; ``notes`` has them too.
+        self.plan_notes: tuple[str, ...] = ()
+        paths = ", ".join(cgroup.path for cgroup in self.cgroups)
+        self.what = paths if selection is None else str(selection)
 
     @property
-    def limits(self) -> Mapping[Direction, Optional[Rate]]:
+    def limits(self) -> Limits:
         """The limit for each direction; None is unlimited."""
-        return dict(self._limits)
+        return {direction: part.limits[direction] for direction, part in self._parts.items()}
 
     def counters(self) -> dict[Direction, Counters]:
-        """What each direction counted since the throttle was made."""
-        found: dict[Direction, Counters] = {}
-        for handle in self._distinct_handles():
-            found.update(handle.counters())
-        return found
+        """Return what each direction counted since the throttle was made."""
+
+        def read() -> dict[Direction, Counters]:
+            found: dict[Direction, Counters] = {}
+            for part in self._distinct_parts():
+                found.update(part.counters())
+            return found
+
+        return self._do(read)
 
     def burst_bytes(self, direction: Direction) -> int:
-        """What may pass at once after an idle time, beyond the rate."""
-        return self._handles[direction].burst_bytes(direction)
+        """Return what may pass at once after an idle time, beyond the rate."""
+        return self._do(lambda: self._parts[direction].burst_bytes(direction))
 
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
-        if direction not in self._handles:
+        if direction not in self._parts:
             raise ThrottleError(f"this throttle was made without a limit for {direction}")
-        self._handles[direction].set_rate(direction, rate)
-        self._limits[direction] = rate
+        self._do(lambda: self._parts[direction].set_rate(direction, rate))
+
+    def set(self, **limits: Any) -> None:
+        """Change limits: ``set(download="2M", upload=None)``; None lifts one.
+
+        Raises LimitError or ThrottleError.
+        """
+        for direction, rate in limits_of(**limits).items():
+            self.set_limit(direction, rate)
 
     def switch(self, method: str) -> None:
         """Attach by another method, link or legacy, without a moment without a limit.
 
         Raises AttachError; then what was attached before still is.
         """
-        for handle in self._distinct_handles():
-            handle.switch(method)
 
-    def describe(self) -> dict[str, dict[str, str]]:
-        """How each direction is limited."""
-        return {
-            str(direction): handle.describe(direction)
-            for direction, handle in self._handles.items()
-        }
+        def switch() -> None:
+            for part in self._distinct_parts():
+                part.switch(method)
+
+        self._do(switch)
+
+    def how(self) -> dict[Direction, dict[str, str]]:
+        """Return how each direction is limited: backend, how it is attached, how it is shaped."""
+        return self._do(
+            lambda: {direction: part.describe(direction) for direction, part in self._parts.items()}
+        )
 
     def vanished(self) -> bool:
         """Whether nothing is left to limit, and nothing can come."""
@@ -71,29 +121,188 @@ class Throttle:
             return True
         return not self.selection.matches_some and not self.processes()
 
+    def ended(self) -> str:
+        """Return why it has ended: ``removed``, ``exited``, ``vanished``; empty: it goes on.
+
+        Somebody else has removed it; all that is limited has ended; or the given cgroups are gone.
+        """
+        if self._do(lambda: any(part.removed_by_others() for part in self._distinct_parts())):
+            return "removed"
+        return "" if self._goes_on() else self._end
+
     def processes(self) -> list[int]:
-        """The selected processes that are limited now, and those that they have started."""
-        found = (pid for handle in self._distinct_handles() for pid in handle.processes())
-        return sorted(set(found))
+        """Return the selected processes that are limited now, and those that they have started."""
+        return self._do(
+            lambda: sorted({pid for part in self._distinct_parts() for pid in part.processes()})
+        )
 
     def notes(self) -> list[str]:
-        """What is not covered, or covered besides, a line each; more may come with time."""
-        found = (note for handle in self._distinct_handles() for note in handle.notes())
-        return list(dict.fromkeys(found))
+        """Return what is not covered, or covered besides, a line each; more may come with time."""
+        found = self._do(lambda: [note for part in self._distinct_parts() for note in part.notes()])
+        return list(dict.fromkeys([*self.plan_notes, *found]))
+
+    def chores(self) -> list[Chore]:
+        """Return what has to be done while it is in force, for a supervisor."""
+        return [chore for part in self._distinct_parts() for chore in part.chores()]
 
     def remove(self) -> None:
         """Take the limits away. Doing so twice is no error."""
-        for handle in self._distinct_handles():
-            handle.remove()
+        self._do(self._undo.close)
+        if self._driver is not None:
+            driver, self._driver = self._driver, None
+            driver.release()
+
+    def lasts_as_long_as(self, goes_on: Callable[[], bool]) -> None:
+        """Have it end when this is not so any more, or its cgroups are gone."""
+        self._goes_on = lambda: goes_on() and not self.vanished()
+        self._end = "exited"
+
+    def close(self) -> None:
+        """Let one of somebody else go, which was taken in hand by ``open_record``."""
+        self._undo.pop_all()
+        for part in self._distinct_parts():
+            part.close()
+
+    def supervise(self) -> None:
+        """Have its chores done in a background thread of this process, until it is removed."""
+        if self._driver is None:
+            self._driver = InThread(self.chores)
 
     def __enter__(self) -> Throttle:
+        if self._own:
+            self.supervise()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        if self._own:
+            self.remove()
+        else:
+            self.close()
 
-    def _distinct_handles(self) -> list[Handle]:
-        return list({id(handle): handle for handle in self._handles.values()}.values())
+    async def __aenter__(self) -> Throttle:
+        from asyncio import get_running_loop
+
+        if self._own:
+            if self._driver is not None:
+                self._driver.release()
+            self._driver = OnEventLoop(self.chores, get_running_loop())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.__exit__()
+
+    def __repr__(self) -> str:
+        limits = ", ".join(f"{direction} {rate}" for direction, rate in self.limits.items())
+        return f"<Throttle {self.id} {limits}>"
+
+    def _do(self, function: Callable[[], T]) -> T:
+        return function() if self._driver is None else self._driver.call(function)
+
+    def _distinct_parts(self) -> list[Part]:
+        return list({id(part): part for part in self._parts.values()}.values())
+
+
+def limits_of(download: Any = ..., upload: Any = ...) -> dict[Direction, Optional[Rate]]:
+    """Return the limits that are given: a Rate, a text, bytes per second, or None.
+
+    Raises LimitError.
+    """
+    given = {Direction.DOWNLOAD: download, Direction.UPLOAD: upload}
+    return {
+        direction: None if rate is None else _rate(rate)
+        for direction, rate in given.items()
+        if rate is not ...
+    }
+
+
+def _rate(given: Any) -> Rate:
+    if isinstance(given, Rate):
+        return given
+    return Rate.parse(given) if isinstance(given, str) else Rate.of(int(given))
+
+
+def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - immutable
+    """Put a throttle in force in the best way that works here.
+
+    Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
+    """
+    with locked():
+        selection = targets.select(spec.target) if spec.target.processes else None
+        cgroups = _whole_cgroups(spec.target, wish, selection)
+        if not wish.stack:
+            registry.refuse_limited(selection, cgroups)
+        situation = Situation(
+            processes=selection is not None,
+            matches=spec.target.matches,
+            shared=selection is not None and targets.share_cgroups(selection),
+        )
+        why: Optional[NoMarksError] = None
+        for plan in plans(situation, wish, list(spec.limits), _offers(spec.limits)):
+            try:
+                return _carry_out(plan, spec, wish, selection, cgroups, why)
+            except NoMarksError as error:
+                why = error
+    if spec.target.matches:
+        raise ThrottleError(
+            f"single processes cannot be limited here: {why}; use --cgroup or --unit"
+        ) from why
+    raise why or AssertionError("there is at least one plan")
+
+
+def _whole_cgroups(target: Target, wish: Wish, selection: Optional[Selection]) -> list[Cgroup]:
+    """Return the cgroups that are asked for, as such or as those of processes."""
+    if selection is None:
+        return targets.given_cgroups(target, insist=wish.insist)
+    return targets.whole_cgroups(selection) if wish.matching == "whole-cgroup" else []
+
+
+def _offers(directions: Iterable[Direction]) -> list[Offer]:
+    return [
+        backend.offer(direction, match)
+        for backend in all_backends()
+        for direction in directions
+        for match in Match
+    ]
+
+
+def _carry_out(
+    plan: Plan,
+    spec: ThrottleSpec,
+    wish: Wish,
+    selection: Optional[Selection],
+    cgroups: Sequence[Cgroup],
+    why: Optional[NoMarksError],
+) -> Throttle:
+    """Put a throttle in force in one way. Raises NoMarksError where the next one may work."""
+    notes = [note.format(why=why) for note in plan.notes]
+    if selection is None:
+        throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
+    elif plan.place is Place.SOCKETS:
+        throttle = _enforce(spec, plan.backends, [], selection, wish.options, ExitStack())
+    elif plan.place is Place.CGROUPS:
+        cgroups = cgroups or targets.own_cgroups(selection)
+        throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
+        throttle.lasts_as_long_as(lambda: any(one.alive() for one in selection.processes))
+    else:
+        throttle = _move(plan, spec, wish, selection)
+    throttle.plan_notes = tuple(notes)
+    return throttle
+
+
+def _move(plan: Plan, spec: ThrottleSpec, wish: Wish, selection: Selection) -> Throttle:
+    """Move processes into cgroups of their own, and limit these."""
+    # Who is still where a crash has left it goes back first, or it would come back there.
+    own_cgroups.remove_abandoned()
+    before = selection._replace(new_sockets=False) if plan.place is Place.MOVED else None
+    with ExitStack() as undo:
+        moved = undo.enter_context(Moved(one.pid for one in selection.processes))
+        throttle = _enforce(spec, plan.backends, moved.cgroups, before, wish.options, undo)
+        undo.callback(throttle.remove)
+        moved.move()
+        undo.pop_all()
+    throttle.lasts_as_long_as(moved.populated)
+    throttle.what = f"{selection}, moved"
+    return throttle
 
 
 def apply(
@@ -101,54 +310,166 @@ def apply(
     limits: Limits,
     *,
     processes: Optional[Selection] = None,
-    options: Options = Options(),  # noqa: B008 - an immutable value
-    backends: Optional[Mapping[Direction, str]] = None,
+    traffic: Traffic = Traffic(),  # noqa: B008 - immutable
+    options: Any = None,
+    backends: Mapping[Direction, str] = MappingProxyType({}),
+    target: Optional[Target] = None,
+    name: str = "",
 ) -> Throttle:
-    """Put limits in force on cgroups, which share them; the traffic of all others is not touched.
+    """Put limits in force on just these cgroups, which share them, whatever else is limited there.
 
-    With ``processes`` they are for the sockets of these, whatever cgroup they are of.
-    ``backends`` names a mechanism for a direction; without, the best available one is chosen.
-    Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
+    With ``processes`` they are for the sockets of these, whatever cgroup they are of. ``options``
+    are those of the eBPF backend. ``backends`` names a mechanism for a direction; without, the best
+    available one is chosen. ``target`` and ``name`` are what others are told of it. Raises
+    ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
     if not limits:
         raise ThrottleError("no limit was given")
-    targets = Targets(cgroups, processes)
-    chosen: dict[Backend, dict[Direction, Optional[Rate]]] = {}
-    for direction, rate in limits.items():
-        backend = choose(direction, (backends or {}).get(direction, "auto"))
-        chosen.setdefault(backend, {})[direction] = rate
-    handles: dict[Direction, Handle] = {}
-    try:
-        for backend, share in chosen.items():
-            handle = backend.apply(targets, share, options)
-            handles.update(dict.fromkeys(share, handle))
-    except BaseException:
-        for handle in handles.values():
-            handle.remove()
-        raise
-    return Throttle(targets, limits, handles)
+    spec = ThrottleSpec(
+        target or targets.target_of(processes, cgroups), dict(limits), traffic, name
+    )
+    chosen = {
+        direction: choose(direction, backends.get(direction, "auto")).name for direction in limits
+    }
+    with ExitStack() as undo:
+        throttle = _enforce(spec, chosen, cgroups, processes, {"ebpf": options}, undo)
+        undo.pop_all()
+    return throttle
+
+
+def _enforce(
+    spec: ThrottleSpec,
+    chosen: Mapping[Direction, str],
+    cgroups: Sequence[Cgroup],
+    processes: Optional[Selection],
+    options: Mapping[str, Any],
+    undo: ExitStack,
+) -> Throttle:
+    """Have each backend put its directions in force. ``undo`` goes to the throttle."""
+    throttle_id = registry.new_id()
+    parts: dict[Direction, Part] = {}
+    for name in dict.fromkeys(chosen.values()):
+        limits = {
+            direction: rate for direction, rate in spec.limits.items() if chosen[direction] == name
+        }
+        order = Order(spec, limits, cgroups, processes, options.get(name))
+        part = get_backend(name).apply(order, throttle_id)
+        undo.callback(part.remove)
+        parts.update(dict.fromkeys(limits, part))
+    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all())
+
+
+def open_record(record: Record) -> Throttle:
+    """Take a throttle in hand that is in force, whoever made it; ``close`` lets it go again.
+
+    Raises ThrottleError if it is gone.
+    """
+    part = get_backend(record.backend).open(record)
+    undo = ExitStack()
+    undo.callback(part.remove)
+    return Throttle(
+        record.id,
+        record.spec,
+        dict.fromkeys(record.spec.limits, part),
+        [Cgroup(path) for path in record.cgroups],
+        None,
+        undo,
+        own=False,
+    )
 
 
 def prepare() -> None:
     """Do what takes time and can be done before ``apply``, as in a thread beside other work."""
-    for backend in BACKENDS:
+    for backend in all_backends():
         backend.prepare()
 
 
 def choose(direction: Direction, name: str = "auto") -> Backend:
-    """The named backend, or the best available one.
+    """Return the named backend, or the best available one.
 
     Raises ThrottleError with the reason of each that is not available.
     """
-    if name != "auto" and name not in (backend.name for backend in BACKENDS):
-        known = ", ".join(backend.name for backend in BACKENDS)
-        raise ThrottleError(f"no backend {name!r} for {direction} (known: {known})")
+    candidates = all_backends() if name == "auto" else [get_backend(name)]
     reasons = []
-    for backend in sorted(BACKENDS, key=lambda backend: -backend.priority):
-        if name not in ("auto", backend.name):
-            continue
+    for backend in candidates:
         reason = backend.unavailable(direction)
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ThrottleError(f"cannot limit {direction}: {'; '.join(reasons)}")
+
+
+class Each:
+    """A throttle for each process of a target, now and later. ``remove`` or ``with`` ends all."""
+
+    def __init__(self, spec: ThrottleSpec, wish: Wish) -> None:
+        """Limit those that are there. Raises what ``start`` raises."""
+        self._spec = spec
+        self._wish = wish
+        self._selection = targets.select(spec.target)
+        self.throttles: list[Throttle] = []
+        with ExitStack() as undo:
+            undo.callback(self.remove)
+            for pid in spec.target.pids:
+                self._begin(pid)
+            self.look()
+            undo.pop_all()
+
+    def look(self) -> list[Throttle]:
+        """Limit the processes that match and have no limit yet; return the new throttles."""
+        if not self._selection.matches_some:
+            return []
+        limited = {pid for throttle in self.throttles for pid in throttle.processes()}
+        begun = []
+        for pid in set(self._selection.matching()) - limited:
+            try:
+                begun.append(self._begin(pid))
+            except Error as error:
+                # It has ended, has a limit of another instance, or there are too many.
+                log.info("%d gets no limit: %s", pid, error)
+        return begun
+
+    def end(self, throttle: Throttle) -> None:
+        """Take one of them away."""
+        self.throttles.remove(throttle)
+        throttle.remove()
+
+    def waits(self) -> bool:
+        """Whether later processes may come."""
+        return self._selection.matches_some
+
+    def chores(self) -> list[Chore]:
+        """Return what has to be done for all of them, but for ``look``."""
+        return [chore for throttle in self.throttles for chore in throttle.chores()]
+
+    def remove(self) -> None:
+        """Take all of them away."""
+        with ExitStack() as stack:
+            for throttle in self.throttles:
+                stack.callback(throttle.remove)
+            self.throttles = []
+
+    def __enter__(self) -> Each:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _begin(self, pid: int) -> Throttle:
+        target = Target(pids=(pid,), children=self._spec.target.children)
+        with locked():
+            selection = targets.select(target)
+            if not self._wish.stack:
+                registry.refuse_limited(selection, [])
+            throttle = apply(
+                [],
+                self._spec.limits,
+                processes=selection,
+                traffic=self._spec.traffic,
+                options=self._wish.options.get("ebpf"),
+                backends=self._wish.backends,
+                target=target,
+                name=self._spec.name,
+            )
+        self.throttles.append(throttle)
+        return throttle

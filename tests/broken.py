@@ -66,7 +66,7 @@ def _fit(spec: ObjectSpec) -> None:
 def _show_values(spec: ObjectSpec) -> None:
     """What a map's zeros are by the names of the fields, there and back."""
     typed = [one for found in spec.maps.values() for one in (found.key_type, found.value_type)]
-    btf = Btf(spec.btf) if spec.btf else None
+    btf = spec.btf
     for type_id in filter(None, typed) if btf else ():
         try:
             size = btf.size(type_id)
@@ -85,7 +85,7 @@ class _OwnTypes:
 
     @property
     def types(self) -> Kernel:
-        return Kernel(Btf(self._spec.btf or b""))
+        return Kernel(self._spec.btf or Btf(b""))
 
     def setting(self, name: str) -> Optional[str]:
         return "y" if len(name) % 2 else "250"

@@ -1,20 +1,27 @@
-"""Mechanisms that limit: one module each, behind one small protocol."""
+"""Mechanisms that limit: a room each, behind one small protocol.
+
+A backend makes an offer for a direction and a way of matching packets, puts limits in force as a
+``Part`` of a throttle, finds the parts that are in force whoever made them, and takes such a one in
+hand.
+"""
 
 from __future__ import annotations
 
-from enum import IntEnum
-from types import MappingProxyType
-from typing import Mapping, NamedTuple, Optional, Protocol, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from importlib import import_module
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
+from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Counters, Direction, Rate
-from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
+from pybpfthrottle.settings import BACKENDS
+from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.targets import Selection
 
-# None: unlimited, but counted.
-Limits = Mapping[Direction, Optional[Rate]]
-
-EGRESS_VERDICTS = ("auto", "congestion", "deny")
+# Where each backend of settings.BACKENDS is. Imported when it is needed: most starts need one.
+_HOMES = {"ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend")}
 
 
 class Priority(IntEnum):
@@ -26,60 +33,111 @@ class Priority(IntEnum):
     BEST = 4
 
 
-class Options(NamedTuple):
-    """What may be chosen beside the limits themselves.
+class Match(Enum):
+    """How the packets of a target are told from all others."""
 
-    ``loopback`` limits the loopback device too. ``attach`` tells for a direction how programs are
-    attached; ``egress_verdict`` is one of EGRESS_VERDICTS: how an upload's packet is dropped, as
-    if by congestion (Linux 5.3) or denied (EPERM for the send of a UDP program). ``shape`` is one
-    of settings.SHAPES for a direction. ``guard`` has a child process restore connections if this
-    process is killed.
+    MARKS = "marks"
+    CGROUP = "cgroup"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a backend can do for one direction and way of matching.
+
+    ``refused`` is why it cannot, or None; ``loses`` are the things that it would leave out, a
+    sentence each.
     """
 
-    loopback: bool = False
-    attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
-    egress_verdict: str = "auto"
-    shape: Mapping[Direction, str] = MappingProxyType({})
-    guard: bool = False
+    backend: str
+    priority: Priority
+    direction: Direction
+    match: Match
+    refused: Optional[str] = None
+    loses: tuple[str, ...] = ()
 
 
-class Targets(NamedTuple):
-    """What a limit is for: all traffic of cgroups, the sockets of processes, or both together.
+class Order(NamedTuple):
+    """What one backend is to put in force: all packets of cgroups, or of the sockets of processes.
 
-    With both, sockets that are of the cgroups must not be the processes' as well: ``new_sockets``
-    of the selection is false.
+    With both, the sockets of the cgroups must not be the processes' as well: then ``new_sockets``
+    of the selection is false. ``options`` are the backend's own, or None.
     """
 
+    spec: ThrottleSpec
+    limits: Limits
     cgroups: Sequence[Cgroup] = ()
     processes: Optional[Selection] = None
+    options: Any = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """Which packets are limited."""
+        return self.spec.traffic
 
 
-class Handle(Protocol):
-    """A limit that is in force on some directions."""
+@dataclass(frozen=True)
+class Record:
+    """A throttle in force, as it is registered: this process's own, or another's.
+
+    ``owner`` is the process that keeps it, ``kept`` whether it stays after that. ``since_ns`` is
+    the time of its start on CLOCK_BOOTTIME. ``removed`` tells that the limit was taken away while
+    its owner still runs. ``clears_up`` is a process that restores connections when the owner is
+    killed. ``handles`` is what the backend finds it by.
+    """
+
+    id: str
+    spec: ThrottleSpec
+    owner: Identity
+    backend: str
+    match: Match
+    cgroups: tuple[str, ...] = ()
+    kept: bool = False
+    since_ns: int = 0
+    removed: bool = False
+    clears_up: Optional[Identity] = None
+    attached_by: str = ""
+    handles: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Part(Protocol):
+    """A limit that is in force on some directions, by one backend."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
 
     def counters(self) -> dict[Direction, Counters]:
-        """What each direction counted."""
+        """Return what each direction counted."""
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change the limit of a direction; None lifts it."""
 
     def burst_bytes(self, direction: Direction) -> int:
-        """What may pass at once after an idle time, beyond the rate."""
+        """Return what may pass at once after an idle time, beyond the rate."""
 
     def switch(self, method: str) -> None:
-        """Attach by another method, link or legacy, without a moment without a limit."""
+        """Attach by another method, without a moment without a limit. Raises ThrottleError."""
 
     def remove(self) -> None:
         """Take everything away. Doing so twice is no error."""
 
     def describe(self, direction: Direction) -> dict[str, str]:
-        """How a direction is limited, for people and for JSON."""
+        """Return how a direction is limited, for people and for JSON."""
 
     def processes(self) -> list[int]:
-        """The selected processes that are limited now, and those that they have started."""
+        """Return the selected processes that are limited now, and those that they have started."""
 
     def notes(self) -> Sequence[str]:
-        """What the user should know of what is covered and what not, a line each."""
+        """Return what the user should know of what is covered and what not, a line each."""
+
+    def chores(self) -> Sequence[Chore]:
+        """Return what has to be done while it is in force."""
+
+    def removed_by_others(self) -> bool:
+        """Whether somebody else has taken the limit away."""
+
+    def close(self) -> None:
+        """Let it go, in force as it is: for one that was taken in hand by ``open``."""
 
 
 class Backend(Protocol):
@@ -89,10 +147,43 @@ class Backend(Protocol):
     priority: Priority
 
     def unavailable(self, direction: Direction) -> Optional[str]:
-        """Why it cannot limit this direction here, or None."""
+        """Return why it cannot limit this direction here, or None."""
+
+    def offer(self, direction: Direction, match: Match) -> Offer:
+        """Return what it can do for a direction and a way of matching; tried, not guessed."""
 
     def prepare(self) -> None:
-        """Do what takes time and can be done before the targets are known."""
+        """Do what takes time and can be done before the target is known."""
 
-    def apply(self, targets: Targets, limits: Limits, options: Options) -> Handle:
-        """Put limits, shared by all of the targets, in force."""
+    def apply(self, order: Order, throttle_id: str) -> Part:
+        """Put limits, shared by all of the target, in force, and register them.
+
+        Raises an error of this package; then all is undone.
+        """
+
+    def in_force(self) -> Iterator[Record]:
+        """Return what is in force on this machine, whoever made it. Raises OSError."""
+
+    def open(self, record: Record) -> Part:
+        """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""
+
+    def tidy_up(self) -> None:
+        """Remove what a crash has left."""
+
+    def processes(self, record: Record) -> list[int]:
+        """Return the processes whose sockets one limits, by their id in the first namespace."""
+
+
+def get(name: str) -> Backend:
+    """Return the backend of this name. Raises ThrottleError if there is none."""
+    if name not in _HOMES:
+        known = ", ".join(name for name in BACKENDS if name != "auto")
+        raise ThrottleError(f"no backend {name!r} (known: {known})")
+    module, kind = _HOMES[name]
+    backend: Backend = getattr(import_module(module), kind)()
+    return backend
+
+
+def all_backends() -> list[Backend]:
+    """Return all backends, the best first."""
+    return sorted(map(get, _HOMES), key=lambda backend: -backend.priority)

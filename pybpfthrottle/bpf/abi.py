@@ -266,24 +266,8 @@ BPF_RINGBUF_BUSY_BIT = 1 << 31
 BPF_RINGBUF_DISCARD_BIT = 1 << 30
 BPF_RINGBUF_HDR_SZ = 8
 
-# What src_reg of BPF_LD | BPF_IMM | BPF_DW and of BPF_JMP | BPF_CALL means.
-BPF_PSEUDO_MAP_FD = 1
-BPF_PSEUDO_MAP_VALUE = 2
-BPF_PSEUDO_BTF_ID = 3
-BPF_PSEUDO_CALL = 1
-BPF_PSEUDO_KFUNC_CALL = 2
-BPF_PSEUDO_FUNC = 4
-
 BPF_OBJ_NAME_LEN = 16
 BPF_TAG_SIZE = 8
-
-# enum libbpf_pin_type of libbpf's bpf_helpers.h.
-LIBBPF_PIN_NONE = 0
-LIBBPF_PIN_BY_NAME = 1
-
-INSN_BYTES = 8
-BPF_LD_IMM64 = 0x18
-BPF_CALL = 0x85
 
 
 class MapCreate(ctypes.Structure):
@@ -476,6 +460,12 @@ class LinkCreate(ctypes.Structure):
     )
 
 
+class IterCreate(ctypes.Structure):
+    """BPF_ITER_CREATE."""
+
+    _fields_ = (("link_fd", c_uint32), ("flags", c_uint32))
+
+
 class LinkUpdate(ctypes.Structure):
     """BPF_LINK_UPDATE."""
 
@@ -519,6 +509,7 @@ class Attr(ctypes.Union):
         ("raw_tracepoint", RawTracepointOpen),
         ("btf_load", BtfLoad),
         ("link_create", LinkCreate),
+        ("iter_create", IterCreate),
         ("link_update", LinkUpdate),
         ("link_detach", LinkDetach),
         ("enable_stats", EnableStats),
@@ -652,6 +643,12 @@ class TcxLinkInfo(ctypes.Structure):
     _fields_ = (("ifindex", c_uint32), ("attach_type", c_uint32))
 
 
+class SockmapLinkInfo(ctypes.Structure):
+    """bpf_link_info.sockmap."""
+
+    _fields_ = (("map_id", c_uint32), ("attach_type", c_uint32))
+
+
 class LinkDetails(ctypes.Union):
     """What struct bpf_link_info says for a type of link."""
 
@@ -663,6 +660,7 @@ class LinkDetails(ctypes.Union):
         ("xdp", XdpLinkInfo),
         ("tcx", TcxLinkInfo),
         ("netkit", TcxLinkInfo),
+        ("sockmap", SockmapLinkInfo),
     )
 
 
@@ -703,42 +701,4 @@ class LineInfo(ctypes.Structure):
         ("file_name_off", c_uint32),
         ("line_off", c_uint32),
         ("line_col", c_uint32),
-    )
-
-
-class LegacyMapDef(ctypes.Structure):
-    """struct bpf_map_def, as objects without BTF define maps in section ``maps``."""
-
-    _fields_ = (
-        ("type", c_uint32),
-        ("key_size", c_uint32),
-        ("value_size", c_uint32),
-        ("max_entries", c_uint32),
-        ("map_flags", c_uint32),
-    )
-
-
-class NumberedMapDef(ctypes.Structure):
-    """struct bpf_map_def of samples/bpf and of aya, which has ``pinning`` last instead."""
-
-    _fields_ = (
-        *LegacyMapDef._fields_,
-        ("inner_map_idx", c_uint32),
-        ("numa_node", c_uint32),
-    )
-
-
-# inner_idx of struct bpf_elf_map for what is in no other map.
-IPROUTE2_NO_INDEX = 0xFFFFFFFF
-
-
-class Iproute2MapDef(ctypes.Structure):
-    """struct bpf_elf_map of iproute2's bpf_elf.h."""
-
-    _fields_ = (
-        *LegacyMapDef._fields_,
-        ("id", c_uint32),
-        ("pinning", c_uint32),
-        ("inner_id", c_uint32),
-        ("inner_idx", c_uint32),
     )

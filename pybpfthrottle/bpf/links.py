@@ -7,7 +7,7 @@ import errno
 import os
 from contextlib import suppress
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Optional, Protocol
+from typing import BinaryIO, Iterator, NamedTuple, Optional, Protocol
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, LinkType
@@ -29,10 +29,6 @@ class Attachment(Protocol):
 
     mode: AttachMode
 
-    @property
-    def rung(self) -> str:
-        """link, legacy, or legacy with a mode that is not multiple."""
-
     def detach(self) -> None:
         """Take the program away. Doing so twice, or after the cgroup is gone, is no error."""
 
@@ -41,7 +37,6 @@ class Link:
     """A link: the kernel detaches the program when its last descriptor is closed."""
 
     mode = AttachMode.ALLOW_MULTIPLE
-    rung = "link"
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -74,6 +69,15 @@ class Link:
             attr.link_update.old_prog_fd = instead_of.fd
             attr.link_update.flags = abi.BPF_F_REPLACE
         syscall.bpf(Cmd.LINK_UPDATE, attr)
+
+    def open_iterator(self) -> BinaryIO:
+        """Open what an iterator writes; its program runs as the file is read. Linux 5.8.
+
+        Raises OSError: EINVAL for a link of another type.
+        """
+        attr = Attr()
+        attr.iter_create.link_fd = self.fd
+        return os.fdopen(syscall.bpf(Cmd.ITER_CREATE, attr), "rb")
 
     def info(self) -> LinkInfo:
         """What the kernel says of it. Linux 5.8."""
@@ -121,13 +125,6 @@ class LegacyAttachment:
         finally:
             self.close()
 
-    @property
-    def rung(self) -> str:
-        """legacy, or legacy with its mode where that is not multiple."""
-        if self.mode is AttachMode.ALLOW_MULTIPLE:
-            return "legacy"
-        return f"legacy ({self.mode.name.lower()})"
-
     def close(self) -> None:
         """Close the descriptors; what is attached stays attached."""
         os.close(self._program_fd)
@@ -135,7 +132,7 @@ class LegacyAttachment:
         self._program_fd = self._cgroup_fd = -1
 
     def __repr__(self) -> str:
-        return f"<LegacyAttachment {self.rung}>"
+        return f"<LegacyAttachment {self._attach_type.name} {self.mode.name}>"
 
 
 class Attached(NamedTuple):
@@ -253,6 +250,7 @@ class LinkInfo(NamedTuple):
     target: str = ""
     target_object_id: int = 0
     target_btf_id: int = 0
+    map_id: int = 0
 
 
 def link_info(fd: int) -> LinkInfo:
@@ -278,6 +276,9 @@ def link_info(fd: int) -> LinkInfo:
             target_object_id=own.target_obj_id,
             target_btf_id=own.target_btf_id,
         )
+    if info.type == LinkType.SOCKMAP:
+        own = details.sockmap
+        return found._replace(attach_type=own.attach_type, map_id=own.map_id)
     if info.type == LinkType.RAW_TRACEPOINT:
         return found._replace(target=_tracepoint(fd))
     return found
@@ -297,15 +298,20 @@ def all_ids() -> Iterator[int]:
     return syscall.all_ids(Cmd.LINK_GET_NEXT_ID)
 
 
-def all_links() -> Iterator[LinkInfo]:
-    """The links to cgroups of the whole machine; none where that may not be seen.
+def all_infos() -> Iterator[LinkInfo]:
+    """Return what the kernel says of each link of the machine.
 
-    Linux 5.8; needs CAP_SYS_ADMIN.
+    Linux 5.8; needs CAP_SYS_ADMIN. Raises OSError.
     """
-    with suppress(OSError):
-        for link_id in all_ids():
-            with suppress(OSError):  # one may end in between
-                with open_by_id(link_id) as link:
-                    info = link.info()
-                if info.type == LinkType.CGROUP:
-                    yield info
+    for link_id in all_ids():
+        with suppress(OSError):  # one may end in between (ENOENT), or just begin (EAGAIN)
+            yield info_by_id(link_id)
+
+
+def info_by_id(link_id: int) -> LinkInfo:
+    """Return what the kernel says of the link with an id.
+
+    Linux 5.8; needs CAP_SYS_ADMIN. Raises OSError.
+    """
+    with open_by_id(link_id) as link:
+        return link.info()

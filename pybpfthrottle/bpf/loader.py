@@ -6,21 +6,21 @@ import sys
 from collections import deque
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any, Iterable, Mapping, NamedTuple, Optional
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import descriptors, maps, pins, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
-from pybpfthrottle.bpf.btf_load import ObjectTypes
+from pybpfthrottle.bpf.btf_objects import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
+from pybpfthrottle.bpf.errors import MapCreateError, ObjectFileError
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.obj import relocate
+from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.variables import Memory, Variable
-from pybpfthrottle.errors import MapCreateError, ObjectFileError
 
 
 class Object:
@@ -76,7 +76,7 @@ class Object:
 
 
 def load(
-    spec: ObjectSpec,
+    source: Union[ObjectSpec, bytes, elf.Path],
     select: Optional[Iterable[str]] = None,
     *,
     maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
@@ -84,6 +84,8 @@ def load(
     kernel: Optional[RunningKernel] = None,
 ) -> Object:
     """Load the programs named by ``select`` and the maps that they use. Linux 4.10.
+
+    ``source`` is a spec, the path of an object file, or its bytes.
 
     Without a selection all maps are created, and all programs loaded but for those whose section
     begins with a question mark. What a map holds from the start is loaded as well. A program that
@@ -98,6 +100,7 @@ def load(
     Raises KeyError for a name that the object does not have, ObjectFileError, ExternError,
     AmbiguousTypeError, MapCreateError, ProgramLoadError or VerifierError; then nothing stays open.
     """
+    spec = _spec_of(source)
     if spec.byteorder != sys.byteorder:
         raise ObjectFileError(
             f"{spec.name!r} was built for {spec.byteorder}-endian machines;"
@@ -127,6 +130,12 @@ def load(
         _fill(live_maps, {**fds, **{name: live.fd for name, live in live_programs.items()}})
         undo.pop_all()
     return Object(live_programs, live_maps, spec)
+
+
+def _spec_of(source: Union[ObjectSpec, bytes, elf.Path]) -> ObjectSpec:
+    if isinstance(source, ObjectSpec):
+        return source
+    return elf.read_object(source) if isinstance(source, bytes) else elf.read_file(source)
 
 
 class _Needed(NamedTuple):
@@ -201,6 +210,7 @@ def _load(
         name=program.name,
         expected_attach_type=program.expected_attach_type,
         flags=program.flags,
+        attach_to=program.attach_to,
         source=_source(fitted, types),
         modules=fitted.modules,
         poisoned=fitted.poisoned,

@@ -10,15 +10,14 @@ import re
 from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
 from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
 
-from pybpfthrottle.bpf import abi, batch, btf_objects, descriptors, syscall
+from pybpfthrottle.bpf import abi, descriptors, elements, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, codec_for
-from pybpfthrottle.bpf.elements import Elements
-from pybpfthrottle.bpf.obj import corrections
+from pybpfthrottle.bpf.elements import Elements, Pair
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
-from pybpfthrottle.errors import MapCreateError
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -93,6 +92,7 @@ class Map(MutableMapping[K, V]):
 
         Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
         """
+        from pybpfthrottle.bpf import btf_objects
         from pybpfthrottle.bpf.obj.btf_values import BtfCodec
 
         info = self.info()
@@ -120,7 +120,7 @@ class Map(MutableMapping[K, V]):
             raise KeyError(key) from None
 
     def __iter__(self) -> Iterator[K]:
-        return map(self._key.decode, batch.keys(self.elements))
+        return map(self._key.decode, elements.keys(self.elements))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -158,22 +158,22 @@ class Map(MutableMapping[K, V]):
         """Set or add elements in batches; takes what a dict takes. Those before an error stay."""
         pairs = [*(other.items() if isinstance(other, Mapping) else other), *more.items()]
         encode_key, encode_value = self._key.encode, self._value.encode
-        batch.update(self.elements, ((encode_key(k), encode_value(v)) for k, v in pairs))
+        elements.update(self.elements, ((encode_key(k), encode_value(v)) for k, v in pairs))
 
     def delete_batch(self, keys: Iterable[K]) -> int:
         """Delete elements and tell how many; keys that are missing are passed over."""
-        return batch.delete(self.elements, map(self._key.encode, keys))
+        return elements.delete(self.elements, map(self._key.encode, keys))
 
     def clear(self) -> None:
         """Delete all elements that are there now."""
-        batch.delete(self.elements, [key for key, _ in batch.items(self.elements)])
+        elements.delete(self.elements, [key for key, _ in elements.items(self.elements)])
 
     def drain(self) -> Iterator[tuple[K, V]]:
         """Take all elements out, each as one step: no change of a program's is lost.
 
         Hashes Linux 5.6. Raises OSError (EINVAL, ENOTSUPP) where the kernel cannot.
         """
-        return self._decoded(batch.drain(self.elements))
+        return self._decoded(elements.drain(self.elements))
 
     def info(self) -> MapInfo:
         """What the kernel says of it. Linux 4.13."""
@@ -209,7 +209,7 @@ class Map(MutableMapping[K, V]):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    def _decoded(self, pairs: Iterable[batch.Pair]) -> Iterator[tuple[K, V]]:
+    def _decoded(self, pairs: Iterable[Pair]) -> Iterator[tuple[K, V]]:
         return ((self._key.decode(key), self._value.decode(value)) for key, value in pairs)
 
 
@@ -221,10 +221,10 @@ class _Items(ItemsView[K, V]):
         self._map = of
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
-        return self._map._decoded(batch.items(self._map.elements))
+        return self._map._decoded(elements.items(self._map.elements))
 
     def __len__(self) -> int:  # list() asks for it first
-        return sum(1 for _ in batch.items(self._map.elements))
+        return sum(1 for _ in elements.items(self._map.elements))
 
 
 class _Values(ValuesView[V]):
@@ -263,7 +263,7 @@ def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
 
 def corrected(spec: MapSpec) -> MapSpec:
     """The spec as the kernel of this machine takes it."""
-    return corrections.corrected(spec, cpus=possible_cpus, page_bytes=mmap.PAGESIZE)
+    return spec.corrected(cpus=possible_cpus, page_bytes=mmap.PAGESIZE)
 
 
 def adopt(fd: int, spec: MapSpec) -> Map[Any, Any]:

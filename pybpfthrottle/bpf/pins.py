@@ -7,9 +7,9 @@ from typing import Any, Iterator
 
 from pybpfthrottle.bpf import abi, descriptors, maps
 from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import MapCreateError
 
 _TRIES = 3
 

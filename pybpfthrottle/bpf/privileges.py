@@ -6,18 +6,42 @@ import ctypes
 import errno
 import os
 import resource
-from typing import Callable, TypeVar
+from enum import IntEnum
+from typing import Callable, Iterable, Optional, TypeVar
 
 from pybpfthrottle.bpf import syscall
-from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
+from pybpfthrottle.bpf.abi import Attr, Cmd, MapType, ProgType
 
 T = TypeVar("T")
 
-# include/uapi/linux/capability.h
-_CAP_NET_ADMIN = 12
-_CAP_SYS_ADMIN = 21
-_CAP_SYS_RESOURCE = 24
-_CAP_BPF = 39
+
+class Capability(IntEnum):
+    """Capabilities that bpf(2) asks for. Source: include/uapi/linux/capability.h."""
+
+    CAP_NET_ADMIN = 12
+    CAP_SYS_ADMIN = 21
+    CAP_SYS_RESOURCE = 24
+    CAP_PERFMON = 38
+    CAP_BPF = 39
+
+
+_C, _P = Capability, ProgType
+# is_net_admin_prog_type and is_perfmon_prog_type of kernel/bpf/syscall.c, and CGROUP_SKB, which
+# needs CAP_NET_ADMIN when it is attached. EXT extends programs of any type.
+_NET_ADMIN = frozenset(
+    (
+        *(_P.SCHED_CLS, _P.SCHED_ACT, _P.XDP, _P.LWT_IN, _P.LWT_OUT, _P.LWT_XMIT),
+        *(_P.LWT_SEG6LOCAL, _P.SK_SKB, _P.SK_MSG, _P.FLOW_DISSECTOR, _P.CGROUP_DEVICE),
+        *(_P.CGROUP_SOCK, _P.CGROUP_SOCK_ADDR, _P.CGROUP_SOCKOPT, _P.CGROUP_SYSCTL),
+        *(_P.SOCK_OPS, _P.EXT, _P.NETFILTER, _P.CGROUP_SKB),
+    )
+)
+_PERFMON = frozenset(
+    (
+        *(_P.KPROBE, _P.TRACEPOINT, _P.PERF_EVENT, _P.RAW_TRACEPOINT),
+        *(_P.RAW_TRACEPOINT_WRITABLE, _P.TRACING, _P.LSM, _P.STRUCT_OPS, _P.EXT),
+    )
+)
 
 
 def effective_capabilities() -> int:
@@ -32,29 +56,49 @@ def effective_capabilities() -> int:
     return (1 << 64) - 1
 
 
-def missing_capabilities(*, refused: bool = False) -> list[str]:
-    """The names of the capabilities that loading and attaching a cgroup_skb program still needs.
+def capabilities_for(program_type: int) -> tuple[Capability, ...]:
+    """Return the capabilities that loading and attaching a program of a type needs.
 
-    CAP_BPF exists since Linux 5.8; before that, and as a substitute after it, CAP_SYS_ADMIN. For
-    CAP_NET_ADMIN that stands in on some kernels alone (6.18 does, 5.10 does not): after an EPERM,
-    with ``refused``, it counts as missing.
+    Linux 5.8; before that CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+    """
+    needed = [_C.CAP_BPF]
+    if program_type in _NET_ADMIN:
+        needed.append(_C.CAP_NET_ADMIN)
+    if program_type in _PERFMON:
+        needed.append(_C.CAP_PERFMON)
+    return tuple(needed)
+
+
+def missing_capabilities(needed: Iterable[Capability], *, refused: bool = False) -> list[str]:
+    """Return the names of the capabilities among ``needed`` that this process does not have.
+
+    CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON. It includes CAP_NET_ADMIN on some kernels only
+    (6.18, not 5.10): after an EPERM, with ``refused``, CAP_NET_ADMIN counts as missing.
     """
     held = effective_capabilities()
-
-    def has(capability: int) -> bool:
-        return bool(held >> capability & 1)
-
     missing = []
-    if not has(_CAP_SYS_ADMIN) and not has(_CAP_BPF):
-        missing.append("CAP_BPF")
-    if not has(_CAP_NET_ADMIN) and (refused or not has(_CAP_SYS_ADMIN)):
-        missing.append("CAP_NET_ADMIN")
+    for capability in needed:
+        included = held >> _C.CAP_SYS_ADMIN & 1
+        if capability is _C.CAP_NET_ADMIN and refused:
+            included = 0
+        if not (held >> capability & 1 or included):
+            missing.append(capability.name)
     return missing
 
 
-def why_not_permitted(command: str) -> str:
-    """What stands behind the EPERM of a bpf(2) command, and what to do."""
-    missing = missing_capabilities(refused=True)
+def _needed_for(command: str) -> tuple[Capability, ...]:
+    """Return what any command needs: those that look at objects of others need CAP_SYS_ADMIN."""
+    is_search = command.endswith(("_NEXT_ID", "_FD_BY_ID"))
+    return (_C.CAP_SYS_ADMIN,) if is_search else (_C.CAP_BPF,)
+
+
+def why_not_permitted(command: str, needed: Optional[Iterable[Capability]] = None) -> str:
+    """Return what is behind the EPERM of a bpf(2) command, and what to do.
+
+    Without ``needed`` the capabilities are those that the command needs for any kind of object.
+    """
+    needed = _needed_for(command) if needed is None else needed
+    missing = missing_capabilities(needed, refused=True)
     if missing:
         return (
             f"this process lacks {' and '.join(missing)};"
@@ -75,7 +119,9 @@ def why_not_permitted(command: str) -> str:
 
 def may_raise_memlock(hard: int) -> bool:
     """Whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
-    return hard == resource.RLIM_INFINITY or bool(effective_capabilities() >> _CAP_SYS_RESOURCE & 1)
+    return hard == resource.RLIM_INFINITY or bool(
+        effective_capabilities() >> _C.CAP_SYS_RESOURCE & 1
+    )
 
 
 def memlock_is_charged() -> bool:
@@ -107,10 +153,10 @@ def _is_refused(type: MapType) -> bool:
     return False
 
 
-def why_refused(error: OSError, command: str) -> str:
-    """What stands behind a failed bpf(2) command, where its errno alone tells too little."""
+def why_refused(error: OSError, command: str, needed: Optional[Iterable[Capability]] = None) -> str:
+    """Return what is behind a failed bpf(2) command, where its errno alone tells too little."""
     if error.errno == errno.EPERM:
-        return f"{command} gives EPERM: {why_not_permitted(command)}"
+        return f"{command} gives EPERM: {why_not_permitted(command, needed)}"
     if error.errno == errno.ENOSYS:
         return f"{command} gives ENOSYS: this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
     return str(error)

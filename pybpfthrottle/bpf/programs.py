@@ -6,15 +6,22 @@ import ctypes
 import errno
 import os
 import re
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
+from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
-from pybpfthrottle.bpf.privileges import why_refused, with_memlock
+from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
-from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
+
+# Attaching imports programs.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.attaching import Place
+    from pybpfthrottle.bpf.links import Link
+    from pybpfthrottle.bpf.maps import Map
 
 _FIRST_LOG_BYTES = 1 << 16
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
@@ -42,7 +49,9 @@ class TestRunResult(NamedTuple):
 class Program:
     """A program that this process has open; ``close`` or ``with`` ends it.
 
-    The kernel keeps the program while it is attached.
+    The kernel keeps the program while it is attached. ``attach_to`` is what the section's name has
+    after the kind of program, such as a tracepoint; it and ``expected_attach_type`` are None where
+    that is not known. Linux 4.10; source: man 2 bpf.
     """
 
     def __init__(
@@ -52,11 +61,42 @@ class Program:
         name: str,
         type: int,
         expected_attach_type: Optional[AttachType],
+        attach_to: Optional[str] = None,
     ) -> None:
         self.fd = fd
         self.name = name
         self.type = type
         self.expected_attach_type = expected_attach_type
+        self.attach_to = attach_to
+
+    def attach(
+        self,
+        *,
+        cgroup: Optional[Place] = None,
+        interface: Union[str, int, None] = None,
+        netns: Optional[Place] = None,
+        map: Optional[Map[Any, Any]] = None,
+        tracepoint: Optional[str] = None,
+        attach_type: Optional[AttachType] = None,
+    ) -> Link:
+        """Attach it, as what its section says, and return the link that detaches it when closed.
+
+        Programs of cgroups (cgroup_skb, sockops, ...) take the path or a descriptor of a
+        ``cgroup``; xdp, tcx and netkit the name or index of an ``interface``; sk_lookup and
+        flow_dissector a ``netns``, such as "/proc/self/ns/net"; sk_skb and sk_msg a ``map`` of
+        sockets; raw_tp a ``tracepoint``, unless its section names one. tp_btf, fentry, fexit,
+        fmod_ret, lsm and iter take nothing. ``attach_type`` is for sections that leave it open,
+        such as "tc" and "cgroup/skb".
+
+        Linux 5.7 for cgroups and namespaces, 5.9 xdp, 6.6 tcx, 6.7 netkit, 6.10 maps of sockets,
+        4.17 tracepoints, 5.5 functions, 5.8 iterators. Raises TypeError for an argument that such
+        a program does not take, or lacks; AttachError where the kernel refuses, and for programs
+        that links do not attach, with what to use.
+        """
+        from pybpfthrottle.bpf import attaching
+
+        places = {"cgroup": cgroup, "interface": interface, "netns": netns, "map": map}
+        return attaching.attach(self, attach_type, tracepoint=tracepoint, **places)
 
     def info(self) -> ProgramInfo:
         """What the kernel says of it. Linux 4.13."""
@@ -137,6 +177,7 @@ def load(
     name: str = "",
     expected_attach_type: Optional[AttachType] = None,
     flags: int = 0,
+    attach_to: Optional[str] = None,
     source: SourceInfo = SourceInfo(),  # noqa: B008 (it never changes)
     target: AttachTarget = AttachTarget(),  # noqa: B008
     modules: Sequence[int] = (),
@@ -155,7 +196,7 @@ def load(
     attr = Attr()
     attr.prog_load.prog_type = type
     attr.prog_load.insns = ctypes.addressof(instructions)
-    attr.prog_load.insn_cnt = len(code) // abi.INSN_BYTES
+    attr.prog_load.insn_cnt = len(code) // INSN_BYTES
     attr.prog_load.license = ctypes.addressof(license_buffer)
     attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)
@@ -171,7 +212,13 @@ def load(
         raise _explained(error, attr, name, source, poisoned) from error
     finally:
         del held
-    return Program(fd, name=name, type=type, expected_attach_type=expected_attach_type)
+    return Program(
+        fd,
+        name=name,
+        type=type,
+        expected_attach_type=expected_attach_type,
+        attach_to=attach_to,
+    )
 
 
 def _describe_source(attr: abi.ProgLoad, source: SourceInfo) -> tuple[Any, Any]:
@@ -257,7 +304,8 @@ def _explained(
             log=log,
             source=line,
         )
-    why = why_refused(error, "BPF_PROG_LOAD")
+    needed = capabilities_for(attr.prog_load.prog_type)
+    why = why_refused(error, "BPF_PROG_LOAD", needed)
     if number == errno.EINVAL:
         from pybpfthrottle.bpf.obj import releases
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
+from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.elffile import stored_section
-from pybpfthrottle.errors import ExternError
 
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Kernel

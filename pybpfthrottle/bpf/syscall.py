@@ -14,7 +14,7 @@ from functools import cache
 from typing import Callable, Iterator, Optional
 
 from pybpfthrottle.bpf.abi import Attr, Cmd
-from pybpfthrottle.errors import UnsupportedMachineError
+from pybpfthrottle.bpf.errors import UnsupportedMachineError
 
 # arch/*/entry/syscalls/syscall.tbl and include/uapi/asm-generic/unistd.h.
 _NUMBERS = {

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Iterator
 
-from pybpfthrottle.bpf import abi, btf_objects
+from pybpfthrottle.bpf import btf_objects
 from pybpfthrottle.bpf.obj import disasm
 from pybpfthrottle.bpf.obj.btf import Btf
-from pybpfthrottle.bpf.obj.disasm import Instruction, Line
+from pybpfthrottle.bpf.obj.disasm import Line
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_CALL, Instruction
 from pybpfthrottle.bpf.program_info import (
     function_addresses,
     line_records,
@@ -49,7 +50,7 @@ class _KernelNames(disasm.Names):
         self._base = self._symbols.address(_BASE)
 
     def call(self, insn: Instruction) -> str:
-        if insn.src == abi.BPF_PSEUDO_CALL:
+        if insn.src == BPF_PSEUDO_CALL:
             return self._own_function(insn)
         name = self._symbols.name(self._base + insn.imm) if self._base else ""
         return f"{name or 'unknown'}#{insn.imm}"

@@ -16,9 +16,8 @@ from pybpfthrottle import __version__
 from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
 from pybpfthrottle.cli.say import say
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
-from pybpfthrottle.throttle import BACKENDS
 
 _EPILOG = """
 \b
@@ -195,17 +194,125 @@ def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool)
     sys.exit(demo_command.demo(download_limit, upload_limit, seconds, loopback=loopback))
 
 
+def _parse_change(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Any:
+    """Return a limit, None for ``none``, or ... where nothing is given."""
+    if text is None:
+        return ...
+    if text.lower() in ("none", "off"):
+        return None
+    try:
+        return Rate.parse(text)
+    except LimitError as error:
+        raise click.BadParameter(f"{error}; or none to lift the limit") from error
+
+
+def _which_options(function: Any) -> Any:
+    """Add the ways to choose throttles."""
+    for option in (
+        click.option("--unit", metavar="NAME", help="Choose those on a systemd unit."),
+        click.option("--cgroup", metavar="PATH", help="Choose those on a cgroup."),
+        click.option(
+            "--pid",
+            type=click.IntRange(min=1),
+            help="Choose those that limit a process, or that it keeps.",
+        ),
+        click.argument("name", metavar="[ID]", required=False),
+    ):
+        function = option(function)
+    return function
+
+
+@cli.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_throttles(as_json: bool) -> None:
+    """List the throttles that are in force, whoever made them."""
+    from pybpfthrottle.cli import throttles
+
+    throttles.show_all(as_json=as_json)
+
+
+@cli.command("show")
+@_which_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_throttle(as_json: bool, **which: Any) -> None:
+    """Show a throttle: what it limits, how, and what it has counted.
+
+    ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
+    """
+    from pybpfthrottle.cli import throttles
+
+    throttles.show(_which(which), as_json=as_json)
+
+
+@cli.command(
+    "set",
+    epilog="""
+\b
+Examples:
+  pybpfthrottle set k3x9fd --download-limit 2M
+  pybpfthrottle set --pid 1234 --upload-limit none
+  pybpfthrottle set backup --bpf-attach-method legacy
+""",
+)
+@_which_options
+@click.option("--download-limit", metavar="RATE|none", callback=_parse_change, help="Change it.")
+@click.option("--upload-limit", metavar="RATE|none", callback=_parse_change, help="Change it.")
+@click.option(
+    "--bpf-attach-method", type=click.Choice(["link", "legacy"]), help="Attach it in this way."
+)
+def set_throttle(
+    download_limit: Any, upload_limit: Any, bpf_attach_method: Optional[str], **which: Any
+) -> None:
+    """Change a throttle while it is in force, whoever made it.
+
+    ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
+    """
+    from pybpfthrottle.cli import throttles
+
+    given = {Direction.DOWNLOAD: download_limit, Direction.UPLOAD: upload_limit}
+    limits = {direction: rate for direction, rate in given.items() if rate is not ...}
+    if not limits and bpf_attach_method is None:
+        raise click.UsageError(
+            "nothing to change: give --download-limit, --upload-limit or --bpf-attach-method"
+        )
+    throttles.change(_which(which), limits, bpf_attach_method)
+
+
+@cli.command("remove")
+@_which_options
+@click.option("--all", "all_of_them", is_flag=True, help="Remove all.")
+def remove_throttle(all_of_them: bool, **which: Any) -> None:
+    """Remove a throttle, whoever made it; its pybpfthrottle ends.
+
+    ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
+    """
+    from pybpfthrottle.cli import throttles
+
+    throttles.remove(_which(which, all_of_them), all_of_them=all_of_them)
+
+
+def _which(given: dict[str, Any], all_of_them: Optional[bool] = None) -> Any:
+    from pybpfthrottle.cli.throttles import Which
+
+    which = Which(**given)
+    mistake = which.mistake(all_of_them)
+    if mistake:
+        raise click.UsageError(mistake)
+    return which
+
+
 @cli.command()
 @click.argument("pid", type=click.IntRange(min=1))
 @click.argument("method", type=click.Choice(["link", "legacy"]))
 def switch(pid: int, method: str) -> None:
-    """Have the pybpfthrottle with process id PID attach by METHOD from now on.
+    """Switch the running instance PID to METHOD.
 
-    The limit is in force all the time; for a moment, packets are charged twice.
+    The limit is in force all the time; for a moment, packets are charged twice. The same as
+    pybpfthrottle set --pid PID --bpf-attach-method METHOD.
     """
-    from pybpfthrottle.cli import switch as switch_command
+    from pybpfthrottle.cli import throttles
 
-    switch_command.switch(pid, method)
+    throttles.switch(pid, method)
 
 
 @cli.command(
@@ -357,9 +464,11 @@ def show(as_json: bool) -> None:
 
 
 def _list_backends() -> None:
+    from pybpfthrottle.backends import all_backends
+
     for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
         click.echo(f"{str(direction).capitalize()} Backends:")
-        for backend in sorted(BACKENDS, key=lambda backend: -backend.priority):
+        for backend in all_backends():
             reason = backend.unavailable(direction)
             mark = "✅ available" if reason is None else f"❌ unavailable: {reason}"
             priority = f"[priority: {backend.priority.name.capitalize()}]"

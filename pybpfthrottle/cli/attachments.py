@@ -8,9 +8,8 @@ from typing import Any, Optional, Sequence
 
 import click
 
-from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attached import Attached, Links
-from pybpfthrottle.bpf import privileges
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import printable

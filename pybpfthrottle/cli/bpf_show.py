@@ -14,14 +14,14 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import click
 
-from pybpfthrottle.bpf import links, maps, privileges, programs, syscall
+from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.bpf import links, maps, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType, ProgType
 from pybpfthrottle.bpf.links import LinkInfo
 from pybpfthrottle.bpf.maps import MapInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import BpfError
-from pybpfthrottle.linux import process
 
 Record = dict[str, Any]
 
@@ -171,7 +171,7 @@ def link_record(info: LinkInfo) -> Record:
 @cache
 def _holders() -> dict[int, list[int]]:
     """All processes are looked at once, however many links there are."""
-    return process.holders_of_links()
+    return attached.holders_of_links()
 
 
 _NO_HOOK = set(LinkType) - {

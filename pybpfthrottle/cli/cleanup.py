@@ -7,19 +7,10 @@ from typing import Any
 
 import click
 
-from pybpfthrottle.backends.ebpf import leftovers
-from pybpfthrottle.bpf import privileges
-from pybpfthrottle.errors import Error, ThrottleError
-from pybpfthrottle.linux import cgroup as cgroups_v2
-
-
-def tidy_up() -> None:
-    """At each start, once the new limit is in force; what cannot be done is left."""
-    try:
-        leftovers.remove_all()
-        cgroups_v2.remove_abandoned()
-    except (OSError, Error):
-        return
+from pybpfthrottle.backends.ebpf import leftovers, privileges
+from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.linux import own_cgroups
+from pybpfthrottle.linux.cgroup import Cgroup
 
 
 def cleanup(*, dry_run: bool, as_json: bool) -> None:
@@ -30,11 +21,11 @@ def cleanup(*, dry_run: bool, as_json: bool) -> None:
             f"cannot look for leftovers: {privileges.why_not_permitted('the search')}"
         )
     found = leftovers.find()
-    abandoned = cgroups_v2.abandoned() if dry_run else []
+    abandoned = own_cgroups.abandoned() if dry_run else []
     if not dry_run:
         for leftover in found:
             leftovers.remove(leftover)
-        abandoned = cgroups_v2.remove_abandoned()
+        abandoned = own_cgroups.remove_abandoned()
     if as_json:
         click.echo(json.dumps(_record(found, abandoned, dry_run=dry_run), indent=2))
         return
@@ -48,7 +39,7 @@ def cleanup(*, dry_run: bool, as_json: bool) -> None:
 
 
 def _record(
-    found: list[leftovers.Leftover], abandoned: list[cgroups_v2.Cgroup], *, dry_run: bool
+    found: list[leftovers.Leftover], abandoned: list[Cgroup], *, dry_run: bool
 ) -> dict[str, Any]:
     return {
         "dry_run": dry_run,

@@ -14,8 +14,8 @@ import click
 
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.demo import peer
-from pybpfthrottle.demo.wire import NamespaceError, Wire
-from pybpfthrottle.errors import Error
+from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.errors import DemoError, NamespaceError
 from pybpfthrottle.model import Direction, Rate, Verdict, format_rate
 
 # Long enough to see; an unlimited transfer moves gigabytes.
@@ -25,10 +25,6 @@ _MAX_BARS = 60
 _PATIENCE_S = 10.0
 # A transfer that stays far below its limit proves as little as one that exceeds it.
 _LEAST_RATIO = 0.8
-
-
-class DemoError(Error):
-    """A transfer of the demo failed."""
 
 
 class _Place(NamedTuple):

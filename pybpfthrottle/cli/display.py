@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional, TextIO
 
-from pybpfthrottle.cli.report import Reading
+from pybpfthrottle.meter import Reading
 
 
 class LiveLine:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import click
 
-from pybpfthrottle import settings, throttle
-from pybpfthrottle.backends import EGRESS_VERDICTS, Limits, Options
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
-from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Direction, Rate
-from pybpfthrottle.settings import ATTACH_METHODS, SHAPES
-from pybpfthrottle.targets import Selection
-from pybpfthrottle.throttle import Throttle
+from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SHAPES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DURATION_S = 10 * 366 * 86400.0
-BACKENDS = ("auto", *(backend.name for backend in throttle.BACKENDS))
 
 
 def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[Rate]:
-    """A limit, as Rate.parse reads it."""
+    """Return a limit, as Rate.parse reads it."""
     if text is None:
         return None
     try:
@@ -36,7 +30,7 @@ def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) 
 def parse_duration(
     ctx: click.Context, param: click.Parameter, text: Optional[str]
 ) -> Optional[float]:
-    """Seconds, more than 0."""
+    """Return seconds, more than 0."""
     if text is None:
         return None
     try:
@@ -51,7 +45,7 @@ def parse_duration(
 
 
 def limit_options(function: F) -> F:
-    """The limits, and how they are put in force."""
+    """Add the limits, and how they are put in force."""
     for option in reversed(
         (
             click.option(
@@ -64,13 +58,16 @@ def limit_options(function: F) -> F:
                 "--upload-limit",
                 metavar="RATE",
                 callback=parse_rate,
-                help="The same for what is sent.",
+                help="The same for uploads.",
             ),
             click.option(
                 "--duration",
                 metavar="SECONDS",
                 callback=parse_duration,
-                help="Take the limit away after so many seconds.",
+                help="Remove the limit after this time.",
+            ),
+            click.option(
+                "--label", metavar="NAME", default="", help="Name it, for set and remove."
             ),
             click.option("--loopback", is_flag=True, help="Limit the loopback device too."),
             click.option(
@@ -83,13 +80,13 @@ def limit_options(function: F) -> F:
                 type=click.Choice(EGRESS_VERDICTS),
                 default="auto",
                 show_default=True,
-                help="How uploads are dropped: as by congestion (Linux 5.3), or denied (EPERM).",
+                help="Drop uploads as congestion does (Linux 5.3), or deny them (EPERM).",
             ),
             click.option(
                 "--shape",
                 type=click.Choice(SHAPES),
-                help="How TCP keeps to a limit: uploads paced, downloads by their receive window,"
-                " or packets over it dropped (police). auto (the default) chooses.",
+                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads,"
+                " or by dropping packets (police). auto (the default) chooses.",
             ),
             click.option(
                 "--download-backend",
@@ -117,26 +114,20 @@ def limit_options(function: F) -> F:
 
 
 class Request(NamedTuple):
-    """What the shared options ask for."""
+    """What the shared options ask for. ``backends`` and ``options`` are those of a plan.Wish."""
 
     limits: Limits
-    options: Options
+    traffic: Traffic
+    label: str
     backends: dict[Direction, str]
+    options: dict[str, Any]
     duration_s: Optional[float]
     verbose: int
     quiet: bool
 
-    def apply(
-        self, cgroups: Sequence[Cgroup] = (), processes: Optional[Selection] = None
-    ) -> Throttle:
-        """Put it in force."""
-        return throttle.apply(
-            cgroups,
-            self.limits,
-            processes=processes,
-            options=self.options,
-            backends=self.backends,
-        )
+    def spec(self, target: Target) -> ThrottleSpec:
+        """Return the throttle that is asked for, for a target."""
+        return ThrottleSpec(target, self.limits, self.traffic, self.label)
 
 
 def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
@@ -144,6 +135,9 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
 
     With ``own_cgroup`` nobody else can have attached anything where the limit goes.
     """
+    from pybpfthrottle import settings
+    from pybpfthrottle.backends.ebpf.options import Options
+
     try:
         found = settings.load(
             method=given.pop("bpf_attach_method"),
@@ -156,16 +150,17 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
         say(f"warning: {warning}")
     rates = {direction: given.pop(f"{direction}_limit") for direction in Direction}
     limits = {direction: rate for direction, rate in rates.items() if rate is not None}
+    verdict = given.pop("egress_verdict")
     request = Request(
         limits=limits,
-        options=Options(
-            loopback=given.pop("loopback"),
-            attach=found.attach,
-            egress_verdict=given.pop("egress_verdict"),
-            shape=found.shape,
-            guard=True,
-        ),
+        traffic=Traffic(loopback=given.pop("loopback")),
+        label=given.pop("label"),
         backends={direction: given.pop(f"{direction}_backend") for direction in Direction},
+        options={
+            "ebpf": Options(
+                attach=found.attach, egress_verdict=verdict, shape=found.shape, guard=True
+            )
+        },
         duration_s=given.pop("duration"),
         verbose=given.pop("verbose"),
         quiet=given.pop("quiet"),
@@ -175,7 +170,7 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
     for direction in Direction:
         if direction not in limits and request.backends[direction] != "auto":
             raise click.UsageError(f"--{direction}-backend goes with --{direction}-limit")
-    if Direction.UPLOAD not in limits and request.options.egress_verdict != "auto":
+    if Direction.UPLOAD not in limits and verdict != "auto":
         raise click.UsageError("--egress-verdict goes with --upload-limit")
     return request
 

@@ -11,17 +11,18 @@ from contextlib import ExitStack
 from threading import Thread
 from typing import Optional, Sequence, TextIO
 
-from pybpfthrottle import throttle
-from pybpfthrottle.cli.cleanup import tidy_up
+from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
-from pybpfthrottle.cli.watch import SAMPLE_S, SWITCHES, Watch
-from pybpfthrottle.errors import Error
-from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import process
-from pybpfthrottle.linux.cgroup import OwnCgroup
-from pybpfthrottle.linux.launch import Command, LaunchError, User
+from pybpfthrottle.cli.watch import SAMPLE_S, Watch
+from pybpfthrottle.errors import Error, LaunchError
+from pybpfthrottle.linux import own_cgroups, process
+from pybpfthrottle.linux.cgroup import locked
+from pybpfthrottle.linux.launch import Command, User
+from pybpfthrottle.linux.own_cgroups import OwnCgroup
 from pybpfthrottle.linux.signals import SignalQueue
+from pybpfthrottle.model import Target
+from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Throttle
 
 _FAILED = 125
@@ -59,16 +60,15 @@ def _run(
     with ExitStack() as stack:
         command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)
-        signals = stack.enter_context(
-            SignalQueue((*_PASSED_ON, *_LEFT_ALONE, *SWITCHES, signal.SIGCHLD))
-        )
+        signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         # The kernel takes some 15 ms to move a process: time to read the object in.
         Thread(target=throttle.prepare).start()
-        own = cgroups_v2.create_own(command.pid)
+        own = own_cgroups.create_for(command.pid)
         stack.callback(_remove, own)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
-        live = stack.enter_context(request.apply([own.cgroup]))
+        live = _limit(request, own, argv)
+        stack.callback(live.remove)
         watch = Watch(
             live,
             pid=command.pid,
@@ -79,9 +79,25 @@ def _run(
             prefix="pybpfthrottle: ",
         )
         command.let_go()
-        tidy_up()
+        registry.tidy_up()
         watch.start(pid=command.pid, command=list(argv))
-        return _Run(command, live, watch).until_the_end(signals, request.duration_s, wait=wait)
+        supervisor = stack.enter_context(Supervisor())
+        return _Run(command, live, watch, wait=wait).until_the_end(
+            supervisor, signals, request.duration_s
+        )
+
+
+def _limit(request: Request, own: OwnCgroup, argv: Sequence[str]) -> Throttle:
+    with locked():
+        return throttle.apply(
+            [own.cgroup],
+            request.limits,
+            traffic=request.traffic,
+            options=request.options["ebpf"],
+            backends=request.backends,
+            target=Target(command=tuple(argv)),
+            name=request.label,
+        )
 
 
 def _remove(own: OwnCgroup) -> None:
@@ -98,50 +114,52 @@ def _remove(own: OwnCgroup) -> None:
 class _Run:
     """A command that runs, and the limit that it has for all or some of the time."""
 
-    def __init__(self, command: Command, live: Throttle, watch: Watch) -> None:
+    def __init__(self, command: Command, live: Throttle, watch: Watch, *, wait: bool) -> None:
         self._command = command
         self._live = live
         self._watch = watch
+        self._wait = wait
         self._limited = True
+        self._status: Optional[int] = None
 
     def until_the_end(
-        self, signals: SignalQueue, duration_s: Optional[float], *, wait: bool
+        self, supervisor: Supervisor, signals: SignalQueue, duration_s: Optional[float]
     ) -> int:
-        """Wait for the command, and with ``wait`` for all that it started; its exit status."""
-        begin = time.monotonic()
-        end = begin + duration_s if duration_s else math.inf
-        following = begin + SAMPLE_S
-        status: Optional[int] = None
+        """Wait for the command, or with ``wait`` for all that it started; its exit status."""
+        end = time.monotonic() + (duration_s or math.inf)
+        supervisor.add(self._live.chores)
+        sampling = Periodic(SAMPLE_S, self._sample)
+        supervisor.add(lambda: [signals, sampling], strict=True)
         while True:
-            came = signals.wait(
-                min(following, end if self._limited else math.inf) - time.monotonic()
-            )
-            stop = status is not None and any(
+            supervisor.step(end if self._limited else math.inf)
+            came = signals.take()
+            # Whoever waits for what outlives the command need not.
+            stopped = self._status is not None and any(
                 number in came for number in (*_PASSED_ON, signal.SIGINT)
             )
-            if self._limited:
-                self._watch.switch(came)
-            if status is None:
+            if self._status is None:
                 self._pass_on(came)
-                status = self._command.poll()
-            now = time.monotonic()
-            if now >= end:
-                self._lift("duration", None)
-            if status is not None and (stop or not (wait and self._holds_processes())):
-                self._lift("exited", status)
-                return status
-            if now >= following:
-                following += SAMPLE_S
-                if self._limited:
-                    self._watch.sample()
+                self._status = self._command.poll()
+            if time.monotonic() >= end:
+                self._lift("duration")
+            if self._status is not None and (stopped or not self._outlived()):
+                self._lift("exited")
+                return self._status
 
-    def _lift(self, reason: str, status: Optional[int]) -> None:
-        """Show the summary and take the limit away, unless that is done already."""
+    def _sample(self) -> None:
+        if self._limited:
+            self._watch.sample()
+            if self._live.ended() == "removed":
+                self._watch.note("The limit was removed; the command goes on without it.")
+                self._lift("removed")
+
+    def _lift(self, reason: str) -> None:
+        """Show the summary and remove the limit, unless that is done already."""
         if self._limited:
             self._watch.end(
-                expect_traffic=status is None,
+                expect_traffic=self._status is None,
                 reason=reason,
-                exit_status=status,
+                exit_status=self._status,
             )
             self._live.remove()
             self._limited = False
@@ -151,6 +169,9 @@ class _Run:
             if number in _PASSED_ON:
                 os.kill(self._command.pid, number)
 
-    def _holds_processes(self) -> bool:
+    def _outlived(self) -> bool:
+        """Whether processes that the command has started are to be waited for."""
+        if not (self._wait and self._limited):
+            return False
         cgroup = self._live.cgroups[0]
-        return self._limited and cgroup.exists() and cgroup.populated()
+        return cgroup.exists() and cgroup.populated()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-import signal
 from contextlib import suppress
-from typing import Any, Optional, Sequence, TextIO
+from typing import Any, Optional, TextIO
 
 import click
 
 from pybpfthrottle.cli.display import LiveLine
-from pybpfthrottle.cli.report import JsonLines, Meter, never_ran
+from pybpfthrottle.cli.report import JsonLines, never_ran
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
+from pybpfthrottle.meter import Meter
+from pybpfthrottle.model import Limits
 from pybpfthrottle.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
-
-# How a running instance is asked to attach in another way.
-SWITCHES = {signal.SIGUSR1: "link", signal.SIGUSR2: "legacy"}
 
 
 class Watch:
@@ -53,6 +51,7 @@ class Watch:
         self._quiet = quiet or json_file is terminal
         self._prefix = prefix
         self._meter = Meter(live)
+        self._limits: Limits = live.limits
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
@@ -61,6 +60,7 @@ class Watch:
 
     def sample(self) -> None:
         """Show the rates of the last seconds; to be called every SAMPLE_S."""
+        self._tell_changes()
         readings = self._meter.sample()
         self._line.draw(readings)
         if self._json:
@@ -70,15 +70,6 @@ class Watch:
             log.info(
                 "eBPF stats PID %s cgroup %s: %s", self._pid, self._cgroup_id(), reading.counters
             )
-
-    def switch(self, came: Sequence[signal.Signals]) -> None:
-        """Do what ``pybpfthrottle switch`` has asked for, if it has."""
-        for number in came:
-            if number in SWITCHES:
-                try:
-                    self._live.switch(SWITCHES[number])
-                except Error as error:
-                    say(f"cannot switch: {error}")
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters are still there."""
@@ -103,6 +94,13 @@ class Watch:
             self._json.note(text)
         if not self._quiet:
             say(f"{self._prefix}{text}")
+
+    def _tell_changes(self) -> None:
+        """Tell of limits that somebody else has changed."""
+        before, self._limits = self._limits, self._live.limits
+        for direction, rate in self._limits.items():
+            if before[direction] != rate:
+                self.note(f"The {direction} limit was changed to {rate or 'none'}.")
 
     def say(self, line: str) -> None:
         """A line for people. A terminal or a reader that has gone away does not matter."""

@@ -8,15 +8,11 @@ import subprocess
 import time
 from typing import Optional
 
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import NamespaceError
 
 DEVICE = "wire"
 _TOOLS = ("ip", "unshare", "nsenter")
 _PATIENCE_S = 5.0
-
-
-class NamespaceError(Error):
-    """The namespaces cannot be made here."""
 
 
 class Namespace:

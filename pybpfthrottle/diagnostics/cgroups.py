@@ -11,6 +11,7 @@ from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.signals import held_back
 
@@ -114,7 +115,7 @@ def _scratch(setup: Setup) -> Result:
     for parent in dict.fromkeys(filter(None, (cgroups_v2.root(), own))):
         try:
             with held_back():
-                scratch = cgroups_v2.create_empty(parent)
+                scratch = own_cgroups.create_empty(parent)
                 setup.stack.callback(scratch.remove)
         except OSError as error:
             reasons.append(f"{parent.path}: {error.strerror}")

@@ -6,13 +6,14 @@ import errno
 import gzip
 import os
 import platform
-import struct
 from importlib import import_module
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends.ebpf import objects
-from pybpfthrottle.bpf import abi, features, syscall
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT, DIRECT_PACKET_ACCESS
+from pybpfthrottle.bpf import features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
+from pybpfthrottle.bpf.obj.insn import CALL, decoded
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import Error
 
@@ -26,7 +27,7 @@ _REQUIRED_OPTIONS = (
 )
 _WANTED_OPTIONS = ("CONFIG_BPF_JIT",)
 LOCKDOWN = "/sys/kernel/security/lockdown"
-_OPTIONAL = (features.LINK, features.CONGESTION_VERDICT, features.DIRECT_PACKET_ACCESS)
+_OPTIONAL = (features.LINK, CONGESTION_VERDICT, DIRECT_PACKET_ACCESS)
 
 
 def config_files() -> list[str]:
@@ -151,14 +152,12 @@ def _helpers(setup: Setup) -> Result:
 
 def _helpers_of(name: str) -> Iterator[int]:
     """Of the programs that a limit needs."""
-    spec = objects.read(name)
-    order = "<" if spec.byteorder == "little" else ">"
+    spec = programs.read(name)
     for program in spec.programs.values():
         if program.type is ProgType.CGROUP_SKB:
-            code = program.function.code
-            for opcode, registers, _, number in struct.iter_unpack(order + "BBhi", code):
-                if opcode == abi.BPF_CALL and registers == 0:
-                    yield number
+            for insn in decoded(program.function.code, spec.byteorder):
+                if insn.code == CALL and insn.src == 0:
+                    yield insn.imm
 
 
 CHECKS = (

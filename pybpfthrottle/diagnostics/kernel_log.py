@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, warned
+from pybpfthrottle.linux import libc
 
 _TELLING = re.compile(
     r"\b(e?bpf|capability|capable|seccomp|lockdown|cgroup2?)\b|apparmor=.DENIED|avc: +denied"
@@ -78,11 +79,7 @@ def parse_record(record: bytes) -> Optional[Line]:
 
 def _from_system_call() -> Iterator[Line]:
     buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
-    libc = ctypes.CDLL(None, use_errno=True)
     length = libc.klogctl(_READ_ALL, buffer, _BUFFER_BYTES)
-    if length < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "syslog")
     for text in buffer.raw[:length].decode(errors="replace").splitlines():
         found = re.match(r"(?:<\d+>)?\[ *(\d+\.\d+)\] (.*)", text)
         if found:

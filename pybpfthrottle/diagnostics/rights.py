@@ -7,6 +7,7 @@ import resource
 from typing import Iterator, Optional
 
 from pybpfthrottle import settings
+from pybpfthrottle.backends.ebpf.privileges import missing_capabilities
 from pybpfthrottle.bpf import privileges, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
@@ -32,10 +33,10 @@ def process_status() -> dict[str, str]:
 
 def _capabilities(setup: Setup) -> Result:
     held = process_status().get("CapEff", "unknown")
-    missing = privileges.missing_capabilities()
+    missing = missing_capabilities()
     if missing:
         return failed(f"{' and '.join(missing)} missing", f"CapEff: {held}", cause="capabilities")
-    if privileges.missing_capabilities(refused=True):
+    if missing_capabilities(refused=True):
         text = "CAP_NET_ADMIN is missing; CAP_SYS_ADMIN stands in for it on newer kernels alone"
         return warned(text, f"CapEff: {held}", cause="net-admin")
     return passed("all that loading and attaching needs", f"CapEff: {held}")

@@ -7,11 +7,10 @@ import json
 import os
 import sys
 
-from pybpfthrottle.backends.ebpf import objects
-from pybpfthrottle.bpf import features
-from pybpfthrottle.bpf.abi import ProgType
+from pybpfthrottle.backends.ebpf import features, programs
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.bpf.obj.specs import ObjectSpec, ProgramSpec
+from pybpfthrottle.bpf.obj.specs import ProgramSpec
 from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
 from pybpfthrottle.errors import ObjectFileError
@@ -21,33 +20,35 @@ _TARGETS = ("bpfel", "bpfeb")
 
 def names() -> list[str]:
     """Those that this kernel would be given."""
-    direct = features.DIRECT_PACKET_ACCESS.available()
-    return ["throttle", "throttle-direct"] if direct else ["throttle"]
+    return list(dict.fromkeys(("throttle", programs.object_for(Scope.ALL))))
 
 
-def loadable(spec: ObjectSpec) -> list[str]:
-    """The programs that a limit needs, as far as this kernel has what they are for."""
-    newer = set() if features.CONGESTION_VERDICT.available() else {"pybpft_egresscn"}
-    policer = (p.name for p in spec.programs.values() if p.type is ProgType.CGROUP_SKB)
-    return [name for name in policer if name not in newer]
+def loadable(name: str) -> list[str]:
+    """The programs of an object that a limit needs, as far as this kernel has what they are for."""
+    return [
+        program.name
+        for program in programs.of_object(name)
+        if program.role is Role.POLICE
+        and (program.verdict != "congestion" or features.CONGESTION_VERDICT.available())
+    ]
 
 
-def shaping(spec: ObjectSpec) -> list[str]:
-    """The programs that make limits smooth, which older kernels do without."""
-    return [p.name for p in spec.programs.values() if p.type is not ProgType.CGROUP_SKB]
+def shaping(name: str) -> list[str]:
+    """The programs of an object that make limits smooth, which older kernels do without."""
+    return [p.name for p in programs.of_object(name) if p.role is not Role.POLICE]
 
 
 def _files(setup: Setup) -> Result:
     evidence: list[str] = []
     try:
-        manifest = json.loads(objects.data("MANIFEST.json"))
+        manifest = json.loads(programs.data("MANIFEST.json"))
         hashes = {name: entry["sha256"] for name, entry in manifest["objects"].items()}
     except (ObjectFileError, ValueError, KeyError, TypeError) as error:
         return failed(f"prebuilt/MANIFEST.json cannot be read: {error}", cause="missing")
     target = _TARGETS[sys.byteorder != "little"]
     for name in sorted(hashes):
         try:
-            data = objects.data(name)
+            data = programs.data(name)
         except ObjectFileError as error:
             return failed(str(error), cause="missing")
         if f".{target}." in name:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Callable
 
 from pybpfthrottle import settings, throttle
-from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs as table
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
+from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf import features, links, loader, programs, syscall
 from pybpfthrottle.bpf.abi import BPF_F_ALLOW_MULTI, AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.links import Attachment
@@ -23,7 +25,7 @@ from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
 from pybpfthrottle.errors import BpfError, CgroupError, Error, VerifierError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import MIN_RATE, Counters, Direction
+from pybpfthrottle.model import MIN_RATE, Counters, Direction, Traffic
 from pybpfthrottle.settings import AttachPolicy
 
 _HOOKS = {
@@ -162,9 +164,9 @@ def _objects(setup: Setup) -> Result:
     loaded = []
     for name in shipped.names():
         try:
-            spec = objects.read(name)
-            loader.load(spec, shipped.loadable(spec)).close()
-            loaded.append(f"{name}: {', '.join(shipped.loadable(spec))}")
+            spec = table.read(name)
+            loader.load(spec, shipped.loadable(name)).close()
+            loaded.append(f"{name}: {', '.join(shipped.loadable(name))}")
         except VerifierError as error:
             return failed(f"{name}: {error}", error.reason, cause="verifier")
         except Error as error:
@@ -173,9 +175,9 @@ def _objects(setup: Setup) -> Result:
 
 
 def _shaping(setup: Setup) -> Result:
-    spec = objects.read(shipped.names()[0])
+    spec = table.read(shipped.names()[0])
     refused = []
-    for name in shipped.shaping(spec):
+    for name in shipped.shaping(spec.name):
         try:
             loader.load(spec, [name]).close()
         except Error as error:
@@ -185,12 +187,58 @@ def _shaping(setup: Setup) -> Result:
     return passed("uploads can be paced, downloads moved at their receive window")
 
 
+def _marks(setup: Setup) -> Result:
+    """Load what limits the sockets of processes, with the kernel's own map of marks."""
+    name = table.object_for(Scope.MARKED)
+    wanted = [
+        program
+        for program in table.of_object(name)
+        if program.role in (Role.POLICE, Role.MARK)
+        and (program.verdict != "congestion" or CONGESTION_VERDICT.available())
+    ]
+    try:
+        loader.load(table.read(name), [program.name for program in wanted]).close()
+    except Error as error:
+        needs = wanted[0].needs
+        return warned(
+            f"this kernel does not take {needs.feature} (Linux {needs.release}): --pid limits the"
+            " whole cgroup, or moves the process into one of its own",
+            str(error),
+            cause="no-marks",
+        )
+    return passed("single processes can be limited, in any cgroup")
+
+
+def _following(setup: Setup) -> Result:
+    """Load and attach what follows processes, for a moment: no process is in their map."""
+    wanted = table.with_role(Role.FOLLOW)
+    try:
+        with ExitStack() as stack:
+            spec = table.read(wanted[0].objects[0])
+            names = [program.name for program in wanted]
+            loaded = stack.enter_context(loader.load(spec, names))
+            for program in wanted:
+                link = links.attach_raw_tracepoint(loaded.programs[program.name], str(program.hook))
+                stack.callback(link.detach)
+    except (Error, OSError) as error:
+        needs = wanted[0].needs
+        return warned(
+            f"processes cannot be followed ({needs.feature}, Linux {needs.release}): those that"
+            " are started later are looked for once a second",
+            str(error),
+            cause="no-tracing",
+        )
+    return passed("what limited processes start is limited from its first packet")
+
+
 def _traffic(direction: Direction) -> Callable[[Setup], Result]:
     def attempt(setup: Setup) -> Result:
         assert setup.scratch is not None  # noqa: S101 - the check needs cgroup.scratch
         limit = {direction: MIN_RATE}
-        options = Options(loopback=True, attach=settings.load().attach)
-        with throttle.apply([setup.scratch], limit, options=options) as live:
+        options = Options(attach=settings.load().attach)
+        with throttle.apply(
+            [setup.scratch], limit, traffic=Traffic(loopback=True), options=options
+        ) as live:
             sent, received = _exchange(setup.scratch)
             counters = live.counters()[direction]
         return _judge(sent, received, counters)
@@ -338,6 +386,24 @@ CHECKS = (
         "nothing has to be done: what cannot be shaped is policed",
         _shaping,
         ("trial.objects",),
+    ),
+    Check(
+        "trial.marks",
+        _SECTION,
+        "single processes",
+        "--pid, --name, --exe and --user limit the sockets of processes, not cgroups",
+        "use --cgroup or --unit where all of a cgroup may be limited",
+        _marks,
+        ("trial.objects",),
+    ),
+    Check(
+        "trial.following",
+        _SECTION,
+        "following processes",
+        "what a limited process starts belongs to it",
+        "see the kernel's types (CONFIG_DEBUG_INFO_BTF) and CAP_PERFMON",
+        _following,
+        ("trial.marks",),
     ),
     Check(
         "trial.upload",

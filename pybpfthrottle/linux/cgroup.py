@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
+import threading
 import time
-from contextlib import suppress
-from typing import Iterable, Iterator, NamedTuple, Optional
+from contextlib import contextmanager, suppress
+from typing import Iterator, NamedTuple
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
-from pybpfthrottle.linux import locks, process
 
-OWN_PREFIX = "pybpfthrottle-"
-MOVED_PREFIX = OWN_PREFIX + "moved-"
-_TRIES = 100
+log = logging.getLogger(__name__)
+
+# Nobody who plans and attaches takes that long.
+_PATIENCE_S = 5.0
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -187,6 +190,49 @@ def root() -> Cgroup:
     return Cgroup(mount().path)
 
 
+@contextmanager
+def locked() -> Iterator[None]:
+    """Have no other process be within ``locked`` at the same time.
+
+    It is a lock on the directory of the top cgroup, which all mount namespaces share. Anybody may
+    hold it: after a while it goes on without. Within this process it may be nested.
+    """
+    if _lock.held:
+        yield
+        return
+    try:
+        fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (OSError, CgroupError):  # then nobody can use cgroups
+        yield
+        return
+    try:
+        _take(fd)
+        _lock.held = True
+        yield
+    finally:
+        _lock.held = False
+        os.close(fd)
+
+
+class _Lock(threading.local):
+    """Whether this thread has the lock."""
+
+    held = False
+
+
+_lock = _Lock()
+
+
+def _take(fd: int) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.005)
+    log.warning("Another process has held the lock for %g s: going on without it", _PATIENCE_S)
+
+
 def from_path(path: str) -> Cgroup:
     """The cgroup v2 at a path. Raises CgroupError for anything else, with what it is."""
     if not path:
@@ -248,7 +294,7 @@ def from_unit(name: str) -> Cgroup:
     """
     if not name:
         raise CgroupError("the name of a unit is empty")
-    wanted = name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
+    wanted = unit_name(name)
     if "/" in wanted:
         raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
     found = [c for c in walk() if os.path.basename(c.path) == wanted]
@@ -260,270 +306,13 @@ def from_unit(name: str) -> Cgroup:
     return found[0]
 
 
+def unit_name(name: str) -> str:
+    """Return the whole name of a unit: without a suffix it is a service, as for systemctl."""
+    return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
+
+
 def walk() -> Iterator[Cgroup]:
     """All cgroups that are visible."""
     for path, directories, _ in os.walk(mount().path):
         yield Cgroup(path)
         directories.sort()
-
-
-class OwnCgroup:
-    """A cgroup that this process made for a command, and holds by a lock on its directory.
-
-    The kernel gives up the lock however this process ends; a directory with our prefix and
-    without a lock is one that a crash has left.
-    """
-
-    def __init__(self, cgroup: Cgroup, fd: int) -> None:
-        self.cgroup = cgroup
-        self._fd = fd
-
-    def remove(self) -> bool:
-        """Remove it; False if processes are still in it. Then the next start does it."""
-        try:
-            self.cgroup.remove(patience_s=0.5)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            return False
-        finally:
-            os.close(self._fd)
-        return True
-
-
-def create_own(pid: int) -> OwnCgroup:
-    """Make a cgroup and move a process into it: below its own where that works, or below the root.
-
-    Raises CgroupError.
-    """
-    reasons = []
-    for parent in _usual_parents(pid):
-        try:
-            return _create_own(parent, pid)
-        except OSError as error:
-            reasons.append(f"{parent.path}: {error.strerror}")
-    raise CgroupError(
-        f"cannot make a cgroup ({'; '.join(reasons)}); this needs root, and cgroup v2 writable"
-    )
-
-
-def _usual_parents(pid: int) -> list[Cgroup]:
-    top = root()
-    try:
-        own = from_pid(pid)
-    except CgroupError:
-        return [top]
-    return [own] if own == top else [own, top]
-
-
-def create_empty(parent: Cgroup, *, prefix: str = OWN_PREFIX) -> OwnCgroup:
-    """Make a cgroup without processes. Raises OSError."""
-    return _create_own(parent, None, prefix)
-
-
-class Moved:
-    """Processes in cgroups that were made for them, below those that they were in.
-
-    ``back`` or ``with`` ends it; after a crash the next start does so.
-    """
-
-    def __init__(self, pids: Iterable[int]) -> None:
-        """Make the cgroups; ``move`` fills them. Raises CgroupError or ProcessError."""
-        self._pids = list(pids)
-        self._own: dict[Cgroup, OwnCgroup] = {}
-        try:
-            for origin in dict.fromkeys(from_pid(pid) for pid in self._pids):
-                self._own[origin] = create_empty(origin, prefix=MOVED_PREFIX)
-        except BaseException as error:
-            self.back()
-            if isinstance(error, OSError):
-                raise CgroupError(f"cannot make a cgroup to move into: {error}") from error
-            raise
-
-    @property
-    def cgroups(self) -> list[Cgroup]:
-        """Those that were made."""
-        return [own.cgroup for own in self._own.values()]
-
-    def move(self) -> None:
-        """Move the processes, and what they have started, as far as it is in the same cgroups.
-
-        Raises CgroupError.
-        """
-        pending = set(self._pids)
-        while pending:
-            found = set(pending)
-            for pid in pending:
-                with suppress(ProcessError, ProcessLookupError):
-                    self._move(pid)
-            # One that was started meanwhile is where its parent was then.
-            families = process.families()
-            pending = {child for pid in found for child in families.get(pid, ())}
-
-    def _move(self, pid: int) -> None:
-        own = self._own.get(from_pid(pid))
-        if own is None:
-            return
-        try:
-            own.cgroup.move_in(pid)
-        except ProcessLookupError:
-            raise
-        except OSError as error:
-            raise CgroupError(f"cannot move process {pid}: {error.strerror}") from error
-
-    def populated(self) -> bool:
-        """Whether a process is in one of them."""
-        return any(cgroup.exists() and cgroup.populated() for cgroup in self.cgroups)
-
-    def back(self) -> None:
-        """Move what is in them to where it came from, and remove them."""
-        for origin, own in self._own.items():
-            _move_out(own.cgroup, origin)
-            own.remove()
-        self._own.clear()
-
-    def __enter__(self) -> Moved:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.back()
-
-
-def _move_out(cgroup: Cgroup, into: Cgroup) -> None:
-    """Move all processes; what is started meanwhile, too."""
-    while True:
-        with suppress(FileNotFoundError):
-            pids = cgroup.pids()
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    into.move_in(pid)
-            if pids:
-                continue
-        return
-
-
-def _create_own(parent: Cgroup, pid: Optional[int], prefix: str = OWN_PREFIX) -> OwnCgroup:
-    os.stat(parent.path)
-    for attempt in range(_TRIES):
-        cgroup = Cgroup(os.path.join(parent.path, f"{prefix}{os.getpid()}-{attempt}"))
-        # Until it is locked another instance may take it for abandoned: then the next one.
-        with suppress(FileExistsError, FileNotFoundError, BlockingIOError):
-            os.mkdir(cgroup.path)
-            fd = _lock(cgroup)
-            try:
-                _accept_processes(parent, cgroup)
-                if pid is not None:
-                    cgroup.move_in(pid)
-            except BaseException:
-                os.close(fd)
-                cgroup.remove()
-                raise
-            return OwnCgroup(cgroup, fd)
-    raise FileExistsError(errno.EEXIST, "no free name", parent.path)
-
-
-def _lock(cgroup: Cgroup) -> int:
-    """Lock its directory; BlockingIOError if another process has, FileNotFoundError if it is gone.
-
-    The lock ends with the descriptor.
-    """
-    fd = locks.lock(cgroup.path)
-    if not cgroup.exists():  # removed between the two
-        os.close(fd)
-        raise FileNotFoundError(errno.ENOENT, "removed", cgroup.path)
-    return fd
-
-
-def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
-    """A child of a threaded cgroup takes processes only when it is threaded itself."""
-    if parent.is_root():
-        return
-    with open(os.path.join(parent.path, "cgroup.type")) as file:
-        threaded = "threaded" in file.read()
-    if threaded:
-        fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, b"threaded")
-        finally:
-            os.close(fd)
-
-
-def claim(cgroup: Cgroup) -> int:
-    """Lock a cgroup for a limit, so that no second one is put on it unknowingly.
-
-    The lock ends with the descriptor, and so with this process. Raises CgroupError that names the
-    process which has it, or has one above, below, or for a process in it.
-    """
-    try:
-        locks.settle(cgroup.path)
-        fd = _lock(cgroup)
-    except BlockingIOError:
-        raise _claimed(cgroup, locks.holders(cgroup.path).get(locks.key(cgroup.path))) from None
-    except OSError as error:
-        raise CgroupError(f"cannot open the cgroup {cgroup.path}: {error.strerror}") from error
-    try:
-        below = [Cgroup(path) for path, _, _ in os.walk(cgroup.path)][1:]
-        _refuse_held((*list(cgroup.with_ancestors())[1:], *below))
-        holder = process.claimed(cgroup.pids_below())
-        if holder:
-            raise CgroupError(
-                f"process {process.listed([holder.claimed])} in {cgroup.path} is limited already,"
-                f" by process {holder.by}. If you mean both limits, add --stack"
-            )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def refuse_claimed(cgroup: Cgroup) -> None:
-    """Raise CgroupError if another process has a limit on a cgroup or above it."""
-    _refuse_held(cgroup.with_ancestors())
-
-
-def _refuse_held(cgroups: Iterable[Cgroup]) -> None:
-    held = locks.holders(mount().path)
-    for other in cgroups:
-        with suppress(FileNotFoundError):  # it was removed meanwhile
-            holder = held.get(locks.key(other.path), os.getpid())
-            if holder != os.getpid():
-                raise _claimed(other, holder)
-
-
-def _claimed(cgroup: Cgroup, holder: Optional[int]) -> CgroupError:
-    by = f"process {holder}" if holder else "another process"
-    return CgroupError(
-        f"{cgroup.path} is limited already, by {by}: packets would be charged to both limits."
-        " If you mean both, add --stack"
-    )
-
-
-def remove_abandoned() -> list[Cgroup]:
-    """Remove the cgroups of crashed runs of ours that no process is in any more.
-
-    Those that were moved into one go back to where they came from.
-    """
-    return abandoned(remove=True)
-
-
-def abandoned(*, remove: bool = False) -> list[Cgroup]:
-    """The cgroups of crashed runs of ours that no process is in any more."""
-    found = []
-    # From below: who was moved twice goes back twice.
-    for cgroup in reversed(list(walk())):
-        if not os.path.basename(cgroup.path).startswith(OWN_PREFIX):
-            continue
-        # An OSError: its owner lives, or it is not ours to remove.
-        with suppress(OSError):
-            fd = _lock(cgroup)
-            try:
-                moved = os.path.basename(cgroup.path).startswith(MOVED_PREFIX)
-                if moved and remove:
-                    _move_out(cgroup, Cgroup(os.path.dirname(cgroup.path)))
-                if moved or not cgroup.populated():
-                    if remove:
-                        cgroup.remove()
-                    found.append(cgroup)
-            finally:
-                os.close(fd)
-    return found

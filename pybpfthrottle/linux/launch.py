@@ -9,20 +9,12 @@ import pwd
 import signal
 from typing import NamedTuple, NoReturn, Optional, Sequence
 
-from pybpfthrottle.errors import Error, ProcessError
+from pybpfthrottle.errors import LaunchError, ProcessError
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 _OURS = 125
 _MAX_ID = (1 << 32) - 2  # the next one means "leave it"
-
-
-class LaunchError(Error):
-    """The command could not be started. ``status`` is the exit status as shells have it."""
-
-    def __init__(self, message: str, *, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class User(NamedTuple):

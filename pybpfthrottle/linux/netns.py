@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import ipaddress
@@ -12,7 +11,7 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterable, TypeVar
 
-from pybpfthrottle.linux import netlink
+from pybpfthrottle.linux import libc, netlink
 
 T = TypeVar("T")
 
@@ -50,19 +49,13 @@ def inside(namespace: int, work: Callable[[], T]) -> T:
     """
 
     def enter() -> T:
-        _enter(namespace)
+        libc.setns(namespace, _CLONE_NEWNET)
         return work()
 
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
         return work()
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(enter).result()
-
-
-def _enter(namespace: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, _CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "setns")
 
 
 def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from functools import cache
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import ProcessError
-from pybpfthrottle.linux import locks
 
 _PF_KTHREAD = 0x00200000
-_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
+FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
 _ENDED = ("Z", "X")
 
 
 class Identity(NamedTuple):
-    """What tells a process from all others of this boot: a pid may be used again."""
+    """What tells a process from all others of this boot, since a pid may be used again.
+
+    ``start_ticks`` is the time of its start since the boot, in clock ticks, as the first time
+    namespace has it: in another one /proc shows a shifted time.
+    """
 
     pid: int
     pid_namespace: int
@@ -27,20 +29,36 @@ class Identity(NamedTuple):
 @cache
 def _identity_of(pid: int) -> Identity:
     stat = _stat(pid)
-    return Identity(pid, _pid_namespace(), int(stat[19]) if stat else 0)
+    return Identity(pid, _pid_namespace(), _start_ticks(stat) if stat else 0)
 
 
 def identity() -> Identity:
-    """That of this process."""
+    """Return the identity of this process."""
     return _identity_of(os.getpid())
 
 
 def is_gone(owner: Identity) -> bool:
-    """Whether a process has ended; false for one of another pid namespace, which cannot be seen."""
+    """Whether a process has ended; false for one of another pid namespace, which is not visible."""
     if owner.pid_namespace != _pid_namespace():
         return False
     stat = _stat(owner.pid)
-    return stat is None or int(stat[19]) != owner.start_ticks or _has_ended(stat)
+    return stat is None or _start_ticks(stat) != owner.start_ticks or _has_ended(stat)
+
+
+def _start_ticks(stat: list[str]) -> int:
+    return int(stat[19]) - _shift_ticks()
+
+
+@cache
+def _shift_ticks() -> int:
+    """By how much the times of this time namespace are ahead (Linux 5.6), in clock ticks."""
+    with suppress(OSError), open("/proc/self/timens_offsets") as file:
+        for line in file:
+            clock, seconds, nanoseconds = line.split()
+            if clock in ("boottime", "7"):
+                ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
+                return ns * os.sysconf("SC_CLK_TCK") // 1_000_000_000
+    return 0
 
 
 def _pid_namespace() -> int:
@@ -64,32 +82,11 @@ class Process:
             raise ProcessError(f"process {pid} ({_name(pid)}) is a kernel thread")
         self.pid = pid
         self.name = _name(pid)
-        self._identity = Identity(pid, _pid_namespace(), int(stat[19]))
+        self.identity = Identity(pid, _pid_namespace(), _start_ticks(stat))
 
     def alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
-        return not is_gone(self._identity)
-
-    def claim(self) -> int:
-        """Lock it for a limit, so that no second one is put on it unknowingly.
-
-        The lock ends with the descriptor that is returned. Raises ProcessError that names who has
-        it, or has one of a process above; or if the process has ended.
-        """
-        locks.settle("/proc")
-        holder = claimed(ancestors(self.pid))
-        if holder is None:
-            with suppress(BlockingIOError):
-                try:
-                    return locks.lock(f"/proc/{self.pid}")
-                except FileNotFoundError:
-                    raise ProcessError(f"process {self.pid} ({self.name}) has ended") from None
-        by = holder.by if holder else os.getpid()
-        whose = "" if holder is None or holder.claimed == self.pid else ", with its parents"
-        raise ProcessError(
-            f"process {self.pid} ({self.name}) is limited already{whose}, by process {by}: its"
-            " packets would be charged to both limits. If you mean both, add --stack"
-        )
+        return not is_gone(self.identity)
 
     def __repr__(self) -> str:
         return f"Process({self.pid}, {self.name!r})"
@@ -117,25 +114,6 @@ def _name(pid: int) -> str:
         return "?"
 
 
-class Claimed(NamedTuple):
-    """A process that has a limit, and the process that holds that."""
-
-    claimed: int
-    by: int
-
-
-def claimed(pids: Iterable[int]) -> Optional[Claimed]:
-    """The first of some processes that another one than this has claimed."""
-    held = locks.holders("/proc")
-    if held:
-        for pid in pids:
-            with suppress(OSError):
-                by = held.get(locks.key(f"/proc/{pid}"), os.getpid())
-                if by != os.getpid():
-                    return Claimed(pid, by)
-    return None
-
-
 def running() -> Iterator[int]:
     """The ids of all processes that are visible, those that have ended and wait included."""
     return (int(name) for name in os.listdir("/proc") if name.isdigit())
@@ -159,7 +137,7 @@ def families() -> dict[int, list[int]]:
 
 def in_first_namespace() -> bool:
     """Whether process ids mean the same here as in the kernel."""
-    return _pid_namespace() == _FIRST_PID_NAMESPACE
+    return _pid_namespace() == FIRST_PID_NAMESPACE
 
 
 def is_kernel_thread(pid: int) -> bool:
@@ -192,24 +170,3 @@ def ancestors(pid: int) -> Iterator[int]:
 def own_session() -> list[int]:
     """The pids of this process and what it runs below: the shell, the terminal, the sshd."""
     return list(ancestors(os.getpid()))
-
-
-def links_of(pid: int) -> set[int]:
-    """The ids of the BPF links that a process has a descriptor of, as far as this one may look."""
-    found = set()
-    with suppress(OSError):
-        for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
-            with suppress(OSError), open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
-                match = re.search(r"^link_id:\t(\d+)$", file.read(), re.MULTILINE)
-                if match:
-                    found.add(int(match[1]))
-    return found
-
-
-def holders_of_links() -> dict[int, list[int]]:
-    """For each BPF link the processes that have a descriptor of it. It looks at all processes."""
-    found: dict[int, list[int]] = {}
-    for pid in running():
-        for link_id in links_of(pid):
-            found.setdefault(link_id, []).append(pid)
-    return found

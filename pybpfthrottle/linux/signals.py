@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-import select
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Iterable, Iterator
 
 
@@ -29,6 +29,8 @@ class SignalQueue:
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._numbers = list(numbers)
         self._before: dict[signal.Signals, Any] = {}
+        self._came: list[signal.Signals] = []
+        self.due_s = math.inf
 
     def __enter__(self) -> SignalQueue:
         self._read, self._write = os.pipe()
@@ -47,10 +49,17 @@ class SignalQueue:
         os.close(self._read)
         os.close(self._write)
 
-    def wait(self, timeout_s: float) -> list[signal.Signals]:
-        """The signals that came, in order, after at most this time; an empty list if none did."""
-        ready, _, _ = select.select([self._read], [], [], max(0.0, timeout_s))
-        if not ready:
-            return []
-        came = (signal.Signals(number) for number in os.read(self._read, 4096))
-        return [number for number in came if number in self._before]
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when a signal has come."""
+        return self._read
+
+    def run(self) -> None:
+        """Take in the signals that have come, for ``take``."""
+        with suppress(BlockingIOError):
+            came = (signal.Signals(number) for number in os.read(self._read, 4096))
+            self._came += [number for number in came if number in self._before]
+
+    def take(self) -> list[signal.Signals]:
+        """Return the signals that have come since it was asked last, in order."""
+        came, self._came = self._came, []
+        return came

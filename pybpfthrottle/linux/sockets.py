@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
 import struct
 from contextlib import suppress
-from functools import cache
 from ipaddress import ip_address
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
-# The same on all machines: include/uapi/asm-generic/unistd.h.
-_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+from pybpfthrottle.linux import libc
+
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
 
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
@@ -82,7 +80,7 @@ class Lender:
         Needs CAP_SYS_PTRACE for processes of other users. Raises OSError: EBADF if it was closed
         meanwhile, ESRCH if the process has ended.
         """
-        return _system_call(_PIDFD_GETFD, self._pidfd, number, 0)
+        return libc.pidfd_getfd(self._pidfd, number)
 
     def close(self) -> None:
         """Close the descriptor of the process."""
@@ -109,9 +107,9 @@ def _holder(pid: int) -> int:
 
 def _open_thread(pid: int, thread: int) -> int:
     if thread == pid:
-        return _system_call(_PIDFD_OPEN, pid, 0)
+        return libc.pidfd_open(pid)
     try:
-        return _system_call(_PIDFD_OPEN, thread, _PIDFD_THREAD)
+        return libc.pidfd_open(thread, _PIDFD_THREAD)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -234,18 +232,3 @@ def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:
     ends in between, are passed over.
     """
     return (found.socket for found in Scan().new(pids) if found.is_tcp)
-
-
-@cache
-def _syscall() -> Any:
-    function = ctypes.CDLL(None, use_errno=True).syscall
-    function.restype = ctypes.c_long
-    return function
-
-
-def _system_call(number: int, *arguments: int) -> int:
-    result = int(_syscall()(*map(ctypes.c_long, (number, *arguments))))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return result

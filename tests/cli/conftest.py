@@ -24,6 +24,7 @@ import pytest
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import own_cgroups
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 30.0
@@ -58,7 +59,7 @@ def _attached(cgroup):
 
 def _cgroups_of(pid):
     """The cgroups that the tool with this pid made."""
-    prefix = f"{cgroups.OWN_PREFIX}{pid}-"
+    prefix = f"{own_cgroups.PREFIX}{pid}-"
     return [each for each in cgroups.walk() if os.path.basename(each.path).startswith(prefix)]
 
 

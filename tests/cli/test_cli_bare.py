@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import AttachMode
@@ -211,7 +211,7 @@ class exclusive_program:  # noqa: N801 - used like a function
 
     def __enter__(self):
         fd = self._cgroup.open()
-        self._loaded = loader.load(objects.read("throttle"), ["pybpft_ingress"])
+        self._loaded = loader.load(shipped.read("throttle"), ["pybpft_ingress"])
         self._attachment = links.attach_legacy(
             self._loaded.programs["pybpft_ingress"],
             fd,

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from since import needs_machine
 
+from pybpfthrottle.backends.ebpf.attached import links_of
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux.process import families, is_kernel_thread, links_of
+from pybpfthrottle.linux.process import families, is_kernel_thread
 
 LIMIT = ("--download-limit", "1M", "-q")
 SHORT = (*LIMIT, "--duration", "0.3")
@@ -215,7 +216,7 @@ def limited_by(pid):
 def programs_of(pid):
     """The programs of the links that a process holds."""
     ids = links_of(pid)
-    return [programs.info_by_id(link.program_id) for link in links.all_links() if link.id in ids]
+    return [programs.info_by_id(link.program_id) for link in links.all_infos() if link.id in ids]
 
 
 def test_the_log_names_the_process(tool, scratch):

@@ -4,8 +4,9 @@ import uuid
 from typing import Iterator
 
 import pytest
-from lab import ALL_HOOKS, attached
+from lab import attached
 
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
 
@@ -17,6 +18,6 @@ def scratch() -> Iterator[Cgroup]:
     try:
         yield target
         if target.exists():
-            assert attached(target, ALL_HOOKS) == []
+            assert attached(target, HOOKS) == []
     finally:
         target.remove(patience_s=5)

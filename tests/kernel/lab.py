@@ -163,7 +163,6 @@ def median_windows(transfers: list[Transfer], rate: Rate, seconds: int) -> list[
 
 
 PACKETS = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
-ALL_HOOKS = (*PACKETS, AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT)
 
 
 def attached(target: Cgroup, hooks: Sequence[AttachType] = PACKETS) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
 from pybpfthrottle.bpf import maps, programs
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
@@ -146,7 +146,9 @@ def _owner(program: int) -> Optional[int]:
         configs = found.get("CGROUP_CONFIGS")
         if configs is None:
             return None
-        return int(configs.typed(U32, StructureCodec(ThrottleConfig))[0].owner_pid)
+        records = configs.typed(U32, StructureCodec(ThrottleConfig)).values()
+        # A direction without a limit has none.
+        return max(int(record.owner_pid) for record in records)
 
 
 @contextmanager

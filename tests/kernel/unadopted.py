@@ -7,14 +7,16 @@ refuse it as it is.
 from __future__ import annotations
 
 from pybpfthrottle.__main__ import main
-from pybpfthrottle.backends.ebpf import adoption, kinds
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf.abi import AttachType
 
 
 def refuse() -> None:
     """Have this process's kernel refuse it from now on."""
-    adopter = kinds.read_object().programs[adoption.ADOPTER]
-    adopter.expected_attach_type = AttachType.CGROUP_INET_INGRESS
+    (adopter,) = programs.with_role(Role.ADOPT)
+    spec = programs.read(programs.object_for(Scope.ALL))
+    spec.programs[adopter.name].expected_attach_type = AttachType.CGROUP_INET_INGRESS
 
 
 if __name__ == "__main__":

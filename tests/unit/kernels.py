@@ -13,10 +13,11 @@ from typing import NamedTuple, Optional
 from fake_kernel import Call, FakeKernel, _is_open
 from linux_4_14 import context_accesses, too_new
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
 from pybpfthrottle.bpf.obj import asm, relocate
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES, LD_IMM64
 
 MODES = {0: "SINGLE", abi.BPF_F_ALLOW_OVERRIDE: "OVERRIDE", abi.BPF_F_ALLOW_MULTI: "MULTI"}
 PROBE = "a probe"
@@ -320,7 +321,7 @@ def _inode(fd: int) -> int:
 
 
 def _code(attr: Attr) -> bytes:
-    return ctypes.string_at(attr.prog_load.insns, attr.prog_load.insn_cnt * abi.INSN_BYTES)
+    return ctypes.string_at(attr.prog_load.insns, attr.prog_load.insn_cnt * INSN_BYTES)
 
 
 @cache
@@ -328,7 +329,7 @@ def _shipped() -> dict[bytes, str]:
     """The code of each shipped program, without its maps, and object/program."""
     found = {}
     for name in ("throttle", "throttle-direct"):
-        spec = objects.read(name)
+        spec = programs.read(name)
         for program in spec.programs.values():
             code = relocate.resolve(relocate.link(spec, program), dict.fromkeys(spec.maps, 0))
             found[_without_maps(code)] = f"{name}/{program.name}"
@@ -337,14 +338,14 @@ def _shipped() -> dict[bytes, str]:
 
 def _identified(code: bytes) -> str:
     """Which of the shipped programs it is; a few instructions alone are a probe."""
-    if len(code) <= 8 * abi.INSN_BYTES:
+    if len(code) <= 8 * INSN_BYTES:
         return PROBE
     return _shipped()[_without_maps(code)]
 
 
 def _without_maps(code: bytes) -> bytes:
-    found = (abi.Insn * (len(code) // abi.INSN_BYTES)).from_buffer_copy(code)
+    found = (abi.Insn * (len(code) // INSN_BYTES)).from_buffer_copy(code)
     for insn in found:
-        if insn.code == abi.BPF_LD_IMM64 and insn.registers >> 4 | insn.registers & 0xF:
+        if insn.code == LD_IMM64 and insn.registers >> 4 | insn.registers & 0xF:
             insn.imm = 0
     return bytes(found)

@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_MAP_FD, LD_IMM64
 
 LDX, ST, STX, ALU, JMP, ALU64 = 0x1, 0x2, 0x3, 0x4, 0x5, 0x7
 K, X = 0x00, 0x08
@@ -17,7 +18,6 @@ LSH, RSH, NEG, MOD, XOR, MOV, ARSH, END = 0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0, 0x
 JA, JEQ, JGT, JGE, JSET, JNE, JSGT, JSGE, CALL, EXIT = range(0x00, 0xA0, 0x10)
 MEM, XADD = 0x60, 0xC0
 WORD, HALF, BYTE, DOUBLE = 0x00, 0x08, 0x10, 0x18
-LD_IMM64 = abi.BPF_LD_IMM64
 
 _BOTH = (ADD, SUB, MUL, DIV, OR, AND, LSH, RSH, MOD, XOR, MOV)
 OPCODES_OF_4_14 = {
@@ -81,7 +81,7 @@ def too_new(code):
     for index, insn in instructions.items():
         if insn.code not in OPCODES_OF_4_14:
             yield f"{index}: opcode {insn.code:#x}"
-        elif insn.wide and insn.src not in (0, abi.BPF_PSEUDO_MAP_FD):
+        elif insn.wide and insn.src not in (0, BPF_PSEUDO_MAP_FD):
             yield f"{index}: 64-bit load of kind {insn.src}"
         elif insn.kind in (ALU, ALU64) and insn.off:
             yield f"{index}: offset {insn.off} of an operation"

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, Callable
 
 from benches.table import configure, show
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import features
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
-from pybpfthrottle.bpf import features, loader, programs
+from pybpfthrottle.bpf import loader, programs
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.obj import asm
@@ -76,7 +77,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def _policer(name: str, rate: Rate, program: str = "pybpft_ingress") -> Program:
     """The download program of an object, with the loopback device limited: test packets use it."""
-    loaded = loader.load(objects.read(name), [program])
+    loaded = loader.load(shipped.read(name), [program])
     configs = loaded.maps["CGROUP_CONFIGS"].typed(U32, StructureCodec(ThrottleConfig))
     configs[Direction.DOWNLOAD] = config_for(rate, loopback=True)
     return loaded.programs[program]

@@ -29,7 +29,8 @@ from contextlib import suppress
 from typing import NamedTuple, Optional
 
 from benches.surroundings import ENVIRONMENT, READY
-from pybpfthrottle.demo.wire import DEVICE, Namespace, NamespaceError, Wire
+from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
+from pybpfthrottle.errors import NamespaceError
 
 # asm-generic/ioctl.h: the same but on MIPS, PowerPC and SPARC.
 _TUNSETIFF = 0x400454CA

@@ -35,8 +35,7 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 _LOAD = """
 import sys
-from pybpfthrottle.bpf import loader
-from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj import elf; from pybpfthrottle.bpf import loader
 loaded = loader.load(elf.read_file(sys.argv[1]))
 """
 # The time of mounting is not bpftool's: it ends before the call begins.

@@ -20,8 +20,7 @@ from benches.child import TransferError
 from benches.methods import METHODS, Method, MethodError
 from benches.report import CellResult, Result
 from benches.transfer import Bottleneck, Cell, Outcome, transfer
-from pybpfthrottle.demo.wire import NamespaceError
-from pybpfthrottle.errors import LimitError
+from pybpfthrottle.errors import LimitError, NamespaceError
 from pybpfthrottle.model import Direction, Rate
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The ladder: attach by link, or by the legacy call where the kernel has no links."""
+"""The ladder: attach by link, or by the legacy call; and why the kernel refuses to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 import os
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends.ebpf import refusals
-from pybpfthrottle.bpf import links
+from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.bpf import features, links
 from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.links import Attachment, AttachMode
+from pybpfthrottle.bpf.links import Attachment, AttachMode, Link
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.errors import AttachError
@@ -26,6 +26,7 @@ ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
     Direction.UPLOAD: AttachType.CGROUP_INET_EGRESS,
 }
+_MOST_PROGRAMS = 64
 _HOOK_NAMES = {
     AttachType.CGROUP_INET_INGRESS: "ingress",
     AttachType.CGROUP_INET_EGRESS: "egress",
@@ -59,7 +60,7 @@ def attach(
         log.debug('Opened cgroup file: "%s"', cgroup.path)
         attachment = _attach(program, fd, attach_type, policy)
     except OSError as error:
-        why = refusals.explain(error, program, cgroup, fd, attach_type, policy)
+        why = _explain(error, program, cgroup, fd, attach_type, policy)
         raise AttachError(
             f"cannot attach {program.name!r} to {cgroup.path}: {why}", errno=error.errno or 0
         ) from error
@@ -120,6 +121,15 @@ def _first_accepted(
         return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
 
 
+def rung(attachment: Attachment) -> str:
+    """Return how a program is attached: link, legacy, or legacy with the mode if not multiple."""
+    if isinstance(attachment, Link):
+        return "link"
+    if attachment.mode is AttachMode.ALLOW_MULTIPLE:
+        return "legacy"
+    return f"legacy ({attachment.mode.name.lower()})"
+
+
 def _has_query(fd: int, attach_type: AttachType) -> bool:
     """Whether the kernel has BPF_PROG_QUERY, which came with multiple (Linux 4.15)."""
     try:
@@ -147,3 +157,83 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(current))
             yield current
             pending += [current.__cause__, current.__context__]
+
+
+def _explain(
+    error: OSError,
+    program: Program,
+    cgroup: Cgroup,
+    fd: int,
+    attach_type: AttachType,
+    policy: AttachPolicy,
+) -> str:
+    """The cause of a refusal by the kernel, and what to do."""
+    command = str(error.filename or "the attachment")
+    if error.errno == errno.ENOENT or not cgroup.exists():
+        return "the cgroup was removed"
+    if error.errno == errno.EBADF:
+        return "this is no cgroup of version 2"
+    if error.errno == errno.E2BIG:
+        return f"{_MOST_PROGRAMS} programs are attached there, the most that the kernel takes"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return _not_permitted(error, cgroup, attach_type, policy, command)
+    if error.errno == errno.EINVAL:
+        return _invalid(program, fd, attach_type, policy) or str(error)
+    return str(error)
+
+
+def _not_permitted(
+    error: OSError, cgroup: Cgroup, attach_type: AttachType, policy: AttachPolicy, command: str
+) -> str:
+    if privileges.missing_capabilities(refused=True):
+        return privileges.why_not_permitted(command)
+    exclusive = exclusive_program(cgroup, attach_type)
+    if exclusive:
+        return exclusive
+    text = privileges.why_not_permitted(command)
+    if command == "BPF_LINK_CREATE" and policy.method == "auto":
+        name = errno.errorcode[error.errno or 0]
+        text += (
+            "; if links alone are refused, use --bpf-attach-method legacy, or put"
+            f' fallback_errnos = ["EINVAL", "{name}"] below [bpf] in the config file'
+        )
+    return text
+
+
+def _invalid(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+) -> Optional[str]:
+    # With CAP_BPF alone a legacy attachment gives EINVAL, not EPERM.
+    if privileges.missing_capabilities(refused=True):
+        return privileges.why_not_permitted("the attachment")
+    if program.expected_attach_type not in (None, attach_type):
+        return (
+            f"the program is for {program.expected_attach_type!r}, and cannot be attached"
+            f" to {attach_type!r}"
+        )
+    if policy.method == "link" and not features.LINK.available():
+        return "this kernel has no BPF links (Linux 5.7): use --bpf-attach-method auto or legacy"
+    try:
+        if program.info().id in links.query(fd, attach_type).program_ids:
+            return "this program is attached there already"
+    except OSError as error:
+        if error.errno == errno.EINVAL and not policy.exclusive:
+            return (
+                "this kernel (before Linux 4.15) lets one program alone be attached to a cgroup,"
+                " and does not tell whether there is one; --exclusive attaches all the same,"
+                " and may replace another tool's program"
+            )
+    return None
+
+
+def exclusive_program(cgroup: Cgroup, attach_type: AttachType) -> Optional[str]:
+    """The program that allows no other at a cgroup: its own, or one of an ancestor."""
+    found = attached.blocking(cgroup, attach_type)
+    if not found:
+        return None
+    where = found[0].cgroup
+    place = "there" if where == cgroup else f"to {where.path}, above it,"
+    return (
+        f"another program is attached {place} in a mode that allows none beside it:"
+        f" {', '.join(map(str, found))}. Ask its owner to attach it with BPF_F_ALLOW_MULTI"
+    )

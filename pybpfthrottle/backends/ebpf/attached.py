@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import time
 from contextlib import suppress
 from functools import cached_property
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.bpf import links, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
 from pybpfthrottle.bpf.links import AttachMode, LinkInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.bpf.syscall import ENOTSUPP
@@ -33,13 +34,15 @@ class Links:
     def by_program(self) -> dict[int, list[LinkInfo]]:
         """Those of cgroups, by the program that they attach."""
         found: dict[int, list[LinkInfo]] = {}
-        for link in links.all_links():
-            found.setdefault(link.program_id, []).append(link)
+        with suppress(OSError):  # they may not be listed here (CAP_SYS_ADMIN, Linux 5.8)
+            for link in links.all_infos():
+                if link.type == LinkType.CGROUP:
+                    found.setdefault(link.program_id, []).append(link)
         return found
 
     @cached_property
     def _holders(self) -> dict[int, list[int]]:
-        return process.holders_of_links()
+        return holders_of_links()
 
     def held(self, link: LinkInfo) -> HeldLink:
         """A link with the processes that hold it."""
@@ -155,3 +158,24 @@ def _ago(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} seconds ago"
+
+
+def links_of(pid: int) -> set[int]:
+    """The ids of the BPF links that a process has a descriptor of, as far as this one may look."""
+    found = set()
+    with suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
+            with suppress(OSError), open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
+                match = re.search(r"^link_id:\t(\d+)$", file.read(), re.MULTILINE)
+                if match:
+                    found.add(int(match[1]))
+    return found
+
+
+def holders_of_links() -> dict[int, list[int]]:
+    """For each BPF link the processes that have a descriptor of it. It looks at all processes."""
+    found: dict[int, list[int]] = {}
+    for pid in process.running():
+        for link_id in links_of(pid):
+            found.setdefault(link_id, []).append(pid)
+    return found

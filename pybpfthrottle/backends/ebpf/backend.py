@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 from contextlib import suppress
-from typing import Optional
+from typing import Iterator, Optional
 
-from pybpfthrottle.backends import Limits, Options, Priority, Targets
-from pybpfthrottle.backends.ebpf.kinds import ALL, MARKED, MARKER, Kind, read_object
-from pybpfthrottle.backends.ebpf.shaping import choose as shaping_for
-from pybpfthrottle.backends.ebpf.throttle import EbpfHandle
-from pybpfthrottle.bpf import features, loader, privileges
-from pybpfthrottle.errors import (
-    BpfError,
-    CgroupError,
-    Error,
-    NoMarksError,
-    ThrottleError,
-)
+from pybpfthrottle.backends import Match, Offer, Order, Part, Priority, Record
+from pybpfthrottle.backends.ebpf import features, leftovers, privileges, programs, registry
+from pybpfthrottle.backends.ebpf.found import FoundThrottle
+from pybpfthrottle.backends.ebpf.programs import Scope
+from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
+from pybpfthrottle.errors import CgroupError, Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.model import Direction
-
-log = logging.getLogger(__name__)
 
 
 class EbpfBackend:
@@ -32,7 +23,7 @@ class EbpfBackend:
     priority = Priority.BEST
 
     def unavailable(self, direction: Direction) -> Optional[str]:
-        """Why it cannot limit this direction here, or None."""
+        """Return why it cannot limit this direction here, or None."""
         try:
             cgroup.mount()
         except CgroupError as error:
@@ -44,84 +35,40 @@ class EbpfBackend:
             return privileges.why_refused(refused, "BPF_PROG_LOAD")
         return f"this kernel does not take cgroup_skb programs (CONFIG_CGROUP_BPF): {refused}"
 
+    def offer(self, direction: Direction, match: Match) -> Offer:
+        """Return what it can do for a direction and a way of matching.
+
+        Whether this kernel takes marks on sockets shows when they are put in force: to try it
+        beforehand would take as long.
+        """
+        return Offer(self.name, self.priority, direction, match, self.unavailable(direction))
+
     def prepare(self) -> None:
         """Read the object ahead; what is wrong with it is told when it is applied."""
         with suppress(Error):
-            read_object()
+            programs.read(programs.object_for(Scope.ALL))
 
-    def apply(self, targets: Targets, limits: Limits, options: Options) -> EbpfHandle:
-        """Load once, and attach to each target.
+    def apply(self, order: Order, throttle_id: str) -> Part:
+        """Load once, attach to each target, and register it.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
-        kinds = [ALL] if targets.cgroups else []
-        kinds += [MARKED] if targets.processes is not None else []
-        handle: Optional[EbpfHandle] = None
-        try:
-            for kind in kinds:
-                try:
-                    handle = _load(kind, targets, limits, options, handle)
-                except BpfError as error:
-                    if kind is MARKED:
-                        raise NoMarksError(
-                            f"the kernel takes no marks on sockets: {error}"
-                        ) from error
-                    raise
-            if handle is None:
-                raise ThrottleError("no target was given")
-            # First: it may be needed as soon as something is shaped, and is to be forked before
-            # there is a thread.
-            if options.guard:
-                handle.guard()
-            if targets.cgroups:
-                handle.limit_cgroups(targets.cgroups)
-            if targets.processes is not None:
-                handle.limit_processes(targets.processes)
-            handle.follow()
-        except BaseException:
-            if handle is not None:
-                handle.remove()
-            raise
-        return handle
+        throttle = EbpfThrottle(order, throttle_id)
+        throttle.put_in_force()
+        return throttle
 
+    def in_force(self) -> Iterator[Record]:
+        """Return what is in force on this machine, whoever made it. Raises OSError."""
+        return registry.in_force()
 
-def _load(
-    kind: Kind,
-    targets: Targets,
-    limits: Limits,
-    options: Options,
-    handle: Optional[EbpfHandle],
-) -> EbpfHandle:
-    """The programs of a kind, with the shaper if it is wanted and this kernel takes it.
+    def open(self, record: Record) -> Part:
+        """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""
+        return FoundThrottle.open(record)
 
-    They share the maps of what ``handle`` has already.
-    """
-    programs = {kind.policer(direction, options.egress_verdict): direction for direction in limits}
-    wanted = any(
-        shaping_for(direction, rate, options.shape.get(direction, "auto")).flags
-        for direction, rate in limits.items()
-    )
-    names = [*programs, *([MARKER] if kind is MARKED else [])]
-    spec = kind.read()
-    refused = None
-    for more in ([*names, kind.shaper], names) if wanted else (names,):
-        try:
-            loaded = loader.load(spec, more, maps=handle.maps if handle else {})
-            break
-        except BpfError as error:
-            if more is names:
-                raise
-            refused = str(error)
-            log.debug("This kernel does not take %s: %s", ", ".join(more), error)
-    for name, direction in programs.items():
-        log.debug(
-            "Program '%s' loaded with expected_attach_type: Some(%s)",
-            name,
-            "Ingress" if direction is Direction.DOWNLOAD else "Egress",
-        )
-    if handle is None:
-        handle = EbpfHandle(loaded, targets, limits, options, object_name=spec.name)
-    else:
-        handle.add(loaded)
-    handle.begin(refused if wanted and kind.shaper not in loaded.programs else None)
-    return handle
+    def tidy_up(self) -> None:
+        """Remove the programs that a crash has left attached."""
+        leftovers.remove_all()
+
+    def processes(self, record: Record) -> list[int]:
+        """Return the processes whose sockets one limits, by their id in the first namespace."""
+        return registry.processes(record)

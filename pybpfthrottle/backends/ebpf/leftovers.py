@@ -7,16 +7,16 @@ import errno
 import logging
 import os
 from contextlib import nullcontext, suppress
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections
-from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
-from pybpfthrottle.backends.ebpf.records import THROTTLE_MAGIC, ThrottleConfig
-from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.abi import AttachType, ProgType
-from pybpfthrottle.bpf.codecs import RAW, U32
-from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.backends.ebpf.programs import Role
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat
+from pybpfthrottle.backends.ebpf.registry import Head, RecordMap, configs_of, open_map, our_programs
+from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -25,15 +25,6 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
 
 log = logging.getLogger(__name__)
-
-PROGRAM_PREFIX = "pybpft_"
-_CONFIGS = "CGROUP_CONFIGS"
-_HOOKS_BY_TYPE = {
-    ProgType.SOCK_OPS: AttachType.CGROUP_SOCK_OPS,
-    ProgType.CGROUP_SOCKOPT: AttachType.CGROUP_SETSOCKOPT,
-    ProgType.CGROUP_SOCK: AttachType.CGROUP_INET_SOCK_CREATE,
-}
-_HOOKS = (*ATTACH_TYPES.values(), *_HOOKS_BY_TYPE.values())
 
 
 class Leftover(NamedTuple):
@@ -53,17 +44,19 @@ class Leftover(NamedTuple):
 def find() -> list[Leftover]:
     """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
     ours = {
-        info.id: (info, owner)
+        info.id: (info, program.attach_type, owner)
         for info in our_programs()
+        for program in [shipped.by_name(info.name)]
+        if program is not None and program.role is not Role.FOLLOW
         for owner in [_owner(info)]
-        if owner is not None and process.is_gone(owner)
+        if owner is not None and process.is_gone(owner) and not _is_kept(info)
     }
     if not ours:
         return []
     places = dict(_places(set(ours)))
     return [
-        Leftover(program_id, info.name, hook_of(info), owner.pid, places.get(program_id))
-        for program_id, (info, owner) in ours.items()
+        Leftover(program_id, info.name, hook, owner.pid, places.get(program_id))
+        for program_id, (info, hook, owner) in ours.items()
     ]
 
 
@@ -92,25 +85,6 @@ def remove_all() -> list[Leftover]:
     return removed
 
 
-def our_programs() -> Iterator[ProgramInfo]:
-    """All programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
-    with suppress(OSError):  # they may not be seen
-        for program_id in programs.all_ids():
-            with suppress(OSError):  # it may end in between
-                info = programs.info_by_id(program_id)
-                if info.name.startswith(PROGRAM_PREFIX):
-                    yield info
-
-
-def hook_of(info: ProgramInfo) -> AttachType:
-    """Where a program of ours is attached, by its type and name."""
-    hook = _HOOKS_BY_TYPE.get(ProgType(info.type))
-    if hook is not None:
-        return hook
-    download = "ingress" in info.name
-    return AttachType.CGROUP_INET_INGRESS if download else AttachType.CGROUP_INET_EGRESS
-
-
 def _owner(info: ProgramInfo) -> Optional[Identity]:
     """Who made the program; None if it is not ours, or disarmed already."""
     configs = configs_of(info.map_ids)
@@ -119,37 +93,19 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
     with configs:
         heads = [Head.from_buffer_copy(record) for record in configs.values()]
     for head in heads:
-        if head.magic == THROTTLE_MAGIC and head.rate_bytes_per_s:
-            return Identity(head.owner_pid, head.owner_pid_namespace, head.owner_start_ticks)
+        if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
+            return head.owner
     return None
 
 
-class Head(ctypes.Structure):
-    """The owner and the rate, which never move: all that may be relied on in any version."""
-
-    _fields_ = ThrottleConfig._fields_[:6]
-
-
-def configs_of(map_ids: tuple[int, ...]) -> Optional[Map[int, bytes]]:
-    """The map of configurations, whose records another version may have made longer or shorter."""
-    found = open_map(map_ids, _CONFIGS)
-    if found is None:
-        return None
-    if found.spec.value_size < ctypes.sizeof(Head):
-        found.close()
-        return None
-    return found.typed(U32, RAW)
-
-
-def open_map(map_ids: tuple[int, ...], name: str) -> Optional[Map[Any, Any]]:
-    """The one of these maps that has this name, if any; the caller closes it."""
-    for map_id in map_ids:
-        with suppress(OSError):
-            found = maps.open_by_id(map_id)
-            if found.spec.name == name:
-                return found
-            found.close()
-    return None
+def _is_kept(info: ProgramInfo) -> bool:
+    """Whether the throttle of a program is to stay without its owner."""
+    record = open_map(info.map_ids, RECORD)
+    if record is None:
+        return False
+    with record:
+        entry = RecordMap(record).read()
+    return entry is not None and entry.kept
 
 
 def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
@@ -157,7 +113,7 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
         with suppress(CgroupError):
             fd = cgroup.open()
             try:
-                for hook in _HOOKS:
+                for hook in shipped.HOOKS:
                     with suppress(OSError):
                         for program_id in links.query(fd, hook).program_ids:
                             if program_id in wanted:
@@ -181,7 +137,7 @@ def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
     return True
 
 
-def _disarm(map_ids: tuple[int, ...]) -> None:
+def _disarm(map_ids: Sequence[int]) -> None:
     """Unlimited, by its map: the program then lets all packets pass."""
     configs = configs_of(map_ids)
     if configs is not None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import time
-from contextlib import suppress
-from typing import Any, Callable, ContextManager, Iterable, Optional
+from contextlib import ExitStack, suppress
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional
 
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
-from pybpfthrottle.backends.ebpf.tracing import Tracing
-from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf import abi, links, loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors
@@ -30,10 +31,9 @@ MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
 # Looking through processes takes no more than this part of one CPU's time.
 _MOST_OF_TIME = 0.01
-# A cleanup after a crash looks at sockets too, for less than this.
-_BORROWED_S = 0.2
 _IPPROTO_MPTCP = 262
 _MARK = b"\0\0\0\0"
+_EXECUTION = "sched_process_exec"
 
 _OTHER_NAMESPACE = (
     "process ids of this pid namespace (of a container) are not those that the kernel compares"
@@ -49,19 +49,21 @@ class Marks:
     def __init__(
         self,
         selection: Selection,
-        marks: Map[Any, Any],
-        processes: Map[Any, Any],
+        maps: Mapping[str, Map[Any, Any]],
         adopting: Adopting,
     ) -> None:
         self._selection = selection
-        self._marks = marks.elements
-        self._processes: Map[int, ThrottleProcess] = processes.typed(
+        self._maps = maps
+        self._marks = maps[MARKS].elements
+        self._processes: Map[int, ThrottleProcess] = maps[PROCESSES].typed(
             U32, StructureCodec(ThrottleProcess)
         )
         self._adopting = adopting
         self._scan = Scan()
         self._inodes: set[int] = set()
-        self._looked_for_sharing = False
+        # Who seemed to share sockets at the first look, which a cleanup may do for a moment.
+        self._suspects: Optional[list[int]] = None
+        self.due_s = time.monotonic()
         self._tracing: Optional[Tracing] = None
         # Whether the kernel takes in whatever those in the map start from now on.
         self._all_followed = False
@@ -93,31 +95,23 @@ class Marks:
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
                 )
 
-    def follow(self, stop: int) -> None:
-        """Keep the marks up to date until the descriptor ``stop`` is readable."""
-        waiting = select.poll()
-        waiting.register(stop, select.POLLIN)
-        if self._tracing is not None and self._tracing.fileno() >= 0:
-            waiting.register(self._tracing.fileno(), select.POLLIN)
-        following = time.monotonic()
-        while True:
-            ready = waiting.poll(max(0.0, following - time.monotonic()) * 1000)
-            if any(fd == stop for fd, _ in ready):
-                return
-            begin_s = time.thread_time()
-            try:
-                if ready and self._tracing is not None:
-                    self._started(self._tracing.executed())
-                if time.monotonic() >= following:
-                    self._pass()
-                    pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
-                    following = time.monotonic() + max(PERIOD_S, pause_s)
-                    if not self._looked_for_sharing:
-                        self._looked_for_sharing = True
-                        self._look_for_sharing()
-            except (Error, OSError) as error:
-                following = time.monotonic() + PERIOD_S
-                log.warning("Cannot keep the marks up to date: %s", error)
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program, or -1."""
+        return -1 if self._tracing is None else self._tracing.fileno()
+
+    def run(self) -> None:
+        """Take in what has begun to match; and once in a while, look through all of them again."""
+        begin_s = time.thread_time()
+        if self._tracing is not None:
+            self._started(self._tracing.executed())
+        if time.monotonic() < self.due_s:
+            return
+        self.due_s = time.monotonic() + PERIOD_S
+        self._pass()
+        # A pass that had to wait for the CPU does not put off the next one.
+        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
+        self.due_s = time.monotonic() + max(PERIOD_S, pause_s)
+        self._look_for_sharing()
 
     def pids(self) -> list[int]:
         """The processes that are limited now."""
@@ -135,7 +129,7 @@ class Marks:
 
     def _trace(self) -> None:
         try:
-            self._tracing = Tracing(self._processes, executions=self._selection.matches_some)
+            self._tracing = Tracing.begin(self._maps, executions=self._selection.matches_some)
         except (Error, OSError) as error:
             if self._selection.children or self._selection.matches_some:
                 self._note(
@@ -217,16 +211,21 @@ class Marks:
         return True
 
     def _look_for_sharing(self) -> None:
-        """A mark belongs to a socket, whoever uses it."""
-        sharing = self._sharing(process.running())
-        if sharing:
-            time.sleep(_BORROWED_S)
-            for pid in self._sharing(sharing):
+        """Say who else uses marked sockets: a mark belongs to a socket, whoever uses it.
+
+        After the first pass, and once more for those who did.
+        """
+        if self._suspects is None:
+            self._suspects = self._sharing(process.running())
+        else:
+            for pid in self._sharing(self._suspects):
                 self._note(
                     f"{process.listed([pid])} uses some of the sockets too: these are limited for"
                     " all who do"
                 )
-        self._inodes.clear()
+            self._suspects = []
+        if not self._suspects:
+            self._inodes.clear()
 
     def _sharing(self, pids: Iterable[int]) -> list[int]:
         """Those that have a marked socket open, and are not limited."""
@@ -242,3 +241,48 @@ class Marks:
         if text not in self._notes:
             self._notes[text] = None
             log.info("%s", text)
+
+
+class Tracing:
+    """Keeps the map PROCESSES: a child of what is in it comes in, and what has ended goes.
+
+    These are programs at the kernel's tracepoints of fork, exit and, with ``executions``, exec.
+    """
+
+    def __init__(self, executed: Optional[RingBuffer], attached: ExitStack) -> None:
+        self._executed = executed
+        self._attached = attached
+
+    @classmethod
+    def begin(cls, maps: Mapping[str, Map[Any, Any]], *, executions: bool) -> Tracing:
+        """Attach the programs, which share the throttle's ``maps``.
+
+        With ``executions`` they also tell of each process that executes a program. Linux 5.8, with
+        the kernel's BTF; needs CAP_PERFMON. Raises BpfError, ObjectFileError or OSError.
+        """
+        hooks = {
+            program.name: str(program.hook)
+            for program in programs.with_role(Role.FOLLOW)
+            if executions or program.hook != _EXECUTION
+        }
+        with ExitStack() as undo:
+            loaded = undo.enter_context(loader.load(programs.read("processes"), hooks, maps=maps))
+            for program, tracepoint in hooks.items():
+                link = links.attach_raw_tracepoint(loaded.programs[program], tracepoint)
+                undo.callback(link.detach)
+            executed = None
+            if executions:
+                executed = undo.enter_context(RingBuffer(loaded.maps["EXECUTED"], U32))
+            return cls(executed, undo.pop_all())
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program, or -1."""
+        return -1 if self._executed is None else self._executed.fileno()
+
+    def executed(self) -> Iterator[int]:
+        """Return the processes that have executed a program since it was asked last."""
+        return iter(()) if self._executed is None else self._executed.read(0)
+
+    def close(self) -> None:
+        """Detach and close all."""
+        self._attached.close()

@@ -1,6 +1,6 @@
 """Uploads of connections that were open before the limit, paced from user space.
 
-Before Linux 6.12 no program can be told of them: here a thread does what the shaper does for all
+Before Linux 6.12 no program can be told of them: here a chore does what the shaper does for all
 others (ebpf_src/shape.h). It looks four times a second, so it divides the rate from the start,
 where the shaper lets each connection try how much there is.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import socket
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Optional
 
-from pybpfthrottle.backends.ebpf.records import ThrottleSocket
+from pybpfthrottle.backends.ebpf.bucket import Seen
+from pybpfthrottle.backends.ebpf.records import ThrottlePacing, ThrottlePacingRate, ThrottleSocket
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.linux import sockets
@@ -26,23 +26,12 @@ from pybpfthrottle.model import Rate
 _PERIOD_S = 0.25
 # At most so much of the time is spent on it, however many connections there are.
 _MOST_BUSY = 0.05
-_TARGET_NS = 60_000_000
 _RECENT_MS = 1000
 # A smaller share would not be one: TCP waits between two segments, whatever is set meanwhile.
 _LEAST = 1024
-_UNLIMITED = 0xFFFFFFFF
-
-
-class Seen(NamedTuple):
-    """What the programs know of uploads.
-
-    ``owed_ns`` is the time for which the limit is used up already, ``passed`` how many bytes
-    there were, and ``flows`` how many connections the programs shape.
-    """
-
-    owed_ns: int
-    passed: int
-    flows: int
+# The whole is so many times what is given besides, and so many times the least.
+_EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
+_LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
 
 @dataclass
@@ -94,9 +83,7 @@ class Pacer:
         self._rate: Optional[Rate] = None
         self._level = 0.0
         self._passed = _Usage(0, time.monotonic())
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pacer", daemon=True)
+        self.due_s = math.inf
 
     def __len__(self) -> int:
         """How many connections there are still."""
@@ -112,34 +99,23 @@ class Pacer:
             _Usage(info.bytes_acked, time.monotonic()),
             math.inf if info.last_data_sent_ms < _RECENT_MS else 0.0,
         )
-        with self._lock:
-            self._flows[found.place.inode] = flow
-
-    def start(self, rate: Optional[Rate]) -> None:
-        """Share a rate, and follow what the connections do in a thread."""
-        self.set_rate(rate)
-        if self._flows and not self._thread.is_alive():
-            self._thread.start()
+        self._flows[found.place.inode] = flow
 
     def set_rate(self, rate: Optional[Rate]) -> None:
         """Share another rate from now on; None gives connections back what they had."""
-        with self._lock:
-            self._rate = rate
-            self._round()
+        self._rate = rate
+        self.run()
 
-    def end(self) -> None:
-        """Change nothing any more; what was changed stays, for ``connections.restore``."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    def fileno(self) -> int:
+        """Return -1: it has no descriptor."""
+        return -1
 
-    def _run(self) -> None:
-        wait_s = _PERIOD_S
-        while not self._ended.wait(wait_s):
-            with self._lock:
-                begin = time.monotonic()
-                self._round()
-                wait_s = max(_PERIOD_S, (time.monotonic() - begin) / _MOST_BUSY)
+    def run(self) -> None:
+        """See what the connections do, and share the rate accordingly."""
+        begin = time.monotonic()
+        self._round()
+        end = time.monotonic()
+        self.due_s = end + max(_PERIOD_S, (end - begin) / _MOST_BUSY)
 
     def _round(self) -> None:
         """Visit all; those that are not where they were are looked for, or forgotten."""
@@ -171,8 +147,9 @@ class Pacer:
             each = max(0, (self._passed.bytes_per_s or 0) - ours) / seen.flows
             wants += [each if 2 * each < self._level else math.inf] * seen.flows
         self._level = fair_share(self._rate.bytes_per_s, wants)
-        factor = 1 + (1 - max(0, seen.owed_ns) / _TARGET_NS) / 8
-        return min(max(_LEAST, int(self._level * max(0.25, factor))), _UNLIMITED)
+        extra = 1 - max(0, seen.owed_ns) / ThrottlePacing.PACING_TARGET_NS
+        factor = max(1 + extra / _EXTRA, 1 / _LEAST_SHARE)
+        return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)
 
     def _visit(self, flow: _Flow, pacing: int) -> bool:
         """Pace one, and see what it took; false if it is gone."""
@@ -183,7 +160,8 @@ class Pacer:
             used = flow.usage.look(info.bytes_acked)
             if used is not None:
                 flow.wants = used if 2 * used < flow.pacing else math.inf
-            if pacing != flow.pacing and abs(pacing - flow.pacing) >= flow.pacing >> 4:
+            least = flow.pacing >> ThrottlePacing.PACING_STEP_SHIFT
+            if pacing != flow.pacing and abs(pacing - flow.pacing) >= least:
                 self._pace(flow, own, pacing)
             return True
         return False

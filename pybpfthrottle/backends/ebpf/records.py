@@ -1,21 +1,81 @@
-"""The records of ebpf_src/throttle.h, for ctypes. A test compares them with the object's BTF."""
+"""The records and constants of ebpf_src/throttle.h.
+
+Names are those of C: struct throttle_config is ThrottleConfig, THROTTLE_PACE of enum throttle_flags
+is ThrottleFlags.PACE, and enum throttle_direction is model.Direction. A test compares all with the
+objects' BTF.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_uint32, c_uint64
+from ctypes import c_char, c_uint32, c_uint64
+from enum import IntEnum, IntFlag
 
-INVERSE_RATE_SHIFT = 20
-THROTTLE_LOOPBACK = 1
-THROTTLE_PACE = 2
-THROTTLE_WINDOW = 4
-THROTTLE_ADOPT = 0x54425059
-THROTTLE_MAGIC = 0x54425059
-THROTTLE_VERSION = 1
+from pybpfthrottle.model import Direction
+
+# The map that all programs of a throttle refer to; its one element is a ThrottleRecord.
+RECORD = "THROTTLE"
+
+
+class ThrottleFlags(IntFlag):
+    """enum throttle_flags: what the programs are to do."""
+
+    LOOPBACK = 1
+    PACE = 2
+    WINDOW = 4
+
+
+class ThrottleFormat(IntEnum):
+    """enum throttle_format: how a record begins."""
+
+    MAGIC = 0x54425059
+    VERSION = 2
+
+
+class ThrottleLevel(IntEnum):
+    """enum throttle_level: the level of setsockopt(2) that programs answer."""
+
+    ADOPT = 0x54425059
+
+
+class ThrottleShift(IntEnum):
+    """enum throttle_shift: the scales of fixed-point numbers and epochs."""
+
+    INVERSE_RATE_SHIFT = 20
+    EPOCH_SHIFT = 30
+
+
+class ThrottleSlack(IntEnum):
+    """enum throttle_slack: what connections may owe beyond the debt."""
+
+    PACING_SLACK_NS = 300_000_000
+    POLICE_SLACK_NS = 180_000_000
+
+
+class ThrottlePacing(IntEnum):
+    """enum throttle_pacing: the law by which uploads are paced."""
+
+    PACING_TARGET_NS = 60_000_000
+    PACING_EXTRA_SHIFT = 3
+    PACING_LEAST_SHIFT = 2
+    PACING_STEP_SHIFT = 4
+
+
+class ThrottlePacingRate(IntEnum):
+    """enum throttle_pacing_rate: SO_MAX_PACING_RATE where nothing is paced."""
+
+    UNLIMITED = 0xFFFFFFFF
+
+
+class ThrottleRecordFlags(IntFlag):
+    """enum throttle_record_flags: what is to become of a throttle."""
+
+    KEPT = 1
+    REMOVED = 2
 
 
 class ThrottleConfig(ctypes.Structure):
-    """struct throttle_config."""
+    """struct throttle_config: written by user space."""
 
     _fields_ = (
         ("magic", c_uint32),
@@ -30,13 +90,20 @@ class ThrottleConfig(ctypes.Structure):
         ("small_ns", c_uint64),
         ("flags", c_uint32),
         ("reserved", c_uint32),
+        ("slack_ns", c_uint64),
     )
 
 
 class ThrottleBucket(ctypes.Structure):
-    """struct throttle_bucket."""
+    """struct throttle_bucket: written by the programs."""
 
-    _fields_ = (("even_at_ns", c_uint64), ("slack_ns", c_uint64))
+    _fields_ = (
+        ("even_at_ns", c_uint64),
+        ("slack_ns", c_uint64),
+        ("inverse_rate", c_uint64),
+        ("refused", c_uint32),
+        ("reserved", c_uint32),
+    )
 
 
 class ThrottleFlows(ctypes.Structure):
@@ -66,7 +133,7 @@ class ThrottleSocket(ctypes.Structure):
     """struct throttle_socket."""
 
     _fields_ = (
-        ("share", ThrottleShare * 2),
+        ("share", ThrottleShare * len(Direction)),
         ("pacing", c_uint32),
         ("clamp", c_uint32),
         ("original_pacing", c_uint32),
@@ -91,4 +158,18 @@ class ThrottleStats(ctypes.Structure):
         ("bytes_total", c_uint64),
         ("packets_dropped", c_uint64),
         ("bytes_dropped", c_uint64),
+    )
+
+
+class ThrottleRecord(ctypes.Structure):
+    """struct throttle_record: written by user space; the generation is odd meanwhile."""
+
+    _fields_ = (
+        ("magic", c_uint32),
+        ("version", c_uint32),
+        ("generation", c_uint32),
+        ("flags", c_uint32),
+        ("length", c_uint32),
+        ("reserved", c_uint32),
+        ("text", c_char * 4072),
     )

@@ -1,197 +1,228 @@
-"""A throttle that is in force: its maps, its programs, and where they are attached."""
+"""A throttle in the kernel: its maps, its programs, and where they are attached."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from threading import Thread
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, ContextManager, Iterable, Iterator, Optional, Sequence, Tuple
 
-from pybpfthrottle.backends import Limits, Options, Targets
-from pybpfthrottle.backends.ebpf import connections
-from pybpfthrottle.backends.ebpf.adoption import Adoption
-from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach
-from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES, config_for
-from pybpfthrottle.backends.ebpf.connections import SOCKETS
-from pybpfthrottle.backends.ebpf.guard import Guard
-from pybpfthrottle.backends.ebpf.kinds import ALL, MARKED, MARKER, Kind
-from pybpfthrottle.backends.ebpf.marks import MARKS, PROCESSES, Marks
-from pybpfthrottle.backends.ebpf.pacer import Pacer, Seen
-from pybpfthrottle.backends.ebpf.records import (
-    ThrottleBucket,
-    ThrottleConfig,
-    ThrottleFlows,
-    ThrottleStats,
-)
-from pybpfthrottle.backends.ebpf.shaping import POLICE, Shaping
-from pybpfthrottle.backends.ebpf.shaping import choose as shaping_for
-from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.backends import Match, Order
+from pybpfthrottle.backends.ebpf import connections, programs
+from pybpfthrottle.backends.ebpf.attach import attach, rung
+from pybpfthrottle.backends.ebpf.bucket import Bucket, shaping_for
+from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
+from pybpfthrottle.backends.ebpf.marks import Marks
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
+from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, record_of
+from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.links import Attachment
-from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.errors import (
-    AttachError,
-    ThrottleError,
-)
-from pybpfthrottle.linux import cgroup, sockets
-from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed
-from pybpfthrottle.model import Counters, Direction, Rate
+from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
 
-_MS = 1_000_000
-_NS_PER_S = 1_000_000_000
-# As in shape.h.
-EPOCH_SHIFT = 30
-PACING_SLACK_NS = 300 * _MS
+# How soon it is noticed that somebody else has changed or removed the throttle.
+_NOTICE_S = 0.25
+
+# A program, where it is to be attached, and how.
+Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
 
 
-class _Placed(NamedTuple):
-    """A program where it is attached."""
+@dataclass
+class Placed:
+    """A program where it is attached; ``attachment`` is another one after a switch."""
 
-    program: str
+    program: Shipped
+    live: Program
     target: Cgroup
-    hook: AttachType
     policy: AttachPolicy
     attachment: Attachment
 
+    def detach(self) -> None:
+        """Take it away."""
+        self.attachment.detach()
 
-class EbpfHandle:
-    """What was loaded for one throttle: its maps, its programs, and where they are attached."""
+    def switch(self, method: str) -> None:
+        """Attach it by another method first, then end the old attachment. Raises AttachError."""
+        if rung(self.attachment).partition(" ")[0] == method:
+            return
+        policy = self.policy._replace(method=method)
+        attachment = attach(self.live, self.target, self.program.attach_type, policy)
+        before, self.attachment = self.attachment, attachment
+        before.detach()
 
-    def __init__(
-        self,
-        loaded: Object,
-        targets: Targets,
-        limits: Limits,
-        options: Options,
-        *,
-        object_name: str,
-    ) -> None:
-        self._targets = targets
-        self._objects = [loaded]
-        self._programs: dict[str, Program] = dict(loaded.programs)
-        self._maps: dict[str, Map[Any, Any]] = dict(loaded.maps)
-        self._options = options
-        self._object_name = object_name
-        self._cannot_shape: Optional[str] = None
-        self._rates = dict(limits)
-        self._shapings = dict.fromkeys(limits, POLICE)
-        self._placed: list[_Placed] = []
-        self._guard: Optional[Guard] = None
-        self._pacer: Optional[Pacer] = None
-        self._unadopted = 0
+
+class EbpfThrottle:
+    """What one order has put in force. ``put_in_force`` does it, ``remove`` ends it."""
+
+    def __init__(self, order: Order, throttle_id: str) -> None:
+        self._id = throttle_id
+        self._order = order
+        self._options: Options = order.options or Options()
+        self._programs: dict[str, Program] = {}
+        self._maps: dict[str, Map[Any, Any]] = {}
+        self._object_name = ""
+        self._placed: list[Placed] = []
         self._marks: Optional[Marks] = None
-        self._follower: Optional[_Follower] = None
-        self._follows = False
+        self._connections: Optional[Connections] = None
         self._notes: list[str] = []
-        self._configs: Map[int, ThrottleConfig] = self._maps["CGROUP_CONFIGS"].typed(
-            U32, StructureCodec(ThrottleConfig)
+        self._removed_by_others = False
+        self._generation = 0
+        self._fields: dict[str, Any] = {}
+        self._bucket: Bucket
+        self._record: RecordMap
+        # What is to be undone, in the order in which it is: whatever raises, the rest is too.
+        self._undo = ExitStack()
+        self._loaded, self._followed, self._attached, self._guarded = (
+            self._undo.enter_context(ExitStack()) for _ in range(4)
         )
-        self._buckets: Map[int, ThrottleBucket] = self._maps["CGROUP_BUCKETS"].typed(
-            U32, StructureCodec(ThrottleBucket)
-        )
-        self._stats: Map[int, list[ThrottleStats]] = self._maps["CGROUP_STATS"].typed(
-            U32, StructureCodec(ThrottleStats)
-        )
+        self._undo.callback(self._restore)
+        self._undo.callback(self._say_removed)
+        self._noticing = Periodic(_NOTICE_S, self._notice)
 
     @property
-    def maps(self) -> dict[str, Map[Any, Any]]:
-        """All maps, by name; those of one object are used by the next."""
-        return self._maps
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+        return self._bucket.rates
 
-    def add(self, loaded: Object) -> None:
-        """Programs of another object, which shares the maps of the first."""
-        self._objects.append(loaded)
+    def put_in_force(self) -> None:
+        """Load once, and attach to each target.
+
+        Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
+        """
+        try:
+            self._put_in_force()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _put_in_force(self) -> None:
+        order = self._order
+        if order.cgroups:
+            self._load(Scope.ALL)
+        if order.processes is not None:
+            try:
+                self._load(Scope.MARKED)
+            except BpfError as error:
+                raise NoMarksError(f"the kernel takes no marks on sockets: {error}") from error
+        if not self._maps:
+            raise ThrottleError("no target was given")
+        # First: it may be needed as soon as something is shaped, and is to be forked before there
+        # is a thread.
+        if self._options.guard and SOCKETS in self._maps:
+            guard = Guard(self._holders, self._maps, RECORD)
+            self._guarded.callback(guard.end)
+            self._fields["guard"] = list(process.Process(guard.pid).identity)
+        if order.cgroups:
+            self._limit_cgroups(order.cgroups)
+        if order.processes is not None:
+            self._limit_processes(order.processes)
+        self._register()
+
+    def _load(self, scope: Scope) -> None:
+        """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
+
+        They share the maps of what is loaded already.
+        """
+        policers = {
+            direction: programs.policer(scope, direction, self._options.egress_verdict)
+            for direction in self._order.limits
+        }
+        needed = [
+            *policers.values(),
+            *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
+        ]
+        names = [program.name for program in needed]
+        shaper = programs.shaper(scope).name
+        spec = programs.read(programs.object_for(scope))
+        loaded = None
+        refused = None
+        if self._wants_shaping():
+            try:
+                loaded = loader.load(spec, [*names, shaper], maps=self._maps)
+            except BpfError as error:
+                refused = str(error)
+                log.debug("This kernel does not take %s: %s", shaper, error)
+        loaded = loaded or loader.load(spec, names, maps=self._maps)
+        self._loaded.callback(loaded.close)
         self._programs.update(loaded.programs)
         self._maps.update(loaded.maps)
-
-    def counters(self) -> dict[Direction, Counters]:
-        """What each direction counted, over all CPUs."""
-        return {
-            direction: Counters(
-                *(sum(getattr(cpu, name) for cpu in cpus) for name in Counters._fields)
+        self._object_name = self._object_name or spec.name
+        for direction, program in policers.items():
+            log.debug(
+                "Program '%s' loaded with expected_attach_type: Some(%s)",
+                program.name,
+                "Ingress" if direction is Direction.DOWNLOAD else "Egress",
             )
-            for direction in self._rates
-            for cpus in [self._stats[direction]]
-        }
+        self._begin(refused)
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
-        """Change the limit at once; what is owed is owed in bytes, so its time is scaled."""
-        if direction not in self._rates:
-            raise ThrottleError(f"this throttle was made without a limit for {direction}")
-        old = self._rates[direction]
-        wanted = self._options.shape.get(direction, "auto")
-        shaping = shaping_for(direction, rate, wanted, refused=self._cannot_shape)
-        self._configs[direction] = config_for(
-            rate, loopback=self._options.loopback, shaping=shaping
+    def _wants_shaping(self) -> bool:
+        return any(
+            shaping_for(direction, rate, self._options.shape.get(direction, "auto")).flags
+            for direction, rate in self._order.limits.items()
         )
-        self._shapings[direction] = shaping
-        log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
-        if old is not None and rate is not None:
-            now = time.monotonic_ns()
-            bucket = self._buckets[direction]
-            owed_ns = bucket.even_at_ns - now
-            if owed_ns > 0:
-                bucket.even_at_ns = now + owed_ns * old.bytes_per_s // rate.bytes_per_s
-                self._buckets[direction] = bucket
-        self._rates[direction] = rate
-        if self._pacer is not None and direction is Direction.UPLOAD:
-            self._pacer.start(rate if shaping.method == "pace" else None)
 
-    def burst_bytes(self, direction: Direction) -> int:
-        """Credit, debt, and the packet that goes into debt."""
-        rate = self._rates[direction]
-        if rate is None:
-            return 0
-        config = self._configs[direction]
-        time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
-        time_ns += self._buckets[direction].slack_ns
-        return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
+    def _begin(self, cannot_shape: Optional[str]) -> None:
+        """Put the rates in force, before anything is attached."""
+        if not hasattr(self, "_bucket"):
+            self._bucket = Bucket(
+                self._maps,
+                self._order.limits,
+                loopback=self._order.traffic.loopback,
+                shapes=self._options.shape,
+                owner=process.identity(),
+            )
+        self._bucket.begin(cannot_shape)
 
-    def limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
-        """All packets of cgroups. Raises AttachError or CgroupError."""
-        self._place_policers(ALL, cgroups)
-        if self._shape(ALL, cgroups):
-            with self._adopting(ALL, cgroups) as adopt:
+    # Attaching.
+
+    def _limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
+        """Limit all packets of cgroups. Raises AttachError or CgroupError."""
+        self._place(self._policers(Scope.ALL, cgroups))
+        if self._shape(Scope.ALL, cgroups):
+            with self._adopting(Scope.ALL, cgroups) as adopt:
                 for found in sockets.Scan().new(connections.pids(cgroups)):
                     adopt(found)
 
-    def limit_processes(self, selection: Selection) -> None:
-        """The packets of the sockets that processes have, and make.
+    def _limit_processes(self, selection: Selection) -> None:
+        """Limit the packets of the sockets that processes have, and make.
 
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
-        cgroups = self._place_marked(selection)
-        shaped = self._shape(MARKED, cgroups)
+        cgroups = self._place_for_marks(selection)
+        shaped = self._shape(Scope.MARKED, cgroups)
         self._marks = Marks(
-            selection,
-            self._maps[MARKS],
-            self._maps[PROCESSES],
-            partial(self._adopting, MARKED, cgroups if shaped else ()),
+            selection, self._maps, partial(self._adopting, Scope.MARKED, cgroups if shaped else ())
         )
+        self._followed.callback(self._marks.close)
         self._marks.begin()
-        self._follows = selection.new_sockets
 
-    def _place_marked(self, selection: Selection) -> list[Cgroup]:
-        """At the top, where each socket is seen; or else at the cgroups of the processes."""
-        top = cgroup.root()
+    def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
+        """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
+        top = cgroups_v2.root()
         try:
-            self._place_programs_for_marks([top], selection)
+            self._place(self._for_marks(selection, [top]))
         except AttachError as error:
-            own = dict.fromkeys(cgroup.from_pid(one.pid) for one in selection.processes)
+            own = dict.fromkeys(cgroups_v2.from_pid(one.pid) for one in selection.processes)
             below = [one for one in own if one != top]
             if not below:
                 raise
-            self._place_programs_for_marks(below, selection)
+            self._place(self._for_marks(selection, below))
             self._notes.append(
                 f"sockets that were made in other cgroups than"
                 f" {', '.join(one.path for one in below)} are not limited: {error}"
@@ -199,207 +230,203 @@ class EbpfHandle:
             return below
         return [top]
 
-    def _place_programs_for_marks(self, cgroups: Sequence[Cgroup], selection: Selection) -> None:
-        count = len(self._placed)
-        try:
-            self._place_policers(MARKED, cgroups)
-            if selection.new_sockets:
-                self._place_all(MARKER, cgroups, AttachType.CGROUP_INET_SOCK_CREATE)
-        except AttachError:
-            self._detach_but(count)
-            raise
-
-    def _place_policers(self, kind: Kind, cgroups: Sequence[Cgroup]) -> None:
-        for target in cgroups:
-            for direction in self._rates:
-                program = kind.policer(direction, self._options.egress_verdict)
-                policy = self._options.attach.get(direction, AttachPolicy())
-                self._place(program, target, ATTACH_TYPES[direction], policy)
-
-    def _place_all(self, program: str, cgroups: Sequence[Cgroup], hook: AttachType) -> None:
-        policy = self._options.attach.get(next(iter(self._rates)), AttachPolicy())
-        for target in cgroups:
-            self._place(program, target, hook, policy)
-
-    def _place(self, program: str, target: Cgroup, hook: AttachType, policy: AttachPolicy) -> None:
-        """Attach one of the loaded programs. Raises AttachError or CgroupError."""
-        attachment = attach(self._programs[program], target, hook, policy)
-        self._placed.append(_Placed(program, target, hook, policy, attachment))
-
-    def switch(self, method: str) -> None:
-        """For each program first the new attachment, then the end of the old one."""
-        for index, placed in enumerate(self._placed):
-            if placed.attachment.rung.partition(" ")[0] == method:
-                continue
-            policy = placed.policy._replace(method=method)
-            program = self._programs[placed.program]
-            attachment = attach(program, placed.target, placed.hook, policy)
-            self._placed[index] = placed._replace(attachment=attachment)
-            placed.attachment.detach()
-
-    def begin(self, cannot_shape: Optional[str]) -> None:
-        """Put the rates in force. ``cannot_shape`` is why the policer alone is left, or None."""
-        self._cannot_shape = cannot_shape or self._cannot_shape
-        for direction, rate in self._rates.items():
-            self.set_rate(direction, rate)
-
-    def _shape(self, kind: Kind, cgroups: Sequence[Cgroup]) -> bool:
+    def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. Where another tool's program refuses it, the policer is left."""
-        if kind.shaper not in self._programs:
+        shaper = programs.shaper(scope)
+        if shaper.name not in self._programs:
             return False
-        count = len(self._placed)
         try:
-            self._place_all(kind.shaper, cgroups, AttachType.CGROUP_SOCK_OPS)
+            self._place(self._everywhere(shaper, cgroups))
         except AttachError as error:
-            self._detach_but(count)
-            self.begin(str(error))
+            self._bucket.begin(str(error))
             return False
-        if self._pacer is None:
-            self._pacer = Pacer(self._pids, self._maps[SOCKETS], self._seen)
+        if self._connections is None:
+            self._connections = Connections(
+                self._maps, self._bucket, limited=self._pids, holders=self._holders
+            )
         return True
 
-    @contextmanager
+    def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
+        yield from self._policers(Scope.MARKED, cgroups)
+        for marker in programs.with_role(Role.MARK) if selection.new_sockets else ():
+            yield from self._everywhere(marker, cgroups)
+
+    def _policers(self, scope: Scope, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
+        for target in cgroups:
+            for direction in self._order.limits:
+                program = programs.policer(scope, direction, self._options.egress_verdict)
+                yield program, target, self._options.attach.get(direction, AttachPolicy())
+
+    def _everywhere(self, program: Shipped, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
+        policy = self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
+        for target in cgroups:
+            yield program, target, policy
+
+    def _place(self, wanted: Iterable[Wanted]) -> None:
+        """Attach programs that are loaded: all, or none. Raises AttachError or CgroupError."""
+        placed: list[Placed] = []
+        with ExitStack() as undo:
+            for program, target, policy in wanted:
+                live = self._programs[program.name]
+                attachment = attach(live, target, program.attach_type, policy)
+                one = Placed(program, live, target, policy, attachment)
+                undo.callback(one.detach)
+                placed.append(one)
+            self._attached.push(undo.pop_all())
+        self._placed += placed
+
     def _adopting(
-        self, kind: Kind, cgroups: Sequence[Cgroup]
-    ) -> Iterator[Callable[[Borrowed], None]]:
-        """Connections that were open before are shaped.
+        self, scope: Scope, cgroups: Sequence[Cgroup]
+    ) -> ContextManager[Callable[[Borrowed], None]]:
+        """Have connections that were open before shaped, where anything is."""
+        if self._connections is None or not cgroups:
+            return nullcontext(lambda found: None)
+        return self._connections.adopting(scope, cgroups)
 
-        Those that the kernel does not adopt have their uploads paced from outside, and their
-        downloads policed.
-        """
-        if self._pacer is None or not cgroups:
-            yield lambda found: None
-            return
-        with Adoption(kind.read(), self._maps, cgroups, self._pacer) as adoption:
-            yield adoption
-        if adoption.unadopted:
-            self._unadopted += adoption.unadopted
-            for direction, shaping in self._shapings.items():
-                log.info("%s: of open connections %s", direction, self._open(direction))
-                if direction is Direction.UPLOAD and shaping.method == "pace":
-                    self._pacer.start(self._rates[direction])
-            self._leave_room()
+    # The record of it in the kernel.
 
-    def _open(self, direction: Direction) -> str:
-        """What is done about connections that were open, and that the kernel did not adopt."""
-        pace = self._shapings[direction].method == "pace"
-        if direction is Direction.UPLOAD and pace and self._pacer:
-            return f"{len(self._pacer)} paced from user space"
-        return f"{self._unadopted} policed"
-
-    def _seen(self) -> Seen:
-        """What the programs know of uploads."""
-        flows: ThrottleFlows = self._maps["CGROUP_FLOWS"].typed(U32, StructureCodec(ThrottleFlows))[
-            Direction.UPLOAD
-        ]
-        even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
-        now = time.monotonic_ns()
-        epochs_ago = (now >> EPOCH_SHIFT) - flows.epoch
-        return Seen(
-            owed_ns=even_at_ns - now if even_at_ns else 0,
-            passed=self.counters()[Direction.UPLOAD].bytes_passed,
-            flows=(max(flows.now, flows.before), flows.now, 0)[min(epochs_ago, 2)],
+    def _register(self) -> None:
+        """Say what it is, once it is in force."""
+        self._record = RecordMap(self._maps[RECORD])
+        self._fields.update(
+            id=self._id,
+            owner=list(process.identity()),
+            since_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
+            shapes={str(direction): shape for direction, shape in self._options.shape.items()},
+            maps={name: live.info().id for name, live in self._maps.items()},
         )
+        self._note_down()
 
-    def _leave_room(self) -> None:
-        """As long a burst as the policer has, for connections that nothing else slows down."""
-        for direction, shaping in self._shapings.items():
-            bucket = self._buckets[direction]
-            slack_ns = POLICE.burst_ns - shaping.burst_ns
-            if direction is Direction.UPLOAD and self._pacer:
-                slack_ns = PACING_SLACK_NS
-            bucket.slack_ns = max(bucket.slack_ns, slack_ns)
-            self._buckets[direction] = bucket
+    def _note_down(self) -> None:
+        """Say what it is now."""
+        spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
+        cgroups = [cgroup.path for cgroup in self._order.cgroups]
+        self._fields.update(
+            spec=spec.to_json(),
+            cgroups=cgroups or list(dict.fromkeys(one.target.path for one in self._placed)),
+            attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
+            cannot_shape=self._bucket.cannot_shape,
+        )
+        self._generation = self._record.write(self._fields)
 
-    def remove(self) -> None:
-        """Give connections back what they had, detach everything, and close what was loaded."""
-        try:
-            if self._follower is not None:
-                self._follower.end()
-                self._follower = None
-            if self._pacer is not None:
-                self._pacer.end()
-            if self._placed:
-                self._restore()
-            if self._guard is not None:
-                self._guard.end()
-                self._guard = None
-            self._detach_but(0)
-        finally:
-            if self._marks is not None:
-                self._marks.close()
-            for loaded in self._objects:
-                loaded.close()
-
-    def _detach_but(self, count: int) -> None:
-        """The last ones first, until so many are left."""
-        while len(self._placed) > count:
-            self._placed.pop().attachment.detach()
-
-    def guard(self) -> None:
-        """Have connections restored also if this process is killed."""
-        if SOCKETS in self._maps:
-            self._guard = Guard(self._holders, self._maps[SOCKETS])
-
-    def follow(self) -> None:
-        """Keep up to date, in a thread, what is limited and what of it is shaped."""
-        if self._marks is not None and self._follows:
-            self._follower = _Follower(self._marks)
-
-    def processes(self) -> list[int]:
-        """The selected processes that are limited now, and those that they have started."""
-        return [] if self._marks is None else self._marks.pids()
-
-    def notes(self) -> list[str]:
-        """What is not covered, or covered besides, a line each."""
-        return [*self._notes, *(self._marks.notes() if self._marks else ())]
-
-    def _restore(self) -> None:
-        if SOCKETS not in self._maps:
+    def _notice(self) -> None:
+        """See whether somebody else has changed the throttle, or asks for a change."""
+        if self._removed_by_others:
             return
-        for direction in self._rates:
-            # The shaper sets nothing any more.
-            self._configs[direction] = config_for(None, loopback=False)
-        connections.restore(self._holders(), self._maps[SOCKETS])
+        entry = self._record.read()
+        if entry is None or entry.generation == self._generation:
+            return
+        self._generation = entry.generation
+        if entry.removed:
+            self._removed_by_others = True
+            return
+        for direction, rate in record_of(entry, 0).spec.limits.items():
+            if self._bucket.rates.get(direction) != rate:
+                self._change_rate(direction, rate)
+        if entry.fields.get(ASKED):
+            self._answer(str(entry.fields[ASKED]))
 
-    def _pids(self) -> list[int]:
-        """The processes whose sockets are limited."""
-        return sorted({*connections.pids(self._targets.cgroups), *self.processes()})
+    def _answer(self, method: str) -> None:
+        """Attach by the method that somebody asks for, and say how that went."""
+        try:
+            for one in self._placed:
+                one.switch(method)
+            self._fields.pop(ANSWER, None)
+        except AttachError as error:
+            self._fields[ANSWER] = str(error)
+        with locked():
+            self._note_down()
 
-    def _holders(self) -> list[int]:
-        """All that may have a socket that was shaped: one with a mark may be handed over."""
-        cgroups = self._targets.cgroups if self._targets.processes is None else [cgroup.root()]
-        return connections.pids(cgroups)
+    # What others do with it.
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return what each direction counted, over all CPUs."""
+        return self._bucket.counters()
+
+    def burst_bytes(self, direction: Direction) -> int:
+        """Return what may pass at once after an idle time, beyond the rate."""
+        return self._bucket.burst_bytes(direction)
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction at once; None lifts it. Raises ThrottleError."""
+        self._change_rate(direction, rate)
+        with locked():
+            self._note_down()
+
+    def _change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        self._bucket.set_rate(direction, rate)
+        if self._connections is not None and direction is Direction.UPLOAD:
+            self._connections.set_rate(rate if self._bucket.paces(direction) else None)
+
+    def switch(self, method: str) -> None:
+        """Attach by another method. Raises AttachError; then what was attached before still is."""
+        for one in self._placed:
+            one.switch(method)
+        with locked():
+            self._note_down()
 
     def describe(self, direction: Direction) -> dict[str, str]:
-        """How it is attached and shaped, and which of the shipped objects it comes from."""
-        hook = ATTACH_TYPES[direction]
-        rungs = sorted({placed.attachment.rung for placed in self._placed if placed.hook is hook})
-        shaping = self._shapings[direction]
-        if shaping.flags & ~self._configs[direction].flags and self._rates[direction] is not None:
-            shaping = Shaping("police", f"the kernel refused what {shaping.method} needs")
+        """Return how it is attached and shaped, and which of the shipped objects it comes from."""
+        rungs = {rung(one.attachment) for one in self._placed if one.program.direction is direction}
+        shaping = self._bucket.shaping(direction)
         how = {
             "backend": "ebpf",
             "object": self._object_name,
-            "attached_by": "+".join(rungs),
+            "attached_by": "+".join(sorted(rungs)),
             "shape": shaping.method,
             "shape_reason": shaping.reason,
         }
-        if self._unadopted:
-            how["open_connections"] = self._open(direction)
+        about_open = self._connections.describe(direction) if self._connections else None
+        if about_open is not None:
+            how["open_connections"] = about_open
         return how
 
+    def processes(self) -> list[int]:
+        """Return the selected processes that are limited now, and those that they have started."""
+        return [] if self._marks is None else self._marks.pids()
 
-class _Follower:
-    """The thread in which marks are kept up to date."""
+    def notes(self) -> list[str]:
+        """Return what is not covered, or covered besides, a line each."""
+        return [*self._notes, *(self._marks.notes() if self._marks else ())]
 
-    def __init__(self, marks: Marks) -> None:
-        self._stop, self._stopping = os.pipe()
-        self._thread = Thread(target=marks.follow, args=(self._stop,), daemon=True)
-        self._thread.start()
+    def chores(self) -> Sequence[Chore]:
+        """Return what keeps it up to date."""
+        found: list[Chore] = [self._noticing]
+        if self._marks is not None and self._order.processes and self._order.processes.new_sockets:
+            found.append(self._marks)
+        if self._connections is not None:
+            found += self._connections.chores()
+        return found
 
-    def end(self) -> None:
-        """Wait until it has ended."""
-        os.close(self._stopping)
-        self._thread.join()
-        os.close(self._stop)
+    def removed_by_others(self) -> bool:
+        """Whether somebody else has taken the limit away."""
+        return self._removed_by_others
+
+    def remove(self) -> None:
+        """Give connections back what they had, detach everything, and close what was loaded."""
+        self._undo.close()
+
+    def close(self) -> None:
+        """The same: what this process keeps ends with it."""
+        self.remove()
+
+    def _say_removed(self) -> None:
+        """The kernel takes a moment to forget programs, and their maps: nobody is to list them."""
+        if self._generation:
+            self._record.write(self._fields, flags=ThrottleRecordFlags.REMOVED)
+
+    def _restore(self) -> None:
+        if self._placed and SOCKETS in self._maps:
+            # The shaper sets nothing any more.
+            self._bucket.lift()
+            connections.restore(self._holders(), self._maps[SOCKETS])
+
+    def _pids(self) -> list[int]:
+        """Return the processes whose sockets are limited."""
+        return sorted({*connections.pids(self._order.cgroups), *self.processes()})
+
+    def _holders(self) -> list[int]:
+        """Return all that may have a socket that was shaped: one with a mark may be handed over."""
+        marked = self._order.processes is not None
+        return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.flavours import essential, fields_compatible
-from pybpfthrottle.errors import ObjectFileError
 
 _K = CoreRelocationKind
 FIELDS = frozenset(

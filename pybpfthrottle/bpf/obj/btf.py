@@ -12,7 +12,7 @@ from array import array
 from enum import IntEnum
 from typing import Iterator, NamedTuple, Optional
 
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.errors import ObjectFileError
 
 _MAGIC = 0xEB9F
 _SECTION = ".BTF"
@@ -146,12 +146,13 @@ class Btf:
     """The types of one .BTF section; the type 0 is void. Raises ObjectFileError for bad data.
 
     A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends. ``name``
-    is the module's.
+    is the module's. Types of the same bytes are equal. It never changes.
     """
 
     def __init__(self, data: bytes, *, base: Optional[Btf] = None, name: str = "") -> None:
         self.name = name
         self.base = base
+        self._data = data
         self._first_id = base.count if base else 1
         self._first_string = base.string_bytes if base else 0
         self.byteorder = _byteorder(data)
@@ -192,6 +193,21 @@ class Btf:
 
     def _bad(self, reason: str, word: int) -> ObjectFileError:
         return ObjectFileError(reason, section=_SECTION, offset=self._types_at + 4 * word)
+
+    def __bytes__(self) -> bytes:
+        """The section that the types were read from."""
+        return self._data
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Btf):
+            return NotImplemented
+        return (self._data, self.base) == (other._data, other.base)
+
+    def __hash__(self) -> int:
+        return hash(self._data)
+
+    def __repr__(self) -> str:
+        return f"<Btf {self.name} of {self.count - self._first_id} types>".replace("  ", " ")
 
     @property
     def count(self) -> int:

@@ -6,13 +6,16 @@ Source: Documentation/bpf/btf.rst of the kernel, and struct bpf_core_relo of lin
 from __future__ import annotations
 
 import struct
+from array import array
 from bisect import bisect_left, bisect_right
-from operator import attrgetter
-from typing import Callable, Generic, Iterator, NamedTuple, Optional, TypeVar
+from itertools import islice
+from operator import attrgetter, le, lt
+from typing import Callable, Generic, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, words_of
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 
 _SECTION = ".BTF.ext"
 _HEADER_BYTES = 24
@@ -55,6 +58,7 @@ class CoreRelocation(NamedTuple):
 
 
 R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
+_LINE_WORDS = 4
 
 
 class Records(Generic[R]):
@@ -72,6 +76,57 @@ class Records(Generic[R]):
         """The last one at or before a byte."""
         index = bisect_right(self._offsets, offset)
         return self.rows[index - 1] if index else None
+
+
+class Lines:
+    """The lines of one section's source, in the order of their offsets.
+
+    There is about one for each instruction, so that they are kept as columns of numbers, and an
+    object is only made of those that are asked for.
+    """
+
+    def __init__(self, columns: Sequence[array[int]]) -> None:
+        offsets = columns[0]
+        if not all(map(le, offsets, islice(offsets, 1, None))):
+            order = sorted(range(len(offsets)), key=offsets.__getitem__)
+            columns = [array("I", map(column.__getitem__, order)) for column in columns]
+        self._offsets, *self._others = columns
+
+    @property
+    def rows(self) -> list[LineInfo]:
+        """All of them."""
+        return [self._row(index) for index in range(len(self._offsets))]
+
+    def _row(self, index: int) -> LineInfo:
+        return LineInfo(self._offsets[index], *(column[index] for column in self._others))
+
+    def last_at(self, offset: int) -> Optional[LineInfo]:
+        """The last one at or before a byte."""
+        index = bisect_right(self._offsets, offset)
+        return self._row(index - 1) if index else None
+
+    def encoded(self, begin: int, end: int, start: int) -> bytes:
+        """The lines of a function at bytes ``begin`` to ``end``, which is loaded at ``start``.
+
+        As struct bpf_line_info, the first of each place, in the byte order of this machine;
+        nothing if there is none where the function begins, which the kernel asks for.
+        """
+        which = slice(bisect_left(self._offsets, begin), bisect_left(self._offsets, end))
+        offsets, others = self._offsets[which], [column[which] for column in self._others]
+        if not offsets or offsets[0] != begin:
+            return b""
+        if not all(map(lt, offsets, islice(offsets, 1, None))):
+            firsts = list({offset: n for n, offset in reversed(list(enumerate(offsets)))}.values())
+            firsts.reverse()
+            offsets, *others = (
+                array("I", map(column.__getitem__, firsts)) for column in (offsets, *others)
+            )
+        moved = start - begin
+        table = array("I", bytes(4 * _LINE_WORDS * len(offsets)))
+        table[0::_LINE_WORDS] = array("I", [(at + moved) // INSN_BYTES for at in offsets])
+        for number, column in enumerate(others, 1):
+            table[number::_LINE_WORDS] = column
+        return table.tobytes()
 
 
 class BtfExt:
@@ -94,7 +149,7 @@ class BtfExt:
             places += (0, 0)
         parts = [_Part(data, header + at, size, btf) for at, size in zip(places[::2], places[1::2])]
         self.functions = parts[0].read(2, FunctionInfo)
-        self.lines = parts[1].read(4, LineInfo)
+        self.lines = parts[1].read_lines()
         self.relocations = parts[2].read(4, self._relocation)
 
     def _relocation(self, offset: int, type_id: int, access: int, kind: int) -> CoreRelocation:
@@ -122,17 +177,32 @@ class _Part:
 
     def read(self, wanted: int, make: Callable[..., R]) -> dict[str, Records[R]]:
         """The records, of which the first ``wanted`` words are known."""
+        found: dict[str, list[R]] = {}
+        record_words = self._record_words(wanted)
+        for name, begin, end in self._tables(record_words):
+            records = found.setdefault(name, [])
+            for at in range(begin, end, record_words):
+                records.append(make(*self._words[at : at + wanted]))
+        return {name: Records(rows) for name, rows in found.items()}
+
+    def read_lines(self) -> dict[str, Lines]:
+        """The records of lines, column by column."""
+        found: dict[str, list[array[int]]] = {}
+        record_words = self._record_words(_LINE_WORDS)
+        for name, begin, end in self._tables(record_words):
+            columns = found.setdefault(name, [array("I") for _ in range(_LINE_WORDS)])
+            for number, column in enumerate(columns):
+                column.extend(self._words[begin + number : end : record_words])
+        return {name: Lines(columns) for name, columns in found.items()}
+
+    def _record_words(self, wanted: int) -> int:
+        """The length of a record; 1 where there is no table."""
         if not self._words:
-            return {}
+            return 1
         record_bytes = self._words[0]
         if record_bytes % 4 or not 4 * wanted <= record_bytes <= _MAX_RECORD_BYTES:
             raise self._bad(f"records of {record_bytes} bytes", 0)
-        found: dict[str, list[R]] = {}
-        for name, begin, end in self._tables(record_bytes // 4):
-            records = found.setdefault(name, [])
-            for at in range(begin, end, record_bytes // 4):
-                records.append(make(*self._words[at : at + wanted]))
-        return {name: Records(rows) for name, rows in found.items()}
+        return record_bytes // 4
 
     def _tables(self, record_words: int) -> Iterator[tuple[str, int, int]]:
         """The name of each section, and where its records begin and end."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
-from pybpfthrottle.errors import ObjectFileError
 
 _MAX_CHAIN = 64
 _WORDS = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}

@@ -17,8 +17,8 @@ from __future__ import annotations
 import struct
 from typing import Any, Iterator
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
-from pybpfthrottle.errors import ObjectFileError
 
 _FLOATS = {2: "e", 4: "f", 8: "d"}
 _MAX_DEPTH = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import AmbiguousTypeError
 from pybpfthrottle.bpf.obj.accesses import (
     ENUM_VALUES,
     FIELDS,
@@ -22,7 +23,6 @@ from pybpfthrottle.bpf.obj.accesses import (
 from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.flavours import Matcher, essential, same_kind, types_compatible
-from pybpfthrottle.errors import AmbiguousTypeError
 
 _K = CoreRelocationKind
 # What is asked of something that is not there and has the answer 0; all else has no answer.

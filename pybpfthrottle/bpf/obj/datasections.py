@@ -6,10 +6,10 @@ from typing import Iterator, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Type
 from pybpfthrottle.bpf.obj.elffile import Elf, Section
 from pybpfthrottle.bpf.obj.specs import MapSpec, VariableSpec
-from pybpfthrottle.errors import ObjectFileError
 
 _PREFIXES = (".rodata", ".data", ".bss")
 MAX_BYTES = 1 << 30

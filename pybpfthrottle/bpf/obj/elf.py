@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Iterator, Optional, Union
 
 from pybpfthrottle.bpf.abi import ProgType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import datasections, elffile, sections
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.elffile import Elf, Section
@@ -22,7 +23,6 @@ from pybpfthrottle.bpf.obj.specs import (
     SectionLayout,
 )
 from pybpfthrottle.bpf.obj.typedmaps import TypedMaps
-from pybpfthrottle.errors import ObjectFileError
 
 _EXTERN_SECTIONS = (".kconfig", ".ksyms")
 # The largest that are known, with DWARF and the whole kernel's types in them, have a tenth of it.
@@ -96,7 +96,7 @@ class _Reading:
             name,
             elf.byteorder,
             license=_license(elf),
-            btf=data,
+            btf=self._btf,
             btf_ext=elf.contents(".BTF.ext"),
             layouts=_layouts(elf),
             hidden=_hidden(elf),

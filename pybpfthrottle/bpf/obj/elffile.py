@@ -9,7 +9,7 @@ import io
 import os
 from typing import Any, NamedTuple, Optional, Union
 
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.errors import ObjectFileError
 
 EXECUTABLE = 0x4  # SHF_EXECINSTR
 _SHN_XINDEX = 0xFFFF

@@ -10,10 +10,10 @@ import re
 from typing import TYPE_CHECKING, Callable, Container, Iterator, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ExternError, ObjectFileError
 from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.flavours import essential, types_compatible
 from pybpfthrottle.bpf.obj.specs import MapSpec, Place, SectionLayout
-from pybpfthrottle.errors import ExternError, ObjectFileError
 
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Kernel

@@ -10,11 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import externs
 from pybpfthrottle.bpf.obj.btf import Btf
-from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
+from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, Records
 from pybpfthrottle.bpf.obj.btf_rewrite import loadable
 from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import Instructions, PatchError, Poisoned
 from pybpfthrottle.bpf.obj.relocate import LinkedProgram, Placed
 from pybpfthrottle.bpf.obj.specs import (
@@ -25,13 +27,12 @@ from pybpfthrottle.bpf.obj.specs import (
     ProgramSpec,
     SectionLayout,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 # What asks for the kernel's types imports these itself: most objects do not.
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Kernel, Resolver
 
-R = TypeVar("R", FunctionInfo, LineInfo, CoreRelocation)
+R = TypeVar("R", FunctionInfo, CoreRelocation)
 
 
 class KernelFacts(Protocol):
@@ -85,8 +86,8 @@ class Fitting:
         self._spec = spec
         self._kernel = kernel
         self._descriptor = descriptor
-        self._btf = Btf(spec.btf) if spec.btf else None
-        self._records = BtfExt(spec.btf_ext, self._btf) if self._btf and spec.btf_ext else None
+        self._btf = spec.btf
+        self._records = BtfExt(spec.btf_ext, spec.btf) if spec.btf and spec.btf_ext else None
 
     def fit(self, program: ProgramSpec, linked: LinkedProgram) -> Fitted:
         """Fit one program. Raises ObjectFileError, ExternError or AmbiguousTypeError."""
@@ -224,7 +225,7 @@ class _Program:
         found = self._fitting.symbols.find(extern)
         if found is None and not reference.weak:
             raise externs.missing(extern)
-        if self._code[at] == abi.BPF_CALL:
+        if self._code[at] == CALL:
             self._put_call(at, extern, found)
         else:
             self._put_address(at, found)
@@ -243,10 +244,9 @@ class _Program:
     def _put_address(self, at: int, found: Union[Address, KernelId, None]) -> None:
         if isinstance(found, KernelId):
             module = self._fitting.descriptor(found.btf)
-            self._instructions.load_imm64(at, abi.BPF_PSEUDO_BTF_ID, found.type, module)
+            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, found.type | module << 32)
         else:
-            value = found.value if found else 0
-            self._instructions.load_imm64(at, 0, value & 0xFFFFFFFF, value >> 32)
+            self._instructions.load_imm64(at, 0, found.value if found else 0)
 
     def _bad(self, at: int, reason: str) -> ObjectFileError:
         origin = self._linked.origin(at)
@@ -274,7 +274,7 @@ class _Program:
         for placed in self._linked.placed:
             first = next(within(records.functions, placed), None)
             if first is not None and first[0] == placed.start:
-                found += bytes(abi.FuncInfo(placed.start // abi.INSN_BYTES, first[1].type))
+                found += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
         whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
         return found if len(found) == whole else b""
 
@@ -283,19 +283,20 @@ class _Program:
         records = self._fitting.records
         if records is None:
             return b""
-        found: dict[int, bytes] = {}
-        for placed in self._linked.placed:
-            for at, row in within(records.lines, placed):
-                line = abi.LineInfo(at // abi.INSN_BYTES, row.file, row.text, row.place)
-                found.setdefault(at, bytes(line))
-            if placed.start not in found:
+        tables = []
+        for start, function in self._linked.placed:
+            section, begin = function.key
+            lines = records.lines.get(section)
+            table = lines.encoded(begin, begin + len(function.code), start) if lines else b""
+            if not table:
                 return b""
-        return b"".join(found.values())
+            tables.append(table)
+        return b"".join(tables)
 
     def _source(self, instruction: int) -> Optional[str]:
         """The line of the source that an instruction is of, as "file.c:12: text"."""
         records = self._fitting.records
-        offset = instruction * abi.INSN_BYTES
+        offset = instruction * INSN_BYTES
         if records is None or offset >= len(self._code):
             return None
         origin = self._linked.origin(offset)

@@ -6,8 +6,8 @@ loader agree on, tools/lib/bpf/relo_core.c of the kernel.
 
 from __future__ import annotations
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
-from pybpfthrottle.errors import ObjectFileError
 
 # Types that are nested deeper than this refer to themselves.
 _MAX_DEPTH = 32

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Any, Collection, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import Collection, Iterator, Mapping, NamedTuple, Optional, Union
 
-from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section, Symbol
+from pybpfthrottle.bpf.obj.insn import (
+    BPF_PSEUDO_CALL,
+    CALL,
+    INSN_BYTES,
+    LD_IMM64,
+    Code,
+    RelocationType,
+)
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ExternReference,
@@ -14,14 +22,9 @@ from pybpfthrottle.bpf.obj.specs import (
     FunctionSpec,
     MapReference,
 )
-from pybpfthrottle.errors import ObjectFileError
 
-# The kernel's Documentation/bpf/llvm_reloc.rst. Others are for data only.
-_R_BPF_64_64 = 1
-_R_BPF_64_32 = 10
-
-# Which relocation an instruction may have.
-_TYPES = {abi.BPF_LD_IMM64: _R_BPF_64_64, abi.BPF_CALL: _R_BPF_64_32}
+# Which relocation an instruction may have; others are for data only.
+_TYPES = {LD_IMM64: RelocationType.R_BPF_64_64, CALL: RelocationType.R_BPF_64_32}
 
 _Reference = Union[MapReference, CallReference, ExternReference]
 
@@ -60,8 +63,8 @@ def read_functions(elf: Elf, section: Section, places: Places) -> list[Function]
         start = symbol.value
         if start not in found:
             first, last = bisect_left(offsets, start), bisect_left(offsets, end)
-            code = _Code(elf, section, start, end, places)
-            found[start] = code.read(symbol.name, section.relocations[first:last])
+            reader = _Reader(elf, section, start, end, places)
+            found[start] = reader.read(symbol.name, section.relocations[first:last])
         result.append(Function(symbol.name, symbol.local, found[start]))
     return result
 
@@ -90,7 +93,8 @@ def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, 
     for symbol in symbols:
         limit = following[symbol.value]
         end = symbol.value + symbol.size if symbol.size else limit
-        if not symbol.value < end <= min(limit, size) or symbol.value % 8 or end % 8:
+        is_inside = symbol.value < end <= min(limit, size)
+        if not is_inside or symbol.value % INSN_BYTES or end % INSN_BYTES:
             raise ObjectFileError(
                 f"function {symbol.name!r} of {symbol.size} bytes does not fit in",
                 section=section.name,
@@ -99,7 +103,7 @@ def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, 
         yield symbol, end
 
 
-class _Code:
+class _Reader:
     """The instructions of one function: bytes ``start`` to ``end`` of a section."""
 
     def __init__(self, elf: Elf, section: Section, start: int, end: int, places: Places) -> None:
@@ -108,7 +112,7 @@ class _Code:
         self._start = start
         self._code = (section.data or b"")[start:end]
         self._places = places
-        self._order: Any = elf.byteorder
+        self._instructions = Code(self._code, elf.byteorder)
 
     def read(self, name: str, relocations: list[Relocation]) -> FunctionSpec:
         """The function with its references, in the order of its code."""
@@ -126,9 +130,9 @@ class _Code:
 
     def _reference(self, relocation: Relocation) -> _Reference:
         at = relocation.offset - self._start
-        opcode = self._code[at]
-        wide = opcode == abi.BPF_LD_IMM64
-        if at % 8 or (wide and at + 2 * abi.INSN_BYTES > len(self._code)):
+        opcode = self._instructions.opcode(at)
+        wide = opcode == LD_IMM64
+        if at % INSN_BYTES or (wide and not self._instructions.is_wide(at)):
             raise ObjectFileError(
                 "a relocation inside of an instruction",
                 section=self._section.name,
@@ -149,7 +153,7 @@ class _Code:
         if section is None or not section.executable:
             return None
         # clang counts the distance from the section's start in instructions, less one.
-        extra = (self._imm(at) + 1) * 8 if symbol.type == "STT_SECTION" else 0
+        extra = self._instructions.target(at) - at if symbol.type == "STT_SECTION" else 0
         return CallReference(at, FunctionKey(section.name, symbol.value + extra))
 
     def _address(self, at: int, symbol: Symbol) -> Optional[_Reference]:
@@ -168,7 +172,7 @@ class _Code:
 
     def _offset(self, at: int, symbol: Symbol) -> int:
         """The place in its section that a load is of: the instruction has what to add."""
-        imm = self._imm(at)
+        imm = self._instructions.imm(at)
         # gcc 12 has put the symbol's own value there.
         added = imm == symbol.value and self._elf.by_gcc
         return imm if added else symbol.value + imm
@@ -176,9 +180,6 @@ class _Code:
     def _section_of(self, symbol: Symbol) -> Optional[Section]:
         number = symbol.section
         return self._elf.sections.get(number) if isinstance(number, int) else None
-
-    def _imm(self, at: int) -> int:
-        return int.from_bytes(self._code[at + 4 : at + 8], self._order, signed=True)
 
     def _unresolved(self, relocation: Relocation) -> ObjectFileError:
         symbol = relocation.symbol
@@ -195,16 +196,8 @@ class _Code:
 
     def _plain_calls(self, relocated: set[int]) -> Iterator[CallReference]:
         """Calls inside of one section carry the distance and need no relocation."""
-        code = self._code
-        src_shift = 4 if self._order == "little" else 0
-        position = code.find(abi.BPF_CALL)
-        while position >= 0:
-            if (
-                position % 8 == 0
-                and code[position + 1] >> src_shift & 0xF == abi.BPF_PSEUDO_CALL
-                and position not in relocated
-                and (position < 8 or code[position - 8] != abi.BPF_LD_IMM64)
-            ):
-                target = self._start + position + 8 * (self._imm(position) + 1)
-                yield CallReference(position, FunctionKey(self._section.name, target))
-            position = code.find(abi.BPF_CALL, position + 1)
+        code = self._instructions
+        for at in code.calls():
+            if code.source(at) == BPF_PSEUDO_CALL and at not in relocated:
+                target = FunctionKey(self._section.name, self._start + code.target(at))
+                yield CallReference(at, target)

@@ -8,26 +8,18 @@ from enum import IntEnum
 from typing import Any, Iterator, Optional, Union
 
 from pybpfthrottle.bpf import abi
-from pybpfthrottle.bpf.abi import INSN_BYTES, CoreRelocationKind, MapType
+from pybpfthrottle.bpf.abi import CoreRelocationKind, MapType
 from pybpfthrottle.bpf.obj import elf, elffile, needs, relocate
 from pybpfthrottle.bpf.obj.accesses import describe
-from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_ext import BtfExt
 from pybpfthrottle.bpf.obj.btf_text import declaration, definitions
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
 from pybpfthrottle.bpf.obj.externs import Extern
 from pybpfthrottle.bpf.obj.externs import externs as declared
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES, RelocationType
 from pybpfthrottle.bpf.obj.specs import MapSpec, ProgramSpec, VariableSpec
 
 _FLAGS = ((0x1, "W"), (0x2, "A"), (0x4, "X"), (0x10, "M"), (0x20, "S"), (0x40, "I"), (0x80, "L"))
-# Documentation/bpf/llvm_reloc.rst of the kernel.
-_RELOCATIONS = {
-    1: "R_BPF_64_64",
-    2: "R_BPF_64_ABS64",
-    3: "R_BPF_64_ABS32",
-    4: "R_BPF_64_NODYLD32",
-    10: "R_BPF_64_32",
-}
 _K = CoreRelocationKind
 _QUESTIONS = {
     _K.FIELD_BYTE_OFFSET: "field offset of",
@@ -47,13 +39,24 @@ _QUESTIONS = {
 _MAX_SHOWN_BYTES = 256
 
 
+def inspect(source: Union[bytes, elf.Path]) -> Inspection:
+    """Read an object file, or the bytes of one, to tell what it has. No privileges are needed.
+
+    Raises OSError, or ObjectFileError with the path in front.
+    """
+    if isinstance(source, bytes):
+        return Inspection(source)
+    with elf.naming(source):
+        return Inspection(elf.file_bytes(source), elf.name_of(source))
+
+
 class Inspection:
     """One object and all that can be told of it. Raises ObjectFileError."""
 
     def __init__(self, data: bytes, name: str = "object") -> None:
         self._file = elffile.read(data)
         self.spec = elf.object_in(self._file, name)
-        self._btf = Btf(self.spec.btf) if self.spec.btf else None
+        self._btf = self.spec.btf
         self._lengths: dict[str, int] = {}
 
     def describe(self, *, with_types: bool = False) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class Inspection:
     def _map(self, found: MapSpec) -> dict[str, Any]:
         return {
             "name": found.name,
-            "type": _map_type(found.type),
+            "type": _known(MapType, found.type).lower(),
             "key_size": found.key_size,
             "value_size": found.value_size,
             "max_entries": found.max_entries,
@@ -174,7 +177,7 @@ class Inspection:
     def relocations(self) -> list[dict[str, Any]]:
         """How many relocations of each kind the sections of code and maps have."""
         counts = Counter(
-            (section.name, _RELOCATIONS.get(relocation.type, str(relocation.type)))
+            (section.name, _known(RelocationType, relocation.type))
             for section in self._file.sections.values()
             for relocation in section.relocations
         )
@@ -228,9 +231,10 @@ def _program_flags(flags: int) -> list[str]:
     return [name for flag, name in known if flags & flag]
 
 
-def _map_type(number: int) -> str:
+def _known(names: type[IntEnum], number: int) -> str:
+    """The name of a number; the number itself where it has none here."""
     with suppress(ValueError):
-        return MapType(number).name.lower()
+        return names(number).name
     return str(number)
 
 

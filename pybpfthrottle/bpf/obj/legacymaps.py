@@ -6,12 +6,51 @@ Such as libbpf before 1.0, aya and iproute2 have them; each has its own fields a
 from __future__ import annotations
 
 import ctypes
+from ctypes import c_uint32
 from typing import Any
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import ObjectFileError
+
+
+class LegacyMapDef(ctypes.Structure):
+    """struct bpf_map_def, as objects without BTF define maps in section ``maps``."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("key_size", c_uint32),
+        ("value_size", c_uint32),
+        ("max_entries", c_uint32),
+        ("map_flags", c_uint32),
+    )
+
+
+class NumberedMapDef(ctypes.Structure):
+    """struct bpf_map_def of samples/bpf and of aya, which has ``pinning`` last instead."""
+
+    _fields_ = (
+        *LegacyMapDef._fields_,
+        ("inner_map_idx", c_uint32),
+        ("numa_node", c_uint32),
+    )
+
+
+# inner_idx of struct bpf_elf_map for what is in no other map.
+IPROUTE2_NO_INDEX = 0xFFFFFFFF
+
+
+class Iproute2MapDef(ctypes.Structure):
+    """struct bpf_elf_map of iproute2's bpf_elf.h."""
+
+    _fields_ = (
+        *LegacyMapDef._fields_,
+        ("id", c_uint32),
+        ("pinning", c_uint32),
+        ("inner_id", c_uint32),
+        ("inner_idx", c_uint32),
+    )
 
 
 def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:
@@ -36,7 +75,7 @@ class _Definitions:
             order = ctypes.BigEndianStructure
         self._layouts: list[Any] = [
             type(layout.__name__, (order,), {"_fields_": layout._fields_})
-            for layout in (abi.LegacyMapDef, abi.NumberedMapDef, abi.Iproute2MapDef)
+            for layout in (LegacyMapDef, NumberedMapDef, Iproute2MapDef)
         ]
         self._symbols = elf.symbols_of(section)
 
@@ -93,14 +132,14 @@ class _Definitions:
             if spec.type not in abi.MAPS_OF_MAPS:
                 continue
             inner = by_id.get(getattr(define, "inner_id", 0))
-            if inner is None and symbol.size == ctypes.sizeof(abi.NumberedMapDef):
+            if inner is None and symbol.size == ctypes.sizeof(NumberedMapDef):
                 index = getattr(define, "inner_map_idx", 0)
                 inner = defined[index] if index < len(defined) else None
             if inner is None or found[inner[0].name].type in abi.MAPS_OF_MAPS:
                 continue
             spec.inner = found[inner[0].name]
-            slot = getattr(inner[1], "inner_idx", abi.IPROUTE2_NO_INDEX)
-            if slot != abi.IPROUTE2_NO_INDEX:
+            slot = getattr(inner[1], "inner_idx", IPROUTE2_NO_INDEX)
+            if slot != IPROUTE2_NO_INDEX:
                 spec.initial[slot] = inner[0].name
 
     def _bad(self, symbol: Symbol, reason: str, *, at: int = 0) -> ObjectFileError:

@@ -8,21 +8,44 @@ from __future__ import annotations
 from typing import Iterable, Iterator, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.bpf import abi
-from pybpfthrottle.bpf.abi import INSN_BYTES, MapType, ProgType
-from pybpfthrottle.bpf.obj import disasm, releases
+from pybpfthrottle.bpf.abi import MapType, ProgType
+from pybpfthrottle.bpf.obj import releases
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
-from pybpfthrottle.bpf.obj.disasm import Instruction
 from pybpfthrottle.bpf.obj.externs import KCONFIG, Extern
 from pybpfthrottle.bpf.obj.helper_names import helper_name
+from pybpfthrottle.bpf.obj.insn import (
+    BPF_ADD,
+    BPF_ALU,
+    BPF_ALU64,
+    BPF_ATOMIC,
+    BPF_CALL,
+    BPF_DIV,
+    BPF_END,
+    BPF_EXIT,
+    BPF_JCOND,
+    BPF_JLE,
+    BPF_JLT,
+    BPF_JMP,
+    BPF_JMP32,
+    BPF_JSLE,
+    BPF_JSLT,
+    BPF_LDX,
+    BPF_LOAD_ACQ,
+    BPF_MEMSX,
+    BPF_MOD,
+    BPF_MOV,
+    BPF_STORE_REL,
+    BPF_STX,
+    CALL,
+    INSN_BYTES,
+    Instruction,
+    decoded,
+)
 from pybpfthrottle.bpf.obj.specs import FunctionSpec, MapSpec, ObjectSpec, ProgramSpec
 
 _MANY_INSTRUCTIONS = 4096
-_LDX, _ST, _STX, _ALU, _JMP, _JMP32, _ALU64 = 1, 2, 3, 4, 5, 6, 7
-_JA, _CALL, _EXIT, _JCOND = 0x0, 0x8, 0x9, 0xE
-_LOWER = range(0xA, 0xE)  # <, <=, s<, s<=
-_ATOMIC, _MEMSX = 0xC0, 0x80
-_XADD, _LOAD_ACQUIRE, _STORE_RELEASE = 0x00, 0x100, 0x110
-_DIV, _MOD, _MOV, _END = 0x3, 0x9, 0xB, 0xD
+_LOWER = (BPF_JLT, BPF_JLE, BPF_JSLT, BPF_JSLE)
+_XADD = BPF_ADD
 _MAP_FLAGS = (
     (abi.BPF_F_NO_PREALLOC, "BPF_F_NO_PREALLOC", "4.6"),
     (abi.BPF_F_NUMA_NODE, "BPF_F_NUMA_NODE", "4.14"),
@@ -124,8 +147,8 @@ def _of_code(function: FunctionSpec, byteorder: str) -> Iterator[Need]:
     if any(not call.address for call in function.call_references):
         yield Need("calls of the object's own functions", "4.16")
     externs = {reference.offset for reference in function.extern_references}
-    for insn in disasm.instructions(function.code, byteorder):
-        if insn.code == abi.BPF_CALL and insn.src == 0:
+    for insn in decoded(function.code, byteorder):
+        if insn.code == CALL and insn.src == 0:
             if insn.at * INSN_BYTES not in externs and helper_name(insn.imm) != "unknown":
                 yield Need(helper_name(insn.imm), releases.of_helper(insn.imm))
         else:
@@ -133,41 +156,41 @@ def _of_code(function: FunctionSpec, byteorder: str) -> Iterator[Need]:
 
 
 def _of_instruction(insn: Instruction) -> Iterator[Need]:
-    kind, operation = insn.code & 7, insn.code >> 4
-    if kind in (_JMP, _JMP32):
-        yield from _of_jump(insn, operation)
-    elif kind in (_ALU, _ALU64):
-        yield from _of_arithmetic(insn, operation)
-    elif kind == _LDX and insn.code & 0xE0 == _MEMSX:
+    kind = insn.kind
+    if kind in (BPF_JMP, BPF_JMP32):
+        yield from _of_jump(insn)
+    elif kind in (BPF_ALU, BPF_ALU64):
+        yield from _of_arithmetic(insn)
+    elif kind == BPF_LDX and insn.mode == BPF_MEMSX:
         yield _V4
-    elif kind == _STX and insn.code & 0xE0 == _ATOMIC:
-        if insn.imm in (_LOAD_ACQUIRE, _STORE_RELEASE):
+    elif kind == BPF_STX and insn.mode == BPF_ATOMIC:
+        if insn.imm in (BPF_LOAD_ACQ, BPF_STORE_REL):
             yield Need("load-acquire and store-release", "6.15")
         elif insn.imm != _XADD:
             yield Need("atomic instructions (cpu v3)", "5.12")
 
 
-def _of_jump(insn: Instruction, operation: int) -> Iterator[Need]:
-    is_long = insn.code & 7 == _JMP32 and operation == _JA
-    distance = insn.imm if is_long else insn.off
-    if operation == _JCOND:
+def _of_jump(insn: Instruction) -> Iterator[Need]:
+    operation = insn.operation
+    if operation == BPF_JCOND:
         yield Need("may_goto", "6.9")
-    elif operation not in (_CALL, _EXIT) and distance < 0:
+    elif operation not in (BPF_CALL, BPF_EXIT) and insn.distance < 0:
         yield Need("jumps backwards (loops)", "5.3")
-    if is_long:
+    if insn.is_long_jump:
         yield _V4
-    elif insn.code & 7 == _JMP32:
+    elif insn.kind == BPF_JMP32:
         yield Need("32-bit jumps (cpu v3)", "5.1")
     elif operation in _LOWER:
         yield Need("jumps if lower (cpu v2)", "4.14")
 
 
-def _of_arithmetic(insn: Instruction, operation: int) -> Iterator[Need]:
-    if operation == _MOV and insn.off == 1 and insn.imm:
+def _of_arithmetic(insn: Instruction) -> Iterator[Need]:
+    operation = insn.operation
+    if operation == BPF_MOV and insn.off == 1 and insn.imm:
         yield Need("address spaces", "6.9")
-    elif insn.off if operation in (_DIV, _MOD, _MOV) else _is_swap(insn):
+    elif insn.off if operation in (BPF_DIV, BPF_MOD, BPF_MOV) else _is_swap(insn):
         yield _V4
 
 
 def _is_swap(insn: Instruction) -> bool:
-    return insn.code >> 4 == _END and insn.code & 7 == _ALU64
+    return insn.operation == BPF_END and insn.kind == BPF_ALU64

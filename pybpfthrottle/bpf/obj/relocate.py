@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_right
 from typing import Mapping, NamedTuple
 
-from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.insn import (
+    BPF_PSEUDO_CALL,
+    BPF_PSEUDO_FUNC,
+    BPF_PSEUDO_MAP_FD,
+    BPF_PSEUDO_MAP_VALUE,
+    Code,
+)
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ExternReference,
@@ -16,7 +22,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ObjectSpec,
     ProgramSpec,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 
 class Placed(NamedTuple):
@@ -55,12 +60,12 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     placed = _place(spec, program.function)
     starts = {function.key: start for start, function in placed}
     code = bytearray().join(function.code for _, function in placed)
+    instructions = Code(code, spec.byteorder)
     for start, function in placed:
         for call in function.call_references:
             at = start + call.offset
-            distance = (starts[call.target] - at) // abi.INSN_BYTES - 1
-            source = abi.BPF_PSEUDO_FUNC if call.address else abi.BPF_PSEUDO_CALL
-            _put(spec.byteorder, code, at, source, distance)
+            instructions.set_source(at, BPF_PSEUDO_FUNC if call.address else BPF_PSEUDO_CALL)
+            instructions.set_target(at, starts[call.target])
     return LinkedProgram(
         spec.byteorder,
         bytes(code),
@@ -130,24 +135,9 @@ def resolve(linked: LinkedProgram, map_fds: Mapping[str, int]) -> bytes:
             offset=origin.offset,
         )
     code = bytearray(linked.code)
+    instructions = Code(code, linked.byteorder)
     for at, name, value_offset in linked.map_references:
-        if value_offset is None:
-            _put(linked.byteorder, code, at, abi.BPF_PSEUDO_MAP_FD, map_fds[name])
-        else:
-            _put(linked.byteorder, code, at, abi.BPF_PSEUDO_MAP_VALUE, map_fds[name])
-            struct.pack_into(_order(linked.byteorder) + "i", code, at + 12, value_offset)
+        in_value = value_offset is not None
+        instructions.set_source(at, BPF_PSEUDO_MAP_VALUE if in_value else BPF_PSEUDO_MAP_FD)
+        instructions.set_imm64(at, map_fds[name] | (value_offset or 0) << 32)
     return bytes(code)
-
-
-def _put(byteorder: str, code: bytearray, at: int, src_register: int, imm: int) -> None:
-    """Set the source register and the immediate value of the instruction at byte ``at``."""
-    registers = code[at + 1]
-    if byteorder == "little":
-        code[at + 1] = registers & 0x0F | src_register << 4
-    else:
-        code[at + 1] = registers & 0xF0 | src_register
-    struct.pack_into(_order(byteorder) + "i", code, at + 4, imm)
-
-
-def _order(byteorder: str) -> str:
-    return "<" if byteorder == "little" else ">"

@@ -9,10 +9,20 @@ A spec may be edited in place before it is loaded::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Union
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, NamedTuple, Optional, Union
 
-from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.abi import MAPS_OF_MAPS, AttachType, MapType, ProgType
+from pybpfthrottle.bpf.obj.btf import Btf
+
+_RINGS = (MapType.RINGBUF, MapType.USER_RINGBUF)
+_ONE_PER_CPU = (MapType.PERF_EVENT_ARRAY, MapType.CPUMAP)
+# Their elements are descriptors or indexes of four bytes under a key of four.
+_ARRAYS_OF_OBJECTS = (
+    *(MapType.PROG_ARRAY, MapType.PERF_EVENT_ARRAY, MapType.CGROUP_ARRAY, MapType.CPUMAP),
+    *(MapType.ARRAY_OF_MAPS, MapType.DEVMAP, MapType.XSKMAP),
+)
+_U32_BYTES = 4
 
 
 @dataclass
@@ -41,6 +51,33 @@ class MapSpec:
     initial: dict[int, str] = field(default_factory=dict)
     pinned: bool = False
     section: Optional[str] = None
+
+    def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
+        """Return the spec as the kernel takes it, where objects do not say all that it wants.
+
+        Ring buffers have no keys and values, and a power of two of pages. What holds one element
+        for each CPU has no more than there are CPUs, and as many unless it says otherwise. Arrays
+        of other objects have keys and values of four bytes unless they say otherwise.
+        """
+        spec = replace(self)
+        if spec.type in _RINGS:
+            spec.key_size = spec.value_size = spec.key_type = spec.value_type = 0
+            spec.max_entries = _ring_bytes(spec.max_entries, page_bytes)
+        if spec.type in _ONE_PER_CPU:
+            spec.max_entries = min(spec.max_entries or cpus(), cpus())
+        if spec.type in _ARRAYS_OF_OBJECTS:
+            spec.key_size = spec.key_size or _U32_BYTES
+        if spec.type in _ARRAYS_OF_OBJECTS or spec.type in MAPS_OF_MAPS:
+            spec.value_size = spec.value_size or _U32_BYTES
+        return spec
+
+
+def _ring_bytes(wanted: int, page_bytes: int) -> int:
+    """The next power of two of pages; 0 stays 0, for the kernel to refuse."""
+    size = page_bytes
+    while size < wanted:
+        size *= 2
+    return size if wanted else 0
 
 
 class FunctionKey(NamedTuple):
@@ -181,8 +218,10 @@ class SectionLayout(NamedTuple):
 class ObjectSpec:
     """All that one object file defines. ``byteorder`` is "little" or "big".
 
-    ``btf`` and ``btf_ext`` are the bytes of sections .BTF and .BTF.ext; ``layouts`` (by section)
-    and ``hidden`` (functions that are not for other objects) are what compilers leave open there.
+    ``btf`` are the types of section .BTF: parsed once, when the object is read, and decoded one by
+    one as they are asked for. ``btf_ext`` are the bytes of section .BTF.ext, which only loading
+    needs. ``layouts`` (by section) and ``hidden`` (functions that are not for other objects) are
+    what compilers leave open there.
     """
 
     name: str
@@ -192,7 +231,7 @@ class ObjectSpec:
     programs: dict[str, ProgramSpec] = field(default_factory=dict)
     functions: dict[FunctionKey, FunctionSpec] = field(default_factory=dict)
     variables: dict[str, VariableSpec] = field(default_factory=dict)
-    btf: Optional[bytes] = None
+    btf: Optional[Btf] = None
     btf_ext: Optional[bytes] = None
     layouts: dict[str, SectionLayout] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()

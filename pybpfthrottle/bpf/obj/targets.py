@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.core import Kernel
 from pybpfthrottle.bpf.obj.specs import ProgramSpec
-from pybpfthrottle.errors import ExternError
 
 
 class Target(NamedTuple):

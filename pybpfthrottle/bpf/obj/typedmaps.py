@@ -10,15 +10,20 @@ from typing import Any, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
+from pybpfthrottle.bpf.obj.insn import RelocationType
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec
-from pybpfthrottle.errors import ObjectFileError
 
 SECTION = ".maps"
 _POINTER_BYTES = 8
-# R_BPF_64_64, as clang before 13 wrote it for data too, R_BPF_64_ABS64, and gcc's R_BPF_DATA_64.
-_POINTER_RELOCATIONS = (1, 2, 12)
+# clang before 13 wrote R_BPF_64_64 for data too.
+_POINTER_RELOCATIONS = (
+    RelocationType.R_BPF_64_64,
+    RelocationType.R_BPF_64_ABS64,
+    RelocationType.R_BPF_DATA_64,
+)
 _NUMBERS = {
     "type": "type",
     "max_entries": "max_entries",
@@ -26,6 +31,10 @@ _NUMBERS = {
     "numa_node": "numa_node",
     "map_extra": "extra",
 }
+
+# enum libbpf_pin_type of libbpf's bpf_helpers.h.
+LIBBPF_PIN_NONE = 0
+LIBBPF_PIN_BY_NAME = 1
 
 
 class _Definition(NamedTuple):
@@ -195,7 +204,7 @@ class _Reader:
         setattr(self._spec, f"{what}_size", size)
 
     def _take_pinning(self, how: int) -> None:
-        if how not in (abi.LIBBPF_PIN_NONE, abi.LIBBPF_PIN_BY_NAME):
+        if how not in (LIBBPF_PIN_NONE, LIBBPF_PIN_BY_NAME):
             raise self._bad(f"pinning {how} is not known")
         if how and self._nested:
             raise self._bad("an inner map cannot be pinned")

@@ -13,12 +13,12 @@ from run_once import run
 
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ExternError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.core import Resolver
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.errors import ExternError, UnresolvedError, VerifierError
 
 PACKET = bytes(64)
 VMLINUX = "/sys/kernel/btf/vmlinux"
@@ -112,7 +112,7 @@ def test_types_have_the_kernels_ids_and_sizes(answers, types):
 
 def test_local_ids_are_the_objects(answers):
     """A local type's id is that of the object's own types."""
-    own = Btf(elf.read_object(compiled("core_fields")).btf)
+    own = elf.read_object(compiled("core_fields")).btf
     assert own.type(answers[17]).name == "task_struct___mine"
 
 

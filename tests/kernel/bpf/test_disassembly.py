@@ -13,7 +13,7 @@ import pytest
 from compiled import compiled
 from since import since
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.bpf import loader, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.bpf.loader import Object
@@ -142,7 +142,7 @@ def test_helpers_have_the_kernels_names() -> None:
 def loaded(request: pytest.FixtureRequest) -> Iterator[Object]:
     """The programs of an object, loaded."""
     if request.param.startswith("throttle"):
-        spec = objects.read(request.param)
+        spec = shipped.read(request.param)
     else:
         spec = elf.read_object(compiled(request.param), name=request.param)
     with loader.load(spec) as found:

@@ -13,9 +13,9 @@ from run_once import run
 
 from pybpfthrottle.bpf import loader, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
+from pybpfthrottle.bpf.errors import ExternError, UnresolvedError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.errors import ExternError, UnresolvedError
 
 
 @pytest.fixture(scope="module")

@@ -190,9 +190,9 @@ def test_many_missing_keys_take_no_time_for_each_other() -> None:
 
 def test_a_bucket_that_is_larger_than_the_batch_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC makes the batch grow until a hash's bucket fits."""
-    from pybpfthrottle.bpf import batch
+    from pybpfthrottle.bpf import elements
 
-    monkeypatch.setattr(batch, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(elements, "_BATCH_BYTES", 1)
     with made(MapType.HASH, max_entries=1000, flags=NO_PREALLOC) as found:
         typed = found.typed(int, int)
         wanted = {n: n for n in range(1000)}

@@ -179,7 +179,7 @@ def test_a_link_tells_what_it_is(scratch: Cgroup, cgroup_fd: int, stack: ExitSta
     assert info.cgroup_id == scratch.id
     assert info.attach_type == AttachType.CGROUP_INET_EGRESS
     assert info.id in list(links.all_ids())
-    assert info in list(links.all_links())
+    assert info in list(links.all_infos())
     with links.open_by_id(info.id) as again:
         assert again.info() == info
 

@@ -11,8 +11,8 @@ from compiled import compiled
 from pybpfthrottle.bpf import abi, descriptors, loader, maps
 from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.codecs import RAW, U32, FormatCodec
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.errors import MapCreateError
 
 U64 = FormatCodec("Q")
 # The programs look at the last two bits of a packet's length.

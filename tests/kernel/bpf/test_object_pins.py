@@ -10,8 +10,8 @@ from compiled import compiled
 
 from pybpfthrottle.bpf import loader, maps, pins
 from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.errors import MapCreateError
 
 PACKET = bytes(64)
 

@@ -7,8 +7,8 @@ from compiled import compiled
 
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import ProgType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.errors import ObjectFileError
 
 SPEC = "object_sections"
 PROGRAMS = (

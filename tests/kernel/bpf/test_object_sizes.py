@@ -9,9 +9,9 @@ import pytest
 from compiled import compiled
 
 from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf.errors import ProgramLoadError
 from pybpfthrottle.bpf.obj import asm, elf
 from pybpfthrottle.bpf.obj.specs import FunctionKey, FunctionSpec
-from pybpfthrottle.errors import ProgramLoadError
 
 LIMIT = 1_000_000  # BPF_COMPLEXITY_LIMIT_INSNS
 SECONDS = 20  # 0.4 s is measured

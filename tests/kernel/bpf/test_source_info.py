@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from compiled import compiled
 
-from pybpfthrottle.bpf import btf_load, loader
+from pybpfthrottle.bpf import btf_objects, loader
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding, loadable
@@ -65,9 +65,9 @@ def test_instructions_have_their_lines(loaded):
 def test_an_older_kernels_types_are_taken():
     """Whatever is conceded to older kernels, types are still such as the kernel takes."""
     spec = elf.read_object(compiled("externs"))
-    data = loadable(Btf(spec.btf), spec.layouts, spec.hidden)
+    data = loadable(spec.btf, spec.layouts, spec.hidden)
     for concession in CONCESSIONS:
         data = conceding(data, concession) or data
-        with btf_load.load(data) as found:
+        with btf_objects.load(data) as found:
             assert found.functions
     assert not list(Btf(data).of_kind(Kind.FUNC, Kind.DATASEC))

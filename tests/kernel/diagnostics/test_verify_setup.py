@@ -26,6 +26,7 @@ from pybpfthrottle.bpf import features
 from pybpfthrottle.bpf.abi import Cmd, ProgType
 from pybpfthrottle.diagnostics.examine import Examination, examine
 from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 
 PLAIN = [sys.executable, "-m", "pybpfthrottle.diagnostics"]
@@ -61,7 +62,7 @@ def result(found: dict[str, Any], check_id: str) -> dict[str, Any]:
 def left_by(pid: int) -> list[str]:
     """The cgroups that an examination of this process id has made."""
     names = [os.path.basename(cgroup.path) for cgroup in cgroups.walk()]
-    return [name for name in names if name.startswith(f"{cgroups.OWN_PREFIX}{pid}-")]
+    return [name for name in names if name.startswith(f"{own_cgroups.PREFIX}{pid}-")]
 
 
 def test_this_machine_works_and_nothing_is_left(scratch: Cgroup) -> None:

@@ -12,11 +12,9 @@ import pytest
 from lab import ENVIRONMENT, TOOL, Lab, lab
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf.bucket import SMALL_NS
-from pybpfthrottle.backends.ebpf.shaping import POLICE
+from pybpfthrottle.backends.ebpf.bucket import POLICE, SMALL_NS
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import Direction, Rate, Traffic
 
 FLOOD = """
 import os, socket, sys
@@ -36,7 +34,7 @@ def test_two_racing_cpus_lose_and_win_nothing(scratch: Cgroup, limit: str) -> No
     """Floods from two CPUs get rate * t, and at most the burst and the small allowance more."""
     rate = Rate.parse(limit)
     with throttle.apply(
-        [scratch], {Direction.UPLOAD: rate}, options=Options(loopback=True)
+        [scratch], {Direction.UPLOAD: rate}, traffic=Traffic(loopback=True)
     ) as live:
         floods = [
             subprocess.Popen(

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Iterator
 
 import pytest
-from lab import ALL_HOOKS, ENVIRONMENT, TOOL, attached
+from lab import ENVIRONMENT, TOOL, attached
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import leftovers
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32
@@ -87,14 +88,14 @@ def test_links_leave_nothing(scratch: Cgroup) -> None:
 def test_cleanup_removes_what_the_legacy_call_has_left(scratch: Cgroup) -> None:
     """--dry-run names it, cleanup takes it away, and then there is nothing more."""
     crash(scratch, "legacy")
-    left = attached(scratch, ALL_HOOKS)
+    left = attached(scratch, HOOKS)
     assert len(left) >= 2
     named = cleanup("--dry-run")
     assert {program["id"] for program in named["programs"]} == set(left)
     assert {program["cgroup"] for program in named["programs"]} == {scratch.path}
-    assert attached(scratch, ALL_HOOKS) == left
+    assert attached(scratch, HOOKS) == left
     assert {program["id"] for program in cleanup()["programs"]} == set(left)
-    assert attached(scratch, ALL_HOOKS) == []
+    assert attached(scratch, HOOKS) == []
     assert cleanup() == {"dry_run": False, "programs": [], "cgroups": []}
 
 
@@ -225,7 +226,8 @@ def test_each_mode_of_the_legacy_call_is_cleaned_up(scratch: Cgroup, mode: str) 
         assert attached(scratch) == []
 
 
-@pytest.mark.parametrize("record_bytes", [32, 64, 200])
+# Version 1 has 72 bytes.
+@pytest.mark.parametrize("record_bytes", [32, 64, 72, 200])
 def test_a_record_of_another_version_is_known(scratch: Cgroup, record_bytes: int) -> None:
     """Shorter or longer, it tells its owner; disarming it leaves what is behind that alone."""
     below = scratch.create_child("below")

@@ -11,8 +11,9 @@ import pytest
 from lab import ENVIRONMENT, TOOL
 
 from pybpfthrottle.errors import ProcessError
-from pybpfthrottle.linux import cgroup
-from pybpfthrottle.linux.cgroup import OWN_PREFIX, Cgroup
+from pybpfthrottle.linux import cgroup, own_cgroups
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.own_cgroups import PREFIX as OWN_PREFIX
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def sleeper():
 
 def test_the_process_is_moved_in_and_the_cgroup_goes_after_it(sleeper) -> None:
     """The process is in the new cgroup; only once it has ended the cgroup can be removed."""
-    own = cgroup.create_own(sleeper.pid)
+    own = own_cgroups.create_for(sleeper.pid)
     assert cgroup.from_pid(sleeper.pid) == own.cgroup
     sleeper.kill()
     sleeper.wait()
@@ -36,21 +37,21 @@ def test_the_process_is_moved_in_and_the_cgroup_goes_after_it(sleeper) -> None:
 
 def test_a_populated_cgroup_is_left(sleeper) -> None:
     """Removing reports that a process is still in it, and leaves it to the next start."""
-    own = cgroup.create_own(sleeper.pid)
+    own = own_cgroups.create_for(sleeper.pid)
     assert not own.remove()
-    assert own.cgroup not in cgroup.remove_abandoned()
+    assert own.cgroup not in own_cgroups.remove_abandoned()
     sleeper.kill()
     sleeper.wait()
-    cgroup.remove_abandoned()
+    own_cgroups.remove_abandoned()
     assert not own.cgroup.exists()
 
 
 def test_a_cgroup_whose_owner_lives_is_left(sleeper) -> None:
     """An empty cgroup that another instance holds is not taken for abandoned."""
-    own = cgroup.create_own(sleeper.pid)
+    own = own_cgroups.create_for(sleeper.pid)
     sleeper.kill()
     sleeper.wait()
-    script = "from pybpfthrottle import cgroup; cgroup.remove_abandoned()"
+    script = "from pybpfthrottle.linux import own_cgroups; own_cgroups.remove_abandoned()"
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True)
     assert own.cgroup.exists()
     assert own.remove()
@@ -66,7 +67,7 @@ def test_a_child_of_a_threaded_cgroup_takes_the_process(scratch: Cgroup, sleeper
         # A thread group enters a threaded cgroup from its domain.
         scratch.move_in(sleeper.pid)
         threaded.move_in(sleeper.pid)
-        own = cgroup.create_own(sleeper.pid)
+        own = own_cgroups.create_for(sleeper.pid)
         assert own.cgroup in threaded
         assert os.path.basename(own.cgroup.path).startswith(OWN_PREFIX)
         sleeper.kill()
@@ -81,7 +82,7 @@ def test_a_process_that_is_gone_is_an_error() -> None:
     child = subprocess.Popen(["true"])
     child.wait()
     with pytest.raises(ProcessError, match="no process"):
-        cgroup.create_own(child.pid)
+        own_cgroups.create_for(child.pid)
 
 
 def test_many_starts_at_once_do_not_disturb_each_other() -> None:

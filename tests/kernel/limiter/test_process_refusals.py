@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 import pytest
-from lab import ALL_HOOKS, ENVIRONMENT, TOOL, attached
+from lab import ENVIRONMENT, TOOL, attached
 from targets import (
     Target,
     as_user,
@@ -26,14 +26,14 @@ from targets import (
     tool,
 )
 
-from pybpfthrottle.bpf.abi import AttachType, Cmd
+from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.bpf.abi import Cmd
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
 
 STREAM = "make(AF_INET, SOCK_STREAM)"
 USER = 2_000_000 + os.getpid()  # nobody else, nor a test beside this one
 CAP_SYS_RESOURCE = 24
-HOOKS = (*ALL_HOOKS, AttachType.CGROUP_INET_SOCK_CREATE)
 
 
 def refusing(*rules: str) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from lab import ALL_HOOKS, ENVIRONMENT, TOOL, attached, lab
+from lab import ENVIRONMENT, TOOL, attached, lab
 from targets import (
     NEXT_PASS_S,
     PATIENCE_S,
@@ -28,12 +28,11 @@ from targets import (
     tool,
 )
 
-from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
 
 STREAM = "make(AF_INET, SOCK_STREAM)"
-HOOKS = (*ALL_HOOKS, AttachType.CGROUP_INET_SOCK_CREATE)
 UNLIMITED = (1 << 64) - 1
 AT_ONCE_S = 0.5  # much less than the time between two passes
 USER = 1_000_000 + os.getpid()  # nobody else, nor a test beside this one

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from typing import Iterator
 
 import pytest
 from since import needs_release
 
-from pybpfthrottle.backends.ebpf import objects
+from pybpfthrottle.backends.ebpf import features
+from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
-from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, ThrottleStats
-from pybpfthrottle.bpf import features, links, loader
-from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
+from pybpfthrottle.backends.ebpf.records import (
+    RECORD,
+    ThrottleBucket,
+    ThrottleConfig,
+    ThrottleRecord,
+    ThrottleStats,
+)
+from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction
+from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
 
 TCP, UDP, ICMPV6 = 6, 17, 58
 HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION, MOBILITY = 0, 43, 44, 51, 60, 135
@@ -123,17 +132,17 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
     if request.param == "throttle-direct":
         needs_release(features.TEST_RUN_PACKET.since, features.TEST_RUN_PACKET.name)
-    with loader.load(objects.read(request.param), PROGRAMS) as loaded:
+    with loader.load(shipped.read(request.param), PROGRAMS) as loaded:
         own = Bench(loaded)
         for direction in Direction:
             own.configs[direction] = config_for(MAX_RATE, loopback=True)
         yield own
 
 
+# The direction of each, and what it returns for a packet that it drops.
 PROGRAMS = {
-    "pybpft_ingress": (Direction.DOWNLOAD, 0),
-    "pybpft_egress": (Direction.UPLOAD, 0),
-    "pybpft_egresscn": (Direction.UPLOAD, 2),
+    program.name: (program.direction, 2 if program.verdict == "congestion" else 0)
+    for program in shipped.with_role(Role.POLICE, Scope.ALL)
 }
 
 
@@ -218,9 +227,110 @@ def test_a_new_limit_keeps_the_bucket(bench: Bench) -> None:
     assert bench.buckets[Direction.DOWNLOAD].even_at_ns == before > 0
 
 
+def owed_ns(bench: Bench) -> int:
+    """How far the bucket of downloads runs ahead of the clock."""
+    return bench.buckets[Direction.DOWNLOAD].even_at_ns - time.monotonic_ns()
+
+
+def owe(bench: Bench, seconds: float, rate: Rate) -> None:
+    """Let downloads have a limit, and owe so much time at it."""
+    bench.configs[Direction.DOWNLOAD] = config_for(rate, loopback=True)
+    bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    bucket = bench.buckets[Direction.DOWNLOAD]
+    assert bucket.inverse_rate == bench.configs[Direction.DOWNLOAD].inverse_rate > 0
+    bucket.even_at_ns = time.monotonic_ns() + int(seconds * 1e9)
+    bench.buckets[Direction.DOWNLOAD] = bucket
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "owed_s", "expected_s"),
+    [
+        (Rate(100_000), Rate(50_000), 1000, 2000),
+        (Rate(50_000), Rate(100_000), 1000, 500),
+        (Rate(100_000), Rate(100_000), 1000, 1000),
+        (MIN_RATE, MAX_RATE, 8000, 8000 * MIN_RATE.bytes_per_s / MAX_RATE.bytes_per_s),
+        (MAX_RATE, Rate(MAX_RATE.bytes_per_s // 1000), 5, 5000),
+        # More than can be calculated with, which is 2.4 hours at any rate.
+        (MAX_RATE, MIN_RATE, 10, 8796),
+        (MIN_RATE, Rate(2 * MIN_RATE.bytes_per_s), 20_000, 4398),
+    ],
+)
+def test_what_is_owed_is_owed_in_bytes(
+    bench: Bench, before: Rate, after: Rate, owed_s: float, expected_s: float
+) -> None:
+    """At half the rate a debt lasts twice as long, whatever the rates, from the next packet on."""
+    owe(bench, owed_s, before)
+    bench.configs[Direction.DOWNLOAD] = config_for(after, loopback=True)
+    bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    bucket = bench.buckets[Direction.DOWNLOAD]
+    assert bucket.inverse_rate == bench.configs[Direction.DOWNLOAD].inverse_rate
+    # A machine that is busy may take a while between writing and running.
+    assert owed_ns(bench) / 1e9 == pytest.approx(expected_s, rel=0.05, abs=0.2)
+
+
+def test_what_was_charged_once_is_not_scaled_again(bench: Bench) -> None:
+    """The second packet after a change finds the debt as the first one has left it."""
+    owe(bench, 1000, Rate(100_000))
+    bench.configs[Direction.DOWNLOAD] = config_for(Rate(50_000), loopback=True)
+    bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    first = bench.buckets[Direction.DOWNLOAD].even_at_ns
+    bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    assert bench.buckets[Direction.DOWNLOAD].even_at_ns == first
+
+
+def test_the_debt_outlasts_a_limit_that_was_lifted_meanwhile(bench: Bench) -> None:
+    """Lifted and put in force again at half the rate, what is still owed lasts twice as long."""
+    owe(bench, 1000, Rate(100_000))
+    for rate in (None, Rate(50_000)):
+        bench.configs[Direction.DOWNLOAD] = config_for(rate, loopback=True)
+        bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    assert owed_ns(bench) / 1e9 == pytest.approx(2000, rel=0.05)
+
+
+@pytest.mark.parametrize("of", ["config", "bucket"])
+def test_the_greater_slack_counts(bench: Bench, of: str) -> None:
+    """What user space allows beyond the debt and what the programs allow are not added up."""
+    config = config_for(Rate(100_000), loopback=True)
+    config.debt_ns, config.small_ns = 0, 0
+    config.slack_ns = 100_000_000_000 if of == "config" else 1
+    bench.configs[Direction.DOWNLOAD] = config
+    bench.run("pybpft_ingress", PACKETS["TCP"][0])
+    bucket = bench.buckets[Direction.DOWNLOAD]
+    bucket.slack_ns = 100_000_000_000 if of == "bucket" else 1
+    for ahead_s, passes in ((90, 1), (110, 0)):
+        bucket.even_at_ns = time.monotonic_ns() + ahead_s * 1_000_000_000
+        bench.buckets[Direction.DOWNLOAD] = bucket
+        assert bench.run("pybpft_ingress", PACKETS["TCP"][0]) == passes
+
+
+def test_programs_write_nothing_of_user_space(bench: Bench) -> None:
+    """The configuration is as it was written after packets have passed and been dropped."""
+    config = bytes(config_for(MIN_RATE, loopback=True))
+    for program, (direction, _) in PROGRAMS.items():
+        bench.configs[direction] = ThrottleConfig.from_buffer_copy(config)
+        bench.run(program, PACKETS["TCP"][0], repeat=1000)
+        assert bench.total(direction, "packets_dropped") > 0
+        assert bytes(bench.configs[direction]) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [(name, program) for name in shipped.OBJECTS for program in shipped.of_object(name)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_each_program_holds_the_record(name: str, program: Shipped) -> None:
+    """The kernel tells the id of the map with the throttle's record to whoever asks a program."""
+    for release in (program.needs.release, "5.0" if name == "throttle-direct" else "4.15"):
+        needs_release(release)
+    with loader.load(shipped.read(name), [program.name]) as loaded:
+        record = loaded.maps[RECORD]
+        assert record.info().id in loaded.programs[program.name].info().map_ids
+        assert record.spec.value_size == ctypes.sizeof(ThrottleRecord)
+
+
 def test_only_what_is_selected_is_loaded() -> None:
     """A program that was not selected is not loaded, nor is a map that nothing uses."""
-    spec = objects.read("throttle")
+    spec = shipped.read("throttle")
     with loader.load(spec, ["pybpft_ingress"]) as loaded:
         assert list(loaded.programs) == ["pybpft_ingress"]
     with loader.load(spec, []) as loaded:
@@ -234,7 +344,7 @@ def test_an_object_for_the_other_byte_order_is_refused() -> None:
     from pybpfthrottle.errors import ObjectFileError
 
     other = "bpfeb" if sys.byteorder == "little" else "bpfel"
-    spec = elf.read_object(objects.data(f"throttle.{other}.o"))
+    spec = elf.read_object(shipped.data(f"throttle.{other}.o"))
     with pytest.raises(ObjectFileError, match="endian"):
         loader.load(spec)
 
@@ -278,24 +388,22 @@ def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, hos
     """Of 5 MB each way over TCP each object bills exactly that, in both directions."""
     if name == "throttle-direct":
         needs_release(features.DIRECT_PACKET_ACCESS.since, features.DIRECT_PACKET_ACCESS.name)
-    hooks = {
-        Direction.DOWNLOAD: ("pybpft_ingress", AttachType.CGROUP_INET_INGRESS),
-        Direction.UPLOAD: ("pybpft_egress", AttachType.CGROUP_INET_EGRESS),
-    }
+    policers = {each: shipped.policer(Scope.ALL, each, "deny") for each in Direction}
     billed = []
-    with loader.load(objects.read(name), PROGRAMS) as loaded, ExitStack() as stack:
+    with loader.load(shipped.read(name), PROGRAMS) as loaded, ExitStack() as stack:
         own = Bench(loaded)
         fd = scratch.open()
         stack.callback(os.close, fd)
-        for direction, (program, hook) in hooks.items():
+        for direction, program in policers.items():
             own.configs[direction] = config_for(MAX_RATE, loopback=True)
-            stack.callback(links.attach_legacy(loaded.programs[program], fd, hook).detach)
+            live = loaded.programs[program.name]
+            stack.callback(links.attach_legacy(live, fd, program.attach_type).detach)
         # On a busy machine TCP may probe for a loss that was none, and send its last bytes twice.
         for _ in range(5):
-            before = [own.total(direction, "bytes_total") for direction in hooks]
+            before = [own.total(direction, "bytes_total") for direction in policers]
             exchange(scratch, host)
-            after = [own.total(direction, "bytes_total") for direction in hooks]
+            after = [own.total(direction, "bytes_total") for direction in policers]
             billed.append([last - first for first, last in zip(before, after)])
-        assert [own.total(direction, "packets_dropped") for direction in hooks] == [0, 0]
+        assert [own.total(direction, "packets_dropped") for direction in policers] == [0, 0]
     assert [5_000_000, 5_000_000] in billed
     assert min(min(pair) for pair in billed) == 5_000_000

@@ -15,8 +15,8 @@ from foreign import other
 from lab import ENVIRONMENT, TOOL, attached, lab
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf import attached as attachments
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.bpf.abi import AttachType, Cmd
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux.cgroup import Cgroup

@@ -14,14 +14,18 @@ from typing import Iterator, NamedTuple, Optional
 
 import pytest
 import unadopted
-from lab import ALL_HOOKS, ENVIRONMENT, TOOL, Lab, attached, lab
+from lab import ENVIRONMENT, TOOL, Lab, attached, lab
 from since import needs_release, parse, running
+from targets import live_map
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
-from pybpfthrottle.backends.ebpf import kinds
+from pybpfthrottle.backends.ebpf import programs as shipped
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleFlags
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.bpf.obj.asm import return_imm
 from pybpfthrottle.linux import sockets
@@ -121,7 +125,7 @@ def rate_over(cgroup: Cgroup, direction: Direction, seconds: float) -> float:
 
 def need_shaping(live: Throttle, direction: Direction) -> None:
     """Skip where this kernel is too old to shape; on others it has to."""
-    how = live.describe()[str(direction)]
+    how = live.how()[direction]
     if how["shape"] == "police":
         needs_release(*SHAPES_SINCE[direction])
     assert how["shape"] == METHODS[direction], how["shape_reason"]
@@ -134,7 +138,7 @@ def test_a_shaped_transfer_keeps_to_its_limit(scratch: Cgroup, direction: Direct
         need_shaping(live, direction)
         with client(own, scratch, direction):
             need_shaping(live, direction)
-            assert live.describe()[str(direction)]["shape"] == METHODS[direction]
+            assert live.how()[direction]["shape"] == METHODS[direction]
             assert 0.94 <= rate_over(scratch, direction, 4) <= 1.06
             counters = live.counters()[direction]
     if direction is Direction.UPLOAD:
@@ -173,27 +177,49 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
     assert after.clamp > 60_000
 
 
+@pytest.mark.parametrize("direction", Direction)
+def test_what_the_kernel_has_refused_is_not_tried_again(
+    scratch: Cgroup, direction: Direction
+) -> None:
+    """The programs note it beside the bucket; the limit is policed, and that is told."""
+    with lab(round_trip_s=WAYS[direction]) as own, limited(scratch, direction) as live:
+        need_shaping(live, direction)
+        with live_map("CGROUP_BUCKETS") as found:
+            buckets = found.typed(U32, StructureCodec(ThrottleBucket))
+            buckets[direction] = ThrottleBucket(refused=ThrottleFlags.PACE | ThrottleFlags.WINDOW)
+        with client(own, scratch, direction):
+            time.sleep(0.5)
+            during = now(scratch)
+        assert live.how()[direction]["shape"] == "police"
+        assert live.counters()[direction].packets_dropped > 0
+        # Another rate is no reason to try it again.
+        live.set_limit(direction, Rate(RATE.bytes_per_s * 2))
+        assert live.how()[direction]["shape"] == "police"
+    assert during.max_pacing == UNLIMITED
+    assert during.clamp > 60_000
+
+
 OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}
 
 
 @pytest.fixture(params=OPEN)
 def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who shapes the connections that were open before the limit."""
-    kinds.read_object.cache_clear()
+    shipped.read.cache_clear()
     if request.param == "user space":
         unadopted.refuse()
     yield request.param
-    kinds.read_object.cache_clear()
+    shipped.read.cache_clear()
 
 
-def need_to_shape_open(live: Throttle, shaped_by: str) -> None:
+def need_to_shape_open(
+    live: Throttle, shaped_by: str, direction: Direction = Direction.UPLOAD
+) -> None:
     """Skip where this kernel is too old to adopt open connections; on others it has to."""
-    how = live.describe()
-    for direction in how:
-        need_shaping(live, Direction[direction.upper()])
+    need_shaping(live, direction)
     if shaped_by == "kernel":
         needs_release(ADOPTS_SINCE, "a program at the setsockopt hook that adopts open connections")
-        assert not [direction for direction in how if "open_connections" in how[direction]]
+        assert "open_connections" not in live.how()[direction]
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -233,7 +259,7 @@ def test_a_running_download_comes_down_and_stays(scratch: Cgroup) -> None:
     with line as own, client(own, scratch, direction):
         time.sleep(1)
         with limited(scratch, direction) as live:
-            need_to_shape_open(live, "kernel")
+            need_to_shape_open(live, "kernel", direction)
             time.sleep(1)
             ratios = [rate_over(scratch, direction, 1) for _ in range(3)]
     assert all(0.88 <= ratio <= 1.12 for ratio in ratios), ratios
@@ -273,7 +299,7 @@ def test_the_method_is_chosen_and_told(
 ) -> None:
     """For the direction, the rate and what was asked for, with the reason."""
     with limited(scratch, direction, Rate.parse(rate), shape) as live:
-        how = live.describe()[str(direction)]
+        how = live.how()[direction]
         if method != "police":
             need_shaping(live, direction)
         assert how["shape"] == method
@@ -295,10 +321,10 @@ def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, pla
     attachment = links.attach_legacy(theirs, fd, AttachType.CGROUP_SOCK_OPS, AttachMode.SINGLE)
     try:
         with limited(below, Direction.UPLOAD) as live:
-            how = live.describe()["upload"]
+            how = live.how()[Direction.UPLOAD]
             assert how["shape"] == "police"
             assert how["shape_reason"].startswith("it cannot be shaped here: ")
-            assert len(attached(below, ALL_HOOKS)) == (2 if place == "same" else 1)
+            assert len(attached(below, HOOKS)) == (2 if place == "same" else 1)
     finally:
         attachment.detach()
         theirs.close()
@@ -455,7 +481,7 @@ def test_it_is_told_what_becomes_of_open_connections(scratch: Cgroup, shaped_by:
     with lab() as own, client(own, scratch, Direction.UPLOAD):
         with throttle.apply([scratch], limits) as live:
             need_to_shape_open(live, shaped_by)
-            told = {name: how.get("open_connections") for name, how in live.describe().items()}
+            told = {str(name): how.get("open_connections") for name, how in live.how().items()}
     if shaped_by == "kernel":
         assert told == {"upload": None, "download": None}
     else:

@@ -21,20 +21,19 @@ from lab import ENVIRONMENT, ROOT, TOOL
 from since import needs_option, needs_release
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
 from pybpfthrottle.backends.ebpf.bucket import config_for
 from pybpfthrottle.backends.ebpf.records import ThrottleConfig
-from pybpfthrottle.backends.ebpf.running import MARKS
-from pybpfthrottle.bpf import abi, btf_load, links, maps, programs
+from pybpfthrottle.backends.ebpf.registry import MARKS
+from pybpfthrottle.bpf import abi, btf_objects, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.asm import load_map, return_imm
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Lender
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import Direction, Rate, Traffic
 
 BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
 BOTH_WORDS = ["download", "upload"]
@@ -198,20 +197,22 @@ INT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, 5) + (
 
 
 @contextmanager
-def marking(cgroup: Cgroup, *, loopback: bool = False) -> Iterator[Map[int, int]]:
+def marking(
+    cgroup: Cgroup, *, loopback: bool = False, record_bytes: int = ctypes.sizeof(ThrottleConfig)
+) -> Iterator[Map[int, int]]:
     """A throttle of marked sockets on a cgroup; its marks, by descriptors of this process."""
     with ExitStack() as stack:
-        types = btf_load.load(INT_BTF)
+        types = btf_objects.load(INT_BTF)
         assert types
         stack.enter_context(types)
         flags = abi.BPF_F_NO_PREALLOC | 1 << 9  # BPF_F_CLONE
         marks_spec = MapSpec(MARKS, MapType.SK_STORAGE, 4, 4, 0, flags, key_type=1, value_type=1)
         marks = stack.enter_context(maps.create(marks_spec, btf_fd=types.fd))
-        codec = StructureCodec(ThrottleConfig)
-        configs_spec = MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, ctypes.sizeof(ThrottleConfig), 2)
+        configs_spec = MapSpec("CGROUP_CONFIGS", MapType.ARRAY, 4, record_bytes, 2)
         configs = stack.enter_context(maps.create(configs_spec))
         for direction, rate in BOTH.items():
-            configs.typed(U32, codec)[direction] = config_for(rate, loopback=loopback)
+            record = bytes(config_for(rate, loopback=loopback))[:record_bytes]
+            configs.typed(U32, RAW)[direction] = record
         fd = cgroup.open()
         stack.callback(os.close, fd)
         for name, hook in (
@@ -330,7 +331,7 @@ def test_a_limited_cgroup_covers_its_sockets(far: Child, wire: Wire, scratch: Cg
 def test_loopback_is_covered_where_the_throttle_says_so(child: Child, scratch: Cgroup) -> None:
     """With --loopback sockets to the loopback device are covered."""
     fds = child.open("{'udp': to(('127.0.0.1', 9), I, D), 'six': to(('::1', 9), I6, D)}")
-    with throttle.apply([scratch], BOTH, options=Options(loopback=True)):
+    with throttle.apply([scratch], BOTH, traffic=Traffic(loopback=True)):
         found = told(child.pid)
     assert [found[fd]["covered_by"] for fd in fds.values()] == [covered_by("cgroup")] * 2
 
@@ -400,6 +401,17 @@ def test_a_mark_covers_one_socket(far: Child, wire: Wire, scratch: Cgroup) -> No
     assert "listens" in notes(found[fds["any"]])
     assert code(found[fds["other"]]) == "not-marked"
     assert code(found[fds["local"]]) == "loopback"
+
+
+def test_a_throttle_of_version_1_is_told(child: Child, scratch: Cgroup) -> None:
+    """Its record is shorter, and has all that tells what is covered."""
+    fds = child.open("{'udp': at(('', 0), I, D), 'local': at(('127.0.0.1', 0), I, D)}")
+    with marking(scratch, loopback=True, record_bytes=72) as marks:
+        mark(marks, child.pid, *fds.values())
+        found = told(child.pid)
+    assert {name: found[fd]["covered_by"] for name, fd in fds.items()} == dict.fromkeys(
+        fds, covered_by("mark")
+    )
 
 
 def test_a_mark_out_of_the_programs_reach_is_told(child: Child, scratch: Cgroup) -> None:
@@ -623,7 +635,10 @@ def test_without_borrowing_proc_tells_addresses(
 @pytest.mark.parametrize("missing", ["sys_admin", "net_admin", "bpf"])
 def test_without_the_rights_coverage_is_not_known(child: Child, missing: str) -> None:
     """Who may not see throttles is told so once, and sees the sockets."""
-    child.open("{'udp': at(('', 5355), I, D), 'tcp': socket.socket(), 'unix': socket.socket(1)}")
+    port = {"sys_admin": 5355, "net_admin": 5356, "bpf": 5357}[missing]  # they run side by side
+    child.open(
+        f"{{'udp': at(('', {port}), I, D), 'tcp': socket.socket(), 'unix': socket.socket(1)}}"
+    )
     refused = {"sys_admin": ["-sys_admin"], "net_admin": ["-net_admin,-sys_admin"]}
     prefix = ["setpriv", f"--bounding-set={refused.get(missing, [''])[0]}"]
     if missing == "bpf":
@@ -633,7 +648,7 @@ def test_without_the_rights_coverage_is_not_known(child: Child, missing: str) ->
     (process,) = json.loads(done.stdout)["processes"]
     assert {"bpf": "bpf(2)"}.get(missing, "root (CAP_SYS_ADMIN") in process["unknown"]
     udp, tcp, unix = process["sockets"]
-    assert udp["local"] == end(ANY, 5355)
+    assert udp["local"] == end(ANY, port)
     assert [one["covered"] for one in (udp, tcp, unix)] == [None, None, False]
 
 

@@ -14,14 +14,14 @@ import pytest
 from lab import attached
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends import Options
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.bpf import links, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.bpf.obj.asm import return_imm
 from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Counters, Direction, Rate
+from pybpfthrottle.model import Counters, Direction, Rate, Traffic
 from pybpfthrottle.settings import AttachPolicy
 
 pytestmark = pytest.mark.timed
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timed
 # A second's traffic may have one burst more, or less where a busy machine held the flood up.
 ONE_BURST = 0.27
 
-LOOPBACK = Options(loopback=True)
+LOOPBACK = Traffic(loopback=True)
 
 # Sends datagrams of 1,000 bytes to the loopback device as fast as it can.
 FLOOD = """
@@ -78,7 +78,7 @@ def test_one_throttle_attaches_what_was_asked_for_and_takes_it_away(scratch: Cgr
 
 def test_a_limit_changes_while_it_is_in_force(scratch: Cgroup) -> None:
     """A new rate holds at once, up, down, and up from one that left a long debt."""
-    with throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("2K")}, options=LOOPBACK) as live:
+    with throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("2K")}, traffic=LOOPBACK) as live:
         with flood(scratch):
             time.sleep(1)
             for text in ("4M", "1M"):
@@ -96,7 +96,7 @@ def test_several_cgroups_share_one_limit(scratch: Cgroup) -> None:
     one, two = scratch.create_child("one"), scratch.create_child("two")
     rate = Rate.parse("2M")
     try:
-        with throttle.apply([one, two], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
+        with throttle.apply([one, two], {Direction.UPLOAD: rate}, traffic=LOOPBACK) as live:
             with flood(one, two):
                 time.sleep(1)
                 assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=ONE_BURST)
@@ -166,7 +166,7 @@ def test_another_program_beside_ours_is_left_alone(scratch: Cgroup) -> None:
             limit = {Direction.UPLOAD: Rate.parse("1M")}
             with throttle.apply([scratch], limit, options=options) as live:
                 assert len(attached(scratch)) == 2
-                assert live.describe()["upload"]["attached_by"] == method
+                assert live.how()[Direction.UPLOAD]["attached_by"] == method
             assert attached(scratch) == [other.info().id]
     finally:
         mine.detach()
@@ -206,7 +206,7 @@ def test_connections_from_before_are_limited_in_a_cgroup_that_is_limited_later(
     try:
         time.sleep(0.3)
         rate = Rate.parse("1M")
-        with throttle.apply([scratch], {Direction.UPLOAD: rate}, options=LOOPBACK) as live:
+        with throttle.apply([scratch], {Direction.UPLOAD: rate}, traffic=LOOPBACK) as live:
             time.sleep(0.5)
             assert passed(live, 1) == pytest.approx(rate.bytes_per_s, rel=ONE_BURST)
     finally:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from lab import LARGEST_PACKET, Lab, Transfer, lab, median_ratio, median_windows, three_times
 
-from pybpfthrottle.backends.ebpf.bucket import SMALL_NS
-from pybpfthrottle.backends.ebpf.shaping import POLICE
+from pybpfthrottle.backends.ebpf.bucket import POLICE, SMALL_NS
 from pybpfthrottle.model import Rate
 
 pytestmark = pytest.mark.timed

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
@@ -116,3 +117,18 @@ def check_figures(name: str, figures: dict[str, Any], round_trip_ms: float) -> N
     assert figures["inside"]["p50_ms"] >= round_trip_ms
     assert figures["outside"]["max_ms"] >= figures["outside"]["p50_ms"] >= round_trip_ms
     assert 0.5 <= figures["fairness"] <= 1
+
+
+def test_the_picture_is_of_a_rate_that_comes_down(tmp_path: Path) -> None:
+    """tools/picture shows a download whose middle is a quarter as fast, as text and as an SVG."""
+    file = tmp_path / "limit.svg"
+    picture = [sys.executable, str(ROOT / "tools" / "picture"), "--seconds", "2"]
+    text = subprocess.run(
+        [*picture, "--svg", str(file)], stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.strip()
+    before, below, after = text[2:9], text[15:19], text[23:]
+    assert max(below) < min(before)
+    assert max(below) < max(after)
+    drawn = ElementTree.parse(file).find("{*}polyline")  # noqa: S314 - our own
+    assert drawn is not None
+    assert len(drawn.attrib["points"].split()) >= 2 * len(text)

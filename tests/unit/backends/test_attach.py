@@ -105,7 +105,7 @@ def test_a_chain_in_a_circle_ends():
 def test_a_link_is_tried_first(kernel, program, cgroup, lines):
     """Where links work, one is made, and the log says so."""
     attachment = attach.attach(program, cgroup, INGRESS)
-    assert attachment.rung == "link"
+    assert attach.rung(attachment) == "link"
     assert Cmd.PROG_ATTACH not in commands(kernel)
     assert lines() == [
         ("DEBUG", "Auto-detecting best BPF attach method"),
@@ -139,7 +139,7 @@ def test_einval_falls_back_to_the_legacy_call(kernel, program, cgroup, lines):
     """Where the kernel has no links (EINVAL), the legacy call is used, and the log says why."""
     kernel.refuse(Cmd.LINK_CREATE, errno.EINVAL)
     attachment = attach.attach(program, cgroup, EGRESS)
-    assert attachment.rung == "legacy"
+    assert attach.rung(attachment) == "legacy"
     assert commands(kernel) == [Cmd.LINK_CREATE, Cmd.PROG_ATTACH]
     assert lines() == FALLBACK
     attachment.detach()

@@ -8,41 +8,53 @@ import json
 import re
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
 import pytest
 from since import needs_command
 
-from pybpfthrottle.backends.ebpf import objects, records
+from pybpfthrottle.backends.ebpf import programs, records
+from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
+from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
 
 ROOT = Path(__file__).resolve().parents[3]
 PREBUILT = ROOT / "prebuilt"
 MANIFEST = json.loads((PREBUILT / "MANIFEST.json").read_text())
-NAMES = ("throttle", "throttle-direct")
-RECORDS = {
-    "throttle_config": records.ThrottleConfig,
-    "throttle_bucket": records.ThrottleBucket,
-    "throttle_flows": records.ThrottleFlows,
-    "throttle_share": records.ThrottleShare,
-    "throttle_socket": records.ThrottleSocket,
-    "throttle_stats": records.ThrottleStats,
-}
+PREFIX = "throttle_"
+# By their names in C.
+ENUMERATIONS = {"throttle_direction": Direction}
+RECORDS = {}
+for name, found in vars(records).items():
+    if isinstance(found, type) and name.startswith("Throttle"):
+        in_c = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+        (ENUMERATIONS if issubclass(found, Enum) else RECORDS)[in_c] = found
+COUNT = len(Direction)
 
 
-@pytest.fixture(params=[f"{name}.{target}.o" for name in NAMES for target in ("bpfel", "bpfeb")])
+@pytest.fixture(
+    params=[f"{name}.{target}.o" for name in programs.OBJECTS for target in ("bpfel", "bpfeb")]
+)
 def spec(request):
     """Each of the shipped objects."""
     return elf.read_file(PREBUILT / request.param)
 
 
+@pytest.fixture
+def rows(spec):
+    """The rows of the table for the object."""
+    return programs.of_object(spec.name.partition(".")[0])
+
+
 def test_the_manifest_lists_all_objects():
     """Each object beside the manifest is in it, and none is missing."""
-    assert {path.name for path in PREBUILT.glob("*.o")} == set(MANIFEST["objects"])
+    files = {f"{name}.{target}.o" for name in programs.OBJECTS for target in ("bpfel", "bpfeb")}
+    assert {path.name for path in PREBUILT.glob("*.o")} == set(MANIFEST["objects"]) == files
 
 
 @pytest.mark.parametrize("name", sorted(MANIFEST["objects"]))
@@ -78,53 +90,157 @@ def test_the_sources_give_the_objects():
     assert check.returncode == 0, check.stdout
 
 
-@pytest.mark.parametrize("record", sorted(RECORDS))
-def test_a_record_is_as_the_object_has_it(spec, record):
-    """Each field of a record has the name, offset and size that the object's BTF says."""
-    btf = Btf(spec.btf)
-    theirs = btf.find(Kind.STRUCT, record)
-    ours = RECORDS[record]
-    assert [
+def shared(spec, *kinds):
+    """The types of an object that Python has to have as well, by their names."""
+    btf = spec.btf
+    return btf, {
+        found.name: found for found in btf.of_kind(*kinds) if found.name.startswith(PREFIX)
+    }
+
+
+def fields_of(record):
+    """The name, offset and size of each field that Python has."""
+    return [
+        (name, getattr(record, name).offset, getattr(record, name).size)
+        for name, *_ in record._fields_
+    ]
+
+
+def fields_in(btf, struct):
+    """The name, offset and size of each field that C has; one without a size is only for BTF."""
+    found = [
         (member.name, member.bit_offset // 8, btf.size(member.type))
-        for member in btf.members(theirs)
-    ] == [(name, getattr(ours, name).offset, getattr(ours, name).size) for name, _ in ours._fields_]
-    assert ctypes.sizeof(ours) == theirs.size_or_type
+        for member in btf.members(struct)
+    ]
+    return [field for field in found if field[2]]
+
+
+def test_each_record_is_as_the_object_has_it(spec):
+    """Each field of a record has the name, offset and size that the object's BTF says."""
+    btf, theirs = shared(spec, Kind.STRUCT)
+    assert theirs
+    for name, struct in theirs.items():
+        assert name in RECORDS
+        assert fields_in(btf, struct) == fields_of(RECORDS[name])
+        assert struct.size_or_type == ctypes.sizeof(RECORDS[name])
+
+
+def test_python_has_no_record_that_c_has_not():
+    """Each record of Python is in one of the objects."""
+    specs = [elf.read_file(PREBUILT / name) for name in MANIFEST["objects"]]
+    assert {name for spec in specs for name in shared(spec, Kind.STRUCT)[1]} == set(RECORDS)
+
+
+def test_the_constants_are_those_of_the_object(spec):
+    """Each enum has the names and values that the object's BTF says, and Python has no other."""
+    btf, theirs = shared(spec, *ENUMS)
+    assert {
+        name: {one.name.replace("THROTTLE_", ""): one.value for one in btf.enumerators(enum)}
+        for name, enum in theirs.items()
+    } == {
+        name: {key: value.value for key, value in enum.__members__.items()}
+        for name, enum in ENUMERATIONS.items()
+    }
+
+
+def test_a_constant_of_c_is_an_enum():
+    """What throttle.h defines without one Python need not know; none of it repeats a number."""
+    defined = re.findall(r"^#define (\w+) \S", (ROOT / "ebpf_src/throttle.h").read_text(), re.M)
+    assert defined == ["THROTTLE_DIRECTIONS"]
+
+
+def test_what_makes_up_for_a_window_is_what_the_policers_burst_is_longer():
+    """The slack of the program is the difference of the bursts that user space writes."""
+    window = Shaping("window", "")
+    assert POLICE.burst_ns - window.burst_ns == records.ThrottleSlack.POLICE_SLACK_NS
+
+
+SIZES = {name: ctypes.sizeof(record) for name, record in RECORDS.items()}
+MAPS = {
+    "CGROUP_CONFIGS": (MapType.ARRAY, 4, SIZES["throttle_config"], COUNT),
+    "CGROUP_BUCKETS": (MapType.ARRAY, 4, SIZES["throttle_bucket"], COUNT),
+    "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, SIZES["throttle_stats"], COUNT),
+    "CGROUP_FLOWS": (MapType.ARRAY, 4, SIZES["throttle_flows"], COUNT),
+    "SOCKETS": (MapType.SK_STORAGE, 4, SIZES["throttle_socket"], 0),
+    "MARKS": (MapType.SK_STORAGE, 4, 4, 0),
+    "PROCESSES": (MapType.HASH, 4, SIZES["throttle_process"], 32768),
+    "EXECUTED": (MapType.RINGBUF, 0, 0, 65536),
+    records.RECORD: (MapType.ARRAY, 4, SIZES["throttle_record"], 1),
+}
+_CGROUP = ("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "SOCKETS")
+MAPS_OF = {
+    "throttle": {*_CGROUP, records.RECORD},
+    "throttle-direct": {*_CGROUP, records.RECORD},
+    "throttle-marked": {*_CGROUP, "MARKS", "PROCESSES", records.RECORD},
+    "processes": {"PROCESSES", "EXECUTED", records.RECORD},
+}
 
 
 def test_the_records_are_the_maps_values(spec):
     """Each map has a value as large as its record, and one element for each direction."""
-    sizes = {name: ctypes.sizeof(record) for name, record in RECORDS.items()}
-    count = len(Direction)
     shapes = {
         name: (found.type, found.key_size, found.value_size, found.max_entries)
         for name, found in spec.maps.items()
     }
-    assert shapes == {
-        "CGROUP_FLOWS": (MapType.ARRAY, 4, sizes["throttle_flows"], count),
-        "SOCKETS": (MapType.SK_STORAGE, 4, sizes["throttle_socket"], 0),
-        "CGROUP_CONFIGS": (MapType.ARRAY, 4, sizes["throttle_config"], count),
-        "CGROUP_BUCKETS": (MapType.ARRAY, 4, sizes["throttle_bucket"], count),
-        "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, sizes["throttle_stats"], count),
-    }
+    assert shapes == {name: MAPS[name] for name in MAPS_OF[spec.name.partition(".")[0]]}
 
 
-def test_the_programs_are_where_their_names_say(spec):
-    """The policer's are of type cgroup_skb, each in the section of its direction."""
-    ingress, egress = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
+TYPES = {
+    Role.POLICE: ProgType.CGROUP_SKB,
+    Role.SHAPE: ProgType.SOCK_OPS,
+    Role.MARK: ProgType.CGROUP_SOCK,
+    Role.ADOPT: ProgType.CGROUP_SOCKOPT,
+    Role.BELONGS: ProgType.CGROUP_SOCKOPT,
+    Role.FOLLOW: ProgType.RAW_TRACEPOINT,
+}
+SECTIONS = {
+    AttachType.CGROUP_INET_INGRESS: "cgroup_skb/ingress",
+    AttachType.CGROUP_INET_EGRESS: "cgroup_skb/egress",
+    AttachType.CGROUP_SOCK_OPS: "sockops",
+    AttachType.CGROUP_SETSOCKOPT: "cgroup/setsockopt",
+    AttachType.CGROUP_INET_SOCK_CREATE: "cgroup/sock_create",
+}
+
+
+def test_the_programs_are_those_of_the_table(spec, rows):
+    """An object has the programs that the table says, each in the section of its hook."""
     found = {
         name: (program.section, program.type, program.expected_attach_type)
         for name, program in spec.programs.items()
     }
     assert found == {
-        "pybpft_ingress": ("cgroup_skb/ingress", ProgType.CGROUP_SKB, ingress),
-        "pybpft_egress": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
-        "pybpft_egresscn": ("cgroup_skb/egress", ProgType.CGROUP_SKB, egress),
-        "pybpft_sockops": ("sockops", ProgType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS),
-        **dict.fromkeys(
-            ("pybpft_adopt", "pybpft_belongs"),
-            ("cgroup/setsockopt", ProgType.CGROUP_SOCKOPT, AttachType.CGROUP_SETSOCKOPT),
-        ),
+        row.name: (
+            SECTIONS.get(row.hook, f"raw_tp/{row.hook}"),
+            TYPES[row.role],
+            None if row.role is Role.FOLLOW else row.hook,
+        )
+        for row in rows
     }
+
+
+def test_each_program_refers_to_the_record(spec):
+    """By any of its programs the kernel knows what a throttle is to limit."""
+    for program in spec.programs.values():
+        assert records.RECORD in relocate.link(spec, program).maps
+
+
+def test_the_table_names_each_program_once():
+    """All begin with the prefix, and a name tells one row."""
+    names = [row.name for row in programs.PROGRAMS]
+    assert len(set(names)) == len(names)
+    assert all(programs.by_name(row.name) is row for row in programs.PROGRAMS)
+    assert all(name.startswith(programs.PREFIX) for name in names)
+    assert programs.by_name("pybpft_trial") is None
+
+
+@pytest.mark.parametrize("verdict", ["deny", "congestion"])
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("scope", list(programs.Scope))
+def test_there_is_one_policer_for_each_purpose(scope, direction, verdict):
+    """It is of the scope and the direction, and tells of congestion where that can be told."""
+    found = programs.policer(scope, direction, verdict)
+    assert (found.scope, found.direction, found.role) == (scope, direction, Role.POLICE)
+    assert found.verdict == (verdict if direction is Direction.UPLOAD else "deny")
 
 
 def test_the_names_of_programs_and_maps_are_whole_in_the_kernel(spec):
@@ -136,8 +252,8 @@ def test_the_policer_does_without_the_shapers_maps(spec):
     """It is loaded on kernels that have no socket storage."""
     for program in spec.programs.values():
         if program.type is ProgType.CGROUP_SKB:
-            wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS"}
-            assert relocate.link(spec, program).maps == wanted
+            wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", records.RECORD}
+            assert relocate.link(spec, program).maps - {"MARKS"} == wanted
 
 
 def test_the_license_lets_gpl_helpers_be_called(spec):
@@ -145,37 +261,14 @@ def test_the_license_lets_gpl_helpers_be_called(spec):
     assert spec.license == "Dual MIT/GPL"
 
 
-def number_in(file, pattern):
-    """The number that a pattern finds in a source, where it must be once."""
-    (found,) = re.findall(pattern, (ROOT / "ebpf_src" / file).read_text(), re.MULTILINE)
-    return int(found, 0)
-
-
-def test_the_shift_of_the_inverse_rate_is_that_of_the_source():
-    """INVERSE_RATE_SHIFT is the same in Python and in C."""
-    pattern = r"^#define INVERSE_RATE_SHIFT (\w+)"
-    assert number_in("throttle.bpf.c", pattern) == records.INVERSE_RATE_SHIFT
-
-
-def test_the_flag_for_loopback_is_that_of_the_source():
-    """THROTTLE_LOOPBACK is the same in Python and in C."""
-    assert number_in("throttle.h", r"THROTTLE_LOOPBACK = (\w+)") == records.THROTTLE_LOOPBACK
-
-
-@pytest.mark.parametrize("direction", list(Direction))
-def test_the_directions_are_those_of_the_source(direction):
-    """The keys into the maps are the same in Python and in C."""
-    assert number_in("throttle.h", rf"THROTTLE_{direction.name} = (\w+)") == direction
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", programs.OBJECTS)
 def test_an_object_is_read_for_this_machine(name):
-    """objects.read gives the object of this machine's byte order under its own name."""
-    spec = objects.read(name)
+    """programs.read gives the object of this machine's byte order under its own name."""
+    spec = programs.read(name)
     assert (spec.byteorder, spec.name) == (sys.byteorder, name)
 
 
 def test_an_object_that_is_missing_is_named():
     """A file that is not shipped is an ObjectFileError that names it."""
     with pytest.raises(ObjectFileError, match=re.escape("prebuilt/none.o is missing")):
-        objects.data("none.o")
+        programs.data("none.o")

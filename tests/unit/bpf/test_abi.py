@@ -10,6 +10,7 @@ from since import needs_option, needs_release
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 
@@ -30,6 +31,7 @@ NAMED = {
     "query": "query",
     "raw_tracepoint": "raw_tracepoint",
     "link_create": "link_create",
+    "iter_create": "iter_create",
     "link_update": "link_update",
     "link_detach": "link_detach",
     "enable_stats": "enable_stats",
@@ -141,7 +143,7 @@ def test_an_instruction_has_the_kernels_layout(types):
     theirs["registers"] = min(theirs["dst_reg"], theirs["src_reg"])
     ours = our_fields(abi.Insn)
     assert ours == {field: theirs[field][:2] for field in ours}
-    assert ctypes.sizeof(abi.Insn) == types.struct("bpf_insn").size_or_type == abi.INSN_BYTES
+    assert ctypes.sizeof(abi.Insn) == types.struct("bpf_insn").size_or_type == INSN_BYTES
 
 
 def test_no_command_is_larger_than_the_kernels(types):

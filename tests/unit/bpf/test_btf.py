@@ -4,8 +4,8 @@ import pytest
 from elf_builder import BtfBuilder
 from made_types import SplitTypes, Types
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Variable
-from pybpfthrottle.errors import ObjectFileError
 
 INT = (32,)  # the encoding that follows an integer: 32 bits
 

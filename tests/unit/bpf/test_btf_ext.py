@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from contextlib import suppress
 
 import pytest
@@ -9,9 +10,16 @@ from hypothesis import strategies as st
 from made_types import Types
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf
-from pybpfthrottle.bpf.obj.btf_ext import BtfExt, CoreRelocation, FunctionInfo, LineInfo, Records
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.btf_ext import (
+    BtfExt,
+    CoreRelocation,
+    FunctionInfo,
+    LineInfo,
+    Lines,
+    Records,
+)
 
 
 def table(*words):
@@ -140,3 +148,36 @@ def test_a_line_holds_until_the_next():
         *(None, lines[0], lines[0], lines[1], lines[1])
     ]
     assert records.between(8, 32) == lines[:1]
+
+
+def lines_of(*rows):
+    """Lines of rows of four numbers."""
+    return Lines([array("I", column) for column in zip(*rows)])
+
+
+def test_lines_move_with_their_function():
+    """The records of a function count from where it is loaded, in instructions."""
+    lines = lines_of((0, 1, 2, 3), (16, 4, 5, 6), (24, 7, 8, 9), (40, 1, 1, 1))
+    wanted = [LineInfo(100, 4, 5, 6), LineInfo(101, 7, 8, 9)]
+    table = lines.encoded(16, 40, 800)
+    assert [LineInfo(*row) for row in struct.iter_unpack("=4I", table)] == wanted
+
+
+def test_lines_may_be_in_any_order():
+    """Records are sorted by their offsets, and those of one offset stay in their order."""
+    lines = lines_of((16, 2, 0, 0), (0, 1, 0, 0), (16, 3, 0, 0))
+    assert [(row.offset, row.file) for row in lines.rows] == [(0, 1), (16, 2), (16, 3)]
+
+
+def test_the_kernel_is_told_one_line_for_each_place():
+    """Of several lines at one place the first is told; the kernel would refuse a second."""
+    lines = lines_of((0, 1, 0, 0), (0, 2, 0, 0), (8, 3, 0, 0), (8, 4, 0, 0))
+    rows = struct.iter_unpack("=4I", lines.encoded(0, 16, 0))
+    assert [(at, file) for at, file, _, _ in rows] == [(0, 1), (1, 3)]
+
+
+def test_a_function_whose_beginning_has_no_line_has_none():
+    """The kernel takes lines only if the first is at the beginning of the function."""
+    lines = lines_of((8, 1, 0, 0), (16, 1, 0, 0))
+    assert lines.encoded(0, 24, 0) == b""
+    assert lines.encoded(24, 48, 0) == b""

@@ -5,7 +5,7 @@ import errno
 import pytest
 from made_types import Types
 
-from pybpfthrottle.bpf import btf_load
+from pybpfthrottle.bpf import btf_objects
 from pybpfthrottle.bpf.abi import Cmd
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Linkage, Variable
 from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding, loadable
@@ -121,7 +121,7 @@ def test_only_what_is_refused_is_conceded(kernel, types):
             raise OSError(errno.EINVAL, "no")
 
     kernel.handlers[Cmd.BTF_LOAD] = refuse
-    with btf_load.load(everything(types)) as loaded:
+    with btf_objects.load(everything(types)) as loaded:
         assert loaded.functions
     assert len(tried) == 2
     assert tried[1] < tried[0]
@@ -137,7 +137,7 @@ def test_a_kernel_without_functions_is_told_none(kernel, types):
             raise OSError(errno.EINVAL, "no")
 
     kernel.handlers[Cmd.BTF_LOAD] = refuse
-    with btf_load.load(everything(types)) as loaded:
+    with btf_objects.load(everything(types)) as loaded:
         assert not loaded.functions
 
 
@@ -149,4 +149,4 @@ def test_a_kernel_that_takes_no_types_is_no_error(kernel, types):
             raise OSError(number, "no")
 
         kernel.handlers[Cmd.BTF_LOAD] = refuse
-        assert btf_load.load(everything(types)) is None
+        assert btf_objects.load(everything(types)) is None

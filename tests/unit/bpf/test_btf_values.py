@@ -5,9 +5,9 @@ from elf_builder import BtfBuilder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
-from pybpfthrottle.errors import ObjectFileError
 
 SIGNED, BOOL = 1 << 24, 4 << 24
 

@@ -8,11 +8,11 @@ import pytest
 from made_types import Types
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind as K
+from pybpfthrottle.bpf.errors import AmbiguousTypeError, ObjectFileError
 from pybpfthrottle.bpf.obj.accesses import describe
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.core import Answer, Kernel, Load, Resolver
 from pybpfthrottle.bpf.obj.patch import POISON, Instructions, PatchError
-from pybpfthrottle.errors import AmbiguousTypeError, ObjectFileError
 
 
 @pytest.fixture(params=["little", "big"])

@@ -8,15 +8,14 @@ import pytest
 
 from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Cmd, MapType
-from pybpfthrottle.bpf.obj import corrections
+from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import MapCreateError
 
 
 def corrected(type, key=0, value=0, entries=0):
     """Sizes and entries of a map on a machine of four CPUs and pages of 4096 bytes."""
     spec = MapSpec("map", type, key, value, entries)
-    found = corrections.corrected(spec, cpus=lambda: 4, page_bytes=4096)
+    found = spec.corrected(cpus=lambda: 4, page_bytes=4096)
     assert (spec.key_size, spec.value_size, spec.max_entries) == (key, value, entries)
     return found.key_size, found.value_size, found.max_entries
 

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from since import needs_command
 
-from pybpfthrottle.backends.ebpf import objects
-from pybpfthrottle.bpf.abi import INSN_BYTES
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf.obj import asm, disasm, elf
 from pybpfthrottle.bpf.obj.helper_names import helper_name
+from pybpfthrottle.bpf.obj.insn import INSN_BYTES, decoded
 
 
 def test_both_byte_orders_are_read() -> None:
     """The same program for machines of the other byte order is the same text."""
     texts = []
     for order in ("bpfel", "bpfeb"):
-        spec = elf.read_object(objects.data(f"throttle.{order}.o"))
+        spec = elf.read_object(programs.data(f"throttle.{order}.o"))
         function = spec.programs["pybpft_ingress"].function
         texts.append(list(disasm.disassemble(function.code, byteorder=spec.byteorder)))
     kinds = [[line.text[:4] for line in text if "skb" not in line.text] for text in texts]
@@ -32,7 +32,7 @@ def test_any_bytes_are_shown(code: bytes, byteorder: str) -> None:
     """Whatever the bytes are, each eight of them are shown once."""
     lines = list(disasm.disassemble(code, byteorder=byteorder))
     wide = sum(one.code == 0x18 and one.at + 1 < len(code) // 8
-               for one in disasm.instructions(code, byteorder))  # fmt: skip
+               for one in decoded(code, byteorder))  # fmt: skip
     assert len(lines) + wide == len(code) // 8
 
 

@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE, BPF_F_RDONLY_PROG, AttachType, MapType, ProgType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.obj.specs import CallReference, FunctionKey, MapReference, MapSpec
-from pybpfthrottle.errors import ObjectFileError
 
 ROOT = Path(__file__).resolve().parents[3]
 INGRESS = "cgroup_skb/ingress"

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_types import SplitTypes, Types
 
-from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import Error, ExternError
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.core import Kernel
 from pybpfthrottle.bpf.obj.externs import encode_setting
 from pybpfthrottle.bpf.obj.fitting import Fitting
+from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL
 from pybpfthrottle.bpf.obj.patch import POISON
-from pybpfthrottle.errors import Error, ExternError
 
 SPECS = [elf.read_object(compiled(name)) for name in ("core_fields", "core_reads", "externs")]
 MODULE_FD = 77
@@ -74,7 +74,7 @@ def test_functions_of_modules_are_called_by_their_place():
     release = module.func("bpf_task_release", module.proto(0, task))
     found = fitted(SPECS[2], "functions", Facts(types.btf(), module.btf()))
     assert found.modules == (MODULE_FD,)
-    calls = [row for row in instructions(found) if row[:2] == (abi.BPF_CALL, 2)]
+    calls = [row for row in instructions(found) if row[:2] == (CALL, 2)]
     assert [row[2:] for row in calls] == [(0, 4), (1, release)]
 
 
@@ -84,7 +84,7 @@ def test_addresses_in_modules_name_their_types():
     module = SplitTypes(types.btf())
     release = module.func("bpf_task_release", module.proto(0, task))
     found = instructions(fitted(SPECS[2], "functions", Facts(types.btf(), module.btf())))
-    at = next(i for i, row in enumerate(found) if row[:2] == (0x18, abi.BPF_PSEUDO_BTF_ID))
+    at = next(i for i, row in enumerate(found) if row[:2] == (0x18, BPF_PSEUDO_BTF_ID))
     assert (found[at][3], found[at + 1][3]) == (release, MODULE_FD)
 
 
@@ -93,7 +93,7 @@ def test_a_typed_variable_is_loaded_by_its_id():
     types = Types()
     variable = types.var("not_a_variable", types.int(signed=True))
     found = instructions(fitted(SPECS[2], "symbols", Facts(types.btf())))
-    assert (0x18, abi.BPF_PSEUDO_BTF_ID, 0, variable) in found
+    assert (0x18, BPF_PSEUDO_BTF_ID, 0, variable) in found
 
 
 def test_an_address_fills_both_halves():
@@ -106,9 +106,9 @@ def test_an_address_fills_both_halves():
 def test_each_function_and_line_is_told():
     """There is a record for each function, and one for the first instruction of each."""
     spec = SPECS[1]
-    found = fitted(spec, "read", Facts(Btf(spec.btf)))
+    found = fitted(spec, "read", Facts(spec.btf))
     functions = list(struct.iter_unpack("=II", found.functions))
-    assert [Btf(spec.btf).type(type_id).name for _, type_id in functions] == ["read"]
+    assert [spec.btf.type(type_id).name for _, type_id in functions] == ["read"]
     offsets = [row[0] for row in struct.iter_unpack("=IIII", found.lines)]
     assert offsets[0] == 0
     assert offsets == sorted(set(offsets))
@@ -119,7 +119,7 @@ def test_poisoned_instructions_are_numbered():
     """Each poisoned instruction has a number of its own, which tells what it asked for."""
     found = fitted(SPECS[1], "read", Facts(Types().btf()))
     assert found.poisoned[0].access == "struct task_struct___mine.pid"
-    numbers = {row[3] for row in instructions(found) if row[0] == abi.BPF_CALL}
+    numbers = {row[3] for row in instructions(found) if row[0] == CALL}
     assert numbers >= {POISON + number for number in range(len(found.poisoned))}
 
 
@@ -183,13 +183,14 @@ def test_a_setting_of_another_type_is_refused(make, text):
 )
 def test_any_types_are_fitted_or_refused(spec, changes):
     """Whatever is in .BTF and .BTF.ext, the answer is a program or an error of ours."""
-    parts = {"btf": bytearray(spec.btf), "btf_ext": bytearray(spec.btf_ext)}
+    parts = {"btf": bytearray(bytes(spec.btf)), "btf_ext": bytearray(spec.btf_ext)}
     for in_types, word, value in changes:
         part = parts["btf" if in_types else "btf_ext"]
         struct.pack_into("<I", part, word % (len(part) // 4) * 4, value)
-    broken = dataclasses.replace(spec, **{name: bytes(part) for name, part in parts.items()})
     with suppress(Error):
-        fitting = Fitting(broken, Facts(Btf(spec.btf)), lambda module: MODULE_FD)
+        types = Btf(bytes(parts["btf"]))
+        broken = dataclasses.replace(spec, btf=types, btf_ext=bytes(parts["btf_ext"]))
+        fitting = Fitting(broken, Facts(spec.btf), lambda module: MODULE_FD)
         fitting.loadable_types()
         for program in broken.programs.values():
             found = fitting.fit(program, relocate.link(broken, program))

@@ -10,14 +10,14 @@ import pytest
 from broken import use
 from elf_builder import OBJECT, BtfBuilder, ObjectBuilder
 
-from pybpfthrottle.bpf.btf_load import ObjectTypes
+from pybpfthrottle.bpf.btf_objects import ObjectTypes
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_text import declaration
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
 from pybpfthrottle.bpf.obj.fitting import Fitting
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.errors import ObjectFileError
 
 INT, PTR, ARRAY, UNION, FLOAT, PROTO, VAR, DATASEC = 1, 2, 3, 5, 16, 13, 14, 15
 

@@ -12,12 +12,12 @@ from compiled import compiled
 from since import needs_command
 
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import asm, elf, releases
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
+from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.obj.btf_text import declaration, definitions
 from pybpfthrottle.bpf.obj.helper_names import helper_name
-from pybpfthrottle.bpf.obj.inspection import Inspection
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.inspection import Inspection, inspect
 
 FIXTURES = ("object_maps", "object_data", "object_calls", "core_reads", "externs", "ring")
 
@@ -159,7 +159,7 @@ def test_weak_externs_are_optional() -> None:
 
 def test_types_are_as_c_spells_them() -> None:
     """Pointers, arrays, functions and qualifiers stand where C wants them."""
-    btf = Btf(Inspection(compiled("externs")).spec.btf)
+    btf = Inspection(compiled("externs")).spec.btf
     acquire = btf.find(Kind.FUNC, "bpf_task_acquire")
     assert declaration(btf, acquire.size_or_type, "f").startswith("struct task_struct *f(struct")
     lines = list(definitions(btf))
@@ -179,3 +179,14 @@ def test_only_regular_files_are_read(tmp_path) -> None:
         file.write(b"\x7fELF")
     with pytest.raises(ObjectFileError, match="10240 MB are too much"):
         elf.read_file(sparse)
+
+
+def test_a_file_and_bytes_are_inspected_alike(tmp_path):
+    """The path of an object tells the same as its bytes."""
+    data = compiled("object_data")
+    path = tmp_path / "object.o"
+    path.write_bytes(data)
+    assert inspect(path).describe() == inspect(data).describe()
+    path.write_bytes(b"no object")
+    with pytest.raises(ObjectFileError, match=str(path)):
+        inspect(path)

@@ -8,9 +8,9 @@ import pytest
 from elf_builder import NOTYPE, OBJECT, ObjectBuilder
 
 from pybpfthrottle.bpf.abi import BPF_F_NUMA_NODE, MapType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import MapSpec
-from pybpfthrottle.errors import ObjectFileError
 
 OUTER, NONE = MapType.ARRAY_OF_MAPS, 0xFFFFFFFF
 

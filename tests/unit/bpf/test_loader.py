@@ -6,10 +6,18 @@ import resource
 import sys
 
 import pytest
+from compiled import compiled
 
 from pybpfthrottle.bpf import loader, maps, privileges, programs
 from pybpfthrottle.bpf.abi import AttachType, Cmd, MapType, ProgType
-from pybpfthrottle.bpf.obj import asm
+from pybpfthrottle.bpf.errors import (
+    MapCreateError,
+    ObjectFileError,
+    ProgramLoadError,
+    VerifierError,
+)
+from pybpfthrottle.bpf.obj import asm, elf
+from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.specs import (
     FunctionKey,
     FunctionSpec,
@@ -19,7 +27,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ProgramSpec,
 )
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info
-from pybpfthrottle.errors import MapCreateError, ObjectFileError, ProgramLoadError, VerifierError
 
 INFINITY = resource.RLIM_INFINITY
 
@@ -530,12 +537,18 @@ def test_the_telling_line_is_the_last_before_the_statistics(log, line):
     assert programs.telling_line(log) == line
 
 
-@pytest.mark.parametrize("create", [load_one, lambda: maps.create(array("counts"))])
-def test_eperm_names_the_capabilities_that_are_missing(kernel, without_privileges, create):
-    """A process without capabilities learns which ones it needs."""
+@pytest.mark.parametrize(
+    ("create", "missing"),
+    [
+        (load_one, "CAP_BPF and CAP_NET_ADMIN;"),
+        (lambda: maps.create(array("counts")), "CAP_BPF;"),
+    ],
+)
+def test_eperm_names_the_capabilities_that_are_missing(kernel, without_privileges, create, missing):
+    """A process without capabilities learns which ones it needs, for this very object."""
     kernel.refuse(Cmd.PROG_LOAD, errno.EPERM)
     kernel.refuse(Cmd.MAP_CREATE, errno.EPERM)
-    with pytest.raises((ProgramLoadError, MapCreateError), match="CAP_BPF and CAP_NET_ADMIN"):
+    with pytest.raises((ProgramLoadError, MapCreateError), match=f"lacks {missing}"):
         create()
 
 
@@ -568,3 +581,47 @@ def test_info_by_id_closes_its_descriptor(kernel):
     programs.info_by_id(7)
     assert kernel.created() == 1
     assert kernel.still_open() == 0
+
+
+def test_the_types_of_an_object_are_parsed_once(kernel, monkeypatch):
+    """Reading an object parses its types, and loading it takes these: also a second time."""
+    parsed = []
+    parse = Btf.__init__
+    monkeypatch.setattr(
+        Btf, "__init__", lambda self, data, **more: parsed.append(data) or parse(self, data, **more)
+    )
+    spec = elf.read_object(compiled("object_data"))
+    assert len(parsed) == 1
+    for _ in range(2):
+        loader.load(spec).close()
+    assert len(kernel.given(Cmd.BTF_LOAD)) == 2
+    assert parsed == [bytes(spec.btf)]
+
+
+def test_the_same_bytes_are_the_same_spec():
+    """Two readings of an object are equal, with their types, and another object is not."""
+    data = compiled("object_data")
+    assert elf.read_object(data) == elf.read_object(data)
+    other = elf.read_object(data)
+    other.btf = elf.read_object(compiled("object_maps")).btf
+    assert elf.read_object(data) != other
+
+
+def test_a_path_and_bytes_are_loaded_as_well(kernel, tmp_path):
+    """What is loaded may be a spec, the path of an object file, or its bytes."""
+    data = compiled("object_data")
+    path = tmp_path / "object_data.bpf.o"
+    path.write_bytes(data)
+    for source in (elf.read_object(data), data, path, str(path)):
+        with loader.load(source) as loaded:
+            assert list(loaded.programs) == list(elf.read_object(data).programs)
+
+
+def test_a_path_that_is_no_object_is_named(kernel, tmp_path):
+    """The path stands in front of what is wrong with the file."""
+    path = tmp_path / "text.o"
+    path.write_text("no object")
+    with pytest.raises(ObjectFileError, match=str(path)):
+        loader.load(path)
+    with pytest.raises(FileNotFoundError):
+        loader.load(tmp_path / "missing.o")

@@ -7,6 +7,7 @@ import resource
 import pytest
 
 from pybpfthrottle.bpf import privileges, syscall
+from pybpfthrottle.bpf.abi import ProgType
 
 NET_ADMIN, SYS_ADMIN, SYS_RESOURCE, BPF = 1 << 12, 1 << 21, 1 << 24, 1 << 39
 INFINITY = resource.RLIM_INFINITY
@@ -26,28 +27,32 @@ def test_capabilities_are_those_that_the_kernel_shows():
 
 
 @pytest.mark.parametrize(
-    ("bits", "missing"),
+    ("held_bits", "program_type", "missing"),
     [
-        (0, ["CAP_BPF", "CAP_NET_ADMIN"]),
-        (NET_ADMIN, ["CAP_BPF"]),
-        (BPF, ["CAP_NET_ADMIN"]),
-        (BPF | NET_ADMIN, []),
-        (SYS_ADMIN, []),
-        ((1 << 41) - 1, []),
-        (~(BPF | NET_ADMIN | SYS_ADMIN) & (1 << 41) - 1, ["CAP_BPF", "CAP_NET_ADMIN"]),
+        (0, ProgType.SOCKET_FILTER, ["CAP_BPF"]),
+        (0, ProgType.XDP, ["CAP_BPF", "CAP_NET_ADMIN"]),
+        (0, ProgType.CGROUP_SKB, ["CAP_BPF", "CAP_NET_ADMIN"]),
+        (BPF, ProgType.TRACING, ["CAP_PERFMON"]),
+        (NET_ADMIN, ProgType.EXT, ["CAP_BPF", "CAP_PERFMON"]),
+        (SYS_ADMIN, ProgType.EXT, []),
+        (BPF, 1000, []),
     ],
 )
-def test_missing_capabilities_are_named(held, bits, missing):
-    """CAP_BPF and CAP_NET_ADMIN are needed, or CAP_SYS_ADMIN in their place."""
-    held(bits)
-    assert privileges.missing_capabilities() == missing
+def test_a_type_of_program_needs_its_capabilities(held, held_bits, program_type, missing):
+    """Networks need CAP_NET_ADMIN and tracing CAP_PERFMON, beside CAP_BPF or CAP_SYS_ADMIN."""
+    held(held_bits)
+    needed = privileges.capabilities_for(program_type)
+    assert privileges.missing_capabilities(needed) == missing
 
 
-def test_after_a_refusal_cap_net_admin_is_missing_too(held):
-    """CAP_SYS_ADMIN stands in for it on some kernels alone."""
-    held(SYS_ADMIN)
-    assert privileges.missing_capabilities(refused=True) == ["CAP_NET_ADMIN"]
-    assert "lacks CAP_NET_ADMIN;" in privileges.why_not_permitted("BPF_LINK_CREATE")
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [("BPF_MAP_CREATE", "CAP_BPF"), ("BPF_PROG_GET_NEXT_ID", "CAP_SYS_ADMIN")],
+)
+def test_a_command_needs_its_capability(held, command, named):
+    """To look for what others have loaded CAP_BPF is not enough."""
+    held(0)
+    assert f"lacks {named};" in privileges.why_not_permitted(command)
 
 
 def test_without_capabilities_the_remedy_is_root(held):

@@ -9,10 +9,10 @@ import pytest
 
 from pybpfthrottle.bpf import programs
 from pybpfthrottle.bpf.abi import Cmd, ProgType
+from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.programs import SourceInfo
-from pybpfthrottle.errors import ProgramLoadError, UnresolvedError, VerifierError
 
 CODE = asm.return_imm(1)
 SOURCE = SourceInfo(5, bytes(8), bytes(16), at=lambda number: f"a.c:{number}: if (x) {{")

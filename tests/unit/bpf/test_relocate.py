@@ -7,7 +7,16 @@ import pytest
 from elf_builder import R_BPF_64_64, ObjectBuilder
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import asm, elf, relocate
+from pybpfthrottle.bpf.obj.insn import (
+    BPF_PSEUDO_CALL,
+    BPF_PSEUDO_FUNC,
+    BPF_PSEUDO_MAP_FD,
+    BPF_PSEUDO_MAP_VALUE,
+    CALL,
+    LD_IMM64,
+)
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ExternReference,
@@ -17,7 +26,6 @@ from pybpfthrottle.bpf.obj.specs import (
     ObjectSpec,
     ProgramSpec,
 )
-from pybpfthrottle.errors import ObjectFileError
 
 RETURN = 16  # bytes of a function that only returns
 
@@ -80,7 +88,7 @@ def test_a_callee_is_appended_and_its_distance_set(functions):
     code = functions.link("main").code
     # main: call, mov, exit; helper: mov, exit
     assert len(code) == 5 * 8
-    assert at(functions, code, 0) == (abi.BPF_CALL, abi.BPF_PSEUDO_CALL, 0, 2)
+    assert at(functions, code, 0) == (CALL, BPF_PSEUDO_CALL, 0, 2)
 
 
 def test_the_destination_register_of_a_call_stays(functions):
@@ -143,8 +151,8 @@ def test_map_descriptors_are_put_in(functions):
     linked = functions.link("main")
     code = relocate.resolve(linked, {"first": 17, "second": 4711})
     assert linked.maps == {"first", "second"}
-    assert at(functions, code, 0) == (abi.BPF_LD_IMM64, abi.BPF_PSEUDO_MAP_FD, 0, 17)
-    assert at(functions, code, 2) == (abi.BPF_LD_IMM64, abi.BPF_PSEUDO_MAP_FD, 0, 4711)
+    assert at(functions, code, 0) == (LD_IMM64, BPF_PSEUDO_MAP_FD, 0, 17)
+    assert at(functions, code, 2) == (LD_IMM64, BPF_PSEUDO_MAP_FD, 0, 4711)
     assert at(functions, code, 3) == (0, 0, 0, 0)
 
 
@@ -152,7 +160,7 @@ def test_addresses_in_maps_are_put_in(functions):
     """A load of a variable gets the map's descriptor, and the offset in its second half."""
     functions.add("main", maps=[("data", 24)])
     code = relocate.resolve(functions.link("main"), {"data": 9})
-    assert at(functions, code, 0) == (abi.BPF_LD_IMM64, abi.BPF_PSEUDO_MAP_VALUE, 0, 9)
+    assert at(functions, code, 0) == (LD_IMM64, BPF_PSEUDO_MAP_VALUE, 0, 9)
     assert at(functions, code, 1) == (0, 0, 0, 24)
 
 
@@ -211,8 +219,8 @@ def run(order, code, length, start=0, registers=None):
         index += 1
         if opcode == 0x95:
             return r[0]
-        if opcode == abi.BPF_CALL:
-            assert src == abi.BPF_PSEUDO_CALL
+        if opcode == CALL:
+            assert src == BPF_PSEUDO_CALL
             r[0] = run(order, code, length, index + imm, r[:6] + [0] * 5)
         elif opcode == 0x61:  # the only load is of the context's first field, the length
             r[dst] = length
@@ -288,7 +296,7 @@ def test_a_functions_address_is_its_distance(builder, by_section):
     """A load of a function's address, by its own symbol or its section's, becomes its distance."""
     spec = callback(builder, by_section=by_section)
     code = relocate.resolve(relocate.link(spec, spec.programs["main"]), {})
-    wanted = builder.insn(0x18, dst=1, src=abi.BPF_PSEUDO_FUNC, imm=3) + builder.insn(0)
+    wanted = builder.insn(0x18, dst=1, src=BPF_PSEUDO_FUNC, imm=3) + builder.insn(0)
     assert code == wanted + builder.returns() + builder.returns(2)
 
 

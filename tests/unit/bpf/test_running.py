@@ -6,9 +6,9 @@ import pytest
 from made_types import SplitTypes, Types
 
 from pybpfthrottle.bpf import running
+from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.errors import ExternError
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from elf_builder import (
     ObjectBuilder,
 )
 
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import Kind
-from pybpfthrottle.errors import ObjectFileError
 
 PROGRAMS = 10_000
 SECONDS = 10  # some 1 s is measured; quadratic time would be minutes

@@ -8,7 +8,7 @@ import pytest
 
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
-from pybpfthrottle.errors import BpfError, UnsupportedMachineError
+from pybpfthrottle.bpf.errors import BpfError, UnsupportedMachineError
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 from elf_builder import FUNC, LOCAL, OBJECT, SECTION, BtfBuilder, ObjectBuilder
 
 from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.btf import Kind
-from pybpfthrottle.errors import ObjectFileError
 
 ABS64 = 2
 

@@ -15,7 +15,7 @@ from pybpfthrottle.diagnostics import kernel, kernel_log, report
 from pybpfthrottle.diagnostics.check import Check, Outcome, Setup, passed, skipped
 from pybpfthrottle.diagnostics.examine import examine
 from pybpfthrottle.diagnostics.kernel_log import Line
-from pybpfthrottle.linux import cgroup, netlink
+from pybpfthrottle.linux import netlink, own_cgroups
 
 
 def check(attempt, *needs: str) -> Check:
@@ -146,8 +146,8 @@ def refusing(monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system")
 
         monkeypatch.setattr(syscall, "bpf", bpf)
-        monkeypatch.setattr(privileges, "missing_capabilities", lambda **_: [])
-        monkeypatch.setattr(cgroup, "create_empty", create_empty)
+        monkeypatch.setattr(privileges, "effective_capabilities", lambda: (1 << 64) - 1)
+        monkeypatch.setattr(own_cgroups, "create_empty", create_empty)
         features.forget()
 
     yield make

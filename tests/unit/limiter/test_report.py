@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pybpfthrottle.cli.report import Reading
+from pybpfthrottle.meter import Reading
 from pybpfthrottle.model import Counters, Direction, Rate, Verdict
 
 LIMIT = Rate(10_000)

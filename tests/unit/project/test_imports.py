@@ -30,7 +30,7 @@ def loaded_by(statement):
         *("pybpfthrottle", "pybpfthrottle.throttle", "pybpfthrottle.bpf.loader"),
         *(
             "pybpfthrottle.bpf.obj.elf",
-            "pybpfthrottle.backends.ebpf.objects",
+            "pybpfthrottle.backends.ebpf.programs",
             "pybpfthrottle.backends.ebpf.backend",
         ),
     ],
@@ -59,7 +59,7 @@ def test_what_a_script_imports_is_there(script):
 
 def test_reading_an_object_loads_pyelftools_only():
     """Reading an object loads pyelftools, and neither click nor rich."""
-    statement = "from pybpfthrottle.backends.ebpf import objects; objects.read('throttle')"
+    statement = "from pybpfthrottle.backends.ebpf import programs; programs.read('throttle')"
     assert loaded_by(statement) & HEAVY == {"elftools"}
 
 
@@ -78,3 +78,23 @@ def test_another_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="nonsense"):
         pybpfthrottle.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["list", "--help"], ["--pid", "x"]]
+)
+def test_what_needs_no_limit_imports_little(arguments):
+    """Help, the version and a mistake wait for no backend, and for few modules at all."""
+    code = (
+        "import sys; from pybpfthrottle.cli.app import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "own = [name for name in sys.modules if name.startswith('pybpfthrottle')]\n"
+        "print(*own, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    modules = done.stderr.splitlines()[-1].split()
+    assert len(modules) <= 20
+    assert not [name for name in modules if name.startswith("pybpfthrottle.backends")]

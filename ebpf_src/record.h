@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* The map that all programs of a throttle share, by which its record is found. */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct throttle_record);
+} THROTTLE SEC(".maps");
+
+/*
+ * The kernel keeps a map as long as a program refers to it, and tells its id to whoever asks the
+ * program. Loading the address into a register is such a reference, and no more than that.
+ */
+#define HOLD_RECORD() asm volatile("" ::"r"(&THROTTLE))

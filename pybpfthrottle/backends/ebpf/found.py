@@ -1,0 +1,208 @@
+"""A throttle that somebody else keeps, taken in hand: read, changed, taken away."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from contextlib import ExitStack, suppress
+from typing import Any, Optional, Sequence
+
+from pybpfthrottle.backends import Match, Record
+from pybpfthrottle.backends.ebpf import connections, registry
+from pybpfthrottle.backends.ebpf.bucket import Bucket
+from pybpfthrottle.backends.ebpf.connections import SOCKETS
+from pybpfthrottle.backends.ebpf.programs import Shipped
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFlags, ThrottleRecordFlags
+from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap, record_of
+from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.abi import LinkType
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.errors import AttachError, CgroupError, ThrottleError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.model import Counters, Direction, Limits, Rate
+from pybpfthrottle.supervisor import Chore
+
+# How long the owner of a throttle may take to attach it in another way.
+_PATIENCE_S = 5.0
+_STEP_S = 0.02
+
+
+class FoundThrottle:
+    """A throttle of another process. What it has open it closes by ``close`` or ``remove``."""
+
+    def __init__(
+        self, record: Record, live: dict[str, Map[Any, Any]], resources: ExitStack
+    ) -> None:
+        self._found = record
+        self._maps = live
+        self._resources = resources
+        self._record = RecordMap(live[RECORD]) if RECORD in live else None
+        self._bucket = Bucket(
+            live,
+            record.spec.limits,
+            loopback=record.spec.traffic.loopback,
+            shapes={
+                direction: record.handles.get("shapes", {}).get(str(direction), "auto")
+                for direction in Direction
+            },
+            owner=record.owner,
+        )
+        self._bucket.cannot_shape = record.handles.get("cannot_shape")
+
+    @classmethod
+    def open(cls, record: Record) -> FoundThrottle:
+        """Open its maps. Needs CAP_SYS_ADMIN. Raises ThrottleError if it is gone."""
+        with ExitStack() as undo:
+            try:
+                live = {
+                    name: undo.enter_context(maps.open_by_id(map_id))
+                    for name, map_id in _map_ids(record).items()
+                }
+                return cls(record, live, undo.pop_all())
+            except (FileNotFoundError, KeyError) as error:
+                raise ThrottleError(f"the throttle {record.id} is gone") from error
+            except OSError as error:
+                raise ThrottleError(f"cannot open the throttle {record.id}: {error}") from error
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+        return self._bucket.rates
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return what each direction counted, over all CPUs."""
+        return self._bucket.counters()
+
+    def burst_bytes(self, direction: Direction) -> int:
+        """Return what may pass at once after an idle time, beyond the rate."""
+        return self._bucket.burst_bytes(direction)
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction at once, and tell its owner. Raises ThrottleError."""
+        with locked():
+            entry = self._entry()
+            self._bucket.set_rate(direction, rate)
+            if entry is not None:
+                limits = {**record_of(entry, 0).spec.limits, direction: rate}
+                spec = dataclasses.replace(self._found.spec, limits=limits)
+                self._write({**entry.fields, "spec": spec.to_json()}, entry.flags)
+
+    def switch(self, method: str) -> None:
+        """Have its owner attach it by another method, and wait until it has.
+
+        A link ends with the process that made it: so its owner has to. Raises AttachError if it
+        cannot, ThrottleError if it does not.
+        """
+        with locked():
+            entry = self._entry()
+            if entry is None:
+                raise ThrottleError(f"the throttle {self._found.id} is of an older version")
+            fields = {name: value for name, value in entry.fields.items() if name != ANSWER}
+            generation = self._write({**fields, ASKED: method}, entry.flags)
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline and not process.is_gone(self._found.owner):
+            entry = self._entry()
+            if entry is not None and entry.generation != generation:
+                if entry.fields.get(ANSWER):
+                    raise AttachError(str(entry.fields[ANSWER]))
+                return
+            time.sleep(_STEP_S)
+        raise ThrottleError(
+            f"process {self._found.owner.pid} did not switch within {_PATIENCE_S:g} s;"
+            " it may be stopped, or have ended"
+        )
+
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """Return how it is attached and shaped, as far as its maps tell."""
+        flags = self._bucket.flags(direction)
+        shape = "pace" if flags & ThrottleFlags.PACE else "police"
+        return {
+            "backend": "ebpf",
+            "attached_by": self._found.attached_by,
+            "shape": "window" if flags & ThrottleFlags.WINDOW else shape,
+        }
+
+    def processes(self) -> list[int]:
+        """Return the processes that are limited now, by their ids in the first namespace."""
+        return registry.processes(self._found)
+
+    def notes(self) -> Sequence[str]:
+        """Return nothing: its owner knows more."""
+        return ()
+
+    def chores(self) -> Sequence[Chore]:
+        """Return nothing: its owner does them."""
+        return ()
+
+    def removed_by_others(self) -> bool:
+        """Whether it was taken away meanwhile."""
+        entry = self._entry()
+        return entry is not None and entry.removed
+
+    def remove(self) -> None:
+        """Take the limit away, and have its owner end. Doing so twice is no error."""
+        with self._resources.pop_all():
+            if not self._maps:
+                return
+            with locked(), ExitStack() as steps:
+                # In reverse: the programs let all pass, connections get back what they had, and
+                # then nothing is attached any more; whatever fails, the rest is done.
+                steps.callback(self._mark_removed)
+                steps.callback(self._detach)
+                steps.callback(self._restore)
+                steps.callback(self._bucket.lift)
+            self._maps = {}
+
+    def close(self) -> None:
+        """Let it go, in force as it is."""
+        self._resources.close()
+
+    def _entry(self) -> Optional[Entry]:
+        return None if self._record is None else self._record.read()
+
+    def _write(self, fields: dict[str, Any], flags: int) -> int:
+        return 0 if self._record is None else self._record.write(fields, flags=flags)
+
+    def _mark_removed(self) -> None:
+        entry = self._entry()
+        if entry is not None:
+            self._write(entry.fields, entry.flags | ThrottleRecordFlags.REMOVED)
+
+    def _restore(self) -> None:
+        if SOCKETS in self._maps:
+            where = [Cgroup(path) for path in self._found.cgroups]
+            if self._found.match is Match.MARKS:  # a marked socket may be handed over
+                where = [cgroups_v2.root()]
+            connections.restore(connections.pids(where), self._maps[SOCKETS])
+
+    def _detach(self) -> None:
+        """Detach its programs from cgroups. Those at tracepoints end with its owner."""
+        some_map = next(iter(_map_ids(self._found).values()))
+        ours = registry.programs_of(some_map)
+        for link in links.all_infos():
+            if link.program_id in ours and link.type == LinkType.CGROUP:
+                # Linux 5.9; before, the programs stay and let all pass.
+                with suppress(OSError), links.open_by_id(link.id) as open_link:
+                    open_link.force_detach()
+        for path in self._found.cgroups:
+            with suppress(CgroupError):
+                _detach_legacy(Cgroup(path), ours)
+
+
+def _detach_legacy(cgroup: Cgroup, ours: dict[int, Shipped]) -> None:
+    fd = cgroup.open()
+    try:
+        for program_id, program in ours.items():
+            if not isinstance(program.hook, str):
+                with suppress(OSError), programs.open_by_id(program_id) as live:
+                    links.detach(live.fd, fd, program.hook)
+    finally:
+        os.close(fd)
+
+
+def _map_ids(record: Record) -> dict[str, int]:
+    found: dict[str, int] = record.handles["maps"]
+    return found

@@ -1,0 +1,191 @@
+"""The shipped programs: one table of what each of them is for, and the objects that have them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple, Optional, Union
+
+from pybpfthrottle.backends.ebpf import features
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
+from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.model import Direction
+
+# The name of each program begins with it, in the kernel too.
+PREFIX = "pybpft_"
+
+
+class Role(Enum):
+    """What a program does for a throttle."""
+
+    POLICE = "drops packets over the limit"
+    SHAPE = "slows TCP down before packets have to be dropped"
+    MARK = "marks the new sockets of processes"
+    ADOPT = "shapes a connection that was open before"
+    BELONGS = "tells whether a connection that was open before belongs to the throttle"
+    FOLLOW = "keeps up to date which processes are limited"
+
+
+class Scope(Enum):
+    """Whose packets a program is for."""
+
+    ALL = "all packets of a cgroup"
+    MARKED = "the packets of marked sockets"
+
+
+class Needs(NamedTuple):
+    """The first release of Linux that takes a program, and what it has for it."""
+
+    release: str
+    feature: str
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One program.
+
+    ``hook`` is an attach type of cgroups, or the name of a raw tracepoint. ``direction`` is None
+    for a program that serves both, ``scope`` for one that sees no packets, and ``verdict`` (one of
+    EGRESS_VERDICTS) for one that drops none.
+    """
+
+    name: str
+    objects: tuple[str, ...]
+    hook: Union[AttachType, str]
+    role: Role
+    needs: Needs
+    scope: Optional[Scope] = None
+    direction: Optional[Direction] = None
+    verdict: Optional[str] = None
+
+    @property
+    def attach_type(self) -> AttachType:
+        """The hook of a program that is attached to cgroups. Raises TypeError for another one."""
+        if isinstance(self.hook, str):
+            raise TypeError(f"{self.name} is attached to the tracepoint {self.hook}")
+        return self.hook
+
+
+_INGRESS, _EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
+_SOCK_OPS, _SETSOCKOPT = AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT
+_SOCK_CREATE = AttachType.CGROUP_INET_SOCK_CREATE
+
+_DOWNLOAD, _UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
+_ALL, _MARKED = Scope.ALL, Scope.MARKED
+
+_CGROUP = ("throttle", "throttle-direct")
+_MARKS = ("throttle-marked",)
+_PROCESSES = ("processes",)
+
+_POLICE = Role.POLICE
+_DENY, _TELL = "deny", "congestion"
+
+_PACKETS = Needs("4.10", "programs for the packets of a cgroup")
+_VERDICT = Needs("5.3", "a verdict that tells TCP of congestion")
+_CALLBACKS = Needs("5.10", "callbacks for TCP header options")
+_STORAGE = Needs("5.10", "socket storage by a packet's socket, and for new sockets")
+_ADOPTING = Needs("6.12", "callbacks for connections that are open (TCP_BPF_SOCK_OPS_CB_FLAGS)")
+_ASKING = Needs("5.3", "programs for setsockopt(2)")
+_TRACING = Needs("5.8", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
+
+# In the order in which those of a throttle are attached: who follows processes has to see their
+# ends before it sees new ones.
+PROGRAMS = (
+    Shipped("pybpft_ingress", _CGROUP, _INGRESS, _POLICE, _PACKETS, _ALL, _DOWNLOAD, _DENY),
+    Shipped("pybpft_egress", _CGROUP, _EGRESS, _POLICE, _PACKETS, _ALL, _UPLOAD, _DENY),
+    Shipped("pybpft_egresscn", _CGROUP, _EGRESS, _POLICE, _VERDICT, _ALL, _UPLOAD, _TELL),
+    Shipped("pybpft_sockops", _CGROUP, _SOCK_OPS, Role.SHAPE, _CALLBACKS, _ALL),
+    Shipped("pybpft_mingress", _MARKS, _INGRESS, _POLICE, _STORAGE, _MARKED, _DOWNLOAD, _DENY),
+    Shipped("pybpft_megress", _MARKS, _EGRESS, _POLICE, _STORAGE, _MARKED, _UPLOAD, _DENY),
+    Shipped("pybpft_megressc", _MARKS, _EGRESS, _POLICE, _STORAGE, _MARKED, _UPLOAD, _TELL),
+    Shipped("pybpft_msockops", _MARKS, _SOCK_OPS, Role.SHAPE, _CALLBACKS, _MARKED),
+    Shipped("pybpft_create", _MARKS, _SOCK_CREATE, Role.MARK, _STORAGE),
+    Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
+    Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
+    Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
+    Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
+    Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),
+)
+_BY_NAME = {program.name: program for program in PROGRAMS}
+OBJECTS = tuple(dict.fromkeys(name for program in PROGRAMS for name in program.objects))
+# Where programs of a throttle are attached to cgroups.
+HOOKS = tuple(
+    dict.fromkeys(program.attach_type for program in PROGRAMS if program.role is not Role.FOLLOW)
+)
+
+
+def by_name(name: str) -> Optional[Shipped]:
+    """Return the program with a name, or None if none is shipped."""
+    return _BY_NAME.get(name)
+
+
+def of_object(name: str) -> tuple[Shipped, ...]:
+    """Return the programs that an object has."""
+    return tuple(program for program in PROGRAMS if name in program.objects)
+
+
+def with_role(role: Role, scope: Optional[Scope] = None) -> tuple[Shipped, ...]:
+    """Return the programs with a role, for a scope if one is given."""
+    return tuple(
+        program for program in PROGRAMS if program.role is role and scope in (None, program.scope)
+    )
+
+
+def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
+    """Return the program that drops packets; ``verdict`` is one of EGRESS_VERDICTS."""
+    if direction is Direction.DOWNLOAD:
+        verdict = _DENY
+    elif verdict == "auto":
+        verdict = _TELL if features.CONGESTION_VERDICT.available() else _DENY
+    (found,) = (
+        program
+        for program in with_role(Role.POLICE, scope)
+        if (program.direction, program.verdict) == (direction, verdict)
+    )
+    return found
+
+
+def shaper(scope: Scope) -> Shipped:
+    """Return the program that shapes."""
+    (found,) = with_role(Role.SHAPE, scope)
+    return found
+
+
+def object_for(scope: Scope) -> str:
+    """Return the name of the object for a scope: the faster one, where this kernel takes it."""
+    if scope is Scope.MARKED:
+        return "throttle-marked"
+    return "throttle-direct" if features.DIRECT_PACKET_ACCESS.available() else "throttle"
+
+
+@cache
+def read(name: str) -> ObjectSpec:
+    """Read the object with this name for the byte order of this machine, such as "throttle".
+
+    It is read once, so that who changes what it returns changes it for all. Raises
+    ObjectFileError.
+    """
+    target = "bpfel" if sys.byteorder == "little" else "bpfeb"
+    return elf.read_object(data(f"{name}.{target}.o"), name=name)
+
+
+def data(file_name: str) -> bytes:
+    """Return the bytes of a file of prebuilt/. Raises ObjectFileError if it is not there."""
+    # The import system's own loader reads from directories and from zip files.
+    loader: Any = __spec__.loader
+    package = os.path.abspath(__file__)
+    for _ in ("programs.py", "ebpf", "backends"):
+        package = os.path.dirname(package)
+    # In a wheel prebuilt/ is inside of the package, in a checkout beside it.
+    for directory in (package, os.path.dirname(package)):
+        try:
+            found: bytes = loader.get_data(os.path.join(directory, "prebuilt", file_name))
+        except OSError:
+            continue
+        return found
+    raise ObjectFileError(f"prebuilt/{file_name} is missing: this installation is incomplete")

@@ -1,0 +1,363 @@
+"""What the kernel knows of throttles of ours, whoever made them.
+
+Each throttle has a small map with what it is for. All of its programs refer to it, so it is there
+as long as they are. What older versions made has no such map, and is known by its programs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import time
+from contextlib import ExitStack, suppress
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
+
+from pybpfthrottle.backends import Match, Record
+from pybpfthrottle.backends.ebpf import programs as shipped
+from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
+from pybpfthrottle.backends.ebpf.records import (
+    RECORD,
+    ThrottleConfig,
+    ThrottleFlags,
+    ThrottleFormat,
+    ThrottleRecord,
+    ThrottleRecordFlags,
+)
+from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.program_info import ProgramInfo
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
+
+log = logging.getLogger(__name__)
+
+CONFIGS = "CGROUP_CONFIGS"
+MARKS, PROCESSES = "MARKS", "PROCESSES"
+# Fields of a record: by which method its owner is asked to attach, and why it could not.
+ASKED, ANSWER = "asked", "answer"
+_TRIES = 10
+_MOST_BYTES = ThrottleRecord.text.size
+
+
+class Entry(NamedTuple):
+    """What a throttle's map says. ``generation`` grows with each change."""
+
+    generation: int
+    flags: int
+    fields: dict[str, Any]
+
+    @property
+    def removed(self) -> bool:
+        """Whether somebody has taken the limit away, while its owner still runs."""
+        return bool(self.flags & ThrottleRecordFlags.REMOVED)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the throttle stays in force after its owner has ended."""
+        return bool(self.flags & ThrottleRecordFlags.KEPT)
+
+
+class RecordMap:
+    """The map of one throttle. To be written under the lock of all throttles."""
+
+    def __init__(self, record: Map[Any, Any]) -> None:
+        self._map: Map[int, ThrottleRecord] = record.typed(U32, StructureCodec(ThrottleRecord))
+
+    def read(self) -> Optional[Entry]:
+        """Return what it says; None if nothing was written yet, or another version wrote it."""
+        for _ in range(_TRIES):
+            record = self._map[0]
+            if record.magic != ThrottleFormat.MAGIC:
+                return None
+            # An update is no single step: it is whole if nothing was written meanwhile.
+            if record.generation % 2 == 0 and self._map[0].generation == record.generation:
+                with suppress(ValueError):
+                    fields = json.loads(record.text[: record.length])
+                    return Entry(record.generation, record.flags, fields)
+            time.sleep(0.001)
+        return None
+
+    def write(self, fields: Mapping[str, Any], *, flags: int = 0) -> int:
+        """Say something else; return the new generation."""
+        text = _fitting(fields)
+        before = self._map[0].generation
+        record = ThrottleRecord(
+            magic=ThrottleFormat.MAGIC,
+            version=ThrottleFormat.VERSION,
+            generation=before | 1,
+            flags=flags,
+            length=len(text),
+        )
+        self._map[0] = record
+        record.text = text
+        self._map[0] = record
+        record.generation = (before | 1) + 1
+        self._map[0] = record
+        return int(record.generation)
+
+
+def _fitting(fields: Mapping[str, Any]) -> bytes:
+    """Return the fields as JSON, with as many names of the target as there is room for."""
+    text = json.dumps(fields).encode()
+    if len(text) <= _MOST_BYTES:
+        return text
+    spec = fields["spec"]
+    cut = {
+        name: value[:1] if isinstance(value, list) else value
+        for name, value in spec["target"].items()
+    }
+    return json.dumps(
+        {**fields, "cgroups": fields["cgroups"][:1], "spec": {**spec, "target": cut}, "cut": True}
+    ).encode()[:_MOST_BYTES]
+
+
+def in_force() -> Iterator[Record]:
+    """Return the throttles of this machine, the leftovers of a crash and removed ones included.
+
+    Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError without.
+    """
+    known: set[int] = set()
+    for map_id in maps.all_ids():
+        with suppress(OSError, KeyError, TypeError, ValueError):  # it may end in between
+            with maps.open_by_id(map_id) as record:
+                if record.spec.name != RECORD:
+                    continue
+                known.add(map_id)
+                entry = RecordMap(record).read()
+            if entry is not None:
+                yield record_of(entry, map_id)
+    yield from _without_record(known)
+
+
+def record_of(entry: Entry, map_id: int) -> Record:
+    """Return what an entry says. Raises KeyError, TypeError or ValueError for another version's."""
+    fields = entry.fields
+    return Record(
+        id=str(fields["id"]),
+        spec=ThrottleSpec.from_json(fields["spec"]),
+        owner=Identity(*map(int, fields["owner"])),
+        backend="ebpf",
+        match=Match(fields["match"]),
+        cgroups=tuple(fields["cgroups"]),
+        kept=entry.kept,
+        since_ns=int(fields["since_ns"]),
+        removed=entry.removed,
+        clears_up=Identity(*map(int, fields["guard"])) if fields.get("guard") else None,
+        attached_by=str(fields.get("attached_by", "")),
+        handles={**fields, "record": map_id},
+    )
+
+
+def _without_record(known: set[int]) -> Iterator[Record]:
+    """Return the throttles of older versions: what can be told by their programs."""
+    found: dict[int, Record] = {}
+    for info in our_programs():
+        with suppress(OSError, KeyError):
+            if known.intersection(info.map_ids):
+                continue
+            named = map_ids(info)
+            if RECORD in named or CONFIGS not in named:
+                continue
+            limits, owner = _limits_of(named[CONFIGS])
+            if owner is not None and named[CONFIGS] not in found:
+                found[named[CONFIGS]] = Record(
+                    id=f"program-{info.id}",
+                    spec=ThrottleSpec(Target(), limits),
+                    owner=owner,
+                    backend="ebpf",
+                    match=Match.MARKS if MARKS in named else Match.CGROUP,
+                    since_ns=info.load_time_ns,
+                    handles={"maps": named},
+                )
+    yield from found.values()
+
+
+def _limits_of(configs_id: int) -> tuple[dict[Direction, Optional[Rate]], Optional[Identity]]:
+    with maps.open_by_id(configs_id) as configs:
+        heads = {
+            Direction(key): Head.from_buffer_copy(value)
+            for key, value in configs.typed(U32, RAW).items()
+        }
+    limited = {
+        direction: head
+        for direction, head in heads.items()
+        if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s
+    }
+    limits: dict[Direction, Optional[Rate]] = {
+        direction: Rate(head.rate_bytes_per_s) for direction, head in limited.items()
+    }
+    return limits, next((head.owner for head in limited.values()), None)
+
+
+class Head(ctypes.Structure):
+    """The owner and the rate, which never move: all that may be relied on in any version."""
+
+    _fields_ = ThrottleConfig._fields_[:6]
+
+    @property
+    def owner(self) -> Identity:
+        """The process that the throttle is of."""
+        return Identity(self.owner_pid, self.owner_pid_namespace, self.owner_start_ticks)
+
+
+def our_programs() -> Iterator[ProgramInfo]:
+    """Return all programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
+    with suppress(OSError):  # they may not be seen
+        for program_id in programs.all_ids():
+            with suppress(OSError):  # it may end in between
+                info = programs.info_by_id(program_id)
+                if info.name.startswith(shipped.PREFIX):
+                    yield info
+
+
+def programs_of(map_id: int) -> dict[int, shipped.Shipped]:
+    """Return the programs of a throttle, given by the id of one of its maps; by their ids."""
+    return {
+        info.id: program
+        for info in our_programs()
+        for program in [shipped.by_name(info.name)]
+        if program is not None and map_id in info.map_ids
+    }
+
+
+def map_ids(info: ProgramInfo) -> dict[str, int]:
+    """Return the ids of a program's maps by their names."""
+    found = {}
+    for map_id in info.map_ids:
+        with suppress(OSError), maps.open_by_id(map_id) as one:
+            found[one.spec.name] = map_id
+    return found
+
+
+def open_map(ids: Iterable[int], name: str) -> Optional[Map[Any, Any]]:
+    """Return the map that has this name, if any of these has; the caller closes it."""
+    for map_id in ids:
+        with suppress(OSError):
+            found = maps.open_by_id(map_id)
+            if found.spec.name == name:
+                return found
+            found.close()
+    return None
+
+
+def configs_of(ids: Iterable[int]) -> Optional[Map[int, bytes]]:
+    """Return the map of configurations, whose records another version may have made longer."""
+    found = open_map(ids, CONFIGS)
+    if found is None:
+        return None
+    if found.spec.value_size < ctypes.sizeof(Head):
+        found.close()
+        return None
+    return found.typed(U32, RAW)
+
+
+def processes(record: Record) -> list[int]:
+    """Return the processes whose sockets a throttle limits, by their ids in the first namespace."""
+    map_id = record.handles.get("maps", {}).get(PROCESSES)
+    if map_id is None:
+        return []
+    try:
+        with maps.open_by_id(map_id) as found:
+            return sorted(found.typed(U32, RAW))
+    except OSError:  # it is gone
+        return []
+
+
+class Rule(NamedTuple):
+    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``."""
+
+    program_id: int
+    direction: Direction
+    owner: Identity
+    loopback: bool
+    marks_id: Optional[int] = None
+
+
+class Rules:
+    """Those of all throttles of this machine; ``close`` or ``with`` ends it."""
+
+    def __init__(self) -> None:
+        """Linux 4.15. Needs CAP_SYS_ADMIN; raises OSError without."""
+        self._resources = ExitStack()
+        self._marks: dict[int, Map[int, bytes]] = {}
+        self._passed: dict[Cgroup, frozenset[int]] = {}
+        next(programs.all_ids(), None)  # it tells what is refused
+        self.all = [rule for info in our_programs() for rule in self._read(info)]
+
+    def marks_of(self, descriptor: int) -> frozenset[int]:
+        """The ids of the maps that have a mark of a socket, given by a descriptor."""
+        return frozenset(map_id for map_id, marks in self._marks.items() if descriptor in marks)
+
+    def passed_in(self, cgroup: Cgroup) -> frozenset[int]:
+        """The ids of the programs that packets pass whose sockets are of a cgroup.
+
+        Needs CAP_NET_ADMIN. Raises OSError, or CgroupError if it is gone.
+        """
+        if cgroup not in self._passed:
+            fd = cgroup.open()
+            try:
+                self._passed[cgroup] = frozenset(
+                    program_id
+                    for hook in ATTACH_TYPES.values()
+                    for program_id in links.query(fd, hook, effective=True).program_ids
+                )
+            finally:
+                os.close(fd)
+        return self._passed[cgroup]
+
+    def close(self) -> None:
+        """Close the maps."""
+        self._resources.close()
+
+    def __enter__(self) -> Rules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, info: ProgramInfo) -> Iterator[Rule]:
+        program = shipped.by_name(info.name)
+        if program is None or program.role is not Role.POLICE or program.direction is None:
+            return
+        config = _config(info, program.direction)
+        if config is None or config.magic != ThrottleFormat.MAGIC or not config.rate_bytes_per_s:
+            return
+        owner = Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
+        rule = Rule(info.id, program.direction, owner, bool(config.flags & ThrottleFlags.LOOPBACK))
+        if program.scope is Scope.ALL:
+            yield rule
+            return
+        marks_id = self._open_marks(info)
+        if marks_id is not None:
+            yield rule._replace(marks_id=marks_id)
+
+    def _open_marks(self, info: ProgramInfo) -> Optional[int]:
+        """The id of its map of marks; both directions of a throttle have the same."""
+        known = self._marks.keys() & set(info.map_ids)
+        if known:
+            return known.pop()
+        found = open_map(info.map_ids, MARKS)
+        if found is None:
+            return None
+        self._resources.enter_context(found)
+        map_id = found.info().id
+        self._marks[map_id] = found.typed(U32, RAW)
+        return map_id
+
+
+def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]:
+    """The record of a direction; what another version's does not have is 0."""
+    with suppress(OSError, KeyError):  # it may end meanwhile
+        configs = configs_of(info.map_ids)
+        if configs is not None:
+            with configs:
+                record = configs[direction]
+            return ThrottleConfig.from_buffer_copy(
+                record.ljust(ctypes.sizeof(ThrottleConfig), b"\0")
+            )
+    return None

@@ -1,0 +1,219 @@
+"""A loaded program becomes a Link: how, its type and attach type say; where, the caller.
+
+=====================================  ==========  ==============================================
+programs                               argument    where they are attached
+=====================================  ==========  ==============================================
+cgroup_skb, cgroup/..., sockops,       cgroup      a directory of cgroup v2, by path or descriptor
+lsm_cgroup
+xdp, tcx/..., netkit/...               interface   a network interface, by name or index
+sk_lookup, flow_dissector              netns       a network namespace, by path or descriptor
+sk_skb/..., sk_msg                     map         a live map of type SOCKMAP or SOCKHASH
+raw_tp                                 tracepoint  a name; that of the section where none is given
+tp_btf, fentry, fexit, fmod_ret, lsm,  none        the function that the program was loaded for
+iter
+=====================================  ==========  ==============================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional, Union
+
+from pybpfthrottle.bpf import links
+from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.obj import releases
+from pybpfthrottle.bpf.privileges import capabilities_for, why_refused
+from pybpfthrottle.bpf.programs import Program
+
+Place = Union[str, "os.PathLike[str]", int]
+
+_A, _P = AttachType, ProgType
+_NOWHERE = "none"
+_TRACEPOINTS = (_P.RAW_TRACEPOINT, _P.RAW_TRACEPOINT_WRITABLE)
+_ARGUMENTS = {
+    **dict.fromkeys(
+        (_A.XDP, _A.TCX_INGRESS, _A.TCX_EGRESS, _A.NETKIT_PRIMARY, _A.NETKIT_PEER), "interface"
+    ),
+    **dict.fromkeys((_A.SK_LOOKUP, _A.FLOW_DISSECTOR), "netns"),
+    **dict.fromkeys(
+        (
+            *(_A.SK_SKB_STREAM_PARSER, _A.SK_SKB_STREAM_VERDICT, _A.SK_SKB_VERDICT),
+            _A.SK_MSG_VERDICT,
+        ),
+        "map",
+    ),
+    **dict.fromkeys(
+        (
+            *(_A.TRACE_RAW_TP, _A.TRACE_FENTRY, _A.TRACE_FEXIT, _A.MODIFY_RETURN),
+            *(_A.LSM_MAC, _A.TRACE_ITER),
+        ),
+        _NOWHERE,
+    ),
+    **{known: "cgroup" for known in _A if known.name.startswith("CGROUP_")},
+    _A.LSM_CGROUP: "cgroup",
+}
+# What programs of a type are attached as where neither a section nor the caller says it, and what
+# there is to choose from.
+_DEFAULTS: dict[int, AttachType] = {
+    _P.XDP: _A.XDP,
+    _P.SOCK_OPS: _A.CGROUP_SOCK_OPS,
+    _P.CGROUP_DEVICE: _A.CGROUP_DEVICE,
+    _P.CGROUP_SYSCTL: _A.CGROUP_SYSCTL,
+    _P.SK_MSG: _A.SK_MSG_VERDICT,
+    _P.SK_LOOKUP: _A.SK_LOOKUP,
+    _P.FLOW_DISSECTOR: _A.FLOW_DISSECTOR,
+}
+_CHOICES: dict[int, str] = {
+    _P.CGROUP_SKB: "AttachType.CGROUP_INET_INGRESS or CGROUP_INET_EGRESS",
+    _P.CGROUP_SOCK: "AttachType.CGROUP_INET_SOCK_CREATE, or another hook of sockets",
+    _P.CGROUP_SOCK_ADDR: "AttachType.CGROUP_INET4_CONNECT, or another hook of addresses",
+    _P.CGROUP_SOCKOPT: "AttachType.CGROUP_GETSOCKOPT or CGROUP_SETSOCKOPT",
+    _P.TRACING: "AttachType.TRACE_RAW_TP, TRACE_FENTRY, TRACE_FEXIT, MODIFY_RETURN or TRACE_ITER",
+    _P.LSM: "AttachType.LSM_MAC or LSM_CGROUP",
+    _P.SCHED_CLS: "AttachType.TCX_INGRESS or TCX_EGRESS (Linux 6.6)",
+    _P.SK_SKB: "AttachType.SK_SKB_VERDICT, SK_SKB_STREAM_PARSER or SK_SKB_STREAM_VERDICT",
+}
+_PERF_EVENT = "open a perf event, and hand it program.fd by ioctl(PERF_EVENT_IOC_SET_BPF)"
+_ROUTE = "pin it, and name the pin in 'ip route add ... encap bpf'"
+# What to do with programs that no link attaches, or not yet.
+_OTHERS: dict[int, str] = {
+    _P.SOCKET_FILTER: "hand program.fd to a socket by setsockopt(SO_ATTACH_BPF)",
+    _P.SK_REUSEPORT: "hand program.fd to a socket by setsockopt(SO_ATTACH_REUSEPORT_EBPF)",
+    _P.KPROBE: f"{_PERF_EVENT}, or use fentry or fexit",
+    _P.TRACEPOINT: f"{_PERF_EVENT}, or use raw_tp or tp_btf",
+    _P.PERF_EVENT: _PERF_EVENT,
+    _P.SCHED_ACT: "pin it, and name the pin in 'tc action add action bpf'",
+    **dict.fromkeys((_P.LWT_IN, _P.LWT_OUT, _P.LWT_XMIT, _P.LWT_SEG6LOCAL), _ROUTE),
+    _P.LIRC_MODE2: "it is attached to an infrared device by BPF_PROG_ATTACH",
+    _P.SYSCALL: "it is run by program.test_run()",
+    _P.STRUCT_OPS: "it is a part of a map of type STRUCT_OPS",
+    _P.EXT: "it replaces a function of another program",
+    _P.NETFILTER: "use cgroup_skb or tcx",
+}
+# The same for attach types of programs that are attached otherwise.
+_IN_MAPS = {
+    _A.XDP_DEVMAP: "put program.fd into an element of a map of type DEVMAP",
+    _A.XDP_CPUMAP: "put program.fd into an element of a map of type CPUMAP",
+}
+# The first release with links of a kind, by the attach type, or else by the argument.
+_SINCE: dict[Union[AttachType, str], str] = {
+    _A.SK_LOOKUP: "5.9",
+    _A.TCX_INGRESS: "6.6",
+    _A.TCX_EGRESS: "6.6",
+    _A.NETKIT_PRIMARY: "6.7",
+    _A.NETKIT_PEER: "6.7",
+    _A.LSM_CGROUP: "6.0",
+    _A.LSM_MAC: "5.7",
+    _A.TRACE_ITER: "5.8",
+    "cgroup": "5.7",
+    "interface": "5.9",
+    "netns": "5.7",
+    "map": "6.10",
+    "tracepoint": "4.17",
+    _NOWHERE: "5.5",
+}
+
+
+def attach(program: Program, attach_type: Optional[AttachType], **places: Any) -> Link:
+    """Attach a program; ``places`` has what ``Program.attach`` was given, by argument.
+
+    Raises TypeError for an argument that it does not take, or lacks, and AttachError.
+    """
+    if attach_type is None:
+        attach_type = program.expected_attach_type
+    if attach_type is None:
+        attach_type = _DEFAULTS.get(program.type)
+    argument = _argument(program, attach_type)
+    place = _only(program, argument, places)
+    try:
+        return _attach(program, attach_type, argument, place)
+    except OSError as error:
+        raise AttachError(
+            f"cannot attach {_described(program, attach_type)}"
+            f"{'' if place is None else f' to {argument} {place!s}'}:"
+            f" {_why(error, program, attach_type, argument)}",
+            errno=error.errno or 0,
+        ) from error
+
+
+def _argument(program: Program, attach_type: Optional[AttachType]) -> str:
+    """The argument that says where programs of this kind are attached."""
+    if program.type in _TRACEPOINTS:
+        return "tracepoint"
+    if attach_type in _ARGUMENTS:
+        return _ARGUMENTS[attach_type]
+    choices = _CHOICES.get(program.type)
+    if choices:
+        raise TypeError(
+            f"{program.name!r} does not say as what it is to be attached: attach_type={choices}"
+        )
+    remedy = _OTHERS.get(program.type)
+    if attach_type in _IN_MAPS:
+        remedy = _IN_MAPS[attach_type]
+    raise AttachError(
+        f"cannot attach {_described(program, attach_type)}: not supported"
+        f"{f'; {remedy}' if remedy else ''}"
+    )
+
+
+def _only(program: Program, argument: str, places: dict[str, Any]) -> Any:
+    """What was given for the one argument that there is to be."""
+    given = {name: place for name, place in places.items() if place is not None}
+    place = given.pop(argument, program.attach_to if argument == "tracepoint" else None)
+    if given:
+        raise TypeError(f"{program.name!r} takes no {', no '.join(f'{name}=' for name in given)}")
+    if place is None and argument != _NOWHERE:
+        raise TypeError(f"{program.name!r} needs {argument}=, to which it is to be attached")
+    return place
+
+
+def _attach(program: Program, attach_type: Optional[AttachType], argument: str, place: Any) -> Link:
+    if argument == "tracepoint":
+        return links.attach_raw_tracepoint(program, place)
+    if attach_type is None or (argument == _NOWHERE and attach_type is not _A.TRACE_ITER):
+        return links.attach_raw_tracepoint(program)
+    with _target(argument, place) as target:
+        return links.create_link(program, target, attach_type)
+
+
+@contextmanager
+def _target(argument: str, place: Any) -> Iterator[int]:
+    """The number that BPF_LINK_CREATE knows a place by."""
+    if argument == _NOWHERE:
+        yield 0
+    elif argument == "map":
+        yield place.fd
+    elif isinstance(place, int):
+        yield place
+    elif argument == "interface":
+        yield socket.if_nametoindex(place)
+    else:
+        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _described(program: Program, attach_type: Optional[AttachType]) -> str:
+    kind = attach_type.name.lower() if attach_type is not None else _type_name(program.type)
+    return f"{program.name!r} ({kind})"
+
+
+def _type_name(number: int) -> str:
+    return releases.since_when(ProgType, number).partition(",")[0]
+
+
+def _why(error: OSError, program: Program, attach_type: Optional[AttachType], argument: str) -> str:
+    if error.errno in (errno.EPERM, errno.ENOSYS):
+        return why_refused(error, str(error.filename), capabilities_for(program.type))
+    if error.errno != errno.EINVAL:
+        return str(error)
+    release = _SINCE[argument] if attach_type is None else _SINCE.get(attach_type, _SINCE[argument])
+    older = "; links.attach_legacy needs none" if argument == "cgroup" else ""
+    return f"{error} (such links are there since Linux {release}{older})"

@@ -1,0 +1,150 @@
+"""Limiting from Python: what the command line does, with the same fallbacks and safety rules."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Iterable, NamedTuple, Optional, TypeVar, Union
+
+from pybpfthrottle import registry
+from pybpfthrottle.backends import Record
+from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.plan import Wish
+from pybpfthrottle.throttle import Throttle, limits_of, open_record, start
+
+T = TypeVar("T")
+
+# One, or several.
+Some = Union[T, Iterable[T]]
+# A text as on the command line, bytes per second, or a Rate.
+Limit = Union[str, int, Rate]
+
+
+def limit(
+    *,
+    pid: Some[int] = (),
+    name: Some[str] = (),
+    exe: Some[str] = (),
+    user: Some[str] = (),
+    cgroup: Some[str] = (),
+    unit: Some[str] = (),
+    download: Optional[Limit] = None,
+    upload: Optional[Limit] = None,
+    children: bool = True,
+    loopback: bool = False,
+    label: str = "",
+    wish: Optional[Wish] = None,
+    supervise: bool = True,
+) -> Throttle:
+    """Limit processes, cgroups or systemd units, which share the limit; return the throttle.
+
+    Processes are given by ``pid``, or match by ``name``, ``exe`` and ``user``: one of each that is
+    given, now and later. With ``children`` what they start is limited too. ``cgroup`` is the path
+    of a cgroup v2. ``download`` and ``upload`` are limits as on the command line ("1M", "8mbit"),
+    or in bytes per second. ``label`` is a name for others to choose it by. ``wish`` says how it is
+    to be put in force.
+
+    The limit is in force when this returns, and ends with the ``with`` or ``async with`` block, by
+    ``remove``, or with this process. Later processes and open connections need somebody to look
+    after them: a background thread, which all throttles of this process share; within
+    ``async with`` the event loop; and without ``supervise`` the caller, who does what ``chores``
+    returns.
+
+    Raises LimitError for a limit that cannot be read, ProcessError or CgroupError for a target
+    that does not exist or may not be limited, ThrottleError where another process limits it
+    already or nothing can limit here, and BpfError for what the kernel refuses. Then nothing stays
+    attached. Needs root, or CAP_BPF and CAP_NET_ADMIN; Linux 4.10, processes 5.10.
+    """
+    limits = {
+        direction: rate
+        for direction, rate in limits_of(download=download, upload=upload).items()
+        if rate is not None
+    }
+    if not limits:
+        raise ThrottleError("no limit was given: give download, upload or both")
+    target = Target(
+        pids=_some(pid),
+        names=_some(name),
+        executables=tuple(map(os.path.realpath, _some(exe))),
+        users=tuple(map(str, _some(user))),
+        children=children,
+        cgroups=_some(cgroup),
+        units=_some(unit),
+    )
+    if not (target.processes or target.cgroups or target.units):
+        raise ThrottleError("no target was given: give pid, name, exe, user, cgroup or unit")
+    if target.processes and (target.cgroups or target.units):
+        raise ThrottleError("processes cannot share a limit with cgroups and units")
+    throttle = start(
+        ThrottleSpec(target, limits, Traffic(loopback=loopback), label), wish or Wish()
+    )
+    registry.tidy_up()
+    if supervise:
+        throttle.supervise()
+    return throttle
+
+
+def _some(given: Some[Any]) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, (str, int)) else tuple(given)
+
+
+class RunningThrottle(NamedTuple):
+    """A throttle that is in force, whoever made it."""
+
+    record: Record
+
+    @property
+    def id(self) -> str:
+        """Its id, by which the command line chooses it."""
+        return self.record.id
+
+    @property
+    def name(self) -> str:
+        """The name that it was given, or an empty string."""
+        return self.record.spec.name
+
+    @property
+    def target(self) -> Target:
+        """What it limits, as it was asked for."""
+        return self.record.spec.target
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction; None is unlimited."""
+        return self.record.spec.limits
+
+    @property
+    def cgroups(self) -> tuple[str, ...]:
+        """The paths of the cgroups that its programs are attached to."""
+        return self.record.cgroups
+
+    @property
+    def owner(self) -> Identity:
+        """The process that keeps it."""
+        return self.record.owner
+
+    @property
+    def owner_pid(self) -> int:
+        """The id of the process that keeps it."""
+        return self.record.owner.pid
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays in force after that process."""
+        return self.record.kept
+
+    def open(self) -> Throttle:
+        """Return it in hand, to be read, changed or removed; ``close`` lets it go again.
+
+        Raises ThrottleError if it is gone.
+        """
+        return open_record(self.record)
+
+
+def throttles() -> list[RunningThrottle]:
+    """Return the throttles in force on this machine, whoever made them, the oldest first.
+
+    Needs CAP_SYS_ADMIN; raises OSError without. Linux 4.13.
+    """
+    return [RunningThrottle(record) for record in registry.records()]

@@ -1,0 +1,57 @@
+"""The one door to system calls that Python does not have, other than bpf(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+# The same on all machines: include/uapi/asm-generic/unistd.h.
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+
+
+def pidfd_open(pid: int, flags: int = 0) -> int:
+    """Return a descriptor of a process; the caller closes it. Linux 5.3. Raises OSError."""
+    return _syscall("pidfd_open", _PIDFD_OPEN, pid, flags)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """Return a descriptor of what another process has open as ``number``. Linux 5.6.
+
+    Raises OSError.
+    """
+    return _syscall("pidfd_getfd", _PIDFD_GETFD, pidfd, number, 0)
+
+
+def setns(namespace: int, kind: int) -> None:
+    """Move this thread into a namespace, given by a descriptor. Raises OSError."""
+    if _libc().setns(namespace, kind):
+        raise _error("setns")
+
+
+def klogctl(kind: int, buffer: Any, size: int) -> int:
+    """Read or ask about the kernel's log (man 2 syslog). Raises OSError."""
+    result = int(_libc().klogctl(kind, buffer, size))
+    if result < 0:
+        raise _error("klogctl")
+    return result
+
+
+@cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall.restype = ctypes.c_long
+    return library
+
+
+def _syscall(name: str, number: int, *arguments: int) -> int:
+    result = int(_libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+    if result < 0:
+        raise _error(name)
+    return result
+
+
+def _error(name: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), name)

@@ -1,0 +1,231 @@
+"""Cgroups that this program makes: for a command, and for processes that are moved for a while.
+
+Their names tell who made them, so that the next start can remove what a crash has left.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import ExitStack, suppress
+from typing import Iterable, Optional
+
+from pybpfthrottle.errors import CgroupError, ProcessError
+from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Identity
+
+PREFIX = "pybpfthrottle-"
+MOVED_PREFIX = PREFIX + "moved-"
+_TRIES = 100
+# The owner's pid and start time, its pid namespace unless that is the first, and a number.
+_NAME = re.compile(rf"{PREFIX}(?:moved-)?(\d+)-(\d+)(?:-(\d+))?-\d+")
+# Those that this process made, and has not given up.
+_held: set[str] = set()
+
+
+class OwnCgroup:
+    """A cgroup that this process made."""
+
+    def __init__(self, cgroup: Cgroup) -> None:
+        self.cgroup = cgroup
+
+    def remove(self) -> bool:
+        """Remove it; False if processes are still in it: then a later start removes it."""
+        _held.discard(self.cgroup.path)
+        try:
+            self.cgroup.remove(patience_s=0.5)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+
+def create_for(pid: int) -> OwnCgroup:
+    """Make a cgroup below that of a process, or else below the root, and move the process there.
+
+    Raises CgroupError.
+    """
+    reasons = []
+    for parent in _usual_parents(pid):
+        try:
+            return _create(parent, pid)
+        except OSError as error:
+            reasons.append(f"{parent.path}: {error.strerror}")
+    raise CgroupError(
+        f"cannot make a cgroup ({'; '.join(reasons)}); this needs root, and cgroup v2 writable"
+    )
+
+
+def _usual_parents(pid: int) -> list[Cgroup]:
+    top = cgroups.root()
+    try:
+        own = cgroups.from_pid(pid)
+    except CgroupError:
+        return [top]
+    return [own] if own == top else [own, top]
+
+
+def create_empty(parent: Cgroup, *, prefix: str = PREFIX) -> OwnCgroup:
+    """Make a cgroup without processes. Raises OSError."""
+    return _create(parent, None, prefix)
+
+
+def _create(parent: Cgroup, pid: Optional[int], prefix: str = PREFIX) -> OwnCgroup:
+    os.stat(parent.path)
+    stem = prefix + _owner_in_name(process.identity())
+    for attempt in range(_TRIES):
+        cgroup = Cgroup(os.path.join(parent.path, f"{stem}-{attempt}"))
+        with suppress(FileExistsError):
+            os.mkdir(cgroup.path)
+            with ExitStack() as undo:
+                undo.callback(cgroup.remove)
+                _accept_processes(parent, cgroup)
+                if pid is not None:
+                    cgroup.move_in(pid)
+                undo.pop_all()
+            _held.add(cgroup.path)
+            return OwnCgroup(cgroup)
+    raise FileExistsError(errno.EEXIST, "no free name", parent.path)
+
+
+def _owner_in_name(owner: Identity) -> str:
+    name = f"{owner.pid}-{owner.start_ticks}"
+    return name if process.in_first_namespace() else f"{name}-{owner.pid_namespace}"
+
+
+def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
+    """A child of a threaded cgroup takes processes only when it is threaded itself."""
+    if parent.is_root():
+        return
+    with open(os.path.join(parent.path, "cgroup.type")) as file:
+        threaded = "threaded" in file.read()
+    if threaded:
+        fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"threaded")
+        finally:
+            os.close(fd)
+
+
+class Moved:
+    """Processes in cgroups that were made for them, below those that they were in.
+
+    ``back`` or ``with`` ends it; after a crash the next start does so.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        """Make the cgroups; ``move`` fills them. Raises CgroupError or ProcessError."""
+        self._pids = list(pids)
+        self._own: dict[Cgroup, OwnCgroup] = {}
+        try:
+            for origin in dict.fromkeys(cgroups.from_pid(pid) for pid in self._pids):
+                self._own[origin] = create_empty(origin, prefix=MOVED_PREFIX)
+        except BaseException as error:
+            self.back()
+            if isinstance(error, OSError):
+                raise CgroupError(f"cannot make a cgroup to move into: {error}") from error
+            raise
+
+    @property
+    def cgroups(self) -> list[Cgroup]:
+        """The cgroups that were made."""
+        return [own.cgroup for own in self._own.values()]
+
+    def move(self) -> None:
+        """Move the processes, and what they have started, as far as it is in the same cgroups.
+
+        Raises CgroupError.
+        """
+        pending = set(self._pids)
+        while pending:
+            moved = set(pending)
+            for pid in pending:
+                with suppress(ProcessError, ProcessLookupError):
+                    self._move(pid)
+            # One that was started meanwhile is where its parent was then.
+            families = process.families()
+            pending = {child for pid in moved for child in families.get(pid, ())}
+
+    def _move(self, pid: int) -> None:
+        own = self._own.get(cgroups.from_pid(pid))
+        if own is None:
+            return
+        try:
+            own.cgroup.move_in(pid)
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            raise CgroupError(f"cannot move process {pid}: {error.strerror}") from error
+
+    def populated(self) -> bool:
+        """Whether a process is in one of them."""
+        return any(cgroup.exists() and cgroup.populated() for cgroup in self.cgroups)
+
+    def back(self) -> None:
+        """Move what is in them to where it came from, and remove them."""
+        with ExitStack() as stack:
+            for origin, own in self._own.items():
+                stack.callback(own.remove)
+                stack.callback(_move_out, own.cgroup, origin)
+        self._own.clear()
+
+    def __enter__(self) -> Moved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.back()
+
+
+def _move_out(cgroup: Cgroup, into: Cgroup) -> None:
+    """Move all processes; what is started meanwhile, too."""
+    while True:
+        with suppress(FileNotFoundError):
+            pids = cgroup.pids()
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    into.move_in(pid)
+            if pids:
+                continue
+        return
+
+
+def remove_abandoned() -> list[Cgroup]:
+    """Remove the cgroups of crashed runs of ours that no process is in any more.
+
+    Those that were moved into one go back to where they came from.
+    """
+    return abandoned(remove=True)
+
+
+def abandoned(*, remove: bool = False) -> list[Cgroup]:
+    """Return the cgroups of crashed runs of ours that no process is in any more."""
+    found = []
+    # From below: who was moved twice goes back twice.
+    for cgroup in reversed(list(cgroups.walk())):
+        if not _is_abandoned(cgroup):
+            continue
+        with suppress(OSError):  # it is gone meanwhile, or may not be removed
+            moved = os.path.basename(cgroup.path).startswith(MOVED_PREFIX)
+            if moved and remove:
+                _move_out(cgroup, Cgroup(os.path.dirname(cgroup.path)))
+            if moved or not cgroup.populated():
+                if remove:
+                    cgroup.remove()
+                found.append(cgroup)
+    return found
+
+
+def _is_abandoned(cgroup: Cgroup) -> bool:
+    """Whether a cgroup is ours, and who made it has ended or given it up."""
+    named = _NAME.fullmatch(os.path.basename(cgroup.path))
+    if named is None:
+        return False
+    pid, start_ticks = int(named[1]), int(named[2])
+    owner = Identity(pid, int(named[3] or process.FIRST_PID_NAMESPACE), start_ticks)
+    if owner == process.identity():
+        return cgroup.path not in _held
+    return process.is_gone(owner)

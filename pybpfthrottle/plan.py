@@ -1,0 +1,155 @@
+"""From what is asked for and what is offered to the ways of doing it, the best first. Pure.
+
+Each fallback is a row: how packets are matched, by which backend each direction is limited, and
+what the user has to know of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Iterator, Mapping, Sequence
+
+from pybpfthrottle.backends import Match, Offer
+from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.model import Direction
+
+MATCHINGS = ("auto", "whole-cgroup", "move-cgroup")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a throttle is to be put in force, as far as somebody cares.
+
+    ``matching`` is one of MATCHINGS, for processes. ``backends`` names one for a direction;
+    ``options`` are those of the backends, by name. ``stack`` allows a second limit on what is
+    limited already, ``insist`` one on this session's own cgroup.
+    """
+
+    matching: str = "auto"
+    backends: Mapping[Direction, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    stack: bool = False
+    insist: bool = False
+
+
+class Place(Enum):
+    """Where a limit is put."""
+
+    SOCKETS = "the sockets of the processes, wherever they are"
+    CGROUPS = "all of some cgroups"
+    MOVED = "cgroups that the processes are moved into, and what they had open before"
+    MOVED_ONLY = "cgroups that the processes are moved into"
+
+    @property
+    def matches(self) -> tuple[Match, ...]:
+        """The ways of matching that it needs."""
+        if self is Place.SOCKETS:
+            return (Match.MARKS,)
+        return (Match.CGROUP, Match.MARKS) if self is Place.MOVED else (Match.CGROUP,)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known of a target.
+
+    ``processes``: it is processes that are limited; ``matches``: chosen by what they are, so that
+    later ones may come; ``shared``: others are in their cgroups too, or those are the root.
+    """
+
+    processes: bool
+    matches: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to put a throttle in force. ``why`` in a note stands for why the last way failed."""
+
+    place: Place
+    backends: Mapping[Direction, str]
+    notes: tuple[str, ...] = ()
+
+
+# What is told when the row before has failed.
+_NO_MARKS = "Single sockets cannot be limited here: {why}."
+_ALONE = "Nobody else is in the cgroup of the processes: all of it is limited."
+_MOVED = "The processes are moved into a cgroup of their own until the end."
+_ONLY_NEW = "Connections that are open already are not limited: {why}"
+
+
+def plans(
+    situation: Situation, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
+) -> list[Plan]:
+    """Return the ways to limit these directions, the best first.
+
+    Raises ThrottleError with the reason of each backend, if there is none at all.
+    """
+    rows = list(_places(situation, wish))
+    found = [
+        Plan(place, backends, notes)
+        for place, notes in rows
+        for backends in _backends(place, wish, directions, offers)
+    ]
+    if not found:
+        raise ThrottleError(_refusal(rows[0][0], wish, directions, offers))
+    return found
+
+
+def _places(situation: Situation, wish: Wish) -> Iterator[tuple[Place, tuple[str, ...]]]:
+    if not situation.processes or wish.matching == "whole-cgroup":
+        yield Place.CGROUPS, ()
+        return
+    if wish.matching == "move-cgroup":
+        yield Place.MOVED, ()
+        yield Place.MOVED_ONLY, (_ONLY_NEW,)
+        return
+    yield Place.SOCKETS, ()
+    if situation.matches:  # a later process may be in any cgroup
+        return
+    if situation.shared:
+        yield Place.MOVED, (_NO_MARKS, _MOVED)
+        yield Place.MOVED_ONLY, (_NO_MARKS, _MOVED, _ONLY_NEW)
+    else:
+        yield Place.CGROUPS, (_NO_MARKS, _ALONE)
+
+
+def _backends(
+    place: Place, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
+) -> Iterator[Mapping[Direction, str]]:
+    """Yield the backends of each direction: first the best of each, then the next."""
+    usable = {direction: _usable(place, wish, direction, offers) for direction in directions}
+    if not all(usable.values()):
+        return
+    for rank in range(max(map(len, usable.values()))):
+        yield {direction: names[min(rank, len(names) - 1)] for direction, names in usable.items()}
+
+
+def _usable(place: Place, wish: Wish, direction: Direction, offers: Sequence[Offer]) -> list[str]:
+    wanted = wish.backends.get(direction, "auto")
+    own = [offer for offer in offers if offer.direction is direction and offer.refused is None]
+    best_first = sorted(own, key=lambda offer: -offer.priority)
+    names = dict.fromkeys(offer.backend for offer in best_first)
+    return [
+        name
+        for name in names
+        if wanted in ("auto", name)
+        and all(any(o.backend == name and o.match is match for o in own) for match in place.matches)
+    ]
+
+
+def _refusal(
+    place: Place, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
+) -> str:
+    for direction in directions:
+        if not _usable(place, wish, direction, offers):
+            wanted = wish.backends.get(direction, "auto")
+            reasons = dict.fromkeys(
+                f"{offer.backend}: {offer.refused}"
+                for offer in offers
+                if offer.direction is direction
+                and offer.refused is not None
+                and wanted in ("auto", offer.backend)
+            )
+            return f"cannot limit {direction}: {'; '.join(reasons)}"
+    raise AssertionError("each direction has a backend")

@@ -1,0 +1,168 @@
+"""What is limited on this machine: read from the kernel, whoever made it, whether it still runs.
+
+Nothing is kept beside it: a throttle is in force when its mechanism says so.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from contextlib import suppress
+from typing import Optional, Sequence
+
+from pybpfthrottle import backends
+from pybpfthrottle.backends import Match, Record
+from pybpfthrottle.errors import CgroupError, Error, ProcessError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import own_cgroups, process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Process
+from pybpfthrottle.targets import Selection
+
+# No letter that is read as another one or as a digit, and first one that begins no number.
+_LETTERS = "bcdfghjkmnpqrstvwxz"
+_ID_CHARACTERS = 6
+
+# How long what a killed instance left behind may take to clear up.
+_PATIENCE_S = 2.0
+
+_TWICE = "packets would be charged to both limits. If you mean both, add --stack"
+
+
+def new_id() -> str:
+    """Return an id that no throttle has."""
+    digits = _LETTERS + "23456789"
+    return secrets.choice(_LETTERS) + "".join(
+        secrets.choice(digits) for _ in range(_ID_CHARACTERS - 1)
+    )
+
+
+def records() -> list[Record]:
+    """Return the throttles in force, those of other processes too, the oldest first.
+
+    Needs CAP_SYS_ADMIN. Raises OSError.
+    """
+    found = filter(_is_in_force, _known())
+    return sorted(found, key=lambda record: (record.since_ns, record.id))
+
+
+def _known() -> list[Record]:
+    return [record for backend in backends.all_backends() for record in backend.in_force()]
+
+
+def _is_in_force(record: Record) -> bool:
+    """Whether it is no leftover of a crash, and was not removed by others."""
+    return not record.removed and (record.kept or not process.is_gone(record.owner))
+
+
+def tidy_up() -> None:
+    """Remove what a crash has left, as far as that is possible here."""
+    for backend in backends.all_backends():
+        with suppress(Error, OSError):
+            backend.tidy_up()
+    with suppress(Error, OSError):
+        own_cgroups.remove_abandoned()
+
+
+def find(
+    *,
+    name: Optional[str] = None,
+    pid: Optional[int] = None,
+    cgroup: Optional[str] = None,
+    unit: Optional[str] = None,
+) -> list[Record]:
+    """Return the throttles with an id or a name, for a process, on a cgroup, or for a unit."""
+    return [
+        record
+        for record in records()
+        if (name is None or name in (record.id, record.spec.name))
+        and (pid is None or _is_for(record, pid))
+        and (cgroup is None or os.path.realpath(cgroup) in record.cgroups)
+        and (unit is None or _is_unit(record, unit))
+    ]
+
+
+def _is_for(record: Record, pid: int) -> bool:
+    """Whether a process is limited by a throttle, or is the one that keeps it."""
+    return (
+        pid == record.owner.pid
+        or pid in record.spec.target.pids
+        or pid in backends.get(record.backend).processes(record)
+    )
+
+
+def _is_unit(record: Record, unit: str) -> bool:
+    wanted = cgroups_v2.unit_name(unit)
+    return wanted in map(cgroups_v2.unit_name, record.spec.target.units)
+
+
+def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> None:
+    """Raise ProcessError or CgroupError if another process limits some of a target already."""
+    try:
+        known = _settled()
+    except OSError:  # who may not look cannot be told
+        return
+    others = [
+        record for record in known if _is_in_force(record) and record.owner != process.identity()
+    ]
+    own = [] if selection is None else list(selection.processes)
+    for record in others:
+        if record.match is Match.CGROUP:
+            _refuse_in_cgroups(own, chosen, record)
+        else:
+            _refuse_among_processes(own, chosen, record)
+
+
+def _settled() -> list[Record]:
+    """Return all records, once nothing that a killed instance has left is being cleared up.
+
+    Its guard would restore connections which are limited anew. It takes a moment at most.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        known = _known()
+        if time.monotonic() >= deadline or not any(map(_is_cleared_up, known)):
+            return known
+        time.sleep(0.01)
+
+
+def _is_cleared_up(record: Record) -> bool:
+    return (
+        record.clears_up is not None
+        and process.is_gone(record.owner)
+        and not process.is_gone(record.clears_up)
+    )
+
+
+def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record: Record) -> None:
+    """``record`` limits all of some cgroups."""
+    wanted = list(chosen)
+    for one in own:
+        with suppress(CgroupError, ProcessError):  # it may be in none that is visible
+            wanted.append(cgroups_v2.from_pid(one.pid))
+    for limited in map(Cgroup, record.cgroups):
+        if any(each in limited or (each in chosen and limited in each) for each in wanted):
+            raise CgroupError(
+                f"{limited.path} is limited already, by process {record.owner.pid}: {_TWICE}"
+            )
+
+
+def _refuse_among_processes(
+    own: Sequence[Process], chosen: Sequence[Cgroup], record: Record
+) -> None:
+    """``record`` limits the sockets of some processes."""
+    limited = set(backends.get(record.backend).processes(record))
+    for one in own:
+        if one.pid in limited:
+            whose = "" if one.pid in record.spec.target.pids else ", with its parents"
+            raise ProcessError(
+                f"process {one.pid} ({one.name}) is limited already{whose}, by process"
+                f" {record.owner.pid}: its {_TWICE}"
+            )
+    for cgroup in chosen if limited else ():
+        for pid in limited.intersection(cgroup.pids_below()):
+            raise CgroupError(
+                f"process {process.listed([pid])} in {cgroup.path} is limited already,"
+                f" by process {record.owner.pid}. If you mean both limits, add --stack"
+            )

@@ -1,0 +1,264 @@
+"""One loop for all that has to be done while limits are in force.
+
+Limits have chores: the next look for processes, the next round of pacing, a sample of the rates.
+A supervisor does each when it is due, or when its descriptor is readable, one after the other: in
+the caller's own loop by ``step``, in a background thread, or on an asyncio event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Callable, Iterable, Optional, Protocol, TypeVar
+
+from pybpfthrottle.errors import Error
+
+if TYPE_CHECKING:
+    import asyncio
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Chore(Protocol):
+    """Something that has to be done for a limit, time and again."""
+
+    def fileno(self) -> int:
+        """Return a descriptor; when it is readable the chore is due. -1: none."""
+
+    @property
+    def due_s(self) -> float:
+        """When it is due in any case, on time.monotonic(); infinite: never."""
+
+    def run(self) -> None:
+        """Do it, and move ``due_s``. Errors of this package and OSError are logged."""
+
+
+# Where the chores of a limit come from: it may have other ones each time that it is asked.
+Source = Callable[[], Iterable[Chore]]
+
+
+class Periodic:
+    """A chore that is done time and again; times that were missed are left out."""
+
+    def __init__(self, period_s: float, work: Callable[[], object]) -> None:
+        self._period_s = period_s
+        self._work = work
+        self.due_s = time.monotonic() + period_s
+
+    def fileno(self) -> int:
+        """Return -1: it has no descriptor."""
+        return -1
+
+    def run(self) -> None:
+        """Do it."""
+        self.due_s = max(self.due_s, time.monotonic() - self._period_s) + self._period_s
+        self._work()
+
+
+class Supervisor:
+    """Does the chores of its sources. ``close`` or ``with`` ends it."""
+
+    def __init__(self) -> None:
+        self._sources: list[tuple[Source, bool]] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self._resources = ExitStack()
+        self._epoll = select.epoll()
+        self._resources.callback(self._epoll.close)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._resources.callback(os.close, self._wake_read)
+        self._resources.callback(os.close, self._wake_write)
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._registered: dict[int, None] = {}
+        self._stopped = False
+        self._thread: Optional[int] = None
+
+    def add(self, source: Source, *, strict: bool = False) -> None:
+        """Do the chores of a source from now on; with ``strict`` ``step`` raises their errors."""
+        self._sources.append((source, strict))
+
+    def discard(self, source: Source) -> None:
+        """Do them no more."""
+        self._sources = [one for one in self._sources if one[0] != source]
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when ``step`` has something to do."""
+        return self._epoll.fileno()
+
+    def due_s(self) -> float:
+        """When ``step`` has something to do in any case, on time.monotonic(); may be infinite."""
+        return min((chore.due_s for chore, _ in self._chores()), default=math.inf)
+
+    def step(self, until_s: float = -math.inf) -> None:
+        """Wait until something is due or ``until_s`` (on time.monotonic()), and do what is due."""
+        chores = self._chores()
+        self._register(chore.fileno() for chore, _ in chores)
+        wait_s = min([until_s, *(chore.due_s for chore, _ in chores)]) - time.monotonic()
+        timeout = None if math.isinf(wait_s) and wait_s > 0 else max(0.0, wait_s)
+        ready = {fd for fd, _ in self._epoll.poll(timeout)}
+        if self._wake_read in ready:
+            self._answer()
+        for chore, strict in chores:
+            if chore.fileno() in ready or time.monotonic() >= chore.due_s:
+                _do(chore, strict)
+
+    def serve(self) -> None:
+        """Do what is due, in this thread, until ``stop`` is called."""
+        self._thread = threading.get_ident()
+        with self:
+            while not self._stopped:
+                try:
+                    self.step(math.inf)
+                except Exception:  # of one limit: the others go on
+                    log.exception("A chore of a limit has failed")
+
+    def stop(self) -> None:
+        """Have ``serve`` end; to be called by ``call``."""
+        self._stopped = True
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Have ``serve`` call a function between two chores, and return what it returns."""
+        if self._thread == threading.get_ident():
+            return function()
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._calls.append(run)
+        os.write(self._wake_write, b"x")
+        return result.result()
+
+    def close(self) -> None:
+        """Close what it has open; what is limited stays so."""
+        self._resources.close()
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _chores(self) -> list[tuple[Chore, bool]]:
+        return [(chore, strict) for source, strict in self._sources for chore in source()]
+
+    def _register(self, descriptors: Iterable[int]) -> None:
+        """Wait for these descriptors, and no others.
+
+        A descriptor that was closed has left the epoll by itself, and its number may be used anew:
+        so all are registered again each time. They are few.
+        """
+        for fd in self._registered:
+            with suppress(OSError):
+                self._epoll.unregister(fd)
+        self._registered = dict.fromkeys(fd for fd in descriptors if fd >= 0)
+        for fd in self._registered:
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def _answer(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        while self._calls:
+            self._calls.popleft()()
+
+
+def _do(chore: Chore, strict: bool) -> None:
+    try:
+        chore.run()
+    except (Error, OSError) as error:
+        if strict:
+            raise
+        # A limit stays in force when a look at a process fails; the next one may not.
+        log.warning("A look at what is limited has failed: %s", error)
+
+
+class Driver(Protocol):
+    """What has the chores of a limit done; changes of the limit go through it."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function where chores are done, so that nothing happens at the same time."""
+
+    def release(self) -> None:
+        """Have them done no more."""
+
+
+class InThread:
+    """A driver in the background thread that all limits of this process share."""
+
+    _lock = threading.Lock()
+    _shared: Optional[Supervisor] = None
+    _thread: Optional[threading.Thread] = None
+    _users = 0
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        with self._lock:
+            if InThread._shared is None:
+                InThread._shared = Supervisor()
+                InThread._thread = threading.Thread(
+                    target=InThread._shared.serve, name="pybpfthrottle", daemon=True
+                )
+                InThread._thread.start()
+            InThread._users += 1
+            self._supervisor = InThread._shared
+        self._supervisor.call(lambda: self._supervisor.add(source))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function in the thread, and return what it returns."""
+        return self._supervisor.call(function)
+
+    def release(self) -> None:
+        """Leave the thread, which ends with the last one that does."""
+        self._supervisor.call(lambda: self._supervisor.discard(self._source))
+        with self._lock:
+            InThread._users -= 1
+            if InThread._users:
+                return
+            InThread._shared, thread, InThread._thread = None, InThread._thread, None
+            self._supervisor.call(self._supervisor.stop)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+class OnEventLoop:
+    """A driver on an asyncio event loop; everything is done in its thread."""
+
+    # A change may make something due sooner than the timer knows.
+    _LONGEST_S = 0.25
+
+    def __init__(self, source: Source, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._supervisor = Supervisor()
+        self._supervisor.add(source)
+        self._timer: Optional[asyncio.TimerHandle] = None
+        loop.add_reader(self._supervisor.fileno(), self._step)
+        self._step()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call it: the event loop's thread is the one that does the chores."""
+        return function()
+
+    def release(self) -> None:
+        """Leave the event loop."""
+        self._loop.remove_reader(self._supervisor.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._supervisor.close()
+
+    def _step(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._supervisor.step()
+        wait_s = min(max(0.0, self._supervisor.due_s() - time.monotonic()), self._LONGEST_S)
+        self._timer = self._loop.call_later(wait_s, self._step)

@@ -1,0 +1,233 @@
+"""Programs are attached as their sections say, by a link that detaches them when it is closed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compiled import compiled
+from since import since
+
+from pybpfthrottle.bpf import links, loader, maps
+from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType
+from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.loader import Object
+from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj.specs import MapSpec
+from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.linux.cgroup import Cgroup
+
+SECTIONS = elf.read_object(compiled("object_sections"), name="sections")
+TYPED = elf.read_object(compiled("attaching"), name="typed")
+
+CGROUP_PROGRAMS = {
+    "in_cgroup_egress": AttachType.CGROUP_INET_EGRESS,
+    "in_cgroup_ingress": AttachType.CGROUP_INET_INGRESS,
+    "in_sock_create": AttachType.CGROUP_INET_SOCK_CREATE,
+    "in_sock_release": AttachType.CGROUP_INET_SOCK_RELEASE,
+    "in_post_bind4": AttachType.CGROUP_INET4_POST_BIND,
+    "in_post_bind6": AttachType.CGROUP_INET6_POST_BIND,
+    "in_bind4": AttachType.CGROUP_INET4_BIND,
+    "in_connect6": AttachType.CGROUP_INET6_CONNECT,
+    "in_sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "in_recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "in_getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "in_getsockname6": AttachType.CGROUP_INET6_GETSOCKNAME,
+    "in_sockops": AttachType.CGROUP_SOCK_OPS,
+    "in_sysctl": AttachType.CGROUP_SYSCTL,
+    "in_getsockopt": AttachType.CGROUP_GETSOCKOPT,
+    "in_setsockopt": AttachType.CGROUP_SETSOCKOPT,
+    "in_dev": AttachType.CGROUP_DEVICE,
+}
+
+pytestmark = since("5.9")
+
+
+@pytest.fixture
+def load() -> Iterator[Any]:
+    """Loads one program, whichever of the two objects has it."""
+    with ExitStack() as stack:
+
+        def one(name: str) -> Program:
+            return stack.enter_context(_load(name)).programs[name]
+
+        yield one
+
+
+def _load(name: str) -> Object:
+    return loader.load(SECTIONS if name in SECTIONS.programs else TYPED, [name])
+
+
+@pytest.fixture
+def interface() -> Iterator[str]:
+    """An interface of the test's own."""
+    name = f"t{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "link", "add", name, "type", "veth", "peer", f"{name}p"], check=True)
+    yield name
+    subprocess.run(["ip", "link", "del", name], check=True)
+
+
+@pytest.fixture
+def netns() -> Iterator[str]:
+    """The path of a network namespace of the test's own."""
+    name = f"t{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    yield f"/run/netns/{name}"
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.parametrize("name", CGROUP_PROGRAMS)
+def test_programs_of_cgroups_attach_where_their_section_says(scratch: Cgroup, load: Any, name: str):
+    """The path of a cgroup is enough, and closing the link detaches the program."""
+    program = load(name)
+    with program.attach(cgroup=scratch.path) as link:
+        info = link.info()
+    assert (info.type, info.program_id) == (LinkType.CGROUP, program.info().id)
+    assert (info.attach_type, info.cgroup_id) == (CGROUP_PROGRAMS[name], scratch.id)
+    with pytest.raises(FileNotFoundError):
+        links.open_by_id(info.id)
+
+
+def test_a_cgroup_may_be_a_descriptor(scratch: Cgroup, load: Any):
+    """A descriptor of a cgroup is taken in place of its path, and stays the caller's."""
+    fd = scratch.open()
+    try:
+        with load("in_cgroup_egress").attach(cgroup=fd) as link:
+            assert link.info().cgroup_id == scratch.id
+        assert os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def test_what_a_section_leaves_open_is_said_by_the_caller(scratch: Cgroup, load: Any):
+    """A program in "cgroup/skb" attaches to the direction that is asked for."""
+    program = load("in_cgroup_skb")
+    for hook in (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS):
+        with program.attach(cgroup=scratch.path, attach_type=hook) as link:
+            assert link.info().attach_type == hook
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "attach_type"),
+    [
+        ("in_xdp", LinkType.XDP, AttachType.XDP),
+        pytest.param("in_xdp_frags", LinkType.XDP, AttachType.XDP, marks=since("5.18")),
+        pytest.param("tcx_ingress", LinkType.TCX, AttachType.TCX_INGRESS, marks=since("6.6")),
+        pytest.param("tcx_egress", LinkType.TCX, AttachType.TCX_EGRESS, marks=since("6.6")),
+    ],
+)
+def test_an_interface_is_given_by_name_or_index(
+    interface: str, load: Any, name: str, kind: LinkType, attach_type: AttachType
+):
+    """Both name the same interface, which the link tells."""
+    program = load(name)
+    index = int(Path(f"/sys/class/net/{interface}/ifindex").read_text())
+    for place in (interface, index):
+        with program.attach(interface=place) as link:
+            info = link.info()
+            assert (info.type, info.ifindex, info.attach_type) == (kind, index, attach_type)
+
+
+@since("6.6")
+def test_a_program_of_tc_attaches_by_tcx(interface: str, load: Any):
+    """A program in "tc" is attached to the direction that is asked for."""
+    with load("in_tc").attach(interface=interface, attach_type=AttachType.TCX_EGRESS) as link:
+        assert link.info().attach_type == AttachType.TCX_EGRESS
+
+
+@pytest.mark.parametrize(
+    ("name", "attach_type"),
+    [("in_flow_dissector", AttachType.FLOW_DISSECTOR), ("in_sk_lookup", AttachType.SK_LOOKUP)],
+)
+def test_a_network_namespace_is_attached_to(
+    netns: str, load: Any, name: str, attach_type: AttachType
+):
+    """The path of a namespace is enough, which the link tells by its inode."""
+    with load(name).attach(netns=netns) as link:
+        info = link.info()
+    assert (info.type, info.attach_type) == (LinkType.NETNS, attach_type)
+    assert info.netns_inode == os.stat(netns).st_ino
+
+
+@since("6.10")
+@pytest.mark.parametrize(
+    ("name", "attach_type"),
+    [
+        ("in_stream_parser", AttachType.SK_SKB_STREAM_PARSER),
+        ("in_stream_verdict", AttachType.SK_SKB_STREAM_VERDICT),
+        ("verdict", AttachType.SK_SKB_VERDICT),
+        ("in_sk_msg", AttachType.SK_MSG_VERDICT),
+    ],
+)
+def test_a_map_of_sockets_is_attached_to(load: Any, name: str, attach_type: AttachType):
+    """The sockets of a map get the program, which the link tells by the map's id."""
+    with maps.create(MapSpec("sockets", MapType.SOCKMAP, 4, 4, 1)) as sockets:
+        with load(name).attach(map=sockets) as link:
+            info = link.info()
+        assert (info.type, info.attach_type) == (LinkType.SOCKMAP, attach_type)
+        assert info.map_id == sockets.info().id
+
+
+def test_a_raw_tracepoint_is_named_by_its_section_or_by_the_caller(load: Any):
+    """The section's tracepoint is taken unless another is given."""
+    program = load("in_raw_tp")
+    with program.attach() as link:
+        assert link.info().target == "sched_switch"
+    with program.attach(tracepoint="sched_process_exit") as link:
+        assert link.info().target == "sched_process_exit"
+    with pytest.raises(AttachError, match="to tracepoint no_such_one") as caught:
+        program.attach(tracepoint="no_such_one")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+@since("5.11")
+def test_a_typed_tracepoint_takes_nothing():
+    """A program in tp_btf runs as soon as it is attached, and no more when its link is closed."""
+    with loader.load(TYPED, ["newtask"]) as loaded:
+
+        def runs() -> int:
+            before = loaded.variables["seen"].get()
+            thread = threading.Thread(target=os.getpid)
+            thread.start()
+            thread.join()
+            return loaded.variables["seen"].get() - before  # type: ignore[operator]
+
+        assert runs() == 0
+        with loaded.programs["newtask"].attach():
+            assert runs() >= 1
+        assert runs() == 0
+
+
+@since("5.11")
+def test_an_iterator_runs_as_it_is_read():
+    """Reading the file of an iterator calls its program for each map, and once at the end."""
+    with loader.load(TYPED, ["each_map"]) as loaded, loaded.programs["each_map"].attach() as link:
+        assert link.info().type == LinkType.ITER
+        with link.open_iterator() as file:
+            assert file.read() == b""
+        assert loaded.variables["seen"].get() >= 1 + len(loaded.maps)
+
+
+def test_only_an_iterator_is_read(scratch: Cgroup, load: Any):
+    """A link of another type is refused as an iterator."""
+    with load("in_cgroup_egress").attach(cgroup=scratch.path) as link:
+        with pytest.raises(OSError, match="BPF_ITER_CREATE"):
+            link.open_iterator()
+
+
+def test_a_place_that_is_not_there_is_named(load: Any):
+    """The error says which program was to be attached, and to what."""
+    program = load("in_xdp")
+    with pytest.raises(AttachError, match=r"'in_xdp' \(xdp\) to interface no_such_one: no "):
+        program.attach(interface="no_such_one")
+    with pytest.raises(AttachError, match=r"to cgroup /no/such: .*No such file"):
+        load("in_cgroup_egress").attach(cgroup="/no/such")
+    with pytest.raises(AttachError, match="to cgroup /proc"):
+        load("in_cgroup_egress").attach(cgroup="/proc")

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from pybpfthrottle.bpf import privileges, programs
+from pybpfthrottle.bpf.abi import AttachType, Cmd, ProgType
+from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.obj import asm
+
+CGROUP_FD = 17
+INGRESS = AttachType.CGROUP_INET_INGRESS
+
+
+def program(type=ProgType.CGROUP_SKB, attach_type=INGRESS, attach_to=None):
+    """A program of a kind."""
+    return programs.load(
+        asm.return_imm(1),
+        type=type,
+        license="GPL",
+        name="main",
+        expected_attach_type=attach_type,
+        attach_to=attach_to,
+    )
+
+
+def test_the_attach_type_with_number_zero_is_one(kernel):
+    """CGROUP_INET_INGRESS is 0, and an attach type like any other."""
+    with program() as one, one.attach(cgroup=CGROUP_FD):
+        (attr,) = kernel.given(Cmd.LINK_CREATE)
+    assert (attr.link_create.target_fd, attr.link_create.attach_type) == (CGROUP_FD, INGRESS)
+    assert attr.link_create.prog_fd == one.fd or one.fd < 0
+
+
+def test_a_link_owns_one_descriptor(kernel, tmp_path):
+    """What is opened to attach is closed, and closing the link closes the rest."""
+    with program() as one:
+        before = kernel.still_open()
+        with one.attach(cgroup=tmp_path):
+            assert kernel.still_open() == before + 1
+        assert kernel.still_open() == before
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ({}, "'main' needs cgroup="),
+        ({"cgroup": 5, "interface": "lo"}, "'main' takes no interface="),
+        ({"netns": "/proc/self/ns/net"}, "'main' takes no netns="),
+    ],
+)
+def test_the_place_has_to_suit_the_program(kernel, places, words):
+    """A place that is missing, or one too many, is a TypeError that says which."""
+    with program() as one, pytest.raises(TypeError, match=words):
+        one.attach(**places)
+    assert kernel.given(Cmd.LINK_CREATE) == []
+
+
+@pytest.mark.parametrize("type", [ProgType.CGROUP_SKB, ProgType.SCHED_CLS, ProgType.SK_SKB])
+def test_what_is_left_open_has_to_be_said(kernel, type):
+    """A type of program with several attach types needs one, and the choices are named."""
+    with program(type, None) as one, pytest.raises(TypeError, match="attach_type=AttachType"):
+        one.attach(cgroup=CGROUP_FD)
+
+
+@pytest.mark.parametrize(
+    ("type", "attach_type", "remedy"),
+    [
+        (ProgType.SOCKET_FILTER, None, "SO_ATTACH_BPF"),
+        (ProgType.KPROBE, None, "use fentry or fexit"),
+        (ProgType.KPROBE, AttachType.TRACE_KPROBE_MULTI, "use fentry or fexit"),
+        (ProgType.TRACEPOINT, None, "use raw_tp or tp_btf"),
+        (ProgType.SYSCALL, None, "test_run"),
+        (ProgType.XDP, AttachType.XDP_DEVMAP, "DEVMAP"),
+        (ProgType.NETFILTER, AttachType.NETFILTER, "use cgroup_skb or tcx"),
+        (1000, None, "type 1000"),
+    ],
+)
+def test_what_no_link_attaches_says_what_to_use(kernel, type, attach_type, remedy):
+    """A kind of program that cannot be attached is one clear error with its remedy."""
+    with program(type, attach_type) as one, pytest.raises(AttachError, match=remedy) as caught:
+        one.attach()
+    assert "cannot attach 'main'" in str(caught.value)
+    assert caught.value.errno == 0
+
+
+@pytest.mark.parametrize("type", list(ProgType)[1:], ids=lambda known: known.name)
+def test_each_type_of_program_is_attached_or_has_a_remedy(kernel, type):
+    """No type of program is forgotten: attach says for each what it needs, or what to do."""
+    words = "needs [a-z]+=|attach_type=AttachType|not supported; "
+    with program(type, None) as one, pytest.raises((TypeError, AttachError), match=words):
+        one.attach()
+
+
+def test_an_older_kernel_is_told_of(kernel):
+    """EINVAL names the release with such links, and what an older kernel has."""
+    kernel.refuse(Cmd.LINK_CREATE, errno.EINVAL)
+    with program() as one, pytest.raises(AttachError, match=r"since Linux 5\.7; links.attach_leg"):
+        one.attach(cgroup=CGROUP_FD)
+    with program(ProgType.SCHED_CLS, AttachType.TCX_INGRESS) as one:
+        with pytest.raises(AttachError, match=r"to interface 3: .*since Linux 6\.6"):
+            one.attach(interface=3)
+
+
+def test_missing_capabilities_are_named(kernel, monkeypatch):
+    """EPERM names the capabilities that this type of program needs."""
+    kernel.refuse(Cmd.LINK_CREATE, errno.EPERM)
+    monkeypatch.setattr(privileges, "effective_capabilities", lambda: 0)
+    with program() as one, pytest.raises(AttachError, match="CAP_NET_ADMIN") as caught:
+        one.attach(cgroup=CGROUP_FD)
+    assert caught.value.errno == errno.EPERM
+    assert isinstance(caught.value.__cause__, PermissionError)
+
+
+def test_a_program_that_was_loaded_for_a_function_takes_no_place(kernel):
+    """A tracing program is attached without a name, to where it was loaded for."""
+    with program(ProgType.TRACING, AttachType.TRACE_FENTRY, "do_exit") as one:
+        kernel.handlers[Cmd.RAW_TRACEPOINT_OPEN] = lambda _: kernel.create()
+        with one.attach():
+            (attr,) = kernel.given(Cmd.RAW_TRACEPOINT_OPEN)
+    assert attr.raw_tracepoint.name == 0

@@ -1,0 +1,47 @@
+"""Specs as JSON: what comes back is what went in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec, Traffic
+
+SPECS = [
+    ThrottleSpec(Target(pids=(12, 14)), {Direction.DOWNLOAD: Rate.parse("1M")}),
+    ThrottleSpec(
+        Target(names=("curl",), users=("www-data",), children=False),
+        {Direction.UPLOAD: None, Direction.DOWNLOAD: Rate.parse("8mbit")},
+        Traffic(loopback=True),
+        "backup",
+    ),
+    ThrottleSpec(Target(cgroups=("/sys/fs/cgroup/a b",), units=("nginx",)), {}),
+    ThrottleSpec(Target(command=("sh", "-c", "exit")), {Direction.UPLOAD: Rate(2048)}),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_spec_survives_json(spec):
+    """Through text and back."""
+    assert ThrottleSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_fields_of_later_versions_are_left_out():
+    """A record of a newer version is understood as far as it can be."""
+    record = {**SPECS[0].to_json(), "quota": 5}
+    record["target"]["moon"] = "full"
+    assert ThrottleSpec.from_json(record) == SPECS[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "processes", "matches"),
+    [
+        (Target(pids=(1,)), True, False),
+        (Target(users=("x",)), True, True),
+        (Target(cgroups=("/x",)), False, False),
+    ],
+)
+def test_a_target_tells_what_it_is(target, processes, matches):
+    """Whether processes are limited wherever they are, and whether later ones may come."""
+    assert (target.processes, target.matches) == (processes, matches)
