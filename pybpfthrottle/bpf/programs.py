@@ -12,6 +12,7 @@ from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
+from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
@@ -247,19 +248,44 @@ def _load_as_far_as_known(attr: Attr) -> int:
     except OSError as error:
         if error.errno == errno.EINVAL and attr.prog_load.prog_btf_fd:
             return _load_without_source(attr, error)
-        if error.errno != errno.E2BIG:
-            raise
-        first = error
+        refusal = error
     for fields in (_SOURCE_FIELDS, ("expected_attach_type",), ("prog_name",)):
         if any(getattr(attr.prog_load, field) for field in fields):
+            if not _is_unknown(fields, refusal):
+                break
             for field in fields:
                 abi.clear(attr.prog_load, field)
             try:
                 return _load(attr)
             except OSError as error:
-                if error.errno != errno.E2BIG:
-                    raise
-    raise first
+                refusal = error
+    raise refusal
+
+
+def _is_unknown(fields: tuple[str, ...], refusal: OSError) -> bool:
+    """Whether a refusal may be for these fields.
+
+    4.15 and 4.16 have four bytes of room where later ones have the attach type: that is EINVAL.
+    """
+    if refusal.errno == errno.EINVAL and fields == ("expected_attach_type",):
+        return not _knows_attach_types()
+    return refusal.errno == errno.E2BIG
+
+
+def _knows_attach_types() -> bool:
+    """Try the field with a type of programs that has no use for it. Linux 4.17."""
+    code, gpl = ctypes.create_string_buffer(asm.return_imm(0)), ctypes.c_char_p(b"GPL")
+    attr = Attr()
+    attr.prog_load.prog_type = ProgType.SOCKET_FILTER
+    attr.prog_load.insns = ctypes.addressof(code)
+    attr.prog_load.insn_cnt = len(code.raw) // INSN_BYTES
+    attr.prog_load.license = ctypes.cast(gpl, ctypes.c_void_p).value or 0
+    attr.prog_load.expected_attach_type = 1
+    try:
+        os.close(_load(attr))
+    except OSError as error:
+        return error.errno not in (errno.EINVAL, errno.E2BIG)
+    return True
 
 
 def _load_without_source(attr: Attr, refusal: OSError) -> int:

@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from typing import NamedTuple, Optional
 
+import known_fields
 from fake_kernel import Call, FakeKernel, _is_open
 from linux_4_14 import context_accesses, too_new
 
@@ -21,38 +22,6 @@ from pybpfthrottle.bpf.obj.insn import INSN_BYTES, LD_IMM64
 
 MODES = {0: "SINGLE", abi.BPF_F_ALLOW_OVERRIDE: "OVERRIDE", abi.BPF_F_ALLOW_MULTI: "MULTI"}
 PROBE = "a probe"
-# struct bpf_prog_info of 4.14 ends before load_time.
-_INFO_BYTES_OF_4_14 = abi.ProgInfo.load_time.offset
-
-
-# The last field that a command knows, since which release (include/uapi/linux/bpf.h).
-LAST_FIELDS: dict[str, list[tuple[tuple[int, int], str]]] = {
-    "map_create": [
-        ((4, 14), "numa_node"),
-        ((4, 15), "map_name"),
-        ((4, 16), "map_ifindex"),
-        ((4, 18), "btf_value_type_id"),
-        ((5, 6), "btf_vmlinux_value_type_id"),
-        ((5, 16), "map_extra"),
-    ],
-    "prog_load": [
-        ((4, 14), "prog_flags"),
-        ((4, 15), "prog_name"),
-        ((4, 16), "prog_ifindex"),
-        ((4, 17), "expected_attach_type"),
-        ((5, 0), "line_info_cnt"),
-        ((5, 5), "attach_prog_fd"),
-        ((5, 14), "fd_array"),
-        ((5, 17), "core_relo_rec_size"),
-        ((6, 4), "log_true_size"),
-    ],
-    "prog_attach": [((4, 14), "attach_flags"), ((5, 6), "replace_bpf_fd")],
-}
-MEMBERS = {
-    Cmd.MAP_CREATE: "map_create",
-    Cmd.PROG_LOAD: "prog_load",
-    Cmd.PROG_ATTACH: "prog_attach",
-}
 
 
 class FakeMap(NamedTuple):
@@ -100,7 +69,9 @@ class Kernel(FakeKernel):
             handler = getattr(self, f"_{cmd.name.lower()}", None)
             if handler is None:
                 raise _Refused(errno.EINVAL)
-            self._check_tail(cmd, attr)
+            number = known_fields.refusal(cmd, attr, self.release)
+            if number:
+                raise _Refused(number)
             return handler(attr)
         except _Refused as refusal:
             number = refusal.number
@@ -127,23 +98,6 @@ class Kernel(FakeKernel):
     def asked(self, *commands: str) -> list[str]:
         """What was told of some commands."""
         return [line for line in self.told if line.partition(" ")[0].rstrip(":") in commands]
-
-    def _check_tail(self, cmd: Cmd, attr: Attr) -> None:
-        """Refuse any byte behind what this kernel knows, as CHECK_ATTR does and who calls bpf().
-
-        Of the union PROG_LOAD's is the largest member, until kernels that know all of ours.
-        """
-        if cmd in MEMBERS:
-            union = (self._end_of("prog_load") + 7) // 8 * 8
-            if any(bytes(attr)[union:]):
-                raise _Refused(errno.E2BIG)
-            if any(bytes(attr)[self._end_of(MEMBERS[cmd]) : union]):
-                raise _Refused(errno.EINVAL)
-
-    def _end_of(self, member: str) -> int:
-        last = [name for release, name in LAST_FIELDS[member] if release <= self.release][-1]
-        field = getattr(type(getattr(Attr(), member)), last)
-        return field.offset + field.size
 
     def _described(self, cmd: Cmd, attr: Attr) -> str:
         if cmd == Cmd.MAP_CREATE:
@@ -278,9 +232,7 @@ class Kernel(FakeKernel):
     def _obj_get_info_by_fd(self, attr: Attr) -> int:
         call = attr.info
         program = _inode(call.bpf_fd)
-        known = ctypes.sizeof(abi.ProgInfo)
-        if self.release < (4, 15):
-            known = _INFO_BYTES_OF_4_14
+        known = known_fields.info_bytes(abi.ProgInfo, self.release)
         # Of what a kernel does not know it takes zeros alone (check_uarg_tail_zero).
         if any(ctypes.string_at(call.info, call.info_len)[known:]):
             raise _Refused(errno.E2BIG)
