@@ -423,9 +423,9 @@ def _cannot_look(target: Process, error: OSError) -> ProcessError:
 def _why_unknown(error: OSError) -> str:
     """Why it cannot be told whether sockets are covered."""
     asked = str(error.filename or "").startswith("BPF_")
+    if asked and not isinstance(error, PermissionError):
+        return privileges.why_refused(error, str(error.filename))
     if error.errno == errno.ENOSYS:
-        if asked:
-            return privileges.why_refused(error, str(error.filename))
         return "the kernel has no pidfd_getfd (Linux 5.6), or a filter refuses it"
     if asked:
         return (

@@ -143,7 +143,13 @@ def info_by_id(btf_id: int) -> BtfInfo:
     """What the kernel says of a BTF. Linux 4.18, names 5.11; needs CAP_SYS_ADMIN."""
     name = ctypes.create_string_buffer(_NAME_BYTES)
     info = abi.BtfInfo(name=ctypes.addressof(name), name_len=_NAME_BYTES)
-    _fill(btf_id, info)
+    try:
+        _fill(btf_id, info)
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        info = abi.BtfInfo()
+        _fill(btf_id, info)
     text = name.value.decode("utf-8", "replace")
     return BtfInfo(info.id, text, info.btf_size, bool(info.kernel_btf))
 

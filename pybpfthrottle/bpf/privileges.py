@@ -159,6 +159,11 @@ def why_refused(error: OSError, command: str, needed: Optional[Iterable[Capabili
         return f"{command} gives EPERM: {why_not_permitted(command, needed)}"
     if error.errno == errno.ENOSYS:
         return f"{command} gives ENOSYS: this kernel has no bpf(2) system call (CONFIG_BPF_SYSCALL)"
+    if error.errno == errno.EINVAL:
+        from pybpfthrottle.bpf.obj import releases
+
+        if command in releases.COMMANDS:
+            return f"this kernel does not have {command} (Linux {releases.COMMANDS[command]})"
     return str(error)
 
 

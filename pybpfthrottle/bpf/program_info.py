@@ -85,11 +85,15 @@ def xlated_code(fd: int) -> bytes:
 
 
 def function_addresses(fd: int) -> tuple[int, ...]:
-    """Where the kernel has the machine code of each of a program's functions. Linux 4.18."""
+    """Where the kernel has the machine code of each of a program's functions.
+
+    Linux 4.18; none where it is not compiled.
+    """
     count = descriptors.fill_info(fd, abi.ProgInfo()).nr_jited_ksyms
     addresses = (ctypes.c_uint64 * count)()
     info = abi.ProgInfo(nr_jited_ksyms=count, jited_ksyms=ctypes.addressof(addresses))
-    descriptors.fill_info(fd, info)
+    if count:
+        descriptors.fill_info(fd, info)
     return tuple(addresses)
 
 

@@ -24,6 +24,8 @@ from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import BpfError
 
 Record = dict[str, Any]
+# In a record, null: what it does not have at all it does not mention.
+UNKNOWN = object()
 
 
 class Kind(NamedTuple):
@@ -85,9 +87,9 @@ def refused(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         number = error.errno or 0
-        why = f"{error.strerror} ({syscall.errno_name(number)} of {error.filename or 'bpf(2)'})"
-        if number in (errno.EPERM, errno.ENOSYS):
-            why = privileges.why_refused(error, str(error.filename))
+        why = privileges.why_refused(error, str(error.filename))
+        if why == str(error):
+            why = f"{error.strerror} ({syscall.errno_name(number)} of {error.filename or 'bpf(2)'})"
         where = f" {error.filename2}" if error.filename2 else ""
         raise BpfError(f"cannot {what}{where}: {why}", errno=number) from error
 
@@ -121,8 +123,7 @@ def program_record(info: ProgramInfo) -> Record:
         name=info.name,
         tag=info.tag,
         gpl_compatible=info.gpl_compatible,
-        loaded_at=round(_boot_time_s() + info.load_time_ns / 1e9),
-        uid=info.created_by_uid,
+        **_loaded(info),
         run_time_ns=info.run_time_ns or None,
         run_cnt=info.run_count or None,
         bytes_xlated=info.xlated_bytes,
@@ -132,6 +133,14 @@ def program_record(info: ProgramInfo) -> Record:
         map_ids=list(info.map_ids) or None,
         btf_id=info.btf_id or None,
     )
+
+
+def _loaded(info: ProgramInfo) -> Record:
+    """When and by whom: not known before Linux 4.15, whose zeros are neither the boot nor root."""
+    if not info.load_time_ns:
+        return {"loaded_at": UNKNOWN, "uid": UNKNOWN}
+    at = round(_boot_time_s() + info.load_time_ns / 1e9)
+    return {"loaded_at": at, "uid": info.created_by_uid}
 
 
 def map_record(info: MapInfo) -> Record:
@@ -186,7 +195,8 @@ LINKS = Kind("link", links.all_ids, links.open_by_id, links.open_pinned, link_re
 
 
 def _without_nothing(**fields: Any) -> Record:
-    return {name: value for name, value in fields.items() if value is not None}
+    told = {name: value for name, value in fields.items() if value is not None}
+    return {name: None if value is UNKNOWN else value for name, value in told.items()}
 
 
 def _name(names: Any, number: int) -> Any:

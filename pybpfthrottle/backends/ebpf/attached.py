@@ -145,6 +145,8 @@ def _details(info: ProgramInfo) -> str:
         kind = ProgType(info.type).name.lower()
     except ValueError:
         kind = str(info.type)
+    if not info.load_time_ns:  # before Linux 4.15
+        return f"id {info.id}, tag {info.tag}, {kind}"
     try:
         user = pwd.getpwuid(info.created_by_uid).pw_name
     except KeyError:

@@ -115,6 +115,20 @@ MAP_TYPES = {
     _M.ARENA: "6.9",
 }
 
+# Of commands that look at what there is: where they are EINVAL, the kernel does not have them.
+COMMANDS = {
+    "BPF_PROG_GET_NEXT_ID": "4.13",
+    "BPF_MAP_GET_NEXT_ID": "4.13",
+    "BPF_PROG_GET_FD_BY_ID": "4.13",
+    "BPF_MAP_GET_FD_BY_ID": "4.13",
+    "BPF_OBJ_GET_INFO_BY_FD": "4.13",
+    "BPF_PROG_QUERY": "4.15",
+    "BPF_BTF_GET_FD_BY_ID": "4.18",
+    "BPF_BTF_GET_NEXT_ID": "5.4",
+    "BPF_LINK_GET_FD_BY_ID": "5.8",
+    "BPF_LINK_GET_NEXT_ID": "5.8",
+}
+
 # Helpers were numbered as they came: the first number that each release added.
 _HELPERS = (
     *((1, "3.19"), (4, "4.1"), (12, "4.2"), (17, "4.3"), (23, "4.4"), (26, "4.5"), (27, "4.6")),
