@@ -86,6 +86,17 @@ def _probe_link() -> None:
             raise
 
 
+def _probe_query() -> None:
+    # The same as of links.
+    attr = Attr()
+    attr.query.target_fd = (1 << 31) - 1
+    try:
+        syscall.bpf(Cmd.PROG_QUERY, attr)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+
+
 def _probe_data_sections() -> None:
     with maps.create(MapSpec("probe", MapType.ARRAY, 4, 4, 1)) as array:
         code = asm.load_map_value(1, array.fd, 0) + asm.return_imm(1)
@@ -113,5 +124,7 @@ def helper(program_type: ProgType, number: int) -> Feature:
     return Feature(f"helper {number} for {program_type.name.lower()}", since, probe)
 
 
+# It came together with several programs on one cgroup (BPF_F_ALLOW_MULTI).
+QUERY = Feature("several programs on a cgroup, and BPF_PROG_QUERY", "4.15", _probe_query)
 LINK = Feature("BPF links to cgroups", "5.7", _probe_link)
 DATA_SECTIONS = Feature("data sections (.data, .rodata, .bss)", "5.2", _probe_data_sections)

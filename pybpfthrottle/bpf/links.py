@@ -204,7 +204,11 @@ def attach_legacy(
 
 
 def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:
-    """BPF_PROG_DETACH. Linux 4.10. Raises OSError."""
+    """BPF_PROG_DETACH. Linux 4.10. Raises OSError.
+
+    In any other mode than multiple it detaches whatever program is there, with a ``program_fd`` of
+    0 too.
+    """
     attr = Attr()
     attr.prog_attach.target_fd = cgroup_fd
     attr.prog_attach.attach_bpf_fd = program_fd

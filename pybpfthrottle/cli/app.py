@@ -164,7 +164,7 @@ def run(**options: Any) -> None:
     """
     from pybpfthrottle.cli import run as run_command
 
-    request = request_from(options, own_cgroup=True)
+    request = request_from(options)
     start_logging(request.verbose)
     sys.exit(run_command.run(request, **options))
 

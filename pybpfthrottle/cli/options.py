@@ -130,11 +130,8 @@ class Request(NamedTuple):
         return ThrottleSpec(target, self.limits, self.traffic, self.label)
 
 
-def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
-    """Take the shared options out of those of a command; a usage error if there is no limit.
-
-    With ``own_cgroup`` nobody else can have attached anything where the limit goes.
-    """
+def request_from(given: dict[str, Any]) -> Request:
+    """Take the shared options out of those of a command; a usage error if there is no limit."""
     from pybpfthrottle import settings
     from pybpfthrottle.backends.ebpf.options import Options
 
@@ -142,7 +139,7 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
         found = settings.load(
             method=given.pop("bpf_attach_method"),
             shape=given.pop("shape"),
-            exclusive=own_cgroup or given.pop("exclusive", False),
+            exclusive=given.pop("exclusive", False),
         )
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

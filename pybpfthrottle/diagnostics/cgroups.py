@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
 from pybpfthrottle.backends.ebpf.attached import Links
 from pybpfthrottle.bpf.links import AttachMode
@@ -148,7 +148,12 @@ def _programs(setup: Setup) -> Result:
     if target is None:
         return skipped("there is no target", cause="needs")
     known = Links()
-    there = [one for where in target.with_ancestors() for one in attached.at(where, known=known)]
+    try:
+        there = [
+            one for where in target.with_ancestors() for one in attached.at(where, known=known)
+        ]
+    except OSError as error:
+        return skipped(privileges.why_refused(error, str(error.filename)), cause="not-told")
     evidence = [
         f"{one.cgroup.path}: {one.attach_type.name.lower()} {_MODES.get(one.mode, '?')}: {one}"
         for one in there

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Iterator
 
-from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attached import Links
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -125,7 +125,11 @@ def _systemd(setup: Setup) -> Result:
     known = Links()
     found: dict[str, list[str]] = {}
     for cgroup in cgroups_v2.walk():
-        for one in attached.at(cgroup, known=known):
+        try:
+            there = list(attached.at(cgroup, known=known))
+        except OSError as error:
+            return skipped(privileges.why_refused(error, str(error.filename)))
+        for one in there:
             name = one.info.name if one.info else ""
             if name in _OF_SYSTEMD:
                 found.setdefault(f"{name} ({_OF_SYSTEMD[name]})", []).append(cgroup.path)

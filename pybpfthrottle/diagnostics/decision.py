@@ -377,6 +377,28 @@ _UNPROVED = Conclusion(
     ("cgroup.scratch", "trial.upload", "trial.download"),
     works=True,
 )
+_ALONE = Conclusion(
+    "one-program-alone",
+    "A",
+    "The kernel runs one program alone for a cgroup",
+    "--cgroup and --unit ask for --exclusive, and in a cgroup of its own nothing could be tried",
+    "several programs on a cgroup came with Linux 4.15, and so did the question which are there",
+    "make cgroup v2 writable, end what another tool has attached above, and use pybpfthrottle run;"
+    " or add --exclusive, which may switch another tool's program off",
+    ("trial.target", "trial.legacy", "cgroup.scratch"),
+)
+_WORKS_ALONE = Conclusion(
+    "works-in-own-cgroups",
+    "W",
+    "This machine can limit, in cgroups of its own",
+    "packets over the limit are dropped, in both directions; a limit within a limit is refused",
+    "this kernel (before Linux 4.15) runs one program alone for a cgroup: pybpfthrottle run and"
+    " --move-cgroup make one; --cgroup and --unit ask for --exclusive, which may switch another"
+    " tool's program off",
+    "",
+    ("trial.target", "trial.legacy"),
+    works=True,
+)
 _WORKS_LEGACY = Conclusion(
     "works-by-legacy",
     "W",
@@ -406,6 +428,10 @@ def _by_link(results: Results) -> bool:
     return results["trial.target"].cause != "legacy" and results["trial.link"].cause != "no-links"
 
 
+def _beside_others(results: Results) -> bool:
+    return "alone" not in (results["trial.target"].cause, results["trial.legacy"].cause)
+
+
 def _traffic_cause(*causes: str) -> Callable[[Results], bool]:
     return lambda results: any(
         results[name].cause in causes for name in ("trial.upload", "trial.download")
@@ -421,12 +447,27 @@ _TRAFFIC = Question(
         Question(
             "Could both directions be tried?",
             _traffic_proved,
-            Question("By link?", _by_link, _WORKS, _WORKS_LEGACY),
             Question(
-                "Is a cgroup for commands all that lacks?",
-                _cause("cgroup.scratch", "no-own-cgroup"),
-                _NO_OWN_CGROUP,
-                _UNPROVED,
+                "By link?",
+                _by_link,
+                _WORKS,
+                Question(
+                    "Is it attached beside other programs?",
+                    _beside_others,
+                    _WORKS_LEGACY,
+                    _WORKS_ALONE,
+                ),
+            ),
+            Question(
+                "Would it be attached beside other programs?",
+                _beside_others,
+                Question(
+                    "Is a cgroup for commands all that lacks?",
+                    _cause("cgroup.scratch", "no-own-cgroup"),
+                    _NO_OWN_CGROUP,
+                    _UNPROVED,
+                ),
+                _ALONE,
             ),
         ),
         _NOT_DROPPED,

@@ -7,6 +7,7 @@ import select
 import socket
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Callable
 
 from pybpfthrottle import settings, throttle
@@ -17,7 +18,7 @@ from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf import features, links, loader, programs, syscall
 from pybpfthrottle.bpf.abi import BPF_F_ALLOW_MULTI, AttachType, Attr, Cmd, ProgType
-from pybpfthrottle.bpf.links import Attachment
+from pybpfthrottle.bpf.links import Attachment, AttachMode
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.diagnostics import shipped
@@ -102,8 +103,21 @@ def _link(setup: Setup) -> Result:
     return found
 
 
+def _legacy(setup: Setup) -> Result:
+    """Before Linux 4.15 one program is alone on a cgroup; on one of our own that does no harm."""
+    found = _at_scratch(links.attach_legacy)(setup)
+    if not found.cause or features.QUERY.available():
+        return found
+    single = _at_scratch(partial(links.attach_legacy, mode=AttachMode.SINGLE))(setup)
+    if single.cause:
+        return replace(single, evidence=(found.text,))
+    return warned(f"as the only program alone: {single.text}", found.text, cause="alone")
+
+
 def _link_flags(setup: Setup) -> Result:
     """Some loaders pass BPF_F_ALLOW_MULTI to BPF_LINK_CREATE, and never learn why that fails."""
+    if not features.LINK.available():
+        return skipped("this kernel has no links (Linux 5.7)", cause="no-links")
     assert setup.scratch is not None  # noqa: S101 - the check needs cgroup.scratch
     hook = AttachType.CGROUP_INET_EGRESS
     fd = setup.scratch.open()
@@ -139,6 +153,13 @@ def _by_either_way(cgroup: Cgroup) -> Result:
     except CgroupError as error:
         return failed(str(error), cause="target-gone")
     evidence = [f"by link: {by_link.text}", f"by the legacy call: {by_call.text}"]
+    if by_call.cause and not features.QUERY.available():
+        return warned(
+            f"this kernel (before Linux 4.15) runs one program alone for {cgroup.path}, and does"
+            " not tell whether there is one: not tried, since it might switch another one off",
+            *evidence,
+            cause="alone",
+        )
     if by_call.cause:
         return failed(by_link.text, *evidence, cause=by_link.cause)
     if all(_stands_in(policy, by_link.cause) for policy in settings.load().attach.values()):
@@ -339,7 +360,7 @@ CHECKS = (
         "attach by the legacy call",
         "the way of kernels before 5.7, and where links are refused",
         "use --bpf-attach-method link",
-        _at_scratch(links.attach_legacy),
+        _legacy,
         _ON_SCRATCH,
     ),
     Check(

@@ -26,6 +26,16 @@ _NAME = re.compile(rf"{PREFIX}(?:moved-)?(\d+)-(\d+)(?:-(\d+))?-\d+")
 _held: set[str] = set()
 
 
+def is_ours(cgroup: Cgroup) -> bool:
+    """Whether its name says that an instance of this program made it."""
+    return _NAME.fullmatch(os.path.basename(cgroup.path)) is not None
+
+
+def is_held(cgroup: Cgroup) -> bool:
+    """Whether this process made it, and has not given it up."""
+    return cgroup.path in _held
+
+
 class OwnCgroup:
     """A cgroup that this process made."""
 

@@ -8,7 +8,8 @@ import os
 import resource
 import sys
 from functools import cache
-from typing import NamedTuple, Optional
+from pathlib import Path
+from typing import Iterable, NamedTuple, Optional
 
 import known_fields
 from fake_kernel import Call, FakeKernel, _is_open
@@ -32,6 +33,8 @@ class FakeMap(NamedTuple):
     value_size: int
     value_bytes: int
     contents: dict[bytes, bytes]
+    type: int = 0
+    name: bytes = b""
 
 
 class Standing(NamedTuple):
@@ -92,7 +95,8 @@ class Kernel(FakeKernel):
 
     def map_of(self, value_size: int) -> FakeMap:
         """The map with values of a size: on 4.14 maps have no names."""
-        (found,) = (m for m in self.maps.values() if m.value_size == value_size)
+        live = (self.maps[inode] for inode in self._live(self.maps))
+        (found,) = (one for one in live if one.value_size == value_size)
         return found
 
     def asked(self, *commands: str) -> list[str]:
@@ -131,7 +135,8 @@ class Kernel(FakeKernel):
         keys = (index.to_bytes(4, sys.byteorder) for index in range(wanted.max_entries))
         fd = self.create()
         self.maps[_inode(fd)] = FakeMap(
-            fd, wanted.key_size, wanted.value_size, size, dict.fromkeys(keys, bytes(size))
+            *(fd, wanted.key_size, wanted.value_size, size, dict.fromkeys(keys, bytes(size))),
+            *(wanted.map_type, wanted.map_name),
         )
         return fd
 
@@ -150,6 +155,39 @@ class Kernel(FakeKernel):
             raise _Refused(errno.E2BIG)
         found.contents[key] = ctypes.string_at(attr.map_elem.value, found.value_bytes)
         return 0
+
+    def _map_get_next_key(self, attr: Attr) -> int:
+        call = attr.map_elem
+        keys = list(self.maps[_inode(call.map_fd)].contents)
+        before = ctypes.string_at(call.key, 4) if call.key else b""
+        at = keys.index(before) + 1 if before in keys else 0
+        if at == len(keys):
+            raise _Refused(errno.ENOENT)
+        ctypes.memmove(call.value, keys[at], len(keys[at]))
+        return 0
+
+    def _map_get_next_id(self, attr: Attr) -> int:
+        return _next_id(attr, self._live(self.maps))
+
+    def _prog_get_next_id(self, attr: Attr) -> int:
+        return _next_id(attr, self._live(self.programs))
+
+    def _map_get_fd_by_id(self, attr: Attr) -> int:
+        return self._opened(attr.get_id.id, self.maps)
+
+    def _prog_get_fd_by_id(self, attr: Attr) -> int:
+        return self._opened(attr.get_id.id, self.programs)
+
+    def _opened(self, number: int, among: Iterable[int]) -> int:
+        """A descriptor of a map or program; its number is the inode of its file."""
+        if number not in self._live(among):
+            raise _Refused(errno.ENOENT)
+        return os.dup(next(fd for fd, inode in self._created if inode == number))
+
+    def _live(self, inodes: Iterable[int]) -> list[int]:
+        """Those whose file is open."""
+        open_now = {inode for fd, inode in self._created if _is_open(fd, inode)}
+        return sorted(open_now.intersection(inodes))
 
     def _prog_load(self, attr: Attr) -> int:
         load = attr.prog_load
@@ -200,13 +238,16 @@ class Kernel(FakeKernel):
             here = self._at(target, call.attach_type)
             if any(found.mode in ("MULTI", "link") for found in here):
                 raise _Refused(errno.EPERM)
+            if self.release < (4, 15):
+                self._refuse_other_mode(call, mode, here)
             self._standing = [found for found in self._standing if found not in here]
         self._standing.append(Standing(target, call.attach_type, mode, program))
         return 0
 
     def _prog_detach(self, attr: Attr) -> int:
         call = attr.prog_attach
-        program = _inode(call.attach_bpf_fd)
+        # Where there is one program alone, 4.14 does not even look at the field.
+        program = _inode(call.attach_bpf_fd) if call.attach_bpf_fd else 0
         gone = [
             found
             for found in self._at(_inode(call.target_fd), call.attach_type)
@@ -231,12 +272,20 @@ class Kernel(FakeKernel):
 
     def _obj_get_info_by_fd(self, attr: Attr) -> int:
         call = attr.info
-        program = _inode(call.bpf_fd)
-        known = known_fields.info_bytes(abi.ProgInfo, self.release)
+        inode = _inode(call.bpf_fd)
+        kind = abi.MapInfo if inode in self.maps else abi.ProgInfo
+        known = known_fields.info_bytes(kind, self.release)
         # Of what a kernel does not know it takes zeros alone (check_uarg_tail_zero).
         if any(ctypes.string_at(call.info, call.info_len)[known:]):
             raise _Refused(errno.E2BIG)
-        abi.ProgInfo.from_address(call.info).id = program
+        if kind is abi.ProgInfo:
+            abi.ProgInfo.from_address(call.info).id = inode
+            return 0
+        info, found = abi.MapInfo.from_address(call.info), self.maps[inode]
+        info.type, info.id, info.max_entries = found.type, inode, len(found.contents)
+        info.key_size, info.value_size = found.key_size, found.value_size
+        if self.release >= (4, 15):
+            info.name = found.name
         return 0
 
     def _alive(self) -> list[Standing]:
@@ -250,6 +299,19 @@ class Kernel(FakeKernel):
         number = self.refused_modes.get((attach_type, mode))
         if number:
             raise _Refused(number)
+
+    def _refuse_other_mode(self, call: abi.ProgAttach, mode: str, here: list[Standing]) -> None:
+        """__cgroup_bpf_update() of 4.14: below a program, only override below override.
+
+        Over a program, only the mode that it has.
+        """
+        path = Path(os.readlink(f"/proc/self/fd/{call.target_fd}"))
+        above = (self._at(parent.stat().st_ino, call.attach_type) for parent in path.parents)
+        nearest: list[Standing] = next(filter(None, above), [])
+        if any("SINGLE" in (found.mode, mode) for found in nearest):
+            raise _Refused(errno.EPERM)
+        if any(found.mode != mode for found in here):
+            raise _Refused(errno.EPERM)
 
     def _refuse_beside(self, target: int, attach_type: int) -> None:
         if any(found.mode in ("SINGLE", "OVERRIDE") for found in self._at(target, attach_type)):
@@ -270,6 +332,14 @@ def _inode(fd: int) -> int:
         return os.fstat(fd).st_ino
     except (OSError, OverflowError):
         raise _Refused(errno.EBADF) from None
+
+
+def _next_id(attr: Attr, ids: list[int]) -> int:
+    later = [number for number in ids if number > attr.get_id.id]
+    if not later:
+        raise _Refused(errno.ENOENT)
+    attr.get_id.next_id = later[0]
+    return 0
 
 
 def _code(attr: Attr) -> bytes:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import Iterator, Optional
+from functools import partial
+from typing import Callable, Iterator, Optional
 
 from pybpfthrottle.backends.ebpf import attached, privileges
-from pybpfthrottle.bpf import features, links
-from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf import features, links, syscall
+from pybpfthrottle.bpf.abi import AttachType, Cmd
 from pybpfthrottle.bpf.links import Attachment, AttachMode, Link
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.errors import AttachError
+from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
@@ -47,10 +49,13 @@ def attach(
     cgroup: Cgroup,
     attach_type: AttachType,
     policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
+    *,
+    before_replacing: Callable[[Cgroup], None] = lambda _: None,
 ) -> Attachment:
     """Attach by the policy's method: auto is a link, and after some errors the legacy call.
 
-    Raises CgroupError, or AttachError with the cause.
+    ``before_replacing`` is asked where this may switch off another program (before Linux 4.15),
+    and raises what speaks against it. Raises CgroupError, or AttachError with the cause.
     """
     if policy.method not in ATTACH_METHODS:
         known = ", ".join(ATTACH_METHODS)
@@ -58,7 +63,8 @@ def attach(
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
-        attachment = _attach(program, fd, attach_type, policy)
+        alone = partial(_alone, program, cgroup, fd, attach_type, policy, before_replacing)
+        attachment = _attach(program, fd, attach_type, policy, alone)
     except OSError as error:
         why = _explain(error, program, cgroup, fd, attach_type, policy)
         raise AttachError(
@@ -73,10 +79,16 @@ def attach(
     return attachment
 
 
-def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy) -> Attachment:
+def _attach(
+    program: Program,
+    fd: int,
+    attach_type: AttachType,
+    policy: AttachPolicy,
+    alone: Callable[[], Attachment],
+) -> Attachment:
     if policy.method == "legacy":
         log.info("Using legacy BPF attach method (bpf_prog_attach)")
-        return _attach_legacy(program, fd, attach_type, policy)
+        return _attach_legacy(program, fd, attach_type, alone)
     if policy.method == "auto":
         log.debug("Auto-detecting best BPF attach method")
     try:
@@ -92,33 +104,55 @@ def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPo
         log.warning(
             "Modern attach failed with %s, falling back to legacy method...", errno_name(found)
         )
-        return _attach_legacy(program, fd, attach_type, policy)
+        return _attach_legacy(program, fd, attach_type, alone)
     log.info("✅ Successfully attached using modern method (bpf_link_create)")
     return link
 
 
 def _attach_legacy(
-    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+    program: Program, fd: int, attach_type: AttachType, alone: Callable[[], Attachment]
 ) -> Attachment:
-    attachment = _first_accepted(program, fd, attach_type, policy)
+    """Multiple; on a kernel without it as the only program."""
+    try:
+        attachment: Attachment = links.attach_legacy(
+            program, fd, attach_type, AttachMode.ALLOW_MULTIPLE
+        )
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        attachment = alone()
     log.info("✅ Successfully attached using legacy method!")
     return attachment
 
 
-def _first_accepted(
-    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+def _alone(
+    program: Program,
+    cgroup: Cgroup,
+    fd: int,
+    attach_type: AttachType,
+    policy: AttachPolicy,
+    before_replacing: Callable[[Cgroup], None],
 ) -> Attachment:
-    """Multiple; on a kernel without it the other modes, if they may replace what is there."""
+    """Attach as the only program (before Linux 4.15), where that cannot, or may, replace another.
+
+    Nobody else uses a cgroup that this process made; in single mode nobody can attach below it
+    either, which would end the limit there. Raises OSError, or what ``before_replacing`` raises.
+    """
+    own = own_cgroups.is_held(cgroup)
+    if not (own or policy.exclusive) or _has_query(fd, attach_type):
+        raise syscall.error(errno.EINVAL, Cmd.PROG_ATTACH)
+    modes = [AttachMode.ALLOW_OVERRIDE, AttachMode.SINGLE]
+    if own:
+        modes = [AttachMode.SINGLE, *modes[: int(policy.exclusive)]]
+    if policy.exclusive:
+        before_replacing(cgroup)
     try:
-        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not policy.exclusive or _has_query(fd, attach_type):
-            raise
-    try:
-        return links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_OVERRIDE)
+        return links.attach_legacy(program, fd, attach_type, modes[0])
     except OSError:
-        # Below a cgroup with an exclusive program, or before Linux 4.12.
-        return links.attach_legacy(program, fd, attach_type, AttachMode.SINGLE)
+        # Below another program, or (override) before Linux 4.12.
+        if len(modes) == 1:
+            raise
+    return links.attach_legacy(program, fd, attach_type, modes[1])
 
 
 def rung(attachment: Attachment) -> str:
@@ -190,6 +224,12 @@ def _not_permitted(
     exclusive = exclusive_program(cgroup, attach_type)
     if exclusive:
         return exclusive
+    if command == "BPF_PROG_ATTACH" and not features.QUERY.available():
+        return (
+            "another program is attached there or above, and this kernel (before Linux 4.15) runs"
+            " one alone for a cgroup, and does not tell which. End it first, or limit a cgroup"
+            " elsewhere; pybpfthrottle list names limits"
+        )
     text = privileges.why_not_permitted(command)
     if command == "BPF_LINK_CREATE" and policy.method == "auto":
         name = errno.errorcode[error.errno or 0]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf import features, links, programs
 from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
 from pybpfthrottle.bpf.links import AttachMode, LinkInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
@@ -99,8 +99,9 @@ def at(
             try:
                 found = links.query(fd, hook, effective=effective)
             except OSError as error:
-                # An attach type that this kernel does not have.
-                if error.errno in (errno.EINVAL, errno.ENOTSUP, ENOTSUPP):
+                # An attach type that this kernel does not have; or it does not have the question.
+                lacks = error.errno in (errno.EINVAL, errno.ENOTSUP, ENOTSUPP)
+                if lacks and features.QUERY.available():
                     continue
                 raise
             mode = None if effective else AttachMode(found.attach_flags)

@@ -182,11 +182,12 @@ class FoundThrottle:
         """Detach its programs from cgroups. Those at tracepoints end with its owner."""
         some_map = next(iter(_map_ids(self._found).values()))
         ours = registry.programs_of(some_map)
-        for link in links.all_infos():
-            if link.program_id in ours and link.type == LinkType.CGROUP:
-                # Linux 5.9; before, the programs stay and let all pass.
-                with suppress(OSError), links.open_by_id(link.id) as open_link:
-                    open_link.force_detach()
+        with suppress(OSError):  # before Linux 5.8 they cannot be listed
+            for link in links.all_infos():
+                if link.program_id in ours and link.type == LinkType.CGROUP:
+                    # Linux 5.9; before, the programs stay and let all pass.
+                    with suppress(OSError), links.open_by_id(link.id) as open_link:
+                        open_link.force_detach()
         for path in self._found.cgroups:
             with suppress(CgroupError):
                 _detach_legacy(Cgroup(path), ours)

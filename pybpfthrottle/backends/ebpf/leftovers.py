@@ -12,33 +12,49 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
-from pybpfthrottle.backends.ebpf.programs import Role
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat
-from pybpfthrottle.backends.ebpf.registry import Head, RecordMap, configs_of, open_map, our_programs
-from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.backends.ebpf.registry import (
+    CONFIGS,
+    Head,
+    RecordMap,
+    configs_of,
+    in_force,
+    open_map,
+    our_programs,
+)
+from pybpfthrottle.bpf import features, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import own_cgroups, process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.model import Direction
 
 log = logging.getLogger(__name__)
 
 
 class Leftover(NamedTuple):
-    """A program without an owner. ``cgroup`` is None where its cgroup was removed."""
+    """A program without an owner. ``cgroup`` is None where its cgroup was removed.
 
-    program_id: int
+    Before Linux 4.15 programs cannot be told apart: it is found by the map of its limits,
+    ``configs_id``, and ``program_id`` is None.
+    """
+
+    program_id: Optional[int]
     name: str
     hook: AttachType
     owner_pid: int
     cgroup: Optional[Cgroup]
+    configs_id: int = 0
 
     def __str__(self) -> str:
         where = self.cgroup.path if self.cgroup else "a cgroup that was removed"
-        return f"{self.name} (id {self.program_id}) on {where}, of process {self.owner_pid}"
+        number = "" if self.program_id is None else f" (id {self.program_id})"
+        return f"{self.name}{number} on {where}, of process {self.owner_pid}"
 
 
 def find() -> list[Leftover]:
@@ -51,13 +67,46 @@ def find() -> list[Leftover]:
         for owner in [_owner(info)]
         if owner is not None and process.is_gone(owner) and not _is_kept(info)
     }
+    unnamed = list(_unnamed())
     if not ours:
-        return []
+        return unnamed
     places = dict(_places(set(ours)))
-    return [
+    return unnamed + [
         Leftover(program_id, info.name, hook, owner.pid, places.get(program_id))
         for program_id, (info, hook, owner) in ours.items()
     ]
+
+
+def _unnamed() -> Iterator[Leftover]:
+    """Those of a kernel that names neither programs nor maps (before Linux 4.15), by their maps."""
+    if features.QUERY.available():
+        return
+    with suppress(OSError):  # they may not be seen
+        for record in in_force():
+            configs_id = record.handles.get("maps", {}).get(CONFIGS)
+            if configs_id is None or record.kept or not process.is_gone(record.owner):
+                continue
+            for direction in _armed_without_name(configs_id):
+                program = shipped.policer(Scope.ALL, direction, "deny")
+                for path in record.cgroups or [None]:
+                    place = Cgroup(path) if path is not None and os.path.isdir(path) else None
+                    yield Leftover(
+                        *(None, program.name, program.attach_type, record.owner.pid, place),
+                        configs_id=configs_id,
+                    )
+
+
+def _armed_without_name(configs_id: int) -> list[Direction]:
+    """The directions that a map without a name limits."""
+    with suppress(OSError), maps.open_by_id(configs_id) as found:
+        if not found.spec.name:
+            heads = found.typed(U32, RAW).items()
+            return [
+                Direction(key)
+                for key, value in heads
+                if Head.from_buffer_copy(value).rate_bytes_per_s
+            ]
+    return []
 
 
 def remove(leftover: Leftover) -> None:
@@ -65,14 +114,38 @@ def remove(leftover: Leftover) -> None:
 
     Connections that it shaped get back what they had.
     """
-    map_ids = programs.info_by_id(leftover.program_id).map_ids
+    if leftover.program_id is None:
+        _remove_unnamed(leftover)
+    else:
+        _remove_program(leftover, leftover.program_id)
+    log.info("Removed %s, which a crash has left", leftover)
+
+
+def _remove_unnamed(leftover: Leftover) -> None:
+    """Detach whatever is on a cgroup of ours; on another one it may be somebody else's by now.
+
+    There it stays until the cgroup is removed, and lets all packets pass.
+    """
+    if leftover.cgroup is not None and own_cgroups.is_ours(leftover.cgroup):
+        fd = leftover.cgroup.open()
+        try:
+            links.detach(0, fd, leftover.hook)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        finally:
+            os.close(fd)
+    _disarm([leftover.configs_id])
+
+
+def _remove_program(leftover: Leftover, program_id: int) -> None:
+    map_ids = programs.info_by_id(program_id).map_ids
     shaped = open_map(map_ids, SOCKETS)
     with nullcontext() if shaped is None else shaped:
-        if leftover.cgroup is None or not _detach(leftover, leftover.cgroup):
+        if leftover.cgroup is None or not _detach(program_id, leftover.hook, leftover.cgroup):
             _disarm(map_ids)
         if shaped is not None and leftover.cgroup is not None:
             connections.restore(connections.pids([leftover.cgroup]), shaped)
-    log.info("Removed %s, which a crash has left", leftover)
 
 
 def remove_all() -> list[Leftover]:
@@ -122,12 +195,12 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
                 os.close(fd)
 
 
-def _detach(leftover: Leftover, cgroup: Cgroup) -> bool:
+def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
     """Whether it could be detached: a link that a child has inherited cannot."""
     cgroup_fd = cgroup.open()
     try:
-        with programs.open_by_id(leftover.program_id) as program:
-            links.detach(program.fd, cgroup_fd, leftover.hook)
+        with programs.open_by_id(program_id) as program:
+            links.detach(program.fd, cgroup_fd, hook)
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise

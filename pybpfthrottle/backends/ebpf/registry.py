@@ -27,9 +27,12 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleRecordFlags,
 )
 from pybpfthrottle.bpf import links, maps, programs
+from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.program_info import ProgramInfo
+from pybpfthrottle.errors import AttachError
+from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
@@ -122,16 +125,62 @@ def in_force() -> Iterator[Record]:
     Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError without.
     """
     known: set[int] = set()
+    nameless: set[int] = set()
+    yield from _recorded(known, nameless)
+    yield from _without_record(known)
+    yield from _by_configs(nameless - known)
+
+
+def _recorded(known: set[int], nameless: set[int]) -> Iterator[Record]:
+    """Return those with a record, and add their maps to ``known``.
+
+    To ``nameless`` goes each map of configurations that has no name.
+    """
     for map_id in maps.all_ids():
         with suppress(OSError, KeyError, TypeError, ValueError):  # it may end in between
-            with maps.open_by_id(map_id) as record:
-                if record.spec.name != RECORD:
+            with maps.open_by_id(map_id) as live:
+                name = name_of(live)
+                if name == CONFIGS and not live.spec.name:
+                    nameless.add(map_id)
+                if name != RECORD:
                     continue
                 known.add(map_id)
-                entry = RecordMap(record).read()
+                entry = RecordMap(live).read()
             if entry is not None:
-                yield record_of(entry, map_id)
-    yield from _without_record(known)
+                record = record_of(entry, map_id)
+                known.update(record.handles.get("maps", {}).values())
+                yield record
+
+
+def name_of(live: Map[Any, Any]) -> str:
+    """Return the name of a map. Before Linux 4.15, which keeps none, that of ours that it is like.
+
+    Raises OSError.
+    """
+    spec = live.spec
+    if spec.name or spec.type != MapType.ARRAY or spec.key_size != 4 or spec.max_entries > 2:
+        return spec.name
+    name = RECORD if spec.value_size == ctypes.sizeof(ThrottleRecord) else CONFIGS
+    if spec.value_size < ctypes.sizeof(Head):
+        return ""
+    magic = U32.encode(ThrottleFormat.MAGIC)
+    values = live.typed(U32, RAW).values()
+    return name if any(value.startswith(magic) for value in values) else ""
+
+
+def refuse_to_replace(cgroup: Cgroup) -> None:
+    """Raise AttachError where one of two limits would switch the other off (before Linux 4.15)."""
+    with suppress(OSError):  # who may not look cannot be told
+        for record in _recorded(set(), set()):
+            if record.removed or process.is_gone(record.owner):
+                continue
+            for limited in map(Cgroup, record.cgroups):
+                if cgroup in limited or limited in cgroup:
+                    raise AttachError(
+                        f"{limited.path} is limited already, by process {record.owner.pid}, and"
+                        f" this kernel (before Linux 4.15) runs one program alone for a cgroup:"
+                        f" a limit on {cgroup.path} would switch the other off. End that first"
+                    )
 
 
 def record_of(entry: Entry, map_id: int) -> Record:
@@ -175,6 +224,22 @@ def _without_record(known: set[int]) -> Iterator[Record]:
                     handles={"maps": named},
                 )
     yield from found.values()
+
+
+def _by_configs(nameless: Iterable[int]) -> Iterator[Record]:
+    """Return what has no record, on a kernel that names nothing: all that is left is a map."""
+    for map_id in nameless:
+        with suppress(OSError, KeyError):
+            limits, owner = _limits_of(map_id)
+            if owner is not None:
+                yield Record(
+                    id=f"map-{map_id}",
+                    spec=ThrottleSpec(Target(), limits),
+                    owner=owner,
+                    backend="ebpf",
+                    match=Match.CGROUP,
+                    handles={"maps": {CONFIGS: map_id}},
+                )
 
 
 def _limits_of(configs_id: int) -> tuple[dict[Direction, Optional[Rate]], Optional[Identity]]:
@@ -230,7 +295,7 @@ def map_ids(info: ProgramInfo) -> dict[str, int]:
     found = {}
     for map_id in info.map_ids:
         with suppress(OSError), maps.open_by_id(map_id) as one:
-            found[one.spec.name] = map_id
+            found[name_of(one)] = map_id
     return found
 
 
@@ -239,7 +304,7 @@ def open_map(ids: Iterable[int], name: str) -> Optional[Map[Any, Any]]:
     for map_id in ids:
         with suppress(OSError):
             found = maps.open_by_id(map_id)
-            if found.spec.name == name:
+            if name_of(found) == name:
                 return found
             found.close()
     return None

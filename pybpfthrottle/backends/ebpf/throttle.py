@@ -19,7 +19,13 @@ from pybpfthrottle.backends.ebpf.marks import Marks
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
-from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, record_of
+from pybpfthrottle.backends.ebpf.registry import (
+    ANSWER,
+    ASKED,
+    RecordMap,
+    record_of,
+    refuse_to_replace,
+)
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.maps import Map
@@ -58,7 +64,10 @@ class Placed:
         self.attachment.detach()
 
     def switch(self, method: str) -> None:
-        """Attach it by another method first, then end the old attachment. Raises AttachError."""
+        """Attach it by another method first, then end the old attachment. Raises AttachError.
+
+        Before Linux 4.15, where there is one program alone, there is also one method alone.
+        """
         if rung(self.attachment).partition(" ")[0] == method:
             return
         policy = self.policy._replace(method=method)
@@ -268,7 +277,9 @@ class EbpfThrottle:
         with ExitStack() as undo:
             for program, target, policy in wanted:
                 live = self._programs[program.name]
-                attachment = attach(live, target, program.attach_type, policy)
+                attachment = attach(
+                    live, target, program.attach_type, policy, before_replacing=refuse_to_replace
+                )
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
                 placed.append(one)

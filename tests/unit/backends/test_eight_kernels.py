@@ -13,18 +13,15 @@ import time
 from typing import NamedTuple
 
 import pytest
-from kernels import Kernel
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, ThrottleStats
-from pybpfthrottle.bpf import maps, privileges, syscall
+from pybpfthrottle.bpf import maps, privileges
 from pybpfthrottle.bpf.codecs import U32
-from pybpfthrottle.bpf.features import LINK, forget
+from pybpfthrottle.bpf.features import LINK
 from pybpfthrottle.errors import AttachError, MapCreateError, ProgramLoadError
-from pybpfthrottle.linux import cgroup
-from pybpfthrottle.linux.cgroup import Cgroup, Mount
 from pybpfthrottle.model import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 
@@ -52,42 +49,6 @@ ROWS = {
     "4.19": Row("throttle", "pybpft_egress", "MULTI", "legacy"),
     "5.4": Row("throttle-direct", "pybpft_egresscn", "MULTI", "legacy"),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_remembered():
-    """No test sees what another has found out of its kernel."""
-    forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def boot(monkeypatch, tmp_path):
-    """Puts the kernel of a release in place, with a root's privileges and cgroup v2."""
-    started = []
-
-    def booted(release):
-        kernel = Kernel(release)
-        started.append(kernel)
-        monkeypatch.setattr(syscall, "bpf", kernel)
-        return kernel
-
-    mount = Mount("0:1", "/", str(tmp_path), "cgroup2")
-    monkeypatch.setattr(cgroup, "mounts", lambda: [mount])
-    monkeypatch.setattr(privileges, "effective_capabilities", lambda: (1 << 64) - 1)
-    maps.possible_cpus()
-    yield booted
-    for kernel in started:
-        kernel.close_all()
-
-
-@pytest.fixture
-def target(tmp_path):
-    """A directory in place of a cgroup, below the one in place of the root."""
-    path = tmp_path / "limited"
-    path.mkdir()
-    return Cgroup(str(path))
 
 
 @pytest.fixture

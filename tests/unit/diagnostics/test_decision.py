@@ -9,6 +9,7 @@ from pybpfthrottle.diagnostics.check import Outcome, Result
 from pybpfthrottle.diagnostics.examine import CHECKS
 
 PASS, WARN, FAIL, SKIP = Outcome.PASS, Outcome.WARN, Outcome.FAIL, Outcome.SKIP
+ALONE = ("trial.target", WARN, "alone")
 COMMANDS = ("rights.commands", FAIL, "some")
 
 # What the checks gave that did not pass without a word, and the conclusion.
@@ -19,6 +20,23 @@ TABLE = [
     ([("rights.seccomp", WARN, "seccomp")], "works"),
     ([("rights.user_namespace", WARN, "user-namespace")], "works"),
     ([("trial.target", WARN, "legacy")], "works-by-legacy"),
+    (
+        [("trial.link", WARN, "no-links"), ("trial.legacy", WARN, "alone"), ALONE],
+        "works-in-own-cgroups",
+    ),
+    (
+        [
+            ("trial.link", WARN, "no-links"),
+            ("cgroup.target", SKIP, ""),
+            ("trial.legacy", WARN, "alone"),
+        ],
+        "works-in-own-cgroups",
+    ),
+    (
+        [("cgroup.scratch", FAIL, "no-scratch"), ("trial.upload", SKIP, "needs"), ALONE],
+        "one-program-alone",
+    ),
+    ([("trial.legacy", FAIL, "EPERM"), ("trial.upload", WARN, ""), ALONE], "one-program-alone"),
     ([("cgroup.scratch", FAIL, "no-scratch"), ("trial.upload", SKIP, "needs")], "works-unproved"),
     ([("trial.download", SKIP, "no-lo")], "works-unproved"),
     ([("cgroup.target", SKIP, ""), ("trial.target", SKIP, "needs")], "works"),
