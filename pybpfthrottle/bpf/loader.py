@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
-from typing import Any, Iterable, Mapping, NamedTuple, Optional, Union
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
 
-from pybpfthrottle.bpf import descriptors, maps, pins, programs
+from pybpfthrottle.bpf import descriptors, maps, pins, programs, syscall
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.btf_objects import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
-from pybpfthrottle.bpf.errors import MapCreateError, ObjectFileError
+from pybpfthrottle.bpf.errors import (
+    MapCreateError,
+    ObjectFileError,
+    ProgramLoadError,
+    UnresolvedError,
+)
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
@@ -21,6 +29,9 @@ from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.variables import Memory, Variable
+
+# What kernels say of what they do not know.
+_OF_OLD_KERNELS = (errno.EINVAL, errno.E2BIG, errno.EACCES, syscall.ENOTSUPP)
 
 
 class Object:
@@ -107,7 +118,7 @@ def load(
             f" this one is {sys.byteorder}-endian"
         )
     needed = _needed(spec, select)
-    with ExitStack() as undo, ObjectTypes() as types:
+    with ExitStack() as undo, ObjectTypes() as types, _naming_what_is_newer(spec, needed):
         fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
         types.load(fitting.loadable_types())
         fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
@@ -165,6 +176,36 @@ def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
                 into = names if spec.maps[name].type == MapType.PROG_ARRAY else held
                 into.extend(spec.maps[name].initial.values())
     return found
+
+
+@contextmanager
+def _naming_what_is_newer(spec: ObjectSpec, needed: _Needed) -> Iterator[None]:
+    """Add to a refusal what is needed of a newer kernel than this one says that it is.
+
+    Kernels with features of newer ones may have it all the same: the refusal itself comes first.
+    """
+    try:
+        yield
+    except UnresolvedError:
+        raise
+    except (MapCreateError, ProgramLoadError) as error:
+        newer = _newer(spec, needed) if error.errno in _OF_OLD_KERNELS else []
+        if newer:
+            release = os.uname().release
+            told = f"{error}; needed, and newer than this kernel ({release}): {', '.join(newer)}"
+            error.args = (told,)
+        raise
+
+
+def _newer(spec: ObjectSpec, needed: _Needed) -> list[str]:
+    from pybpfthrottle.bpf.obj import needs, releases
+
+    running = re.match(r"\d+\.\d+", os.uname().release)
+    return [
+        f"{need.name} (Linux {need.since})"
+        for need in needs.to_load(spec, needed.programs, needed.maps)
+        if running and releases.order(need.since) > releases.order(running[0])
+    ]
 
 
 def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:

@@ -81,6 +81,8 @@ def _run(
         command.let_go()
         registry.tidy_up()
         watch.start(pid=command.pid, command=list(argv))
+        for note in live.notes():
+            watch.note(note)
         supervisor = stack.enter_context(Supervisor())
         return _Run(command, live, watch, wait=wait).until_the_end(
             supervisor, signals, request.duration_s

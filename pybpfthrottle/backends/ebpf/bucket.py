@@ -200,6 +200,15 @@ class Bucket:
             return Shaping("police", f"the kernel refused what {shaping.method} needs")
         return shaping
 
+    def shapes_not_kept(self) -> list[str]:
+        """Return what was asked for by name and cannot be done, a line each."""
+        return [
+            f"--shape {wanted} does not work here, and the {direction} is policed: {shaping.reason}"
+            for direction, rate in self.rates.items()
+            for wanted, shaping in [(self._shapes.get(direction), self.shaping(direction))]
+            if wanted == _METHODS[direction] and shaping.method != wanted and rate is not None
+        ]
+
     def flags(self, direction: Direction) -> int:
         """Return what the programs do at present, as enum throttle_flags."""
         return int(self._configs[direction].flags & ~self._buckets[direction].refused)

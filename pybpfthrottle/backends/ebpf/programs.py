@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple, Optional, Union
 
-from pybpfthrottle.backends.ebpf import features
+from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
-from pybpfthrottle.errors import ObjectFileError
+from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
 from pybpfthrottle.model import Direction
 
 # The name of each program begins with it, in the kernel too.
@@ -43,6 +44,12 @@ class Needs(NamedTuple):
 
     release: str
     feature: str
+
+    def why_refused(self, error: BpfError) -> str:
+        """Return what is missing where that is why the kernel has refused programs."""
+        if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOMEM):
+            return str(error)
+        return f"{self.feature} (Linux {self.release}): {error}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,11 @@ def with_role(role: Role, scope: Optional[Scope] = None) -> tuple[Shipped, ...]:
 
 
 def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
-    """Return the program that drops packets; ``verdict`` is one of EGRESS_VERDICTS."""
+    """Return the program that drops packets; ``verdict`` is one of EGRESS_VERDICTS.
+
+    Raises ProgramLoadError for one that this kernel does not have: where its program is not
+    refused, the verdict is taken for another one.
+    """
     if direction is Direction.DOWNLOAD:
         verdict = _DENY
     elif verdict == "auto":
@@ -147,6 +158,15 @@ def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
         for program in with_role(Role.POLICE, scope)
         if (program.direction, program.verdict) == (direction, verdict)
     )
+    missing = features.CONGESTION_VERDICT.missing() if verdict == _TELL else None
+    if missing is not None:
+        if isinstance(missing, PermissionError):
+            missing = BpfError(privileges.why_refused(missing, "BPF_PROG_LOAD"))
+        raise ProgramLoadError(
+            f"cannot load {found.name!r}: the egress verdict congestion needs Linux"
+            f" {found.needs.release} ({missing}); use --egress-verdict deny or auto",
+            errno=getattr(missing, "errno", None) or 0,
+        )
     return found
 
 

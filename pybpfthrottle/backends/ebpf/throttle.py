@@ -128,7 +128,10 @@ class EbpfThrottle:
             try:
                 self._load(Scope.MARKED)
             except BpfError as error:
-                raise NoMarksError(f"the kernel takes no marks on sockets: {error}") from error
+                needs = programs.with_role(Role.MARK)[0].needs
+                raise NoMarksError(
+                    f"the kernel takes no marks on sockets: {needs.why_refused(error)}"
+                ) from error
         if not self._maps:
             raise ThrottleError("no target was given")
         # First: it may be needed as soon as something is shaped, and is to be forked before there
@@ -157,16 +160,16 @@ class EbpfThrottle:
             *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
         ]
         names = [program.name for program in needed]
-        shaper = programs.shaper(scope).name
+        shaper = programs.shaper(scope)
         spec = programs.read(programs.object_for(scope))
         loaded = None
         refused = None
         if self._wants_shaping():
             try:
-                loaded = loader.load(spec, [*names, shaper], maps=self._maps)
+                loaded = loader.load(spec, [*names, shaper.name], maps=self._maps)
             except BpfError as error:
-                refused = str(error)
-                log.debug("This kernel does not take %s: %s", shaper, error)
+                refused = shaper.needs.why_refused(error)
+                log.debug("This kernel does not take %s: %s", shaper.name, error)
         loaded = loaded or loader.load(spec, names, maps=self._maps)
         self._loaded.callback(loaded.close)
         self._programs.update(loaded.programs)
@@ -399,7 +402,8 @@ class EbpfThrottle:
 
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each."""
-        return [*self._notes, *(self._marks.notes() if self._marks else ())]
+        shaping = self._bucket.shapes_not_kept()
+        return [*self._notes, *shaping, *(self._marks.notes() if self._marks else ())]
 
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""

@@ -9,7 +9,7 @@ from typing import Iterable, Iterator, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType, ProgType
-from pybpfthrottle.bpf.obj import releases
+from pybpfthrottle.bpf.obj import releases, relocate
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.externs import KCONFIG, Extern
 from pybpfthrottle.bpf.obj.helper_names import helper_name
@@ -63,6 +63,7 @@ class Need(NamedTuple):
 
 
 _V4 = Need("instructions of cpu v4", "6.6")
+_LONG = Need(f"programs of more than {_MANY_INSTRUCTIONS} instructions", "5.2")
 
 
 def needs(
@@ -94,8 +95,25 @@ def needs(
     if has_core:
         found[Need("BTF of the kernel's types, for CO-RE", "5.4")] = None
     if longest > _MANY_INSTRUCTIONS:
-        found[Need(f"programs of more than {_MANY_INSTRUCTIONS} instructions", "5.2")] = None
+        found[_LONG] = None
     return sorted(found, key=lambda need: (releases.order(need.since), need.name))
+
+
+def to_load(spec: ObjectSpec, programs: Iterable[str], maps: Iterable[str]) -> list[Need]:
+    """Return what some programs and maps cannot do without, oldest first, each once."""
+    found: dict[Need, None] = {}
+    for name in maps:
+        found.update(dict.fromkeys(_of_map(spec.maps[name])))
+    for name in programs:
+        program = spec.programs[name]
+        found.update(dict.fromkeys(_of_program(program)))
+        functions = relocate.functions_of(spec, program)
+        for function in functions:
+            found.update(dict.fromkeys(_of_code(function, spec.byteorder)))
+        if sum(len(function.code) for function in functions) > _MANY_INSTRUCTIONS * INSN_BYTES:
+            found[_LONG] = None
+    needed = (need for need in found if not need.optional)
+    return sorted(needed, key=lambda need: (releases.order(need.since), need.name))
 
 
 def oldest(found: Iterable[Need]) -> str:

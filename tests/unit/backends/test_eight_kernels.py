@@ -21,9 +21,11 @@ from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, 
 from pybpfthrottle.bpf import maps, privileges
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.features import LINK
-from pybpfthrottle.errors import AttachError, MapCreateError, ProgramLoadError
+from pybpfthrottle.errors import AttachError, MapCreateError, NoMarksError, ProgramLoadError
+from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Counters, Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.targets import Selection
 
 DOWNLOAD, UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 KERNELS = ("4.14", "4.19", "5.4", "5.10", "6.1", "6.12", "6.18", "7.2")
@@ -140,6 +142,22 @@ def test_the_right_programs_stand_in_the_right_mode(release, boot, target):
             "shape_reason": "--shape police",
         }
         assert limits.how() == {DOWNLOAD: described, UPLOAD: described}
+
+
+@pytest.mark.parametrize("release", KERNELS[:3])
+def test_a_shape_that_was_asked_for_by_name_is_missed(release, boot, target):
+    """A note says that it cannot be done, and since which release it can; auto is no wish."""
+    boot(release)
+    options = Options(attach=dict.fromkeys(Direction, AttachPolicy(exclusive=True)))
+    limits = {DOWNLOAD: RATE, UPLOAD: RATE}
+    for shape, known in (("auto", 0), ("pace", 1), ("window", 1), ("police", 0)):
+        options = options._replace(shape=dict.fromkeys(Direction, shape))
+        with throttle.apply([target], limits, options=options) as live:
+            notes = live.notes()
+        assert len(notes) == known
+        for note in notes:
+            assert note.startswith(f"--shape {shape} does not work here, and the ")
+            assert "Linux 5.10" in note
 
 
 @pytest.mark.parametrize("release", KERNELS[:3])
@@ -367,17 +385,27 @@ def test_no_kernel_with_multi_is_given_another_mode(release, boot, target):
 
 @pytest.mark.parametrize("release", KERNELS)
 def test_the_congestion_verdict_can_be_asked_for(release, boot, target):
-    """Only 4.19 refuses a program that returns 2; 4.14 does not look at what is returned."""
+    """4.19 refuses a program that returns 2; 4.14 takes it, and 2 for another verdict."""
     kernel = boot(release)
     before = descriptors()
-    if release == "4.19":
-        with pytest.raises(ProgramLoadError, match="pybpft_egresscn") as caught:
+    if release in ("4.14", "4.19"):
+        with pytest.raises(ProgramLoadError, match=r"pybpft_egresscn.* needs Linux 5\.3") as caught:
             apply(target, verdict="congestion")
-        assert caught.value.errno == errno.EINVAL
+        assert caught.value.errno == (errno.E2BIG if release == "4.14" else errno.EINVAL)
+        assert kernel.standing() == []
     else:
         with apply(target, verdict="congestion"):
             assert kernel.standing()[1][2].endswith("/pybpft_egresscn")
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("release", KERNELS[:3])
+def test_single_processes_need_socket_storage(release, boot):
+    """What is missing is named, with the release that has it."""
+    boot(release)
+    own = Selection((Process(os.getpid()),))
+    with pytest.raises(NoMarksError, match=r"marks on sockets: socket storage .*\(Linux 5\.10\)"):
+        throttle.apply([], {UPLOAD: RATE}, processes=own)
 
 
 @pytest.mark.parametrize("release", KERNELS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import resource
 import sys
 
@@ -625,3 +626,46 @@ def test_a_path_that_is_no_object_is_named(kernel, tmp_path):
         loader.load(path)
     with pytest.raises(FileNotFoundError):
         loader.load(tmp_path / "missing.o")
+
+
+def boast(monkeypatch, release):
+    """Have this machine say that its kernel is of a release."""
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "here", release, "", "x86")))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "select", "release", "newer"),
+    [
+        ("object_data", "adds", "4.14.0", "data sections (.data, .rodata, .bss) (Linux 5.2)"),
+        (
+            "object_calls",
+            "calls_static",
+            "4.14",
+            "calls of the object's own functions",
+        ),
+        ("object_callbacks", "calls_back", "5.10.0-46-amd64", "callbacks (Linux 5.13)"),
+        ("object_callbacks", "calls_back", "6.12", ""),
+        ("object_callbacks", "calls_back", "unheard of", ""),
+    ],
+)
+def test_what_the_kernel_is_too_old_for(kernel, monkeypatch, fixture, select, release, newer):
+    """A refusal that may be an old kernel's has what the selected programs need of newer ones."""
+    spec = elf.read_object(compiled(fixture))
+    boast(monkeypatch, release)
+    kernel.refuse(Cmd.PROG_LOAD, errno.EINVAL)
+    kernel.refuse(Cmd.MAP_CREATE, errno.EINVAL)
+    with pytest.raises((MapCreateError, ProgramLoadError)) as caught:
+        loader.load(spec, [select])
+    told = str(caught.value).partition(f"; needed, and newer than this kernel ({release}): ")[2]
+    assert newer in told
+    assert bool(told) == bool(newer)
+
+
+def test_a_refusal_for_want_of_rights_is_not_the_kernels_age(kernel, monkeypatch):
+    """EPERM has nothing to do with what a kernel knows."""
+    spec = elf.read_object(compiled("object_calls"))
+    boast(monkeypatch, "4.14.0")
+    kernel.refuse(Cmd.PROG_LOAD, errno.EPERM)
+    with pytest.raises(ProgramLoadError) as caught:
+        loader.load(spec, list(spec.programs)[:1])
+    assert "newer" not in str(caught.value)
