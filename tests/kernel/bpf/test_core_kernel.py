@@ -10,6 +10,7 @@ import sys
 import pytest
 from compiled import compiled
 from run_once import run
+from since import needs_command, needs_machine, since
 
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import CoreRelocationKind
@@ -125,6 +126,7 @@ def test_types_match_themselves_only(types):
         assert resolver.answer(relocation).target == 1, name
 
 
+@since("5.11")  # bpf_get_current_task_btf()
 def test_loads_go_where_the_kernel_has_the_fields():
     """Fields of the running task are read right: moved, of another size, behind a pointer."""
     spec = elf.read_object(compiled("core_reads"))
@@ -140,6 +142,7 @@ def test_loads_go_where_the_kernel_has_the_fields():
     assert found["start_time"] > 1 << 32
 
 
+@since("5.11")  # bpf_get_current_task_btf()
 @pytest.mark.parametrize(
     ("program", "access", "line"),
     [
@@ -172,6 +175,7 @@ def test_a_refusal_shows_the_line_of_the_source():
 
 def test_types_may_come_from_a_file(tmp_path, answers):
     """The kernel's types may be given as a file, as they are or in an ELF file."""
+    needs_command("llvm-objcopy-14")
     plain, wrapped = tmp_path / "types", tmp_path / "vmlinux"
     with open(VMLINUX, "rb") as file:
         plain.write_bytes(file.read())
@@ -208,6 +212,8 @@ print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 def test_the_kernels_types_cost_little(tmp_path):
     """Loading a program with CO-RE takes less than 150 ms of a processor, and 30 MB."""
+    with open("/proc/cpuinfo") as file:
+        needs_machine("a processor that is not emulated", found="QEMU TCG" not in file.read())
     path = tmp_path / "core_fields.o"
     path.write_bytes(compiled("core_fields"))
     command = [sys.executable, "-c", MEASURE, str(path), "ask"]

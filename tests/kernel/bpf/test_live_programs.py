@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from compiled import compiled
-from since import since
+from since import running, since
 
 from pybpfthrottle.bpf import btf_objects, links, loader, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
@@ -124,7 +124,7 @@ def test_a_program_tells_what_it_is(loaded: Object) -> None:
     assert info.gpl_compatible
     assert info.xlated_bytes % 8 == 0
     assert info.memory_bytes >= info.xlated_bytes > 100
-    assert info.verified_instructions > 10
+    assert (info.verified_instructions > 10) == (running() >= (5, 16))
     assert len(info.tag) == 16
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from compiled import compiled
+from since import since
 
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.obj import elf
@@ -12,8 +13,8 @@ from pybpfthrottle.bpf.obj import elf
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("calls_back", 40 + (1 + 1)),
-        ("loops", sum(index + 1 for index in range(10))),
+        pytest.param("calls_back", 40 + (1 + 1), marks=since("5.13")),
+        pytest.param("loops", sum(index + 1 for index in range(10)), marks=since("5.17")),
     ],
 )
 def test_helpers_call_functions_of_the_object(name, wanted):

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 from compiled import compiled
+from since import since
 
 from pybpfthrottle.bpf import abi, descriptors, loader, maps
 from pybpfthrottle.bpf.abi import MapType
@@ -50,6 +51,7 @@ def test_maps_have_the_shapes_of_their_definitions(loaded):
     }
 
 
+@since("5.16")
 def test_map_extra_arrives():
     """The number of hashes of a Bloom filter, which has 64 bits, is that of its definition."""
     with maps.create(read("object_corrections").maps["bloom"]) as live:
@@ -132,6 +134,7 @@ def test_a_spec_may_be_edited_before_it_is_loaded():
         assert shape(found.maps["shared"]) == (MapType.HASH, 4, 16, 9, abi.BPF_F_NO_PREALLOC)
 
 
+@since("5.16")  # of the Bloom filter
 def test_known_mistakes_are_corrected():
     """A typed ring of odd size and arrays without sizes or with too many CPUs are created."""
     with loader.load(read("object_corrections")) as found:

@@ -7,6 +7,7 @@ import os
 import pytest
 from bpffs import mounted
 from compiled import compiled
+from since import since
 
 from pybpfthrottle.bpf import loader, maps, pins
 from pybpfthrottle.bpf.codecs import RAW, U32
@@ -69,6 +70,7 @@ def test_all_differences_are_listed(spec, directory):
     assert str(directory / "shared") in str(caught.value)
 
 
+@since("5.16")  # of the Bloom filter
 def test_corrected_maps_are_found_again(directory):
     """A ring whose size was rounded up is not different from what asked for it."""
     spec = elf.read_object(compiled("object_corrections"), name="object_corrections")
