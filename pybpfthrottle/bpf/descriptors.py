@@ -45,10 +45,10 @@ def open_pinned(path: Path, kind: str) -> int:
     Linux 4.4. Raises OSError, with EINVAL if something else is pinned there.
     """
     fd = _with_path(Cmd.OBJ_GET, path, 0)
-    found = _kind(fd)
-    if found not in (kind, ""):
+    actual = _kind(fd)
+    if actual not in (kind, ""):
         os.close(fd)
-        raise OSError(errno.EINVAL, f"it is a {found}, not a {kind}", os.fspath(path))
+        raise OSError(errno.EINVAL, f"it is a {actual}, not a {kind}", os.fspath(path))
     return fd
 
 

@@ -256,32 +256,32 @@ class LinkInfo(NamedTuple):
 def link_info(fd: int) -> LinkInfo:
     """What the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
     info = descriptors.fill_info(fd, abi.LinkInfo())
-    found = LinkInfo(info.id, info.type, info.prog_id)
+    common = LinkInfo(info.id, info.type, info.prog_id)
     details = info.details
     if info.type == LinkType.CGROUP:
-        own = details.cgroup
-        return found._replace(attach_type=own.attach_type, cgroup_id=own.cgroup_id)
+        part = details.cgroup
+        return common._replace(attach_type=part.attach_type, cgroup_id=part.cgroup_id)
     if info.type == LinkType.NETNS:
-        own = details.netns
-        return found._replace(attach_type=own.attach_type, netns_inode=own.netns_ino)
+        part = details.netns
+        return common._replace(attach_type=part.attach_type, netns_inode=part.netns_ino)
     if info.type == LinkType.XDP:
-        return found._replace(attach_type=AttachType.XDP, ifindex=details.xdp.ifindex)
+        return common._replace(attach_type=AttachType.XDP, ifindex=details.xdp.ifindex)
     if info.type in (LinkType.TCX, LinkType.NETKIT):
-        own = details.tcx
-        return found._replace(attach_type=own.attach_type, ifindex=own.ifindex)
+        part = details.tcx
+        return common._replace(attach_type=part.attach_type, ifindex=part.ifindex)
     if info.type == LinkType.TRACING:
-        own = details.tracing
-        return found._replace(
-            attach_type=own.attach_type,
-            target_object_id=own.target_obj_id,
-            target_btf_id=own.target_btf_id,
+        part = details.tracing
+        return common._replace(
+            attach_type=part.attach_type,
+            target_object_id=part.target_obj_id,
+            target_btf_id=part.target_btf_id,
         )
     if info.type == LinkType.SOCKMAP:
-        own = details.sockmap
-        return found._replace(attach_type=own.attach_type, map_id=own.map_id)
+        part = details.sockmap
+        return common._replace(attach_type=part.attach_type, map_id=part.map_id)
     if info.type == LinkType.RAW_TRACEPOINT:
-        return found._replace(target=_tracepoint(fd))
-    return found
+        return common._replace(target=_tracepoint(fd))
+    return common
 
 
 def _tracepoint(fd: int) -> str:

@@ -247,18 +247,18 @@ def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
     section (5.5), the name (4.15). Raises MapCreateError.
     """
     spec = corrected(spec)
-    found = adopt(_create(spec, btf_fd), spec)
+    created = adopt(_create(spec, btf_fd), spec)
     try:
         if spec.contents is not None:
-            found.typed(U32, RAW)[0] = spec.contents
+            created.typed(U32, RAW)[0] = spec.contents
         if spec.frozen:
-            _freeze_where_possible(found)
+            _freeze_where_possible(created)
     except OSError as error:
-        found.close()
+        created.close()
         raise MapCreateError(
             f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
         ) from error
-    return found
+    return created
 
 
 def corrected(spec: MapSpec) -> MapSpec:
@@ -398,9 +398,9 @@ def _why(spec: MapSpec, error: OSError) -> str:
     )
 
 
-def _freeze_where_possible(found: Map[Any, Any]) -> None:
+def _freeze_where_possible(created: Map[Any, Any]) -> None:
     try:
-        found.freeze()
+        created.freeze()
     except OSError as error:
         if error.errno != errno.EINVAL:  # before Linux 5.2
             raise

@@ -62,13 +62,13 @@ def _open(spec: MapSpec, path: str) -> Map[Any, Any]:
 
 
 def _create(spec: MapSpec, path: str, btf_fd: int) -> Map[Any, Any]:
-    found = maps.create(spec, btf_fd=btf_fd)
+    created = maps.create(spec, btf_fd=btf_fd)
     try:
-        descriptors.pin(found.fd, path)
+        descriptors.pin(created.fd, path)
     except BaseException:
-        found.close()
+        created.close()
         raise
-    return found
+    return created
 
 
 def differences(fd: int, wanted: MapSpec) -> list[str]:

@@ -315,8 +315,8 @@ def _explained(
 
 def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:
     """The poisoned instruction that the verifier reached, if it is one that it speaks of."""
-    found = _UNKNOWN_HELPER.search(log)
-    number = int(found[1]) - POISON if found else -1
+    match = _UNKNOWN_HELPER.search(log)
+    number = int(match[1]) - POISON if match else -1
     return poisoned[number] if 0 <= number < len(poisoned) else None
 
 

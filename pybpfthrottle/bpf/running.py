@@ -52,8 +52,8 @@ def version() -> int:
 
 def version_code(release: str) -> int:
     """The number of a release such as "5.4.0-42-generic"."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
-    major, minor, patch = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    major, minor, patch = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
 
 
@@ -76,9 +76,9 @@ def _version_of_notes(image: bytes) -> int:
         kind, _, at, _, _, size = struct.unpack_from("=IIQQQQ", image, table + index * entry_bytes)
         if kind == _PT_NOTE:
             # Name "Linux", type 0, and one number.
-            found = image.find(struct.pack("=III", 6, 4, 0) + b"Linux\0\0\0", at, at + size)
-            if found >= 0:
-                return int(struct.unpack_from("=I", image, found + 20)[0])
+            note = image.find(struct.pack("=III", 6, 4, 0) + b"Linux\0\0\0", at, at + size)
+            if note >= 0:
+                return int(struct.unpack_from("=I", image, note + 20)[0])
     raise ValueError("no note of Linux")
 
 
@@ -130,7 +130,7 @@ class RunningKernel:
         except ExternError:
             return False
         helpers = types.find(Kind.ENUM, "bpf_func_id")
-        names = (found.name for found in types.enumerators(helpers)) if helpers else ()
+        names = (item.name for item in types.enumerators(helpers)) if helpers else ()
         return "BPF_FUNC_get_attach_cookie" in names
 
     def symbol(self, name: str) -> Optional[int]:
@@ -161,8 +161,8 @@ class RunningKernel:
 
     def _lines_of(self, name: str) -> Iterator[bytes]:
         text = self._kallsyms
-        for found in re.finditer(rb" " + re.escape(name.encode()) + rb"(?=[\n\t])", text):
-            yield text[text.rfind(b"\n", 0, found.start()) + 1 : found.start()]
+        for match in re.finditer(rb" " + re.escape(name.encode()) + rb"(?=[\n\t])", text):
+            yield text[text.rfind(b"\n", 0, match.start()) + 1 : match.start()]
 
     @cached_property
     def types(self) -> Kernel:
@@ -174,8 +174,8 @@ class RunningKernel:
 
         path = self.types_path or os.path.join(self.directory, _VMLINUX)
         try:
-            own = not self.types_path and self.directory == BTF_DIRECTORY
-            return Kernel(_own_types() if own else _types(path), lambda: self.modules)
+            is_own = not self.types_path and self.directory == BTF_DIRECTORY
+            return Kernel(_own_types() if is_own else _types(path), lambda: self.modules)
         except OSError as error:
             raise ExternError(
                 f"the kernel's types cannot be read ({error}); they need CONFIG_DEBUG_INFO_BTF,"
@@ -190,12 +190,12 @@ class RunningKernel:
         """
         if self.types_path or not os.path.isdir(self.directory):
             return ()
-        found = []
+        modules = []
         for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
             # A module may be unloaded in the meantime.
             with suppress(FileNotFoundError), open(f"{self.directory}/{name}", "rb") as file:
-                found.append(Btf(file.read(), base=self.types.types, name=name))
-        return tuple(found)
+                modules.append(Btf(file.read(), base=self.types.types, name=name))
+        return tuple(modules)
 
 
 def _settings(path: str) -> Mapping[str, str]:

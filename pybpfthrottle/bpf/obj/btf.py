@@ -268,10 +268,10 @@ class Btf:
     def resolve(self, type_id: int) -> Type:
         """The type with typedefs, qualifiers and tags taken away."""
         for _ in range(_MAX_CHAIN):
-            found = self.type(type_id)
-            if found.kind not in MODIFIERS:
-                return found
-            type_id = found.size_or_type
+            btf_type = self.type(type_id)
+            if btf_type.kind not in MODIFIERS:
+                return btf_type
+            type_id = btf_type.size_or_type
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 
     def of_kind(self, *kinds: Kind) -> Iterator[Type]:
@@ -283,7 +283,7 @@ class Btf:
 
     def find(self, kind: Kind, name: str) -> Optional[Type]:
         """The first type of this kind and name, if there is one."""
-        return next((found for found in self.named(name) if found.kind == kind), None)
+        return next((btf_type for btf_type in self.named(name) if btf_type.kind == kind), None)
 
     def named(self, name: str, *, flavours: bool = False) -> Iterator[Type]:
         """The types of a name, in order; with their flavours, also those called NAME___anything.
@@ -322,20 +322,20 @@ class Btf:
 
     def member(self, aggregate: Type, index: int) -> Member:
         """One member of a struct or union; ``index`` is less than its vlen."""
-        one = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
-        return next(self.members(one))
+        single = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
+        return next(self.members(single))
 
-    def _items(self, found: Type, each: int) -> Iterator[array[int]]:
+    def _items(self, btf_type: Type, each: int) -> Iterator[array[int]]:
         """The words of each of a type's items, such as members."""
-        words = self._home(found)._words
-        for at in range(found.at, found.at + each * found.vlen, each):
+        words = self._home(btf_type)._words
+        for at in range(btf_type.at, btf_type.at + each * btf_type.vlen, each):
             yield words[at : at + each]
 
-    def _home(self, found: Type) -> Btf:
-        return self.base._home(found) if self.base and found.id < self._first_id else self
+    def _home(self, btf_type: Type) -> Btf:
+        return self.base._home(btf_type) if self.base and btf_type.id < self._first_id else self
 
-    def _tail(self, found: Type) -> int:
-        return self._home(found)._words[found.at]
+    def _tail(self, btf_type: Type) -> int:
+        return self._home(btf_type)._words[btf_type.at]
 
     def array(self, array: Type) -> tuple[int, int]:
         """The id of the element's type and the number of elements."""
@@ -375,22 +375,22 @@ class Btf:
         for type_id, offset, size in self._items(datasec, 3):
             yield Variable(type_id, offset, size)
 
-    def linkage(self, found: Type) -> int:
+    def linkage(self, btf_type: Type) -> int:
         """The linkage of a function or variable: a Linkage, or a number not known here."""
-        return found.vlen if found.kind == Kind.FUNC else self._tail(found)
+        return btf_type.vlen if btf_type.kind == Kind.FUNC else self._tail(btf_type)
 
     def size(self, type_id: int) -> int:
         """The size of a type in bytes."""
         count = 1
         for _ in range(_MAX_CHAIN):
-            found = self.resolve(type_id)
-            if found.kind in _SIZED:
-                return count * found.size_or_type
-            if found.kind == Kind.PTR:
+            btf_type = self.resolve(type_id)
+            if btf_type.kind in _SIZED:
+                return count * btf_type.size_or_type
+            if btf_type.kind == Kind.PTR:
                 return count * _POINTER_BYTES
-            if found.kind != Kind.ARRAY:
+            if btf_type.kind != Kind.ARRAY:
                 raise ObjectFileError(f"type {type_id} has no size", section=_SECTION)
-            type_id, elements = self.array(found)
+            type_id, elements = self.array(btf_type)
             count *= elements
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 

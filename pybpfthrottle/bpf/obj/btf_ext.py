@@ -177,23 +177,23 @@ class _Part:
 
     def read(self, wanted: int, make: Callable[..., R]) -> dict[str, Records[R]]:
         """The records, of which the first ``wanted`` words are known."""
-        found: dict[str, list[R]] = {}
+        by_section: dict[str, list[R]] = {}
         record_words = self._record_words(wanted)
         for name, begin, end in self._tables(record_words):
-            records = found.setdefault(name, [])
+            records = by_section.setdefault(name, [])
             for at in range(begin, end, record_words):
                 records.append(make(*self._words[at : at + wanted]))
-        return {name: Records(rows) for name, rows in found.items()}
+        return {name: Records(rows) for name, rows in by_section.items()}
 
     def read_lines(self) -> dict[str, Lines]:
         """The records of lines, column by column."""
-        found: dict[str, list[array[int]]] = {}
+        by_section: dict[str, list[array[int]]] = {}
         record_words = self._record_words(_LINE_WORDS)
         for name, begin, end in self._tables(record_words):
-            columns = found.setdefault(name, [array("I") for _ in range(_LINE_WORDS)])
+            columns = by_section.setdefault(name, [array("I") for _ in range(_LINE_WORDS)])
             for number, column in enumerate(columns):
                 column.extend(self._words[begin + number : end : record_words])
-        return {name: Lines(columns) for name, columns in found.items()}
+        return {name: Lines(columns) for name, columns in by_section.items()}
 
     def _record_words(self, wanted: int) -> int:
         """The length of a record; 1 where there is no table."""

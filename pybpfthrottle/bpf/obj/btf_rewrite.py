@@ -148,10 +148,10 @@ CONCESSIONS = (
 def conceding(data: bytes, concession: Concession) -> Optional[bytes]:
     """Types without what an older kernel lacks; None: they have nothing of it."""
     btf = Btf(data)
-    found = list(btf.of_kind(*concession.kinds))
+    affected = list(btf.of_kind(*concession.kinds))
     out = _Rewriting(btf)
     changed = False
-    for item in found:
+    for item in affected:
         words = concession.replace(out[item.id])
         changed = changed or words != out[item.id]
         out[item.id] = words

@@ -110,10 +110,10 @@ def _field_value(access: Access, kind: CoreRelocationKind) -> int:
 
 
 def _is_signed(btf: Btf, type_id: int) -> bool:
-    found = btf.resolve(type_id)
-    if found.kind in ENUMS:
-        return found.flag
-    return found.kind == Kind.INT and btf.integer(found).signed
+    btf_type = btf.resolve(type_id)
+    if btf_type.kind in ENUMS:
+        return btf_type.flag
+    return btf_type.kind == Kind.INT and btf.integer(btf_type).signed
 
 
 def _enum_value(access: Access) -> int:
@@ -224,6 +224,6 @@ class Resolver:
 
 def _candidates(local: Type, targets: Iterable[Btf]) -> Iterator[tuple[Btf, int]]:
     for btf in targets:
-        for found in btf.named(essential(local.name), flavours=True):
-            if same_kind(local, found):
-                yield btf, found.id
+        for btf_type in btf.named(essential(local.name), flavours=True):
+            if same_kind(local, btf_type):
+                yield btf, btf_type.id

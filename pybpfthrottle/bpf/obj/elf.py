@@ -107,30 +107,30 @@ class _Reading:
         typed = TypedMaps(self._elf, self._btf)
         defined = {**legacy_maps(self._elf), **typed.maps}
         data = datasections.data_maps(self._elf, self._btf, self.spec.name)
-        for (number, offset), found in defined.items():
-            self._add_map(found, number, offset)
-        for number, found in data.items():
-            self._add_map(found, number, 0)
+        for (number, offset), spec in defined.items():
+            self._add_map(spec, number, offset)
+        for number, spec in data.items():
+            self._add_map(spec, number, 0)
         for variable in datasections.variables(self._elf, self._btf, data):
             self.spec.variables[variable.name] = variable
         self._read_code(
             Places(
-                {place: found.name for place, found in defined.items()},
-                {number: found.name for number, found in data.items()},
+                {place: spec.name for place, spec in defined.items()},
+                {number: spec.name for number, spec in data.items()},
                 _externs(self._btf),
             )
         )
         typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
         return self.spec
 
-    def _add_map(self, found: MapSpec, section: int, offset: int) -> None:
-        if found.name in self.spec.maps:
+    def _add_map(self, spec: MapSpec, section: int, offset: int) -> None:
+        if spec.name in self.spec.maps:
             raise ObjectFileError(
-                f"a second map {found.name!r}",
+                f"a second map {spec.name!r}",
                 section=self._elf.sections[section].name,
                 offset=offset,
             )
-        self.spec.maps[found.name] = found
+        self.spec.maps[spec.name] = spec
 
     def _read_code(self, places: Places) -> None:
         read = [
@@ -212,10 +212,10 @@ def _hidden(elf: Elf) -> frozenset[str]:
 
 def _externs(btf: Optional[Btf]) -> frozenset[str]:
     """The names that the object's types say are the kernel's: functions, variables, options."""
-    found = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
+    datasecs = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
     return frozenset(
         btf.type(variable.type).name
-        for datasec in found
+        for datasec in datasecs
         if btf and datasec
         for variable in btf.variables(datasec)
     )

@@ -93,8 +93,8 @@ class Elf(NamedTuple):
 
     def symbols_of(self, section: Section) -> list[Symbol]:
         """The symbols in a section by their offsets, without that of the section itself."""
-        found = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
-        return sorted(found, key=lambda symbol: symbol.value)
+        named = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
+        return sorted(named, key=lambda symbol: symbol.value)
 
 
 def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[bytes]:
@@ -229,7 +229,7 @@ class _Reader:
         return Section(index, name, header["sh_flags"], header["sh_size"], contents, [])
 
     def _symbols(self, headers: list[tuple[str, Any]]) -> list[Symbol]:
-        tables = [found for found in headers if found[1]["sh_type"] == "SHT_SYMTAB"]
+        tables = [numbered for numbered in headers if numbered[1]["sh_type"] == "SHT_SYMTAB"]
         if not tables:
             return []
         if len(tables) > 1:

@@ -222,31 +222,31 @@ class _Program:
             place = self._fitting.settings_layout.places[reference.name]
             self._settings.append(MapReference(at, externs.KCONFIG, place.offset))
             return
-        found = self._fitting.symbols.find(extern)
-        if found is None and not reference.weak:
+        location = self._fitting.symbols.find(extern)
+        if location is None and not reference.weak:
             raise externs.missing(extern)
         if self._code[at] == CALL:
-            self._put_call(at, extern, found)
+            self._put_call(at, extern, location)
         else:
-            self._put_address(at, found)
+            self._put_address(at, location)
 
-    def _put_call(self, at: int, extern: Extern, found: Union[Address, KernelId, None]) -> None:
-        if isinstance(found, KernelId):
-            module = self._fitting.descriptor(found.btf)
+    def _put_call(self, at: int, extern: Extern, location: Union[Address, KernelId, None]) -> None:
+        if isinstance(location, KernelId):
+            module = self._fitting.descriptor(location.btf)
             if module and module not in self._modules:
                 self._modules.append(module)
             place = self._modules.index(module) + 1 if module else 0
-            self._instructions.call_kernel(at, found.type, place)
+            self._instructions.call_kernel(at, location.type, place)
         else:
             self._instructions.poison(at, len(self._poisoned))
             self._poisoned.append(Poisoned(f"{extern.name}()", "", "a function"))
 
-    def _put_address(self, at: int, found: Union[Address, KernelId, None]) -> None:
-        if isinstance(found, KernelId):
-            module = self._fitting.descriptor(found.btf)
-            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, found.type | module << 32)
+    def _put_address(self, at: int, location: Union[Address, KernelId, None]) -> None:
+        if isinstance(location, KernelId):
+            module = self._fitting.descriptor(location.btf)
+            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, location.type | module << 32)
         else:
-            self._instructions.load_imm64(at, 0, found.value if found else 0)
+            self._instructions.load_imm64(at, 0, location.value if location else 0)
 
     def _bad(self, at: int, reason: str) -> ObjectFileError:
         origin = self._linked.origin(at)
@@ -270,13 +270,13 @@ class _Program:
         records = self._fitting.records
         if records is None:
             return b""
-        found = b""
+        table = b""
         for placed in self._linked.placed:
             first = next(within(records.functions, placed), None)
             if first is not None and first[0] == placed.start:
-                found += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
+                table += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
         whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
-        return found if len(found) == whole else b""
+        return table if len(table) == whole else b""
 
     def _lines(self) -> bytes:
         """The kernel wants a record at the beginning of each function, and one for each place."""

@@ -125,8 +125,8 @@ class Matcher:
         if ours.kind in COMPOSITES:
             return self._composites(ours, theirs, depth)
         if ours.kind in ENUMS:
-            names = {essential(found.name) for found in target.enumerators(theirs)}
-            return all(essential(found.name) in names for found in local.enumerators(ours))
+            names = {essential(item.name) for item in target.enumerators(theirs)}
+            return all(essential(item.name) in names for item in local.enumerators(ours))
         if ours.kind == Kind.INT:
             signs = local.integer(ours).signed, target.integer(theirs).signed
             return ours.size_or_type == theirs.size_or_type and signs[0] == signs[1]
@@ -159,8 +159,8 @@ class Matcher:
         )
 
 
-def _struct_or_union(found: Type) -> Kind:
+def _struct_or_union(btf_type: Type) -> Kind:
     """What a struct, union or forward declaration of one is; else its own kind."""
-    if found.kind == Kind.FWD:
-        return Kind.UNION if found.flag else Kind.STRUCT
-    return found.kind
+    if btf_type.kind == Kind.FWD:
+        return Kind.UNION if btf_type.flag else Kind.STRUCT
+    return btf_type.kind

@@ -57,15 +57,15 @@ def read_functions(elf: Elf, section: Section, places: Places) -> list[Function]
     symbols = _function_symbols(elf, section)
     section.relocations.sort(key=lambda relocation: relocation.offset)
     offsets = [relocation.offset for relocation in section.relocations]
-    found: dict[int, FunctionSpec] = {}
+    specs: dict[int, FunctionSpec] = {}
     result = []
     for symbol, end in _extents(section, symbols):
         start = symbol.value
-        if start not in found:
+        if start not in specs:
             first, last = bisect_left(offsets, start), bisect_left(offsets, end)
             reader = _Reader(elf, section, start, end, places)
-            found[start] = reader.read(symbol.name, section.relocations[first:last])
-        result.append(Function(symbol.name, symbol.local, found[start]))
+            specs[start] = reader.read(symbol.name, section.relocations[first:last])
+        result.append(Function(symbol.name, symbol.local, specs[start]))
     return result
 
 
@@ -116,16 +116,16 @@ class _Reader:
 
     def read(self, name: str, relocations: list[Relocation]) -> FunctionSpec:
         """The function with its references, in the order of its code."""
-        found: list[_Reference] = [self._reference(relocation) for relocation in relocations]
-        found += self._plain_calls({reference.offset for reference in found})
-        found.sort(key=lambda reference: reference.offset)
+        references: list[_Reference] = [self._reference(relocation) for relocation in relocations]
+        references += self._plain_calls({reference.offset for reference in references})
+        references.sort(key=lambda reference: reference.offset)
         return FunctionSpec(
             name,
             FunctionKey(self._section.name, self._start),
             self._code,
-            tuple(reference for reference in found if isinstance(reference, MapReference)),
-            tuple(reference for reference in found if isinstance(reference, CallReference)),
-            tuple(reference for reference in found if isinstance(reference, ExternReference)),
+            tuple(reference for reference in references if isinstance(reference, MapReference)),
+            tuple(reference for reference in references if isinstance(reference, CallReference)),
+            tuple(reference for reference in references if isinstance(reference, ExternReference)),
         )
 
     def _reference(self, relocation: Relocation) -> _Reference:
@@ -138,15 +138,15 @@ class _Reader:
                 section=self._section.name,
                 offset=relocation.offset,
             )
-        found = None
+        reference = None
         if _TYPES.get(opcode) == relocation.type:
             symbol = relocation.symbol
             if symbol.undefined and symbol.name in self._places.externs:
                 return ExternReference(at, symbol.name, symbol.weak)
-            found = self._address(at, symbol) if wide else self._callee(at, symbol)
-        if found is None:
+            reference = self._address(at, symbol) if wide else self._callee(at, symbol)
+        if reference is None:
             raise self._unresolved(relocation)
-        return found
+        return reference
 
     def _callee(self, at: int, symbol: Symbol) -> Optional[CallReference]:
         section = self._section_of(symbol)

@@ -63,7 +63,7 @@ class Inspection:
         """All of it; the types as C spells them only on request."""
         core = self.core_relocations()
         programs = self.programs()
-        found = needs.needs(
+        needed = needs.needs(
             self.spec,
             self._btf,
             self._externs(),
@@ -73,8 +73,8 @@ class Inspection:
         return {
             "byteorder": self.spec.byteorder,
             "license": self.spec.license,
-            "oldest_kernel": needs.oldest(found),
-            "needs": [need._asdict() for need in found],
+            "oldest_kernel": needs.oldest(needed),
+            "needs": [need._asdict() for need in needed],
             "sections": self.sections(),
             "programs": programs,
             "maps": self.maps(),
@@ -113,45 +113,45 @@ class Inspection:
             "flags": _program_flags(program.flags),
             "autoload": program.autoload,
             "instructions": len(program.function.code) // INSN_BYTES,
-            "linked_instructions": sum(len(one.code) for one in functions) // INSN_BYTES,
-            "maps": sorted({found.map for one in functions for found in one.map_references}),
-            "functions": [one.name for one in functions[1:]],
+            "linked_instructions": sum(len(function.code) for function in functions) // INSN_BYTES,
+            "maps": sorted(relocate.maps_of(self.spec, program)),
+            "functions": [function.name for function in functions[1:]],
         }
 
     def maps(self) -> list[dict[str, Any]]:
         """The maps, with sizes in bytes, and types as C spells them."""
-        return [self._map(found) for found in self.spec.maps.values()]
+        return [self._map(spec) for spec in self.spec.maps.values()]
 
-    def _map(self, found: MapSpec) -> dict[str, Any]:
+    def _map(self, spec: MapSpec) -> dict[str, Any]:
         return {
-            "name": found.name,
-            "type": _known(MapType, found.type).lower(),
-            "key_size": found.key_size,
-            "value_size": found.value_size,
-            "max_entries": found.max_entries,
-            "flags": found.flags,
-            "key_type": self._type(found.key_type),
-            "value_type": self._type(found.value_type),
-            "section": found.section,
-            "frozen": found.frozen,
-            "pinned": found.pinned,
-            "numa_node": found.numa_node,
-            "extra": found.extra,
-            "inner": self._map(found.inner) if found.inner else None,
-            "initial": {str(key): name for key, name in found.initial.items()},
+            "name": spec.name,
+            "type": _known(MapType, spec.type).lower(),
+            "key_size": spec.key_size,
+            "value_size": spec.value_size,
+            "max_entries": spec.max_entries,
+            "flags": spec.flags,
+            "key_type": self._type(spec.key_type),
+            "value_type": self._type(spec.value_type),
+            "section": spec.section,
+            "frozen": spec.frozen,
+            "pinned": spec.pinned,
+            "numa_node": spec.numa_node,
+            "extra": spec.extra,
+            "inner": self._map(spec.inner) if spec.inner else None,
+            "initial": {str(key): name for key, name in spec.initial.items()},
         }
 
     def variables(self) -> list[dict[str, Any]]:
         """The variables; the value that one begins with is None where it is a large one."""
         return [
             {
-                "name": found.name,
-                "section": found.map.section,
-                "type": self._type(found.type),
-                "size": found.size,
-                "value": self._value(found) if found.size <= _MAX_SHOWN_BYTES else None,
+                "name": variable.name,
+                "section": variable.map.section,
+                "type": self._type(variable.type),
+                "size": variable.size,
+                "value": self._value(variable) if variable.size <= _MAX_SHOWN_BYTES else None,
             }
-            for found in self.spec.variables.values()
+            for variable in self.spec.variables.values()
         ]
 
     def _value(self, variable: VariableSpec) -> Any:
@@ -198,13 +198,13 @@ class Inspection:
                 "kind": _name(row.kind),
                 "text": f"{_QUESTIONS[row.kind]} {describe(self._btf, row)}",
             }
-            for section, found in records.items()
-            for row in found.rows
+            for section, rows in records.items()
+            for row in rows.rows
         ]
 
     def type_counts(self) -> dict[str, int]:
         """How many types of each kind there are."""
-        counts = Counter(found.kind for found in self._btf.types[1:]) if self._btf else {}
+        counts = Counter(btf_type.kind for btf_type in self._btf.types[1:]) if self._btf else {}
         return {kind.name.lower(): count for kind, count in sorted(counts.items())}
 
     def definitions(self) -> Iterator[str]:

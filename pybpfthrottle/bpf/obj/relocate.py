@@ -85,8 +85,11 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
 
 def maps_of(spec: ObjectSpec, program: ProgramSpec) -> frozenset[str]:
     """The names of the maps that a program, with all that it calls, needs."""
-    functions = functions_of(spec, program)
-    return frozenset(found.map for one in functions for found in one.map_references)
+    return frozenset(
+        reference.map
+        for function in functions_of(spec, program)
+        for reference in function.map_references
+    )
 
 
 def functions_of(spec: ObjectSpec, program: ProgramSpec) -> list[FunctionSpec]:

@@ -56,13 +56,13 @@ def find(program: ProgramSpec, kernel: Kernel) -> Target:
     naming = _naming(program)
     if naming is not None and program.attach_to:
         name = naming.prefix + program.attach_to
-        found = kernel.types.find(naming.kind, name)
-        if found is not None:
-            return Target(found.id, kernel.types)
+        btf_type = kernel.types.find(naming.kind, name)
+        if btf_type is not None:
+            return Target(btf_type.id, kernel.types)
         for module in kernel.modules():
-            found = module.find(naming.kind, name)
-            if found is not None:
-                return Target(found.id, module)
+            btf_type = module.find(naming.kind, name)
+            if btf_type is not None:
+                return Target(btf_type.id, module)
     raise ExternError(
         f"{program.name!r} is to be attached to {program.attach_to!r}, but this kernel has no such"
         f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'} with types"

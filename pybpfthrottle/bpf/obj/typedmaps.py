@@ -60,7 +60,7 @@ class TypedMaps:
     def maps(self) -> dict[tuple[int, int], MapSpec]:
         """The maps by the number of their section and their offset in it."""
         number = self._section.number if self._section else 0
-        return {(number, at): found.spec for at, found in sorted(self._found.items())}
+        return {(number, at): definition.spec for at, definition in sorted(self._found.items())}
 
     def _read(self, section: Section, btf: Optional[Btf]) -> None:
         if btf is None:
