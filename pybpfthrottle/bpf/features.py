@@ -36,11 +36,11 @@ class Feature:
     probe: Callable[[], None]
 
     def missing(self) -> Optional[Exception]:
-        """The error that trying it gave, or None where this kernel has it."""
+        """Return the error that trying it gave, or None where this kernel has it."""
         return _try(self)
 
     def available(self) -> bool:
-        """Whether this kernel has it, and this process may use it."""
+        """Return whether this kernel has it, and this process may use it."""
         return self.missing() is None
 
 
@@ -94,7 +94,7 @@ def _probe_data_sections() -> None:
 
 @cache
 def helper(program_type: ProgType, number: int) -> Feature:
-    """Whether programs of a type may call a helper function, by its number in linux/bpf.h.
+    """Return whether programs of a type may call a helper function, by its number in linux/bpf.h.
 
     The verifier looks for the helper before it looks at the arguments, so that only its words
     tell the one complaint from the other.

@@ -30,7 +30,7 @@ class Attachment(Protocol):
     mode: AttachMode
 
     def detach(self) -> None:
-        """Take the program away. Doing so twice, or after the cgroup is gone, is no error."""
+        """Detach the program. A second time, or after the cgroup is gone, this does nothing."""
 
 
 class Link:
@@ -80,11 +80,11 @@ class Link:
         return os.fdopen(syscall.bpf(Cmd.ITER_CREATE, attr), "rb")
 
     def info(self) -> LinkInfo:
-        """What the kernel says of it. Linux 5.8."""
+        """Return what the kernel says of the link. Linux 5.8. Raises OSError."""
         return link_info(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system: it stays until that is unlinked. Linux 5.7."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 5.7."""
         descriptors.pin(self.fd, path)
 
     def __enter__(self) -> Link:
@@ -169,12 +169,12 @@ def attach_raw_tracepoint(program: Program, name: str = "") -> Link:
 
 
 def open_by_id(link_id: int) -> Link:
-    """A link of the system by its id. Linux 5.8, needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return a link of the system by its id. Linux 5.8, needs CAP_SYS_ADMIN. Raises OSError."""
     return Link(descriptors.by_id(Cmd.LINK_GET_FD_BY_ID, link_id))
 
 
 def open_pinned(path: descriptors.Path) -> Link:
-    """A pinned link. Linux 5.7. Raises OSError."""
+    """Return a pinned link. Linux 5.7. Raises OSError."""
     return Link(descriptors.open_pinned(path, "bpf-link"))
 
 
@@ -213,7 +213,10 @@ def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:
 
 
 def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -> Attached:
-    """What is attached to a cgroup; with ``effective`` its ancestors' programs too. Linux 4.15."""
+    """Return what is attached to a cgroup; with ``effective`` its ancestors' programs too.
+
+    Linux 4.15.
+    """
     room = 64
     while True:
         ids = (ctypes.c_uint32 * room)()
@@ -254,7 +257,7 @@ class LinkInfo(NamedTuple):
 
 
 def link_info(fd: int) -> LinkInfo:
-    """What the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
+    """Return what the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
     info = descriptors.fill_info(fd, abi.LinkInfo())
     common = LinkInfo(info.id, info.type, info.prog_id)
     details = info.details
@@ -294,7 +297,10 @@ def _tracepoint(fd: int) -> str:
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all links of the machine. Linux 5.8; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all links of the machine. Linux 5.8; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.LINK_GET_NEXT_ID)
 
 

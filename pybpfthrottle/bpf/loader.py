@@ -149,7 +149,7 @@ class _Needed(NamedTuple):
 
 
 def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
-    """What is selected, and all that this refers to."""
+    """Return what is selected, and all that this refers to."""
     names = deque(p.name for p in spec.programs.values() if p.autoload)
     held = deque(spec.maps)
     if select is not None:
@@ -171,7 +171,7 @@ def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
 
 
 def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:
-    """What the kernel takes of a program's source."""
+    """Return what the kernel takes of a program's source."""
     if not types.functions:
         return SourceInfo(at=fitted.source)
     return SourceInfo(types.fd, fitted.functions, fitted.lines, fitted.source)

@@ -74,11 +74,11 @@ class Map(MutableMapping[K, V]):
 
     @property
     def elements(self) -> Elements:
-        """Its elements as bytes."""
+        """The elements as bytes."""
         return Elements(self.fd, self.spec.key_size, self._value_bytes)
 
     def typed(self, key: CodecLike, value: CodecLike) -> Map[Any, Any]:
-        """The same map, by the same descriptor, with other codecs; this one stays its owner.
+        """Return the same map, by the same descriptor, with other codecs; this one stays its owner.
 
         A codec is given as ``codecs.codec_for`` takes it; for a per-CPU map ``value`` is that of
         one CPU's value.
@@ -88,7 +88,7 @@ class Map(MutableMapping[K, V]):
         return Map(self.fd, self.spec, key, _value_codec(self.spec, value))
 
     def typed_by_btf(self) -> Map[Any, Any]:
-        """The same map with keys and values as its BTF describes them, structs as dicts.
+        """Return the same map with keys and values as its BTF describes them, structs as dicts.
 
         Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
         """
@@ -126,7 +126,7 @@ class Map(MutableMapping[K, V]):
         return sum(1 for _ in self)
 
     def setdefault(self, key: K, default: Any = None) -> Any:
-        """The value of a key, after adding ``default`` if there was none, as one step."""
+        """Return the value of a key, after adding ``default`` if there was none, as one step."""
         data = self._value.encode(default)
         try:
             self.elements.update(self._key.encode(key), data, abi.BPF_NOEXIST)
@@ -147,11 +147,11 @@ class Map(MutableMapping[K, V]):
         return self._value.decode(data)
 
     def items(self) -> ItemsView[K, V]:
-        """Its keys and values, read in batches."""
+        """Return a view of the keys and values, which are read in batches."""
         return _Items(self)
 
     def values(self) -> ValuesView[V]:
-        """Its values, read in batches."""
+        """Return a view of the values, which are read in batches."""
         return _Values(self)
 
     def update(self, other: Any = (), /, **more: Any) -> None:
@@ -176,15 +176,15 @@ class Map(MutableMapping[K, V]):
         return self._decoded(elements.drain(self.elements))
 
     def info(self) -> MapInfo:
-        """What the kernel says of it. Linux 4.13."""
+        """Return what the kernel says of this object. Linux 4.13. Raises OSError."""
         return map_info(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 4.4."""
         descriptors.pin(self.fd, path)
 
     def freeze(self) -> None:
-        """Let this and no other process change it through system calls any more. Linux 5.2."""
+        """Make the map constant for system calls, those of this process too. Linux 5.2."""
         attr = Attr()
         attr.map_elem.map_fd = self.fd
         syscall.bpf(Cmd.MAP_FREEZE, attr)
@@ -214,7 +214,7 @@ class Map(MutableMapping[K, V]):
 
 
 class _Items(ItemsView[K, V]):
-    """Unlike the view of a plain mapping it never meets a key that was deleted meanwhile."""
+    """A view that, unlike that of a plain mapping, never meets a key that was deleted meanwhile."""
 
     def __init__(self, of: Map[K, V]) -> None:
         super().__init__(of)
@@ -262,35 +262,41 @@ def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
 
 
 def corrected(spec: MapSpec) -> MapSpec:
-    """The spec as the kernel of this machine takes it."""
+    """Return the spec as the kernel of this machine takes it."""
     return spec.corrected(cpus=possible_cpus, page_bytes=mmap.PAGESIZE)
 
 
 def adopt(fd: int, spec: MapSpec) -> Map[Any, Any]:
-    """The map behind a descriptor, which it owns from now on; keys and values are bytes."""
+    """Return the map behind a descriptor, which it owns from now on; keys and values are bytes."""
     return Map(fd, spec, RAW, _value_codec(spec, RAW))
 
 
 def open_by_id(map_id: int) -> Map[Any, Any]:
-    """A map of the system by its id; keys and values are bytes. Linux 4.13, needs CAP_SYS_ADMIN.
+    """Return a map of the system by its id; keys and values are bytes.
 
-    Raises OSError.
+    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
     """
     return _opened(descriptors.by_id(Cmd.MAP_GET_FD_BY_ID, map_id))
 
 
 def open_pinned(path: descriptors.Path) -> Map[Any, Any]:
-    """A pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
+    """Return a pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
     return _opened(descriptors.open_pinned(path, "bpf-map"))
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.MAP_GET_NEXT_ID)
 
 
 def map_info(fd: int) -> MapInfo:
-    """What the kernel says of the map behind a descriptor. Linux 4.13; names 4.15, BTF 4.18."""
+    """Return what the kernel says of the map behind a descriptor.
+
+    Linux 4.13; names 4.15, BTF 4.18.
+    """
     info = descriptors.fill_info(fd, abi.MapInfo())
     more = descriptors.fdinfo(fd)
     return MapInfo(
@@ -312,7 +318,7 @@ def map_info(fd: int) -> MapInfo:
 
 
 def _opened(fd: int) -> Map[Any, Any]:
-    """The map of a descriptor that is this function's to close."""
+    """Return the map of a descriptor that is this function's to close."""
     try:
         info = map_info(fd)
     except OSError:
@@ -379,7 +385,7 @@ def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
 
 
 def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]:
-    """What to leave out in turn, as fields and their values."""
+    """Return what to leave out in turn, as fields and their values."""
     if wanted.btf_fd:
         yield {"btf_fd": 0, "btf_key_type_id": 0, "btf_value_type_id": 0}
     if spec.section is not None and wanted.map_flags & abi.BPF_F_MMAPABLE:
@@ -407,7 +413,7 @@ def _freeze_where_possible(created: Map[Any, Any]) -> None:
 
 
 def legal_name(name: str) -> bytes:
-    """A name as the kernel takes it: 15 of [A-Za-z0-9_.]."""
+    """Return a name as the kernel takes it: 15 of [A-Za-z0-9_.]."""
     return re.sub(r"[^A-Za-z0-9_.]", "_", name)[: abi.BPF_OBJ_NAME_LEN - 1].encode("ascii")
 
 
@@ -421,7 +427,7 @@ _possible_cpus: Optional[int] = None
 
 
 def possible_cpus() -> int:
-    """How many values an element of a per-CPU map has."""
+    """Return how many values an element of a per-CPU map has."""
     global _possible_cpus
     if _possible_cpus is None:
         try:
@@ -433,7 +439,7 @@ def possible_cpus() -> int:
 
 
 def parse_cpus(text: str) -> int:
-    """The number of CPUs in a list such as ``0-3,8``."""
+    """Return the number of CPUs in a list such as ``0-3,8``."""
     count = 0
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -15,9 +15,10 @@ _TRIES = 3
 
 
 def open_or_create(spec: MapSpec, directory: descriptors.Path, *, btf_fd: int = 0) -> Map[Any, Any]:
-    """The map that is pinned under the spec's name, or a new one that is pinned there. Linux 4.13.
+    """Return the map that is pinned under the spec's name, or a new one that is pinned there.
 
-    Raises MapCreateError: also for a pinned map of another shape, with all that differs.
+    Linux 4.13. Raises MapCreateError: also for a pinned map of another shape, with all that
+    differs.
     """
     path = pin_path(spec, directory)
     try:
@@ -40,7 +41,7 @@ def open_or_create(spec: MapSpec, directory: descriptors.Path, *, btf_fd: int = 
 
 
 def pin_path(spec: MapSpec, directory: descriptors.Path) -> str:
-    """Where a map is pinned. The kernel takes no dots in the names there."""
+    """Return where a map is pinned. The kernel takes no dots in the names there."""
     name = spec.name.replace(".", "_").replace("/", "_")
     return os.path.join(os.fspath(directory), name)
 
@@ -72,7 +73,7 @@ def _create(spec: MapSpec, path: str, btf_fd: int) -> Map[Any, Any]:
 
 
 def differences(fd: int, wanted: MapSpec) -> list[str]:
-    """What tells a map from another that is described, such as "key_size is 4 and not 8"."""
+    """Return what tells a map from another that is described, such as "key_size is 4 and not 8"."""
     return list(_differences(maps.corrected(wanted), descriptors.fill_info(fd, abi.MapInfo())))
 
 

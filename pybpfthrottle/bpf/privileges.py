@@ -45,7 +45,7 @@ _PERFMON = frozenset(
 
 
 def effective_capabilities() -> int:
-    """The capabilities of this process as a bit set; all of them where /proc does not tell."""
+    """Return the capabilities of this process as a bit set; all where /proc does not tell."""
     try:
         with open("/proc/self/status") as status:
             for line in status:
@@ -118,14 +118,14 @@ def why_not_permitted(command: str, needed: Optional[Iterable[Capability]] = Non
 
 
 def may_raise_memlock(hard: int) -> bool:
-    """Whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
+    """Return whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
     return hard == resource.RLIM_INFINITY or bool(
         effective_capabilities() >> _C.CAP_SYS_RESOURCE & 1
     )
 
 
 def memlock_is_charged() -> bool:
-    """Whether a tiny map is refused with no locked memory allowed: the kernel is before 5.11.
+    """Return whether the kernel (before 5.11) refuses a tiny map with no locked memory allowed.
 
     Where a filter refuses all maps, or the limit cannot even be lowered, it seems not to be.
     """

@@ -99,7 +99,7 @@ class Program:
         return attaching.attach(self, attach_type, tracepoint=tracepoint, **places)
 
     def info(self) -> ProgramInfo:
-        """What the kernel says of it. Linux 4.13."""
+        """Return what the kernel says of this object. Linux 4.13. Raises OSError."""
         return program_info(self.fd)
 
     def test_run(
@@ -119,11 +119,11 @@ class Program:
         return _test_run(self.fd, packet, repeat, context, cpu, self.type)
 
     def code(self) -> bytes:
-        """Its instructions as the verifier left them. Linux 4.13."""
+        """Return the code of the program as the verifier left it, in bytes. Linux 4.13."""
         return xlated_code(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 4.4."""
         descriptors.pin(self.fd, path)
 
     def close(self) -> None:
@@ -314,7 +314,7 @@ def _explained(
 
 
 def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:
-    """The poisoned instruction that the verifier reached, if it is one that it speaks of."""
+    """Return the poisoned instruction that the verifier reached, if it is one that it speaks of."""
     match = _UNKNOWN_HELPER.search(log)
     number = int(match[1]) - POISON if match else -1
     return poisoned[number] if 0 <= number < len(poisoned) else None
@@ -366,7 +366,7 @@ def _verifier_log(attr: Attr) -> str:
 
 
 def telling_line(log: str) -> str:
-    """The line of a verifier log that gives the reason: the last before the statistics."""
+    """Return the line of a verifier log that gives the reason: the last before the statistics."""
     statistics = ("processed ", "verification time ", "stack depth ", "peak_states ", "max_states ")
     for line in reversed(log.splitlines()):
         if line.strip() and not line.startswith(statistics):
@@ -375,7 +375,7 @@ def telling_line(log: str) -> str:
 
 
 def failing_instruction(log: str) -> int:
-    """The number of the instruction at which the verifier stopped; the first if it tells none."""
+    """Return the number of the instruction at which the verifier stopped; 0 if it tells none."""
     named = re.findall(r"\binsn (\d+)", telling_line(log))
     seen = re.findall(r"^(\d+): \(", log, re.MULTILINE)
     return int((named or seen or ["0"])[-1])
@@ -407,17 +407,17 @@ def _test_run(
 
 
 def open_by_id(program_id: int) -> Program:
-    """A program of the system by its id. Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return a program of the system by its id. Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError."""
     return _opened(descriptors.by_id(Cmd.PROG_GET_FD_BY_ID, program_id))
 
 
 def open_pinned(path: descriptors.Path) -> Program:
-    """A pinned program. Linux 4.13. Raises OSError."""
+    """Return a pinned program. Linux 4.13. Raises OSError."""
     return _opened(descriptors.open_pinned(path, "bpf-prog"))
 
 
 def _opened(fd: int) -> Program:
-    """The program of a descriptor that is this function's to close."""
+    """Return the program of a descriptor that is this function's to close."""
     try:
         info = program_info(fd)
     except OSError:
@@ -427,11 +427,14 @@ def _opened(fd: int) -> Program:
 
 
 def info_by_id(program_id: int) -> ProgramInfo:
-    """What the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
+    """Return what the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
     with open_by_id(program_id) as program:
         return program.info()
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.PROG_GET_NEXT_ID)

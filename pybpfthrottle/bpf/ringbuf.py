@@ -63,7 +63,7 @@ class RingBuffer:
         self._epoll.register(of.fd, select.EPOLLIN)
 
     def fileno(self) -> int:
-        """A descriptor for select and asyncio; it is readable when there may be records."""
+        """Return a descriptor for select and asyncio; it is readable when there may be records."""
         return self._epoll.fileno()
 
     def read(self, timeout_s: Optional[float] = None) -> Iterator[Any]:
@@ -90,7 +90,7 @@ class RingBuffer:
         return count
 
     def unread_bytes(self) -> int:
-        """How many bytes of the buffer are taken, by records and their headers."""
+        """Return how many bytes of the buffer are taken, by records and their headers."""
         return self._written_to[0] - self._read_to[0]
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class RingBuffer:
         return None
 
     def _is_held_up(self) -> bool:
-        """Whether there is no record, or the next one is not committed."""
+        """Return whether there is no record, or the next one is not committed."""
         position = self._read_to[0]
         if position == self._written_to[0]:
             return True

@@ -51,7 +51,7 @@ def version() -> int:
 
 
 def version_code(release: str) -> int:
-    """The number of a release such as "5.4.0-42-generic"."""
+    """Return the number of a release such as "5.4.0-42-generic"."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     major, minor, patch = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
@@ -109,7 +109,7 @@ class RunningKernel:
         return {}
 
     def setting(self, name: str) -> Optional[str]:
-        """A setting as the configuration spells it, or what libbpf's headers call LINUX_*."""
+        """Return a setting as the configuration spells it, or one that libbpf calls LINUX_*."""
         if name == "LINUX_KERNEL_VERSION":
             return str(version())
         if name == "LINUX_HAS_SYSCALL_WRAPPER":
@@ -119,12 +119,12 @@ class RunningKernel:
         return self.settings.get(name)
 
     def has_syscall_wrapper(self) -> bool:
-        """Whether system calls' functions take a struct pt_regs (x86-64 since Linux 4.17)."""
+        """Return whether system calls take a struct pt_regs (x86-64 since Linux 4.17)."""
         wrapper = _WRAPPERS.get(os.uname().machine)
         return wrapper is not None and any(self._lines_of(wrapper))
 
     def has_attach_cookie(self) -> bool:
-        """Whether programs may ask for a cookie that they were attached with (Linux 5.15)."""
+        """Return whether programs may ask for the cookie of their attachment (Linux 5.15)."""
         try:
             types = self.types.types
         except ExternError:
@@ -134,7 +134,7 @@ class RunningKernel:
         return "BPF_FUNC_get_attach_cookie" in names
 
     def symbol(self, name: str) -> Optional[int]:
-        """The address of a symbol of the kernel or of a module, or None if there is none.
+        """Return the address of a symbol of the kernel or of a module, or None if there is none.
 
         Raises ExternError for one that has several addresses, and where addresses may not be seen:
         that needs CAP_SYSLOG, and kernel.kptr_restrict below 2.
@@ -150,7 +150,7 @@ class RunningKernel:
         return addresses.pop() if addresses else None
 
     def has_symbol(self, name: str) -> bool:
-        """Whether there is a symbol of this name; so it is said where symbols are not told."""
+        """Return whether there is a symbol of this name; True where symbols are not told."""
         return not self._kallsyms or any(self._lines_of(name))
 
     @cached_property
@@ -210,7 +210,7 @@ def _settings(path: str) -> Mapping[str, str]:
 
 @cache
 def _own_types() -> Btf:
-    """The types of the running kernel, which stay what they are."""
+    """Return the types of the running kernel, which stay what they are."""
     return _types(os.path.join(BTF_DIRECTORY, _VMLINUX))
 
 

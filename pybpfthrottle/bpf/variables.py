@@ -26,7 +26,7 @@ class Memory:
             self._mapped = _map(data_map)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some bytes of the value. Raises OSError."""
+        """Return some bytes of the value. Raises OSError."""
         source = self._mapped or self._data_map[0]
         return bytes(source[offset : offset + size])
 
@@ -54,11 +54,11 @@ class Variable:
         self._memory = memory
 
     def get(self) -> Union[int, bytes]:
-        """Its value now: an int if its type is one, and bytes otherwise. Raises OSError."""
+        """Return the present value: an int if the type is one, else bytes. Raises OSError."""
         return self.spec.decode(self._memory.read(self.spec.offset, self.spec.size))
 
     def set(self, value: Union[int, bytes]) -> None:
-        """Give it a value. ValueError for one that does not fit, OSError for a constant."""
+        """Set the value. Raises ValueError for one that does not fit, OSError for a constant."""
         self._memory.write(self.spec.offset, self.spec.encode(value))
 
     def __repr__(self) -> str:

@@ -48,7 +48,7 @@ class Access(NamedTuple):
 
 
 def parse(btf: Btf, relocation: CoreRelocation) -> Access:
-    """The way that an access such as "0:1:2" goes through the object's own types."""
+    """Return the way that an access such as "0:1:2" goes through the object's own types."""
     try:
         numbers = [int(part) for part in relocation.access.split(":")]
     except ValueError:
@@ -65,7 +65,7 @@ def parse(btf: Btf, relocation: CoreRelocation) -> Access:
 
 
 def bad(reason: str) -> ObjectFileError:
-    """The error for a relocation that cannot be."""
+    """Return the error for a relocation that cannot be."""
     return ObjectFileError(f"CO-RE relocation: {reason}", section=".BTF.ext")
 
 
@@ -88,7 +88,7 @@ def _parse_field(btf: Btf, root: int, numbers: list[int]) -> Access:
 
 
 def _has_element(btf: Btf, array: Type, number: int, steps: list[Step]) -> bool:
-    """An array in a struct without a length has all elements."""
+    """Return whether an element is there; an array without a length in a struct has all."""
     _, count = btf.array(array)
     return number < count or (count == 0 and len(steps) > 1)
 
@@ -105,7 +105,7 @@ def _enumerator(btf: Btf, enum: Type, index: int) -> Step:
 
 
 def find_field(local: Access, target: Btf, root: int) -> Optional[Access]:
-    """The way through a type of the kernel by the same names and indexes; None: not there."""
+    """Return the way through a type of the kernel by the same names and indexes, or None."""
     bit_offset = local.steps[0].number * target.size(root) * 8
     access = Access(target, root, (local.steps[0]._replace(type=root),), bit_offset)
     kinds = [local.btf.resolve(step.type).kind for step in local.steps]
@@ -157,7 +157,7 @@ def _find_member(
 
 
 def find_enumerator(local: Access, target: Btf, root: int) -> Optional[Access]:
-    """The enumerator of the same name in an enum of the kernel; None: not there."""
+    """Return the enumerator of the same name in an enum of the kernel; None: not there."""
     enum = target.resolve(root)
     wanted = essential(local.last.name)
     if enum.kind in ENUMS:
@@ -168,7 +168,7 @@ def find_enumerator(local: Access, target: Btf, root: int) -> Optional[Access]:
 
 
 def describe(btf: Btf, relocation: CoreRelocation) -> str:
-    """What a relocation asks for, as C spells it: ``struct task_struct.comm[3]``."""
+    """Return what a relocation asks for, as C spells it: ``struct task_struct.comm[3]``."""
     access = parse(btf, relocation)
     root = btf.type(access.root)
     prefix = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.FWD: "struct "}

@@ -53,5 +53,5 @@ def exit_() -> bytes:
 
 
 def return_imm(value: int) -> bytes:
-    """A whole program that returns ``value``."""
+    """Return the code of a program that returns ``value``."""
     return mov_imm(0, value) + exit_()

@@ -47,7 +47,7 @@ class _Rewriting:
                 self.stand_in(tag.id)
 
     def build(self) -> bytes:
-        """The section, in the byte order of this machine."""
+        """Return the section, in the byte order of this machine."""
         types = b"".join(words.tobytes() for words in self._types)
         strings = self._btf.strings
         header = struct.pack(
@@ -58,7 +58,7 @@ class _Rewriting:
 
 
 def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[str]) -> bytes:
-    """All that compilers leave open filled in, for a kernel that knows all kinds of types.
+    """Return all that compilers leave open filled in, for a kernel that knows all kinds of types.
 
     ``layouts`` tells where variables are; sections that are not in it, externs and their tags go.
     Functions named by ``static`` (hidden ones) are not verified apart from their callers.
@@ -79,7 +79,7 @@ def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[s
 
 
 def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[int]]:
-    """A section with the places of its variables, in order; None: not all of them are known."""
+    """Return a section with the places of its variables, or None if not all are known."""
     rows = []
     for variable in btf.variables(section):
         place = layout.places.get(btf.type(variable.type).name)

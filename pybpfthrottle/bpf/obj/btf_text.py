@@ -17,7 +17,7 @@ _QUALIFIERS = {Kind.CONST: "const", Kind.VOLATILE: "volatile", Kind.RESTRICT: "r
 
 
 def declaration(btf: Btf, type_id: int, name: str = "") -> str:
-    """How something of a type is declared: ``char name[16]``, or without a name the type.
+    """Return how something of a type is declared: ``char name[16]``, or without a name the type.
 
     Raises ObjectFileError for a type that is not there, or that refers to itself.
     """
@@ -71,7 +71,7 @@ def _named(btf_type: Type) -> str:
 
 
 def definitions(btf: Btf) -> Iterator[str]:
-    """The lines that define all structures, unions, enums, typedefs, functions and variables."""
+    """Return the lines that define all structs, unions, enums, typedefs, functions, variables."""
     for btf_type in btf.of_kind(*COMPOSITES, *ENUMS, Kind.TYPEDEF, Kind.FUNC, Kind.VAR):
         if btf_type.kind in COMPOSITES:
             yield f"{_named(btf_type)} {{  /* {btf_type.size_or_type} bytes */"

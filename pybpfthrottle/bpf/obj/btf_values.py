@@ -44,19 +44,19 @@ class BtfCodec:
             )
 
     def encode(self, value: Any) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         data = bytearray(self._size)
         self._write(self._type_id, value, data, 0, 0)
         return bytes(data)
 
     def decode(self, data: bytes) -> Any:
-        """The value of bytes."""
+        """Return the value of bytes."""
         if len(data) < self._size:
             raise ValueError(f"{len(data)} bytes do not make a value of {self._size}")
         return self._read(self._type_id, data, 0, 0)
 
     def _weight(self, type_id: int, depth: int) -> int:
-        """How many parts a value has: unions of unions of unions may have more than bytes."""
+        """Return the number of parts of a value; unions of unions may have more than bytes."""
         btf_type = self._resolve(type_id, depth)
         if btf_type.id not in self._weights:
             self._weights[btf_type.id] = self._weigh(btf_type, depth + 1)
@@ -127,7 +127,7 @@ class BtfCodec:
         return number >> self._shift(bit, bits) & (1 << bits) - 1
 
     def _meaning(self, btf_type: Type, number: int, bits: int) -> Any:
-        """What a number without a sign stands for in a type."""
+        """Return what a number without a sign stands for in a type."""
         if btf_type.kind in (Kind.ENUM, Kind.ENUM64):
             mask = (1 << bits) - 1
             names = (e.name for e in self._btf.enumerators(btf_type) if e.value & mask == number)
@@ -219,7 +219,7 @@ class BtfCodec:
                 self._write(element, item, data, at + size * index, depth)
 
     def _number(self, btf_type: Type, value: Any, bits: int) -> int:
-        """The bits that stand for a value in a type, as a number without a sign."""
+        """Return the bits that stand for a value in a type, as a number without a sign."""
         if isinstance(value, str):
             named = {e.name: e.value for e in self._enumerators(btf_type)}
             if value not in named:
@@ -250,7 +250,7 @@ class BtfCodec:
         return ("<" if self._order == "little" else ">") + _FLOATS[size]
 
     def _shift(self, bit: int, bits: int) -> int:
-        """How far a bit field's bits are from the low end of the bytes that it touches."""
+        """Return how far a bit field's bits are from the low end of the bytes that it touches."""
         if self._order == "little":
             return bit % 8
         return -(bit + bits) % 8

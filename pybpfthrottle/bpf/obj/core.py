@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a load of a field begins, and its width; a bit field is loaded as an integer."""
+    """The place and width of the load of a field; a bit field is loaded as an integer."""
 
     byte_offset: int
     bytes: int
@@ -142,7 +142,7 @@ def _is_checked(local: Access, kind: CoreRelocationKind) -> bool:
 
 
 def _load(local: Access, target: Access) -> Optional[Load]:
-    """How a load of a field changes; a bit field's does not, since its size is asked for."""
+    """Return how a load of a field changes; a bit field's does not, since its size is asked for."""
     if local.last.bits or target.last.bits:
         return None
     ours, theirs = local.btf.resolve(local.last.type), target.btf.resolve(target.last.type)
@@ -167,7 +167,7 @@ class Resolver:
         self._answers: dict[tuple[int, str, CoreRelocationKind], Answer] = {}
 
     def answer(self, relocation: CoreRelocation) -> Answer:
-        """What a relocation comes to with the kernel's types."""
+        """Return what a relocation comes to with the kernel's types."""
         key = relocation[1:]
         if key not in self._answers:
             self._answers[key] = self._answer(relocation)
@@ -210,7 +210,7 @@ class Resolver:
         return Access(target, root, ()) if same else None
 
     def _candidates_of(self, root: int) -> list[tuple[Btf, int]]:
-        """The kernel's types of the same kind and name, flavours aside; else its modules'."""
+        """Return the kernel's types of the same kind and name, else those of its modules."""
         if root not in self._candidates:
             local = self._local.type(root)
             if not local.name:

@@ -17,7 +17,7 @@ _MAX_NUMBER_BYTES = 8
 
 
 def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSpec]:
-    """The map of each section of data by the section's number, named as libbpf names them.
+    """Return the map of each section of data by the section's number, named as libbpf names them.
 
     Raises ObjectFileError for a section that is too large.
     """
@@ -30,7 +30,7 @@ def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSp
 
 
 def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
-    """The variables of all data maps; those that are static come first."""
+    """Return the variables of all data maps; those that are static come first."""
     signs = _Signs(btf)
     for number, spec in maps.items():
         types = _types(btf, spec.value_type)
@@ -75,7 +75,7 @@ def _name(object_name: str, section: str) -> str:
 
 
 def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
-    """The types of the variables of a section, by their names."""
+    """Return the types of the variables of a section, by their names."""
     if btf is None or not datasec_id:
         return {}
     types = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
@@ -90,7 +90,7 @@ class _Signs:
         self._known: dict[int, Optional[bool]] = {}
 
     def of(self, type_id: int, size: int) -> Optional[bool]:
-        """Whether a number of so many bytes has a sign; None for what is no number."""
+        """Return whether a number of so many bytes has a sign; None for what is no number."""
         if self._btf is None or not type_id or size > _MAX_NUMBER_BYTES:
             return None
         btf_type = self._btf.resolve(type_id)

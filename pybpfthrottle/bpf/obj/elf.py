@@ -48,12 +48,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def name_of(path: Path) -> str:
-    """The name of the object in a file: what stands before the first dot."""
+    """Return the name of the object in a file: what stands before the first dot."""
     return os.path.basename(os.fspath(path)).partition(".")[0]
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a regular file of up to 64 MB that begins as an ELF file does.
+    """Return the bytes of a regular file of up to 64 MB that begins as an ELF file does.
 
     Nothing else is opened: pipes and devices may have no end, and to read some of them does
     something. Raises OSError, or ObjectFileError.
@@ -81,7 +81,7 @@ def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
 
 
 def object_in(file: Elf, name: str) -> ObjectSpec:
-    """What the records of an ELF file define. Raises ObjectFileError."""
+    """Return what the records of an ELF file define. Raises ObjectFileError."""
     return _Reading(file, name).read()
 
 
@@ -103,7 +103,7 @@ class _Reading:
         )
 
     def read(self) -> ObjectSpec:
-        """The whole object."""
+        """Return the whole object."""
         typed = TypedMaps(self._elf, self._btf)
         defined = {**legacy_maps(self._elf), **typed.maps}
         data = datasections.data_maps(self._elf, self._btf, self.spec.name)
@@ -184,7 +184,7 @@ def _license(elf: Elf) -> str:
 
 
 def _layouts(elf: Elf) -> dict[str, SectionLayout]:
-    """Where the variables are in each section of data."""
+    """Return where the variables are in each section of data."""
     return {
         section.name: SectionLayout(
             section.size,
@@ -211,7 +211,7 @@ def _hidden(elf: Elf) -> frozenset[str]:
 
 
 def _externs(btf: Optional[Btf]) -> frozenset[str]:
-    """The names that the object's types say are the kernel's: functions, variables, options."""
+    """Return the names of the kernel's functions, variables and settings that the types declare."""
     datasecs = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
     return frozenset(
         btf.type(variable.type).name

@@ -83,22 +83,22 @@ class Elf(NamedTuple):
     headers: tuple[Header, ...] = ()
 
     def named(self, name: str) -> Optional[Section]:
-        """The first section with a name, if there is one."""
+        """Return the first section with a name, if there is one."""
         return next((s for s in self.sections.values() if s.name == name), None)
 
     def contents(self, name: str) -> Optional[bytes]:
-        """The bytes of the first section with a name, if there is one."""
+        """Return the bytes of the first section with a name, if there is one."""
         section = self.named(name)
         return section.data if section else None
 
     def symbols_of(self, section: Section) -> list[Symbol]:
-        """The symbols in a section by their offsets, without that of the section itself."""
+        """Return the symbols in a section by their offsets, without that of the section itself."""
         named = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
         return sorted(named, key=lambda symbol: symbol.value)
 
 
 def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[bytes]:
-    """The bytes of one section of an ELF file for any machine, or None if it has none.
+    """Return the bytes of one section of an ELF file for any machine, or None if it has none.
 
     Only the section is read, however large the file is (a vmlinux is). Raises OSError, or
     ObjectFileError.
@@ -159,7 +159,7 @@ class _Reader:
         self._layouts.create_basic_structs()
 
     def read(self) -> Elf:
-        """All sections with contents, the symbols, and the relocations of what is loaded."""
+        """Return all sections with contents, the symbols, and the relocations of what is loaded."""
         file = self._parse(self._layouts.Elf_Ehdr, 0)
         if self._bits != 64 or file["e_machine"] not in ("EM_BPF", "EM_NONE"):
             raise ObjectFileError(
@@ -191,7 +191,7 @@ class _Reader:
         )
 
     def _headers(self, file: Any) -> list[tuple[str, Any]]:
-        """The section headers by number, each with its name."""
+        """Return the section headers by number, each with its name."""
         size, offset = file["e_shentsize"], file["e_shoff"]
         layout = self._layouts.Elf_Shdr
         if not offset:

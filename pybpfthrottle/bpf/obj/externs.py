@@ -38,7 +38,7 @@ class Extern(NamedTuple):
 
 
 def externs(btf: Btf) -> dict[str, Extern]:
-    """All that an object's types declare to be the kernel's, by the object's own names."""
+    """Return all that an object's types declare to be the kernel's, by the object's own names."""
     wanted = {}
     for section in (KCONFIG, _KSYMS):
         datasec = btf.find(Kind.DATASEC, section)
@@ -49,7 +49,7 @@ def externs(btf: Btf) -> dict[str, Extern]:
 
 
 def kconfig_layout(btf: Btf, wanted: dict[str, Extern]) -> SectionLayout:
-    """Where each setting lies in the map of settings; the compiler leaves that open."""
+    """Return where each setting lies in the map of settings; the compiler leaves that open."""
     places, end = {}, 0
     for name, extern in wanted.items():
         if extern.section == KCONFIG:
@@ -69,7 +69,7 @@ def kconfig_map(
     weak: Container[str],
     setting: Callable[[str], Optional[str]],
 ) -> MapSpec:
-    """The map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
+    """Return the map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
     layout = kconfig_layout(btf, wanted)
     contents = bytearray(layout.size)
     for name, (offset, size) in layout.places.items():
@@ -97,7 +97,7 @@ def kconfig_map(
 
 
 def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
-    """The bytes of a setting such as y, m, 250, 0xdead or "(none)". Raises ExternError."""
+    """Return the bytes of a setting such as y, m, 250, 0xdead or "(none)". Raises ExternError."""
     btf_type = btf.resolve(type_id)
     size = btf.size(type_id)
     if btf_type.kind == Kind.ARRAY:
@@ -117,7 +117,7 @@ def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
 
 
 def _number(btf: Btf, btf_type: Type, text: str) -> Optional[int]:
-    """What a setting is as a number of the declared type; None: it cannot be."""
+    """Return what a setting is as a number of the declared type; None: it cannot be."""
     is_bool = btf_type.kind == Kind.INT and btf.integer(btf_type).bool
     if text in _TRISTATE:
         if btf_type.kind in ENUMS:
@@ -165,7 +165,7 @@ class Symbols:
         self._found: dict[int, Union[Address, KernelId, None]] = {}
 
     def find(self, extern: Extern) -> Union[Address, KernelId, None]:
-        """Where the kernel has it, or None: it does not."""
+        """Return where the kernel has an extern, or None where it lacks it."""
         key = extern.declared.id
         if key not in self._found:
             self._found[key] = self._find(extern)
@@ -203,7 +203,7 @@ class Symbols:
 
 
 def missing(extern: Extern) -> ExternError:
-    """The error for what is neither there nor weak."""
+    """Return the error for what is neither there nor weak."""
     what = "function" if extern.declared.kind == Kind.FUNC else "symbol"
     return ExternError(
         f"this kernel has no {what} {extern.name!r}; declare it __weak if it may be missing"

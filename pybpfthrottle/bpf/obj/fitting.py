@@ -40,19 +40,19 @@ class KernelFacts(Protocol):
 
     @property
     def types(self) -> Kernel:
-        """Its types, and those of its modules."""
+        """The types, and those of its modules."""
         ...
 
     def setting(self, name: str) -> Optional[str]:
-        """A setting of its configuration."""
+        """Return a setting of its configuration."""
         ...
 
     def symbol(self, name: str) -> Optional[int]:
-        """The address of a symbol."""
+        """Return the address of a symbol."""
         ...
 
     def has_symbol(self, name: str) -> bool:
-        """Whether there is a symbol of this name."""
+        """Return whether there is a symbol of this name."""
         ...
 
 
@@ -107,14 +107,14 @@ class Fitting:
         return fitted._replace(target=(target.type, self.descriptor(target.btf)))
 
     def loadable_types(self) -> Optional[bytes]:
-        """The object's types for BPF_BTF_LOAD, if it has any."""
+        """Return the object's types for BPF_BTF_LOAD, if it has any."""
         if self._btf is None:
             return None
         layouts = {**self._spec.layouts, externs.KCONFIG: self.settings_layout}
         return loadable(self._btf, layouts, self._spec.hidden)
 
     def settings_map(self) -> MapSpec:
-        """The map of the settings that the object asks for."""
+        """Return the map of the settings that the object asks for."""
         weak = self._spec.weak_externs
         return externs.kconfig_map(self.btf, self.externs, weak, self._kernel.setting)
 
@@ -158,12 +158,12 @@ class Fitting:
         )
 
     def descriptor(self, btf: Btf) -> int:
-        """A descriptor of a module's types; 0 for the kernel's own."""
+        """Return a descriptor of a module's types; 0 for the kernel's own."""
         return self._descriptor(btf) if btf.base else 0
 
 
 def within(records: dict[str, Records[R]], placed: Placed) -> Iterator[tuple[int, R]]:
-    """The records of a function, each with its byte in the linked code."""
+    """Return the records of a function, each with its byte in the linked code."""
     start, function = placed
     begin = function.key.offset
     if function.key.section in records:
@@ -253,7 +253,7 @@ class _Program:
         return ObjectFileError(reason, section=origin.section, offset=origin.offset)
 
     def finished(self) -> Fitted:
-        """The program with all that was found out."""
+        """Return the program with all that was found out."""
         linked = self._linked._replace(
             code=bytes(self._code),
             map_references=(*self._linked.map_references, *self._settings),
@@ -266,7 +266,7 @@ class _Program:
         )
 
     def _functions(self) -> bytes:
-        """The kernel wants one record for each function, at its beginning."""
+        """Return one record for each function, at its beginning, as the kernel wants it."""
         records = self._fitting.records
         if records is None:
             return b""
@@ -279,7 +279,7 @@ class _Program:
         return table if len(table) == whole else b""
 
     def _lines(self) -> bytes:
-        """The kernel wants a record at the beginning of each function, and one for each place."""
+        """Return the records of lines; the kernel wants one at the beginning of each function."""
         records = self._fitting.records
         if records is None:
             return b""
@@ -294,7 +294,7 @@ class _Program:
         return b"".join(tables)
 
     def _source(self, instruction: int) -> Optional[str]:
-        """The line of the source that an instruction is of, as "file.c:12: text"."""
+        """Return the line of the source that an instruction is of, as "file.c:12: text"."""
         records = self._fitting.records
         offset = instruction * INSN_BYTES
         if records is None or offset >= len(self._code):

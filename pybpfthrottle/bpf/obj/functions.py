@@ -50,7 +50,7 @@ class Function(NamedTuple):
 
 
 def read_functions(elf: Elf, section: Section, places: Places) -> list[Function]:
-    """The functions of a section in order; one that has two names is there twice.
+    """Return the functions of a section in order; one that has two names is there twice.
 
     Raises ObjectFileError with the place of what is not understood.
     """
@@ -86,7 +86,7 @@ def _function_symbols(elf: Elf, section: Section) -> list[Symbol]:
 
 
 def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, int]]:
-    """Each function with its end: one without a size reaches to the next, or the section's end."""
+    """Return each function with its end; without a size that is the next, or the section's end."""
     size = len(section.data or b"")
     starts = sorted({symbol.value for symbol in symbols})
     following = dict(zip(starts, [*starts[1:], size]))
@@ -115,7 +115,7 @@ class _Reader:
         self._instructions = Code(self._code, elf.byteorder)
 
     def read(self, name: str, relocations: list[Relocation]) -> FunctionSpec:
-        """The function with its references, in the order of its code."""
+        """Return the function with its references, in the order of its code."""
         references: list[_Reference] = [self._reference(relocation) for relocation in relocations]
         references += self._plain_calls({reference.offset for reference in references})
         references.sort(key=lambda reference: reference.offset)
@@ -171,7 +171,7 @@ class _Reader:
         return None
 
     def _offset(self, at: int, symbol: Symbol) -> int:
-        """The place in its section that a load is of: the instruction has what to add."""
+        """Return the place in its section that a load is of: the instruction has what to add."""
         imm = self._instructions.imm(at)
         # gcc 12 has put the symbol's own value there.
         added = imm == symbol.value and self._elf.by_gcc

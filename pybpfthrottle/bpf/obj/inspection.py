@@ -60,7 +60,7 @@ class Inspection:
         self._lengths: dict[str, int] = {}
 
     def describe(self, *, with_types: bool = False) -> dict[str, Any]:
-        """All of it; the types as C spells them only on request."""
+        """Return a record of all that there is; the types as C spells them only on request."""
         core = self.core_relocations()
         programs = self.programs()
         needed = needs.needs(
@@ -87,7 +87,7 @@ class Inspection:
         }
 
     def sections(self) -> list[dict[str, Any]]:
-        """All sections by number, with their sizes in bytes and readelf's letters for flags."""
+        """Return the sections by number, with sizes in bytes and readelf's letters for flags."""
         return [
             {
                 "name": header.name,
@@ -99,7 +99,7 @@ class Inspection:
         ]
 
     def programs(self) -> list[dict[str, Any]]:
-        """The programs; ``linked_instructions`` are with those of all functions that they call."""
+        """Return the programs; ``linked_instructions`` include all functions that they call."""
         return [self._program(program) for program in self.spec.programs.values()]
 
     def _program(self, program: ProgramSpec) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Inspection:
         }
 
     def maps(self) -> list[dict[str, Any]]:
-        """The maps, with sizes in bytes, and types as C spells them."""
+        """Return the maps, with sizes in bytes, and types as C spells them."""
         return [self._map(spec) for spec in self.spec.maps.values()]
 
     def _map(self, spec: MapSpec) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Inspection:
         }
 
     def variables(self) -> list[dict[str, Any]]:
-        """The variables; the value that one begins with is None where it is a large one."""
+        """Return the variables; the value that one begins with is None where it is a large one."""
         return [
             {
                 "name": variable.name,
@@ -162,7 +162,7 @@ class Inspection:
         return _plain(BtfCodec(self._btf, variable.type).decode(data))
 
     def externs(self) -> list[dict[str, Any]]:
-        """What the kernel is to have: settings, functions and variables."""
+        """Return what the kernel is to have: settings, functions and variables."""
         weak = self.spec.weak_externs
         return [
             {
@@ -175,7 +175,7 @@ class Inspection:
         ]
 
     def relocations(self) -> list[dict[str, Any]]:
-        """How many relocations of each kind the sections of code and maps have."""
+        """Return how many relocations of each kind the sections of code and maps have."""
         counts = Counter(
             (section.name, _known(RelocationType, relocation.type))
             for section in self._file.sections.values()
@@ -187,7 +187,7 @@ class Inspection:
         ]
 
     def core_relocations(self) -> list[dict[str, Any]]:
-        """What the code asks of the kernel's types, in words."""
+        """Return what the code asks of the kernel's types, in words."""
         if self._btf is None or not self.spec.btf_ext:
             return []
         records = BtfExt(self.spec.btf_ext, self._btf).relocations
@@ -203,12 +203,12 @@ class Inspection:
         ]
 
     def type_counts(self) -> dict[str, int]:
-        """How many types of each kind there are."""
+        """Return how many types of each kind there are."""
         counts = Counter(btf_type.kind for btf_type in self._btf.types[1:]) if self._btf else {}
         return {kind.name.lower(): count for kind, count in sorted(counts.items())}
 
     def definitions(self) -> Iterator[str]:
-        """The types as C spells them, line by line."""
+        """Return the types as C spells them, line by line."""
         return definitions(self._btf) if self._btf else iter(())
 
     def _externs(self) -> dict[str, Extern]:
@@ -232,14 +232,14 @@ def _program_flags(flags: int) -> list[str]:
 
 
 def _known(names: type[IntEnum], number: int) -> str:
-    """The name of a number; the number itself where it has none here."""
+    """Return the name of a number; the number itself where it has none here."""
     with suppress(ValueError):
         return names(number).name
     return str(number)
 
 
 def _plain(value: Any) -> Any:
-    """A value without what JSON has not."""
+    """Return a value in the types that JSON has."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -54,7 +54,7 @@ class Iproute2MapDef(ctypes.Structure):
 
 
 def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:
-    """The maps by the number of their section and their offset in it.
+    """Return the maps by the number of their section and their offset in it.
 
     Raises ObjectFileError with the place of what is not understood.
     """
@@ -80,7 +80,7 @@ class _Definitions:
         self._symbols = elf.symbols_of(section)
 
     def read(self) -> dict[tuple[int, int], MapSpec]:
-        """The maps in the order of their definitions; those that iproute2 nests are nested."""
+        """Return the maps in the order of their definitions, nested where iproute2 nests them."""
         ends = {
             s.value: e.value for s, e in zip(self._symbols, self._symbols[1:]) if e.value > s.value
         }
@@ -95,7 +95,7 @@ class _Definitions:
         return {(number, symbol.value): specs[symbol.name] for symbol, _ in defined}
 
     def _define(self, symbol: Symbol, end: int) -> Any:
-        """The shortest of the layouts whose fields explain all bytes that are not zero."""
+        """Return the shortest of the layouts whose fields explain all bytes that are not zero."""
         data = self._section.data or b""
         end = min(end, symbol.value + symbol.size) if symbol.size else end
         raw = data[symbol.value : end]

@@ -73,7 +73,7 @@ def needs(
     has_core: bool,
     longest: int,
 ) -> list[Need]:
-    """All that an object needs, oldest first, each once.
+    """Return all that an object needs, oldest first, each once.
 
     ``externs`` is what it declares to be the kernel's, ``has_core`` whether it asks for the
     kernel's types, and ``longest`` the number of instructions of its longest program with all that
@@ -99,7 +99,7 @@ def needs(
 
 
 def oldest(collected: Iterable[Need]) -> str:
-    """The oldest release that has all that cannot be done without."""
+    """Return the oldest release that has all that cannot be done without."""
     since = [need.since for need in collected if not need.optional]
     return max(since, key=releases.order, default="3.19")
 

@@ -41,7 +41,7 @@ _NAMINGS = {
 
 
 def is_targeted(program: ProgramSpec) -> bool:
-    """Whether a program is loaded for one function of the kernel, and names it."""
+    """Return whether a program is loaded for one function of the kernel, and names it."""
     return bool(program.attach_to) and _naming(program) is not None
 
 
@@ -52,7 +52,10 @@ def _naming(program: ProgramSpec) -> Optional[_Naming]:
 
 
 def find(program: ProgramSpec, kernel: Kernel) -> Target:
-    """The target of a program for which ``is_targeted``. Raises ExternError if there is none."""
+    """Return the target of a program for which ``is_targeted``.
+
+    Raises ExternError if there is none.
+    """
     naming = _naming(program)
     if naming is not None and program.attach_to:
         name = naming.prefix + program.attach_to

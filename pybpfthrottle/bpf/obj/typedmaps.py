@@ -107,7 +107,7 @@ class TypedMaps:
     def _pointed(
         self, relocation: Relocation, programs: Mapping[FunctionKey, str]
     ) -> Optional[tuple[str, bool]]:
-        """The name of what a relocation points to, and whether that is a program."""
+        """Return the name of what a relocation points to, and whether that is a program."""
         number = relocation.symbol.section
         target = self._elf.sections.get(number) if isinstance(number, int) else None
         if target is None or relocation.type not in _POINTER_RELOCATIONS:
@@ -159,7 +159,7 @@ class _Reader:
         self.values_at = 0
 
     def read(self, type_id: int) -> MapSpec:
-        """The map. Raises ObjectFileError for what is not known of a map."""
+        """Return the map. Raises ObjectFileError for what is not known of a map."""
         define = self._resolve(type_id)
         if define.kind != Kind.STRUCT:
             raise self._bad("not a struct")
@@ -227,7 +227,7 @@ class _Reader:
             raise self._bad("'values' are neither maps nor programs")
 
     def _number(self, member: Member) -> int:
-        """A number as libbpf's __uint has it, or as its __ulong has it."""
+        """Return a number as libbpf's __uint has it, or as its __ulong has it."""
         direct = self._resolve(member.type)
         if direct.kind in (Kind.ENUM, Kind.ENUM64) and direct.vlen == 1:
             return next(iter(self._btf.enumerators(direct))).value
