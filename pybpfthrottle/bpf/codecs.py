@@ -19,7 +19,7 @@ IpNetwork = Union["IPv4Network", "IPv6Network"]
 
 
 class Codec(Protocol[T]):
-    """How keys or values of type T are bytes of a map."""
+    """The translation of keys or values of type T to bytes of a map, and back."""
 
     def encode(self, value: T) -> bytes:
         """Return the bytes of a value."""
@@ -35,7 +35,7 @@ CodecLike = Union[Codec[Any], str, type]
 
 
 class RawCodec:
-    """bytes as they are."""
+    """The codec of bytes as they are."""
 
     def encode(self, value: bytes) -> bytes:
         """Return the bytes of a value."""
@@ -47,7 +47,7 @@ class RawCodec:
 
 
 class FormatCodec:
-    """One number, by its letter in the struct module, in the byte order of this machine."""
+    """The codec of a number, by its letter in the struct module, in this machine's byte order."""
 
     def __init__(self, letter: str) -> None:
         self._struct = struct.Struct("=" + letter)
@@ -62,7 +62,7 @@ class FormatCodec:
 
 
 class TupleCodec:
-    """Several numbers by a format of the struct module; as a C struct's members unless it says."""
+    """The codec of a tuple of numbers, by a format of the struct module; by default as C aligns."""
 
     def __init__(self, format: str) -> None:
         self._struct = struct.Struct(format)
@@ -77,7 +77,7 @@ class TupleCodec:
 
 
 class IntCodec:
-    """A number without a sign of any size in bytes, in the byte order of this machine."""
+    """The codec of a number without a sign, of any size in bytes, in this machine's byte order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -92,7 +92,7 @@ class IntCodec:
 
 
 class StructureCodec(Generic[S]):
-    """A ctypes.Structure."""
+    """The codec of a ctypes.Structure."""
 
     def __init__(self, structure: type[S]) -> None:
         self._structure = structure
@@ -195,7 +195,7 @@ class PrefixCodec:
 
 
 class PerCpuCodec(Generic[T]):
-    """A list with one value for each possible CPU; the kernel pads each to eight bytes."""
+    """The codec of a list with a value for each possible CPU; each is padded to eight bytes."""
 
     def __init__(self, codec: Codec[T], value_size: int, cpus: int) -> None:
         self._codec = codec

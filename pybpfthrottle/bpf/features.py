@@ -1,4 +1,4 @@
-"""What the running kernel can do, found out by trying it. Nothing is tried before it is asked for.
+"""Features of the running kernel, found out by trying. Nothing is tried before it is asked for.
 
 A feature is a value: its name, the first release with it, and a probe. ``missing()`` tells with
 which error the probe failed; the answer is kept. A program that needs something else makes a

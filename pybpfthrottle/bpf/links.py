@@ -136,7 +136,7 @@ class LegacyAttachment:
 
 
 class Attached(NamedTuple):
-    """What is attached to a cgroup at one attach type."""
+    """Programs that are attached to a cgroup at one attach type, and with which flags."""
 
     attach_flags: int
     program_ids: tuple[int, ...]
@@ -204,7 +204,7 @@ def attach_legacy(
 
 
 def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:
-    """BPF_PROG_DETACH. Linux 4.10. Raises OSError."""
+    """Detach a program from a cgroup by BPF_PROG_DETACH. Linux 4.10. Raises OSError."""
     attr = Attr()
     attr.prog_attach.target_fd = cgroup_fd
     attr.prog_attach.attach_bpf_fd = program_fd
@@ -237,7 +237,7 @@ def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -
 
 
 class LinkInfo(NamedTuple):
-    """What the kernel says of a link. What a type of link does not have is 0 or "".
+    """A link as the kernel describes it. Fields that its type does not have are 0 or "".
 
     ``type`` is a LinkType or a newer kernel's number; ``target`` names what it is attached to
     where that is a raw tracepoint; ``target_object_id`` and ``target_btf_id`` say it of TRACING.

@@ -32,7 +32,7 @@ _MAX_CPUS = 8192  # CONFIG_NR_CPUS_RANGE_END of the largest configurations
 
 
 class MapInfo(NamedTuple):
-    """What the kernel says of a map. ``memory_bytes`` is 0 where /proc does not tell.
+    """A map as the kernel describes it. ``memory_bytes`` is 0 where /proc does not tell.
 
     The types are ids in the BTF with id ``btf_id``, 0 where there is none.
     """
@@ -448,7 +448,7 @@ def parse_cpus(text: str) -> int:
 
 
 def _count_cpus() -> int:
-    """Without /sys: see how far the kernel writes into a value that is large enough for all."""
+    """Count without /sys: see how far the kernel writes into a value of room for all."""
     spec = MapSpec("possible_cpus", MapType.PERCPU_ARRAY, 4, 8, 1)
     fd = _create(spec)
     try:

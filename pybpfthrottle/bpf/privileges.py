@@ -1,4 +1,4 @@
-"""What this process may ask of bpf(2): capabilities, and locked memory on older kernels."""
+"""The rights of this process to use bpf(2): capabilities, and locked memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel says of a loaded program: its info, its code, and how often it ran."""
+"""Facts about a loaded program: its info, its code, and how often it ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pybpfthrottle.bpf.abi import Attr, Cmd
 
 
 class ProgramInfo(NamedTuple):
-    """What the kernel says of a loaded program. ``load_time_ns`` is CLOCK_BOOTTIME.
+    """A loaded program as the kernel describes it. ``load_time_ns`` is CLOCK_BOOTTIME.
 
     ``xlated_bytes`` is the length of the code as the verifier left it, ``jited_bytes`` that of the
     machine code, 0 without a compiler. The run time and count grow while statistics are enabled

@@ -38,7 +38,7 @@ _UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
 
 
 class TestRunResult(NamedTuple):
-    """The program's return value, the mean time of one run in ns, and what it made of its input."""
+    """The return value of a program, the mean time of a run in ns, and its input afterwards."""
 
     retval: int
     duration_ns: int
@@ -150,14 +150,14 @@ def _type_name(type: int) -> str:
 
 
 class AttachTarget(NamedTuple):
-    """The function that a program is loaded for: its type, of a module's BTF unless that is 0."""
+    """The function that a program is loaded for, as a type; of a module unless btf_fd is 0."""
 
     btf_id: int = 0
     btf_fd: int = 0
 
 
 class SourceInfo(NamedTuple):
-    """What an object says of a program's source, in the BTF behind ``btf_fd``.
+    """The source of a program as its object describes it, in the BTF behind ``btf_fd``.
 
     ``functions`` and ``lines`` are struct bpf_func_info and bpf_line_info. ``at`` tells the line
     of an instruction.
@@ -222,7 +222,7 @@ def load(
 
 
 def _describe_source(attr: abi.ProgLoad, source: SourceInfo) -> tuple[Any, Any]:
-    """Fill in what the source is; the answer is what has to live as long as the attr is used."""
+    """Fill in the source. Return the buffers, which have to live as long as the attr is used."""
     functions = ctypes.create_string_buffer(source.functions, len(source.functions))
     lines = ctypes.create_string_buffer(source.lines, len(source.lines))
     if source.btf_fd and source.functions:

@@ -109,7 +109,7 @@ class RingBuffer:
         self.close()
 
     def _next(self) -> Optional[bytes]:
-        """Consume the next record that is not discarded; None if there is none yet."""
+        """Consume and return the next record that is not discarded; None if there is none yet."""
         while not self._is_held_up():
             position = self._read_to[0]
             at = position % self._size
@@ -134,7 +134,7 @@ class RingBuffer:
         return bool(busy)
 
     def _wait(self, end: Optional[float]) -> bool:
-        """Wait until a record is committed or discarded; whether one is."""
+        """Wait until a record is committed or discarded. Return whether one is."""
         while True:
             left = None if end is None else max(0.0, end - time.monotonic())
             if not self._epoll.poll(left):

@@ -1,4 +1,4 @@
-"""What the running kernel says of itself in files: version, configuration, symbols and types.
+"""The running kernel as its files describe it: version, configuration, symbols and types.
 
 No system call of bpf(2), and nothing is read before it is asked for.
 """

@@ -116,5 +116,5 @@ def error(errno: int, cmd: Cmd) -> OSError:
 
 
 def errno_name(errno: int) -> str:
-    """``EINVAL`` for 22, also for the number that the errno module lacks."""
+    """Return the name of an errno, ``EINVAL`` for 22; also ENOTSUPP, which Python lacks."""
     return "ENOTSUPP" if errno == ENOTSUPP else errnos.errorcode.get(errno, str(errno))

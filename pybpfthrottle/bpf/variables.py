@@ -17,7 +17,7 @@ from pybpfthrottle.bpf.obj.specs import VariableSpec
 
 
 class Memory:
-    """The one value of a data map; ``close`` ends the mapping, and not the map."""
+    """The value of a data map, in shared memory where that works; ``close`` ends the mapping."""
 
     def __init__(self, data_map: Map[Any, Any]) -> None:
         self._data_map = data_map.typed(U32, RAW)

@@ -111,7 +111,7 @@ class Variable(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """What is known of an integer besides its size in bytes."""
+    """The encoding of an integer, besides its size in bytes."""
 
     bits: int
     bit_offset: int
@@ -173,7 +173,7 @@ class Btf:
         self._starts, self._names = self._scan()
 
     def _scan(self) -> tuple[array[int], bytes]:
-        """For each type the word at which it begins, and all offsets of names as four bytes."""
+        """Return the word at which each type begins, and all offsets of names as four bytes."""
         words, starts, names = self._words, array("I"), array("I")
         at, end, start = 0, len(self._words), 0
         try:
@@ -321,7 +321,7 @@ class Btf:
             at = self._names.find(wanted, at + 1)
 
     def member(self, aggregate: Type, index: int) -> Member:
-        """One member of a struct or union; ``index`` is less than its vlen."""
+        """Return a member of a struct or union; ``index`` is less than its vlen."""
         single = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
         return next(self.members(single))
 

@@ -49,7 +49,7 @@ class LineInfo(NamedTuple):
 
 
 class CoreRelocation(NamedTuple):
-    """What an instruction at byte ``offset`` wants to know of a type; ``access`` is as "0:1:2"."""
+    """A question about a type by an instruction at byte ``offset``; ``access`` is as "0:1:2"."""
 
     offset: int
     type: int

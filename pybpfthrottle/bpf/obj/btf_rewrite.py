@@ -40,7 +40,7 @@ class _Rewriting:
         self[type_id] = _stand_in()
 
     def take_tags_away(self) -> None:
-        """Tags of declarations that are no more would be refused."""
+        """Take away tags of declarations that are gone, which the kernel would refuse."""
         for tag in self._btf.of_kind(Kind.DECL_TAG):
             declared = tag.size_or_type
             if 0 < declared < self._btf.count and self[declared] == _stand_in():
@@ -94,7 +94,7 @@ def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[in
 
 
 def _settle_variables(btf: Btf, section: Type, out: _Rewriting, *, defined: bool) -> None:
-    """What is declared extern is now defined, in a map of ours, or else no type for the kernel."""
+    """Make variables that are declared extern defined, in a map of ours, or else no types."""
     for variable in btf.variables(section):
         var = btf.type(variable.type)
         if var.kind == Kind.VAR and btf.linkage(var) == Linkage.EXTERN:
@@ -105,7 +105,7 @@ def _settle_variables(btf: Btf, section: Type, out: _Rewriting, *, defined: bool
 
 
 class Concession(NamedTuple):
-    """What older kernels lack, and how types do without it."""
+    """Kinds of types that older kernels lack, and how to do without them."""
 
     since: str
     kinds: tuple[Kind, ...]
@@ -146,7 +146,7 @@ CONCESSIONS = (
 
 
 def conceding(data: bytes, concession: Concession) -> Optional[bytes]:
-    """Types without what an older kernel lacks; None: they have nothing of it."""
+    """Return types without the kinds that an older kernel lacks; None if they have none."""
     btf = Btf(data)
     affected = list(btf.of_kind(*concession.kinds))
     out = _Rewriting(btf)

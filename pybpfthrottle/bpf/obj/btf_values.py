@@ -201,7 +201,7 @@ class BtfCodec:
             raise ValueError(f"{section.name} has no variable {', '.join(map(repr, left))}")
 
     def _variables(self, section: Type) -> Iterator[tuple[str, int, int]]:
-        """Name, type and offset in bytes of each variable of a data section."""
+        """Return name, type and offset in bytes of each variable of a data section."""
         for variable in self._btf.variables(section):
             var = self._btf.type(variable.type)
             yield var.name, var.size_or_type, variable.offset

@@ -54,7 +54,7 @@ class Load(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What stands in the instruction, and what belongs there; None: there is no answer.
+    """The value that stands in an instruction, and the one that belongs there, or None.
 
     ``checked`` tells whether the compiler promises that ``local`` stands there.
     """
@@ -134,7 +134,7 @@ def _value(access: Access, kind: CoreRelocationKind) -> int:
 
 
 def _is_checked(local: Access, kind: CoreRelocationKind) -> bool:
-    """Compilers keep their promise of the old value but for these."""
+    """Return whether the compiler promises the old value, as most records do."""
     if kind in (_K.FIELD_BYTE_OFFSET, _K.FIELD_BYTE_SIZE, _K.FIELD_LSHIFT_U64):
         return not local.last.bits
     # Linkers that merge types renumber them; clang 15 was the first to tell the signs of enums.

@@ -83,7 +83,7 @@ def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
 
 
 class _Signs:
-    """Which numbers have a sign; an enum is looked through once, however many variables it has."""
+    """The signs of numbers; an enum is looked through once, however many variables it has."""
 
     def __init__(self, btf: Optional[Btf]) -> None:
         self._btf = btf

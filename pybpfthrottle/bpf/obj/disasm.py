@@ -123,7 +123,7 @@ class Line(NamedTuple):
 
 
 class Names:
-    """What calls and 64-bit immediate values stand for; a subclass may know it better."""
+    """The names of calls and 64-bit immediate values; a subclass may know better ones."""
 
     def call(self, insn: Instruction) -> str:
         """Return what is called."""

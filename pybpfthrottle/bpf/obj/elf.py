@@ -159,7 +159,7 @@ class _Reading:
     def _add_programs(
         self, section: Section, functions: list[Function], called: set[FunctionKey]
     ) -> None:
-        """Functions outside of .text are programs, but for static ones that others call."""
+        """Add the functions outside of .text as programs, but static ones that others call."""
         if section.name == ".text" or section.name.startswith(".text."):
             return
         kind, target, autoload = sections.meaning_of(section.name)

@@ -32,12 +32,12 @@ class Symbol(NamedTuple):
 
     @property
     def undefined(self) -> bool:
-        """Whether it is to be found elsewhere."""
+        """Whether the symbol is defined elsewhere."""
         return self.section == "SHN_UNDEF"
 
 
 class Relocation(NamedTuple):
-    """What is to be put in at byte ``offset`` of a section."""
+    """A value that is to be put in at byte ``offset`` of a section."""
 
     offset: int
     type: int
@@ -56,12 +56,12 @@ class Section(NamedTuple):
 
     @property
     def executable(self) -> bool:
-        """Whether it holds instructions."""
+        """Whether the section holds instructions."""
         return bool(self.flags & EXECUTABLE)
 
 
 class Header(NamedTuple):
-    """What the table of sections says of any section; ``type`` is such as "SHT_PROGBITS"."""
+    """A row of the table of sections; ``type`` is such as "SHT_PROGBITS"."""
 
     name: str
     type: Union[int, str]
@@ -211,7 +211,7 @@ class _Reader:
         return [(_string(names, header["sh_name"]), header) for header in headers]
 
     def _refuse_overlaps(self, headers: list[tuple[str, Any]]) -> None:
-        """Sections that share their bytes would cost more memory than the file is large."""
+        """Refuse sections that share their bytes: they would cost more memory than the file has."""
         total = sum(
             header["sh_size"]
             for _, header in headers

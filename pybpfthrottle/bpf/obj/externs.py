@@ -1,4 +1,4 @@
-"""What an object declares and the kernel is to have: settings, variables and functions. Pure.
+"""Settings, variables and functions of the kernel that an object declares. Pure.
 
 ``extern int CONFIG_HZ __kconfig`` stands in the section .kconfig of the object's types, variables
 and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of libbpf.

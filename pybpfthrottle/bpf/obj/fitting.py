@@ -36,11 +36,11 @@ R = TypeVar("R", FunctionInfo, CoreRelocation)
 
 
 class KernelFacts(Protocol):
-    """What is to be known of a kernel, each when it is asked for."""
+    """Facts about a kernel, each looked up when it is asked for."""
 
     @property
     def types(self) -> Kernel:
-        """The types, and those of its modules."""
+        """The types of the kernel, and those of its modules."""
         ...
 
     def setting(self, name: str) -> Optional[str]:
@@ -127,29 +127,29 @@ class Fitting:
 
     @property
     def records(self) -> Optional[BtfExt]:
-        """What the compiler says of single instructions."""
+        """The compiler's records of single instructions."""
         return self._records
 
     @cached_property
     def externs(self) -> dict[str, Extern]:
-        """What the object declares and does not define."""
+        """The names that the object declares and does not define."""
         return externs.externs(self.btf)
 
     @cached_property
     def settings_layout(self) -> SectionLayout:
-        """Where settings lie in their map."""
+        """The places of the settings in their map."""
         return externs.kconfig_layout(self.btf, self.externs)
 
     @cached_property
     def resolver(self) -> Resolver:
-        """Answers the object's CO-RE relocations."""
+        """The resolver of the object's CO-RE relocations."""
         from pybpfthrottle.bpf.obj.core import Resolver
 
         return Resolver(self.btf, lambda: self._kernel.types)
 
     @cached_property
     def symbols(self) -> Symbols:
-        """Finds the object's externs."""
+        """The finder of the object's externs."""
         kernel = self._kernel
         return Symbols(
             *(self.btf, lambda: kernel.types),

@@ -30,7 +30,7 @@ _Reference = Union[MapReference, CallReference, ExternReference]
 
 
 class Places(NamedTuple):
-    """What code may refer to, by the numbers of the sections.
+    """Targets that code may refer to, by the numbers of the sections.
 
     ``maps`` has the names of maps by their section and offset, ``data`` the names of data maps by
     their section, ``externs`` the names that the kernel is to have.

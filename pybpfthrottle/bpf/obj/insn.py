@@ -77,7 +77,7 @@ class RelocationType(IntEnum):
 
 
 class _Layout(NamedTuple):
-    """What differs between byte orders: four bits that are the source register, and numbers."""
+    """The differences of a byte order: the four bits of the source register, and numbers."""
 
     source_shift: int
     whole: struct.Struct

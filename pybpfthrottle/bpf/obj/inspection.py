@@ -1,4 +1,4 @@
-"""What an object file has in it, as records for tables and for JSON. No system calls."""
+"""The contents of an object file, as records for tables and for JSON. No system calls."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inspect(source: Union[bytes, elf.Path]) -> Inspection:
 
 
 class Inspection:
-    """One object and all that can be told of it. Raises ObjectFileError."""
+    """An object, and everything that can be told of it. Raises ObjectFileError."""
 
     def __init__(self, data: bytes, name: str = "object") -> None:
         self._file = elffile.read(data)

@@ -1,4 +1,4 @@
-"""What an object needs of a kernel, and the first release with it. No system calls.
+"""The requirements of an object on the kernel, with the first releases. No system calls.
 
 How its programs are attached is not part of it: that is decided later.
 """
@@ -55,7 +55,7 @@ _MAP_FLAGS = (
 
 
 class Need(NamedTuple):
-    """Something that a kernel is to have; what is ``optional`` the loader can do without."""
+    """A requirement on the kernel; the loader can do without one that is ``optional``."""
 
     name: str
     since: str

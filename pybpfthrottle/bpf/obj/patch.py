@@ -35,7 +35,7 @@ _MAX_OFFSET = (1 << 15) - 1
 
 
 class Poisoned(NamedTuple):
-    """What a poisoned instruction asked for: ``access`` such as "struct sock.gone".
+    """The question of a poisoned instruction: ``access`` such as "struct sock.gone".
 
     ``local_type`` is the object's type that it did so by, empty for a function; ``question`` what
     it wanted to know.

@@ -1,4 +1,4 @@
-"""What the name of a section says of the programs in it.
+"""Names of sections -> the kind of the programs in them.
 
 The names are those of libbpf (Documentation/bpf/libbpf/program_types.rst of the kernel), taken as
 leniently as cilium/ebpf takes them.
@@ -23,7 +23,7 @@ class SectionKind(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What a section's name says. ``target`` is what follows the kind after a slash, or None."""
+    """The meaning of a section's name; ``target`` follows the kind after a slash, or is None."""
 
     kind: SectionKind
     target: Optional[str]

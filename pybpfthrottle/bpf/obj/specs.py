@@ -1,4 +1,4 @@
-"""What an object file asks for: pure data, no system calls.
+"""Specs: the contents of an object file as plain data. No system calls.
 
 A spec may be edited in place before it is loaded::
 

@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
 
 class _Naming(NamedTuple):
-    """What the kernel calls the type for a target."""
+    """The kernel's name of the type for a target."""
 
     kind: Kind
     prefix: str = ""

@@ -134,7 +134,7 @@ class TypedMaps:
 
 
 def _refuse_contents(section: Section) -> None:
-    """All is said by types: the section is zeros but for what relocations fill in."""
+    """Refuse contents: types say everything, and relocations fill in the rest of the section."""
     data = bytearray(section.data or b"")
     for relocation in section.relocations:
         slot = slice(relocation.offset, relocation.offset + _POINTER_BYTES)
@@ -211,7 +211,7 @@ class _Reader:
         self._spec.pinned = bool(how)
 
     def _take_values(self, member: Member) -> None:
-        """An array of pointers to inner maps, or to the programs of a program array."""
+        """Take an array of pointers to inner maps, or to the programs of a program array."""
         self.values_at = member.bit_offset // 8
         array = self._resolve(member.type)
         if array.kind != Kind.ARRAY or self._nested:
