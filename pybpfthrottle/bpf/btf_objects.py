@@ -92,6 +92,7 @@ def load(data: bytes) -> Optional[LoadedBtf]:
     functions = True
     for concession in (None, *CONCESSIONS):
         if concession is not None:
+            # The last one takes the functions away, and with them all that refers to them.
             functions = concession is not CONCESSIONS[-1]
             changed = conceding(data, concession)
             if changed is None:

@@ -50,6 +50,7 @@ class FormatCodec:
     """The codec of a number, by its letter in the struct module, in this machine's byte order."""
 
     def __init__(self, letter: str) -> None:
+        # "=" has fixed sizes: "L" is four bytes, as C's u32 and unlike its long.
         self._struct = struct.Struct("=" + letter)
 
     def encode(self, value: int) -> bytes:

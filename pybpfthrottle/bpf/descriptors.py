@@ -48,6 +48,7 @@ def open_pinned(path: Path, kind: str) -> int:
     Linux 4.4. Raises OSError, with EINVAL if something else is pinned there.
     """
     fd = _with_path(Cmd.OBJ_GET, path, 0)
+    # BPF_OBJ_GET opens whatever is there; taken for something else it would fail far from here.
     actual = _kind(fd)
     if actual not in (kind, ""):
         os.close(fd)

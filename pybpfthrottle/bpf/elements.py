@@ -18,6 +18,7 @@ from pybpfthrottle.bpf.abi import Attr, Cmd
 
 Pair = tuple[bytes, bytes]
 
+# So much that the command itself costs nothing beside it, and little enough to be allocated.
 _BATCH_BYTES = 1 << 18
 _TOKEN_BYTES = 4  # a hash goes on at the number of a bucket, all else at a key
 

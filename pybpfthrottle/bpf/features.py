@@ -101,6 +101,7 @@ def helper(program_type: ProgType, number: int) -> Feature:
     """
 
     def probe() -> None:
+        # GPL, since some helpers are refused to other licenses with words of their own.
         code = asm.call(number) + asm.exit_()
         try:
             programs.load(code, type=program_type, license="GPL").close()

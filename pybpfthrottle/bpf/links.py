@@ -103,6 +103,7 @@ class LegacyAttachment:
     def __init__(
         self, program: Program, cgroup_fd: int, attach_type: AttachType, mode: AttachMode
     ) -> None:
+        # Descriptors of its own, since the owners of these may close them before it detaches.
         self._program_fd = os.dup(program.fd)
         try:
             self._cgroup_fd = os.dup(cgroup_fd)
@@ -217,7 +218,7 @@ def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -
 
     Linux 4.15.
     """
-    room = 64
+    room = 64  # BPF_CGROUP_MAX_PROGS; effective ones may be more
     while True:
         ids = (ctypes.c_uint32 * room)()
         attr = Attr()

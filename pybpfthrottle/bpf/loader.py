@@ -57,6 +57,7 @@ class Object:
 
     def close(self) -> None:
         """Close all descriptors. What is attached stays with its link or legacy attachment."""
+        # A mapping keeps its map alive, whatever becomes of the descriptor.
         for memory in self._memories.values():
             memory.close()
         self._memories.clear()
@@ -110,6 +111,7 @@ def load(
     with ExitStack() as undo, ObjectTypes() as types:
         fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
         types.load(fitting.loadable_types())
+        # Before any map is made: only fitted programs tell whether they need the settings.
         fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
         map_specs = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
         if any(KCONFIG in program.linked.maps for program in fitted.values()):
@@ -129,8 +131,10 @@ def load(
             name: undo.enter_context(_load(spec, spec.programs[name], program, fds, types))
             for name, program in fitted.items()
         }
+        # Arrays of programs hold descriptors, and so are filled when all programs are there.
         program_fds = {name: program.fd for name, program in live_programs.items()}
         _fill(live_maps, {**fds, **program_fds})
+        # The Object owns them from here on.
         undo.pop_all()
     return Object(live_programs, live_maps, spec)
 

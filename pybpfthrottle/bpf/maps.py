@@ -70,6 +70,7 @@ class Map(MutableMapping[K, V]):
         self._value = value
         self._value_bytes = spec.value_size
         if spec.type in _PER_CPU:
+            # The kernel pads each CPU's value, and has one for CPUs that may still be plugged in.
             self._value_bytes = (spec.value_size + 7) // 8 * 8 * possible_cpus()
 
     @property

@@ -11,6 +11,7 @@ from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import MapSpec
 
+# Another load may pin the map, or unlink it, between looking and pinning.
 _TRIES = 3
 
 

@@ -185,6 +185,7 @@ def with_memlock(create: Callable[[], T]) -> T:
 
 def _raise_memlock(soft: int, hard: int) -> bool:
     infinity = resource.RLIM_INFINITY
+    # Without CAP_SYS_RESOURCE the hard limit is as far as it goes.
     for wanted in ((infinity, infinity), (hard, hard)):
         if wanted[0] == soft:
             continue

@@ -127,6 +127,7 @@ def run_statistics() -> Iterator[None]:
 
 
 def _info_with_map_ids(fd: int) -> tuple[abi.ProgInfo, tuple[int, ...]]:
+    # First without room, to be told how many there are.
     room = 0
     while True:
         map_ids = (ctypes.c_uint32 * room)()

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.links import Link
     from pybpfthrottle.bpf.maps import Map
 
-_FIRST_LOG_BYTES = 1 << 16
+_FIRST_LOG_BYTES = 1 << 16  # most logs are shorter
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
-_TRIES = 5
+_TRIES = 5  # signals may come one after the other; libbpf tries as often
 # A test run's packet may grow to the largest that the kernel has, and contexts are below this.
 _GROWTH_BYTES = 1 << 16
 _CONTEXT_BYTES = 1 << 9

@@ -27,6 +27,7 @@ from pybpfthrottle.bpf.codecs import CodecLike, codec_for
 from pybpfthrottle.bpf.maps import Map
 
 _LENGTH = abi.BPF_RINGBUF_DISCARD_BIT - 1
+# A program submits what it has reserved within microseconds.
 _BUSY_PAUSE_S = 0.0001
 
 _lock = Lock()

@@ -103,6 +103,7 @@ def all_ids(cmd: Cmd) -> Iterator[int]:
             bpf(cmd, attr)
         except FileNotFoundError:
             return
+        # A kernel, or a filter, that does not fill it in would be asked for ever.
         if attr.get_id.next_id <= following:
             return
         following = attr.get_id.next_id

@@ -35,6 +35,7 @@ class Memory:
         if self._mapped is not None and not self._data_map.spec.frozen:
             self._mapped[offset : offset + len(data)] = data
             return
+        # The kernel sets a whole value only: what a program writes in between is lost.
         value = bytearray(self._data_map[0])
         value[offset : offset + len(data)] = data
         self._data_map[0] = bytes(value)

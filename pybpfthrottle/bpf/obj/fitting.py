@@ -192,6 +192,7 @@ class _Program:
             for at, relocation in within(records.relocations, placed):
                 try:
                     answer = self._fitting.resolver.answer(relocation)
+                    # No error yet: the program may never reach it, behind bpf_core_field_exists.
                     if not self._instructions.answer(at, answer, len(self._poisoned)):
                         self._poisoned.append(self._unresolved(relocation))
                 except (ObjectFileError, PatchError) as error:
@@ -235,6 +236,7 @@ class _Program:
             module = self._fitting.descriptor(location.btf)
             if module and module not in self._modules:
                 self._modules.append(module)
+            # Place 0 of fd_array stands for the kernel itself.
             place = self._modules.index(module) + 1 if module else 0
             self._instructions.call_kernel(at, location.type, place)
         else:

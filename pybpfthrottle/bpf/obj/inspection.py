@@ -36,6 +36,7 @@ _QUESTIONS = {
     _K.ENUMVAL_VALUE: "enum value of",
     _K.TYPE_MATCHES: "type match of",
 }
+# Tables are to be read; a large array is not.
 _MAX_SHOWN_BYTES = 256
 
 

@@ -43,8 +43,10 @@ from pybpfthrottle.bpf.obj.insn import (
 )
 from pybpfthrottle.bpf.obj.specs import FunctionSpec, MapSpec, ObjectSpec, ProgramSpec
 
+# BPF_MAXINSNS, the limit for everybody before Linux 5.2.
 _MANY_INSTRUCTIONS = 4096
 _LOWER = (BPF_JLT, BPF_JLE, BPF_JSLT, BPF_JSLE)
+# The only atomic instruction before cpu v3; it has no result.
 _XADD = BPF_ADD
 _MAP_FLAGS = (
     (abi.BPF_F_NO_PREALLOC, "BPF_F_NO_PREALLOC", "4.6"),

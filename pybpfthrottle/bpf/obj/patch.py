@@ -85,6 +85,7 @@ class Instructions:
     def poison(self, at: int, number: int) -> None:
         """Make an instruction (of either width) a call that the verifier refuses."""
         self._opcode(at)
+        # Both halves: the verifier would take the second one for an instruction of its own.
         for offset in range(at, at + self._code.width(at), INSN_BYTES):
             self._code.put(offset, CALL, imm=POISON + number)
 

@@ -59,6 +59,7 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     """Append each function that is called once, and set the distances of the calls."""
     placed = _place(spec, program.function)
     starts = {function.key: start for start, function in placed}
+    # One join, and changes in place: there may be a million instructions.
     code = bytearray().join(function.code for _, function in placed)
     instructions = Code(code, spec.byteorder)
     for start, function in placed:

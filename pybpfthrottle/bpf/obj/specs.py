@@ -52,6 +52,7 @@ class MapSpec:
     pinned: bool = False
     section: Optional[str] = None
 
+    # The machine's facts are given, since a spec asks no machine.
     def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
         """Return the spec as the kernel takes it, where objects do not say all that it wants.
 
