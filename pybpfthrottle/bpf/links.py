@@ -34,7 +34,11 @@ class Attachment(Protocol):
 
 
 class Link:
-    """A link: the kernel detaches the program when its last descriptor is closed."""
+    """A link: the kernel detaches the program when its last descriptor is closed.
+
+    It owns one descriptor; ``close`` or ``with`` ends it. Linux 5.7, for tracepoints and functions
+    4.17; source: man 2 bpf.
+    """
 
     mode = AttachMode.ALLOW_MULTIPLE
 
@@ -46,6 +50,10 @@ class Link:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def close(self) -> None:
+        """Close the link, as ``detach`` does."""
+        self.detach()
 
     def force_detach(self) -> None:
         """Detach the program whoever else has the link, which stays but does nothing. Linux 5.9.

@@ -26,7 +26,8 @@ from pybpfthrottle.bpf.variables import Memory, Variable
 class Object:
     """The loaded programs, maps and variables of one object, by name.
 
-    ``close`` or ``with`` ends them all.
+    Each of them owns one descriptor; ``close`` or ``with`` ends them all. Maps that were given to
+    ``load`` are not among them.
     """
 
     def __init__(
