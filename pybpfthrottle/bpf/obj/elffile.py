@@ -144,8 +144,8 @@ def refuse_other_files(data: bytes) -> None:
 class _Reader:
     """Reads the records of an ELF file by pyelftools' layouts.
 
-    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each start
-    of the limiter would pay for.
+    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each
+    short program would pay for.
     """
 
     def __init__(self, data: bytes) -> None:
