@@ -87,13 +87,13 @@ def _probe_link() -> None:
 
 
 def _probe_query() -> None:
-    # The same as of links.
+    # Kernels that know the command refuse the descriptor, or who asks.
     attr = Attr()
     attr.query.target_fd = (1 << 31) - 1
     try:
         syscall.bpf(Cmd.PROG_QUERY, attr)
     except OSError as error:
-        if error.errno != errno.EBADF:
+        if error.errno == errno.EINVAL:
             raise
 
 

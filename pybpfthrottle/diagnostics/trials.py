@@ -106,7 +106,7 @@ def _link(setup: Setup) -> Result:
 def _legacy(setup: Setup) -> Result:
     """Before Linux 4.15 one program is alone on a cgroup; on one of our own that does no harm."""
     found = _at_scratch(links.attach_legacy)(setup)
-    if not found.cause or features.QUERY.available():
+    if found.cause != "EINVAL" or features.QUERY.available():
         return found
     single = _at_scratch(partial(links.attach_legacy, mode=AttachMode.SINGLE))(setup)
     if single.cause:
@@ -153,7 +153,7 @@ def _by_either_way(cgroup: Cgroup) -> Result:
     except CgroupError as error:
         return failed(str(error), cause="target-gone")
     evidence = [f"by link: {by_link.text}", f"by the legacy call: {by_call.text}"]
-    if by_call.cause and not features.QUERY.available():
+    if by_call.cause == "EINVAL" and not features.QUERY.available():
         return warned(
             f"this kernel (before Linux 4.15) runs one program alone for {cgroup.path}, and does"
             " not tell whether there is one: not tried, since it might switch another one off",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 from benches.line import DelayLine, LineSpec
+from since import parse, running
 
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
@@ -163,14 +164,15 @@ def median_windows(transfers: list[Transfer], rate: Rate, seconds: int) -> list[
 
 
 PACKETS = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
+# Hooks that not all kernels have; others are as old as the question what is attached to them.
+_HOOKS_SINCE = {AttachType.CGROUP_SETSOCKOPT: "5.3"}
 
 
 def attached(target: Cgroup, hooks: Sequence[AttachType] = PACKETS) -> list[int]:
     """The programs at hooks of a cgroup that this kernel has."""
+    known = [hook for hook in hooks if running() >= parse(_HOOKS_SINCE.get(hook, "4.15"))]
     fd = target.open()
     try:
-        return [
-            program for attach_type in hooks for program in links.query(fd, attach_type).program_ids
-        ]
+        return [program for hook in known for program in links.query(fd, hook).program_ids]
     finally:
         os.close(fd)

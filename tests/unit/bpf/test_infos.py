@@ -10,7 +10,7 @@ import known_fields
 import pytest
 from click.testing import CliRunner
 
-from pybpfthrottle.bpf import abi, btf_objects, program_info, syscall
+from pybpfthrottle.bpf import abi, btf_objects, features, program_info, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import bpf_show
@@ -86,3 +86,13 @@ def test_a_kernel_that_cannot_list_says_since_when_it_can(kernel, command, cmd, 
         f"cannot show a {'link' if command[0] == 'link' else 'program'}:"
         f" this kernel does not have BPF_{cmd.name} (Linux {since})"
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "known"),
+    [(errno.EBADF, True), (errno.EPERM, True), (errno.EINVAL, False)],
+)
+def test_who_may_not_ask_does_not_make_an_old_kernel(kernel, number: int, known: bool) -> None:
+    """Only what the kernel says of a command that it does not have tells that it is old."""
+    kernel.refuse(Cmd.PROG_QUERY, number)
+    assert features.QUERY.available() is known
