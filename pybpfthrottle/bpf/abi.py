@@ -650,7 +650,7 @@ class SockmapLinkInfo(ctypes.Structure):
 
 
 class LinkDetails(ctypes.Union):
-    """What struct bpf_link_info says for a type of link."""
+    """The part of struct bpf_link_info that depends on the type of link."""
 
     _fields_ = (
         ("raw_tracepoint", RawTracepointLinkInfo),

@@ -142,7 +142,7 @@ def attach(program: Program, attach_type: Optional[AttachType], **places: Any) -
 
 
 def _argument(program: Program, attach_type: Optional[AttachType]) -> str:
-    """The argument that says where programs of this kind are attached."""
+    """Return the argument that says where programs of this kind are attached."""
     if program.type in _TRACEPOINTS:
         return "tracepoint"
     if attach_type in _ARGUMENTS:
@@ -162,7 +162,7 @@ def _argument(program: Program, attach_type: Optional[AttachType]) -> str:
 
 
 def _only(program: Program, argument: str, places: dict[str, Any]) -> Any:
-    """What was given for the one argument that there is to be."""
+    """Return what was given for the one argument that there is to be."""
     given = {name: place for name, place in places.items() if place is not None}
     place = given.pop(argument, program.attach_to if argument == "tracepoint" else None)
     if given:
@@ -183,7 +183,7 @@ def _attach(program: Program, attach_type: Optional[AttachType], argument: str, 
 
 @contextmanager
 def _target(argument: str, place: Any) -> Iterator[int]:
-    """The number that BPF_LINK_CREATE knows a place by."""
+    """Return the number that BPF_LINK_CREATE knows a place by."""
     if argument == _NOWHERE:
         yield 0
     elif argument == "map":

@@ -71,7 +71,7 @@ class ObjectTypes:
         return self._loaded is not None and self._loaded.functions
 
     def descriptor(self, module: Btf) -> int:
-        """A descriptor of a module's types. Raises OSError or ExternError."""
+        """Return a descriptor of a module's types. Raises OSError or ExternError."""
         if module.name not in self._modules:
             self._modules[module.name] = open_module(module.name)
             self._undo.callback(os.close, self._modules[module.name])
@@ -92,6 +92,7 @@ def load(data: bytes) -> Optional[LoadedBtf]:
     functions = True
     for concession in (None, *CONCESSIONS):
         if concession is not None:
+            # The last one takes the functions away, and with them all that refers to them.
             functions = concession is not CONCESSIONS[-1]
             changed = conceding(data, concession)
             if changed is None:
@@ -114,7 +115,7 @@ def _load(data: bytes) -> int:
 
 
 def open_module(name: str) -> int:
-    """A descriptor of the types of a kernel module; the caller closes it.
+    """Return a descriptor of the types of a kernel module; the caller closes it.
 
     Linux 5.11; needs CAP_SYS_ADMIN. Raises ExternError for a module without types.
     """
@@ -135,12 +136,12 @@ class BtfInfo(NamedTuple):
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all BTF of the machine. Linux 5.3; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all BTF of the machine. Linux 5.3; needs CAP_SYS_ADMIN. Raises OSError."""
     return syscall.all_ids(Cmd.BTF_GET_NEXT_ID)
 
 
 def info_by_id(btf_id: int) -> BtfInfo:
-    """What the kernel says of a BTF. Linux 4.18, names 5.11; needs CAP_SYS_ADMIN."""
+    """Return what the kernel says of a BTF. Linux 4.18, names 5.11; needs CAP_SYS_ADMIN."""
     name = ctypes.create_string_buffer(_NAME_BYTES)
     info = abi.BtfInfo(name=ctypes.addressof(name), name_len=_NAME_BYTES)
     _fill(btf_id, info)
@@ -149,7 +150,7 @@ def info_by_id(btf_id: int) -> BtfInfo:
 
 
 def data_by_id(btf_id: int) -> bytes:
-    """The bytes of a BTF, as ``btf.Btf`` takes them. Linux 4.18; needs CAP_SYS_ADMIN."""
+    """Return the bytes of a BTF, as ``btf.Btf`` takes them. Linux 4.18; needs CAP_SYS_ADMIN."""
     size = info_by_id(btf_id).size_bytes
     data = ctypes.create_string_buffer(size)
     _fill(btf_id, abi.BtfInfo(btf=ctypes.addressof(data), btf_size=size))

@@ -19,14 +19,14 @@ IpNetwork = Union["IPv4Network", "IPv6Network"]
 
 
 class Codec(Protocol[T]):
-    """How keys or values of type T are bytes of a map."""
+    """The translation of keys or values of type T to bytes of a map, and back."""
 
     def encode(self, value: T) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         ...
 
     def decode(self, data: bytes) -> T:
-        """The value of bytes."""
+        """Return the value of bytes."""
         ...
 
 
@@ -35,74 +35,75 @@ CodecLike = Union[Codec[Any], str, type]
 
 
 class RawCodec:
-    """bytes as they are."""
+    """The codec of bytes as they are."""
 
     def encode(self, value: bytes) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return bytes(value)
 
     def decode(self, data: bytes) -> bytes:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return data
 
 
 class FormatCodec:
-    """One number, by its letter in the struct module, in the byte order of this machine."""
+    """The codec of a number, by its letter in the struct module, in this machine's byte order."""
 
     def __init__(self, letter: str) -> None:
+        # "=" has fixed sizes: "L" is four bytes, as C's u32 and unlike its long.
         self._struct = struct.Struct("=" + letter)
 
     def encode(self, value: int) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return self._struct.pack(value)
 
     def decode(self, data: bytes) -> int:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return cast(int, self._struct.unpack(data)[0])
 
 
 class TupleCodec:
-    """Several numbers by a format of the struct module; as a C struct's members unless it says."""
+    """The codec of a tuple of numbers, by a format of the struct module; by default as C aligns."""
 
     def __init__(self, format: str) -> None:
         self._struct = struct.Struct(format)
 
     def encode(self, value: Sequence[Any]) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return self._struct.pack(*value)
 
     def decode(self, data: bytes) -> tuple[Any, ...]:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return self._struct.unpack(data)
 
 
 class IntCodec:
-    """A number without a sign of any size in bytes, in the byte order of this machine."""
+    """The codec of a number without a sign, of any size in bytes, in this machine's byte order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
 
     def encode(self, value: int) -> bytes:
-        """The bytes of a value; OverflowError for a number that does not fit."""
+        """Return the bytes of a value; OverflowError for a number that does not fit."""
         return value.to_bytes(self._size, sys.byteorder)
 
     def decode(self, data: bytes) -> int:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return int.from_bytes(data, sys.byteorder)
 
 
 class StructureCodec(Generic[S]):
-    """A ctypes.Structure."""
+    """The codec of a ctypes.Structure."""
 
     def __init__(self, structure: type[S]) -> None:
         self._structure = structure
 
     def encode(self, value: S) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return bytes(value)
 
     def decode(self, data: bytes) -> S:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return self._structure.from_buffer_copy(data)
 
 
@@ -125,16 +126,16 @@ class DataclassCodec(Generic[T]):
         self._structure = _structure_of(type)
 
     def encode(self, value: T) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return bytes(_to_structure(self._structure, value))
 
     def decode(self, data: bytes) -> T:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return cast(T, _from_structure(self._type, self._structure.from_buffer_copy(data)))
 
 
 def _structure_of(type_: type) -> Any:
-    """A ctypes.Structure with the fields of a dataclass."""
+    """Return a ctypes.Structure with the fields of a dataclass."""
     fields = []
     for name, hint in get_type_hints(type_, include_extras=True).items():
         layout = getattr(hint, "__metadata__", (hint,))[0]
@@ -182,11 +183,11 @@ class PrefixCodec:
     """
 
     def encode(self, value: IpNetwork) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         return struct.pack("=I", value.prefixlen) + value.network_address.packed
 
     def decode(self, data: bytes) -> IpNetwork:
-        """The value of bytes; bits behind the prefix are not looked at."""
+        """Return the value of bytes; bits behind the prefix are not looked at."""
         import ipaddress
 
         (length,) = struct.unpack_from("=I", data)
@@ -195,7 +196,7 @@ class PrefixCodec:
 
 
 class PerCpuCodec(Generic[T]):
-    """A list with one value for each possible CPU; the kernel pads each to eight bytes."""
+    """The codec of a list with a value for each possible CPU; each is padded to eight bytes."""
 
     def __init__(self, codec: Codec[T], value_size: int, cpus: int) -> None:
         self._codec = codec
@@ -204,13 +205,13 @@ class PerCpuCodec(Generic[T]):
         self._cpus = cpus
 
     def encode(self, value: list[T]) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         if len(value) != self._cpus:
             raise ValueError(f"{self._cpus} values are needed, one a CPU, not {len(value)}")
         return b"".join(self._codec.encode(item).ljust(self._stride, b"\0") for item in value)
 
     def decode(self, data: bytes) -> list[T]:
-        """The value of bytes."""
+        """Return the value of bytes."""
         return [
             self._codec.decode(data[at : at + self._size])
             for at in range(0, len(data), self._stride)
@@ -222,7 +223,7 @@ RAW: Codec[bytes] = RawCodec()
 
 
 def codec_for(wanted: CodecLike, size: int) -> Codec[Any]:
-    """The codec of keys or values of ``size`` bytes.
+    """Return the codec of keys or values of ``size`` bytes.
 
     ``wanted`` is a codec; bytes; int, a number without a sign; a format of the struct module, one
     letter being one value and more a tuple; a ctypes.Structure; or a dataclass as DataclassCodec

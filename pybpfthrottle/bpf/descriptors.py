@@ -15,14 +15,17 @@ I = TypeVar("I", bound=ctypes.Structure)  # noqa: E741
 
 
 def by_id(cmd: Cmd, object_id: int) -> int:
-    """A descriptor by a GET_FD_BY_ID command. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return a descriptor by a GET_FD_BY_ID command. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     attr = Attr()
     attr.get_id.id = object_id
     return syscall.bpf(cmd, attr)
 
 
 def fill_info(fd: int, info: I) -> I:
-    """Have the kernel fill in what it says of an object. Linux 4.13. Raises OSError."""
+    """Return a structure that the kernel filled in about an object. Linux 4.13. Raises OSError."""
     attr = Attr()
     attr.info.bpf_fd = fd
     attr.info.info_len = ctypes.sizeof(info)
@@ -32,7 +35,7 @@ def fill_info(fd: int, info: I) -> I:
 
 
 def pin(fd: int, path: Path) -> None:
-    """Give an object a name in a bpf file system: it stays until that is unlinked. Linux 4.4.
+    """Pin an object: name it in a bpf file system, where it stays until unlinked. Linux 4.4.
 
     Raises OSError: EPERM if the directory is in another kind of file system.
     """
@@ -40,20 +43,21 @@ def pin(fd: int, path: Path) -> None:
 
 
 def open_pinned(path: Path, kind: str) -> int:
-    """A descriptor of a pinned object: a bpf-map, bpf-prog or bpf-link, as /proc names them.
+    """Return a descriptor of a pinned object: a bpf-map, bpf-prog or bpf-link, as /proc names them.
 
     Linux 4.4. Raises OSError, with EINVAL if something else is pinned there.
     """
     fd = _with_path(Cmd.OBJ_GET, path, 0)
-    found = _kind(fd)
-    if found not in (kind, ""):
+    # BPF_OBJ_GET opens whatever is there; taken for something else it would fail far from here.
+    actual = _kind(fd)
+    if actual not in (kind, ""):
         os.close(fd)
-        raise OSError(errno.EINVAL, f"it is a {found}, not a {kind}", os.fspath(path))
+        raise OSError(errno.EINVAL, f"it is a {actual}, not a {kind}", os.fspath(path))
     return fd
 
 
 def _kind(fd: int) -> str:
-    """What a descriptor is of; "" without /proc. A link is bpf_link where it was created."""
+    """Return what a descriptor is of; "" without /proc. A link is bpf_link where it was created."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}").rpartition(":")[2].replace("_", "-")
     except OSError:
@@ -61,7 +65,7 @@ def _kind(fd: int) -> str:
 
 
 def fdinfo(fd: int) -> dict[str, str]:
-    """What /proc/self/fdinfo says of an object; nothing without /proc."""
+    """Return what /proc/self/fdinfo says of an object; nothing without /proc."""
     try:
         with open(f"/proc/self/fdinfo/{fd}") as lines:
             pairs = (line.partition(":") for line in lines)

@@ -18,6 +18,7 @@ from pybpfthrottle.bpf.abi import Attr, Cmd
 
 Pair = tuple[bytes, bytes]
 
+# So much that the command itself costs nothing beside it, and little enough to be allocated.
 _BATCH_BYTES = 1 << 18
 _TOKEN_BYTES = 4  # a hash goes on at the number of a bucket, all else at a key
 
@@ -34,7 +35,7 @@ class Elements(NamedTuple):
     value_size: int
 
     def lookup(self, key: Optional[bytes]) -> bytes:
-        """The value of a key. Linux 4.10. A queue has no key: what is next in it."""
+        """Return the value of a key. Linux 4.10. A queue has no key: what is next in it."""
         return self._read(Cmd.MAP_LOOKUP_ELEM, key)
 
     def update(self, key: Optional[bytes], value: bytes, flags: int = 0) -> None:
@@ -50,7 +51,7 @@ class Elements(NamedTuple):
         return self._read(Cmd.MAP_LOOKUP_AND_DELETE_ELEM, key)
 
     def contains(self, value: bytes) -> bool:
-        """Whether a Bloom filter may have a value. Linux 5.16."""
+        """Return whether a Bloom filter may have a value. Linux 5.16."""
         try:
             self._do(Cmd.MAP_LOOKUP_ELEM, None, self._value(value))
         except FileNotFoundError:
@@ -58,7 +59,10 @@ class Elements(NamedTuple):
         return True
 
     def next_key(self, previous: Optional[bytes]) -> bytes:
-        """The key behind another, the first one behind None or a key that is gone. Linux 4.10."""
+        """Return the key behind another, the first one behind None or a key that is gone.
+
+        Linux 4.10.
+        """
         following = ctypes.create_string_buffer(self.key_size)
         self._do(Cmd.MAP_GET_NEXT_KEY, self._key(previous), following)
         return following.raw
@@ -99,7 +103,7 @@ def _check(data: bytes, size: int, what: str) -> None:
 
 
 def items(elements: Elements) -> Iterator[Pair]:
-    """All elements. What is added or deleted meanwhile may be among them or not."""
+    """Return all elements. What is added or deleted meanwhile may be among them or not."""
     return _read(elements, Cmd.MAP_LOOKUP_BATCH)
 
 
@@ -183,7 +187,7 @@ def _one_by_one(elements: Elements) -> Iterator[Pair]:
 
 
 def keys(elements: Elements) -> Iterator[bytes]:
-    """All keys. Where the last one is deleted meanwhile, the kernel begins again."""
+    """Return all keys. Where the last one is deleted meanwhile, the kernel begins again."""
     key = None
     while True:
         try:
@@ -228,7 +232,7 @@ class _Batch:
             self.count = min(attr.batch.count, self._room)
 
     def pairs(self) -> Iterator[Pair]:
-        """The elements that were read."""
+        """Return the elements that were read."""
         keys, values = self._keys.raw, self._values.raw
         key_size, value_size = self._elements.key_size, self._elements.value_size
         for index in range(self.count):
@@ -242,7 +246,7 @@ class _Batch:
         self._in = self._out.raw
 
     def larger(self) -> _Batch:
-        """One that reads at the same place, with more room."""
+        """Return a batch that reads at the same place, with more room."""
         return _Batch(self._elements, self._room * 4, self._in)
 
 
@@ -257,5 +261,5 @@ def _chunks(elements: Elements, pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 
 def _fitting(elements: Elements) -> int:
-    """How many elements take about as much room as a batch should."""
+    """Return how many elements take about as much room as a batch should."""
     return max(1, _BATCH_BYTES // (elements.key_size + elements.value_size))

@@ -30,7 +30,7 @@ class ObjectFileError(Error):
 
 
 class AmbiguousTypeError(Error):
-    """The kernel has several types where an object asks for one, and they answer differently."""
+    """Several types of the kernel that an object may mean, and that answer differently."""
 
 
 class ExternError(Error):
@@ -38,7 +38,7 @@ class ExternError(Error):
 
 
 class BpfError(Error):
-    """What the kernel refused. ``errno`` is that of the system call, 0 where there was none."""
+    """A refusal by the kernel. ``errno`` is that of the system call, 0 where there was none."""
 
     def __init__(self, message: str, *, errno: int = 0) -> None:
         super().__init__(message)
@@ -46,15 +46,15 @@ class BpfError(Error):
 
 
 class UnsupportedMachineError(BpfError):
-    """Python cannot call bpf(2) on this machine."""
+    """A machine on which Python cannot call bpf(2)."""
 
 
 class MapCreateError(BpfError):
-    """BPF_MAP_CREATE failed."""
+    """A map that could not be created, filled or pinned."""
 
 
 class ProgramLoadError(BpfError):
-    """BPF_PROG_LOAD failed."""
+    """A program that could not be loaded."""
 
 
 class VerifierError(ProgramLoadError):
@@ -96,4 +96,4 @@ class UnresolvedError(VerifierError):
 
 
 class AttachError(BpfError):
-    """A program could not be attached."""
+    """A program that could not be attached."""

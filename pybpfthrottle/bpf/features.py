@@ -1,4 +1,4 @@
-"""What the running kernel can do, found out by trying it. Nothing is tried before it is asked for.
+"""Features of the running kernel, found out by trying. Nothing is tried before it is asked for.
 
 A feature is a value: its name, the first release with it, and a probe. ``missing()`` tells with
 which error the probe failed; the answer is kept. A program that needs something else makes a
@@ -36,11 +36,11 @@ class Feature:
     probe: Callable[[], None]
 
     def missing(self) -> Optional[Exception]:
-        """The error that trying it gave, or None where this kernel has it."""
+        """Return the error that trying it gave, or None where this kernel has it."""
         return _try(self)
 
     def available(self) -> bool:
-        """Whether this kernel has it, and this process may use it."""
+        """Return whether this kernel has it, and this process may use it."""
         return self.missing() is None
 
 
@@ -94,13 +94,14 @@ def _probe_data_sections() -> None:
 
 @cache
 def helper(program_type: ProgType, number: int) -> Feature:
-    """Whether programs of a type may call a helper function, by its number in linux/bpf.h.
+    """Return whether programs of a type may call a helper function, by its number in linux/bpf.h.
 
     The verifier looks for the helper before it looks at the arguments, so that only its words
     tell the one complaint from the other.
     """
 
     def probe() -> None:
+        # GPL, since some helpers are refused to other licenses with words of their own.
         code = asm.call(number) + asm.exit_()
         try:
             programs.load(code, type=program_type, license="GPL").close()

@@ -36,7 +36,7 @@ class Queue(Generic[V]):
             raise IndexError("pop from an empty map") from None
 
     def peek(self) -> V:
-        """The next value, left where it is. Raises IndexError if there is none."""
+        """Return the next value, left where it is. Raises IndexError if there is none."""
         try:
             return self._decode(self._elements.lookup(None))
         except FileNotFoundError:

@@ -30,11 +30,15 @@ class Attachment(Protocol):
     mode: AttachMode
 
     def detach(self) -> None:
-        """Take the program away. Doing so twice, or after the cgroup is gone, is no error."""
+        """Detach the program. A second time, or after the cgroup is gone, this does nothing."""
 
 
 class Link:
-    """A link: the kernel detaches the program when its last descriptor is closed."""
+    """A link: the kernel detaches the program when its last descriptor is closed.
+
+    It owns one descriptor; ``close`` or ``with`` ends it. Linux 5.7, for tracepoints and functions
+    4.17; source: man 2 bpf.
+    """
 
     mode = AttachMode.ALLOW_MULTIPLE
 
@@ -46,6 +50,10 @@ class Link:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def close(self) -> None:
+        """Close the link, as ``detach`` does."""
+        self.detach()
 
     def force_detach(self) -> None:
         """Detach the program whoever else has the link, which stays but does nothing. Linux 5.9.
@@ -80,11 +88,11 @@ class Link:
         return os.fdopen(syscall.bpf(Cmd.ITER_CREATE, attr), "rb")
 
     def info(self) -> LinkInfo:
-        """What the kernel says of it. Linux 5.8."""
+        """Return what the kernel says of the link. Linux 5.8. Raises OSError."""
         return link_info(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system: it stays until that is unlinked. Linux 5.7."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 5.7."""
         descriptors.pin(self.fd, path)
 
     def __enter__(self) -> Link:
@@ -103,6 +111,7 @@ class LegacyAttachment:
     def __init__(
         self, program: Program, cgroup_fd: int, attach_type: AttachType, mode: AttachMode
     ) -> None:
+        # Descriptors of its own, since the owners of these may close them before it detaches.
         self._program_fd = os.dup(program.fd)
         try:
             self._cgroup_fd = os.dup(cgroup_fd)
@@ -136,7 +145,7 @@ class LegacyAttachment:
 
 
 class Attached(NamedTuple):
-    """What is attached to a cgroup at one attach type."""
+    """Programs that are attached to a cgroup at one attach type, and with which flags."""
 
     attach_flags: int
     program_ids: tuple[int, ...]
@@ -169,12 +178,12 @@ def attach_raw_tracepoint(program: Program, name: str = "") -> Link:
 
 
 def open_by_id(link_id: int) -> Link:
-    """A link of the system by its id. Linux 5.8, needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return a link of the system by its id. Linux 5.8, needs CAP_SYS_ADMIN. Raises OSError."""
     return Link(descriptors.by_id(Cmd.LINK_GET_FD_BY_ID, link_id))
 
 
 def open_pinned(path: descriptors.Path) -> Link:
-    """A pinned link. Linux 5.7. Raises OSError."""
+    """Return a pinned link. Linux 5.7. Raises OSError."""
     return Link(descriptors.open_pinned(path, "bpf-link"))
 
 
@@ -204,7 +213,7 @@ def attach_legacy(
 
 
 def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:
-    """BPF_PROG_DETACH. Linux 4.10. Raises OSError."""
+    """Detach a program from a cgroup by BPF_PROG_DETACH. Linux 4.10. Raises OSError."""
     attr = Attr()
     attr.prog_attach.target_fd = cgroup_fd
     attr.prog_attach.attach_bpf_fd = program_fd
@@ -213,8 +222,11 @@ def detach(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> None:
 
 
 def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -> Attached:
-    """What is attached to a cgroup; with ``effective`` its ancestors' programs too. Linux 4.15."""
-    room = 64
+    """Return what is attached to a cgroup; with ``effective`` its ancestors' programs too.
+
+    Linux 4.15.
+    """
+    room = 64  # BPF_CGROUP_MAX_PROGS; effective ones may be more
     while True:
         ids = (ctypes.c_uint32 * room)()
         attr = Attr()
@@ -234,7 +246,7 @@ def query(cgroup_fd: int, attach_type: AttachType, *, effective: bool = False) -
 
 
 class LinkInfo(NamedTuple):
-    """What the kernel says of a link. What a type of link does not have is 0 or "".
+    """A link as the kernel describes it. Fields that its type does not have are 0 or "".
 
     ``type`` is a LinkType or a newer kernel's number; ``target`` names what it is attached to
     where that is a raw tracepoint; ``target_object_id`` and ``target_btf_id`` say it of TRACING.
@@ -254,34 +266,34 @@ class LinkInfo(NamedTuple):
 
 
 def link_info(fd: int) -> LinkInfo:
-    """What the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
+    """Return what the kernel says of the link behind a descriptor. Linux 5.8. Raises OSError."""
     info = descriptors.fill_info(fd, abi.LinkInfo())
-    found = LinkInfo(info.id, info.type, info.prog_id)
+    common = LinkInfo(info.id, info.type, info.prog_id)
     details = info.details
     if info.type == LinkType.CGROUP:
-        own = details.cgroup
-        return found._replace(attach_type=own.attach_type, cgroup_id=own.cgroup_id)
+        part = details.cgroup
+        return common._replace(attach_type=part.attach_type, cgroup_id=part.cgroup_id)
     if info.type == LinkType.NETNS:
-        own = details.netns
-        return found._replace(attach_type=own.attach_type, netns_inode=own.netns_ino)
+        part = details.netns
+        return common._replace(attach_type=part.attach_type, netns_inode=part.netns_ino)
     if info.type == LinkType.XDP:
-        return found._replace(attach_type=AttachType.XDP, ifindex=details.xdp.ifindex)
+        return common._replace(attach_type=AttachType.XDP, ifindex=details.xdp.ifindex)
     if info.type in (LinkType.TCX, LinkType.NETKIT):
-        own = details.tcx
-        return found._replace(attach_type=own.attach_type, ifindex=own.ifindex)
+        part = details.tcx
+        return common._replace(attach_type=part.attach_type, ifindex=part.ifindex)
     if info.type == LinkType.TRACING:
-        own = details.tracing
-        return found._replace(
-            attach_type=own.attach_type,
-            target_object_id=own.target_obj_id,
-            target_btf_id=own.target_btf_id,
+        part = details.tracing
+        return common._replace(
+            attach_type=part.attach_type,
+            target_object_id=part.target_obj_id,
+            target_btf_id=part.target_btf_id,
         )
     if info.type == LinkType.SOCKMAP:
-        own = details.sockmap
-        return found._replace(attach_type=own.attach_type, map_id=own.map_id)
+        part = details.sockmap
+        return common._replace(attach_type=part.attach_type, map_id=part.map_id)
     if info.type == LinkType.RAW_TRACEPOINT:
-        return found._replace(target=_tracepoint(fd))
-    return found
+        return common._replace(target=_tracepoint(fd))
+    return common
 
 
 def _tracepoint(fd: int) -> str:
@@ -294,7 +306,10 @@ def _tracepoint(fd: int) -> str:
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all links of the machine. Linux 5.8; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all links of the machine. Linux 5.8; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.LINK_GET_NEXT_ID)
 
 

@@ -26,7 +26,8 @@ from pybpfthrottle.bpf.variables import Memory, Variable
 class Object:
     """The loaded programs, maps and variables of one object, by name.
 
-    ``close`` or ``with`` ends them all.
+    Each of them owns one descriptor; ``close`` or ``with`` ends them all. Maps that were given to
+    ``load`` are not among them.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Object:
 
     def close(self) -> None:
         """Close all descriptors. What is attached stays with its link or legacy attachment."""
+        # A mapping keeps its map alive, whatever becomes of the descriptor.
         for memory in self._memories.values():
             memory.close()
         self._memories.clear()
         for program in self.programs.values():
             program.close()
-        for live in self.maps.values():
-            live.close()
+        for loaded_map in self.maps.values():
+            loaded_map.close()
 
     def __enter__(self) -> Object:
         return self
@@ -110,24 +112,30 @@ def load(
     with ExitStack() as undo, ObjectTypes() as types:
         fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
         types.load(fitting.loadable_types())
+        # Before any map is made: only fitted programs tell whether they need the settings.
         fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
-        map_specs = {name: found for name, found in spec.maps.items() if name in needed.maps}
-        if any(KCONFIG in found.linked.maps for found in fitted.values()):
+        map_specs = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
+        if any(KCONFIG in program.linked.maps for program in fitted.values()):
             map_specs[KCONFIG] = fitting.settings_map()
         given = {
-            name: _fitting(maps[name], found) for name, found in map_specs.items() if name in maps
+            name: _fitting(maps[name], map_spec)
+            for name, map_spec in map_specs.items()
+            if name in maps
         }
         live_maps = {
-            name: undo.enter_context(_create(found, pin_path, types.fd))
-            for name, found in map_specs.items()
+            name: undo.enter_context(_create(map_spec, pin_path, types.fd))
+            for name, map_spec in map_specs.items()
             if name not in given
         }
-        fds = {name: live.fd for name, live in {**live_maps, **given}.items()}
+        fds = {name: loaded_map.fd for name, loaded_map in {**live_maps, **given}.items()}
         live_programs = {
-            name: undo.enter_context(_load(spec, spec.programs[name], found, fds, types))
-            for name, found in fitted.items()
+            name: undo.enter_context(_load(spec, spec.programs[name], program, fds, types))
+            for name, program in fitted.items()
         }
-        _fill(live_maps, {**fds, **{name: live.fd for name, live in live_programs.items()}})
+        # Arrays of programs hold descriptors, and so are filled when all programs are there.
+        program_fds = {name: program.fd for name, program in live_programs.items()}
+        _fill(live_maps, {**fds, **program_fds})
+        # The Object owns them from here on.
         undo.pop_all()
     return Object(live_programs, live_maps, spec)
 
@@ -146,29 +154,29 @@ class _Needed(NamedTuple):
 
 
 def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
-    """What is selected, and all that this refers to."""
+    """Return what is selected, and all that this refers to."""
     names = deque(p.name for p in spec.programs.values() if p.autoload)
     held = deque(spec.maps)
     if select is not None:
         names, held = deque(spec.programs[name].name for name in select), deque()
-    found = _Needed({}, {})
+    needed = _Needed({}, {})
     while names or held:
         if names:
             name = names.popleft()
-            if name not in found.programs:
-                found.programs[name] = None
+            if name not in needed.programs:
+                needed.programs[name] = None
                 held.extend(relocate.maps_of(spec, spec.programs[name]))
         else:
             name = held.popleft()
-            if name not in found.maps:
-                found.maps[name] = None
+            if name not in needed.maps:
+                needed.maps[name] = None
                 into = names if spec.maps[name].type == MapType.PROG_ARRAY else held
                 into.extend(spec.maps[name].initial.values())
-    return found
+    return needed
 
 
 def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:
-    """What the kernel takes of a program's source."""
+    """Return what the kernel takes of a program's source."""
     if not types.functions:
         return SourceInfo(at=fitted.source)
     return SourceInfo(types.fd, fitted.functions, fitted.lines, fitted.source)
@@ -220,14 +228,14 @@ def _load(
 
 def _fill(live_maps: dict[str, Map[Any, Any]], fds: dict[str, int]) -> None:
     """Put the maps and programs into the maps that hold them."""
-    for live in live_maps.values():
-        slots = live.typed(U32, U32)
-        for index, name in live.spec.initial.items():
+    for loaded_map in live_maps.values():
+        slots = loaded_map.typed(U32, U32)
+        for index, name in loaded_map.spec.initial.items():
             try:
                 slots[index] = fds[name]
             except (OSError, ValueError) as error:
                 raise MapCreateError(
                     f"cannot put {name!r} into element {index} of the map"
-                    f" {live.spec.name!r}: {error}",
+                    f" {loaded_map.spec.name!r}: {error}",
                     errno=getattr(error, "errno", None) or 0,
                 ) from error

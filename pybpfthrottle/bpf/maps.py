@@ -32,7 +32,7 @@ _MAX_CPUS = 8192  # CONFIG_NR_CPUS_RANGE_END of the largest configurations
 
 
 class MapInfo(NamedTuple):
-    """What the kernel says of a map. ``memory_bytes`` is 0 where /proc does not tell.
+    """A map as the kernel describes it. ``memory_bytes`` is 0 where /proc does not tell.
 
     The types are ids in the BTF with id ``btf_id``, 0 where there is none.
     """
@@ -70,15 +70,16 @@ class Map(MutableMapping[K, V]):
         self._value = value
         self._value_bytes = spec.value_size
         if spec.type in _PER_CPU:
+            # The kernel pads each CPU's value, and has one for CPUs that may still be plugged in.
             self._value_bytes = (spec.value_size + 7) // 8 * 8 * possible_cpus()
 
     @property
     def elements(self) -> Elements:
-        """Its elements as bytes."""
+        """The elements as bytes."""
         return Elements(self.fd, self.spec.key_size, self._value_bytes)
 
     def typed(self, key: CodecLike, value: CodecLike) -> Map[Any, Any]:
-        """The same map, by the same descriptor, with other codecs; this one stays its owner.
+        """Return the same map, by the same descriptor, with other codecs; this one stays its owner.
 
         A codec is given as ``codecs.codec_for`` takes it; for a per-CPU map ``value`` is that of
         one CPU's value.
@@ -88,7 +89,7 @@ class Map(MutableMapping[K, V]):
         return Map(self.fd, self.spec, key, _value_codec(self.spec, value))
 
     def typed_by_btf(self) -> Map[Any, Any]:
-        """The same map with keys and values as its BTF describes them, structs as dicts.
+        """Return the same map with keys and values as its BTF describes them, structs as dicts.
 
         Linux 4.18; needs CAP_SYS_ADMIN. Raises LookupError for a map without BTF.
         """
@@ -126,7 +127,7 @@ class Map(MutableMapping[K, V]):
         return sum(1 for _ in self)
 
     def setdefault(self, key: K, default: Any = None) -> Any:
-        """The value of a key, after adding ``default`` if there was none, as one step."""
+        """Return the value of a key, after adding ``default`` if there was none, as one step."""
         data = self._value.encode(default)
         try:
             self.elements.update(self._key.encode(key), data, abi.BPF_NOEXIST)
@@ -147,11 +148,11 @@ class Map(MutableMapping[K, V]):
         return self._value.decode(data)
 
     def items(self) -> ItemsView[K, V]:
-        """Its keys and values, read in batches."""
+        """Return a view of the keys and values, which are read in batches."""
         return _Items(self)
 
     def values(self) -> ValuesView[V]:
-        """Its values, read in batches."""
+        """Return a view of the values, which are read in batches."""
         return _Values(self)
 
     def update(self, other: Any = (), /, **more: Any) -> None:
@@ -176,15 +177,15 @@ class Map(MutableMapping[K, V]):
         return self._decoded(elements.drain(self.elements))
 
     def info(self) -> MapInfo:
-        """What the kernel says of it. Linux 4.13."""
+        """Return what the kernel says of this object. Linux 4.13. Raises OSError."""
         return map_info(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 4.4."""
         descriptors.pin(self.fd, path)
 
     def freeze(self) -> None:
-        """Let this and no other process change it through system calls any more. Linux 5.2."""
+        """Make the map constant for system calls, those of this process too. Linux 5.2."""
         attr = Attr()
         attr.map_elem.map_fd = self.fd
         syscall.bpf(Cmd.MAP_FREEZE, attr)
@@ -214,7 +215,7 @@ class Map(MutableMapping[K, V]):
 
 
 class _Items(ItemsView[K, V]):
-    """Unlike the view of a plain mapping it never meets a key that was deleted meanwhile."""
+    """A view that, unlike that of a plain mapping, never meets a key that was deleted meanwhile."""
 
     def __init__(self, of: Map[K, V]) -> None:
         super().__init__(of)
@@ -247,50 +248,56 @@ def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
     section (5.5), the name (4.15). Raises MapCreateError.
     """
     spec = corrected(spec)
-    found = adopt(_create(spec, btf_fd), spec)
+    created = adopt(_create(spec, btf_fd), spec)
     try:
         if spec.contents is not None:
-            found.typed(U32, RAW)[0] = spec.contents
+            created.typed(U32, RAW)[0] = spec.contents
         if spec.frozen:
-            _freeze_where_possible(found)
+            _freeze_where_possible(created)
     except OSError as error:
-        found.close()
+        created.close()
         raise MapCreateError(
             f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
         ) from error
-    return found
+    return created
 
 
 def corrected(spec: MapSpec) -> MapSpec:
-    """The spec as the kernel of this machine takes it."""
+    """Return the spec as the kernel of this machine takes it."""
     return spec.corrected(cpus=possible_cpus, page_bytes=mmap.PAGESIZE)
 
 
 def adopt(fd: int, spec: MapSpec) -> Map[Any, Any]:
-    """The map behind a descriptor, which it owns from now on; keys and values are bytes."""
+    """Return the map behind a descriptor, which it owns from now on; keys and values are bytes."""
     return Map(fd, spec, RAW, _value_codec(spec, RAW))
 
 
 def open_by_id(map_id: int) -> Map[Any, Any]:
-    """A map of the system by its id; keys and values are bytes. Linux 4.13, needs CAP_SYS_ADMIN.
+    """Return a map of the system by its id; keys and values are bytes.
 
-    Raises OSError.
+    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
     """
     return _opened(descriptors.by_id(Cmd.MAP_GET_FD_BY_ID, map_id))
 
 
 def open_pinned(path: descriptors.Path) -> Map[Any, Any]:
-    """A pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
+    """Return a pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
     return _opened(descriptors.open_pinned(path, "bpf-map"))
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.MAP_GET_NEXT_ID)
 
 
 def map_info(fd: int) -> MapInfo:
-    """What the kernel says of the map behind a descriptor. Linux 4.13; names 4.15, BTF 4.18."""
+    """Return what the kernel says of the map behind a descriptor.
+
+    Linux 4.13; names 4.15, BTF 4.18.
+    """
     info = descriptors.fill_info(fd, abi.MapInfo())
     more = descriptors.fdinfo(fd)
     return MapInfo(
@@ -312,7 +319,7 @@ def map_info(fd: int) -> MapInfo:
 
 
 def _opened(fd: int) -> Map[Any, Any]:
-    """The map of a descriptor that is this function's to close."""
+    """Return the map of a descriptor that is this function's to close."""
     try:
         info = map_info(fd)
     except OSError:
@@ -380,7 +387,7 @@ def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
 
 
 def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]:
-    """What to leave out in turn, as fields and their values."""
+    """Return what to leave out in turn, as fields and their values."""
     if wanted.btf_fd:
         yield {"btf_fd": 0, "btf_key_type_id": 0, "btf_value_type_id": 0}
     if spec.section is not None and wanted.map_flags & abi.BPF_F_MMAPABLE:
@@ -399,16 +406,16 @@ def _why(spec: MapSpec, error: OSError) -> str:
     )
 
 
-def _freeze_where_possible(found: Map[Any, Any]) -> None:
+def _freeze_where_possible(created: Map[Any, Any]) -> None:
     try:
-        found.freeze()
+        created.freeze()
     except OSError as error:
         if error.errno != errno.EINVAL:  # before Linux 5.2
             raise
 
 
 def legal_name(name: str) -> bytes:
-    """A name as the kernel takes it: 15 of [A-Za-z0-9_.]."""
+    """Return a name as the kernel takes it: 15 of [A-Za-z0-9_.]."""
     return re.sub(r"[^A-Za-z0-9_.]", "_", name)[: abi.BPF_OBJ_NAME_LEN - 1].encode("ascii")
 
 
@@ -422,7 +429,7 @@ _possible_cpus: Optional[int] = None
 
 
 def possible_cpus() -> int:
-    """How many values an element of a per-CPU map has."""
+    """Return how many values an element of a per-CPU map has."""
     global _possible_cpus
     if _possible_cpus is None:
         try:
@@ -434,7 +441,7 @@ def possible_cpus() -> int:
 
 
 def parse_cpus(text: str) -> int:
-    """The number of CPUs in a list such as ``0-3,8``."""
+    """Return the number of CPUs in a list such as ``0-3,8``."""
     count = 0
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
@@ -443,7 +450,7 @@ def parse_cpus(text: str) -> int:
 
 
 def _count_cpus() -> int:
-    """Without /sys: see how far the kernel writes into a value that is large enough for all."""
+    """Count without /sys: see how far the kernel writes into a value of room for all."""
     spec = MapSpec("possible_cpus", MapType.PERCPU_ARRAY, 4, 8, 1)
     fd = _create(spec)
     try:

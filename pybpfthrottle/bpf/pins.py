@@ -11,13 +11,15 @@ from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import MapSpec
 
+# Another load may pin the map, or unlink it, between looking and pinning.
 _TRIES = 3
 
 
 def open_or_create(spec: MapSpec, directory: descriptors.Path, *, btf_fd: int = 0) -> Map[Any, Any]:
-    """The map that is pinned under the spec's name, or a new one that is pinned there. Linux 4.13.
+    """Return the map that is pinned under the spec's name, or a new one that is pinned there.
 
-    Raises MapCreateError: also for a pinned map of another shape, with all that differs.
+    Linux 4.13. Raises MapCreateError: also for a pinned map of another shape, with all that
+    differs.
     """
     path = pin_path(spec, directory)
     try:
@@ -40,7 +42,7 @@ def open_or_create(spec: MapSpec, directory: descriptors.Path, *, btf_fd: int = 
 
 
 def pin_path(spec: MapSpec, directory: descriptors.Path) -> str:
-    """Where a map is pinned. The kernel takes no dots in the names there."""
+    """Return where a map is pinned. The kernel takes no dots in the names there."""
     name = spec.name.replace(".", "_").replace("/", "_")
     return os.path.join(os.fspath(directory), name)
 
@@ -62,17 +64,17 @@ def _open(spec: MapSpec, path: str) -> Map[Any, Any]:
 
 
 def _create(spec: MapSpec, path: str, btf_fd: int) -> Map[Any, Any]:
-    found = maps.create(spec, btf_fd=btf_fd)
+    created = maps.create(spec, btf_fd=btf_fd)
     try:
-        descriptors.pin(found.fd, path)
+        descriptors.pin(created.fd, path)
     except BaseException:
-        found.close()
+        created.close()
         raise
-    return found
+    return created
 
 
 def differences(fd: int, wanted: MapSpec) -> list[str]:
-    """What tells a map from another that is described, such as "key_size is 4 and not 8"."""
+    """Return what tells a map from another that is described, such as "key_size is 4 and not 8"."""
     return list(_differences(maps.corrected(wanted), descriptors.fill_info(fd, abi.MapInfo())))
 
 

@@ -1,4 +1,4 @@
-"""What this process may ask of bpf(2): capabilities, and locked memory on older kernels."""
+"""The rights of this process to use bpf(2): capabilities, and locked memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _PERFMON = frozenset(
 
 
 def effective_capabilities() -> int:
-    """The capabilities of this process as a bit set; all of them where /proc does not tell."""
+    """Return the capabilities of this process as a bit set; all where /proc does not tell."""
     try:
         with open("/proc/self/status") as status:
             for line in status:
@@ -118,14 +118,14 @@ def why_not_permitted(command: str, needed: Optional[Iterable[Capability]] = Non
 
 
 def may_raise_memlock(hard: int) -> bool:
-    """Whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
+    """Return whether RLIMIT_MEMLOCK can be lifted, where ``hard`` is its upper bound."""
     return hard == resource.RLIM_INFINITY or bool(
         effective_capabilities() >> _C.CAP_SYS_RESOURCE & 1
     )
 
 
 def memlock_is_charged() -> bool:
-    """Whether a tiny map is refused with no locked memory allowed: the kernel is before 5.11.
+    """Return whether the kernel (before 5.11) refuses a tiny map with no locked memory allowed.
 
     Where a filter refuses all maps, or the limit cannot even be lowered, it seems not to be.
     """
@@ -185,6 +185,7 @@ def with_memlock(create: Callable[[], T]) -> T:
 
 def _raise_memlock(soft: int, hard: int) -> bool:
     infinity = resource.RLIM_INFINITY
+    # Without CAP_SYS_RESOURCE the hard limit is as far as it goes.
     for wanted in ((infinity, infinity), (hard, hard)):
         if wanted[0] == soft:
             continue

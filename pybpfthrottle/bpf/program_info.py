@@ -1,4 +1,4 @@
-"""What the kernel says of a loaded program: its info, its code, and how often it ran."""
+"""Facts about a loaded program: its info, its code, and how often it ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pybpfthrottle.bpf.abi import Attr, Cmd
 
 
 class ProgramInfo(NamedTuple):
-    """What the kernel says of a loaded program. ``load_time_ns`` is CLOCK_BOOTTIME.
+    """A loaded program as the kernel describes it. ``load_time_ns`` is CLOCK_BOOTTIME.
 
     ``xlated_bytes`` is the length of the code as the verifier left it, ``jited_bytes`` that of the
     machine code, 0 without a compiler. The run time and count grow while statistics are enabled
@@ -42,7 +42,7 @@ class ProgramInfo(NamedTuple):
 
 
 def program_info(fd: int) -> ProgramInfo:
-    """What the kernel says of the program behind a descriptor.
+    """Return what the kernel says of the program behind a descriptor.
 
     Linux 4.13; names 4.15, BTF 5.0, run time 5.1, verified instructions 5.16. Raises OSError.
     """
@@ -71,9 +71,10 @@ def program_info(fd: int) -> ProgramInfo:
 
 
 def xlated_code(fd: int) -> bytes:
-    """The instructions as the verifier left them. Linux 4.13; needs CAP_SYS_ADMIN or CAP_PERFMON.
+    """Return the instructions as the verifier left them.
 
-    Maps are named by id there, and helpers by address: ``disasm`` knows. Raises OSError.
+    Linux 4.13; needs CAP_SYS_ADMIN or CAP_PERFMON. Maps are named by id there, and helpers by
+    address: ``disasm`` knows. Raises OSError.
     """
     size = descriptors.fill_info(fd, abi.ProgInfo()).xlated_prog_len
     code: Any = ctypes.create_string_buffer(size)
@@ -85,7 +86,7 @@ def xlated_code(fd: int) -> bytes:
 
 
 def function_addresses(fd: int) -> tuple[int, ...]:
-    """Where the kernel has the machine code of each of a program's functions. Linux 4.18."""
+    """Return where the kernel has the machine code of each of a program's functions. Linux 4.18."""
     count = descriptors.fill_info(fd, abi.ProgInfo()).nr_jited_ksyms
     addresses = (ctypes.c_uint64 * count)()
     info = abi.ProgInfo(nr_jited_ksyms=count, jited_ksyms=ctypes.addressof(addresses))
@@ -126,6 +127,7 @@ def run_statistics() -> Iterator[None]:
 
 
 def _info_with_map_ids(fd: int) -> tuple[abi.ProgInfo, tuple[int, ...]]:
+    # First without room, to be told how many there are.
     room = 0
     while True:
         map_ids = (ctypes.c_uint32 * room)()

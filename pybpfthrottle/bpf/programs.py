@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.links import Link
     from pybpfthrottle.bpf.maps import Map
 
-_FIRST_LOG_BYTES = 1 << 16
+_FIRST_LOG_BYTES = 1 << 16  # most logs are shorter
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
-_TRIES = 5
+_TRIES = 5  # signals may come one after the other; libbpf tries as often
 # A test run's packet may grow to the largest that the kernel has, and contexts are below this.
 _GROWTH_BYTES = 1 << 16
 _CONTEXT_BYTES = 1 << 9
@@ -38,7 +38,7 @@ _UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
 
 
 class TestRunResult(NamedTuple):
-    """The program's return value, the mean time of one run in ns, and what it made of its input."""
+    """The return value of a program, the mean time of a run in ns, and its input afterwards."""
 
     retval: int
     duration_ns: int
@@ -99,7 +99,7 @@ class Program:
         return attaching.attach(self, attach_type, tracepoint=tracepoint, **places)
 
     def info(self) -> ProgramInfo:
-        """What the kernel says of it. Linux 4.13."""
+        """Return what the kernel says of this object. Linux 4.13. Raises OSError."""
         return program_info(self.fd)
 
     def test_run(
@@ -119,11 +119,11 @@ class Program:
         return _test_run(self.fd, packet, repeat, context, cpu, self.type)
 
     def code(self) -> bytes:
-        """Its instructions as the verifier left them. Linux 4.13."""
+        """Return the code of the program as the verifier left it, in bytes. Linux 4.13."""
         return xlated_code(self.fd)
 
     def pin(self, path: descriptors.Path) -> None:
-        """Give it a name in a bpf file system, where it stays until it is unlinked. Linux 4.4."""
+        """Pin it: name it in a bpf file system, where it stays until unlinked. Linux 4.4."""
         descriptors.pin(self.fd, path)
 
     def close(self) -> None:
@@ -150,14 +150,14 @@ def _type_name(type: int) -> str:
 
 
 class AttachTarget(NamedTuple):
-    """The function that a program is loaded for: its type, of a module's BTF unless that is 0."""
+    """The function that a program is loaded for, as a type; of a module unless btf_fd is 0."""
 
     btf_id: int = 0
     btf_fd: int = 0
 
 
 class SourceInfo(NamedTuple):
-    """What an object says of a program's source, in the BTF behind ``btf_fd``.
+    """The source of a program as its object describes it, in the BTF behind ``btf_fd``.
 
     ``functions`` and ``lines`` are struct bpf_func_info and bpf_line_info. ``at`` tells the line
     of an instruction.
@@ -222,7 +222,7 @@ def load(
 
 
 def _describe_source(attr: abi.ProgLoad, source: SourceInfo) -> tuple[Any, Any]:
-    """Fill in what the source is; the answer is what has to live as long as the attr is used."""
+    """Fill in the source. Return the buffers, which have to live as long as the attr is used."""
     functions = ctypes.create_string_buffer(source.functions, len(source.functions))
     lines = ctypes.create_string_buffer(source.lines, len(source.lines))
     if source.btf_fd and source.functions:
@@ -314,9 +314,9 @@ def _explained(
 
 
 def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:
-    """The poisoned instruction that the verifier reached, if it is one that it speaks of."""
-    found = _UNKNOWN_HELPER.search(log)
-    number = int(found[1]) - POISON if found else -1
+    """Return the poisoned instruction that the verifier reached, if it is one that it speaks of."""
+    match = _UNKNOWN_HELPER.search(log)
+    number = int(match[1]) - POISON if match else -1
     return poisoned[number] if 0 <= number < len(poisoned) else None
 
 
@@ -366,7 +366,7 @@ def _verifier_log(attr: Attr) -> str:
 
 
 def telling_line(log: str) -> str:
-    """The line of a verifier log that gives the reason: the last before the statistics."""
+    """Return the line of a verifier log that gives the reason: the last before the statistics."""
     statistics = ("processed ", "verification time ", "stack depth ", "peak_states ", "max_states ")
     for line in reversed(log.splitlines()):
         if line.strip() and not line.startswith(statistics):
@@ -375,7 +375,7 @@ def telling_line(log: str) -> str:
 
 
 def failing_instruction(log: str) -> int:
-    """The number of the instruction at which the verifier stopped; the first if it tells none."""
+    """Return the number of the instruction at which the verifier stopped; 0 if it tells none."""
     named = re.findall(r"\binsn (\d+)", telling_line(log))
     seen = re.findall(r"^(\d+): \(", log, re.MULTILINE)
     return int((named or seen or ["0"])[-1])
@@ -407,17 +407,17 @@ def _test_run(
 
 
 def open_by_id(program_id: int) -> Program:
-    """A program of the system by its id. Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return a program of the system by its id. Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError."""
     return _opened(descriptors.by_id(Cmd.PROG_GET_FD_BY_ID, program_id))
 
 
 def open_pinned(path: descriptors.Path) -> Program:
-    """A pinned program. Linux 4.13. Raises OSError."""
+    """Return a pinned program. Linux 4.13. Raises OSError."""
     return _opened(descriptors.open_pinned(path, "bpf-prog"))
 
 
 def _opened(fd: int) -> Program:
-    """The program of a descriptor that is this function's to close."""
+    """Return the program of a descriptor that is this function's to close."""
     try:
         info = program_info(fd)
     except OSError:
@@ -427,11 +427,14 @@ def _opened(fd: int) -> Program:
 
 
 def info_by_id(program_id: int) -> ProgramInfo:
-    """What the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
+    """Return what the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
     with open_by_id(program_id) as program:
         return program.info()
 
 
 def all_ids() -> Iterator[int]:
-    """The ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     return syscall.all_ids(Cmd.PROG_GET_NEXT_ID)

@@ -27,6 +27,7 @@ from pybpfthrottle.bpf.codecs import CodecLike, codec_for
 from pybpfthrottle.bpf.maps import Map
 
 _LENGTH = abi.BPF_RINGBUF_DISCARD_BIT - 1
+# A program submits what it has reserved within microseconds.
 _BUSY_PAUSE_S = 0.0001
 
 _lock = Lock()
@@ -63,7 +64,7 @@ class RingBuffer:
         self._epoll.register(of.fd, select.EPOLLIN)
 
     def fileno(self) -> int:
-        """A descriptor for select and asyncio; it is readable when there may be records."""
+        """Return a descriptor for select and asyncio; it is readable when there may be records."""
         return self._epoll.fileno()
 
     def read(self, timeout_s: Optional[float] = None) -> Iterator[Any]:
@@ -90,7 +91,7 @@ class RingBuffer:
         return count
 
     def unread_bytes(self) -> int:
-        """How many bytes of the buffer are taken, by records and their headers."""
+        """Return how many bytes of the buffer are taken, by records and their headers."""
         return self._written_to[0] - self._read_to[0]
 
     def close(self) -> None:
@@ -109,7 +110,7 @@ class RingBuffer:
         self.close()
 
     def _next(self) -> Optional[bytes]:
-        """Consume the next record that is not discarded; None if there is none yet."""
+        """Consume and return the next record that is not discarded; None if there is none yet."""
         while not self._is_held_up():
             position = self._read_to[0]
             at = position % self._size
@@ -124,7 +125,7 @@ class RingBuffer:
         return None
 
     def _is_held_up(self) -> bool:
-        """Whether there is no record, or the next one is not committed."""
+        """Return whether there is no record, or the next one is not committed."""
         position = self._read_to[0]
         if position == self._written_to[0]:
             return True
@@ -134,7 +135,7 @@ class RingBuffer:
         return bool(busy)
 
     def _wait(self, end: Optional[float]) -> bool:
-        """Wait until a record is committed or discarded; whether one is."""
+        """Wait until a record is committed or discarded. Return whether one is."""
         while True:
             left = None if end is None else max(0.0, end - time.monotonic())
             if not self._epoll.poll(left):

@@ -1,4 +1,4 @@
-"""What the running kernel says of itself in files: version, configuration, symbols and types.
+"""The running kernel as its files describe it: version, configuration, symbols and types.
 
 No system call of bpf(2), and nothing is read before it is asked for.
 """
@@ -51,9 +51,9 @@ def version() -> int:
 
 
 def version_code(release: str) -> int:
-    """The number of a release such as "5.4.0-42-generic"."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
-    major, minor, patch = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    """Return the number of a release such as "5.4.0-42-generic"."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    major, minor, patch = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
 
 
@@ -76,9 +76,9 @@ def _version_of_notes(image: bytes) -> int:
         kind, _, at, _, _, size = struct.unpack_from("=IIQQQQ", image, table + index * entry_bytes)
         if kind == _PT_NOTE:
             # Name "Linux", type 0, and one number.
-            found = image.find(struct.pack("=III", 6, 4, 0) + b"Linux\0\0\0", at, at + size)
-            if found >= 0:
-                return int(struct.unpack_from("=I", image, found + 20)[0])
+            note = image.find(struct.pack("=III", 6, 4, 0) + b"Linux\0\0\0", at, at + size)
+            if note >= 0:
+                return int(struct.unpack_from("=I", image, note + 20)[0])
     raise ValueError("no note of Linux")
 
 
@@ -109,7 +109,7 @@ class RunningKernel:
         return {}
 
     def setting(self, name: str) -> Optional[str]:
-        """A setting as the configuration spells it, or what libbpf's headers call LINUX_*."""
+        """Return a setting as the configuration spells it, or one that libbpf calls LINUX_*."""
         if name == "LINUX_KERNEL_VERSION":
             return str(version())
         if name == "LINUX_HAS_SYSCALL_WRAPPER":
@@ -119,22 +119,22 @@ class RunningKernel:
         return self.settings.get(name)
 
     def has_syscall_wrapper(self) -> bool:
-        """Whether system calls' functions take a struct pt_regs (x86-64 since Linux 4.17)."""
+        """Return whether system calls take a struct pt_regs (x86-64 since Linux 4.17)."""
         wrapper = _WRAPPERS.get(os.uname().machine)
         return wrapper is not None and any(self._lines_of(wrapper))
 
     def has_attach_cookie(self) -> bool:
-        """Whether programs may ask for a cookie that they were attached with (Linux 5.15)."""
+        """Return whether programs may ask for the cookie of their attachment (Linux 5.15)."""
         try:
             types = self.types.types
         except ExternError:
             return False
         helpers = types.find(Kind.ENUM, "bpf_func_id")
-        names = (found.name for found in types.enumerators(helpers)) if helpers else ()
+        names = (item.name for item in types.enumerators(helpers)) if helpers else ()
         return "BPF_FUNC_get_attach_cookie" in names
 
     def symbol(self, name: str) -> Optional[int]:
-        """The address of a symbol of the kernel or of a module, or None if there is none.
+        """Return the address of a symbol of the kernel or of a module, or None if there is none.
 
         Raises ExternError for one that has several addresses, and where addresses may not be seen:
         that needs CAP_SYSLOG, and kernel.kptr_restrict below 2.
@@ -150,7 +150,7 @@ class RunningKernel:
         return addresses.pop() if addresses else None
 
     def has_symbol(self, name: str) -> bool:
-        """Whether there is a symbol of this name; so it is said where symbols are not told."""
+        """Return whether there is a symbol of this name; True where symbols are not told."""
         return not self._kallsyms or any(self._lines_of(name))
 
     @cached_property
@@ -161,8 +161,8 @@ class RunningKernel:
 
     def _lines_of(self, name: str) -> Iterator[bytes]:
         text = self._kallsyms
-        for found in re.finditer(rb" " + re.escape(name.encode()) + rb"(?=[\n\t])", text):
-            yield text[text.rfind(b"\n", 0, found.start()) + 1 : found.start()]
+        for match in re.finditer(rb" " + re.escape(name.encode()) + rb"(?=[\n\t])", text):
+            yield text[text.rfind(b"\n", 0, match.start()) + 1 : match.start()]
 
     @cached_property
     def types(self) -> Kernel:
@@ -174,8 +174,8 @@ class RunningKernel:
 
         path = self.types_path or os.path.join(self.directory, _VMLINUX)
         try:
-            own = not self.types_path and self.directory == BTF_DIRECTORY
-            return Kernel(_own_types() if own else _types(path), lambda: self.modules)
+            is_own = not self.types_path and self.directory == BTF_DIRECTORY
+            return Kernel(_own_types() if is_own else _types(path), lambda: self.modules)
         except OSError as error:
             raise ExternError(
                 f"the kernel's types cannot be read ({error}); they need CONFIG_DEBUG_INFO_BTF,"
@@ -190,12 +190,12 @@ class RunningKernel:
         """
         if self.types_path or not os.path.isdir(self.directory):
             return ()
-        found = []
+        modules = []
         for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
             # A module may be unloaded in the meantime.
             with suppress(FileNotFoundError), open(f"{self.directory}/{name}", "rb") as file:
-                found.append(Btf(file.read(), base=self.types.types, name=name))
-        return tuple(found)
+                modules.append(Btf(file.read(), base=self.types.types, name=name))
+        return tuple(modules)
 
 
 def _settings(path: str) -> Mapping[str, str]:
@@ -210,7 +210,7 @@ def _settings(path: str) -> Mapping[str, str]:
 
 @cache
 def _own_types() -> Btf:
-    """The types of the running kernel, which stay what they are."""
+    """Return the types of the running kernel, which stay what they are."""
     return _types(os.path.join(BTF_DIRECTORY, _VMLINUX))
 
 

@@ -35,7 +35,7 @@ ENOTSUPP = 524
 
 
 def number(machine: Optional[str] = None, *, bits: Optional[int] = None) -> int:
-    """The number of bpf(2) for a ``machine`` as uname(2) spells it, and a Python of ``bits`` bits.
+    """Return the number of bpf(2) for a machine of uname(2), and a Python of ``bits`` bits.
 
     Raises UnsupportedMachineError for one that is not known.
     """
@@ -91,7 +91,10 @@ def bpf(cmd: Cmd, attr: Attr) -> int:
 
 
 def all_ids(cmd: Cmd) -> Iterator[int]:
-    """The ids that a GET_NEXT_ID command lists. Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError."""
+    """Return the ids that a GET_NEXT_ID command lists. Linux 4.13; needs CAP_SYS_ADMIN.
+
+    Raises OSError.
+    """
     following = 0
     while True:
         attr = Attr()
@@ -100,6 +103,7 @@ def all_ids(cmd: Cmd) -> Iterator[int]:
             bpf(cmd, attr)
         except FileNotFoundError:
             return
+        # A kernel, or a filter, that does not fill it in would be asked for ever.
         if attr.get_id.next_id <= following:
             return
         following = attr.get_id.next_id
@@ -107,11 +111,11 @@ def all_ids(cmd: Cmd) -> Iterator[int]:
 
 
 def error(errno: int, cmd: Cmd) -> OSError:
-    """The OSError for a command that failed with ``errno``."""
+    """Return the OSError for a command that failed with ``errno``."""
     text = "Operation not supported (ENOTSUPP)" if errno == ENOTSUPP else os.strerror(errno)
     return OSError(errno, text, f"BPF_{cmd.name}")
 
 
 def errno_name(errno: int) -> str:
-    """``EINVAL`` for 22, also for the number that the errno module lacks."""
+    """Return the name of an errno, ``EINVAL`` for 22; also ENOTSUPP, which Python lacks."""
     return "ENOTSUPP" if errno == ENOTSUPP else errnos.errorcode.get(errno, str(errno))

@@ -17,27 +17,28 @@ from pybpfthrottle.bpf.obj.specs import VariableSpec
 
 
 class Memory:
-    """The one value of a data map; ``close`` ends the mapping, and not the map."""
+    """The value of a data map, in shared memory where that works; ``close`` ends the mapping."""
 
-    def __init__(self, live: Map[Any, Any]) -> None:
-        self._live = live.typed(U32, RAW)
+    def __init__(self, data_map: Map[Any, Any]) -> None:
+        self._data_map = data_map.typed(U32, RAW)
         self._mapped: Optional[mmap.mmap] = None
-        if live.spec.flags & abi.BPF_F_MMAPABLE:
-            self._mapped = _map(live)
+        if data_map.spec.flags & abi.BPF_F_MMAPABLE:
+            self._mapped = _map(data_map)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some bytes of the value. Raises OSError."""
-        source = self._mapped or self._live[0]
+        """Return some bytes of the value. Raises OSError."""
+        source = self._mapped or self._data_map[0]
         return bytes(source[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
         """Change some bytes. Raises OSError, as PermissionError for constants."""
-        if self._mapped is not None and not self._live.spec.frozen:
+        if self._mapped is not None and not self._data_map.spec.frozen:
             self._mapped[offset : offset + len(data)] = data
             return
-        value = bytearray(self._live[0])
+        # The kernel sets a whole value only: what a program writes in between is lost.
+        value = bytearray(self._data_map[0])
         value[offset : offset + len(data)] = data
-        self._live[0] = bytes(value)
+        self._data_map[0] = bytes(value)
 
     def close(self) -> None:
         """End the mapping."""
@@ -54,21 +55,21 @@ class Variable:
         self._memory = memory
 
     def get(self) -> Union[int, bytes]:
-        """Its value now: an int if its type is one, and bytes otherwise. Raises OSError."""
+        """Return the present value: an int if the type is one, else bytes. Raises OSError."""
         return self.spec.decode(self._memory.read(self.spec.offset, self.spec.size))
 
     def set(self, value: Union[int, bytes]) -> None:
-        """Give it a value. ValueError for one that does not fit, OSError for a constant."""
+        """Set the value. Raises ValueError for one that does not fit, OSError for a constant."""
         self._memory.write(self.spec.offset, self.spec.encode(value))
 
     def __repr__(self) -> str:
         return f"<Variable {self.spec.name!r} in {self.spec.map.section!r}>"
 
 
-def _map(live: Map[Any, Any]) -> Optional[mmap.mmap]:
-    pages = -(-live.spec.value_size // mmap.PAGESIZE)
-    protection = mmap.PROT_READ | (0 if live.spec.frozen else mmap.PROT_WRITE)
+def _map(data_map: Map[Any, Any]) -> Optional[mmap.mmap]:
+    pages = -(-data_map.spec.value_size // mmap.PAGESIZE)
+    protection = mmap.PROT_READ | (0 if data_map.spec.frozen else mmap.PROT_WRITE)
     try:
-        return mmap.mmap(live.fd, pages * mmap.PAGESIZE, mmap.MAP_SHARED, protection)
+        return mmap.mmap(data_map.fd, pages * mmap.PAGESIZE, mmap.MAP_SHARED, protection)
     except OSError:  # created without BPF_F_MMAPABLE, before Linux 5.5
         return None

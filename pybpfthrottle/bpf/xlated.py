@@ -24,7 +24,7 @@ _BASE = "__bpf_call_base"
 
 
 def xlated_lines(fd: int) -> Iterator[Line]:
-    """The instructions of the program behind a descriptor. Linux 4.13; needs CAP_SYS_ADMIN.
+    """Return the instructions of the program behind a descriptor. Linux 4.13; needs CAP_SYS_ADMIN.
 
     Functions are named where /proc/kallsyms shows addresses. Raises OSError.
     """
@@ -32,7 +32,7 @@ def xlated_lines(fd: int) -> Iterator[Line]:
 
 
 def source_lines(fd: int) -> dict[int, str]:
-    """The text of the line of source that begins at an instruction, where the kernel knows it.
+    """Return the text of the line of source that begins at an instruction, where it is known.
 
     Linux 5.0; needs CAP_SYS_ADMIN. Raises OSError, or ObjectFileError.
     """
@@ -73,12 +73,12 @@ class _Symbols:
             self._lines = b""
 
     def address(self, name: str) -> int:
-        """The address of a symbol, 0 if it is not shown."""
+        """Return the address of a symbol, 0 if it is not shown."""
         end = self._lines.find(b" " + name.encode() + b"\n")
         begin = self._lines.rfind(b"\n", 0, max(end, 0))
         return int(self._lines[begin:end].split()[0], 16) if end >= 0 else 0
 
     def name(self, address: int) -> str:
-        """The name of the first symbol at an address, "" if there is none."""
+        """Return the name of the first symbol at an address, "" if there is none."""
         at = self._lines.find(b"\n%016x " % address)
         return self._lines[at : at + 512].split()[2].decode() if at >= 0 else ""

@@ -48,7 +48,7 @@ class Access(NamedTuple):
 
 
 def parse(btf: Btf, relocation: CoreRelocation) -> Access:
-    """The way that an access such as "0:1:2" goes through the object's own types."""
+    """Return the way that an access such as "0:1:2" goes through the object's own types."""
     try:
         numbers = [int(part) for part in relocation.access.split(":")]
     except ValueError:
@@ -65,7 +65,7 @@ def parse(btf: Btf, relocation: CoreRelocation) -> Access:
 
 
 def bad(reason: str) -> ObjectFileError:
-    """The error for a relocation that cannot be."""
+    """Return the error for a relocation that cannot be."""
     return ObjectFileError(f"CO-RE relocation: {reason}", section=".BTF.ext")
 
 
@@ -73,31 +73,31 @@ def _parse_field(btf: Btf, root: int, numbers: list[int]) -> Access:
     bit_offset = numbers[0] * btf.size(root) * 8
     steps = [Step("", numbers[0], root)]
     for number in numbers[1:]:
-        found = btf.resolve(steps[-1].type)
-        if found.kind in COMPOSITES and number < found.vlen:
-            member = btf.member(found, number)
+        btf_type = btf.resolve(steps[-1].type)
+        if btf_type.kind in COMPOSITES and number < btf_type.vlen:
+            member = btf.member(btf_type, number)
             bit_offset += member.bit_offset
             steps.append(Step(member.name, number, member.type, member.bits))
-        elif found.kind == Kind.ARRAY and _has_element(btf, found, number, steps):
-            element, _ = btf.array(found)
+        elif btf_type.kind == Kind.ARRAY and _has_element(btf, btf_type, number, steps):
+            element, _ = btf.array(btf_type)
             bit_offset += number * btf.size(element) * 8
             steps.append(Step("", number, element))
         else:
-            raise bad(f"{found.kind.name} {found.name!r} has nothing at {number}")
+            raise bad(f"{btf_type.kind.name} {btf_type.name!r} has nothing at {number}")
     return Access(btf, root, tuple(steps), bit_offset)
 
 
 def _has_element(btf: Btf, array: Type, number: int, steps: list[Step]) -> bool:
-    """An array in a struct without a length has all elements."""
+    """Return whether an element is there; an array without a length in a struct has all."""
     _, count = btf.array(array)
     return number < count or (count == 0 and len(steps) > 1)
 
 
 def _parse_enumerator(btf: Btf, root: int, numbers: list[int]) -> Access:
-    found = btf.resolve(root)
-    if found.kind not in ENUMS or len(numbers) != 1 or numbers[0] >= found.vlen:
-        raise bad(f"{found.kind.name} {found.name!r} has no enumerator {numbers[0]}")
-    return Access(btf, root, (_enumerator(btf, found, numbers[0]),))
+    btf_type = btf.resolve(root)
+    if btf_type.kind not in ENUMS or len(numbers) != 1 or numbers[0] >= btf_type.vlen:
+        raise bad(f"{btf_type.kind.name} {btf_type.name!r} has no enumerator {numbers[0]}")
+    return Access(btf, root, (_enumerator(btf, btf_type, numbers[0]),))
 
 
 def _enumerator(btf: Btf, enum: Type, index: int) -> Step:
@@ -105,59 +105,59 @@ def _enumerator(btf: Btf, enum: Type, index: int) -> Step:
 
 
 def find_field(local: Access, target: Btf, root: int) -> Optional[Access]:
-    """The way through a type of the kernel by the same names and indexes; None: not there."""
+    """Return the way through a type of the kernel by the same names and indexes, or None."""
     bit_offset = local.steps[0].number * target.size(root) * 8
-    found = Access(target, root, (local.steps[0]._replace(type=root),), bit_offset)
+    access = Access(target, root, (local.steps[0]._replace(type=root),), bit_offset)
     kinds = [local.btf.resolve(step.type).kind for step in local.steps]
     for step, inside in zip(local.steps[1:], kinds):
         if inside == Kind.ARRAY:
-            following = _find_element(found, step)
+            following = _find_element(access, step)
         elif not step.name:
             continue  # into something anonymous, through which names are looked for anyway
         else:
-            following = _find_member(found, step, local.btf, found.last.type)
+            following = _find_member(access, step, local.btf, access.last.type)
         if following is None:
             return None
-        found = following
-    return found
+        access = following
+    return access
 
 
-def _find_element(found: Access, step: Step) -> Optional[Access]:
-    btf = found.btf
-    array = btf.resolve(found.last.type)
-    if array.kind != Kind.ARRAY or not _has_element(btf, array, step.number, list(found.steps)):
+def _find_element(access: Access, step: Step) -> Optional[Access]:
+    btf = access.btf
+    array = btf.resolve(access.last.type)
+    if array.kind != Kind.ARRAY or not _has_element(btf, array, step.number, list(access.steps)):
         return None
     element, _ = btf.array(array)
-    return found._replace(
-        steps=(*found.steps, step._replace(type=element)),
-        bit_offset=found.bit_offset + step.number * btf.size(element) * 8,
+    return access._replace(
+        steps=(*access.steps, step._replace(type=element)),
+        bit_offset=access.bit_offset + step.number * btf.size(element) * 8,
     )
 
 
 def _find_member(
-    found: Access, step: Step, local: Btf, inside: int, depth: int = 0
+    access: Access, step: Step, local: Btf, inside: int, depth: int = 0
 ) -> Optional[Access]:
     """Look for a member by name, also in anonymous members; its type must be compatible."""
-    btf = found.btf
+    btf = access.btf
     composite = btf.resolve(inside)
     if composite.kind not in COMPOSITES:
         return None
     if depth >= _MAX_STEPS:
         raise ObjectFileError(f"{composite.name!r} is nested too deeply", section=".BTF")
     for index, member in enumerate(btf.members(composite)):
-        at = found._replace(bit_offset=found.bit_offset + member.bit_offset)
+        at = access._replace(bit_offset=access.bit_offset + member.bit_offset)
         if not member.name:
             deeper = _find_member(at, step, local, member.type, depth + 1)
             if deeper is not None:
                 return deeper
         elif member.name == step.name and fields_compatible(local, step.type, btf, member.type):
             reached = Step(member.name, index, member.type, member.bits)
-            return at._replace(steps=(*found.steps, reached))
+            return at._replace(steps=(*access.steps, reached))
     return None
 
 
 def find_enumerator(local: Access, target: Btf, root: int) -> Optional[Access]:
-    """The enumerator of the same name in an enum of the kernel; None: not there."""
+    """Return the enumerator of the same name in an enum of the kernel; None: not there."""
     enum = target.resolve(root)
     wanted = essential(local.last.name)
     if enum.kind in ENUMS:
@@ -168,7 +168,7 @@ def find_enumerator(local: Access, target: Btf, root: int) -> Optional[Access]:
 
 
 def describe(btf: Btf, relocation: CoreRelocation) -> str:
-    """What a relocation asks for, as C spells it: ``struct task_struct.comm[3]``."""
+    """Return what a relocation asks for, as C spells it: ``struct task_struct.comm[3]``."""
     access = parse(btf, relocation)
     root = btf.type(access.root)
     prefix = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.FWD: "struct "}

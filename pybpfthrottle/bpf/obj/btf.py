@@ -111,7 +111,7 @@ class Variable(NamedTuple):
 
 
 class Integer(NamedTuple):
-    """What is known of an integer besides its size in bytes."""
+    """The encoding of an integer, besides its size in bytes."""
 
     bits: int
     bit_offset: int
@@ -135,7 +135,7 @@ class Parameter(NamedTuple):
 
 
 def words_of(data: bytes, byteorder: str) -> array[int]:
-    """The 32-bit words of data whose length is a multiple of four."""
+    """Return the 32-bit words of data whose length is a multiple of four."""
     words = array("I", data)
     if byteorder != sys.byteorder:
         words.byteswap()
@@ -173,7 +173,7 @@ class Btf:
         self._starts, self._names = self._scan()
 
     def _scan(self) -> tuple[array[int], bytes]:
-        """For each type the word at which it begins, and all offsets of names as four bytes."""
+        """Return the word at which each type begins, and all offsets of names as four bytes."""
         words, starts, names = self._words, array("I"), array("I")
         at, end, start = 0, len(self._words), 0
         try:
@@ -195,7 +195,7 @@ class Btf:
         return ObjectFileError(reason, section=_SECTION, offset=self._types_at + 4 * word)
 
     def __bytes__(self) -> bytes:
-        """The section that the types were read from."""
+        """Return the section that the types were read from."""
         return self._data
 
     def __eq__(self, other: object) -> bool:
@@ -230,7 +230,7 @@ class Btf:
         return self._strings[1:]
 
     def string(self, offset: int) -> str:
-        """The string at an offset, or its first 1024 bytes."""
+        """Return the string at an offset, or its first 1024 bytes."""
         if self.base and offset < self._first_string:
             return self.base.string(offset)
         begin = offset - self._first_string + 1
@@ -240,7 +240,7 @@ class Btf:
         return text.decode("utf-8", "replace")
 
     def type(self, type_id: int) -> Type:
-        """The type with this id."""
+        """Return the type with this id."""
         if type_id == 0:
             return Type(Kind.VOID, "", 0, 0, False, 0, 0)
         if self.base and type_id < self._first_id:
@@ -260,33 +260,33 @@ class Btf:
         )
 
     def words(self, type_id: int) -> array[int]:
-        """All words of a type that is not the base's: struct btf_type and what follows it."""
+        """Return the words of a type that is not the base's: struct btf_type and what follows."""
         index = type_id - self._first_id
         following = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
         return self._words[self._starts[index] : following]
 
     def resolve(self, type_id: int) -> Type:
-        """The type with typedefs, qualifiers and tags taken away."""
+        """Return the type with typedefs, qualifiers and tags taken away."""
         for _ in range(_MAX_CHAIN):
-            found = self.type(type_id)
-            if found.kind not in MODIFIERS:
-                return found
-            type_id = found.size_or_type
+            btf_type = self.type(type_id)
+            if btf_type.kind not in MODIFIERS:
+                return btf_type
+            type_id = btf_type.size_or_type
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 
     def of_kind(self, *kinds: Kind) -> Iterator[Type]:
-        """The types of some kinds, without the base's, in order."""
+        """Return the types of some kinds, without the base's, in order."""
         words = self._words
         for index, start in enumerate(self._starts):
             if words[start + 1] >> 24 & 0x1F in kinds:
                 yield self.type(self._first_id + index)
 
     def find(self, kind: Kind, name: str) -> Optional[Type]:
-        """The first type of this kind and name, if there is one."""
-        return next((found for found in self.named(name) if found.kind == kind), None)
+        """Return the first type of this kind and name, if there is one."""
+        return next((btf_type for btf_type in self.named(name) if btf_type.kind == kind), None)
 
     def named(self, name: str, *, flavours: bool = False) -> Iterator[Type]:
-        """The types of a name, in order; with their flavours, also those called NAME___anything.
+        """Return the types of a name, in order; with flavours, also NAME___anything.
 
         Strings that are the end of another one are not found; nothing that writes BTF makes them.
         """
@@ -321,35 +321,35 @@ class Btf:
             at = self._names.find(wanted, at + 1)
 
     def member(self, aggregate: Type, index: int) -> Member:
-        """One member of a struct or union; ``index`` is less than its vlen."""
-        one = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
-        return next(self.members(one))
+        """Return a member of a struct or union; ``index`` is less than its vlen."""
+        single = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
+        return next(self.members(single))
 
-    def _items(self, found: Type, each: int) -> Iterator[array[int]]:
-        """The words of each of a type's items, such as members."""
-        words = self._home(found)._words
-        for at in range(found.at, found.at + each * found.vlen, each):
+    def _items(self, btf_type: Type, each: int) -> Iterator[array[int]]:
+        """Return the words of each of a type's items, such as members."""
+        words = self._home(btf_type)._words
+        for at in range(btf_type.at, btf_type.at + each * btf_type.vlen, each):
             yield words[at : at + each]
 
-    def _home(self, found: Type) -> Btf:
-        return self.base._home(found) if self.base and found.id < self._first_id else self
+    def _home(self, btf_type: Type) -> Btf:
+        return self.base._home(btf_type) if self.base and btf_type.id < self._first_id else self
 
-    def _tail(self, found: Type) -> int:
-        return self._home(found)._words[found.at]
+    def _tail(self, btf_type: Type) -> int:
+        return self._home(btf_type)._words[btf_type.at]
 
     def array(self, array: Type) -> tuple[int, int]:
-        """The id of the element's type and the number of elements."""
+        """Return the id of the element's type and the number of elements."""
         element, _, count = self._home(array)._words[array.at : array.at + 3]
         return element, count
 
     def integer(self, integer: Type) -> Integer:
-        """The encoding of an integer."""
+        """Return the encoding of an integer."""
         word = self._tail(integer)
         signed, char, boolean = word >> 24 & 1, word >> 25 & 1, word >> 26 & 1
         return Integer(word & 0xFF, word >> 16 & 0xFF, bool(signed), bool(char), bool(boolean))
 
     def members(self, aggregate: Type) -> Iterator[Member]:
-        """The members of a struct or union, in order."""
+        """Return the members of a struct or union, in order."""
         for name, type_id, offset in self._items(aggregate, 3):
             if aggregate.flag:
                 yield Member(self.string(name), type_id, offset & 0xFFFFFF, offset >> 24)
@@ -357,7 +357,7 @@ class Btf:
                 yield Member(self.string(name), type_id, offset)
 
     def enumerators(self, enum: Type) -> Iterator[Enumerator]:
-        """The names and values of an enum, in order."""
+        """Return the names and values of an enum, in order."""
         wide = enum.kind == Kind.ENUM64
         for name, low, *high in self._items(enum, 3 if wide else 2):
             value = low | (high[0] << 32 if wide else 0)
@@ -366,37 +366,37 @@ class Btf:
             yield Enumerator(self.string(name), value - (1 << bits) if negative else value)
 
     def parameters(self, prototype: Type) -> Iterator[Parameter]:
-        """The parameters of a function's prototype, in order."""
+        """Return the parameters of a function's prototype, in order."""
         for name, type_id in self._items(prototype, 2):
             yield Parameter(self.string(name), type_id)
 
     def variables(self, datasec: Type) -> Iterator[Variable]:
-        """The variables (and extern functions) of a data section, in order."""
+        """Return the variables (and extern functions) of a data section, in order."""
         for type_id, offset, size in self._items(datasec, 3):
             yield Variable(type_id, offset, size)
 
-    def linkage(self, found: Type) -> int:
-        """The linkage of a function or variable: a Linkage, or a number not known here."""
-        return found.vlen if found.kind == Kind.FUNC else self._tail(found)
+    def linkage(self, btf_type: Type) -> int:
+        """Return the linkage of a function or variable: a Linkage, or a number not known here."""
+        return btf_type.vlen if btf_type.kind == Kind.FUNC else self._tail(btf_type)
 
     def size(self, type_id: int) -> int:
-        """The size of a type in bytes."""
+        """Return the size of a type in bytes."""
         count = 1
         for _ in range(_MAX_CHAIN):
-            found = self.resolve(type_id)
-            if found.kind in _SIZED:
-                return count * found.size_or_type
-            if found.kind == Kind.PTR:
+            btf_type = self.resolve(type_id)
+            if btf_type.kind in _SIZED:
+                return count * btf_type.size_or_type
+            if btf_type.kind == Kind.PTR:
                 return count * _POINTER_BYTES
-            if found.kind != Kind.ARRAY:
+            if btf_type.kind != Kind.ARRAY:
                 raise ObjectFileError(f"type {type_id} has no size", section=_SECTION)
-            type_id, elements = self.array(found)
+            type_id, elements = self.array(btf_type)
             count *= elements
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 
 
 def _byteorder(data: bytes) -> str:
-    """The byte order that the magic number of a header tells."""
+    """Return the byte order that the magic number of a header tells."""
     if len(data) < _HEADER_BYTES:
         raise ObjectFileError("too short for a BTF header", section=_SECTION, offset=0)
     for byteorder in ("little", "big"):

@@ -49,7 +49,7 @@ class LineInfo(NamedTuple):
 
 
 class CoreRelocation(NamedTuple):
-    """What an instruction at byte ``offset`` wants to know of a type; ``access`` is as "0:1:2"."""
+    """A question about a type by an instruction at byte ``offset``; ``access`` is as "0:1:2"."""
 
     offset: int
     type: int
@@ -69,11 +69,11 @@ class Records(Generic[R]):
         self._offsets: list[int] = [row.offset for row in self.rows]
 
     def between(self, begin: int, end: int) -> list[R]:
-        """Those of the bytes from ``begin`` up to ``end``."""
+        """Return the records of the bytes from ``begin`` up to ``end``."""
         return self.rows[bisect_left(self._offsets, begin) : bisect_left(self._offsets, end)]
 
     def last_at(self, offset: int) -> Optional[R]:
-        """The last one at or before a byte."""
+        """Return the last one at or before a byte."""
         index = bisect_right(self._offsets, offset)
         return self.rows[index - 1] if index else None
 
@@ -101,12 +101,12 @@ class Lines:
         return LineInfo(self._offsets[index], *(column[index] for column in self._others))
 
     def last_at(self, offset: int) -> Optional[LineInfo]:
-        """The last one at or before a byte."""
+        """Return the last one at or before a byte."""
         index = bisect_right(self._offsets, offset)
         return self._row(index - 1) if index else None
 
     def encoded(self, begin: int, end: int, start: int) -> bytes:
-        """The lines of a function at bytes ``begin`` to ``end``, which is loaded at ``start``.
+        """Return the lines of a function at bytes ``begin`` to ``end`` that is loaded at ``start``.
 
         As struct bpf_line_info, the first of each place, in the byte order of this machine;
         nothing if there is none where the function begins, which the kernel asks for.
@@ -176,27 +176,27 @@ class _Part:
         return ObjectFileError(reason, section=_SECTION, offset=self._begin + 4 * word)
 
     def read(self, wanted: int, make: Callable[..., R]) -> dict[str, Records[R]]:
-        """The records, of which the first ``wanted`` words are known."""
-        found: dict[str, list[R]] = {}
+        """Return the records, of which the first ``wanted`` words are known."""
+        by_section: dict[str, list[R]] = {}
         record_words = self._record_words(wanted)
         for name, begin, end in self._tables(record_words):
-            records = found.setdefault(name, [])
+            records = by_section.setdefault(name, [])
             for at in range(begin, end, record_words):
                 records.append(make(*self._words[at : at + wanted]))
-        return {name: Records(rows) for name, rows in found.items()}
+        return {name: Records(rows) for name, rows in by_section.items()}
 
     def read_lines(self) -> dict[str, Lines]:
-        """The records of lines, column by column."""
-        found: dict[str, list[array[int]]] = {}
+        """Return the records of lines, column by column."""
+        by_section: dict[str, list[array[int]]] = {}
         record_words = self._record_words(_LINE_WORDS)
         for name, begin, end in self._tables(record_words):
-            columns = found.setdefault(name, [array("I") for _ in range(_LINE_WORDS)])
+            columns = by_section.setdefault(name, [array("I") for _ in range(_LINE_WORDS)])
             for number, column in enumerate(columns):
                 column.extend(self._words[begin + number : end : record_words])
-        return {name: Lines(columns) for name, columns in found.items()}
+        return {name: Lines(columns) for name, columns in by_section.items()}
 
     def _record_words(self, wanted: int) -> int:
-        """The length of a record; 1 where there is no table."""
+        """Return the length of a record; 1 where there is no table."""
         if not self._words:
             return 1
         record_bytes = self._words[0]
@@ -205,7 +205,7 @@ class _Part:
         return record_bytes // 4
 
     def _tables(self, record_words: int) -> Iterator[tuple[str, int, int]]:
-        """The name of each section, and where its records begin and end."""
+        """Return the name of each section, and where its records begin and end."""
         at = 1
         while at < len(self._words):
             header = self._words[at : at + 2]

@@ -40,14 +40,14 @@ class _Rewriting:
         self[type_id] = _stand_in()
 
     def take_tags_away(self) -> None:
-        """Tags of declarations that are no more would be refused."""
+        """Take away tags of declarations that are gone, which the kernel would refuse."""
         for tag in self._btf.of_kind(Kind.DECL_TAG):
             declared = tag.size_or_type
             if 0 < declared < self._btf.count and self[declared] == _stand_in():
                 self.stand_in(tag.id)
 
     def build(self) -> bytes:
-        """The section, in the byte order of this machine."""
+        """Return the section, in the byte order of this machine."""
         types = b"".join(words.tobytes() for words in self._types)
         strings = self._btf.strings
         header = struct.pack(
@@ -58,7 +58,7 @@ class _Rewriting:
 
 
 def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[str]) -> bytes:
-    """All that compilers leave open filled in, for a kernel that knows all kinds of types.
+    """Return all that compilers leave open filled in, for a kernel that knows all kinds of types.
 
     ``layouts`` tells where variables are; sections that are not in it, externs and their tags go.
     Functions named by ``static`` (hidden ones) are not verified apart from their callers.
@@ -79,7 +79,7 @@ def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[s
 
 
 def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[int]]:
-    """A section with the places of its variables, in order; None: not all of them are known."""
+    """Return a section with the places of its variables, or None if not all are known."""
     rows = []
     for variable in btf.variables(section):
         place = layout.places.get(btf.type(variable.type).name)
@@ -94,7 +94,7 @@ def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[in
 
 
 def _settle_variables(btf: Btf, section: Type, out: _Rewriting, *, defined: bool) -> None:
-    """What is declared extern is now defined, in a map of ours, or else no type for the kernel."""
+    """Make variables that are declared extern defined, in a map of ours, or else no types."""
     for variable in btf.variables(section):
         var = btf.type(variable.type)
         if var.kind == Kind.VAR and btf.linkage(var) == Linkage.EXTERN:
@@ -105,7 +105,7 @@ def _settle_variables(btf: Btf, section: Type, out: _Rewriting, *, defined: bool
 
 
 class Concession(NamedTuple):
-    """What older kernels lack, and how types do without it."""
+    """Kinds of types that older kernels lack, and how to do without them."""
 
     since: str
     kinds: tuple[Kind, ...]
@@ -146,12 +146,12 @@ CONCESSIONS = (
 
 
 def conceding(data: bytes, concession: Concession) -> Optional[bytes]:
-    """Types without what an older kernel lacks; None: they have nothing of it."""
+    """Return types without the kinds that an older kernel lacks; None if they have none."""
     btf = Btf(data)
-    found = list(btf.of_kind(*concession.kinds))
+    affected = list(btf.of_kind(*concession.kinds))
     out = _Rewriting(btf)
     changed = False
-    for item in found:
+    for item in affected:
         words = concession.replace(out[item.id])
         changed = changed or words != out[item.id]
         out[item.id] = words

@@ -17,7 +17,7 @@ _QUALIFIERS = {Kind.CONST: "const", Kind.VOLATILE: "volatile", Kind.RESTRICT: "r
 
 
 def declaration(btf: Btf, type_id: int, name: str = "") -> str:
-    """How something of a type is declared: ``char name[16]``, or without a name the type.
+    """Return how something of a type is declared: ``char name[16]``, or without a name the type.
 
     Raises ObjectFileError for a type that is not there, or that refers to itself.
     """
@@ -28,21 +28,21 @@ def _declared(btf: Btf, type_id: int, declared: str, *, inside: bool) -> str:
     """Go from the outermost pointer, array or function inwards, as C does."""
     qualifiers = ""
     for _ in range(_MAX_CHAIN):
-        found = btf.type(type_id)
-        if found.kind == Kind.PTR:
+        btf_type = btf.type(type_id)
+        if btf_type.kind == Kind.PTR:
             declared, qualifiers = f"*{qualifiers}{declared}", ""
-        elif found.kind == Kind.ARRAY:
-            element, count = btf.array(found)
+        elif btf_type.kind == Kind.ARRAY:
+            element, count = btf.array(btf_type)
             declared = f"{_in_brackets(declared)}[{count}]"
             type_id = element
             continue
-        elif found.kind == Kind.FUNC_PROTO:
-            declared = f"{_in_brackets(declared)}({_parameters(btf, found, inside)})"
-        elif found.kind in _QUALIFIERS:
-            qualifiers = f"{_QUALIFIERS[found.kind]} {qualifiers}"
-        elif found.kind not in (Kind.TYPE_TAG, Kind.FUNC, Kind.VAR):
-            return f"{qualifiers}{_named(found)} {declared}".rstrip()
-        type_id = found.size_or_type
+        elif btf_type.kind == Kind.FUNC_PROTO:
+            declared = f"{_in_brackets(declared)}({_parameters(btf, btf_type, inside)})"
+        elif btf_type.kind in _QUALIFIERS:
+            qualifiers = f"{_QUALIFIERS[btf_type.kind]} {qualifiers}"
+        elif btf_type.kind not in (Kind.TYPE_TAG, Kind.FUNC, Kind.VAR):
+            return f"{qualifiers}{_named(btf_type)} {declared}".rstrip()
+        type_id = btf_type.size_or_type
     raise ObjectFileError(f"type {type_id} refers to itself", section=".BTF")
 
 
@@ -54,36 +54,36 @@ def _parameters(btf: Btf, prototype: Type, inside: bool) -> str:
     # Functions that take functions that take functions could take all memory.
     if inside:
         return "..."
-    found = [
+    texts = [
         _declared(btf, parameter.type, parameter.name, inside=True) if parameter.type else "..."
         for parameter in btf.parameters(prototype)
     ]
-    return ", ".join(found) or "void"
+    return ", ".join(texts) or "void"
 
 
-def _named(found: Type) -> str:
-    if found.kind == Kind.VOID:
+def _named(btf_type: Type) -> str:
+    if btf_type.kind == Kind.VOID:
         return "void"
-    word = _WORDS.get(found.kind, "")
-    if found.kind == Kind.FWD:
-        word = "union " if found.flag else "struct "
-    return word + (found.name or f"#{found.id}")
+    word = _WORDS.get(btf_type.kind, "")
+    if btf_type.kind == Kind.FWD:
+        word = "union " if btf_type.flag else "struct "
+    return word + (btf_type.name or f"#{btf_type.id}")
 
 
 def definitions(btf: Btf) -> Iterator[str]:
-    """The lines that define all structures, unions, enums, typedefs, functions and variables."""
-    for found in btf.of_kind(*COMPOSITES, *ENUMS, Kind.TYPEDEF, Kind.FUNC, Kind.VAR):
-        if found.kind in COMPOSITES:
-            yield f"{_named(found)} {{  /* {found.size_or_type} bytes */"
-            yield from _members(btf, found)
+    """Return the lines that define all structs, unions, enums, typedefs, functions, variables."""
+    for btf_type in btf.of_kind(*COMPOSITES, *ENUMS, Kind.TYPEDEF, Kind.FUNC, Kind.VAR):
+        if btf_type.kind in COMPOSITES:
+            yield f"{_named(btf_type)} {{  /* {btf_type.size_or_type} bytes */"
+            yield from _members(btf, btf_type)
             yield "};"
-        elif found.kind in ENUMS:
-            yield f"{_named(found)} {{"
-            yield from (f"    {name} = {value}," for name, value in btf.enumerators(found))
+        elif btf_type.kind in ENUMS:
+            yield f"{_named(btf_type)} {{"
+            yield from (f"    {name} = {value}," for name, value in btf.enumerators(btf_type))
             yield "};"
         else:
-            word = "typedef " if found.kind == Kind.TYPEDEF else ""
-            yield f"{word}{declaration(btf, found.size_or_type, found.name)};"
+            word = "typedef " if btf_type.kind == Kind.TYPEDEF else ""
+            yield f"{word}{declaration(btf, btf_type.size_or_type, btf_type.name)};"
 
 
 def _members(btf: Btf, composite: Type) -> Iterator[str]:

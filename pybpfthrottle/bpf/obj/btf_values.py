@@ -44,53 +44,55 @@ class BtfCodec:
             )
 
     def encode(self, value: Any) -> bytes:
-        """The bytes of a value."""
+        """Return the bytes of a value."""
         data = bytearray(self._size)
         self._write(self._type_id, value, data, 0, 0)
         return bytes(data)
 
     def decode(self, data: bytes) -> Any:
-        """The value of bytes."""
+        """Return the value of bytes."""
         if len(data) < self._size:
             raise ValueError(f"{len(data)} bytes do not make a value of {self._size}")
         return self._read(self._type_id, data, 0, 0)
 
     def _weight(self, type_id: int, depth: int) -> int:
-        """How many parts a value has: unions of unions of unions may have more than bytes."""
-        found = self._resolve(type_id, depth)
-        if found.id not in self._weights:
-            self._weights[found.id] = self._weigh(found, depth + 1)
-        return self._weights[found.id]
+        """Return the number of parts of a value; unions of unions may have more than bytes."""
+        btf_type = self._resolve(type_id, depth)
+        if btf_type.id not in self._weights:
+            self._weights[btf_type.id] = self._weigh(btf_type, depth + 1)
+        return self._weights[btf_type.id]
 
-    def _weigh(self, found: Type, depth: int) -> int:
-        if found.kind in (Kind.STRUCT, Kind.UNION):
-            return 1 + sum(self._weight(one.type, depth) for one in self._btf.members(found))
-        if found.kind == Kind.DATASEC:
-            return 1 + sum(self._weight(inner, depth) for _, inner, _ in self._variables(found))
-        if found.kind == Kind.ARRAY:
-            element, count = self._btf.array(found)
+    def _weigh(self, btf_type: Type, depth: int) -> int:
+        if btf_type.kind in (Kind.STRUCT, Kind.UNION):
+            return 1 + sum(
+                self._weight(member.type, depth) for member in self._btf.members(btf_type)
+            )
+        if btf_type.kind == Kind.DATASEC:
+            return 1 + sum(self._weight(inner, depth) for _, inner, _ in self._variables(btf_type))
+        if btf_type.kind == Kind.ARRAY:
+            element, count = self._btf.array(btf_type)
             return 1 + (count * self._weight(element, depth) if self._btf.size(element) else 0)
         return 1
 
     def _read(self, type_id: int, data: bytes, at: int, depth: int) -> Any:
-        found = self._resolve(type_id, depth)
-        if found.kind in (Kind.STRUCT, Kind.UNION):
-            return self._read_members(found, data, at, depth + 1)
-        if found.kind == Kind.ARRAY:
-            return self._read_array(found, data, at, depth + 1)
-        if found.kind == Kind.DATASEC:
+        btf_type = self._resolve(type_id, depth)
+        if btf_type.kind in (Kind.STRUCT, Kind.UNION):
+            return self._read_members(btf_type, data, at, depth + 1)
+        if btf_type.kind == Kind.ARRAY:
+            return self._read_array(btf_type, data, at, depth + 1)
+        if btf_type.kind == Kind.DATASEC:
             return {
                 name: self._read(inner, data, offset, depth + 1)
-                for name, inner, offset in self._variables(found)
+                for name, inner, offset in self._variables(btf_type)
             }
         size = self._btf.size(type_id)
         part = data[at : at + size]
         if len(part) != size:
             raise ObjectFileError(f"type {type_id} lies outside of its value", section=".BTF")
-        if found.kind == Kind.FLOAT:
+        if btf_type.kind == Kind.FLOAT:
             return struct.unpack(self._float(size), part)[0]
         number = int.from_bytes(part, self._order)
-        return self._meaning(found, number, size * 8)
+        return self._meaning(btf_type, number, size * 8)
 
     def _read_members(self, aggregate: Type, data: bytes, at: int, depth: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -98,8 +100,8 @@ class BtfCodec:
             if bits := member.bits:
                 if member.name:  # others are padding
                     number = self._read_bits(data, at * 8 + member.bit_offset, bits)
-                    found = self._resolve(member.type, depth)
-                    values[member.name] = self._meaning(found, number, bits)
+                    btf_type = self._resolve(member.type, depth)
+                    values[member.name] = self._meaning(btf_type, number, bits)
                 continue
             value = self._read(member.type, data, at + member.bit_offset // 8, depth)
             if member.name:
@@ -124,14 +126,14 @@ class BtfCodec:
         number = int.from_bytes(data[begin:end], self._order)
         return number >> self._shift(bit, bits) & (1 << bits) - 1
 
-    def _meaning(self, found: Type, number: int, bits: int) -> Any:
-        """What a number without a sign stands for in a type."""
-        if found.kind in (Kind.ENUM, Kind.ENUM64):
+    def _meaning(self, btf_type: Type, number: int, bits: int) -> Any:
+        """Return what a number without a sign stands for in a type."""
+        if btf_type.kind in (Kind.ENUM, Kind.ENUM64):
             mask = (1 << bits) - 1
-            names = (e.name for e in self._btf.enumerators(found) if e.value & mask == number)
+            names = (e.name for e in self._btf.enumerators(btf_type) if e.value & mask == number)
             return next(names, number)
-        if found.kind == Kind.INT:
-            encoding = self._btf.integer(found)
+        if btf_type.kind == Kind.INT:
+            encoding = self._btf.integer(btf_type)
             if encoding.bool:
                 return bool(number)
             if encoding.signed and number >> max(bits - 1, 0):
@@ -139,18 +141,18 @@ class BtfCodec:
         return number
 
     def _write(self, type_id: int, value: Any, data: bytearray, at: int, depth: int) -> None:
-        found = self._resolve(type_id, depth)
-        if found.kind in (Kind.STRUCT, Kind.UNION):
-            self._write_members(found, value, data, at, depth + 1)
-        elif found.kind == Kind.ARRAY:
-            self._write_array(found, value, data, at, depth + 1)
-        elif found.kind == Kind.DATASEC:
-            self._write_variables(found, value, data, depth + 1)
-        elif found.kind == Kind.FLOAT:
-            struct.pack_into(self._float(found.size_or_type), data, at, value)
+        btf_type = self._resolve(type_id, depth)
+        if btf_type.kind in (Kind.STRUCT, Kind.UNION):
+            self._write_members(btf_type, value, data, at, depth + 1)
+        elif btf_type.kind == Kind.ARRAY:
+            self._write_array(btf_type, value, data, at, depth + 1)
+        elif btf_type.kind == Kind.DATASEC:
+            self._write_variables(btf_type, value, data, depth + 1)
+        elif btf_type.kind == Kind.FLOAT:
+            struct.pack_into(self._float(btf_type.size_or_type), data, at, value)
         else:
             size = self._btf.size(type_id)
-            number = self._number(found, value, size * 8)
+            number = self._number(btf_type, value, size * 8)
             data[at : at + size] = number.to_bytes(size, self._order)
 
     def _write_members(
@@ -199,7 +201,7 @@ class BtfCodec:
             raise ValueError(f"{section.name} has no variable {', '.join(map(repr, left))}")
 
     def _variables(self, section: Type) -> Iterator[tuple[str, int, int]]:
-        """Name, type and offset in bytes of each variable of a data section."""
+        """Return name, type and offset in bytes of each variable of a data section."""
         for variable in self._btf.variables(section):
             var = self._btf.type(variable.type)
             yield var.name, var.size_or_type, variable.offset
@@ -216,22 +218,22 @@ class BtfCodec:
             else:
                 self._write(element, item, data, at + size * index, depth)
 
-    def _number(self, found: Type, value: Any, bits: int) -> int:
-        """The bits that stand for a value in a type, as a number without a sign."""
+    def _number(self, btf_type: Type, value: Any, bits: int) -> int:
+        """Return the bits that stand for a value in a type, as a number without a sign."""
         if isinstance(value, str):
-            named = {e.name: e.value for e in self._enumerators(found)}
+            named = {e.name: e.value for e in self._enumerators(btf_type)}
             if value not in named:
                 raise ValueError(f"{value!r} is none of {', '.join(named) or 'its numbers'}")
             value = named[value]
-        signed = found.kind == Kind.INT and self._btf.integer(found).signed
-        low = -(1 << bits - 1) if signed or found.kind in (Kind.ENUM, Kind.ENUM64) else 0
+        signed = btf_type.kind == Kind.INT and self._btf.integer(btf_type).signed
+        low = -(1 << bits - 1) if signed or btf_type.kind in (Kind.ENUM, Kind.ENUM64) else 0
         high = (1 << bits - 1) if signed else 1 << bits
         if not low <= value < high:
             raise ValueError(f"{value} does not fit into {bits} bits")
         return int(value) & (1 << bits) - 1
 
-    def _enumerators(self, found: Type) -> Any:
-        return self._btf.enumerators(found) if found.kind in (Kind.ENUM, Kind.ENUM64) else ()
+    def _enumerators(self, btf_type: Type) -> Any:
+        return self._btf.enumerators(btf_type) if btf_type.kind in (Kind.ENUM, Kind.ENUM64) else ()
 
     def _resolve(self, type_id: int, depth: int) -> Type:
         if depth > _MAX_DEPTH:
@@ -239,8 +241,8 @@ class BtfCodec:
         return self._btf.resolve(type_id)
 
     def _is_char(self, type_id: int) -> bool:
-        found = self._btf.resolve(type_id)
-        return found.kind == Kind.INT and found.name == "char" and found.size_or_type == 1
+        btf_type = self._btf.resolve(type_id)
+        return btf_type.kind == Kind.INT and btf_type.name == "char" and btf_type.size_or_type == 1
 
     def _float(self, size: int) -> str:
         if size not in _FLOATS:
@@ -248,7 +250,7 @@ class BtfCodec:
         return ("<" if self._order == "little" else ">") + _FLOATS[size]
 
     def _shift(self, bit: int, bits: int) -> int:
-        """How far a bit field's bits are from the low end of the bytes that it touches."""
+        """Return how far a bit field's bits are from the low end of the bytes that it touches."""
         if self._order == "little":
             return bit % 8
         return -(bit + bits) % 8

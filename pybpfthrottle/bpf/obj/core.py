@@ -54,7 +54,7 @@ class Load(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What stands in the instruction, and what belongs there; None: there is no answer.
+    """The value that stands in an instruction, and the one that belongs there, or None.
 
     ``checked`` tells whether the compiler promises that ``local`` stands there.
     """
@@ -66,7 +66,7 @@ class Answer(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a load of a field begins, and its width; a bit field is loaded as an integer."""
+    """The place and width of the load of a field; a bit field is loaded as an integer."""
 
     byte_offset: int
     bytes: int
@@ -110,10 +110,10 @@ def _field_value(access: Access, kind: CoreRelocationKind) -> int:
 
 
 def _is_signed(btf: Btf, type_id: int) -> bool:
-    found = btf.resolve(type_id)
-    if found.kind in ENUMS:
-        return found.flag
-    return found.kind == Kind.INT and btf.integer(found).signed
+    btf_type = btf.resolve(type_id)
+    if btf_type.kind in ENUMS:
+        return btf_type.flag
+    return btf_type.kind == Kind.INT and btf.integer(btf_type).signed
 
 
 def _enum_value(access: Access) -> int:
@@ -134,7 +134,7 @@ def _value(access: Access, kind: CoreRelocationKind) -> int:
 
 
 def _is_checked(local: Access, kind: CoreRelocationKind) -> bool:
-    """Compilers keep their promise of the old value but for these."""
+    """Return whether the compiler promises the old value, as most records do."""
     if kind in (_K.FIELD_BYTE_OFFSET, _K.FIELD_BYTE_SIZE, _K.FIELD_LSHIFT_U64):
         return not local.last.bits
     # Linkers that merge types renumber them; clang 15 was the first to tell the signs of enums.
@@ -142,7 +142,7 @@ def _is_checked(local: Access, kind: CoreRelocationKind) -> bool:
 
 
 def _load(local: Access, target: Access) -> Optional[Load]:
-    """How a load of a field changes; a bit field's does not, since its size is asked for."""
+    """Return how a load of a field changes; a bit field's does not, since its size is asked for."""
     if local.last.bits or target.last.bits:
         return None
     ours, theirs = local.btf.resolve(local.last.type), target.btf.resolve(target.last.type)
@@ -167,7 +167,7 @@ class Resolver:
         self._answers: dict[tuple[int, str, CoreRelocationKind], Answer] = {}
 
     def answer(self, relocation: CoreRelocation) -> Answer:
-        """What a relocation comes to with the kernel's types."""
+        """Return what a relocation comes to with the kernel's types."""
         key = relocation[1:]
         if key not in self._answers:
             self._answers[key] = self._answer(relocation)
@@ -210,7 +210,7 @@ class Resolver:
         return Access(target, root, ()) if same else None
 
     def _candidates_of(self, root: int) -> list[tuple[Btf, int]]:
-        """The kernel's types of the same kind and name, flavours aside; else its modules'."""
+        """Return the kernel's types of the same kind and name, else those of its modules."""
         if root not in self._candidates:
             local = self._local.type(root)
             if not local.name:
@@ -224,6 +224,6 @@ class Resolver:
 
 def _candidates(local: Type, targets: Iterable[Btf]) -> Iterator[tuple[Btf, int]]:
     for btf in targets:
-        for found in btf.named(essential(local.name), flavours=True):
-            if same_kind(local, found):
-                yield btf, found.id
+        for btf_type in btf.named(essential(local.name), flavours=True):
+            if same_kind(local, btf_type):
+                yield btf, btf_type.id

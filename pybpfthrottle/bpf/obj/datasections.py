@@ -17,20 +17,20 @@ _MAX_NUMBER_BYTES = 8
 
 
 def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSpec]:
-    """The map of each section of data by the section's number, named as libbpf names them.
+    """Return the map of each section of data by the section's number, named as libbpf names them.
 
     Raises ObjectFileError for a section that is too large.
     """
-    found = [s for s in elf.sections.values() if s.size and _is_data(s.name)]
-    types = btf.types if btf and found else ()
-    ids = {known.name: known.id for known in types if known.kind == Kind.DATASEC}
+    sections = [s for s in elf.sections.values() if s.size and _is_data(s.name)]
+    types = btf.types if btf and sections else ()
+    ids = {btf_type.name: btf_type.id for btf_type in types if btf_type.kind == Kind.DATASEC}
     return {
-        section.number: _map(section, ids.get(section.name, 0), object_name) for section in found
+        section.number: _map(section, ids.get(section.name, 0), object_name) for section in sections
     }
 
 
 def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
-    """The variables of all data maps; those that are static come first."""
+    """Return the variables of all data maps; those that are static come first."""
     signs = _Signs(btf)
     for number, spec in maps.items():
         types = _types(btf, spec.value_type)
@@ -75,36 +75,36 @@ def _name(object_name: str, section: str) -> str:
 
 
 def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
-    """The types of the variables of a section, by their names."""
+    """Return the types of the variables of a section, by their names."""
     if btf is None or not datasec_id:
         return {}
-    found = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
-    return {var.name: var.size_or_type for var in found if var.kind == Kind.VAR}
+    types = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
+    return {var.name: var.size_or_type for var in types if var.kind == Kind.VAR}
 
 
 class _Signs:
-    """Which numbers have a sign; an enum is looked through once, however many variables it has."""
+    """The signs of numbers; an enum is looked through once, however many variables it has."""
 
     def __init__(self, btf: Optional[Btf]) -> None:
         self._btf = btf
         self._known: dict[int, Optional[bool]] = {}
 
     def of(self, type_id: int, size: int) -> Optional[bool]:
-        """Whether a number of so many bytes has a sign; None for what is no number."""
+        """Return whether a number of so many bytes has a sign; None for what is no number."""
         if self._btf is None or not type_id or size > _MAX_NUMBER_BYTES:
             return None
-        found = self._btf.resolve(type_id)
-        if found.id not in self._known:
-            self._known[found.id] = _signed(self._btf, found)
-        return self._known[found.id]
+        btf_type = self._btf.resolve(type_id)
+        if btf_type.id not in self._known:
+            self._known[btf_type.id] = _signed(self._btf, btf_type)
+        return self._known[btf_type.id]
 
 
-def _signed(btf: Btf, found: Type) -> Optional[bool]:
-    if found.kind == Kind.INT:
-        return btf.integer(found).signed
-    if found.kind == Kind.ENUM:
+def _signed(btf: Btf, btf_type: Type) -> Optional[bool]:
+    if btf_type.kind == Kind.INT:
+        return btf.integer(btf_type).signed
+    if btf_type.kind == Kind.ENUM:
         # clang before 15 does not say whether the values have a sign.
-        return any(item.value >> 31 for item in btf.enumerators(found))
-    if found.kind == Kind.ENUM64:
-        return any(item.value < 0 for item in btf.enumerators(found))
-    return False if found.kind == Kind.PTR else None
+        return any(item.value >> 31 for item in btf.enumerators(btf_type))
+    if btf_type.kind == Kind.ENUM64:
+        return any(item.value < 0 for item in btf.enumerators(btf_type))
+    return False if btf_type.kind == Kind.PTR else None

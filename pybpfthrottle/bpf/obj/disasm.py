@@ -123,10 +123,10 @@ class Line(NamedTuple):
 
 
 class Names:
-    """What calls and 64-bit immediate values stand for; a subclass may know it better."""
+    """The names of calls and 64-bit immediate values; a subclass may know better ones."""
 
     def call(self, insn: Instruction) -> str:
-        """What is called."""
+        """Return what is called."""
         if insn.src == BPF_PSEUDO_CALL:
             return f"pc{insn.imm:+d}"
         if insn.src == BPF_PSEUDO_KFUNC_CALL:
@@ -134,7 +134,7 @@ class Names:
         return f"{helper_name(insn.imm)}#{insn.imm}"
 
     def wide(self, insn: Instruction) -> str:
-        """What is loaded; maps are named by what the immediate value is: a descriptor or an id."""
+        """Return what is loaded; maps are named by the immediate value, a descriptor or an id."""
         if insn.src == BPF_PSEUDO_MAP_FD:
             return f"map[id:{insn.imm & 0xFFFFFFFF}]"
         if insn.src == BPF_PSEUDO_MAP_VALUE:
@@ -150,7 +150,7 @@ _DEFAULT = Names()
 def disassemble(
     code: bytes, *, byteorder: str = sys.byteorder, names: Names = _DEFAULT
 ) -> Iterator[Line]:
-    """Each instruction of some code as text, such as ``(b7) r0 = 1``."""
+    """Return each instruction of some code as text, such as ``(b7) r0 = 1``."""
     for insn in decoded(code, byteorder):
         text = _CLASSES[insn.kind](insn, names) or "is no instruction"
         yield Line(insn.at, f"({insn.code:02x}) {text}")
@@ -282,7 +282,7 @@ _CLASSES: dict[int, Callable[[Instruction, Names], str]] = {
 
 
 def function_lines(function: FunctionSpec, byteorder: str) -> Iterator[Line]:
-    """The instructions of an object's function; what they refer to has the object's names."""
+    """Return the instructions of an object's function as text, with the object's names."""
     return disassemble(function.code, byteorder=byteorder, names=_ObjectNames(function))
 
 

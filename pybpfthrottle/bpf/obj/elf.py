@@ -48,12 +48,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def name_of(path: Path) -> str:
-    """The name of the object in a file: what stands before the first dot."""
+    """Return the name of the object in a file: what stands before the first dot."""
     return os.path.basename(os.fspath(path)).partition(".")[0]
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a regular file of up to 64 MB that begins as an ELF file does.
+    """Return the bytes of a regular file of up to 64 MB that begins as an ELF file does.
 
     Nothing else is opened: pipes and devices may have no end, and to read some of them does
     something. Raises OSError, or ObjectFileError.
@@ -81,7 +81,7 @@ def read_object(data: bytes, *, name: str = "object") -> ObjectSpec:
 
 
 def object_in(file: Elf, name: str) -> ObjectSpec:
-    """What the records of an ELF file define. Raises ObjectFileError."""
+    """Return what the records of an ELF file define. Raises ObjectFileError."""
     return _Reading(file, name).read()
 
 
@@ -103,34 +103,34 @@ class _Reading:
         )
 
     def read(self) -> ObjectSpec:
-        """The whole object."""
+        """Return the whole object."""
         typed = TypedMaps(self._elf, self._btf)
         defined = {**legacy_maps(self._elf), **typed.maps}
         data = datasections.data_maps(self._elf, self._btf, self.spec.name)
-        for (number, offset), found in defined.items():
-            self._add_map(found, number, offset)
-        for number, found in data.items():
-            self._add_map(found, number, 0)
+        for (number, offset), spec in defined.items():
+            self._add_map(spec, number, offset)
+        for number, spec in data.items():
+            self._add_map(spec, number, 0)
         for variable in datasections.variables(self._elf, self._btf, data):
             self.spec.variables[variable.name] = variable
         self._read_code(
             Places(
-                {place: found.name for place, found in defined.items()},
-                {number: found.name for number, found in data.items()},
+                {place: spec.name for place, spec in defined.items()},
+                {number: spec.name for number, spec in data.items()},
                 _externs(self._btf),
             )
         )
         typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
         return self.spec
 
-    def _add_map(self, found: MapSpec, section: int, offset: int) -> None:
-        if found.name in self.spec.maps:
+    def _add_map(self, spec: MapSpec, section: int, offset: int) -> None:
+        if spec.name in self.spec.maps:
             raise ObjectFileError(
-                f"a second map {found.name!r}",
+                f"a second map {spec.name!r}",
                 section=self._elf.sections[section].name,
                 offset=offset,
             )
-        self.spec.maps[found.name] = found
+        self.spec.maps[spec.name] = spec
 
     def _read_code(self, places: Places) -> None:
         read = [
@@ -159,7 +159,7 @@ class _Reading:
     def _add_programs(
         self, section: Section, functions: list[Function], called: set[FunctionKey]
     ) -> None:
-        """Functions outside of .text are programs, but for static ones that others call."""
+        """Add the functions outside of .text as programs, but static ones that others call."""
         if section.name == ".text" or section.name.startswith(".text."):
             return
         kind, target, autoload = sections.meaning_of(section.name)
@@ -184,7 +184,7 @@ def _license(elf: Elf) -> str:
 
 
 def _layouts(elf: Elf) -> dict[str, SectionLayout]:
-    """Where the variables are in each section of data."""
+    """Return where the variables are in each section of data."""
     return {
         section.name: SectionLayout(
             section.size,
@@ -211,11 +211,11 @@ def _hidden(elf: Elf) -> frozenset[str]:
 
 
 def _externs(btf: Optional[Btf]) -> frozenset[str]:
-    """The names that the object's types say are the kernel's: functions, variables, options."""
-    found = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
+    """Return the names of the kernel's functions, variables and settings that the types declare."""
+    datasecs = (btf.find(Kind.DATASEC, name) for name in _EXTERN_SECTIONS) if btf else ()
     return frozenset(
         btf.type(variable.type).name
-        for datasec in found
+        for datasec in datasecs
         if btf and datasec
         for variable in btf.variables(datasec)
     )

@@ -32,12 +32,12 @@ class Symbol(NamedTuple):
 
     @property
     def undefined(self) -> bool:
-        """Whether it is to be found elsewhere."""
+        """Whether the symbol is defined elsewhere."""
         return self.section == "SHN_UNDEF"
 
 
 class Relocation(NamedTuple):
-    """What is to be put in at byte ``offset`` of a section."""
+    """A value that is to be put in at byte ``offset`` of a section."""
 
     offset: int
     type: int
@@ -56,12 +56,12 @@ class Section(NamedTuple):
 
     @property
     def executable(self) -> bool:
-        """Whether it holds instructions."""
+        """Whether the section holds instructions."""
         return bool(self.flags & EXECUTABLE)
 
 
 class Header(NamedTuple):
-    """What the table of sections says of any section; ``type`` is such as "SHT_PROGBITS"."""
+    """A row of the table of sections; ``type`` is such as "SHT_PROGBITS"."""
 
     name: str
     type: Union[int, str]
@@ -83,22 +83,22 @@ class Elf(NamedTuple):
     headers: tuple[Header, ...] = ()
 
     def named(self, name: str) -> Optional[Section]:
-        """The first section with a name, if there is one."""
+        """Return the first section with a name, if there is one."""
         return next((s for s in self.sections.values() if s.name == name), None)
 
     def contents(self, name: str) -> Optional[bytes]:
-        """The bytes of the first section with a name, if there is one."""
+        """Return the bytes of the first section with a name, if there is one."""
         section = self.named(name)
         return section.data if section else None
 
     def symbols_of(self, section: Section) -> list[Symbol]:
-        """The symbols in a section by their offsets, without that of the section itself."""
-        found = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
-        return sorted(found, key=lambda symbol: symbol.value)
+        """Return the symbols in a section by their offsets, without that of the section itself."""
+        named = (s for s in self.symbols.get(section.number, ()) if s.type != "STT_SECTION")
+        return sorted(named, key=lambda symbol: symbol.value)
 
 
 def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[bytes]:
-    """The bytes of one section of an ELF file for any machine, or None if it has none.
+    """Return the bytes of one section of an ELF file for any machine, or None if it has none.
 
     Only the section is read, however large the file is (a vmlinux is). Raises OSError, or
     ObjectFileError.
@@ -144,8 +144,8 @@ def refuse_other_files(data: bytes) -> None:
 class _Reader:
     """Reads the records of an ELF file by pyelftools' layouts.
 
-    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each start
-    of the limiter would pay for.
+    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each
+    short program would pay for.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -159,7 +159,7 @@ class _Reader:
         self._layouts.create_basic_structs()
 
     def read(self) -> Elf:
-        """All sections with contents, the symbols, and the relocations of what is loaded."""
+        """Return all sections with contents, the symbols, and the relocations of what is loaded."""
         file = self._parse(self._layouts.Elf_Ehdr, 0)
         if self._bits != 64 or file["e_machine"] not in ("EM_BPF", "EM_NONE"):
             raise ObjectFileError(
@@ -191,7 +191,7 @@ class _Reader:
         )
 
     def _headers(self, file: Any) -> list[tuple[str, Any]]:
-        """The section headers by number, each with its name."""
+        """Return the section headers by number, each with its name."""
         size, offset = file["e_shentsize"], file["e_shoff"]
         layout = self._layouts.Elf_Shdr
         if not offset:
@@ -211,7 +211,7 @@ class _Reader:
         return [(_string(names, header["sh_name"]), header) for header in headers]
 
     def _refuse_overlaps(self, headers: list[tuple[str, Any]]) -> None:
-        """Sections that share their bytes would cost more memory than the file is large."""
+        """Refuse sections that share their bytes: they would cost more memory than the file has."""
         total = sum(
             header["sh_size"]
             for _, header in headers
@@ -229,7 +229,7 @@ class _Reader:
         return Section(index, name, header["sh_flags"], header["sh_size"], contents, [])
 
     def _symbols(self, headers: list[tuple[str, Any]]) -> list[Symbol]:
-        tables = [found for found in headers if found[1]["sh_type"] == "SHT_SYMTAB"]
+        tables = [numbered for numbered in headers if numbered[1]["sh_type"] == "SHT_SYMTAB"]
         if not tables:
             return []
         if len(tables) > 1:

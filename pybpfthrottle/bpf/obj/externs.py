@@ -1,4 +1,4 @@
-"""What an object declares and the kernel is to have: settings, variables and functions. Pure.
+"""Settings, variables and functions of the kernel that an object declares. Pure.
 
 ``extern int CONFIG_HZ __kconfig`` stands in the section .kconfig of the object's types, variables
 and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of libbpf.
@@ -38,20 +38,20 @@ class Extern(NamedTuple):
 
 
 def externs(btf: Btf) -> dict[str, Extern]:
-    """All that an object's types declare to be the kernel's, by the object's own names."""
-    found = {}
+    """Return all that an object's types declare to be the kernel's, by the object's own names."""
+    wanted = {}
     for section in (KCONFIG, _KSYMS):
         datasec = btf.find(Kind.DATASEC, section)
         for variable in btf.variables(datasec) if datasec else ():
             declared = btf.type(variable.type)
-            found[declared.name] = Extern(section, declared)
-    return found
+            wanted[declared.name] = Extern(section, declared)
+    return wanted
 
 
-def kconfig_layout(btf: Btf, found: dict[str, Extern]) -> SectionLayout:
-    """Where each setting lies in the map of settings; the compiler leaves that open."""
+def kconfig_layout(btf: Btf, wanted: dict[str, Extern]) -> SectionLayout:
+    """Return where each setting lies in the map of settings; the compiler leaves that open."""
     places, end = {}, 0
-    for name, extern in found.items():
+    for name, extern in wanted.items():
         if extern.section == KCONFIG:
             place = Place(
                 -(-end // _ALIGNMENT) * _ALIGNMENT, btf.size(extern.declared.size_or_type)
@@ -65,17 +65,17 @@ def kconfig_layout(btf: Btf, found: dict[str, Extern]) -> SectionLayout:
 
 def kconfig_map(
     btf: Btf,
-    found: dict[str, Extern],
+    wanted: dict[str, Extern],
     weak: Container[str],
     setting: Callable[[str], Optional[str]],
 ) -> MapSpec:
-    """The map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
-    layout = kconfig_layout(btf, found)
+    """Return the map of settings; weak ones that the kernel lacks are 0. Raises ExternError."""
+    layout = kconfig_layout(btf, wanted)
     contents = bytearray(layout.size)
     for name, (offset, size) in layout.places.items():
-        text = setting(found[name].name)
+        text = setting(wanted[name].name)
         if text is not None:
-            type_id = found[name].declared.size_or_type
+            type_id = wanted[name].declared.size_or_type
             contents[offset : offset + size] = encode_setting(btf, type_id, name, text)
         elif name not in weak:
             raise ExternError(
@@ -97,17 +97,17 @@ def kconfig_map(
 
 
 def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
-    """The bytes of a setting such as y, m, 250, 0xdead or "(none)". Raises ExternError."""
-    found = btf.resolve(type_id)
+    """Return the bytes of a setting such as y, m, 250, 0xdead or "(none)". Raises ExternError."""
+    btf_type = btf.resolve(type_id)
     size = btf.size(type_id)
-    if found.kind == Kind.ARRAY:
-        if text[:1] != '"' or btf.size(btf.array(found)[0]) != 1 or not size:
+    if btf_type.kind == Kind.ARRAY:
+        if text[:1] != '"' or btf.size(btf.array(btf_type)[0]) != 1 or not size:
             raise ExternError(f"{name} is {text}, and no char array")
         inside = re.sub(r"\\(.)", r"\1", text.strip('"')).encode()
         return inside[: size - 1].ljust(size, b"\0")
-    value = _number(btf, found, text)
+    value = _number(btf, btf_type, text)
     if value is not None:
-        signed = found.kind == Kind.INT and btf.integer(found).signed
+        signed = btf_type.kind == Kind.INT and btf.integer(btf_type).signed
         try:
             order = btf.byteorder
             return value.to_bytes(size, order, signed=signed)  # type: ignore[arg-type]
@@ -116,20 +116,20 @@ def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
     raise ExternError(f"{name} is {text}, which does not go into the type that it is declared with")
 
 
-def _number(btf: Btf, found: Type, text: str) -> Optional[int]:
-    """What a setting is as a number of the declared type; None: it cannot be."""
-    is_bool = found.kind == Kind.INT and btf.integer(found).bool
+def _number(btf: Btf, btf_type: Type, text: str) -> Optional[int]:
+    """Return what a setting is as a number of the declared type; None: it cannot be."""
+    is_bool = btf_type.kind == Kind.INT and btf.integer(btf_type).bool
     if text in _TRISTATE:
-        if found.kind in ENUMS:
+        if btf_type.kind in ENUMS:
             return _TRISTATE[text]
-        if found.size_or_type == 1 and not is_bool:
+        if btf_type.size_or_type == 1 and not is_bool:
             return ord(text)
         return None if text == "m" else _TRISTATE[text]
     try:
         value = int(text, 0)
     except ValueError:
         return None
-    if found.kind != Kind.INT or (is_bool and value > 1):
+    if btf_type.kind != Kind.INT or (is_bool and value > 1):
         return None
     return value
 
@@ -165,7 +165,7 @@ class Symbols:
         self._found: dict[int, Union[Address, KernelId, None]] = {}
 
     def find(self, extern: Extern) -> Union[Address, KernelId, None]:
-        """Where the kernel has it, or None: it does not."""
+        """Return where the kernel has an extern, or None where it lacks it."""
         key = extern.declared.id
         if key not in self._found:
             self._found[key] = self._find(extern)
@@ -183,27 +183,27 @@ class Symbols:
         return self._typed(extern, Kind.VAR) if self._is_symbol(extern.name) else None
 
     def _typed(self, extern: Extern, kind: Kind) -> Optional[KernelId]:
-        for btf, found in self._candidates(extern.name, kind):
+        for btf, btf_type in self._candidates(extern.name, kind):
             local = extern.declared.size_or_type
-            if not types_compatible(self._btf, local, btf, found.size_or_type):
+            if not types_compatible(self._btf, local, btf, btf_type.size_or_type):
                 raise ExternError(f"{extern.name!r} is declared otherwise than in this kernel")
-            return KernelId(found.id, btf)
+            return KernelId(btf_type.id, btf)
         return None
 
     def _candidates(self, name: str, kind: Kind) -> Iterator[tuple[Btf, Type]]:
         kernel = self._kernel()
-        found = kernel.types.find(kind, name)
-        if found is not None:
-            yield kernel.types, found
+        btf_type = kernel.types.find(kind, name)
+        if btf_type is not None:
+            yield kernel.types, btf_type
             return
         for module in kernel.modules():
-            found = module.find(kind, name)
-            if found is not None:
-                yield module, found
+            btf_type = module.find(kind, name)
+            if btf_type is not None:
+                yield module, btf_type
 
 
 def missing(extern: Extern) -> ExternError:
-    """The error for what is neither there nor weak."""
+    """Return the error for what is neither there nor weak."""
     what = "function" if extern.declared.kind == Kind.FUNC else "symbol"
     return ExternError(
         f"this kernel has no {what} {extern.name!r}; declare it __weak if it may be missing"

@@ -36,23 +36,23 @@ R = TypeVar("R", FunctionInfo, CoreRelocation)
 
 
 class KernelFacts(Protocol):
-    """What is to be known of a kernel, each when it is asked for."""
+    """Facts about a kernel, each looked up when it is asked for."""
 
     @property
     def types(self) -> Kernel:
-        """Its types, and those of its modules."""
+        """The types of the kernel, and those of its modules."""
         ...
 
     def setting(self, name: str) -> Optional[str]:
-        """A setting of its configuration."""
+        """Return a setting of its configuration."""
         ...
 
     def symbol(self, name: str) -> Optional[int]:
-        """The address of a symbol."""
+        """Return the address of a symbol."""
         ...
 
     def has_symbol(self, name: str) -> bool:
-        """Whether there is a symbol of this name."""
+        """Return whether there is a symbol of this name."""
         ...
 
 
@@ -107,14 +107,14 @@ class Fitting:
         return fitted._replace(target=(target.type, self.descriptor(target.btf)))
 
     def loadable_types(self) -> Optional[bytes]:
-        """The object's types for BPF_BTF_LOAD, if it has any."""
+        """Return the object's types for BPF_BTF_LOAD, if it has any."""
         if self._btf is None:
             return None
         layouts = {**self._spec.layouts, externs.KCONFIG: self.settings_layout}
         return loadable(self._btf, layouts, self._spec.hidden)
 
     def settings_map(self) -> MapSpec:
-        """The map of the settings that the object asks for."""
+        """Return the map of the settings that the object asks for."""
         weak = self._spec.weak_externs
         return externs.kconfig_map(self.btf, self.externs, weak, self._kernel.setting)
 
@@ -127,29 +127,29 @@ class Fitting:
 
     @property
     def records(self) -> Optional[BtfExt]:
-        """What the compiler says of single instructions."""
+        """The compiler's records of single instructions."""
         return self._records
 
     @cached_property
     def externs(self) -> dict[str, Extern]:
-        """What the object declares and does not define."""
+        """The names that the object declares and does not define."""
         return externs.externs(self.btf)
 
     @cached_property
     def settings_layout(self) -> SectionLayout:
-        """Where settings lie in their map."""
+        """The places of the settings in their map."""
         return externs.kconfig_layout(self.btf, self.externs)
 
     @cached_property
     def resolver(self) -> Resolver:
-        """Answers the object's CO-RE relocations."""
+        """The resolver of the object's CO-RE relocations."""
         from pybpfthrottle.bpf.obj.core import Resolver
 
         return Resolver(self.btf, lambda: self._kernel.types)
 
     @cached_property
     def symbols(self) -> Symbols:
-        """Finds the object's externs."""
+        """The finder of the object's externs."""
         kernel = self._kernel
         return Symbols(
             *(self.btf, lambda: kernel.types),
@@ -158,12 +158,12 @@ class Fitting:
         )
 
     def descriptor(self, btf: Btf) -> int:
-        """A descriptor of a module's types; 0 for the kernel's own."""
+        """Return a descriptor of a module's types; 0 for the kernel's own."""
         return self._descriptor(btf) if btf.base else 0
 
 
 def within(records: dict[str, Records[R]], placed: Placed) -> Iterator[tuple[int, R]]:
-    """The records of a function, each with its byte in the linked code."""
+    """Return the records of a function, each with its byte in the linked code."""
     start, function = placed
     begin = function.key.offset
     if function.key.section in records:
@@ -192,6 +192,7 @@ class _Program:
             for at, relocation in within(records.relocations, placed):
                 try:
                     answer = self._fitting.resolver.answer(relocation)
+                    # No error yet: the program may never reach it, behind bpf_core_field_exists.
                     if not self._instructions.answer(at, answer, len(self._poisoned)):
                         self._poisoned.append(self._unresolved(relocation))
                 except (ObjectFileError, PatchError) as error:
@@ -222,38 +223,39 @@ class _Program:
             place = self._fitting.settings_layout.places[reference.name]
             self._settings.append(MapReference(at, externs.KCONFIG, place.offset))
             return
-        found = self._fitting.symbols.find(extern)
-        if found is None and not reference.weak:
+        location = self._fitting.symbols.find(extern)
+        if location is None and not reference.weak:
             raise externs.missing(extern)
         if self._code[at] == CALL:
-            self._put_call(at, extern, found)
+            self._put_call(at, extern, location)
         else:
-            self._put_address(at, found)
+            self._put_address(at, location)
 
-    def _put_call(self, at: int, extern: Extern, found: Union[Address, KernelId, None]) -> None:
-        if isinstance(found, KernelId):
-            module = self._fitting.descriptor(found.btf)
+    def _put_call(self, at: int, extern: Extern, location: Union[Address, KernelId, None]) -> None:
+        if isinstance(location, KernelId):
+            module = self._fitting.descriptor(location.btf)
             if module and module not in self._modules:
                 self._modules.append(module)
+            # Place 0 of fd_array stands for the kernel itself.
             place = self._modules.index(module) + 1 if module else 0
-            self._instructions.call_kernel(at, found.type, place)
+            self._instructions.call_kernel(at, location.type, place)
         else:
             self._instructions.poison(at, len(self._poisoned))
             self._poisoned.append(Poisoned(f"{extern.name}()", "", "a function"))
 
-    def _put_address(self, at: int, found: Union[Address, KernelId, None]) -> None:
-        if isinstance(found, KernelId):
-            module = self._fitting.descriptor(found.btf)
-            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, found.type | module << 32)
+    def _put_address(self, at: int, location: Union[Address, KernelId, None]) -> None:
+        if isinstance(location, KernelId):
+            module = self._fitting.descriptor(location.btf)
+            self._instructions.load_imm64(at, BPF_PSEUDO_BTF_ID, location.type | module << 32)
         else:
-            self._instructions.load_imm64(at, 0, found.value if found else 0)
+            self._instructions.load_imm64(at, 0, location.value if location else 0)
 
     def _bad(self, at: int, reason: str) -> ObjectFileError:
         origin = self._linked.origin(at)
         return ObjectFileError(reason, section=origin.section, offset=origin.offset)
 
     def finished(self) -> Fitted:
-        """The program with all that was found out."""
+        """Return the program with all that was found out."""
         linked = self._linked._replace(
             code=bytes(self._code),
             map_references=(*self._linked.map_references, *self._settings),
@@ -266,20 +268,20 @@ class _Program:
         )
 
     def _functions(self) -> bytes:
-        """The kernel wants one record for each function, at its beginning."""
+        """Return one record for each function, at its beginning, as the kernel wants it."""
         records = self._fitting.records
         if records is None:
             return b""
-        found = b""
+        table = b""
         for placed in self._linked.placed:
             first = next(within(records.functions, placed), None)
             if first is not None and first[0] == placed.start:
-                found += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
+                table += bytes(abi.FuncInfo(placed.start // INSN_BYTES, first[1].type))
         whole = len(self._linked.placed) * ctypes.sizeof(abi.FuncInfo)
-        return found if len(found) == whole else b""
+        return table if len(table) == whole else b""
 
     def _lines(self) -> bytes:
-        """The kernel wants a record at the beginning of each function, and one for each place."""
+        """Return the records of lines; the kernel wants one at the beginning of each function."""
         records = self._fitting.records
         if records is None:
             return b""
@@ -294,7 +296,7 @@ class _Program:
         return b"".join(tables)
 
     def _source(self, instruction: int) -> Optional[str]:
-        """The line of the source that an instruction is of, as "file.c:12: text"."""
+        """Return the line of the source that an instruction is of, as "file.c:12: text"."""
         records = self._fitting.records
         offset = instruction * INSN_BYTES
         if records is None or offset >= len(self._code):

@@ -14,14 +14,14 @@ _MAX_DEPTH = 32
 
 
 def essential(name: str) -> str:
-    """A name without its flavour."""
+    """Return a name without its flavour."""
     # "___" at the very start is no flavour of the empty name.
     at = name.find("___", 1)
     return name[:at] if at > 0 else name
 
 
 def same_kind(local: Type, target: Type) -> bool:
-    """Whether the kinds go together: equal, or both of them enums."""
+    """Return whether the kinds go together: equal, or both of them enums."""
     return local.kind == target.kind or (local.kind in ENUMS and target.kind in ENUMS)
 
 
@@ -32,7 +32,7 @@ def _deeper(depth: int) -> int:
 
 
 def fields_compatible(local: Btf, local_id: int, target: Btf, target_id: int) -> bool:
-    """Whether a field of one type may be read as one of the other: what has the same shape.
+    """Return whether a field of one type may be read as one of the other: what has the same shape.
 
     All structs and unions go together, as do all integers, all pointers and all floats; enums do
     by their names, arrays by their elements.
@@ -59,7 +59,7 @@ def fields_compatible(local: Btf, local_id: int, target: Btf, target_id: int) ->
 def types_compatible(
     local: Btf, local_id: int, target: Btf, target_id: int, depth: int = 0
 ) -> bool:
-    """Whether types whose names are equal already are of one kind, as are those they point to."""
+    """Return whether types of the same name are of one kind, as are those that they point to."""
     depth = _deeper(depth)
     ours, theirs = local.resolve(local_id), target.resolve(target_id)
     if {ours.kind, theirs.kind} <= COMPOSITES | {Kind.FWD}:
@@ -81,7 +81,7 @@ def types_compatible(
 
 
 def _signatures(local: Btf, ours: Type, target: Btf, theirs: Type) -> list[tuple[int, int]]:
-    """The types of two prototypes' results and parameters in pairs."""
+    """Return the types of two prototypes' results and parameters in pairs."""
     return [
         (ours.size_or_type, theirs.size_or_type),
         *zip(
@@ -102,7 +102,7 @@ class Matcher:
     def match(
         self, local_id: int, target_id: int, *, pointed_to: bool = False, depth: int = 0
     ) -> bool:
-        """All members, enumerators, sizes and signs of the local type are in the other.
+        """Return whether the other type has all members, enumerators, sizes and signs of the local.
 
         Behind a pointer, names and kinds of structs and unions are enough.
         """
@@ -125,8 +125,8 @@ class Matcher:
         if ours.kind in COMPOSITES:
             return self._composites(ours, theirs, depth)
         if ours.kind in ENUMS:
-            names = {essential(found.name) for found in target.enumerators(theirs)}
-            return all(essential(found.name) in names for found in local.enumerators(ours))
+            names = {essential(item.name) for item in target.enumerators(theirs)}
+            return all(essential(item.name) in names for item in local.enumerators(ours))
         if ours.kind == Kind.INT:
             signs = local.integer(ours).signed, target.integer(theirs).signed
             return ours.size_or_type == theirs.size_or_type and signs[0] == signs[1]
@@ -159,8 +159,8 @@ class Matcher:
         )
 
 
-def _struct_or_union(found: Type) -> Kind:
-    """What a struct, union or forward declaration of one is; else its own kind."""
-    if found.kind == Kind.FWD:
-        return Kind.UNION if found.flag else Kind.STRUCT
-    return found.kind
+def _struct_or_union(btf_type: Type) -> Kind:
+    """Return what a struct, union or forward declaration of one is; else its own kind."""
+    if btf_type.kind == Kind.FWD:
+        return Kind.UNION if btf_type.flag else Kind.STRUCT
+    return btf_type.kind

@@ -30,7 +30,7 @@ _Reference = Union[MapReference, CallReference, ExternReference]
 
 
 class Places(NamedTuple):
-    """What code may refer to, by the numbers of the sections.
+    """Targets that code may refer to, by the numbers of the sections.
 
     ``maps`` has the names of maps by their section and offset, ``data`` the names of data maps by
     their section, ``externs`` the names that the kernel is to have.
@@ -50,22 +50,22 @@ class Function(NamedTuple):
 
 
 def read_functions(elf: Elf, section: Section, places: Places) -> list[Function]:
-    """The functions of a section in order; one that has two names is there twice.
+    """Return the functions of a section in order; one that has two names is there twice.
 
     Raises ObjectFileError with the place of what is not understood.
     """
     symbols = _function_symbols(elf, section)
     section.relocations.sort(key=lambda relocation: relocation.offset)
     offsets = [relocation.offset for relocation in section.relocations]
-    found: dict[int, FunctionSpec] = {}
+    specs: dict[int, FunctionSpec] = {}
     result = []
     for symbol, end in _extents(section, symbols):
         start = symbol.value
-        if start not in found:
+        if start not in specs:
             first, last = bisect_left(offsets, start), bisect_left(offsets, end)
             reader = _Reader(elf, section, start, end, places)
-            found[start] = reader.read(symbol.name, section.relocations[first:last])
-        result.append(Function(symbol.name, symbol.local, found[start]))
+            specs[start] = reader.read(symbol.name, section.relocations[first:last])
+        result.append(Function(symbol.name, symbol.local, specs[start]))
     return result
 
 
@@ -86,7 +86,7 @@ def _function_symbols(elf: Elf, section: Section) -> list[Symbol]:
 
 
 def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, int]]:
-    """Each function with its end: one without a size reaches to the next, or the section's end."""
+    """Return each function with its end; without a size that is the next, or the section's end."""
     size = len(section.data or b"")
     starts = sorted({symbol.value for symbol in symbols})
     following = dict(zip(starts, [*starts[1:], size]))
@@ -115,17 +115,17 @@ class _Reader:
         self._instructions = Code(self._code, elf.byteorder)
 
     def read(self, name: str, relocations: list[Relocation]) -> FunctionSpec:
-        """The function with its references, in the order of its code."""
-        found: list[_Reference] = [self._reference(relocation) for relocation in relocations]
-        found += self._plain_calls({reference.offset for reference in found})
-        found.sort(key=lambda reference: reference.offset)
+        """Return the function with its references, in the order of its code."""
+        references: list[_Reference] = [self._reference(relocation) for relocation in relocations]
+        references += self._plain_calls({reference.offset for reference in references})
+        references.sort(key=lambda reference: reference.offset)
         return FunctionSpec(
             name,
             FunctionKey(self._section.name, self._start),
             self._code,
-            tuple(reference for reference in found if isinstance(reference, MapReference)),
-            tuple(reference for reference in found if isinstance(reference, CallReference)),
-            tuple(reference for reference in found if isinstance(reference, ExternReference)),
+            tuple(reference for reference in references if isinstance(reference, MapReference)),
+            tuple(reference for reference in references if isinstance(reference, CallReference)),
+            tuple(reference for reference in references if isinstance(reference, ExternReference)),
         )
 
     def _reference(self, relocation: Relocation) -> _Reference:
@@ -138,15 +138,15 @@ class _Reader:
                 section=self._section.name,
                 offset=relocation.offset,
             )
-        found = None
+        reference = None
         if _TYPES.get(opcode) == relocation.type:
             symbol = relocation.symbol
             if symbol.undefined and symbol.name in self._places.externs:
                 return ExternReference(at, symbol.name, symbol.weak)
-            found = self._address(at, symbol) if wide else self._callee(at, symbol)
-        if found is None:
+            reference = self._address(at, symbol) if wide else self._callee(at, symbol)
+        if reference is None:
             raise self._unresolved(relocation)
-        return found
+        return reference
 
     def _callee(self, at: int, symbol: Symbol) -> Optional[CallReference]:
         section = self._section_of(symbol)
@@ -171,7 +171,7 @@ class _Reader:
         return None
 
     def _offset(self, at: int, symbol: Symbol) -> int:
-        """The place in its section that a load is of: the instruction has what to add."""
+        """Return the place in its section that a load is of: the instruction has what to add."""
         imm = self._instructions.imm(at)
         # gcc 12 has put the symbol's own value there.
         added = imm == symbol.value and self._elf.by_gcc

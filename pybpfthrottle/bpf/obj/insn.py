@@ -77,7 +77,7 @@ class RelocationType(IntEnum):
 
 
 class _Layout(NamedTuple):
-    """What differs between byte orders: four bits that are the source register, and numbers."""
+    """The differences of a byte order: the four bits of the source register, and numbers."""
 
     source_shift: int
     whole: struct.Struct
@@ -153,7 +153,7 @@ class Code:
         self._layout = _LAYOUTS[byteorder]
 
     def __len__(self) -> int:
-        """The length in bytes."""
+        """Return the length in bytes."""
         return len(self._code)
 
     def opcode(self, at: int) -> int:
@@ -190,7 +190,7 @@ class Code:
         return at + INSN_BYTES * (self.imm(at) + 1)
 
     def calls(self) -> Iterator[int]:
-        """Return where calls are, of whatever: searched as bytes, for most code is no call."""
+        """Return where calls are, of any kind; a search of bytes, since most code is no call."""
         code = self._code
         at = code.find(CALL)
         while at >= 0:

@@ -1,4 +1,4 @@
-"""What an object file has in it, as records for tables and for JSON. No system calls."""
+"""The contents of an object file, as records for tables and for JSON. No system calls."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ _QUESTIONS = {
     _K.ENUMVAL_VALUE: "enum value of",
     _K.TYPE_MATCHES: "type match of",
 }
+# Tables are to be read; a large array is not.
 _MAX_SHOWN_BYTES = 256
 
 
@@ -51,7 +52,7 @@ def inspect(source: Union[bytes, elf.Path]) -> Inspection:
 
 
 class Inspection:
-    """One object and all that can be told of it. Raises ObjectFileError."""
+    """An object, and everything that can be told of it. Raises ObjectFileError."""
 
     def __init__(self, data: bytes, name: str = "object") -> None:
         self._file = elffile.read(data)
@@ -60,10 +61,10 @@ class Inspection:
         self._lengths: dict[str, int] = {}
 
     def describe(self, *, with_types: bool = False) -> dict[str, Any]:
-        """All of it; the types as C spells them only on request."""
+        """Return a record of all that there is; the types as C spells them only on request."""
         core = self.core_relocations()
         programs = self.programs()
-        found = needs.needs(
+        needed = needs.needs(
             self.spec,
             self._btf,
             self._externs(),
@@ -73,8 +74,8 @@ class Inspection:
         return {
             "byteorder": self.spec.byteorder,
             "license": self.spec.license,
-            "oldest_kernel": needs.oldest(found),
-            "needs": [need._asdict() for need in found],
+            "oldest_kernel": needs.oldest(needed),
+            "needs": [need._asdict() for need in needed],
             "sections": self.sections(),
             "programs": programs,
             "maps": self.maps(),
@@ -87,7 +88,7 @@ class Inspection:
         }
 
     def sections(self) -> list[dict[str, Any]]:
-        """All sections by number, with their sizes in bytes and readelf's letters for flags."""
+        """Return the sections by number, with sizes in bytes and readelf's letters for flags."""
         return [
             {
                 "name": header.name,
@@ -99,7 +100,7 @@ class Inspection:
         ]
 
     def programs(self) -> list[dict[str, Any]]:
-        """The programs; ``linked_instructions`` are with those of all functions that they call."""
+        """Return the programs; ``linked_instructions`` include all functions that they call."""
         return [self._program(program) for program in self.spec.programs.values()]
 
     def _program(self, program: ProgramSpec) -> dict[str, Any]:
@@ -113,45 +114,45 @@ class Inspection:
             "flags": _program_flags(program.flags),
             "autoload": program.autoload,
             "instructions": len(program.function.code) // INSN_BYTES,
-            "linked_instructions": sum(len(one.code) for one in functions) // INSN_BYTES,
-            "maps": sorted({found.map for one in functions for found in one.map_references}),
-            "functions": [one.name for one in functions[1:]],
+            "linked_instructions": sum(len(function.code) for function in functions) // INSN_BYTES,
+            "maps": sorted(relocate.maps_of(self.spec, program)),
+            "functions": [function.name for function in functions[1:]],
         }
 
     def maps(self) -> list[dict[str, Any]]:
-        """The maps, with sizes in bytes, and types as C spells them."""
-        return [self._map(found) for found in self.spec.maps.values()]
+        """Return the maps, with sizes in bytes, and types as C spells them."""
+        return [self._map(spec) for spec in self.spec.maps.values()]
 
-    def _map(self, found: MapSpec) -> dict[str, Any]:
+    def _map(self, spec: MapSpec) -> dict[str, Any]:
         return {
-            "name": found.name,
-            "type": _known(MapType, found.type).lower(),
-            "key_size": found.key_size,
-            "value_size": found.value_size,
-            "max_entries": found.max_entries,
-            "flags": found.flags,
-            "key_type": self._type(found.key_type),
-            "value_type": self._type(found.value_type),
-            "section": found.section,
-            "frozen": found.frozen,
-            "pinned": found.pinned,
-            "numa_node": found.numa_node,
-            "extra": found.extra,
-            "inner": self._map(found.inner) if found.inner else None,
-            "initial": {str(key): name for key, name in found.initial.items()},
+            "name": spec.name,
+            "type": _known(MapType, spec.type).lower(),
+            "key_size": spec.key_size,
+            "value_size": spec.value_size,
+            "max_entries": spec.max_entries,
+            "flags": spec.flags,
+            "key_type": self._type(spec.key_type),
+            "value_type": self._type(spec.value_type),
+            "section": spec.section,
+            "frozen": spec.frozen,
+            "pinned": spec.pinned,
+            "numa_node": spec.numa_node,
+            "extra": spec.extra,
+            "inner": self._map(spec.inner) if spec.inner else None,
+            "initial": {str(key): name for key, name in spec.initial.items()},
         }
 
     def variables(self) -> list[dict[str, Any]]:
-        """The variables; the value that one begins with is None where it is a large one."""
+        """Return the variables; the value that one begins with is None where it is a large one."""
         return [
             {
-                "name": found.name,
-                "section": found.map.section,
-                "type": self._type(found.type),
-                "size": found.size,
-                "value": self._value(found) if found.size <= _MAX_SHOWN_BYTES else None,
+                "name": variable.name,
+                "section": variable.map.section,
+                "type": self._type(variable.type),
+                "size": variable.size,
+                "value": self._value(variable) if variable.size <= _MAX_SHOWN_BYTES else None,
             }
-            for found in self.spec.variables.values()
+            for variable in self.spec.variables.values()
         ]
 
     def _value(self, variable: VariableSpec) -> Any:
@@ -162,7 +163,7 @@ class Inspection:
         return _plain(BtfCodec(self._btf, variable.type).decode(data))
 
     def externs(self) -> list[dict[str, Any]]:
-        """What the kernel is to have: settings, functions and variables."""
+        """Return what the kernel is to have: settings, functions and variables."""
         weak = self.spec.weak_externs
         return [
             {
@@ -175,7 +176,7 @@ class Inspection:
         ]
 
     def relocations(self) -> list[dict[str, Any]]:
-        """How many relocations of each kind the sections of code and maps have."""
+        """Return how many relocations of each kind the sections of code and maps have."""
         counts = Counter(
             (section.name, _known(RelocationType, relocation.type))
             for section in self._file.sections.values()
@@ -187,7 +188,7 @@ class Inspection:
         ]
 
     def core_relocations(self) -> list[dict[str, Any]]:
-        """What the code asks of the kernel's types, in words."""
+        """Return what the code asks of the kernel's types, in words."""
         if self._btf is None or not self.spec.btf_ext:
             return []
         records = BtfExt(self.spec.btf_ext, self._btf).relocations
@@ -198,17 +199,17 @@ class Inspection:
                 "kind": _name(row.kind),
                 "text": f"{_QUESTIONS[row.kind]} {describe(self._btf, row)}",
             }
-            for section, found in records.items()
-            for row in found.rows
+            for section, rows in records.items()
+            for row in rows.rows
         ]
 
     def type_counts(self) -> dict[str, int]:
-        """How many types of each kind there are."""
-        counts = Counter(found.kind for found in self._btf.types[1:]) if self._btf else {}
+        """Return how many types of each kind there are."""
+        counts = Counter(btf_type.kind for btf_type in self._btf.types[1:]) if self._btf else {}
         return {kind.name.lower(): count for kind, count in sorted(counts.items())}
 
     def definitions(self) -> Iterator[str]:
-        """The types as C spells them, line by line."""
+        """Return the types as C spells them, line by line."""
         return definitions(self._btf) if self._btf else iter(())
 
     def _externs(self) -> dict[str, Extern]:
@@ -232,14 +233,14 @@ def _program_flags(flags: int) -> list[str]:
 
 
 def _known(names: type[IntEnum], number: int) -> str:
-    """The name of a number; the number itself where it has none here."""
+    """Return the name of a number; the number itself where it has none here."""
     with suppress(ValueError):
         return names(number).name
     return str(number)
 
 
 def _plain(value: Any) -> Any:
-    """A value without what JSON has not."""
+    """Return a value in the types that JSON has."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

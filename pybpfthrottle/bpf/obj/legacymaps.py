@@ -54,15 +54,15 @@ class Iproute2MapDef(ctypes.Structure):
 
 
 def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:
-    """The maps by the number of their section and their offset in it.
+    """Return the maps by the number of their section and their offset in it.
 
     Raises ObjectFileError with the place of what is not understood.
     """
-    found: dict[tuple[int, int], MapSpec] = {}
+    specs: dict[tuple[int, int], MapSpec] = {}
     for section in elf.sections.values():
         if section.name == "maps" or section.name.startswith("maps/"):
-            found.update(_Definitions(elf, section).read())
-    return found
+            specs.update(_Definitions(elf, section).read())
+    return specs
 
 
 class _Definitions:
@@ -80,7 +80,7 @@ class _Definitions:
         self._symbols = elf.symbols_of(section)
 
     def read(self) -> dict[tuple[int, int], MapSpec]:
-        """The maps in the order of their definitions; those that iproute2 nests are nested."""
+        """Return the maps in the order of their definitions, nested where iproute2 nests them."""
         ends = {
             s.value: e.value for s, e in zip(self._symbols, self._symbols[1:]) if e.value > s.value
         }
@@ -89,13 +89,13 @@ class _Definitions:
             for symbol in self._symbols
             if symbol.name
         ]
-        found = {symbol.name: self._spec(symbol, define) for symbol, define in defined}
-        self._nest(defined, found)
+        specs = {symbol.name: self._spec(symbol, define) for symbol, define in defined}
+        self._nest(defined, specs)
         number = self._section.number
-        return {(number, symbol.value): found[symbol.name] for symbol, _ in defined}
+        return {(number, symbol.value): specs[symbol.name] for symbol, _ in defined}
 
     def _define(self, symbol: Symbol, end: int) -> Any:
-        """The shortest of the layouts whose fields explain all bytes that are not zero."""
+        """Return the shortest of the layouts whose fields explain all bytes that are not zero."""
         data = self._section.data or b""
         end = min(end, symbol.value + symbol.size) if symbol.size else end
         raw = data[symbol.value : end]
@@ -124,20 +124,20 @@ class _Definitions:
             spec.pinned = bool(getattr(define, "pinning", numa_or_pinning))
         return spec
 
-    def _nest(self, defined: list[tuple[Symbol, Any]], found: dict[str, MapSpec]) -> None:
+    def _nest(self, defined: list[tuple[Symbol, Any]], specs: dict[str, MapSpec]) -> None:
         """The template of a map of maps is named by its id or its number, or by the caller."""
         by_id = {d.id: (s, d) for s, d in reversed(defined) if getattr(d, "id", 0)}
         for symbol, define in defined:
-            spec = found[symbol.name]
+            spec = specs[symbol.name]
             if spec.type not in abi.MAPS_OF_MAPS:
                 continue
             inner = by_id.get(getattr(define, "inner_id", 0))
             if inner is None and symbol.size == ctypes.sizeof(NumberedMapDef):
                 index = getattr(define, "inner_map_idx", 0)
                 inner = defined[index] if index < len(defined) else None
-            if inner is None or found[inner[0].name].type in abi.MAPS_OF_MAPS:
+            if inner is None or specs[inner[0].name].type in abi.MAPS_OF_MAPS:
                 continue
-            spec.inner = found[inner[0].name]
+            spec.inner = specs[inner[0].name]
             slot = getattr(inner[1], "inner_idx", IPROUTE2_NO_INDEX)
             if slot != IPROUTE2_NO_INDEX:
                 spec.initial[slot] = inner[0].name

@@ -1,4 +1,4 @@
-"""What an object needs of a kernel, and the first release with it. No system calls.
+"""The requirements of an object on the kernel, with the first releases. No system calls.
 
 How its programs are attached is not part of it: that is decided later.
 """
@@ -43,8 +43,10 @@ from pybpfthrottle.bpf.obj.insn import (
 )
 from pybpfthrottle.bpf.obj.specs import FunctionSpec, MapSpec, ObjectSpec, ProgramSpec
 
+# BPF_MAXINSNS, the limit for everybody before Linux 5.2.
 _MANY_INSTRUCTIONS = 4096
 _LOWER = (BPF_JLT, BPF_JLE, BPF_JSLT, BPF_JSLE)
+# The only atomic instruction before cpu v3; it has no result.
 _XADD = BPF_ADD
 _MAP_FLAGS = (
     (abi.BPF_F_NO_PREALLOC, "BPF_F_NO_PREALLOC", "4.6"),
@@ -55,7 +57,7 @@ _MAP_FLAGS = (
 
 
 class Need(NamedTuple):
-    """Something that a kernel is to have; what is ``optional`` the loader can do without."""
+    """A requirement on the kernel; the loader can do without one that is ``optional``."""
 
     name: str
     since: str
@@ -73,34 +75,34 @@ def needs(
     has_core: bool,
     longest: int,
 ) -> list[Need]:
-    """All that an object needs, oldest first, each once.
+    """Return all that an object needs, oldest first, each once.
 
     ``externs`` is what it declares to be the kernel's, ``has_core`` whether it asks for the
     kernel's types, and ``longest`` the number of instructions of its longest program with all that
     this calls.
     """
-    found: dict[Need, None] = {}
+    collected: dict[Need, None] = {}
     for program in spec.programs.values():
-        found.update(dict.fromkeys(_of_program(program)))
-    for one in spec.maps.values():
-        found.update(dict.fromkeys(_of_map(one)))
+        collected.update(dict.fromkeys(_of_program(program)))
+    for map_spec in spec.maps.values():
+        collected.update(dict.fromkeys(_of_map(map_spec)))
     for function in spec.functions.values():
-        found.update(dict.fromkeys(_of_code(function, spec.byteorder)))
+        collected.update(dict.fromkeys(_of_code(function, spec.byteorder)))
     weak = spec.weak_externs
     for name, extern in externs.items():
-        found[_of_extern(extern, name in weak)] = None
+        collected[_of_extern(extern, name in weak)] = None
     if btf is not None:
-        found[Need("BTF of the object's types", "4.18", optional=True)] = None
+        collected[Need("BTF of the object's types", "4.18", optional=True)] = None
     if has_core:
-        found[Need("BTF of the kernel's types, for CO-RE", "5.4")] = None
+        collected[Need("BTF of the kernel's types, for CO-RE", "5.4")] = None
     if longest > _MANY_INSTRUCTIONS:
-        found[Need(f"programs of more than {_MANY_INSTRUCTIONS} instructions", "5.2")] = None
-    return sorted(found, key=lambda need: (releases.order(need.since), need.name))
+        collected[Need(f"programs of more than {_MANY_INSTRUCTIONS} instructions", "5.2")] = None
+    return sorted(collected, key=lambda need: (releases.order(need.since), need.name))
 
 
-def oldest(found: Iterable[Need]) -> str:
-    """The oldest release that has all that cannot be done without."""
-    since = [need.since for need in found if not need.optional]
+def oldest(collected: Iterable[Need]) -> str:
+    """Return the oldest release that has all that cannot be done without."""
+    since = [need.since for need in collected if not need.optional]
     return max(since, key=releases.order, default="3.19")
 
 
@@ -116,21 +118,21 @@ def _of_program(program: ProgramSpec) -> Iterator[Need]:
         yield Need("xdp programs for packets in fragments", "5.18")
 
 
-def _of_map(found: MapSpec) -> Iterator[Need]:
-    if found.section is not None:
+def _of_map(spec: MapSpec) -> Iterator[Need]:
+    if spec.section is not None:
         yield Need("data sections (.data, .rodata, .bss)", "5.2")
         yield Need("data sections in shared memory", "5.5", optional=True)
         return
-    if found.type in releases.MAP_TYPES:
-        known = MapType(found.type)
+    if spec.type in releases.MAP_TYPES:
+        known = MapType(spec.type)
         yield Need(f"{known.name.lower()} maps", releases.MAP_TYPES[known])
     for flag, name, since in _MAP_FLAGS:
-        if found.flags & flag:
+        if spec.flags & flag:
             yield Need(name, since)
-    if found.pinned:
+    if spec.pinned:
         yield Need("pinned maps", "4.4", optional=True)
-    if found.inner is not None:
-        yield from _of_map(found.inner)
+    if spec.inner is not None:
+        yield from _of_map(spec.inner)
 
 
 def _of_extern(extern: Extern, weak: bool) -> Need:

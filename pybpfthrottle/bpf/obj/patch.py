@@ -35,7 +35,7 @@ _MAX_OFFSET = (1 << 15) - 1
 
 
 class Poisoned(NamedTuple):
-    """What a poisoned instruction asked for: ``access`` such as "struct sock.gone".
+    """The question of a poisoned instruction: ``access`` such as "struct sock.gone".
 
     ``local_type`` is the object's type that it did so by, empty for a function; ``question`` what
     it wanted to know.
@@ -85,6 +85,7 @@ class Instructions:
     def poison(self, at: int, number: int) -> None:
         """Make an instruction (of either width) a call that the verifier refuses."""
         self._opcode(at)
+        # Both halves: the verifier would take the second one for an instruction of its own.
         for offset in range(at, at + self._code.width(at), INSN_BYTES):
             self._code.put(offset, CALL, imm=POISON + number)
 

@@ -129,12 +129,12 @@ _FIRST_NUMBERS = [number for number, _ in _HELPERS]
 
 
 def of_helper(number: int) -> str:
-    """The first release with a helper function, by its number in linux/bpf.h."""
+    """Return the first release with a helper function, by its number in linux/bpf.h."""
     return _HELPERS[max(0, bisect_right(_FIRST_NUMBERS, number) - 1)][1]
 
 
 def since_when(kind: type[Union[MapType, ProgType]], number: int) -> str:
-    """What a type is called and since when there is one: "type ringbuf, since Linux 5.8"."""
+    """Return what a type is called and since when there is one: "type ringbuf, since Linux 5.8"."""
     try:
         known = kind(number)
     except ValueError:
@@ -144,5 +144,5 @@ def since_when(kind: type[Union[MapType, ProgType]], number: int) -> str:
 
 
 def order(release: str) -> tuple[int, ...]:
-    """What releases are compared by: 5.10 comes after 5.9."""
+    """Return what releases are compared by: 5.10 comes after 5.9."""
     return tuple(map(int, release.split(".")))

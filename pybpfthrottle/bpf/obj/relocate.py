@@ -49,7 +49,7 @@ class LinkedProgram(NamedTuple):
         return frozenset(reference.map for reference in self.map_references)
 
     def origin(self, offset: int) -> FunctionKey:
-        """Where byte ``offset`` of the code was in the object: its section, and offset there."""
+        """Return where byte ``offset`` of the code was in the object: section, and offset there."""
         index = bisect_right([placed.start for placed in self.placed], offset) - 1
         start, function = self.placed[index]
         return FunctionKey(function.key.section, function.key.offset + offset - start)
@@ -59,6 +59,7 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     """Append each function that is called once, and set the distances of the calls."""
     placed = _place(spec, program.function)
     starts = {function.key: start for start, function in placed}
+    # One join, and changes in place: there may be a million instructions.
     code = bytearray().join(function.code for _, function in placed)
     instructions = Code(code, spec.byteorder)
     for start, function in placed:
@@ -84,18 +85,21 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
 
 
 def maps_of(spec: ObjectSpec, program: ProgramSpec) -> frozenset[str]:
-    """The names of the maps that a program, with all that it calls, needs."""
-    functions = functions_of(spec, program)
-    return frozenset(found.map for one in functions for found in one.map_references)
+    """Return the names of the maps that a program, with all that it calls, needs."""
+    return frozenset(
+        reference.map
+        for function in functions_of(spec, program)
+        for reference in function.map_references
+    )
 
 
 def functions_of(spec: ObjectSpec, program: ProgramSpec) -> list[FunctionSpec]:
-    """A program's own function, and all that it calls. Raises ObjectFileError."""
+    """Return a program's own function, and all that it calls. Raises ObjectFileError."""
     return [function for _, function in _place(spec, program.function)]
 
 
 def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:
-    """The functions in libbpf's order: each before those that it calls, in the order of calls."""
+    """Return the functions in libbpf's order: each before those that it calls."""
     placed: list[Placed] = []
     seen = set()
     length = 0

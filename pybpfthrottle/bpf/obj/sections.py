@@ -1,4 +1,4 @@
-"""What the name of a section says of the programs in it.
+"""Names of sections -> the kind of the programs in them.
 
 The names are those of libbpf (Documentation/bpf/libbpf/program_types.rst of the kernel), taken as
 leniently as cilium/ebpf takes them.
@@ -23,7 +23,7 @@ class SectionKind(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What a section's name says. ``target`` is what follows the kind after a slash, or None."""
+    """The meaning of a section's name; ``target`` follows the kind after a slash, or is None."""
 
     kind: SectionKind
     target: Optional[str]
@@ -141,7 +141,7 @@ _LONGEST = max(map(len, _PREFIXES))
 
 
 def meaning_of(section: str) -> Meaning:
-    """What a section's name says; the type is UNSPEC where it says nothing.
+    """Return what a section's name says; the type is UNSPEC where it says nothing.
 
     A question mark in front means that the programs are not to be loaded unless they are asked for.
     """
@@ -154,7 +154,7 @@ def meaning_of(section: str) -> Meaning:
 
 
 def _known(name: str) -> str:
-    """The longest part of a name, from its start, that is known; or nothing."""
+    """Return the longest part of a name, from its start, that is known; or nothing."""
     before_slash = name.partition("/")[0]
     if before_slash in _WITH_TARGET:
         return before_slash

@@ -1,4 +1,4 @@
-"""What an object file asks for: pure data, no system calls.
+"""Specs: the contents of an object file as plain data. No system calls.
 
 A spec may be edited in place before it is loaded::
 
@@ -52,6 +52,7 @@ class MapSpec:
     pinned: bool = False
     section: Optional[str] = None
 
+    # The machine's facts are given, since a spec asks no machine.
     def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
         """Return the spec as the kernel takes it, where objects do not say all that it wants.
 
@@ -73,7 +74,7 @@ class MapSpec:
 
 
 def _ring_bytes(wanted: int, page_bytes: int) -> int:
-    """The next power of two of pages; 0 stays 0, for the kernel to refuse."""
+    """Return the next power of two of pages; 0 stays 0, for the kernel to refuse."""
     size = page_bytes
     while size < wanted:
         size *= 2
@@ -81,7 +82,7 @@ def _ring_bytes(wanted: int, page_bytes: int) -> int:
 
 
 class FunctionKey(NamedTuple):
-    """Where a function begins: names are not unique, since static functions may share one."""
+    """The beginning of a function: names are not unique, since static functions may share one."""
 
     section: str
     offset: int
@@ -161,20 +162,20 @@ class VariableSpec:
     type: int = 0
 
     def get(self) -> Union[int, bytes]:
-        """The value that it begins with: an int if its type is one, and bytes otherwise."""
+        """Return the value that the variable begins with: an int if its type is one, else bytes."""
         contents = self.map.contents
         if contents is None:
             return self.decode(bytes(self.size))
         return self.decode(contents[self.offset : self.offset + self.size])
 
     def set(self, value: Union[int, bytes]) -> None:
-        """Let it begin with another value. Raises ValueError for one that does not fit."""
+        """Set the value that it begins with. Raises ValueError for one that does not fit."""
         contents = bytearray(self.map.contents or bytes(self.map.value_size))
         contents[self.offset : self.offset + self.size] = self.encode(value)
         self.map.contents = bytes(contents)
 
     def encode(self, value: Union[int, bytes]) -> bytes:
-        """The bytes of a value. Raises ValueError for one that does not fit."""
+        """Return the bytes of a value. Raises ValueError for one that does not fit."""
         if isinstance(value, int):
             return self._encode_int(value)
         if len(value) != self.size:
@@ -182,7 +183,7 @@ class VariableSpec:
         return bytes(value)
 
     def decode(self, data: bytes) -> Union[int, bytes]:
-        """The value of bytes."""
+        """Return the value of bytes."""
         if self.signed is None:
             return data
         order: Any = self.byteorder
@@ -201,7 +202,7 @@ class VariableSpec:
 
 
 class Place(NamedTuple):
-    """Where a variable is in its section, in bytes."""
+    """The place of a variable in its section, in bytes."""
 
     offset: int
     size: int
@@ -216,7 +217,7 @@ class SectionLayout(NamedTuple):
 
 @dataclass
 class ObjectSpec:
-    """All that one object file defines. ``byteorder`` is "little" or "big".
+    """Everything that one object file defines. ``byteorder`` is "little" or "big".
 
     ``btf`` are the types of section .BTF: parsed once, when the object is read, and decoded one by
     one as they are asked for. ``btf_ext`` are the bytes of section .BTF.ext, which only loading

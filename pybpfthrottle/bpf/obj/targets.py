@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
 
 class _Naming(NamedTuple):
-    """What the kernel calls the type for a target."""
+    """The kernel's name of the type for a target."""
 
     kind: Kind
     prefix: str = ""
@@ -41,7 +41,7 @@ _NAMINGS = {
 
 
 def is_targeted(program: ProgramSpec) -> bool:
-    """Whether a program is loaded for one function of the kernel, and names it."""
+    """Return whether a program is loaded for one function of the kernel, and names it."""
     return bool(program.attach_to) and _naming(program) is not None
 
 
@@ -52,17 +52,20 @@ def _naming(program: ProgramSpec) -> Optional[_Naming]:
 
 
 def find(program: ProgramSpec, kernel: Kernel) -> Target:
-    """The target of a program for which ``is_targeted``. Raises ExternError if there is none."""
+    """Return the target of a program for which ``is_targeted``.
+
+    Raises ExternError if there is none.
+    """
     naming = _naming(program)
     if naming is not None and program.attach_to:
         name = naming.prefix + program.attach_to
-        found = kernel.types.find(naming.kind, name)
-        if found is not None:
-            return Target(found.id, kernel.types)
+        btf_type = kernel.types.find(naming.kind, name)
+        if btf_type is not None:
+            return Target(btf_type.id, kernel.types)
         for module in kernel.modules():
-            found = module.find(naming.kind, name)
-            if found is not None:
-                return Target(found.id, module)
+            btf_type = module.find(naming.kind, name)
+            if btf_type is not None:
+                return Target(btf_type.id, module)
     raise ExternError(
         f"{program.name!r} is to be attached to {program.attach_to!r}, but this kernel has no such"
         f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'} with types"

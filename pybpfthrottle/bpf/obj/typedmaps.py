@@ -60,7 +60,7 @@ class TypedMaps:
     def maps(self) -> dict[tuple[int, int], MapSpec]:
         """The maps by the number of their section and their offset in it."""
         number = self._section.number if self._section else 0
-        return {(number, at): found.spec for at, found in sorted(self._found.items())}
+        return {(number, at): definition.spec for at, definition in sorted(self._found.items())}
 
     def _read(self, section: Section, btf: Optional[Btf]) -> None:
         if btf is None:
@@ -107,7 +107,7 @@ class TypedMaps:
     def _pointed(
         self, relocation: Relocation, programs: Mapping[FunctionKey, str]
     ) -> Optional[tuple[str, bool]]:
-        """The name of what a relocation points to, and whether that is a program."""
+        """Return the name of what a relocation points to, and whether that is a program."""
         number = relocation.symbol.section
         target = self._elf.sections.get(number) if isinstance(number, int) else None
         if target is None or relocation.type not in _POINTER_RELOCATIONS:
@@ -134,7 +134,7 @@ class TypedMaps:
 
 
 def _refuse_contents(section: Section) -> None:
-    """All is said by types: the section is zeros but for what relocations fill in."""
+    """Refuse contents: types say everything, and relocations fill in the rest of the section."""
     data = bytearray(section.data or b"")
     for relocation in section.relocations:
         slot = slice(relocation.offset, relocation.offset + _POINTER_BYTES)
@@ -159,7 +159,7 @@ class _Reader:
         self.values_at = 0
 
     def read(self, type_id: int) -> MapSpec:
-        """The map. Raises ObjectFileError for what is not known of a map."""
+        """Return the map. Raises ObjectFileError for what is not known of a map."""
         define = self._resolve(type_id)
         if define.kind != Kind.STRUCT:
             raise self._bad("not a struct")
@@ -211,7 +211,7 @@ class _Reader:
         self._spec.pinned = bool(how)
 
     def _take_values(self, member: Member) -> None:
-        """An array of pointers to inner maps, or to the programs of a program array."""
+        """Take an array of pointers to inner maps, or to the programs of a program array."""
         self.values_at = member.bit_offset // 8
         array = self._resolve(member.type)
         if array.kind != Kind.ARRAY or self._nested:
@@ -227,7 +227,7 @@ class _Reader:
             raise self._bad("'values' are neither maps nor programs")
 
     def _number(self, member: Member) -> int:
-        """A number as libbpf's __uint has it, or as its __ulong has it."""
+        """Return a number as libbpf's __uint has it, or as its __ulong has it."""
         direct = self._resolve(member.type)
         if direct.kind in (Kind.ENUM, Kind.ENUM64) and direct.vlen == 1:
             return next(iter(self._btf.enumerators(direct))).value

@@ -20,12 +20,9 @@ from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.obj import elf
-from pybpfthrottle.bpf.obj.specs import MapSpec
+from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux.cgroup import Cgroup
-
-SECTIONS = elf.read_object(compiled("object_sections"), name="sections")
-TYPED = elf.read_object(compiled("attaching"), name="typed")
 
 CGROUP_PROGRAMS = {
     "in_cgroup_egress": AttachType.CGROUP_INET_EGRESS,
@@ -62,7 +59,13 @@ def load() -> Iterator[Any]:
 
 
 def _load(name: str) -> Object:
-    return loader.load(SECTIONS if name in SECTIONS.programs else TYPED, [name])
+    sections = elf.read_object(compiled("object_sections"), name="sections")
+    return loader.load(sections if name in sections.programs else typed(), [name])
+
+
+def typed() -> ObjectSpec:
+    """The programs that need types to be loaded, and kinds that the other object does not have."""
+    return elf.read_object(compiled("attaching"), name="typed")
 
 
 @pytest.fixture
@@ -190,7 +193,7 @@ def test_a_raw_tracepoint_is_named_by_its_section_or_by_the_caller(load: Any):
 @since("5.11")
 def test_a_typed_tracepoint_takes_nothing():
     """A program in tp_btf runs as soon as it is attached, and no more when its link is closed."""
-    with loader.load(TYPED, ["newtask"]) as loaded:
+    with loader.load(typed(), ["newtask"]) as loaded:
 
         def runs() -> int:
             before = loaded.variables["seen"].get()
@@ -208,7 +211,7 @@ def test_a_typed_tracepoint_takes_nothing():
 @since("5.11")
 def test_an_iterator_runs_as_it_is_read():
     """Reading the file of an iterator calls its program for each map, and once at the end."""
-    with loader.load(TYPED, ["each_map"]) as loaded, loaded.programs["each_map"].attach() as link:
+    with loader.load(typed(), ["each_map"]) as loaded, loaded.programs["each_map"].attach() as link:
         assert link.info().type == LinkType.ITER
         with link.open_iterator() as file:
             assert file.read() == b""

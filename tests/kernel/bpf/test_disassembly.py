@@ -14,7 +14,7 @@ from compiled import compiled
 from since import since
 
 from pybpfthrottle.backends.ebpf import programs as shipped
-from pybpfthrottle.bpf import loader, syscall
+from pybpfthrottle.bpf import features, loader, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.obj import asm, disasm, elf
@@ -22,6 +22,8 @@ from pybpfthrottle.bpf.obj.asm import insn
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.helper_names import helper_name
 from pybpfthrottle.bpf.xlated import xlated_lines
+
+GETSOCKOPT = 57  # of enum bpf_func_id
 
 
 def arithmetic() -> bytes:
@@ -143,6 +145,9 @@ def loaded(request: pytest.FixtureRequest) -> Iterator[Object]:
     """The programs of an object, loaded."""
     if request.param.startswith("throttle"):
         spec = shipped.read(request.param)
+        # Its helper is for programs of this type since Linux 5.15.
+        getsockopt = features.helper(ProgType.CGROUP_SOCKOPT, GETSOCKOPT)
+        spec.programs["pybpft_adopt"].autoload = getsockopt.available()
     else:
         spec = elf.read_object(compiled(request.param), name=request.param)
     with loader.load(spec) as found:

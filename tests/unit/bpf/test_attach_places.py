@@ -37,8 +37,10 @@ def test_a_link_owns_one_descriptor(kernel, tmp_path):
     """What is opened to attach is closed, and closing the link closes the rest."""
     with program() as one:
         before = kernel.still_open()
-        with one.attach(cgroup=tmp_path):
-            assert kernel.still_open() == before + 1
+        link = one.attach(cgroup=tmp_path)
+        assert kernel.still_open() == before + 1
+        link.close()
+        link.close()
         assert kernel.still_open() == before
 
 
