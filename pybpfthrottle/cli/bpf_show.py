@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Callable, Iterator, NamedTuple, Optional
@@ -22,6 +21,7 @@ from pybpfthrottle.bpf.maps import MapInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import BpfError
+from pybpfthrottle.linux import clock
 
 Record = dict[str, Any]
 
@@ -121,7 +121,7 @@ def program_record(info: ProgramInfo) -> Record:
         name=info.name,
         tag=info.tag,
         gpl_compatible=info.gpl_compatible,
-        loaded_at=round(_boot_time_s() + info.load_time_ns / 1e9),
+        loaded_at=round(clock.boot_time_s() + info.load_time_ns / 1e9),
         uid=info.created_by_uid,
         run_time_ns=info.run_time_ns or None,
         run_cnt=info.run_count or None,
@@ -195,7 +195,3 @@ def _name(names: Any, number: int) -> Any:
         return names(number).name.lower()
     except ValueError:
         return number
-
-
-def _boot_time_s() -> float:
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

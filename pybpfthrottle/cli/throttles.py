@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
@@ -13,7 +12,7 @@ from pybpfthrottle.backends import Record
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import printable
 from pybpfthrottle.errors import ProcessError, ThrottleError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle, open_record
@@ -109,7 +108,9 @@ def remove(which: Which, *, all_of_them: bool) -> None:
 def switch(pid: int, method: str) -> None:
     """Have an instance attach all of its throttles by another method."""
     owner = Process(pid)
-    records = [record for record in _all(registry.records) if record.owner == owner.identity]
+    records = [
+        record for record in _all(registry.records) if process.same(record.owner, owner.identity)
+    ]
     if not records:
         raise ProcessError(
             f"process {pid} ({owner.name}) is no pybpfthrottle that limits something"
@@ -207,7 +208,7 @@ def _details(record: Record, throttle: Throttle) -> dict[str, Any]:
 def _age_s(record: Record) -> Optional[float]:
     if not record.since_ns:
         return None
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - record.since_ns / 1e9, 1)
+    return round((clock.boottime_ns() - record.since_ns) / 1e9, 1)
 
 
 def _print(details: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
@@ -291,7 +290,7 @@ class EbpfThrottle:
         self._fields.update(
             id=self._id,
             owner=list(process.identity()),
-            since_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
             maps={name: live.info().id for name, live in self._maps.items()},
