@@ -87,6 +87,13 @@ MAX_RATE = Rate(100 * _K**3)
 RANGE = "a limit is between 1 KB/s and 100 GB/s"
 
 
+def printable(text: str) -> str:
+    """Return a text as one line: whatever is no text in it, as in names, is shown escaped."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
 def format_bytes(count: float) -> str:
     """``48.5 KB``; K is 1024."""
     for unit in ("B", "KB", "MB"):

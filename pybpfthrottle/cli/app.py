@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from pybpfthrottle import __version__
 from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.say import echo, echo_lines, say, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
@@ -114,7 +114,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         _list_backends()
         return
     if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
-        click.echo(ctx.get_help(), err=True)
+        echo_lines(ctx.get_help(), err=True)
         ctx.exit(2)
     from pybpfthrottle.cli import limit
 
@@ -467,12 +467,12 @@ def _list_backends() -> None:
     from pybpfthrottle.backends import all_backends
 
     for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
-        click.echo(f"{str(direction).capitalize()} Backends:")
+        echo(f"{str(direction).capitalize()} Backends:")
         for backend in all_backends():
             reason = backend.unavailable(direction)
             mark = "✅ available" if reason is None else f"❌ unavailable: {reason}"
             priority = f"[priority: {backend.priority.name.capitalize()}]"
-            click.echo(f"  {backend.name:<11} {priority} {mark}")
+            echo(f"  {backend.name:<11} {priority} {mark}")
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:
@@ -503,7 +503,7 @@ def _status(argv: Optional[list[str]]) -> int:
         return 128 + signal.SIGINT
     except click.ClickException as error:
         with suppress(OSError):
-            error.show()
+            show_error(error)
         return int(error.exit_code)
     except Error as error:
         say(f"error: {error}")

@@ -13,6 +13,7 @@ import click
 
 from pybpfthrottle import registry
 from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.say import echo
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import process
@@ -194,7 +195,7 @@ class _Command:
     def _say(self, line: str) -> None:
         if not self._request.quiet and not self._wanted.as_json:
             with suppress(OSError):
-                click.echo(line)
+                echo(line)
 
     def _say_notes(self) -> None:
         """Say what is found to be covered, or not; once each."""

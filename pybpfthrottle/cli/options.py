@@ -177,8 +177,6 @@ def request_from(given: dict[str, Any], *, own_cgroup: bool = False) -> Request:
 
 def start_logging(verbose: int) -> None:
     """Log to standard error: with -v what is done, with -vv how; without, errors are one line."""
-    import logging
+    from pybpfthrottle.cli import logs
 
-    logging.addLevelName(logging.WARNING, "WARN")
-    level = (logging.CRITICAL, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)-5s %(message)s")
+    logs.start(verbose)

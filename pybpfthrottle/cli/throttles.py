@@ -5,12 +5,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
-import click
-
 from pybpfthrottle import registry
 from pybpfthrottle.backends import Record
 from pybpfthrottle.cli import tables
-from pybpfthrottle.cli.say import printable
+from pybpfthrottle.cli.say import echo
 from pybpfthrottle.errors import ProcessError, ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Process
@@ -69,7 +67,7 @@ def show_all(*, as_json: bool) -> None:
         tables.show_json({"schema": SCHEMA, "throttles": [_record(each) for each in records]})
         return
     if not records:
-        click.echo("Nothing is limited.")
+        echo("Nothing is limited.")
         return
     head = ("id", "name", "target", "download", "upload", "by process")
     tables.show([head, *map(_row, records)])
@@ -100,9 +98,9 @@ def remove(which: Which, *, all_of_them: bool) -> None:
     for record in records:
         with _opened(record) as throttle:
             throttle.remove()
-        click.echo(printable(f"Removed {record.id}: {_target(record)}."))
+        echo(f"Removed {record.id}: {_target(record)}.")
     if not records:
-        click.echo("Nothing is limited.")
+        echo("Nothing is limited.")
 
 
 def switch(pid: int, method: str) -> None:
@@ -127,7 +125,7 @@ def _change(record: Record, limits: dict[Direction, Optional[Rate]], method: Opt
             throttle.switch(method)
         changed = [f"{direction} {rate or 'unlimited'}" for direction, rate in limits.items()]
         changed += [f"attached by {method}"] if method is not None else []
-    click.echo(printable(f"Changed {record.id}: {', '.join(changed)}."))
+    echo(f"Changed {record.id}: {', '.join(changed)}.")
 
 
 @contextmanager
@@ -230,4 +228,4 @@ def _print(details: dict[str, Any]) -> None:
     if details["processes"]:
         rows.append(("processes", process.listed(details["processes"])))
     tables.show(rows)
-    click.echo()
+    echo()

@@ -6,11 +6,9 @@ import logging
 from contextlib import suppress
 from typing import Any, Optional, TextIO
 
-import click
-
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.report import JsonLines, never_ran
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.say import echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter
@@ -85,7 +83,7 @@ class Watch:
         silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
         if silent and expect_traffic:
             with suppress(OSError):
-                click.echo(silent, err=True)
+                echo_lines(silent, err=True)
 
     def note(self, text: str) -> None:
         """Something about what is covered, to standard error, or as a JSON line."""
@@ -105,7 +103,7 @@ class Watch:
     def say(self, line: str) -> None:
         """A line for people. A terminal or a reader that has gone away does not matter."""
         with suppress(OSError):
-            click.echo(self._prefix + line, file=self._terminal)
+            echo(self._prefix + line, file=self._terminal)
 
     def _cgroup_id(self) -> str:
         try:
