@@ -139,6 +139,8 @@ class Verdict(Enum):
     """What the actual rate says of a limit."""
 
     IDLE = "idle"
+    BELOW = "below the limit"
+    BURST = "within the burst"
     THROTTLED = "✅ THROTTLED"
     OVER_LIMIT = "⚠️ OVER LIMIT"
     NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
@@ -151,6 +153,20 @@ class Verdict(Enum):
         if ratio > 1.5:
             return cls.NOT_WORKING
         return cls.OVER_LIMIT if ratio > 1.1 else cls.THROTTLED
+
+    @classmethod
+    def judge(cls, ratio: float, steady: float, *, dropped: bool) -> Verdict:
+        """On a ratio, and on what the burst leaves of it, ``steady``.
+
+        Below the limit nothing held it: it is less than 0.9 of it, and nothing was ``dropped``.
+        """
+        # Where anything came at all it is not idle, however small the rest.
+        found = cls.of(steady or min(ratio, 1e-9))
+        if found is not cls.THROTTLED:
+            return found
+        if cls.of(ratio) is not cls.THROTTLED:
+            return cls.BURST
+        return cls.BELOW if ratio < 0.9 and not dropped else cls.THROTTLED
 
 
 # None: unlimited, but counted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping, Optional, TextIO
+from typing import Any, Mapping, TextIO
 
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.meter import Reading
@@ -64,20 +64,19 @@ def _by_direction(readings: list[Reading]) -> dict[str, Any]:
     return {str(reading.direction): reading.record() for reading in readings}
 
 
-def never_ran(
-    readings: list[Reading], *, pid: object, cgroup: str, marked: bool = False
-) -> Optional[str]:
-    """What to say if no program has seen a packet, or None.
+NOTHING_PASSED = "Nothing was sent or received, so there was nothing to limit."
+
+
+def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
+    """Return what to say if packets have passed, and no program has seen one.
 
     ``marked`` tells that the limit was for the sockets of processes, not for a cgroup.
     """
-    if any(reading.counters.program_calls for reading in readings):
-        return None
     why = (
-        "   No packet has come by. If something was sent or received: pybpfthrottle sockets --pid N"
+        "   Packets have passed, but none of a socket with a mark: pybpfthrottle sockets --pid N"
         " shows\n   which sockets of a process can be limited; verify-setup tells of other causes."
         if marked
-        else "   No packet has come by. If something was sent or received: a socket belongs to the"
+        else "   Packets have passed, but none of a socket of this cgroup: a socket belongs to the"
         "\n   cgroup that it was created in, so a connection that was opened before the process"
         "\n   came into this cgroup is not limited here; verify-setup tells of other causes."
     )

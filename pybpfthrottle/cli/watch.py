@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any, Optional, TextIO
 
 from pybpfthrottle.cli.display import LiveLine
-from pybpfthrottle.cli.report import JsonLines, never_ran
+from pybpfthrottle.cli.passage import Passage
+from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran
 from pybpfthrottle.cli.say import echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
@@ -50,6 +51,7 @@ class Watch:
         self._prefix = prefix
         self._meter = Meter(live)
         self._limits: Limits = live.limits
+        self._passage = Passage(live)
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
@@ -60,6 +62,8 @@ class Watch:
         """Show the rates of the last seconds; to be called every SAMPLE_S."""
         self._tell_changes()
         readings = self._meter.sample()
+        if not any(reading.counters.program_calls for reading in readings):
+            self._passage.look()
         self._line.draw(readings)
         if self._json:
             self._json.sample(self._meter.elapsed_s, readings)
@@ -79,11 +83,17 @@ class Watch:
             return
         for reading in readings:
             self.say(reading.summary(self._meter.elapsed_s))
-        marked = self._live.selection is not None
-        silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
-        if silent and expect_traffic:
-            with suppress(OSError):
-                echo_lines(silent, err=True)
+        if expect_traffic and not any(reading.counters.program_calls for reading in readings):
+            self._say_why_nothing()
+
+    def _say_why_nothing(self) -> None:
+        """Tell whether nothing has passed, or nothing was seen of what has."""
+        text = NOTHING_PASSED
+        if self._passage.seen(thorough=True):
+            marked = self._live.selection is not None
+            text = never_ran(pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
+        with suppress(OSError):
+            echo_lines(text, err=True)
 
     def note(self, text: str) -> None:
         """Something about what is covered, to standard error, or as a JSON line."""
