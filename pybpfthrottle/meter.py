@@ -77,6 +77,19 @@ class Reading(NamedTuple):
             f" {self.verdict.value}"
         )
 
+    def short(self) -> str:
+        """``download 48.5 KB/s 0.97x ✅``."""
+        actual = format_rate(self.actual_bytes_per_s)
+        if self.verdict is None:
+            return f"{self.direction} {actual} no limit"
+        return f"{self.direction} {actual} {self.ratio:.2f}x {self.verdict.short}".rstrip()
+
+    def shortest(self) -> str:
+        """``↓48.5K 0.97x``."""
+        arrow = "↓" if self.direction is Direction.DOWNLOAD else "↑"
+        actual = format_rate(self.actual_bytes_per_s).removesuffix("B/s").replace(" ", "")
+        return f"{arrow}{actual}" + ("" if self.ratio is None else f" {self.ratio:.2f}x")
+
     def summary(self, elapsed_s: float) -> str:
         """The line, with how much there was in all."""
         share = self.counters.packets_dropped / max(1, self.counters.packets_total)

@@ -145,6 +145,18 @@ class Verdict(Enum):
     OVER_LIMIT = "⚠️ OVER LIMIT"
     NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
 
+    @property
+    def short(self) -> str:
+        """Return it for a narrow terminal: one word or mark."""
+        return {
+            Verdict.IDLE: "idle",
+            Verdict.BELOW: "below",
+            Verdict.BURST: "burst",
+            Verdict.THROTTLED: "✅",
+            Verdict.OVER_LIMIT: "⚠️ OVER",
+            Verdict.NOT_WORKING: "⚠️ FAILS",
+        }[self]
+
     @classmethod
     def of(cls, ratio: float) -> Verdict:
         """On a ratio of actual to limit, the burst taken off: over above 1.1, failed above 1.5."""

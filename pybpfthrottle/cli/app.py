@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from io import TextIOWrapper
 from typing import Any, NoReturn, Optional
 
@@ -120,7 +121,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
 
     request = request_from(options)
     start_logging(request.verbose)
-    limit.limit(request, limit.Wanted(**options))
+    sys.exit(limit.limit(request, limit.Wanted(**options)))
 
 
 def _refuse_options_in_front(ctx: click.Context) -> None:
@@ -510,7 +511,8 @@ def _status(argv: Optional[list[str]]) -> int:
     except BrokenPipeError:
         pass
     except OSError as error:
-        say(f"error: {error}")
+        unnamed = error.filename is None and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO)
+        say(f"error: cannot write: {error.strerror}" if unnamed else f"error: {error}")
     else:
         return status if isinstance(status, int) else 0
     return 1

@@ -21,7 +21,7 @@ class JsonLines:
     def __init__(self, file: TextIO, common: Mapping[str, Any]) -> None:
         self._file = file
         self._common = common
-        self._failed = False
+        self.failed = False
 
     def start(self, throttle: Throttle, **fields: Any) -> None:
         """What was put in force."""
@@ -47,7 +47,7 @@ class JsonLines:
         self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._failed:
+        if self.failed:
             return
         try:
             self._file.write(json.dumps({"event": event, **self._common, **fields}) + "\n")
@@ -56,7 +56,7 @@ class JsonLines:
             raise
         except OSError as error:
             # A full disk must not end the limit, nor the command below it.
-            self._failed = True
+            self.failed = True
             say(f"cannot write to {self._file.name}: {error.strerror}; no more JSON lines")
 
 

@@ -6,6 +6,7 @@ click.echo.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import IO, Any, Callable, Optional
 
@@ -33,6 +34,13 @@ def echo_lines(text: str, *, err: bool = False) -> None:
 def echo_json(text: str, *, file: Optional[IO[Any]] = None) -> None:
     """Print JSON, which has all that is no text escaped already. Raises OSError."""
     click.echo(text, file=file)
+
+
+def is_terminal(file: Optional[IO[Any]]) -> bool:
+    """Whether a file is a terminal that can do more than to append."""
+    if file is None or os.environ.get("TERM") in ("dumb", "unknown"):
+        return False
+    return file.isatty()
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from errno import ENOSPC
 from typing import Any, Optional, TextIO
 
 from pybpfthrottle.cli.display import LiveLine
@@ -52,6 +53,7 @@ class Watch:
         self._meter = Meter(live)
         self._limits: Limits = live.limits
         self._passage = Passage(live)
+        self._full = False
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
@@ -75,7 +77,7 @@ class Watch:
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters are still there."""
-        self._line.clear()
+        self._line.close()
         readings = self._meter.total()
         if self._json:
             self._json.end(self._meter.elapsed_s, readings, **fields)
@@ -112,8 +114,14 @@ class Watch:
 
     def say(self, line: str) -> None:
         """A line for people. A terminal or a reader that has gone away does not matter."""
-        with suppress(OSError):
+        try:
             echo(self._prefix + line, file=self._terminal)
+        except OSError as error:
+            self._full = self._full or error.errno == ENOSPC
+
+    def failed(self) -> bool:
+        """Whether records or lines could not be written, since there is no room for them."""
+        return self._full or (self._json is not None and self._json.failed)
 
     def _cgroup_id(self) -> str:
         try:
