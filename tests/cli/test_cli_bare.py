@@ -415,3 +415,20 @@ def test_samples_that_were_missed_are_left_out(running, tool):
     assert all(0.5 < later - sooner < 2 for sooner, later in zip(after, after[1:]))
     assert next(events)["event"] == "end"
     assert tool.finish(process).status == 0
+
+
+def test_verbose_has_one_line_a_direction(tool, scratch):
+    """What was attached where, how, and at what rate; what repeats is for -vv."""
+    paths = [scratch.cgroup().path for _ in range(2)]
+    where = ("--cgroup", paths[0], "--cgroup", paths[1], "-d", "1M", "-u", "500K")
+    once, twice = (tool.run(*where, "--duration", "0.1", log).err for log in ("-v", "-vv"))
+    for direction, rate in (("download", "1.0 MB/s"), ("upload", "500.0 KB/s")):
+        found = re.findall(rf"^INFO  {direction}: .*$", once, re.MULTILINE)
+        assert len(found) == 1
+        assert f"limited to {rate}, attached by link to {paths[0]}, {paths[1]}; " in found[0]
+        hook = "ingress" if direction == "download" else "egress"
+        assert once.count(f"Successfully attached eBPF {hook} program") == 1
+        assert twice.count(f"Successfully attached eBPF {hook} program") == 2
+    assert once.count("✅ Successfully attached using modern method (bpf_link_create)") == 2
+    assert "sockops" not in once
+    assert "Successfully attached eBPF sockops program" in twice

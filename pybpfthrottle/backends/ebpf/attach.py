@@ -47,9 +47,12 @@ def attach(
     cgroup: Cgroup,
     attach_type: AttachType,
     policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
+    *,
+    repeats: bool = False,
 ) -> Attachment:
     """Attach by the policy's method: auto is a link, and after some errors the legacy call.
 
+    With ``repeats`` it is one of several programs, or cgroups, and is logged for debugging only.
     Raises CgroupError, or AttachError with the cause.
     """
     if policy.method not in ATTACH_METHODS:
@@ -58,7 +61,7 @@ def attach(
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
-        attachment = _attach(program, fd, attach_type, policy)
+        attachment = _attach(program, fd, attach_type, policy, repeats)
     except OSError as error:
         why = _explain(error, program, cgroup, fd, attach_type, policy)
         raise AttachError(
@@ -69,14 +72,18 @@ def attach(
     log.debug(
         'Attached %s to "%s" with mode: %s', program.name, cgroup.path, _MODES[attachment.mode]
     )
-    log.info("Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
+    level = logging.DEBUG if repeats else logging.INFO
+    log.log(level, "Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
     return attachment
 
 
-def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy) -> Attachment:
+def _attach(
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy, repeats: bool
+) -> Attachment:
+    level = logging.DEBUG if repeats else logging.INFO
     if policy.method == "legacy":
-        log.info("Using legacy BPF attach method (bpf_prog_attach)")
-        return _attach_legacy(program, fd, attach_type, policy)
+        log.log(level, "Using legacy BPF attach method (bpf_prog_attach)")
+        return _attach_legacy(program, fd, attach_type, policy, level)
     if policy.method == "auto":
         log.debug("Auto-detecting best BPF attach method")
     try:
@@ -89,19 +96,21 @@ def _attach(program: Program, fd: int, attach_type: AttachType, policy: AttachPo
             log.error("Modern attach failed with non-EINVAL error, not retrying")
             raise
         log.debug("Found OSError with errno %d in error chain", found)
-        log.warning(
-            "Modern attach failed with %s, falling back to legacy method...", errno_name(found)
+        log.log(
+            logging.DEBUG if repeats else logging.WARNING,
+            "Modern attach failed with %s, falling back to legacy method...",
+            errno_name(found),
         )
-        return _attach_legacy(program, fd, attach_type, policy)
-    log.info("✅ Successfully attached using modern method (bpf_link_create)")
+        return _attach_legacy(program, fd, attach_type, policy, level)
+    log.log(level, "✅ Successfully attached using modern method (bpf_link_create)")
     return link
 
 
 def _attach_legacy(
-    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy
+    program: Program, fd: int, attach_type: AttachType, policy: AttachPolicy, level: int
 ) -> Attachment:
     attachment = _first_accepted(program, fd, attach_type, policy)
-    log.info("✅ Successfully attached using legacy method!")
+    log.log(level, "✅ Successfully attached using legacy method!")
     return attachment
 
 

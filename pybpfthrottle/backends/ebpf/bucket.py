@@ -185,7 +185,7 @@ class Bucket:
         self._configs[direction] = config
         self._shapings[direction] = shaping
         self.rates[direction] = rate
-        log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
+        log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
 
     def lift(self) -> None:
         """Let all packets pass, and have the programs shape nothing any more."""

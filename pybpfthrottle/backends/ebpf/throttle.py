@@ -132,6 +132,24 @@ class EbpfThrottle:
         if order.processes is not None:
             self._limit_processes(order.processes)
         self._register()
+        for direction in order.limits:
+            self._log(direction)
+
+    def _log(self, direction: Direction) -> None:
+        """Log in one line what is attached how, and at what rate."""
+        how = self.describe(direction)
+        paths = dict.fromkeys(
+            one.target.path for one in self._placed if one.program.direction is direction
+        )
+        log.info(
+            "%s: limited to %s, attached by %s to %s; %s, since %s",
+            direction,
+            self._bucket.rates[direction] or "no rate",
+            how["attached_by"],
+            ", ".join(paths),
+            how["shape"],
+            how["shape_reason"],
+        )
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
@@ -267,7 +285,11 @@ class EbpfThrottle:
         with ExitStack() as undo:
             for program, target, policy in wanted:
                 live = self._programs[program.name]
-                attachment = attach(live, target, program.attach_type, policy)
+                # One line a direction is enough; the others are the same once more.
+                repeats = program.direction is None or any(
+                    program.direction is one.program.direction for one in placed
+                )
+                attachment = attach(live, target, program.attach_type, policy, repeats=repeats)
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
                 placed.append(one)
@@ -355,6 +377,7 @@ class EbpfThrottle:
 
     def _change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         self._bucket.set_rate(direction, rate)
+        self._log(direction)
         if self._connections is not None and direction is Direction.UPLOAD:
             self._connections.set_rate(rate if self._bucket.paces(direction) else None)
 
