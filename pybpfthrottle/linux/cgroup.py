@@ -299,11 +299,23 @@ def from_unit(name: str) -> Cgroup:
         raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
     found = [c for c in walk() if os.path.basename(c.path) == wanted]
     if not found:
+        if not _has_units():
+            raise NoCgroupError(
+                f"no cgroup of a unit {wanted!r}: this machine runs no systemd; use --cgroup PATH,"
+                " or --name for processes"
+            )
         raise NoCgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
     if len(found) > 1:
         paths = ", ".join(c.path for c in found)
         raise CgroupError(f"{wanted!r} is ambiguous: give one of these with --cgroup: {paths}")
     return found[0]
+
+
+def _has_units() -> bool:
+    """Whether there are units: systemd runs here, or there are cgroups of an outer one's."""
+    return os.path.isdir("/run/systemd/system") or any(
+        one.path.endswith((".service", ".scope", ".slice")) for one in walk()
+    )
 
 
 def unit_name(name: str) -> str:

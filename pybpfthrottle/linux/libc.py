@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from typing import Any
+from typing import Any, Iterable
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
@@ -28,6 +28,19 @@ def setns(namespace: int, kind: int) -> None:
     """Move this thread into a namespace, given by a descriptor. Raises OSError."""
     if _libc().setns(namespace, kind):
         raise _error("setns")
+
+
+def signalfd(numbers: Iterable[int]) -> int:
+    """Return a descriptor of which blocked signals are read; the caller closes it. Linux 2.6.27.
+
+    Raises OSError.
+    """
+    # glibc's sigset_t is 128 bytes; the kernel's is the first 64 bits of it.
+    buffer = (ctypes.c_uint64 * 16)(sum(1 << (number - 1) for number in numbers))
+    result = int(_libc().signalfd(-1, ctypes.byref(buffer), os.O_CLOEXEC | os.O_NONBLOCK))
+    if result < 0:
+        raise _error("signalfd")
+    return result
 
 
 def klogctl(kind: int, buffer: Any, size: int) -> int:

@@ -107,9 +107,9 @@ class Result(NamedTuple):
 class Terminal:
     """The master side of a terminal on which the tool runs."""
 
-    def __init__(self):
+    def __init__(self, columns=250):
         self.master, self.slave = pty.openpty()
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 250, 0, 0))
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self._seen = b""
 
     @property
@@ -182,9 +182,9 @@ class Tool:
         self._started.append(process)
         return process
 
-    def start_on_terminal(self, *arguments, ignored=None, **popen):
+    def start_on_terminal(self, *arguments, ignored=None, columns=250, **popen):
         """Start it as the leader of a session on a terminal of its own."""
-        terminal = Terminal()
+        terminal = Terminal(columns)
         for stream in ("stdin", "stdout", "stderr"):
             popen.setdefault(stream, terminal.slave)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf.records import (
@@ -18,7 +17,7 @@ from pybpfthrottle.backends.ebpf.records import (
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 
@@ -186,7 +185,7 @@ class Bucket:
         self._configs[direction] = config
         self._shapings[direction] = shaping
         self.rates[direction] = rate
-        log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
+        log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
 
     def lift(self) -> None:
         """Let all packets pass, and have the programs shape nothing any more."""
@@ -250,7 +249,7 @@ class Bucket:
             Direction.UPLOAD
         ]
         even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         epochs_ago = (now >> ThrottleShift.EPOCH_SHIFT) - flows.epoch
         return Seen(
             owed_ns=even_at_ns - now if even_at_ns else 0,

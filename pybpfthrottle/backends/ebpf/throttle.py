@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
@@ -145,6 +144,24 @@ class EbpfThrottle:
         if order.processes is not None:
             self._limit_processes(order.processes)
         self._register()
+        for direction in order.limits:
+            self._log(direction)
+
+    def _log(self, direction: Direction) -> None:
+        """Log in one line what is attached how, and at what rate."""
+        how = self.describe(direction)
+        paths = dict.fromkeys(
+            one.target.path for one in self._placed if one.program.direction is direction
+        )
+        log.info(
+            "%s: limited to %s, attached by %s to %s; %s, since %s",
+            direction,
+            self._bucket.rates[direction] or "no rate",
+            how["attached_by"],
+            ", ".join(paths),
+            how["shape"],
+            how["shape_reason"],
+        )
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
@@ -280,8 +297,17 @@ class EbpfThrottle:
         with ExitStack() as undo:
             for program, target, policy in wanted:
                 live = self._programs[program.name]
+                # One line a direction is enough; the others are the same once more.
+                repeats = program.direction is None or any(
+                    program.direction is one.program.direction for one in placed
+                )
                 attachment = attach(
-                    live, target, program.attach_type, policy, before_replacing=refuse_to_replace
+                    live,
+                    target,
+                    program.attach_type,
+                    policy,
+                    before_replacing=refuse_to_replace,
+                    repeats=repeats,
                 )
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
@@ -305,7 +331,7 @@ class EbpfThrottle:
         self._fields.update(
             id=self._id,
             owner=list(process.identity()),
-            since_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
             maps={name: live.info().id for name, live in self._maps.items()},
@@ -370,6 +396,7 @@ class EbpfThrottle:
 
     def _change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         self._bucket.set_rate(direction, rate)
+        self._log(direction)
         if self._connections is not None and direction is Direction.UPLOAD:
             self._connections.set_rate(rate if self._bucket.paces(direction) else None)
 
