@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
@@ -13,8 +14,9 @@ from pybpfthrottle.backends import Backend, Match, Offer, Order, Part, Record, a
 from pybpfthrottle.backends import get as get_backend
 from pybpfthrottle.errors import Error, NoMarksError, ThrottleError
 from pybpfthrottle.linux import own_cgroups
-from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.linux.cgroup import Cgroup, locked, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
 from pybpfthrottle.supervisor import Chore, Driver, InThread, OnEventLoop
@@ -44,6 +46,7 @@ class Throttle:
         undo: ExitStack,
         *,
         own: bool = True,
+        ids: Optional[Mapping[Cgroup, int]] = None,
     ) -> None:
         self.id = throttle_id
         self.spec = spec
@@ -60,6 +63,10 @@ class Throttle:
         self.plan_notes: tuple[str, ...] = ()
         paths = ", ".join(cgroup.path for cgroup in self.cgroups)
         self.what = paths if selection is None else str(selection)
+        # Of the cgroups that were meant: others may be made at their paths later.
+        self._ids = dict(ids or _ids(self.cgroups))
+        self._comings: Optional[Comings] = None
+        self._said: dict[str, None] = {}
 
     @property
     def limits(self) -> Limits:
@@ -115,7 +122,7 @@ class Throttle:
 
     def vanished(self) -> bool:
         """Whether nothing is left to limit, and nothing can come."""
-        if any(cgroup.exists() for cgroup in self.cgroups):
+        if self._comings is not None or len(self._gone()) < len(self.cgroups):
             return False
         if self.selection is None:
             return True
@@ -139,11 +146,17 @@ class Throttle:
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each; more may come with time."""
         found = self._do(lambda: [note for part in self._distinct_parts() for note in part.notes()])
-        return list(dict.fromkeys([*self.plan_notes, *found]))
+        gone = [] if self.vanished() else [self._says_gone(one) for one in self._gone()]
+        return list(dict.fromkeys([*self.plan_notes, *found, *self._said, *gone]))
+
+    def why_vanished(self) -> str:
+        """Return what has become of the cgroups that are gone, for people."""
+        return "; ".join(map(self._says_gone, self._gone()))
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while it is in force, for a supervisor."""
-        return [chore for part in self._distinct_parts() for chore in part.chores()]
+        found = [chore for part in self._distinct_parts() for chore in part.chores()]
+        return found if self._comings is None else [self._comings, *found]
 
     def remove(self) -> None:
         """Take the limits away. Doing so twice is no error."""
@@ -156,6 +169,21 @@ class Throttle:
         """Have it end when this is not so any more, or its cgroups are gone."""
         self._goes_on = lambda: goes_on() and not self.vanished()
         self._end = "exited"
+
+    def follow_units(self) -> None:
+        """Have it limit its units again when they are started again, as another cgroup.
+
+        Until its end: it waits for those that do not run.
+        """
+        names = {unit_name(name) for name in self.spec.target.units}
+        units = [
+            Unit(name, cgroup, self._ids[cgroup])
+            for cgroup in self.cgroups
+            for name in names.intersection([os.path.basename(cgroup.path)])
+        ]
+        if units:
+            self._comings = Comings(units, self._unit_moved, self._unit_stopped)
+            self._undo.callback(self._comings.close)
 
     def close(self) -> None:
         """Let one of somebody else go, which was taken in hand by ``open_record``."""
@@ -194,6 +222,42 @@ class Throttle:
     def __repr__(self) -> str:
         limits = ", ".join(f"{direction} {rate}" for direction, rate in self.limits.items())
         return f"<Throttle {self.id} {limits}>"
+
+    def _unit_moved(self, unit: Unit, cgroup: Cgroup) -> bool:
+        """Limit a unit in its new cgroup."""
+        try:
+            for part in self._distinct_parts():
+                part.move(unit.cgroup, cgroup)
+        except Error as error:
+            self._say(f"{unit.name} was restarted, and is not limited: {error}")
+            return False
+        self.cgroups = tuple(cgroup if one == unit.cgroup else one for one in self.cgroups)
+        self._say(f"{unit.name} was restarted: it is limited again")
+        return True
+
+    def _unit_stopped(self, unit: Unit) -> None:
+        self._say(f"{unit.name} is not running: the limit waits for it")
+
+    def _say(self, note: str) -> None:
+        # Once: a service may be restarted all the time.
+        if note not in self._said:
+            log.info("%s", note)
+            self._said[note] = None
+
+    def _gone(self) -> list[Cgroup]:
+        """Return the cgroups that are gone, but for those of units."""
+        if self._comings is not None:
+            names = set(map(unit_name, self.spec.target.units))
+            given = [one for one in self.cgroups if os.path.basename(one.path) not in names]
+        else:
+            given = list(self.cgroups)
+        return [one for one in given if not one.is_still(self._ids.get(one, 0))]
+
+    def _says_gone(self, cgroup: Cgroup) -> str:
+        text = f"the cgroup {cgroup.path} was removed while it was limited"
+        if cgroup.exists():
+            text += "; another one was made at its path, which is not limited"
+        return text
 
     def _do(self, function: Callable[[], T]) -> T:
         return function() if self._driver is None else self._driver.call(function)
@@ -277,6 +341,7 @@ def _carry_out(
     notes = [note.format(why=why) for note in plan.notes]
     if selection is None:
         throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
+        throttle.follow_units()
     elif plan.place is Place.SOCKETS:
         throttle = _enforce(spec, plan.backends, [], selection, wish.options, ExitStack())
     elif plan.place is Place.CGROUPS:
@@ -347,6 +412,7 @@ def _enforce(
 ) -> Throttle:
     """Have each backend put its directions in force. ``undo`` goes to the throttle."""
     throttle_id = registry.new_id()
+    ids = _ids(cgroups)
     parts: dict[Direction, Part] = {}
     for name in dict.fromkeys(chosen.values()):
         limits = {
@@ -356,7 +422,16 @@ def _enforce(
         part = get_backend(name).apply(order, throttle_id)
         undo.callback(part.remove)
         parts.update(dict.fromkeys(limits, part))
-    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all())
+    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all(), ids=ids)
+
+
+def _ids(cgroups: Iterable[Cgroup]) -> dict[Cgroup, int]:
+    """Return the ids of cgroups; 0 for one that is gone."""
+    found = dict.fromkeys(cgroups, 0)
+    for cgroup in found:
+        with suppress(OSError):
+            found[cgroup] = cgroup.id
+    return found
 
 
 def open_record(record: Record) -> Throttle:

@@ -118,6 +118,12 @@ class Part(Protocol):
     def switch(self, method: str) -> None:
         """Attach by another method, without a moment without a limit. Raises ThrottleError."""
 
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup instead of another that was removed; the counters go on.
+
+        Raises an error of this package; then it is limited no more than before.
+        """
+
     def remove(self) -> None:
         """Take everything away. Doing so twice is no error."""
 

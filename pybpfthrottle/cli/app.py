@@ -82,7 +82,13 @@ or 125 failed, 126 cannot be executed, 127 not found.
     metavar="PATH",
     help="Limit a cgroup (v2) and those below it. May be repeated: they share the limit.",
 )
-@click.option("--unit", "units", multiple=True, metavar="NAME", help="Limit a systemd unit.")
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    metavar="NAME",
+    help="Limit a systemd unit, also after it is restarted.",
+)
 @click.option(
     "--whole-cgroup",
     is_flag=True,

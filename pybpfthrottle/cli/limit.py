@@ -171,8 +171,7 @@ class _Command:
         for _, watch in self._shown:
             watch.end(reason=self._reason)
         if self._reason == "vanished":
-            paths = ", ".join(cgroup.path for cgroup in self._shown[0][0].cgroups)
-            raise CgroupError(f"the cgroup {paths} was removed while it was limited")
+            raise CgroupError(self._shown[0][0].why_vanished())
 
     def _sample(self) -> None:
         """Show the rates of the last seconds, and what has begun or ended."""

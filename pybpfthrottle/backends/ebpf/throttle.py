@@ -78,6 +78,8 @@ class EbpfThrottle:
         self._maps: dict[str, Map[Any, Any]] = {}
         self._object_name = ""
         self._placed: list[Placed] = []
+        # On cgroups that were removed: what their sockets still have to send is limited too.
+        self._outlived: list[Placed] = []
         self._marks: Optional[Marks] = None
         self._connections: Optional[Connections] = None
         self._notes: list[str] = []
@@ -272,8 +274,42 @@ class EbpfThrottle:
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
                 placed.append(one)
-            self._attached.push(undo.pop_all())
+            if not self._placed:
+                self._attached.callback(self._detach)
+            undo.pop_all()
         self._placed += placed
+
+    def _detach(self) -> None:
+        """Detach all, the last first; whatever raises, the rest is too."""
+        with ExitStack() as steps:
+            for one in [*self._outlived, *self._placed]:
+                steps.callback(one.detach)
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup instead of another that was removed.
+
+        Raises AttachError or CgroupError; then it is limited no more than before.
+        """
+        before = [one for one in self._placed if one.target == gone]
+        placed = len(self._placed)
+        try:
+            self._limit_cgroups([come])
+        except BaseException:
+            with ExitStack() as steps:
+                for one in self._placed[placed:]:
+                    steps.callback(one.detach)
+            del self._placed[placed:]
+            raise
+        self._placed = [one for one in self._placed if one not in before]
+        with ExitStack() as steps:
+            for one in [each for each in self._outlived if each.target == gone]:
+                steps.callback(one.detach)
+                self._outlived.remove(one)
+        self._outlived += before
+        cgroups = [come if one == gone else one for one in self._order.cgroups]
+        self._order = self._order._replace(cgroups=cgroups)
+        with locked():
+            self._note_down()
 
     def _adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]
