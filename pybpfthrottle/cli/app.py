@@ -55,7 +55,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "executables",
     multiple=True,
     metavar="PATH",
-    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    type=click.Path(exists=True, dir_okay=False),
     help="All processes that run this executable.",
 )
 @click.option(
