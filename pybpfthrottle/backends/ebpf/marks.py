@@ -69,16 +69,22 @@ class Marks:
         self._all_followed = False
         self._notes: dict[str, None] = {}
 
-    def begin(self) -> None:
-        """Mark all that is there. The programs have to be attached.
+    def follow(self) -> None:
+        """Have what is started from now on followed, whoever its parent is by then.
 
-        Raises ProcessError for a process that has ended, or that may not be looked into.
+        Raises NoMarksError where the kernel knows processes by other ids.
         """
         if self._selection.new_sockets:
             if not process.in_first_namespace():
                 raise NoMarksError(_OTHER_NAMESPACE)
-            # First: what is started from now on is followed, whoever its parent is by then.
             self._trace()
+
+    def begin(self, selection: Selection) -> None:
+        """Mark all that is there. The programs have to be attached, and processes followed.
+
+        Raises ProcessError for a process that has ended, or that may not be looked into.
+        """
+        self._selection = selection
         chosen = [one.pid for one in self._selection.processes]
         self._take_in([*chosen, *self._selection.matching()])
         for one in self._selection.processes:
@@ -254,16 +260,19 @@ class Tracing:
         self._attached = attached
 
     @classmethod
-    def begin(cls, maps: Mapping[str, Map[Any, Any]], *, executions: bool) -> Tracing:
+    def begin(
+        cls, maps: Mapping[str, Map[Any, Any]], *, executions: bool, processes: bool = True
+    ) -> Tracing:
         """Attach the programs, which share the throttle's ``maps``.
 
-        With ``executions`` they also tell of each process that executes a program. Linux 5.8, with
-        the kernel's BTF; needs CAP_PERFMON. Raises BpfError, ObjectFileError or OSError.
+        With ``executions`` they also tell of each process that executes a program, without
+        ``processes`` they do nothing else. Linux 5.8, with the kernel's BTF; needs CAP_PERFMON.
+        Raises BpfError, ObjectFileError or OSError.
         """
         hooks = {
             program.name: str(program.hook)
             for program in programs.with_role(Role.FOLLOW)
-            if executions or program.hook != _EXECUTION
+            if (executions if program.hook == _EXECUTION else processes)
         }
         with ExitStack() as undo:
             loaded = undo.enter_context(loader.load(programs.read("processes"), hooks, maps=maps))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Optional, Sequence, Tuple
 
 from pybpfthrottle.backends import Match, Order
@@ -81,6 +80,8 @@ class EbpfThrottle:
         # On cgroups that were removed: what their sockets still have to send is limited too.
         self._outlived: list[Placed] = []
         self._marks: Optional[Marks] = None
+        # Where connections of processes are shaped.
+        self._marked_cgroups: Sequence[Cgroup] = ()
         self._connections: Optional[Connections] = None
         self._notes: list[str] = []
         self._removed_by_others = False
@@ -102,18 +103,43 @@ class EbpfThrottle:
         """The limit of each direction."""
         return self._bucket.rates
 
-    def put_in_force(self) -> None:
-        """Load once, and attach to each target.
+    def apply(self, order: Order, throttle_id: str) -> EbpfThrottle:
+        """Put in force what was prepared for an order like this one.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
+        self._order, self._id = order, throttle_id
+        self.put_in_force()
+        return self
+
+    def prepare(self) -> None:
+        """Load once, and follow processes. Raises BpfError or ThrottleError; then all is undone."""
+        with self._all_or_nothing():
+            self._prepare()
+
+    def put_in_force(self) -> None:
+        """Prepare what is not yet, and attach to each target.
+
+        Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
+        """
+        with self._all_or_nothing():
+            if not self._maps:
+                self._prepare()
+            if self._order.cgroups:
+                self._limit_cgroups(self._order.cgroups)
+            if self._order.processes is not None:
+                self._limit_processes(self._order.processes)
+            self._register()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
         try:
-            self._put_in_force()
+            yield
         except BaseException:
             self.remove()
             raise
 
-    def _put_in_force(self) -> None:
+    def _prepare(self) -> None:
         order = self._order
         if order.cgroups:
             self._load(Scope.ALL)
@@ -130,11 +156,10 @@ class EbpfThrottle:
             guard = Guard(self._holders, self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
-        if order.cgroups:
-            self._limit_cgroups(order.cgroups)
         if order.processes is not None:
-            self._limit_processes(order.processes)
-        self._register()
+            self._marks = Marks(order.processes, self._maps, self._adopting_marked)
+            self._followed.callback(self._marks.close)
+            self._marks.follow()
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
@@ -207,12 +232,9 @@ class EbpfThrottle:
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
         cgroups = self._place_for_marks(selection)
-        shaped = self._shape(Scope.MARKED, cgroups)
-        self._marks = Marks(
-            selection, self._maps, partial(self._adopting, Scope.MARKED, cgroups if shaped else ())
-        )
-        self._followed.callback(self._marks.close)
-        self._marks.begin()
+        self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
+        if self._marks is not None:
+            self._marks.begin(selection)
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
@@ -310,6 +332,9 @@ class EbpfThrottle:
         self._order = self._order._replace(cgroups=cgroups)
         with locked():
             self._note_down()
+
+    def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
+        return self._adopting(Scope.MARKED, self._marked_cgroups)
 
     def _adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -108,6 +109,21 @@ def test_without_tracepoints_children_are_looked_for(own: Target, number: int) -
         assert marked(own.pid, [own.do(STREAM)], running.pid) == [True]
         grandchild = own.do(f"tell({child}, 'child()')")
         eventually(lambda: grandchild in followed(running.pid))
+
+
+def test_without_tracepoints_each_is_looked_for(own: Target, tmp_path: Path) -> None:
+    """It gets its limit with the next look; that is said."""
+    program = str(tmp_path / f"pbt{os.getpid()}")
+    shutil.copy(str(shutil.which("sleep")), program)
+    prefix = refusing(f"{Cmd.RAW_TRACEPOINT_OPEN:d}={errno.EPERM}")
+    arguments = ("--each", "--exe", program, "--pid", str(own.pid))
+    with tool(*arguments, prefix=prefix) as (running, _):
+        assert "every 1 s" in note(running, "and not limited at once")
+        with subprocess.Popen([program, "60"]) as later:
+            assert running.stdout
+            events = (json.loads(line) for line in running.stdout)
+            assert any(event.get("pid") == later.pid for event in events)
+            later.kill()
 
 
 def test_without_tracepoints_an_id_is_forgotten_too(own: Target) -> None:
