@@ -22,7 +22,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
-from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors
+from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class Marks:
             pass
         for pid in chosen:
             refused = self._scan.refused.get(pid)
-            if isinstance(refused, PermissionError):
+            # What more rights would not change is no error: what can be limited is.
+            if isinstance(refused, PermissionError) and why_refused(refused).capability:
                 raise ProcessError(
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
@@ -188,8 +189,9 @@ class Marks:
                     adopt(found)
         for pid, error in self._scan.refused.items():
             self._note(
-                f"the sockets that {process.listed([pid])} had open before are not limited:"
-                f" they cannot be looked at ({error.strerror})"
+                f"the sockets that {process.listed([pid])} had open before are not limited,"
+                " nor what they accept: they cannot be looked at"
+                f" ({_why_not_looked_at(error)}). A limit of its whole cgroup covers them"
             )
         return count
 
@@ -247,6 +249,11 @@ class Marks:
         if text not in self._notes:
             self._notes[text] = None
             log.info("%s", text)
+
+
+def _why_not_looked_at(error: OSError) -> str:
+    text = str(error.strerror)
+    return f"{text}: {why_refused(error).text}" if isinstance(error, PermissionError) else text
 
 
 class Tracing:
