@@ -62,7 +62,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "executables",
     multiple=True,
     metavar="PATH",
-    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    type=click.Path(exists=True, dir_okay=False),
     help="All processes that run this executable.",
 )
 @click.option(
@@ -89,7 +89,13 @@ or 125 failed, 126 cannot be executed, 127 not found.
     metavar="PATH",
     help="Limit a cgroup (v2) and those below it. May be repeated: they share the limit.",
 )
-@click.option("--unit", "units", multiple=True, metavar="NAME", help="Limit a systemd unit.")
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    metavar="NAME",
+    help="Limit a systemd unit, also after it is restarted.",
+)
 @click.option(
     "--whole-cgroup",
     is_flag=True,

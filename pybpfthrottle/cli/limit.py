@@ -15,6 +15,7 @@ import click
 
 from pybpfthrottle import registry
 from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.report import JsonLines
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
@@ -105,6 +106,7 @@ def limit(request: Request, wanted: Wanted) -> int:
             command.each = stack.enter_context(Each(spec, wish))
             for throttle in command.each.throttles:
                 command.begin(throttle)
+            command.each.begun = command.begin
             supervisor.add(command.each.chores)
         else:
             throttle = start(spec, wish)
@@ -178,13 +180,10 @@ class _Command:
         for _, watch in self._shown:
             self._end(watch, self._reason)
         if self._reason == "vanished":
-            paths = ", ".join(cgroup.path for cgroup in self._shown[0][0].cgroups)
-            raise CgroupError(f"the cgroup {paths} was removed while it was limited")
+            raise CgroupError(self._shown[0][0].why_vanished())
 
     def _sample(self) -> None:
         """Show the rates of the last seconds, and what has begun or ended."""
-        for throttle in self.each.look() if self.each is not None else ():
-            self.begin(throttle)
         self._say_notes()
         ended = {id(throttle): throttle.ended() for throttle, _ in self._shown}
         waits = self.each is not None and self.each.waits()
@@ -214,3 +213,10 @@ class _Command:
                 if note not in self._said:
                     self._said.add(note)
                     watch.note(note)
+        for note in self.each.notes() if self.each is not None else ():
+            if note not in self._said:
+                self._said.add(note)
+                if self._wanted.as_json:
+                    JsonLines(sys.stdout, {}).note(note)
+                elif not self._request.quiet:
+                    say(note)

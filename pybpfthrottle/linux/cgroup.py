@@ -51,6 +51,13 @@ class Cgroup:
         """Whether it is still there."""
         return os.path.isdir(self.path)
 
+    def is_still(self, cgroup_id: int) -> bool:
+        """Whether it is there, and is the one with this id: a path may be given to another one."""
+        try:
+            return self.id == cgroup_id
+        except OSError:
+            return False
+
     def pids(self) -> list[int]:
         """The processes in it, not those in cgroups below it. 0 stands for one not visible here."""
         try:

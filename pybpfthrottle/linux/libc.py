@@ -51,6 +51,23 @@ def klogctl(kind: int, buffer: Any, size: int) -> int:
     return result
 
 
+def inotify_init(flags: int = 0) -> int:
+    """Return a descriptor that tells of changes in directories; the caller closes it.
+
+    Raises OSError.
+    """
+    return _checked("inotify_init1", _libc().inotify_init1(flags))
+
+
+def inotify_add_watch(descriptor: int, path: str, events: int) -> int:
+    """Have it tell of these events; for a directory that it knows, of these from now on.
+
+    Raises OSError.
+    """
+    result = _libc().inotify_add_watch(descriptor, os.fsencode(path), ctypes.c_uint32(events))
+    return _checked("inotify_add_watch", result)
+
+
 @cache
 def _libc() -> Any:
     library = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +76,10 @@ def _libc() -> Any:
 
 
 def _syscall(name: str, number: int, *arguments: int) -> int:
-    result = int(_libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+    return _checked(name, _libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+
+
+def _checked(name: str, result: int) -> int:
     if result < 0:
         raise _error(name)
     return result

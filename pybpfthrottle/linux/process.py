@@ -12,6 +12,7 @@ from pybpfthrottle.linux import clock
 _PF_KTHREAD = 0x00200000
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
 _ENDED = ("Z", "X")
+_ALL_USERS = (1 << 32) - 1
 
 
 class Identity(NamedTuple):
@@ -141,6 +142,25 @@ def families() -> dict[int, list[int]]:
 def in_first_namespace() -> bool:
     """Whether process ids mean the same here as in the kernel."""
     return _pid_namespace() == FIRST_PID_NAMESPACE
+
+
+def own_status() -> dict[str, str]:
+    """Return what /proc/self/status says; nothing where it cannot be read."""
+    try:
+        with open("/proc/self/status") as file:
+            pairs = (line.partition(":") for line in file)
+            return {key: value.strip() for key, _, value in pairs}
+    except OSError:
+        return {}
+
+
+def in_own_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the first."""
+    try:
+        with open("/proc/self/uid_map") as file:
+            return file.read().split() != ["0", "0", str(_ALL_USERS)]
+    except OSError:
+        return False
 
 
 def is_kernel_thread(pid: int) -> bool:

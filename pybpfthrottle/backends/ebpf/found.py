@@ -115,6 +115,10 @@ class FoundThrottle:
             " it may be stopped, or have ended"
         )
 
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Raise ThrottleError: it is its owner that follows units."""
+        raise ThrottleError(f"process {self._found.owner.pid} has to move {gone.path}")
+
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how it is attached and shaped, as far as its maps tell."""
         flags = self._bucket.flags(direction)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Optional, Sequence, Tuple
 
 from pybpfthrottle.backends import Match, Order
@@ -86,7 +85,11 @@ class EbpfThrottle:
         self._maps: dict[str, Map[Any, Any]] = {}
         self._object_name = ""
         self._placed: list[Placed] = []
+        # On cgroups that were removed: what their sockets still have to send is limited too.
+        self._outlived: list[Placed] = []
         self._marks: Optional[Marks] = None
+        # Where connections of processes are shaped.
+        self._marked_cgroups: Sequence[Cgroup] = ()
         self._connections: Optional[Connections] = None
         self._notes: list[str] = []
         self._removed_by_others = False
@@ -108,18 +111,45 @@ class EbpfThrottle:
         """The limit of each direction."""
         return self._bucket.rates
 
-    def put_in_force(self) -> None:
-        """Load once, and attach to each target.
+    def apply(self, order: Order, throttle_id: str) -> EbpfThrottle:
+        """Put in force what was prepared for an order like this one.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
+        self._order, self._id = order, throttle_id
+        self.put_in_force()
+        return self
+
+    def prepare(self) -> None:
+        """Load once, and follow processes. Raises BpfError or ThrottleError; then all is undone."""
+        with self._all_or_nothing():
+            self._prepare()
+
+    def put_in_force(self) -> None:
+        """Prepare what is not yet, and attach to each target.
+
+        Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
+        """
+        with self._all_or_nothing():
+            if not self._maps:
+                self._prepare()
+            if self._order.cgroups:
+                self._limit_cgroups(self._order.cgroups)
+            if self._order.processes is not None:
+                self._limit_processes(self._order.processes)
+            self._register()
+            for direction in self._order.limits:
+                self._log(direction)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
         try:
-            self._put_in_force()
+            yield
         except BaseException:
             self.remove()
             raise
 
-    def _put_in_force(self) -> None:
+    def _prepare(self) -> None:
         order = self._order
         if order.cgroups:
             self._load(Scope.ALL)
@@ -139,13 +169,10 @@ class EbpfThrottle:
             guard = Guard(self._holders, self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
-        if order.cgroups:
-            self._limit_cgroups(order.cgroups)
         if order.processes is not None:
-            self._limit_processes(order.processes)
-        self._register()
-        for direction in order.limits:
-            self._log(direction)
+            self._marks = Marks(order.processes, self._maps, self._adopting_marked)
+            self._followed.callback(self._marks.close)
+            self._marks.follow()
 
     def _log(self, direction: Direction) -> None:
         """Log in one line what is attached how, and at what rate."""
@@ -234,12 +261,9 @@ class EbpfThrottle:
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
         cgroups = self._place_for_marks(selection)
-        shaped = self._shape(Scope.MARKED, cgroups)
-        self._marks = Marks(
-            selection, self._maps, partial(self._adopting, Scope.MARKED, cgroups if shaped else ())
-        )
-        self._followed.callback(self._marks.close)
-        self._marks.begin()
+        self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
+        if self._marks is not None:
+            self._marks.begin(selection)
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
@@ -312,8 +336,45 @@ class EbpfThrottle:
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
                 placed.append(one)
-            self._attached.push(undo.pop_all())
+            if not self._placed:
+                self._attached.callback(self._detach)
+            undo.pop_all()
         self._placed += placed
+
+    def _detach(self) -> None:
+        """Detach all, the last first; whatever raises, the rest is too."""
+        with ExitStack() as steps:
+            for one in [*self._outlived, *self._placed]:
+                steps.callback(one.detach)
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup instead of another that was removed.
+
+        Raises AttachError or CgroupError; then it is limited no more than before.
+        """
+        before = [one for one in self._placed if one.target == gone]
+        placed = len(self._placed)
+        try:
+            self._limit_cgroups([come])
+        except BaseException:
+            with ExitStack() as steps:
+                for one in self._placed[placed:]:
+                    steps.callback(one.detach)
+            del self._placed[placed:]
+            raise
+        self._placed = [one for one in self._placed if one not in before]
+        with ExitStack() as steps:
+            for one in [each for each in self._outlived if each.target == gone]:
+                steps.callback(one.detach)
+                self._outlived.remove(one)
+        self._outlived += before
+        cgroups = [come if one == gone else one for one in self._order.cgroups]
+        self._order = self._order._replace(cgroups=cgroups)
+        with locked():
+            self._note_down()
+
+    def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
+        return self._adopting(Scope.MARKED, self._marked_cgroups)
 
     def _adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]
