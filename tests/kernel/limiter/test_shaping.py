@@ -93,9 +93,9 @@ def client(own: Lab, cgroup: Cgroup, direction: Direction) -> Iterator[None]:
             process.kill()
 
 
-def limited(cgroup: Cgroup, direction: Direction, rate: Rate = RATE, shape: str = "auto"):
-    """A throttle for one direction."""
-    options = Options(shape={direction: shape})
+def limited(cgroup: Cgroup, direction: Direction, rate: Rate = RATE, shape: str = ""):
+    """A throttle for one direction, shaped by what the kernel does alone."""
+    options = Options(shape={direction: shape or METHODS[direction]})
     return throttle.apply([cgroup], {direction: rate}, options=options)
 
 
