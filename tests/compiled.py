@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
-import pytest
+from since import needs_command
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CLANG = "clang-14"
 # Of clang, and of gcc.
 _BY_DEFAULT = (("-target", "bpf", "-g", "-mcpu=v3", "-Wall"), ("-gbtf",))
+# Which kernel tests ask for with other flags as well; core_fields has to have types.
+_ALSO_WITH = {"object_calls": ["-g0"], "object_data": ["-g0"], "object_legacy": ["-g", "-g0"]}
 
 
 def compilers() -> list[str]:
-    """The compilers for BPF that this machine has."""
+    """Return the compilers for BPF that this machine has, and the one that it has to have."""
     known = [*(f"clang-{version}" for version in range(6, 23)), "bpf-gcc"]
-    return [name for name in known if shutil.which(name)]
+    return [name for name in known if name == CLANG or shutil.which(name)]
 
 
-def compiled(name: str, *flags: str, compiler: str = "clang-14") -> bytes:
-    """The object that clang makes of fixtures/NAME.bpf.c, for this machine's byte order."""
-    source = FIXTURES / f"{name}.bpf.c"
+def compiled(name: str, *flags: str, compiler: str = CLANG) -> bytes:
+    """Return the object that clang makes of fixtures/NAME.bpf.c, for this machine's byte order.
+
+    A machine without a compiler takes what ``keep`` left in the directory TESTS_FIXTURES.
+    """
+    kept = Path(os.environ.get("TESTS_FIXTURES", "/nowhere"), _key(name, flags, compiler))
+    if kept.exists():
+        return kept.read_bytes()
+    return _compiled(_sources(name), FIXTURES / f"{name}.bpf.c", flags, compiler)
+
+
+def keep(directory: Path) -> None:
+    """Compile all that kernel tests ask for, for machines without a compiler."""
+    for source in FIXTURES.glob("*.bpf.c"):
+        name = source.name.partition(".")[0]
+        for flags in [(), *((flag,) for flag in _ALSO_WITH.get(name, ()))]:
+            (directory / _key(name, flags, CLANG)).write_bytes(compiled(name, *flags))
+
+
+def _key(name: str, flags: tuple[str, ...], compiler: str) -> str:
+    content = hashlib.sha256(_sources(name)).hexdigest()
+    return "_".join([name, content[:16], compiler, *flags]) + ".o"
+
+
+def _sources(name: str) -> bytes:
     headers = b"".join(path.read_bytes() for path in sorted(FIXTURES.glob("*.h")))
-    return _compiled(source.read_bytes() + headers, source, flags, compiler)
+    return (FIXTURES / f"{name}.bpf.c").read_bytes() + headers
 
 
 @cache
 def _compiled(_: bytes, source: Path, flags: tuple[str, ...], compiler: str) -> bytes:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs {compiler}")
+    needs_command(compiler)
     command = [compiler, "-O2", *_BY_DEFAULT["gcc" in compiler], *flags, "-c", str(source)]
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, "built.o")

@@ -516,6 +516,12 @@ class Attr(ctypes.Union):
     )
 
 
+def clear(structure: ctypes.Structure, field: str) -> None:
+    """Set a field to zeros, to its last byte: assigning b"" to a name clears its first one only."""
+    place = getattr(type(structure), field)
+    ctypes.memset(ctypes.addressof(structure) + place.offset, 0, place.size)
+
+
 class ProgInfo(ctypes.Structure):
     """struct bpf_prog_info."""
 

@@ -353,6 +353,7 @@ def _create_as_far_as_known(spec: MapSpec, btf_fd: int, inner_fd: int = 0) -> in
     refusals: list[OSError] = []
     for change in ({}, *_omissions(spec, attr.map_create)):
         for field, value in change.items():
+            abi.clear(attr.map_create, field)
             setattr(attr.map_create, field, value)
         try:
             return with_memlock(lambda: syscall.bpf(Cmd.MAP_CREATE, attr))

@@ -253,7 +253,7 @@ def _load_as_far_as_known(attr: Attr) -> int:
     for fields in (_SOURCE_FIELDS, ("expected_attach_type",), ("prog_name",)):
         if any(getattr(attr.prog_load, field) for field in fields):
             for field in fields:
-                setattr(attr.prog_load, field, b"" if field == "prog_name" else 0)
+                abi.clear(attr.prog_load, field)
             try:
                 return _load(attr)
             except OSError as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+from since import needs_machine
 
 from pybpfthrottle.backends.ebpf.attached import links_of
 from pybpfthrottle.bpf import links, maps, programs
@@ -271,8 +274,10 @@ def test_a_moved_process_is_moved_back_after_a_crash(tool, scratch):
 def test_a_kernel_thread_is_refused(tool):
     """A kernel thread cannot be limited."""
     pids = [name for name in os.listdir("/proc") if name.isdigit() and is_kernel_thread(int(name))]
-    if not pids:
-        pytest.skip("this process namespace shows no kernel threads")
+    # The inode of the first one is a constant of the kernel's (PROC_PID_INIT_INO).
+    first = os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC
+    needs_machine("the first process namespace, which shows kernel threads", found=first)
+    assert pids
     assert "kernel thread" in refusal(tool, "--pid", pids[0])
 
 
@@ -316,8 +321,8 @@ def test_a_pid_that_ends_in_between_is_no_traceback(tool, scratch):
 def test_a_v1_path_is_refused(tool):
     """A path in a v1 hierarchy is refused, and where v2 is mounted is said."""
     paths = [each.path for each in cgroups.mounts() if each.type == "cgroup"]
-    if not paths:
-        pytest.skip("no v1 hierarchy is mounted on this machine")
+    mounted = re.search(r" - cgroup ", Path("/proc/self/mountinfo").read_text())
+    needs_machine("a hierarchy of cgroup v1", found=bool(mounted))
     path = paths[0]
     complaint = refusal(tool, "--cgroup", path)
     assert "v1" in complaint

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from elf_builder import ObjectBuilder
 from fake_kernel import FakeKernel
+from since import needs_command
 
 from pybpfthrottle.bpf import features, syscall
 from pybpfthrottle.bpf.obj import elf
@@ -34,8 +34,7 @@ def builder(request):
 @pytest.fixture(params=["bpfel", "bpfeb"])
 def compile_fixture(request, tmp_path):
     """Compiles a file of fixtures/ for either byte order, and reads the object."""
-    if shutil.which("clang-14") is None:
-        pytest.skip("needs clang-14")
+    needs_command("clang-14")
 
     def compiled(name, *flags):
         out = tmp_path / f"{name}.o"

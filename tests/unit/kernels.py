@@ -25,6 +25,36 @@ PROBE = "a probe"
 _INFO_BYTES_OF_4_14 = abi.ProgInfo.load_time.offset
 
 
+# The last field that a command knows, since which release (include/uapi/linux/bpf.h).
+LAST_FIELDS: dict[str, list[tuple[tuple[int, int], str]]] = {
+    "map_create": [
+        ((4, 14), "numa_node"),
+        ((4, 15), "map_name"),
+        ((4, 16), "map_ifindex"),
+        ((4, 18), "btf_value_type_id"),
+        ((5, 6), "btf_vmlinux_value_type_id"),
+        ((5, 16), "map_extra"),
+    ],
+    "prog_load": [
+        ((4, 14), "prog_flags"),
+        ((4, 15), "prog_name"),
+        ((4, 16), "prog_ifindex"),
+        ((4, 17), "expected_attach_type"),
+        ((5, 0), "line_info_cnt"),
+        ((5, 5), "attach_prog_fd"),
+        ((5, 14), "fd_array"),
+        ((5, 17), "core_relo_rec_size"),
+        ((6, 4), "log_true_size"),
+    ],
+    "prog_attach": [((4, 14), "attach_flags"), ((5, 6), "replace_bpf_fd")],
+}
+MEMBERS = {
+    Cmd.MAP_CREATE: "map_create",
+    Cmd.PROG_LOAD: "prog_load",
+    Cmd.PROG_ATTACH: "prog_attach",
+}
+
+
 class FakeMap(NamedTuple):
     """A map with what is in it; elements of an array are there from the start."""
 
@@ -70,6 +100,7 @@ class Kernel(FakeKernel):
             handler = getattr(self, f"_{cmd.name.lower()}", None)
             if handler is None:
                 raise _Refused(errno.EINVAL)
+            self._check_tail(cmd, attr)
             return handler(attr)
         except _Refused as refusal:
             number = refusal.number
@@ -97,6 +128,23 @@ class Kernel(FakeKernel):
         """What was told of some commands."""
         return [line for line in self.told if line.partition(" ")[0].rstrip(":") in commands]
 
+    def _check_tail(self, cmd: Cmd, attr: Attr) -> None:
+        """Refuse any byte behind what this kernel knows, as CHECK_ATTR does and who calls bpf().
+
+        Of the union PROG_LOAD's is the largest member, until kernels that know all of ours.
+        """
+        if cmd in MEMBERS:
+            union = (self._end_of("prog_load") + 7) // 8 * 8
+            if any(bytes(attr)[union:]):
+                raise _Refused(errno.E2BIG)
+            if any(bytes(attr)[self._end_of(MEMBERS[cmd]) : union]):
+                raise _Refused(errno.EINVAL)
+
+    def _end_of(self, member: str) -> int:
+        last = [name for release, name in LAST_FIELDS[member] if release <= self.release][-1]
+        field = getattr(type(getattr(Attr(), member)), last)
+        return field.offset + field.size
+
     def _described(self, cmd: Cmd, attr: Attr) -> str:
         if cmd == Cmd.MAP_CREATE:
             return f"MAP_CREATE {attr.map_create.map_name.decode() or '-'}"
@@ -117,8 +165,6 @@ class Kernel(FakeKernel):
 
     def _map_create(self, attr: Attr) -> int:
         wanted = attr.map_create
-        if wanted.map_name and self.release < (4, 15):
-            raise _Refused(errno.EINVAL)
         if wanted.map_type not in (MapType.ARRAY, MapType.PERCPU_ARRAY):
             raise _Refused(errno.EINVAL)
         if self.charges_memory and self.release < (5, 11):
@@ -153,11 +199,6 @@ class Kernel(FakeKernel):
 
     def _prog_load(self, attr: Attr) -> int:
         load = attr.prog_load
-        # 4.14 knows neither field: they are beyond the end of its union.
-        if self.release < (4, 15) and load.prog_name:
-            raise _Refused(errno.E2BIG)
-        if self.release < (4, 17) and load.expected_attach_type:
-            raise _Refused(errno.E2BIG)
         code = _code(attr)
         refused = self._verified(code, load.expected_attach_type)
         if refused:

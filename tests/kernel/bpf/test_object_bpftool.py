@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 
 import pytest
 from bpffs import mounted
 from compiled import compiled
+from since import needs_command
 
 from pybpfthrottle.bpf import abi, descriptors, loader
 from pybpfthrottle.bpf.obj import elf
@@ -19,8 +19,7 @@ OBJECTS = ["object_maps", "object_data", "object_calls", "object_callbacks"]
 
 @pytest.fixture(autouse=True)
 def _bpftool():
-    if shutil.which("bpftool") is None:
-        pytest.skip("needs bpftool")
+    needs_command("bpftool")
 
 
 def bpftool(*command):

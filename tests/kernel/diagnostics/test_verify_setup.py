@@ -20,6 +20,7 @@ import pytest
 from foreign import other
 from lab import ENVIRONMENT, ROOT, TOOL, attached
 from locked_memory import PROBE, without_sys_resource
+from since import needs_option, until
 
 from pybpfthrottle.bpf import features
 from pybpfthrottle.bpf.abi import Cmd, ProgType
@@ -128,8 +129,8 @@ def test_cap_sys_admin_alone_is_enough_or_named(scratch: Cgroup) -> None:
 def test_root_of_a_user_namespace_is_not_root() -> None:
     """The capabilities are there, and do not count."""
     command = ["unshare", "--user", "--map-root-user", *PLAIN]
-    if subprocess.run([*command[:3], "true"], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("this kernel has no user namespaces")
+    tried = subprocess.run([*command[:3], "true"], stderr=subprocess.DEVNULL)
+    needs_option("CONFIG_USER_NS", works=not tried.returncode)
     assert conclusion(*command) == "user-namespace"
 
 
@@ -234,9 +235,9 @@ def test_without_cgroup2_there_is_no_place_to_attach(
 
 def test_too_little_locked_memory_is_the_cause(scratch: Cgroup) -> None:
     """On kernels that charge BPF to it, without the right to raise it."""
+    until("5.11", "BPF maps are charged to RLIMIT_MEMLOCK")
     probe = without_sys_resource(sys.executable, "-c", PROBE)
-    if not subprocess.run(probe, env=ENVIRONMENT, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("this kernel does not charge BPF maps to RLIMIT_MEMLOCK (5.11 ended that)")
+    assert subprocess.run(probe, env=ENVIRONMENT, stderr=subprocess.DEVNULL).returncode
     command = without_sys_resource(*PLAIN, "--cgroup", scratch.path)
     limits = (0, 0)
     assert (
@@ -358,8 +359,8 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_system_is_examined(tmp_path: Path, how: str) -> None:
     """What is missing is no obstacle, and there is no traceback."""
-    if "config.gz" in how and not os.path.exists("/proc/config.gz"):
-        pytest.skip("this kernel has no /proc/config.gz")
+    if "config.gz" in how:
+        needs_option("CONFIG_IKCONFIG_PROC", works=os.path.exists("/proc/config.gz"))
     script = f'({BROKEN[how]}) 2>/dev/null; exec "$@"'
     if how == "no commands":
         script = f'{BROKEN[how]}; exec "$@"'

@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 from lab import ENVIRONMENT, TOOL
 from locked_memory import PROBE, without_sys_resource
+from since import until
 
 RUN = [*TOOL, "run", "-q", "--download-limit", "1M", "--", "sh", "-c", "ulimit -l"]
 KIB = 64
@@ -27,13 +28,9 @@ def limited(kib: int) -> Callable[[], None]:
 @pytest.fixture
 def charged() -> None:
     """Only for kernels that charge what BPF needs to RLIMIT_MEMLOCK."""
-    done = subprocess.run(
-        without_sys_resource(sys.executable, "-c", PROBE),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-    )
-    if done.returncode == 0:
-        pytest.skip("this kernel does not charge BPF maps to RLIMIT_MEMLOCK (5.11 ended that)")
+    until("5.11", "BPF maps are charged to RLIMIT_MEMLOCK")
+    probe = without_sys_resource(sys.executable, "-c", PROBE)
+    assert subprocess.run(probe, env=ENVIRONMENT, stderr=subprocess.DEVNULL).returncode
 
 
 def test_the_limit_is_raised_for_as_long_as_it_takes() -> None:

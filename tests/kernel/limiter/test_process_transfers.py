@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Callable, Iterator
 
 import pytest
 from lab import Lab, lab
+from since import needs_command
 from targets import (
     eventually,
     rates_over,
@@ -213,19 +213,12 @@ def test_a_moved_process_has_one_limit_for_old_and_new_connections(
 # Programs that people limit.
 
 
-def need(*names: str) -> None:
-    """Skip where one of these programs is not installed."""
-    for name in names:
-        if shutil.which(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
 def test_wget(own: Lab, scratch: Cgroup) -> None:
     """A download of wget's that goes on already; curl beside it does not notice."""
-    need("wget")
+    wget = needs_command("wget")
     inside, direction = own.wire.client.inside, Direction.DOWNLOAD
     with (
-        program(inside, scratch, "wget", "-q", "-O", "/dev/null", own.url) as client,
+        program(inside, scratch, wget, "-q", "-O", "/dev/null", own.url) as client,
         transfers(own, scratch, direction, 1) as [other],
     ):
         eventually(lambda: transferred(client.pid, direction) > 1 << 20)
@@ -238,10 +231,10 @@ def test_wget(own: Lab, scratch: Cgroup) -> None:
 
 def test_iperf3(own: Lab, scratch: Cgroup) -> None:
     """Both of its connections together; its control connection is one more."""
-    need("iperf3")
+    iperf3 = needs_command("iperf3")
     near, far = own.wire.client.inside, own.wire.server
-    serve = ["iperf3", "-s", "-1"]
-    ask = ["iperf3", "-c", far.address, "-t", "30", "-P", "2"]
+    serve = [iperf3, "-s", "-1"]
+    ask = [iperf3, "-c", far.address, "-t", "30", "-P", "2"]
     with program(far.inside, scratch, *serve):
         eventually(lambda: b":1451 " in listening(far.process.pid))
         with program(near, scratch, *ask) as client:
@@ -257,10 +250,15 @@ def listening(pid: int) -> bytes:
     return Path(f"/proc/{pid}/net/tcp").read_bytes() + Path(f"/proc/{pid}/net/tcp6").read_bytes()
 
 
+# It keeps to the directory: it need not be installed, but only unpacked.
 NGINX = """
 daemon off; pid {directory}/pid; error_log {directory}/log; user root; worker_processes 2;
 events {{ }}
-http {{ access_log off; server {{ listen {address}:{port}; root {directory}; }} }}
+http {{
+  access_log off; client_body_temp_path {directory}/1; proxy_temp_path {directory}/2;
+  fastcgi_temp_path {directory}/3; uwsgi_temp_path {directory}/4; scgi_temp_path {directory}/5;
+  server {{ listen {address}:{port}; root {directory}; }}
+}}
 """
 
 
@@ -270,9 +268,9 @@ def test_a_web_server(own: Lab, scratch: Cgroup, tmp_path: Path, name: str) -> N
     inside, address, port = own.wire.server.inside, own.wire.server.address, 8081
     os.truncate(os.open(tmp_path / "large", os.O_CREAT | os.O_WRONLY), 1 << 40)
     if name == "nginx":
-        need("nginx")
+        nginx = needs_command("nginx")
         (tmp_path / "own").write_text(NGINX.format(directory=tmp_path, address=address, port=port))
-        serve = ["nginx", "-c", str(tmp_path / "own")]
+        serve = [nginx, "-c", str(tmp_path / "own")]
     else:
         serve = [sys.executable, "-m", "http.server", "-d", str(tmp_path), "-b", address, str(port)]
     ask = curl(Direction.DOWNLOAD, f"http://{address}:{port}/large")

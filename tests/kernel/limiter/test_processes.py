@@ -12,6 +12,7 @@ from socket import SOCK_DGRAM as DGRAM
 from typing import Iterator
 
 import pytest
+from since import needs_option, needs_release
 from targets import (
     NEXT_PASS_S,
     Target,
@@ -346,8 +347,7 @@ def test_a_socket_that_has_no_address_stops_no_scan(own: Target) -> None:
         own.do("make_if_possible(socket.AF_ALG, socket.SOCK_SEQPACKET)"),
         own.do(f"make_if_possible({AF_XDP}, socket.SOCK_RAW)"),
     ]
-    if strange == [None, None]:
-        pytest.skip("this kernel has neither AF_ALG nor AF_XDP")
+    needs_option("CONFIG_XDP_SOCKETS", works=strange != [None, None])
     behind = own.do("make_many(4)")
     with limited(own.pid):
         assert all(marked(own.pid, behind))
@@ -400,8 +400,9 @@ def test_what_goes_past_the_hooks_is_said(own: Target) -> None:
 def test_multipath_tcp_is_said(own: Target, moment: str) -> None:
     """Its connections are the kernel's, which get no marks; what would limit them is told."""
     how = f"make(AF_INET, SOCK_STREAM, {IPPROTO_MPTCP})"
-    if own.do(how.replace("make", "make_if_possible")) is None:
-        pytest.skip("this kernel has no MPTCP (net.mptcp.enabled)")
+    needs_release("5.6")
+    made = own.do(how.replace("make", "make_if_possible"))
+    needs_option("CONFIG_MPTCP", works=made is not None)
     if moment == "later":
         own.do("close_all()")
     with limited(own.pid) as live:

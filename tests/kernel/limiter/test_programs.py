@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -15,6 +14,7 @@ from contextlib import ExitStack
 from typing import Iterator
 
 import pytest
+from since import needs_release
 
 from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -130,8 +130,8 @@ class Bench:
 @pytest.fixture(params=["throttle", "throttle-direct"])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
-    if request.param == "throttle-direct" and not features.TEST_RUN_PACKET.available():
-        pytest.skip(f"this kernel lacks {features.TEST_RUN_PACKET.name}")
+    if request.param == "throttle-direct":
+        needs_release(features.TEST_RUN_PACKET.since, features.TEST_RUN_PACKET.name)
     with loader.load(shipped.read(request.param), PROGRAMS) as loaded:
         own = Bench(loaded)
         for direction in Direction:
@@ -320,10 +320,8 @@ def test_programs_write_nothing_of_user_space(bench: Bench) -> None:
 )
 def test_each_program_holds_the_record(name: str, program: Shipped) -> None:
     """The kernel tells the id of the map with the throttle's record to whoever asks a program."""
-    running = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
     for release in (program.needs.release, "5.0" if name == "throttle-direct" else "4.15"):
-        if running < tuple(map(int, release.split("."))):
-            pytest.skip(f"needs Linux {release}")
+        needs_release(release)
     with loader.load(shipped.read(name), [program.name]) as loaded:
         record = loaded.maps[RECORD]
         assert record.info().id in loaded.programs[program.name].info().map_ids
@@ -388,8 +386,8 @@ def exchange(scratch: Cgroup, host: str) -> None:
 @pytest.mark.parametrize("name", ["throttle", "throttle-direct"])
 def test_a_real_connection_is_billed_to_the_byte(scratch: Cgroup, name: str, host: str) -> None:
     """Of 5 MB each way over TCP each object bills exactly that, in both directions."""
-    if name == "throttle-direct" and not features.DIRECT_PACKET_ACCESS.available():
-        pytest.skip("no direct packet access in cgroup_skb programs (Linux 5.0)")
+    if name == "throttle-direct":
+        needs_release(features.DIRECT_PACKET_ACCESS.since, features.DIRECT_PACKET_ACCESS.name)
     policers = {each: shipped.policer(Scope.ALL, each, "deny") for each in Direction}
     billed = []
     with loader.load(shipped.read(name), PROGRAMS) as loaded, ExitStack() as stack:

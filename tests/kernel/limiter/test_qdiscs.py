@@ -6,11 +6,17 @@ import subprocess
 
 import pytest
 from lab import Lab, lab
+from since import needs_option
 
 from pybpfthrottle.model import Rate
 
 pytestmark = pytest.mark.timed
 
+OPTIONS = {
+    "a delay": ["CONFIG_NET_SCH_NETEM"],
+    "fq": ["CONFIG_NET_SCH_FQ"],
+    "a policer": ["CONFIG_NET_SCH_INGRESS", "CONFIG_NET_CLS_MATCHALL", "CONFIG_NET_ACT_POLICE"],
+}
 # At the client's end of the wire, by tc's words.
 QDISCS = {
     "a delay": ["qdisc add dev wire root netem delay 20ms"],
@@ -22,8 +28,8 @@ QDISCS = {
 }
 
 
-def tc(own: Lab, words: str) -> str:
-    """What tc prints in the client's namespace; the test is skipped where the kernel lacks it."""
+def tc(own: Lab, words: str, *options: str) -> str:
+    """What tc prints in the client's namespace; skip where the kernel lacks these options."""
     done = subprocess.run(
         own.inside("tc", *words.split()),
         stdout=subprocess.PIPE,
@@ -31,11 +37,10 @@ def tc(own: Lab, words: str) -> str:
         text=True,
     )
     if done.returncode:
-        if any(
-            word in done.stdout
-            for word in ("kind is unknown", "classifier not found", "load TC action")
-        ):
-            pytest.skip(f"this kernel lacks what tc {words} needs")
+        # In tc's words, and in the kernel's.
+        unknown = ("kind is unknown", "classifier not found", "load TC action")
+        if options and any(words in done.stdout for words in unknown):
+            needs_option(*options, works=False)
         pytest.fail(f"tc {words}: {done.stdout}")
     return done.stdout
 
@@ -46,7 +51,7 @@ def test_a_limit_holds_beside_a_qdisc(name: str, direction: str) -> None:
     """The transfer keeps to its limit, and what the administrator set up is there afterwards."""
     with lab() as own:
         for words in QDISCS[name]:
-            tc(own, words)
+            tc(own, words, *OPTIONS[name])
         before = tc(own, "qdisc show")
         if direction == "download":
             transfer = own.download(["--download-limit", "200K"], 10)

@@ -15,6 +15,7 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 import unadopted
 from lab import ENVIRONMENT, TOOL, Lab, attached, lab
+from since import needs_release, parse, running
 from targets import live_map
 
 from pybpfthrottle import throttle
@@ -36,6 +37,14 @@ pytestmark = pytest.mark.timed
 
 UNLIMITED = (1 << 64) - 1
 RATE = Rate.parse("2M")
+# The second is not tried before a connection is there.
+SHAPES_SINCE = {
+    Direction.UPLOAD: ("5.10", "socket storage for programs of cgroups"),
+    Direction.DOWNLOAD: ("6.1", "bpf_getsockopt of TCP_WINDOW_CLAMP"),
+}
+# From then on a program at the setsockopt hook can adopt connections that are open; before, only
+# uploads are shaped, from user space.
+ADOPTS_SINCE = "6.12"
 METHODS = {Direction.UPLOAD: "pace", Direction.DOWNLOAD: "window"}
 # A receive window is no means on a way as short as that between two namespaces.
 WAYS = {Direction.UPLOAD: 0.0, Direction.DOWNLOAD: 0.02}
@@ -115,10 +124,11 @@ def rate_over(cgroup: Cgroup, direction: Direction, seconds: float) -> float:
 
 
 def need_shaping(live: Throttle, direction: Direction) -> None:
-    """Skip where this kernel cannot shape; it says why."""
+    """Skip where this kernel is too old to shape; on others it has to."""
     how = live.how()[direction]
     if how["shape"] == "police":
-        pytest.skip(how["shape_reason"])
+        needs_release(*SHAPES_SINCE[direction])
+    assert how["shape"] == METHODS[direction], how["shape_reason"]
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -205,10 +215,11 @@ def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
 def need_to_shape_open(
     live: Throttle, shaped_by: str, direction: Direction = Direction.UPLOAD
 ) -> None:
-    """Skip where this kernel does not adopt open connections."""
+    """Skip where this kernel is too old to adopt open connections; on others it has to."""
     need_shaping(live, direction)
-    if shaped_by == "kernel" and "open_connections" in live.how()[direction]:
-        pytest.skip("this kernel does not adopt connections that were open before (6.12)")
+    if shaped_by == "kernel":
+        needs_release(ADOPTS_SINCE, "a program at the setsockopt hook that adopts open connections")
+        assert "open_connections" not in live.how()[direction]
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -233,6 +244,8 @@ def test_an_open_connection_is_shaped_too(
     assert ratio <= 1.2  # a fast one is still being caught
     if direction is Direction.UPLOAD:
         assert ratio >= 0.9
+    by_kernel = shaped_by == "kernel" and running() >= parse(ADOPTS_SINCE)
+    if direction is Direction.UPLOAD or by_kernel:
         assert adopted
     assert after.max_pacing == before.max_pacing
     assert after.clamp >= before.clamp

@@ -6,13 +6,13 @@ import ctypes
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
 
 import pytest
+from since import needs_command
 
 from pybpfthrottle.backends.ebpf import programs, records
 from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
@@ -79,8 +79,7 @@ def test_a_source_is_the_one_that_the_objects_were_built_of(name):
 def test_the_sources_give_the_objects():
     """Built again, the objects are the same, byte for byte."""
     for tool in ("clang-14", "llvm-strip-14"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool}")
+        needs_command(tool)
     check = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "build_prebuilt"), "--check"],
         cwd=ROOT,

@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 
 import pytest
+from since import needs_option, needs_release
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
@@ -84,8 +85,8 @@ class Types:
 @pytest.fixture(scope="module")
 def types():
     """What the running kernel says of its own types."""
-    if not VMLINUX.exists():
-        pytest.skip("needs the kernel's types (/sys/kernel/btf/vmlinux, CONFIG_DEBUG_INFO_BTF)")
+    needs_release("5.4")
+    needs_option("CONFIG_DEBUG_INFO_BTF", works=VMLINUX.exists())
     return Types(VMLINUX.read_bytes())
 
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
 import pytest
 from compiled import compiled
 from hypothesis import given
 from hypothesis import strategies as st
+from since import needs_command
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf.obj import asm, disasm, elf
@@ -62,8 +62,7 @@ def as_llvm_writes(text):
 @pytest.mark.parametrize("name", ["values", "ring"])
 def test_an_objects_code_is_llvm_objdumps(tmp_path, name, cpu):
     """Each function's instructions are what llvm-objdump shows, but for its spelling."""
-    if shutil.which("llvm-objdump-14") is None:
-        pytest.skip("needs llvm-objdump-14")
+    needs_command("llvm-objdump-14")
     path = tmp_path / "object.o"
     path.write_bytes(compiled(name, f"-mcpu={cpu}"))
     shown = subprocess.run(

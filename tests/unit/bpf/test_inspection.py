@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 
 import pytest
 from compiled import compiled
+from since import needs_command
 
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.errors import ObjectFileError
@@ -31,8 +31,7 @@ def needed(name: str, *flags: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", FIXTURES)
 def test_sections_are_those_of_readelf(name: str, tmp_path) -> None:
     """The names, sizes and flags of all sections are readelf's."""
-    if shutil.which("readelf") is None:
-        pytest.skip("needs readelf")
+    needs_command("readelf")
     path = tmp_path / "built.o"
     path.write_bytes(compiled(name))
     text = subprocess.run(
@@ -49,8 +48,7 @@ def test_sections_are_those_of_readelf(name: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", FIXTURES)
 def test_types_are_as_many_as_bpftool_finds(name: str, tmp_path) -> None:
     """The number of types of each kind is bpftool's."""
-    if shutil.which("bpftool") is None:
-        pytest.skip("needs bpftool")
+    needs_command("bpftool")
     path = tmp_path / "built.o"
     path.write_bytes(compiled(name))
     done = subprocess.run(

@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+from since import needs_machine
 
 from pybpfthrottle import settings
 from pybpfthrottle.errors import SettingsError
@@ -161,9 +162,9 @@ def test_a_file_that_others_can_write_is_refused(config):
         settings.load(environment={}, files=[config("", mode=0o666)])
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
 def test_as_root_a_file_of_another_user_is_refused(config):
     """Root reads only what is root's own."""
+    needs_machine("root, to give a file away", found=os.geteuid() == 0)
     path = config("")
     os.chown(path, 65534, 65534)
     with pytest.raises(SettingsError, match="belongs to another user"):

@@ -140,7 +140,6 @@ def test_a_column_that_nothing_is_in_is_left_out():
 
 def test_a_picture_shows_what_is_near_the_limit(tmp_path):
     """Each method whose rate ever comes near the limit has its line and its name."""
-    pytest.importorskip("matplotlib")
     free = outcome()._replace(timeline=[10 << 20, 10 << 20])
     cell = CellResult(CELL, {"police": [outcome()], "unlimited": [free]})
     picture.draw(Result(8, 1, {}, [cell]), tmp_path / "rates.svg")

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +38,23 @@ def loaded_by(statement):
 def test_the_library_loads_no_package_that_it_may_not_need(module):
     """Importing the library loads neither click nor rich, nor pyelftools before it is needed."""
     assert loaded_by(f"import {module}") & HEAVY == set()
+
+
+def scripts():
+    """The Python in strings of tests and tools, where no other check would read it."""
+    for path in sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and "\nfrom pybpfthrottle" in str(node.value):
+                yield f"{path.name}:{node.lineno}", node.value
+
+
+@pytest.mark.parametrize("script", [pytest.param(text, id=place) for place, text in scripts()])
+def test_what_a_script_imports_is_there(script):
+    """The modules and names that a script in a string imports exist."""
+    for module, names in re.findall(r"^from (pybpfthrottle\S*) import ([\w, ]+)$", script, re.M):
+        found = importlib.import_module(module)
+        for name in names.split(", "):
+            assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}")
 
 
 def test_reading_an_object_loads_pyelftools_only():
