@@ -186,8 +186,9 @@ class FoundThrottle:
 
     def _detach(self) -> None:
         """Detach its programs from cgroups. Those at tracepoints end with its owner."""
-        some_map = next(iter(_map_ids(self._found).values()))
-        ours = registry.programs_of(some_map)
+        ids = _map_ids(self._found)
+        # All of them hold the record; before there was one, there was but one object.
+        ours = registry.programs_of(ids.get(RECORD) or next(iter(ids.values())))
         for link in links.all_infos():
             if link.program_id in ours and link.type == LinkType.CGROUP:
                 # Linux 5.9; before, the programs stay and let all pass.

@@ -142,6 +142,7 @@ class EbpfThrottle:
             guard = Guard(self._holders, self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
+        self._load_gate()
         if order.cgroups:
             self._limit_cgroups(order.cgroups)
         if order.processes is not None:
@@ -274,26 +275,38 @@ class EbpfThrottle:
         except OSError as error:
             self._no_gate = f"its keeper cannot be started: {error}"
 
-    def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
-        """Attach the gate. Without it the receive window is moved by the kernel alone."""
+    def _load_gate(self) -> None:
+        """Load the gate, and wait for its keeper, before anything is attached."""
         if self._gate is None:
-            self._bucket.begin({"gate": self._no_gate})
             return
         (program,) = programs.with_role(Role.GATE)
         try:
-            if program.name not in self._programs:
-                loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
-                self._loaded.callback(loaded.close)
-                self._programs.update(loaded.programs)
-                self._maps.update(loaded.maps)
-                self._gate.open(self._maps)
-            self._place(self._everywhere(program, cgroups))
-        except BpfError as error:
+            if SOCKETS not in self._maps:
+                raise ThrottleError("nothing is shaped")
+            loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
+        except (BpfError, ThrottleError) as error:
+            self._end_gate(str(error))
+            return
+        self._loaded.callback(loaded.close)
+        self._programs.update(loaded.programs)
+        self._maps.update(loaded.maps)
+        self._gate.open(self._maps)
+
+    def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
+        """Attach the gate. Without it the receive window is moved by the kernel alone."""
+        if self._gate is not None:
+            (program,) = programs.with_role(Role.GATE)
+            try:
+                self._place(self._everywhere(program, cgroups))
+            except AttachError as error:
+                self._end_gate(str(error))
+        self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
+
+    def _end_gate(self, why: str) -> None:
+        if self._gate is not None:
             self._gate.close()
             self._gate = None
-            self._bucket.begin({"gate": str(error)})
-        else:
-            self._bucket.begin({})
+        self._no_gate = why
 
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
         yield from self._policers(Scope.MARKED, cgroups)
