@@ -122,8 +122,9 @@ def limit_options(function: F) -> F:
             click.option(
                 "--shape",
                 type=click.Choice(SHAPES),
-                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads,"
-                " or by dropping packets (police). auto (the default) chooses.",
+                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads"
+                " (opened by a process: gate; by the kernel alone: window), or by dropping packets"
+                " (police). auto (the default) chooses.",
             ),
             click.option(
                 "--download-backend",

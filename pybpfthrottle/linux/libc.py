@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from typing import Any, Iterable
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+# include/uapi/linux/time.h, timerfd.h
+_CLOCK_MONOTONIC = 1
+_TIMER = struct.Struct("@qqqq")  # struct itimerspec: the period, and the first time
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:
@@ -41,6 +45,27 @@ def signalfd(numbers: Iterable[int]) -> int:
     if result < 0:
         raise _error("signalfd")
     return result
+
+
+def prctl(option: int, value: int) -> None:
+    """Change something of this process or thread (man 2 prctl). Raises OSError."""
+    if _libc().prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        raise _error("prctl")
+
+
+def timerfd_create() -> int:
+    """Return a timer's descriptor, on CLOCK_MONOTONIC; the caller closes it. Raises OSError."""
+    fd = int(_libc().timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        raise _error("timerfd_create")
+    return fd
+
+
+def timerfd_settime(fd: int, wait_ns: int) -> None:
+    """Have a timer's descriptor be readable after a time; 0: never. Raises OSError."""
+    value = _TIMER.pack(0, 0, *divmod(wait_ns, 1_000_000_000))
+    if _libc().timerfd_settime(fd, 0, value, None):
+        raise _error("timerfd_settime")
 
 
 def klogctl(kind: int, buffer: Any, size: int) -> int:

@@ -49,13 +49,13 @@ def test_the_duration_ends_it(tool, scratch, attached):
     assert attached(cgroup) == ()
 
 
-def test_one_direction_alone_attaches_one_program(tool, scratch, attached, eventually):
-    """Without an upload limit nothing is attached at egress."""
+def test_one_direction_alone_attaches_one_program(tool, scratch, limits_on, eventually):
+    """Without a download limit nothing is attached at ingress."""
     cgroup = scratch.cgroup()
-    process = tool.start("--cgroup", cgroup.path, "--download-limit", "1M", "-q")
-    eventually(lambda: attached(cgroup))
+    process = tool.start("--cgroup", cgroup.path, "--upload-limit", "1M", "-q")
+    eventually(lambda: limits_on(cgroup))
     fd = cgroup.open()
-    found = links.query(fd, AttachType.CGROUP_INET_EGRESS).program_ids
+    found = links.query(fd, AttachType.CGROUP_INET_INGRESS).program_ids
     os.close(fd)
     assert found == ()
     process.terminate()

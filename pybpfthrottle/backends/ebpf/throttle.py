@@ -6,13 +6,24 @@ import dataclasses
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from pybpfthrottle.backends import Match, Order
 from pybpfthrottle.backends.ebpf import connections, programs
 from pybpfthrottle.backends.ebpf.attach import attach, rung
-from pybpfthrottle.backends.ebpf.bucket import Bucket, shaping_for
+from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
+from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.marks import Marks
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
@@ -34,7 +45,7 @@ from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
-from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.settings import SHAPES, AttachPolicy
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.targets import Selection
 
@@ -91,6 +102,8 @@ class EbpfThrottle:
         # Where connections of processes are shaped.
         self._marked_cgroups: Sequence[Cgroup] = ()
         self._connections: Optional[Connections] = None
+        self._gate: Optional[Gate] = None
+        self._no_gate = "it was not asked for"
         self._notes: list[str] = []
         self._removed_by_others = False
         self._generation = 0
@@ -151,6 +164,7 @@ class EbpfThrottle:
 
     def _prepare(self) -> None:
         order = self._order
+        self._start_gate()
         if order.cgroups:
             self._load(Scope.ALL)
         if order.processes is not None:
@@ -169,6 +183,7 @@ class EbpfThrottle:
             guard = Guard(self._holders, self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
+        self._load_gate()
         if order.processes is not None:
             self._marks = Marks(order.processes, self._maps, self._adopting_marked)
             self._followed.callback(self._marks.close)
@@ -225,15 +240,16 @@ class EbpfThrottle:
                 program.name,
                 "Ingress" if direction is Direction.DOWNLOAD else "Egress",
             )
-        self._begin(refused)
+        self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
 
     def _wants_shaping(self) -> bool:
-        return any(
-            shaping_for(direction, rate, self._options.shape.get(direction, "auto")).flags
-            for direction, rate in self._order.limits.items()
-        )
+        return any(self._wanted(direction).flags for direction in self._order.limits)
 
-    def _begin(self, cannot_shape: Optional[str]) -> None:
+    def _wanted(self, direction: Direction) -> Shaping:
+        shape = self._options.shape.get(direction, "auto")
+        return shaping_for(direction, self._order.limits[direction], shape)
+
+    def _begin(self, refused: Optional[Mapping[str, str]]) -> None:
         """Put the rates in force, before anything is attached."""
         if not hasattr(self, "_bucket"):
             self._bucket = Bucket(
@@ -243,7 +259,8 @@ class EbpfThrottle:
                 shapes=self._options.shape,
                 owner=process.identity(),
             )
-        self._bucket.begin(cannot_shape)
+        # Without its keeper a gate would have nothing open: it comes last.
+        self._bucket.begin(refused or {"gate": "it is not open yet"})
 
     # Attaching.
 
@@ -291,13 +308,58 @@ class EbpfThrottle:
         try:
             self._place(self._everywhere(shaper, cgroups))
         except AttachError as error:
-            self._bucket.begin(str(error))
+            self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             return False
         if self._connections is None:
             self._connections = Connections(
                 self._maps, self._bucket, limited=self._pids, holders=self._holders
             )
+        self._open_gate(cgroups)
         return True
+
+    def _start_gate(self) -> None:
+        """Begin to start the gate's keeper, where downloads are to go by it: it takes a while."""
+        download = Direction.DOWNLOAD
+        if download not in self._order.limits or self._wanted(download).method != "gate":
+            return
+        try:
+            self._gate = Gate(self._pids)
+            self._guarded.callback(self._gate.close)
+        except OSError as error:
+            self._no_gate = f"its keeper cannot be started: {error}"
+
+    def _load_gate(self) -> None:
+        """Load the gate, and wait for its keeper, before anything is attached."""
+        if self._gate is None:
+            return
+        (program,) = programs.with_role(Role.GATE)
+        try:
+            if SOCKETS not in self._maps:
+                raise ThrottleError("nothing is shaped")
+            loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
+        except (BpfError, ThrottleError) as error:
+            self._end_gate(str(error))
+            return
+        self._loaded.callback(loaded.close)
+        self._programs.update(loaded.programs)
+        self._maps.update(loaded.maps)
+        self._gate.open(self._maps)
+
+    def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
+        """Attach the gate. Without it the receive window is moved by the kernel alone."""
+        if self._gate is not None:
+            (program,) = programs.with_role(Role.GATE)
+            try:
+                self._place(self._everywhere(program, cgroups))
+            except AttachError as error:
+                self._end_gate(str(error))
+        self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
+
+    def _end_gate(self, why: str) -> None:
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+        self._no_gate = why
 
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
         yield from self._policers(Scope.MARKED, cgroups)
@@ -407,7 +469,7 @@ class EbpfThrottle:
             spec=spec.to_json(),
             cgroups=cgroups or list(dict.fromkeys(one.target.path for one in self._placed)),
             attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
-            cannot_shape=self._bucket.cannot_shape,
+            refused=self._bucket.refused,
         )
         self._generation = self._record.write(self._fields)
 
@@ -490,8 +552,12 @@ class EbpfThrottle:
 
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each."""
-        shaping = self._bucket.shapes_not_kept()
-        return [*self._notes, *shaping, *(self._marks.notes() if self._marks else ())]
+        return [
+            *self._notes,
+            *self._bucket.shapes_not_kept(),
+            *(self._marks.notes() if self._marks else ()),
+            *(self._gate.notes() if self._gate else ()),
+        ]
 
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""
@@ -500,6 +566,8 @@ class EbpfThrottle:
             found.append(self._marks)
         if self._connections is not None:
             found += self._connections.chores()
+        if self._gate is not None:
+            found.append(self._gate)
         return found
 
     def removed_by_others(self) -> bool:
