@@ -63,6 +63,7 @@
 #define MOST_GATE_WAY_US 200000
 #define GATE_AFTER_BYTES 6000 /* in an epoch: small flows never meet the keeper */
 #define LEAST_GATE_BYTES 256
+#define GATE_SLACK_NS (330 * MS)
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
 
 /* The start of the context, as in linux/bpf.h. */
@@ -301,7 +302,8 @@ always_inline void hurry_acknowledgements(struct bpf_sock_ops *ctx)
  * promise, so that TCP's autotuning has nothing to recover from.
  */
 always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
-				 struct throttle_config *config, __u64 now)
+				 struct throttle_config *config, struct throttle_bucket *bucket,
+				 __u64 now)
 {
 	__u32 zero = 0, value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
@@ -321,6 +323,9 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	if (socket->gate == GATE_READY && !socket->gated &&
 	    ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES)
 		socket->gated = 1;
+	/* What was asked for is on its way, and to drop it would only make it come twice. */
+	if (socket->gated && bucket->slack_ns < GATE_SLACK_NS)
+		bucket->slack_ns = GATE_SLACK_NS;
 	way_us = gate->round_trip_ns / 1000;
 	if (way_us > MOST_GATE_WAY_US)
 		way_us = MOST_GATE_WAY_US;
@@ -532,7 +537,7 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 		pace(ctx, socket, upload, upload_bucket, now);
 	if (!moves)
 		restore_clamp(ctx, socket);
-	else if (gates && clamp_for_gate(ctx, socket, download, now))
+	else if (gates && clamp_for_gate(ctx, socket, download, download_bucket, now))
 		return 1;
 	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
 		clamp(ctx, socket, download, download_bucket, now);

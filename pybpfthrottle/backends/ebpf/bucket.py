@@ -42,13 +42,8 @@ MOST_FOR_GATE = Rate(100_000_000)
 # yet: it makes up for the slow start of TCP in the first seconds. Behind a receive window nobody
 # waits for a timeout. What shaped connections may owe beyond it the shaper itself adds.
 _POLICED = (150 * _MS, 100 * _MS)
-# Behind the gate what comes was asked for, and dropping it would only make it come twice.
-_BURSTS = {
-    "police": _POLICED,
-    "pace": _POLICED,
-    "window": (50 * _MS, 20 * _MS),
-    "gate": (50 * _MS, 350 * _MS),
-}
+_WINDOW = (50 * _MS, 20 * _MS)
+_BURSTS = {"police": _POLICED, "pace": _POLICED, "window": _WINDOW, "gate": _WINDOW}
 _FLAGS = {
     "police": 0,
     "pace": ThrottleFlags.PACE,

@@ -69,9 +69,9 @@ def passed(live: throttle.Throttle, seconds: float) -> float:
 
 def test_one_throttle_attaches_what_was_asked_for_and_takes_it_away(scratch: Cgroup) -> None:
     """A limit for a direction is one program at that hook, until it is removed."""
-    with throttle.apply([scratch], {Direction.DOWNLOAD: Rate.parse("1M")}) as live:
+    with throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("1M")}) as live:
         assert len(attached(scratch)) == 1
-        assert live.counters() == {Direction.DOWNLOAD: Counters()}
+        assert live.counters() == {Direction.UPLOAD: Counters()}
     assert attached(scratch) == []
     live.remove()
 
