@@ -12,7 +12,8 @@ from http.server import ThreadingHTTPServer
 
 from pybpfthrottle.demo import peer
 
-FILE_BYTES = 400_000
+# Long enough for a page to show a rate, not only the burst, at 1 MB/s.
+FILE_BYTES = 4_000_000
 
 
 class FarEnd(peer.Handler):
