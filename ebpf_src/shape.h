@@ -58,6 +58,13 @@
 #define MOST_FIRST_PACKETS 10
 #define FIRST_PACKET_SHARE 72500 /* so that it is 20 ms' worth */
 
+#define TCP_BPF_DELACK_MAX 1003
+#define GATE_WINDOW_US 8000 /* what the kernel may promise beyond two round trips */
+#define MOST_GATE_WAY_US 200000
+#define GATE_AFTER_BYTES 6000 /* in an epoch: small flows never meet the keeper */
+#define LEAST_GATE_BYTES 256
+#define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
+
 /* The start of the context, as in linux/bpf.h. */
 struct bpf_sock_ops {
 	__u32 op;
@@ -115,12 +122,8 @@ struct {
 	__type(value, struct throttle_flows);
 } CGROUP_FLOWS SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u32);
-	__type(value, struct throttle_socket);
-} SOCKETS SEC(".maps");
+#include "sockets.h"
+#include "gate.h"
 
 /* The counts of an epoch, which begins when it is asked for first. */
 always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
@@ -168,14 +171,16 @@ always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, _
  * What a connection may send before it is known how many share the limit. Many may begin at once;
  * those that begin later get less.
  */
-always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now)
+always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now, int begins)
 {
 	struct throttle_flows *flows = flows_of(direction, now >> EPOCH_SHIFT);
 	__u64 packets = rate / FIRST_PACKET_SHARE;
 
-	if (flows) {
+	if (flows && begins) {
 		packets /= flows->begun + 1;
 		__sync_fetch_and_add(&flows->begun, 1);
+	} else if (flows && flows->begun) {
+		packets /= flows->begun;
 	}
 	if (packets < LEAST_FIRST_PACKETS)
 		return LEAST_FIRST_PACKETS;
@@ -232,7 +237,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
 	if (!socket->pacing) {
-		packets = first_packets(THROTTLE_UPLOAD, config->rate_bytes_per_s, now);
+		packets = first_packets(THROTTLE_UPLOAD, config->rate_bytes_per_s, now, 1);
 		if (packets < MOST_FIRST_PACKETS)
 			bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, &packets, sizeof(packets));
 	}
@@ -271,6 +276,65 @@ always_inline int has_to_stop(struct throttle_socket *socket, int few, __u64 fai
 
 	socket->stop = (before & 0xffff) + (over < under ? (over << 16) / under : 1 << 16);
 	return socket->stop >> 16;
+}
+
+/*
+ * An acknowledgement that TCP puts off, for 40 ms where less than two segments came, would keep its
+ * sender from getting more. Twice the kernel's tick is the least that it takes.
+ */
+always_inline void hurry_acknowledgements(struct bpf_sock_ops *ctx)
+{
+	__u32 most_us = 2000;
+
+	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us)))
+		return;
+	most_us = 8000;
+	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us)))
+		return;
+	most_us = 20000;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us));
+}
+
+/*
+ * Where the gate's keeper opens the window, the kernel has only to keep from promising much by
+ * itself: with data that is sent, and until the keeper has a connection in hand. Always the same
+ * promise, so that TCP's autotuning has nothing to recover from.
+ */
+always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
+				 struct throttle_config *config, __u64 now)
+{
+	__u32 zero = 0, value;
+	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
+	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
+	__u64 bytes, least, way_us;
+
+	if (!gate || !gate->alive)
+		return 0;
+	if (socket->gate != GATE_READY && ctx->bytes_received > GATE_PATIENCE_BYTES)
+		return 0;
+	if (!socket->segment) {
+		socket->segment = ctx->mss_cache;
+		socket->first = first_packets(THROTTLE_DOWNLOAD, config->rate_bytes_per_s, now, 0);
+		hurry_acknowledgements(ctx);
+	}
+	count_flows(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s, now);
+	if (socket->gate == GATE_READY && !socket->gated &&
+	    ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES)
+		socket->gated = 1;
+	way_us = gate->round_trip_ns / 1000;
+	if (way_us > MOST_GATE_WAY_US)
+		way_us = MOST_GATE_WAY_US;
+	bytes = config->rate_bytes_per_s / 1000 * (GATE_WINDOW_US + 2 * way_us) / 1000;
+	least = 2 * socket->segment + LEAST_GATE_BYTES;
+	if (bytes < least)
+		bytes = least;
+	if (!socket->gated)
+		bytes = socket->first * socket->segment;
+	value = bytes < 1 << 30 ? bytes : 1 << 30;
+	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
+		return 0;
+	socket->clamp = value;
+	return 1;
 }
 
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
@@ -404,7 +468,7 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 		clamp = USUAL_CLAMP;
 		bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
 	}
-	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns());
+	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns(), 1);
 }
 
 /* Whether a limit is to be kept in a way, which this kernel has not refused. */
@@ -422,7 +486,7 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	struct throttle_bucket *download_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
 	struct throttle_socket *socket = 0;
 	int starts = 0;
-	__u32 paces, moves;
+	__u32 paces, moves, gates;
 	__u64 now;
 
 	HOLD_RECORD();
@@ -430,6 +494,7 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 		return 1;
 	paces = does(upload, upload_bucket, THROTTLE_PACE);
 	moves = does(download, download_bucket, THROTTLE_WINDOW);
+	gates = does(download, download_bucket, THROTTLE_GATE);
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (moves)
@@ -467,6 +532,8 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 		pace(ctx, socket, upload, upload_bucket, now);
 	if (!moves)
 		restore_clamp(ctx, socket);
+	else if (gates && clamp_for_gate(ctx, socket, download, now))
+		return 1;
 	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
 		clamp(ctx, socket, download, download_bucket, now);
 	return 1;

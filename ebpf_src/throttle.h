@@ -14,6 +14,7 @@ typedef unsigned char __u8;
 typedef unsigned short __u16;
 typedef unsigned int __u32;
 typedef unsigned long long __u64;
+typedef int __s32;
 typedef long long __s64;
 
 /* The key into each map. */
@@ -27,6 +28,7 @@ enum throttle_flags {
 	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
 	THROTTLE_PACE = 2,     /* uploads: TCP sends at the rate */
 	THROTTLE_WINDOW = 4,   /* downloads: TCP's receive window moves at the rate */
+	THROTTLE_GATE = 8,     /* downloads: the gate's keeper opens the window, where it can */
 };
 
 /* How a record begins. Version 1 had a shorter configuration, and no struct throttle_record. */
@@ -49,6 +51,22 @@ enum throttle_shift {
 enum throttle_slack {
 	PACING_SLACK_NS = 300 * 1000 * 1000,
 	POLICE_SLACK_NS = 180 * 1000 * 1000, /* up to the policer's own burst */
+};
+
+enum throttle_gate_bounds {
+	GATE_NAMESPACES = 8,    /* network namespaces that a keeper serves for one throttle */
+	GATE_UNGATED = 64,      /* connections that are left to the kernel, by their cookie */
+	GATE_PACKET_BYTES = 100, /* the headers of an acknowledgement */
+	GATE_RING_BYTES = 1 << 18,
+	GATE_STALE_NS = 60 * 1000 * 1000, /* what waits longer waits for nobody */
+};
+
+/* Whether the keeper can send for a connection. */
+enum throttle_gate_state {
+	GATE_UNKNOWN = 0,
+	GATE_READY = 1,
+	GATE_NEVER = 2,
+	GATE_ASKED = 3, /* not yet: the keeper has been told of its network namespace */
 };
 
 /* The law of pacing, by which user space paces what the kernel does not adopt. */
@@ -124,6 +142,46 @@ struct throttle_socket {
 	__u32 original_clamp;
 	__u32 stop; /* how much of a stop is due, in 65536ths */
 	__u32 promised; /* bytes of a window from before the limit that are still to come */
+	__u32 segment;  /* the most bytes in one of its segments, as far as it is known */
+	__u32 first;    /* the packets of its first window */
+	__u32 gate;     /* enum throttle_gate_state */
+	__u32 gated;    /* whether its acknowledgements go by way of the keeper */
+	__u32 window_scale;
+	__u32 edge_known;
+	__u32 edge; /* the sequence number up to which its sender may send, as told by the kernel */
+	__u32 network; /* the inode of its network namespace */
+};
+
+/*
+ * The gate of one throttle. Written by its keeper, but for the last two: `taken` is the programs',
+ * and both set `oldest_ns`, since when an acknowledgement waits for the keeper: the programs where it
+ * is 0, the keeper to 0 when it looks.
+ */
+struct throttle_gate {
+	__u32 alive; /* whether the keeper serves it */
+	__u32 reserved;
+	__u64 next_due_ns;   /* when the keeper is going to open a window; 0: none waits */
+	__u64 round_trip_ns; /* the longest that it has seen */
+	__u32 namespaces[GATE_NAMESPACES]; /* the inodes of those that it can send in */
+	__u64 ungated[GATE_UNGATED];
+	__u64 taken;
+	__u64 oldest_ns;
+};
+
+/* An acknowledgement as the keeper gets it. */
+struct throttle_ack {
+	__u64 cookie; /* of the socket */
+	__u64 at_ns;
+	__u32 edge;    /* struct throttle_socket's */
+	__u32 payload; /* bytes of data that it was sent with */
+	__u32 mark;
+	__u32 network; /* the inode of its network namespace */
+	__u32 segment;
+	__u8 length; /* of its headers in bytes */
+	__u8 window_scale;
+	__u8 passed; /* it has left by itself, and is only to be known */
+	__u8 reserved[5];
+	__u8 packet[GATE_PACKET_BYTES]; /* its headers, with the socket's own addresses */
 };
 
 /* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */
@@ -145,8 +203,9 @@ enum throttle_record_flags {
 	THROTTLE_REMOVED = 2, /* somebody has taken the limit away; the owner ends */
 };
 
-/* Nothing has this type. It has the enums in the BTF of each object. */
+/* Nothing has this type. It has what no map's value tells in the BTF of each object. */
 union throttle_constants {
+	struct throttle_ack ack;
 	enum throttle_direction direction;
 	enum throttle_flags flags;
 	enum throttle_record_flags record_flags;
@@ -156,6 +215,8 @@ union throttle_constants {
 	enum throttle_slack slack;
 	enum throttle_pacing pacing;
 	enum throttle_pacing_rate pacing_rate;
+	enum throttle_gate_bounds gate_bounds;
+	enum throttle_gate_state gate_state;
 };
 
 /*

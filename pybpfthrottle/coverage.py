@@ -415,7 +415,7 @@ def _cannot_look(target: Process, error: OSError) -> ProcessError:
     if isinstance(error, PermissionError):
         return ProcessError(
             f"process {target.pid} ({target.name}) may not be looked into:"
-            " that needs root, or CAP_SYS_PTRACE"
+            f" {sockets.why_refused(error).text}"
         )
     return ProcessError(f"process {target.pid} ({target.name}) has ended")
 
@@ -434,7 +434,7 @@ def _why_unknown(error: OSError) -> str:
         )
     if error.errno == errno.EPERM:
         return (
-            "pidfd_getfd gives EPERM: to borrow its sockets needs root (CAP_SYS_PTRACE), and no"
-            " filter or security module that refuses it"
+            f"{error.filename} gives EPERM, its sockets cannot be borrowed:"
+            f" {sockets.why_refused(error).text}"
         )
     return f"its sockets cannot be borrowed: {error.strerror}"

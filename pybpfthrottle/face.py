@@ -66,7 +66,7 @@ def limit(
     target = Target(
         pids=_some(pid),
         names=_some(name),
-        executables=tuple(map(os.path.realpath, _some(exe))),
+        executables=tuple(map(os.fspath, _some(exe))),
         users=tuple(map(str, _some(user))),
         children=children,
         cgroups=_some(cgroup),

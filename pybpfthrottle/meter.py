@@ -18,6 +18,9 @@ from pybpfthrottle.throttle import Throttle
 
 # The rate is the mean over so many samples: TCP comes in bursts.
 _WINDOW_SAMPLES = 3
+# Less than this share of a limit is what connections say to stay alive.
+_IDLE_SHARE = 0.01
+_LARGEST_PACKET = 64 * 1024
 
 
 class Reading(NamedTuple):
@@ -29,6 +32,10 @@ class Reading(NamedTuple):
     counters: Counters
     # What the burst may have added to the actual rate.
     spare_bytes_per_s: float = 0.0
+    # Packets, in the time that the rate is of.
+    dropped: int = 0
+    # Of a whole time: the seconds in which something came, which the rate is of.
+    active_s: Optional[float] = None
 
     @property
     def ratio(self) -> Optional[float]:
@@ -40,15 +47,19 @@ class Reading(NamedTuple):
         """None where there is no limit."""
         if not self.limit:
             return None
-        # Where anything came at all it is not idle, however small the rest.
         steady = max(self.actual_bytes_per_s - self.spare_bytes_per_s, 0.0)
-        ratio = steady / self.limit.bytes_per_s
-        return Verdict.of(ratio or min(self.actual_bytes_per_s, 1e-9))
+        return Verdict.judge(
+            self.actual_bytes_per_s / self.limit.bytes_per_s,
+            steady / self.limit.bytes_per_s,
+            dropped=bool(self.dropped),
+        )
 
     def record(self) -> dict[str, Any]:
         """For JSON; rates in bytes per second."""
         ratio = self.ratio
+        active = {} if self.active_s is None else {"active_s": round(self.active_s, 3)}
         return {
+            **active,
             "limit": self.limit.bytes_per_s if self.limit else None,
             "actual": round(self.actual_bytes_per_s),
             "ratio": None if ratio is None else round(ratio, 4),
@@ -66,13 +77,88 @@ class Reading(NamedTuple):
             f" {self.verdict.value}"
         )
 
+    def short(self) -> str:
+        """``download 48.5 KB/s 0.97x ✅``."""
+        actual = format_rate(self.actual_bytes_per_s)
+        if self.verdict is None:
+            return f"{self.direction} {actual} no limit"
+        return f"{self.direction} {actual} {self.ratio:.2f}x {self.verdict.short}".rstrip()
+
+    def shortest(self) -> str:
+        """``↓48.5K 0.97x``."""
+        arrow = "↓" if self.direction is Direction.DOWNLOAD else "↑"
+        actual = format_rate(self.actual_bytes_per_s).removesuffix("B/s").replace(" ", "")
+        return f"{arrow}{actual}" + ("" if self.ratio is None else f" {self.ratio:.2f}x")
+
     def summary(self, elapsed_s: float) -> str:
         """The line, with how much there was in all."""
         share = self.counters.packets_dropped / max(1, self.counters.packets_total)
+        active_s = elapsed_s if self.active_s is None else self.active_s
+        idle = f"{active_s:.1f} of " if 0 < active_s < elapsed_s - 1 else ""
         return (
-            f"{self.line()}, {format_bytes(self.counters.bytes_passed)} in {elapsed_s:.1f} s,"
+            f"{self.line()}, {format_bytes(self.counters.bytes_passed)} in {idle}{elapsed_s:.1f} s,"
             f" {share:.1%} of packets dropped"
         )
+
+
+class _Span(NamedTuple):
+    """Some seconds, and the bytes that passed in them."""
+
+    seconds: float = 0.0
+    passed: int = 0
+
+    def plus(self, other: _Span) -> _Span:
+        return _Span(self.seconds + other.seconds, self.passed + other.passed)
+
+    @property
+    def rate(self) -> float:
+        return self.passed / self.seconds if self.seconds else 0.0
+
+
+class Activity:
+    """The time of one direction in which something came: what idle seconds are left out of.
+
+    A transfer begins and ends somewhere within a sample. So much of the first and the last one is
+    counted as it takes at the rate of those in between.
+    """
+
+    def __init__(self) -> None:
+        self.bursts = 1
+        self._done = _Span()
+        self._first, self._inner, self._last = _Span(), _Span(), _Span()
+        self._pause_s = 0.0
+
+    def add(self, seconds: float, passed: int, *, came: int, limit: Optional[Rate]) -> None:
+        """Take in a sample: what ``passed``, and what ``came`` with what was dropped."""
+        if came <= (limit.bytes_per_s * seconds * _IDLE_SHARE if limit else 0):
+            self._pause_s += seconds
+            return
+        # At a low limit one packet takes long: the limit itself makes such pauses.
+        if self._pause_s > (_LARGEST_PACKET / limit.bytes_per_s if limit else 0.0):
+            self._end()
+        if self._first.seconds:
+            self._inner = self._inner.plus(self._last).plus(_Span(self._pause_s, 0))
+            self._last = _Span(seconds, passed)
+        else:
+            self._first = _Span(seconds, passed)
+        self._pause_s = 0.0
+
+    def total(self) -> _Span:
+        """Return the seconds in which something came, and what passed in them."""
+        edges = [span for span in (self._first, self._last) if span.seconds]
+        # The longer one, where there is none in between: the other may be of a moment.
+        rate = self._inner.rate or max(edges, default=_Span()).rate
+        found = self._done.plus(self._inner)
+        for span in edges:
+            seconds = min(span.seconds, span.passed / rate) if rate else span.seconds
+            found = found.plus(_Span(seconds, span.passed))
+        return found
+
+    def _end(self) -> None:
+        if self._first.seconds:
+            self.bursts += 1
+        self._done = self.total()
+        self._first = self._inner = self._last = _Span()
 
 
 class Meter:
@@ -82,26 +168,17 @@ class Meter:
         self._throttle = throttle
         self._start = (time.monotonic(), throttle.counters())
         self._history = deque([self._start], maxlen=_WINDOW_SAMPLES + 1)
+        self._activities = {direction: Activity() for direction in self._start[1]}
 
     @property
     def elapsed_s(self) -> float:
-        """Since the meter was made."""
-        return time.monotonic() - self._start[0]
+        """From when the meter was made to the last look at the counters."""
+        return self._history[-1][0] - self._start[0]
 
     def sample(self) -> list[Reading]:
         """The rates over the last few samples."""
-        self._history.append((time.monotonic(), self._throttle.counters()))
-        return self._readings(self._history[0], self._history[-1])
-
-    def total(self) -> list[Reading]:
-        """The rates since the start."""
-        return self._readings(self._start, (time.monotonic(), self._throttle.counters()))
-
-    def _readings(
-        self,
-        first: tuple[float, dict[Direction, Counters]],
-        last: tuple[float, dict[Direction, Counters]],
-    ) -> list[Reading]:
+        self._look()
+        first, last = self._history[0], self._history[-1]
         elapsed = max(last[0] - first[0], 1e-6)
         return [
             Reading(
@@ -110,6 +187,42 @@ class Meter:
                 (counters.bytes_passed - first[1][direction].bytes_passed) / elapsed,
                 counters,
                 self._throttle.burst_bytes(direction) / elapsed,
+                counters.packets_dropped - first[1][direction].packets_dropped,
             )
             for direction, counters in last[1].items()
         ]
+
+    def total(self) -> list[Reading]:
+        """The rates since the start, over the time in which something came."""
+        self._look()
+        return [
+            self._total(direction, counters) for direction, counters in self._history[-1][1].items()
+        ]
+
+    def _look(self) -> None:
+        before, counters = self._history[-1]
+        now = (time.monotonic(), self._throttle.counters())
+        self._history.append(now)
+        for direction, activity in self._activities.items():
+            activity.add(
+                now[0] - before,
+                now[1][direction].bytes_passed - counters[direction].bytes_passed,
+                came=now[1][direction].bytes_total - counters[direction].bytes_total,
+                limit=self._throttle.limits[direction],
+            )
+
+    def _total(self, direction: Direction, counters: Counters) -> Reading:
+        activity = self._activities[direction]
+        active = activity.total()
+        # Too little for any second of it to count: it is a mean over all.
+        passed = active if active.seconds else _Span(self.elapsed_s, counters.bytes_passed)
+        seconds = max(passed.seconds, 1e-6)
+        return Reading(
+            direction,
+            self._throttle.limits[direction],
+            passed.passed / seconds,
+            counters,
+            self._throttle.burst_bytes(direction) * activity.bursts / seconds,
+            counters.packets_dropped,
+            active.seconds,
+        )

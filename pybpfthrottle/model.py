@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
 _MAX_DIGITS = 30
 
 ACCEPTED = (
-    "a number of bytes per second, with K, M or G (1024-based: 500K, 1.5M, 2GB),"
+    "a number of bytes per second, with K, M or G (1024-based: 500K, 1.5M, 2GB, 1MB/s),"
     " or of bits with kbit, mbit or gbit (1000-based: 8mbit)"
 )
 
@@ -37,18 +37,18 @@ class Direction(IntEnum):
 
 
 class Rate(NamedTuple):
-    """Bytes per second, from 1 KB/s to 100 GB/s."""
+    """Bytes per second, from 1000 B/s to 100 GB/s."""
 
     bytes_per_s: int
 
     @classmethod
     def parse(cls, text: str) -> Rate:
         """Read ``500K``, ``1.5MB`` or ``8mbit``; raises LimitError with what is accepted."""
-        given = text.strip().lower()
+        given = text.strip()
         match = _NUMBER.match(given)
         whole, fraction = match.groups() if match else ("", "")
         written = match.group() if match else ""
-        unit = given[len(written) :].strip()
+        unit = _unit(given[len(written) :].strip())
         known = unit in _BYTE_UNITS or unit in _BIT_UNITS
         # Other scripts have digits as well, and a K that becomes one of ours in lower case.
         if not (whole + fraction and known and text.isascii()):
@@ -72,8 +72,19 @@ class Rate(NamedTuple):
         return format_rate(self.bytes_per_s)
 
 
+def _unit(given: str) -> str:
+    """Return a unit in lower case, without ``/s`` where it cannot mean bits: 8mb/s may."""
+    unit = given.lower()
+    if not unit.endswith("/s"):
+        return unit
+    base = given[:-2].rstrip()
+    if base == "B":
+        return ""
+    return unit if base.endswith("b") else base.lower()
+
+
 def _refusal(text: str, number: str, unit: str) -> str:
-    if unit in ("kbps", "mbps", "gbps", "kbs", "mbs", "gbs", "kb/s", "mb/s", "gb/s"):
+    if re.fullmatch(r"[kmg]i?b(ps|/?s)", unit):
         letter = unit[0]
         return (
             f"{text!r} may mean bits or bytes: write {number}{letter}bit for bits"
@@ -82,9 +93,16 @@ def _refusal(text: str, number: str, unit: str) -> str:
     return f"{text!r} is no limit: give {ACCEPTED}"
 
 
-MIN_RATE = Rate(_K)
+MIN_RATE = Rate(1000)
 MAX_RATE = Rate(100 * _K**3)
-RANGE = "a limit is between 1 KB/s and 100 GB/s"
+RANGE = "a limit is between 1000 B/s and 100 GB/s"
+
+
+def printable(text: str) -> str:
+    """Return a text as one line: whatever is no text in it, as in names, is shown escaped."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
 
 
 def format_bytes(count: float) -> str:
@@ -132,9 +150,23 @@ class Verdict(Enum):
     """What the actual rate says of a limit."""
 
     IDLE = "idle"
+    BELOW = "below the limit"
+    BURST = "within the burst"
     THROTTLED = "✅ THROTTLED"
     OVER_LIMIT = "⚠️ OVER LIMIT"
     NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
+
+    @property
+    def short(self) -> str:
+        """Return it for a narrow terminal: one word or mark."""
+        return {
+            Verdict.IDLE: "idle",
+            Verdict.BELOW: "below",
+            Verdict.BURST: "burst",
+            Verdict.THROTTLED: "✅",
+            Verdict.OVER_LIMIT: "⚠️ OVER",
+            Verdict.NOT_WORKING: "⚠️ FAILS",
+        }[self]
 
     @classmethod
     def of(cls, ratio: float) -> Verdict:
@@ -144,6 +176,20 @@ class Verdict(Enum):
         if ratio > 1.5:
             return cls.NOT_WORKING
         return cls.OVER_LIMIT if ratio > 1.1 else cls.THROTTLED
+
+    @classmethod
+    def judge(cls, ratio: float, steady: float, *, dropped: bool) -> Verdict:
+        """On a ratio, and on what the burst leaves of it, ``steady``.
+
+        Below the limit nothing held it: it is less than 0.9 of it, and nothing was ``dropped``.
+        """
+        # Where anything came at all it is not idle, however small the rest.
+        found = cls.of(steady or min(ratio, 1e-9))
+        if found is not cls.THROTTLED:
+            return found
+        if cls.of(ratio) is not cls.THROTTLED:
+            return cls.BURST
+        return cls.BELOW if ratio < 0.9 and not dropped else cls.THROTTLED
 
 
 # None: unlimited, but counted.

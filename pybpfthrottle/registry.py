@@ -104,7 +104,9 @@ def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> 
     except OSError:  # who may not look cannot be told
         return
     others = [
-        record for record in known if _is_in_force(record) and record.owner != process.identity()
+        record
+        for record in known
+        if _is_in_force(record) and not process.same(record.owner, process.identity())
     ]
     own = [] if selection is None else list(selection.processes)
     for record in others:

@@ -14,7 +14,7 @@ from pybpfthrottle.errors import SettingsError
 from pybpfthrottle.model import Direction
 
 ATTACH_METHODS = ("auto", "link", "legacy")
-SHAPES = ("auto", "pace", "window", "police")
+SHAPES = ("auto", "pace", "gate", "window", "police")
 EGRESS_VERDICTS = ("auto", "congestion", "deny")
 BACKENDS = ("auto", "ebpf")
 

@@ -60,7 +60,10 @@ class Periodic:
 
     def run(self) -> None:
         """Do it."""
-        self.due_s = max(self.due_s, time.monotonic() - self._period_s) + self._period_s
+        now = time.monotonic()
+        self.due_s += self._period_s
+        if self.due_s <= now:  # it was stopped meanwhile
+            self.due_s = now + self._period_s
         self._work()
 
 

@@ -11,6 +11,7 @@ from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Target
 
@@ -28,7 +29,7 @@ class Selection(NamedTuple):
 
     processes: tuple[Process, ...] = ()
     names: frozenset[str] = frozenset()
-    executables: frozenset[str] = frozenset()
+    executables: frozenset[Executable] = frozenset()
     users: frozenset[int] = frozenset()
     children: bool = True
     new_sockets: bool = True
@@ -50,7 +51,7 @@ class Selection(NamedTuple):
         """Whether a process that is running matches."""
         return (
             (not self.names or _has_name(pid, self.names))
-            and (not self.executables or _executes(pid, self.executables))
+            and (not self.executables or any(one.runs_in(pid) for one in self.executables))
             and (not self.users or _user(pid) in self.users)
             and not process.is_kernel_thread(pid)
             and not process.has_ended(pid)
@@ -67,23 +68,12 @@ class Selection(NamedTuple):
             if self.names:
                 words.append(f"named {_any_of(self.names)}")
             if self.executables:
-                words.append(f"running {_any_of(self.executables)}")
+                words.append(f"running {_any_of(map(str, self.executables))}")
             if self.users:
                 words.append(f"of {_any_of({user_name(uid) for uid in self.users})}")
             parts.append(" ".join(words))
         they = "they start" if len(self.processes) > 1 or self.matches_some else "it starts"
         return " and ".join(parts) + (f", and what {they}" if self.children else "")
-
-
-def executable(path: str) -> str:
-    """The path of an executable. Raises ProcessError for a script, which an interpreter runs."""
-    with suppress(OSError), open(path, "rb") as file:
-        if file.read(2) == b"#!":
-            raise ProcessError(
-                f"{path} is a script: its processes run the interpreter. Choose them by --name, or"
-                " by --exe with the interpreter"
-            )
-    return path
 
 
 def user_id(text: str) -> int:
@@ -122,19 +112,6 @@ def _has_name(pid: int, names: frozenset[str]) -> bool:
     return False
 
 
-def _executes(pid: int, paths: frozenset[str]) -> bool:
-    link = f"/proc/{pid}/exe"
-    for path in paths:
-        # The second holds while an update has put another file in its place.
-        with suppress(OSError):
-            if os.path.samefile(link, path):
-                return True
-        with suppress(OSError):
-            if os.readlink(link) == f"{os.path.realpath(path)} (deleted)":
-                return True
-    return False
-
-
 def _user(pid: int) -> int:
     """The effective user; -1 if the process is gone."""
     with suppress(OSError), open(f"/proc/{pid}/status", errors="replace") as file:
@@ -149,7 +126,7 @@ def select(target: Target) -> Selection:
     return Selection(
         tuple(Process(pid) for pid in dict.fromkeys(target.pids)),
         frozenset(target.names),
-        frozenset(map(executable, target.executables)),
+        frozenset(map(Executable, target.executables)),
         frozenset(map(user_id, target.users)),
         children=target.children,
     )
@@ -162,7 +139,7 @@ def target_of(selection: Optional[Selection], chosen: Sequence[Cgroup] = ()) -> 
     return Target(
         pids=tuple(one.pid for one in selection.processes),
         names=tuple(sorted(selection.names)),
-        executables=tuple(sorted(selection.executables)),
+        executables=tuple(sorted(map(str, selection.executables))),
         users=tuple(sorted(map(user_name, selection.users))),
         children=selection.children,
     )

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
+import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
 from pybpfthrottle import registry, targets
-from pybpfthrottle.backends import Backend, Match, Offer, Order, Part, Record, all_backends
+from pybpfthrottle.backends import (
+    Backend,
+    Executions,
+    Match,
+    Offer,
+    Order,
+    Part,
+    Ready,
+    Record,
+    all_backends,
+)
 from pybpfthrottle.backends import get as get_backend
-from pybpfthrottle.errors import Error, NoMarksError, ThrottleError
+from pybpfthrottle.errors import Error, NoMarksError, ProcessError, ThrottleError
 from pybpfthrottle.linux import own_cgroups
-from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.linux.cgroup import Cgroup, locked, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
 from pybpfthrottle.supervisor import Chore, Driver, InThread, OnEventLoop
@@ -44,6 +58,7 @@ class Throttle:
         undo: ExitStack,
         *,
         own: bool = True,
+        ids: Optional[Mapping[Cgroup, int]] = None,
     ) -> None:
         self.id = throttle_id
         self.spec = spec
@@ -60,6 +75,10 @@ class Throttle:
         self.plan_notes: tuple[str, ...] = ()
         paths = ", ".join(cgroup.path for cgroup in self.cgroups)
         self.what = paths if selection is None else str(selection)
+        # Of the cgroups that were meant: others may be made at their paths later.
+        self._ids = dict(ids or _ids(self.cgroups))
+        self._comings: Optional[Comings] = None
+        self._said: dict[str, None] = {}
 
     @property
     def limits(self) -> Limits:
@@ -115,7 +134,7 @@ class Throttle:
 
     def vanished(self) -> bool:
         """Whether nothing is left to limit, and nothing can come."""
-        if any(cgroup.exists() for cgroup in self.cgroups):
+        if self._comings is not None or len(self._gone()) < len(self.cgroups):
             return False
         if self.selection is None:
             return True
@@ -139,11 +158,17 @@ class Throttle:
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each; more may come with time."""
         found = self._do(lambda: [note for part in self._distinct_parts() for note in part.notes()])
-        return list(dict.fromkeys([*self.plan_notes, *found]))
+        gone = [] if self.vanished() else [self._says_gone(one) for one in self._gone()]
+        return list(dict.fromkeys([*self.plan_notes, *found, *self._said, *gone]))
+
+    def why_vanished(self) -> str:
+        """Return what has become of the cgroups that are gone, for people."""
+        return "; ".join(map(self._says_gone, self._gone()))
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while it is in force, for a supervisor."""
-        return [chore for part in self._distinct_parts() for chore in part.chores()]
+        found = [chore for part in self._distinct_parts() for chore in part.chores()]
+        return found if self._comings is None else [self._comings, *found]
 
     def remove(self) -> None:
         """Take the limits away. Doing so twice is no error."""
@@ -156,6 +181,21 @@ class Throttle:
         """Have it end when this is not so any more, or its cgroups are gone."""
         self._goes_on = lambda: goes_on() and not self.vanished()
         self._end = "exited"
+
+    def follow_units(self) -> None:
+        """Have it limit its units again when they are started again, as another cgroup.
+
+        Until its end: it waits for those that do not run.
+        """
+        names = {unit_name(name) for name in self.spec.target.units}
+        units = [
+            Unit(name, cgroup, self._ids[cgroup])
+            for cgroup in self.cgroups
+            for name in names.intersection([os.path.basename(cgroup.path)])
+        ]
+        if units:
+            self._comings = Comings(units, self._unit_moved, self._unit_stopped)
+            self._undo.callback(self._comings.close)
 
     def close(self) -> None:
         """Let one of somebody else go, which was taken in hand by ``open_record``."""
@@ -194,6 +234,42 @@ class Throttle:
     def __repr__(self) -> str:
         limits = ", ".join(f"{direction} {rate}" for direction, rate in self.limits.items())
         return f"<Throttle {self.id} {limits}>"
+
+    def _unit_moved(self, unit: Unit, cgroup: Cgroup) -> bool:
+        """Limit a unit in its new cgroup."""
+        try:
+            for part in self._distinct_parts():
+                part.move(unit.cgroup, cgroup)
+        except Error as error:
+            self._say(f"{unit.name} was restarted, and is not limited: {error}")
+            return False
+        self.cgroups = tuple(cgroup if one == unit.cgroup else one for one in self.cgroups)
+        self._say(f"{unit.name} was restarted: it is limited again")
+        return True
+
+    def _unit_stopped(self, unit: Unit) -> None:
+        self._say(f"{unit.name} is not running: the limit waits for it")
+
+    def _say(self, note: str) -> None:
+        # Once: a service may be restarted all the time.
+        if note not in self._said:
+            log.info("%s", note)
+            self._said[note] = None
+
+    def _gone(self) -> list[Cgroup]:
+        """Return the cgroups that are gone, but for those of units."""
+        if self._comings is not None:
+            names = set(map(unit_name, self.spec.target.units))
+            given = [one for one in self.cgroups if os.path.basename(one.path) not in names]
+        else:
+            given = list(self.cgroups)
+        return [one for one in given if not one.is_still(self._ids.get(one, 0))]
+
+    def _says_gone(self, cgroup: Cgroup) -> str:
+        text = f"the cgroup {cgroup.path} was removed while it was limited"
+        if cgroup.exists():
+            text += "; another one was made at its path, which is not limited"
+        return text
 
     def _do(self, function: Callable[[], T]) -> T:
         return function() if self._driver is None else self._driver.call(function)
@@ -277,6 +353,7 @@ def _carry_out(
     notes = [note.format(why=why) for note in plan.notes]
     if selection is None:
         throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
+        throttle.follow_units()
     elif plan.place is Place.SOCKETS:
         throttle = _enforce(spec, plan.backends, [], selection, wish.options, ExitStack())
     elif plan.place is Place.CGROUPS:
@@ -344,19 +421,45 @@ def _enforce(
     processes: Optional[Selection],
     options: Mapping[str, Any],
     undo: ExitStack,
+    ready: Mapping[str, Ready] = MappingProxyType({}),
 ) -> Throttle:
-    """Have each backend put its directions in force. ``undo`` goes to the throttle."""
+    """Have each backend put its directions in force. ``undo`` goes to the throttle.
+
+    ``ready`` has what some backends have prepared for orders like theirs.
+    """
     throttle_id = registry.new_id()
+    ids = _ids(cgroups)
     parts: dict[Direction, Part] = {}
     for name in dict.fromkeys(chosen.values()):
-        limits = {
-            direction: rate for direction, rate in spec.limits.items() if chosen[direction] == name
-        }
-        order = Order(spec, limits, cgroups, processes, options.get(name))
-        part = get_backend(name).apply(order, throttle_id)
+        order = _order(spec, name, chosen, cgroups, processes, options)
+        part = (ready[name] if name in ready else get_backend(name)).apply(order, throttle_id)
         undo.callback(part.remove)
-        parts.update(dict.fromkeys(limits, part))
-    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all())
+        parts.update(dict.fromkeys(order.limits, part))
+    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all(), ids=ids)
+
+
+def _order(
+    spec: ThrottleSpec,
+    name: str,
+    chosen: Mapping[Direction, str],
+    cgroups: Sequence[Cgroup],
+    processes: Optional[Selection],
+    options: Mapping[str, Any],
+) -> Order:
+    """Return what one backend is to do."""
+    limits = {
+        direction: rate for direction, rate in spec.limits.items() if chosen[direction] == name
+    }
+    return Order(spec, limits, cgroups, processes, options.get(name))
+
+
+def _ids(cgroups: Iterable[Cgroup]) -> dict[Cgroup, int]:
+    """Return the ids of cgroups; 0 for one that is gone."""
+    found = dict.fromkeys(cgroups, 0)
+    for cgroup in found:
+        with suppress(OSError):
+            found[cgroup] = cgroup.id
+    return found
 
 
 def open_record(record: Record) -> Throttle:
@@ -400,34 +503,110 @@ def choose(direction: Direction, name: str = "auto") -> Backend:
 
 
 class Each:
-    """A throttle for each process of a target, now and later. ``remove`` or ``with`` ends all."""
+    """A throttle for each process of a target, now and later. ``remove`` or ``with`` ends all.
+
+    It is a chore: what executes a program that matches is limited at once, where the kernel tells.
+    Loading takes longer than a download may: so some are loaded ahead.
+    """
+
+    _PERIOD_S = 1.0
+    _AHEAD = 2
 
     def __init__(self, spec: ThrottleSpec, wish: Wish) -> None:
         """Limit those that are there. Raises what ``start`` raises."""
         self._spec = spec
         self._wish = wish
         self._selection = targets.select(spec.target)
+        self._backends = {
+            direction: choose(direction, wish.backends.get(direction, "auto")).name
+            for direction in spec.limits
+        }
         self.throttles: list[Throttle] = []
+        # Called with each throttle that begins later.
+        self.begun: Callable[[Throttle], None] = lambda throttle: None
+        self._notes: dict[str, None] = {}
+        self._executions: Optional[Executions] = None
+        self._ready: list[dict[str, Ready]] = []
+        self.due_s = self._look_s = math.inf
         with ExitStack() as undo:
             undo.callback(self.remove)
+            if self.waits():
+                self._look_s = 0.0
+                # First: who is started while others are limited is not missed.
+                self._listen()
+                self._make_ready()
             for pid in spec.target.pids:
                 self._begin(pid)
-            self.look()
+            self._limit(self._selection.matching())
+            self._set_due()
             undo.pop_all()
 
-    def look(self) -> list[Throttle]:
-        """Limit the processes that match and have no limit yet; return the new throttles."""
-        if not self._selection.matches_some:
-            return []
-        limited = {pid for throttle in self.throttles for pid in throttle.processes()}
-        begun = []
-        for pid in set(self._selection.matching()) - limited:
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program, or -1."""
+        return -1 if self._executions is None else self._executions.fileno()
+
+    def run(self) -> None:
+        """Limit the processes that match and have no limit yet."""
+        if self._executions is not None:
+            executed = set(self._executions.executed())
+            matching = (pid for pid in executed if self._selection.matches(pid))
+            self._limit(matching, at_once=True)
+        if time.monotonic() >= self._look_s:
+            self._look_s = time.monotonic() + self._PERIOD_S
+            self._limit(self._selection.matching())
+        elif len(self._ready) < self._AHEAD:
             try:
-                begun.append(self._begin(pid))
-            except Error as error:
-                # It has ended, has a limit of another instance, or there are too many.
+                self._make_ready()
+            except (Error, OSError) as error:  # those that come have to wait longer
+                log.info("Nothing can be loaded ahead: %s", error)
+                self.due_s = self._look_s
+                return
+        self._set_due()
+
+    def notes(self) -> list[str]:
+        """Return what is not limited, or later than at once, a line each."""
+        return list(self._notes)
+
+    def _set_due(self) -> None:
+        # One at a time: in between, others may have come.
+        lacks = self.waits() and len(self._ready) < self._AHEAD
+        self.due_s = 0.0 if lacks else self._look_s
+
+    def _listen(self) -> None:
+        backend = get_backend(next(iter(self._backends.values())))
+        try:
+            self._executions = backend.executions()
+        except (Error, OSError) as error:
+            self._notes[
+                f"processes that are started from now on are looked for every {self._PERIOD_S:g} s"
+                f" and not limited at once, since the kernel refused that: {error}"
+            ] = None
+
+    def _make_ready(self) -> None:
+        """Load one ahead. Raises what ``start`` raises."""
+        nobody = Selection(children=self._spec.target.children)
+        made: dict[str, Ready] = {}
+        with ExitStack() as undo:
+            for name in dict.fromkeys(self._backends.values()):
+                order = _order(self._spec, name, self._backends, [], nobody, self._wish.options)
+                made[name] = get_backend(name).make_ready(order)
+                undo.callback(made[name].remove)
+            undo.pop_all()
+        self._ready.append(made)
+
+    def _limit(self, pids: Iterable[int], *, at_once: bool = False) -> None:
+        """Limit those of these processes that have no limit."""
+        wanted = set(pids)
+        if not wanted:
+            return
+        limited = {pid for throttle in self.throttles for pid in throttle.processes()}
+        for pid in wanted - limited:
+            try:
+                self.begun(self._begin(pid, at_once=at_once))
+            except ProcessError as error:  # it has ended, or has a limit of another instance
                 log.info("%d gets no limit: %s", pid, error)
-        return begun
+            except Error as error:
+                self._notes[f"a process that matches is not limited: {error}"] = None
 
     def end(self, throttle: Throttle) -> None:
         """Take one of them away."""
@@ -439,15 +618,19 @@ class Each:
         return self._selection.matches_some
 
     def chores(self) -> list[Chore]:
-        """Return what has to be done for all of them, but for ``look``."""
-        return [chore for throttle in self.throttles for chore in throttle.chores()]
+        """Return what has to be done for all of them."""
+        return [self, *(chore for throttle in self.throttles for chore in throttle.chores())]
 
     def remove(self) -> None:
         """Take all of them away."""
         with ExitStack() as stack:
+            if self._executions is not None:
+                stack.callback(self._executions.close)
+            for one in [one for made in self._ready for one in made.values()]:
+                stack.callback(one.remove)
             for throttle in self.throttles:
                 stack.callback(throttle.remove)
-            self.throttles = []
+            self.throttles, self._ready = [], []
 
     def __enter__(self) -> Each:
         return self
@@ -455,21 +638,26 @@ class Each:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begin(self, pid: int) -> Throttle:
+    def _begin(self, pid: int, *, at_once: bool = False) -> Throttle:
+        """Limit a process, if it has no limit of another instance.
+
+        With ``at_once`` that is seen afterwards: it may be transferring already.
+        """
         target = Target(pids=(pid,), children=self._spec.target.children)
-        with locked():
+        spec = dataclasses.replace(self._spec, target=target)
+        with ExitStack() as undo, locked():
             selection = targets.select(target)
-            if not self._wish.stack:
+            if not (at_once or self._wish.stack):
                 registry.refuse_limited(selection, [])
-            throttle = apply(
-                [],
-                self._spec.limits,
-                processes=selection,
-                traffic=self._spec.traffic,
-                options=self._wish.options.get("ebpf"),
-                backends=self._wish.backends,
-                target=target,
-                name=self._spec.name,
+            ready = self._ready.pop(0) if self._ready else {}
+            for one in ready.values():
+                undo.callback(one.remove)
+            throttle = _enforce(
+                spec, self._backends, [], selection, self._wish.options, ExitStack(), ready
             )
+            undo.callback(throttle.remove)
+            if at_once and not self._wish.stack:
+                registry.refuse_limited(selection, [])
+            undo.pop_all()
         self.throttles.append(throttle)
         return throttle

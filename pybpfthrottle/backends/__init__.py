@@ -118,6 +118,12 @@ class Part(Protocol):
     def switch(self, method: str) -> None:
         """Attach by another method, without a moment without a limit. Raises ThrottleError."""
 
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup instead of another that was removed; the counters go on.
+
+        Raises an error of this package; then it is limited no more than before.
+        """
+
     def remove(self) -> None:
         """Take everything away. Doing so twice is no error."""
 
@@ -140,6 +146,32 @@ class Part(Protocol):
         """Let it go, in force as it is: for one that was taken in hand by ``open``."""
 
 
+class Ready(Protocol):
+    """Limits that are prepared as far as that is possible before it is known for which process."""
+
+    def apply(self, order: Order, throttle_id: str) -> Part:
+        """Put them in force, and register them; they are those of the order that it was made for.
+
+        Raises an error of this package; then all is undone.
+        """
+
+    def remove(self) -> None:
+        """Take everything away. Doing so twice is no error."""
+
+
+class Executions(Protocol):
+    """Tells of each process of this machine that executes a program."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program."""
+
+    def executed(self) -> Iterator[int]:
+        """Return the processes that have executed a program since it was asked last."""
+
+    def close(self) -> None:
+        """Tell no more."""
+
+
 class Backend(Protocol):
     """A mechanism."""
 
@@ -160,6 +192,12 @@ class Backend(Protocol):
 
         Raises an error of this package; then all is undone.
         """
+
+    def make_ready(self, order: Order) -> Ready:
+        """Prepare limits for processes that come later. Raises an error of this package."""
+
+    def executions(self) -> Executions:
+        """Begin to tell of executions. Raises an error of this package, or OSError."""
 
     def in_force(self) -> Iterator[Record]:
         """Return what is in force on this machine, whoever made it. Raises OSError."""

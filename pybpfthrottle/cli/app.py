@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from io import TextIOWrapper
 from typing import Any, NoReturn, Optional
 
@@ -14,8 +15,14 @@ from click.core import ParameterSource
 
 from pybpfthrottle import __version__
 from pybpfthrottle.cli.bpf import bpf
-from pybpfthrottle.cli.options import limit_options, parse_rate, request_from, start_logging
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.options import (
+    ProcessId,
+    limit_options,
+    parse_rate,
+    request_from,
+    start_logging,
+)
+from pybpfthrottle.cli.say import echo, echo_lines, say, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
@@ -25,7 +32,7 @@ Examples:
   pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
   pybpfthrottle --name rsync --user backup --upload-limit 500K
-  pybpfthrottle --unit backup --upload-limit 8mbit --duration 3600
+  pybpfthrottle --unit backup --upload-limit 8mbit --duration 1h
   pybpfthrottle demo
 
 \b
@@ -42,7 +49,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.option(
     "--pid",
     "pids",
-    type=click.IntRange(min=1),
+    type=ProcessId(),
     multiple=True,
     help="Limit this process and what it starts. May be repeated: all that is named shares the"
     " limit.",
@@ -55,7 +62,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "executables",
     multiple=True,
     metavar="PATH",
-    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    type=click.Path(exists=True, dir_okay=False),
     help="All processes that run this executable.",
 )
 @click.option(
@@ -82,7 +89,13 @@ or 125 failed, 126 cannot be executed, 127 not found.
     metavar="PATH",
     help="Limit a cgroup (v2) and those below it. May be repeated: they share the limit.",
 )
-@click.option("--unit", "units", multiple=True, metavar="NAME", help="Limit a systemd unit.")
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    metavar="NAME",
+    help="Limit a systemd unit, also after it is restarted.",
+)
 @click.option(
     "--whole-cgroup",
     is_flag=True,
@@ -114,23 +127,54 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         _list_backends()
         return
     if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
-        click.echo(ctx.get_help(), err=True)
+        echo_lines(ctx.get_help(), err=True)
         ctx.exit(2)
     from pybpfthrottle.cli import limit
 
     request = request_from(options)
     start_logging(request.verbose)
-    limit.limit(request, limit.Wanted(**options))
+    sys.exit(limit.limit(request, limit.Wanted(**options)))
 
 
 def _refuse_options_in_front(ctx: click.Context) -> None:
+    name = ctx.invoked_subcommand or ""
+    command = cli.commands.get(name)
     for parameter in ctx.command.params:
-        if ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
-            option = parameter.opts[-1]
-            raise click.UsageError(
-                f"{option} stands in front of {ctx.invoked_subcommand!r} and would be ignored;"
-                f" give it behind, if {ctx.invoked_subcommand!r} knows it"
-            )
+        if command is None or not _is_given(ctx, parameter):
+            continue
+        option = parameter.opts[-1]
+        if option in _options_of(command):
+            raise click.UsageError(f"{option} must come after {name!r}")
+        raise click.UsageError(
+            f"{option} is an option of the bare command (pybpfthrottle {option} ...);"
+            f" {name!r} does not have it"
+        )
+
+
+def _is_given(ctx: click.Context, parameter: click.Parameter) -> bool:
+    return bool(ctx.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE)
+
+
+def _options_of(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts}
+
+
+def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
+    """Return what to say of an option that another command has, or None."""
+    option, ctx = error.option_name, error.ctx
+    if ctx is None or not option.startswith("--"):
+        return None
+    if ctx.command is not cli and option in _options_of(cli):
+        instead = "; use --json-file FILE" if (ctx.info_name, option) == ("run", "--json") else ""
+        return (
+            f"{option} is an option of the bare command (pybpfthrottle {option} ...);"
+            f" {ctx.info_name!r} does not have it{instead}"
+        )
+    found = [name for name, command in cli.commands.items() if option in _options_of(command)]
+    if not found or (ctx.parent is not None and ctx.parent.command is not cli):
+        return None
+    first = "run" if "run" in found else found[0]
+    return f"{option} is an option of {first!r}: pybpfthrottle {first} {option} ..."
 
 
 @cli.command(
@@ -171,10 +215,10 @@ def run(**options: Any) -> None:
 
 @cli.command()
 @click.option(
-    "--download-limit", metavar="RATE", default="10M", show_default=True, callback=parse_rate
+    "-d", "--download-limit", metavar="RATE", default="10M", show_default=True, callback=parse_rate
 )
 @click.option(
-    "--upload-limit", metavar="RATE", default="5M", show_default=True, callback=parse_rate
+    "-u", "--upload-limit", metavar="RATE", default="5M", show_default=True, callback=parse_rate
 )
 @click.option(
     "--seconds",
@@ -213,7 +257,7 @@ def _which_options(function: Any) -> Any:
         click.option("--cgroup", metavar="PATH", help="Choose those on a cgroup."),
         click.option(
             "--pid",
-            type=click.IntRange(min=1),
+            type=ProcessId(),
             help="Choose those that limit a process, or that it keeps.",
         ),
         click.argument("name", metavar="[ID]", required=False),
@@ -255,8 +299,12 @@ Examples:
 """,
 )
 @_which_options
-@click.option("--download-limit", metavar="RATE|none", callback=_parse_change, help="Change it.")
-@click.option("--upload-limit", metavar="RATE|none", callback=_parse_change, help="Change it.")
+@click.option(
+    "-d", "--download-limit", metavar="RATE|none", callback=_parse_change, help="Change it."
+)
+@click.option(
+    "-u", "--upload-limit", metavar="RATE|none", callback=_parse_change, help="Change it."
+)
 @click.option(
     "--bpf-attach-method", type=click.Choice(["link", "legacy"]), help="Attach it in this way."
 )
@@ -302,7 +350,7 @@ def _which(given: dict[str, Any], all_of_them: Optional[bool] = None) -> Any:
 
 
 @cli.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=ProcessId())
 @click.argument("method", type=click.Choice(["link", "legacy"]))
 def switch(pid: int, method: str) -> None:
     """Switch the running instance PID to METHOD.
@@ -330,7 +378,7 @@ Exit status: 0 done, 1 a process could not be looked into, 2 wrong usage.
 @click.option(
     "--pid",
     "pids",
-    type=click.IntRange(min=1),
+    type=ProcessId(),
     multiple=True,
     required=True,
     help="The process. May be repeated.",
@@ -371,7 +419,7 @@ Exit status: 0 this machine can limit, 1 it cannot, 2 wrong usage.
 python -m pybpfthrottle.diagnostics does the same where click and rich are missing.
 """,
 )
-@click.option("--pid", type=click.IntRange(min=1), help="Examine the cgroup of this process.")
+@click.option("--pid", type=ProcessId(), help="Examine the cgroup of this process.")
 @click.option("--cgroup", metavar="PATH", help="Examine this cgroup.")
 @click.option("--unit", metavar="NAME", help="Examine the cgroup of this systemd unit.")
 @click.option(
@@ -467,12 +515,12 @@ def _list_backends() -> None:
     from pybpfthrottle.backends import all_backends
 
     for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
-        click.echo(f"{str(direction).capitalize()} Backends:")
+        echo(f"{str(direction).capitalize()} Backends:")
         for backend in all_backends():
             reason = backend.unavailable(direction)
             mark = "✅ available" if reason is None else f"❌ unavailable: {reason}"
             priority = f"[priority: {backend.priority.name.capitalize()}]"
-            click.echo(f"  {backend.name:<11} {priority} {mark}")
+            echo(f"  {backend.name:<11} {priority} {mark}")
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:
@@ -502,15 +550,18 @@ def _status(argv: Optional[list[str]]) -> int:
     except click.Abort:
         return 128 + signal.SIGINT
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error.message = _where_it_belongs(error) or error.message
         with suppress(OSError):
-            error.show()
+            show_error(error)
         return int(error.exit_code)
     except Error as error:
         say(f"error: {error}")
     except BrokenPipeError:
         pass
     except OSError as error:
-        say(f"error: {error}")
+        unnamed = error.filename is None and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO)
+        say(f"error: cannot write: {error.strerror}" if unnamed else f"error: {error}")
     else:
         return status if isinstance(status, int) else 0
     return 1

@@ -6,13 +6,11 @@ import json
 import os
 from typing import Any, Optional, Sequence
 
-import click
-
 from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attached import Attached, Links
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cli import tables
-from pybpfthrottle.cli.say import printable
+from pybpfthrottle.cli.say import echo, echo_json
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import process
@@ -30,11 +28,11 @@ def show(path: str, *, effective: bool, as_json: bool) -> None:
     """What is attached to one cgroup; with ``effective`` also what its ancestors pass on."""
     found = _records(cgroups_v2.from_path(path), Links(), effective=effective)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        echo_json(json.dumps(found, indent=2))
     elif found:
         _print_table(found)
     else:
-        click.echo(f"Nothing is attached to {path}.")
+        echo(f"Nothing is attached to {path}.")
 
 
 def tree(path: Optional[str], *, as_json: bool) -> None:
@@ -52,17 +50,17 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
         if records:
             found.append((directory, records))
     if as_json:
-        click.echo(
+        echo(
             json.dumps(
                 [{"cgroup": directory, "programs": records} for directory, records in found],
                 indent=2,
             )
         )
     elif not found:
-        click.echo(f"Nothing is attached at or below {top.path}.")
+        echo(f"Nothing is attached at or below {top.path}.")
     else:
         for directory, records in found:
-            click.echo(printable(directory))
+            echo(directory)
             _print_table(records, indent="  ")
 
 

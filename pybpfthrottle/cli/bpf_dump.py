@@ -6,11 +6,10 @@ import json
 from contextlib import suppress
 from typing import Any, Optional
 
-import click
-
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.xlated import source_lines, xlated_lines
 from pybpfthrottle.cli import bpf_show, tables
+from pybpfthrottle.cli.say import echo
 
 
 def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
@@ -29,8 +28,8 @@ def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -
         return
     for line in lines:
         if source.get(line.at):
-            click.echo(f"; {source[line.at]}")
-        click.echo(f"{line.at:4}: {line.text}")
+            echo(f"; {source[line.at].expandtabs()}")
+        echo(f"{line.at:4}: {line.text}")
 
 
 def dump_map(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
@@ -42,8 +41,8 @@ def dump_map(target: Optional[str], name: Optional[str], *, as_json: bool) -> No
         tables.show_json([{"key": _plain(key), "value": _plain(value)} for key, value in pairs])
         return
     for key, value in pairs:
-        click.echo(f"{_text(key)}: {_text(value)}")
-    click.echo(f"{len(pairs)} element{'' if len(pairs) == 1 else 's'}")
+        echo(f"{_text(key)}: {_text(value)}")
+    echo(f"{len(pairs)} element{'' if len(pairs) == 1 else 's'}")
 
 
 def _typed(found: Map[Any, Any]) -> Map[Any, Any]:

@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.cli import bpf_show, tables
+from pybpfthrottle.cli.say import echo_lines
 from pybpfthrottle.errors import BpfError, VerifierError
 
 
@@ -29,7 +30,7 @@ def load(
         loaded = loader.load(spec, names or None)
     except VerifierError as error:
         if show_log:
-            click.echo(error.log, err=True)
+            echo_lines(error.log, err=True)
         raise
     with loaded, bpf_show.refused("pin"):
         pins = _pin(loaded, directory) if directory else {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Callable, Iterator, NamedTuple, Optional
@@ -22,6 +21,7 @@ from pybpfthrottle.bpf.maps import MapInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import tables
 from pybpfthrottle.errors import BpfError
+from pybpfthrottle.linux import clock
 
 Record = dict[str, Any]
 # In a record, null: what it does not have at all it does not mention.
@@ -139,7 +139,7 @@ def _loaded(info: ProgramInfo) -> Record:
     """When and by whom: not known before Linux 4.15, whose zeros are neither the boot nor root."""
     if not info.load_time_ns:
         return {"loaded_at": UNKNOWN, "uid": UNKNOWN}
-    at = round(_boot_time_s() + info.load_time_ns / 1e9)
+    at = round(clock.boot_time_s() + info.load_time_ns / 1e9)
     return {"loaded_at": at, "uid": info.created_by_uid}
 
 
@@ -205,7 +205,3 @@ def _name(names: Any, number: int) -> Any:
         return names(number).name.lower()
     except ValueError:
         return number
-
-
-def _boot_time_s() -> float:
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import click
-
 from pybpfthrottle.backends.ebpf import leftovers, privileges
+from pybpfthrottle.cli.say import echo, echo_json
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -27,15 +26,15 @@ def cleanup(*, dry_run: bool, as_json: bool) -> None:
             leftovers.remove(leftover)
         abandoned = own_cgroups.remove_abandoned()
     if as_json:
-        click.echo(json.dumps(_record(found, abandoned, dry_run=dry_run), indent=2))
+        echo_json(json.dumps(_record(found, abandoned, dry_run=dry_run), indent=2))
         return
     verb = "would remove" if dry_run else "removed"
     for leftover in found:
-        click.echo(f"{verb} {leftover}")
+        echo(f"{verb} {leftover}")
     for cgroup in abandoned:
-        click.echo(f"{verb} the cgroup {cgroup.path}")
+        echo(f"{verb} the cgroup {cgroup.path}")
     if not found and not abandoned:
-        click.echo("Nothing is left from a crash.")
+        echo("Nothing is left from a crash.")
 
 
 def _record(

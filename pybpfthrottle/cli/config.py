@@ -8,7 +8,7 @@ import os
 import click
 
 from pybpfthrottle import settings
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.say import echo, echo_json, say
 from pybpfthrottle.errors import SettingsError
 
 
@@ -26,16 +26,16 @@ def show(*, as_json: bool) -> None:
             setting.name: {"value": setting.value, "source": setting.source}
             for setting in found.origins
         }
-        click.echo(json.dumps({"settings": settings_by_name, "files": files}, indent=2))
+        echo_json(json.dumps({"settings": settings_by_name, "files": files}, indent=2))
         return
     width = max(len(setting.name) for setting in found.origins)
     for setting in found.origins:
-        click.echo(f"{setting.name:<{width}} = {setting.value}  ({setting.source})")
+        echo(f"{setting.name:<{width}} = {setting.value}  ({setting.source})")
     for path in files:
-        click.echo(f"{path}: {'read' if os.path.exists(path) else 'not there'}")
+        echo(f"{path}: {'read' if os.path.exists(path) else 'not there'}")
     user = os.environ.get("SUDO_USER")
     if user:
-        click.echo(
+        echo(
             f"sudo drops most of the environment: variables that {user} has set do not count,"
             f" and the files are those of {os.environ.get('USER', 'root')}."
             " Use sudo NAME=VALUE pybpfthrottle ..., or the command line."

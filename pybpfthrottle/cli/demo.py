@@ -10,9 +10,8 @@ import sys
 from contextlib import ExitStack
 from typing import Callable, NamedTuple, Optional
 
-import click
-
 from pybpfthrottle import settings, throttle
+from pybpfthrottle.cli.say import echo
 from pybpfthrottle.demo import peer
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.errors import DemoError, NamespaceError
@@ -50,7 +49,7 @@ def demo(download: Rate, upload: Rate, seconds: int, *, loopback: bool) -> int:
         for direction, limit in ((Direction.DOWNLOAD, download), (Direction.UPLOAD, upload)):
             _transfer(place, direction, None, _UNLIMITED_S)
             held &= _transfer(place, direction, limit, seconds)
-    click.echo("Both limits held." if held else "A limit did not hold.")
+    echo("Both limits held." if held else "A limit did not hold.")
     return 0 if held else 1
 
 
@@ -58,9 +57,9 @@ def _namespaces(stack: ExitStack) -> _Place:
     try:
         wire = stack.enter_context(Wire())
     except NamespaceError as error:
-        click.echo(f"No network namespaces ({error}): using the loopback device.")
+        echo(f"No network namespaces ({error}): using the loopback device.")
         return _loopback(stack)
-    click.echo("Two network namespaces, joined by a veth pair: a client and an HTTP server.")
+    echo("Two network namespaces, joined by a veth pair: a client and an HTTP server.")
     server = _serve(stack, wire.server.inside, wire.server.address)
     url = f"http://{wire.server.address}:{peer.PORT}/"
     return _Place(wire.client.inside, url, server, [])
@@ -102,7 +101,8 @@ def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], second
         limiter = ["run", "--quiet", f"--{direction}-limit", str(limit.bytes_per_s)]
         command = [*_python("pybpfthrottle", *limiter, *place.options), "--", *command]
         shown = f"pybpfthrottle run --{direction}-limit {_short(limit)} -- {shown}"
-    click.echo(f"\n$ {shown}")
+    echo()
+    echo(f"$ {shown}")
     client = subprocess.run(
         place.client(*command),
         env=_environment(),
@@ -124,15 +124,15 @@ def _show(timeline: list[int], limit: Optional[Rate], seconds: int) -> bool:
     steps = timeline[: round(seconds / peer.STEP_S)]
     actual = sum(steps) / seconds
     top = f"{format_rate(max(steps) / peer.STEP_S)} at the top"
-    click.echo(f"  {_sparkline(steps)}  {top}, a step is {peer.STEP_S} s")
+    echo(f"  {_sparkline(steps)}  {top}, a step is {peer.STEP_S} s")
     if limit is None:
-        click.echo(f"  {format_rate(actual)} without a limit")
+        echo(f"  {format_rate(actual)} without a limit")
         return True
     ratio = actual / limit.bytes_per_s
     verdict = Verdict.of(ratio)
     held = verdict is Verdict.THROTTLED and ratio >= _LEAST_RATIO
     mark = "⚠️ TOO SLOW" if ratio < _LEAST_RATIO else verdict.value
-    click.echo(f"  actual={format_rate(actual)}, limit={limit}, ratio={ratio:.2f}x {mark}")
+    echo(f"  actual={format_rate(actual)}, limit={limit}, ratio={ratio:.2f}x {mark}")
     return held
 
 

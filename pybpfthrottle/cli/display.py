@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional, TextIO
 
+from pybpfthrottle.cli.say import is_terminal, make_room
 from pybpfthrottle.meter import Reading
 
 
@@ -12,9 +13,11 @@ class LiveLine:
 
     def __init__(self, file: TextIO, *, enabled: bool = True) -> None:
         self._file = file
-        self._enabled = enabled and file.isatty()
+        self._enabled = enabled and is_terminal(file)
         self._console: Optional[Any] = None
         self._drawn = False
+        if self._enabled:
+            make_room.append(self.clear)
 
     def draw(self, readings: list[Reading]) -> None:
         """Replace the line. A terminal that has gone away is drawn to no more."""
@@ -26,8 +29,10 @@ class LiveLine:
         from rich.text import Text
 
         self._console = self._console or Console(file=self._file, highlight=False)
-        text = Text("   ".join(reading.line() for reading in readings), no_wrap=True)
-        text.truncate(max(1, self._console.width - 1), overflow="ellipsis")
+        width = max(1, self._console.width - 1)
+        forms = [Text(text, no_wrap=True) for text in _forms(readings)]
+        text = next((form for form in forms if form.cell_len <= width), forms[-1])
+        text.truncate(width, overflow="ellipsis")
         try:
             self._console.control(
                 Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
@@ -48,3 +53,18 @@ class LiveLine:
         except OSError:
             self._enabled = False
         self._drawn = False
+
+    def close(self) -> None:
+        """Take it away for good."""
+        self.clear()
+        if self.clear in make_room:
+            make_room.remove(self.clear)
+
+
+def _forms(readings: list[Reading]) -> list[str]:
+    """Return the line, the longest form first: every direction is to be seen."""
+    return [
+        "   ".join(reading.line() for reading in readings),
+        "   ".join(reading.short() for reading in readings),
+        " ".join(reading.shortest() for reading in readings),
+    ]

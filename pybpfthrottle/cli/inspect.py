@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from typing import Any, Iterable, Iterator
 
-import click
-
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.inspection import Inspection
 from pybpfthrottle.cli import bpf_show, tables
+from pybpfthrottle.cli.say import echo, echo_lines
 from pybpfthrottle.diagnostics import inspection
 
 _COLUMNS = {
@@ -43,7 +42,7 @@ def inspect(path: str, *, as_json: bool, with_types: bool) -> None:
 
 
 def _show(path: str, record: dict[str, Any]) -> None:
-    click.echo(
+    echo(
         f"{path}: {record['byteorder']}-endian, license {record['license']!r},"
         f" for Linux {record['oldest_kernel']} and later"
     )
@@ -53,11 +52,11 @@ def _show(path: str, record: dict[str, Any]) -> None:
     _table("CO-RE relocations", ("count", "text"), _counted(record["core_relocations"]))
     _table("needs", ("since", "name"), _needs(record["needs"]))
     counts = ", ".join(f"{count} {kind}" for kind, count in record["types"].items())
-    click.echo(f"types: {counts or 'none'}")
+    echo(f"types: {counts or 'none'}")
     for line in record.get("definitions", ()):
-        click.echo(f"  {line}")
+        echo_lines(f"  {line}")
     for fault in record["faults"]:
-        click.echo(f"warning: {fault}")
+        echo(f"warning: {fault}")
 
 
 def _table(what: str, fields: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
@@ -66,7 +65,7 @@ def _table(what: str, fields: tuple[str, ...], rows: Iterable[dict[str, Any]]) -
         # A column in which nothing stands is left out.
         kept = [i for i in range(len(fields)) if any(row[i] != "-" for row in cells)]
         headings = [_HEADINGS.get(field, field) for field in fields]
-        click.echo(f"{what}:")
+        echo(f"{what}:")
         tables.show([[row[i] for i in kept] for row in [headings, *cells]], indent="  ")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
+from errno import ENOSPC
 from typing import NamedTuple, Optional, Sequence
 
 import click
 
 from pybpfthrottle import registry
 from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.report import JsonLines
+from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import process
@@ -90,8 +94,8 @@ class Wanted(NamedTuple):
         )
 
 
-def limit(request: Request, wanted: Wanted) -> None:
-    """Put the limits in force, show them, and remove them at the end."""
+def limit(request: Request, wanted: Wanted) -> int:
+    """Put the limits in force, show them, and remove them at the end; the exit status."""
     mistake = wanted.mistake()
     if mistake:
         raise click.UsageError(mistake)
@@ -102,6 +106,7 @@ def limit(request: Request, wanted: Wanted) -> None:
             command.each = stack.enter_context(Each(spec, wish))
             for throttle in command.each.throttles:
                 command.begin(throttle)
+            command.each.begun = command.begin
             supervisor.add(command.each.chores)
         else:
             throttle = start(spec, wish)
@@ -111,6 +116,9 @@ def limit(request: Request, wanted: Wanted) -> None:
         registry.tidy_up()
         supervisor.add(lambda: [signals, command.sampling], strict=True)
         command.until_the_end(supervisor, signals)
+        if command.failed and not wanted.as_json:  # JsonLines has said so
+            say(f"error: cannot write: {os.strerror(ENOSPC)}")
+        return 1 if command.failed else 0
 
 
 class _Command:
@@ -122,6 +130,7 @@ class _Command:
         self._shown: list[tuple[Throttle, Watch]] = []
         self._said: set[str] = set()
         self._reason = ""
+        self.failed = False
         self.each: Optional[Each] = None
         self.sampling = Periodic(SAMPLE_S, self._sample)
 
@@ -169,15 +178,12 @@ class _Command:
             if not self._reason and time.monotonic() >= end:
                 self._reason = "duration"
         for _, watch in self._shown:
-            watch.end(reason=self._reason)
+            self._end(watch, self._reason)
         if self._reason == "vanished":
-            paths = ", ".join(cgroup.path for cgroup in self._shown[0][0].cgroups)
-            raise CgroupError(f"the cgroup {paths} was removed while it was limited")
+            raise CgroupError(self._shown[0][0].why_vanished())
 
     def _sample(self) -> None:
         """Show the rates of the last seconds, and what has begun or ended."""
-        for throttle in self.each.look() if self.each is not None else ():
-            self.begin(throttle)
         self._say_notes()
         ended = {id(throttle): throttle.ended() for throttle, _ in self._shown}
         waits = self.each is not None and self.each.waits()
@@ -187,14 +193,18 @@ class _Command:
         for throttle, watch in list(self._shown):
             watch.sample()
             if ended[id(throttle)] and self.each is not None:
-                watch.end(reason=ended[id(throttle)])
+                self._end(watch, ended[id(throttle)])
                 self.each.end(throttle)
                 self._shown.remove((throttle, watch))
+
+    def _end(self, watch: Watch, reason: str) -> None:
+        watch.end(reason=reason)
+        self.failed |= watch.failed()
 
     def _say(self, line: str) -> None:
         if not self._request.quiet and not self._wanted.as_json:
             with suppress(OSError):
-                click.echo(line)
+                echo(line)
 
     def _say_notes(self) -> None:
         """Say what is found to be covered, or not; once each."""
@@ -203,3 +213,10 @@ class _Command:
                 if note not in self._said:
                     self._said.add(note)
                     watch.note(note)
+        for note in self.each.notes() if self.each is not None else ():
+            if note not in self._said:
+                self._said.add(note)
+                if self._wanted.as_json:
+                    JsonLines(sys.stdout, {}).note(note)
+                elif not self._request.quiet:
+                    say(note)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from contextlib import suppress
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import click
@@ -15,6 +17,7 @@ from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SH
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_DURATION_S = 10 * 366 * 86400.0
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[Rate]:
@@ -30,18 +33,50 @@ def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) 
 def parse_duration(
     ctx: click.Context, param: click.Parameter, text: Optional[str]
 ) -> Optional[float]:
-    """Return seconds, more than 0."""
+    """Return seconds, more than 0: of ``5``, ``0.5``, ``90s``, ``2h`` or ``1h30m``."""
     if text is None:
         return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _seconds(text.strip())
     if not 0 < seconds <= _MAX_DURATION_S:
         raise click.BadParameter(
-            f"{text!r}: give a number of seconds above 0 and up to ten years, such as 5 or 0.5"
+            f"{text!r}: give a number of seconds above 0 and up to ten years, such as 5 or 0.5,"
+            " or one with a unit: 90s, 1m, 2h, 1d"
         )
     return seconds
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a duration; not a number where it is none."""
+    parts = re.findall(r"([0-9.]+)([smhd])", text.lower(), re.ASCII)
+    if parts and "".join(map("".join, parts)) != text.lower():
+        return math.nan
+    with suppress(ValueError):
+        if not parts:
+            return float(text)
+        return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    return math.nan
+
+
+class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read click
+    """The id of a process; where there is none it says so, as for ``--pid "$(pgrep x)"``."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(
+        self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]
+    ) -> Any:
+        """Return the number."""
+        text = str(value).strip()
+        if not text:
+            self.fail(
+                "a process id is missing: the value is empty (a pgrep there has found nothing)"
+            )
+        if len(text.split()) > 1:
+            self.fail(f"{text!r} is several process ids: give the option once for each")
+        if re.match(r"-+[A-Za-z]", text):
+            self.fail(f"a process id is missing in front of {text}")
+        return super().convert(text, param, ctx)
 
 
 def limit_options(function: F) -> F:
@@ -49,12 +84,14 @@ def limit_options(function: F) -> F:
     for option in reversed(
         (
             click.option(
+                "-d",
                 "--download-limit",
                 metavar="RATE",
                 callback=parse_rate,
                 help="Bytes per second: 500K, 1.5M, 1G (1024-based), or bits: 8mbit.",
             ),
             click.option(
+                "-u",
                 "--upload-limit",
                 metavar="RATE",
                 callback=parse_rate,
@@ -62,9 +99,9 @@ def limit_options(function: F) -> F:
             ),
             click.option(
                 "--duration",
-                metavar="SECONDS",
+                metavar="TIME",
                 callback=parse_duration,
-                help="Remove the limit after this time.",
+                help="Remove the limit after this time: seconds, or 90s, 5m, 2h, 1d.",
             ),
             click.option(
                 "--label", metavar="NAME", default="", help="Name it, for set and remove."
@@ -85,8 +122,9 @@ def limit_options(function: F) -> F:
             click.option(
                 "--shape",
                 type=click.Choice(SHAPES),
-                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads,"
-                " or by dropping packets (police). auto (the default) chooses.",
+                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads"
+                " (opened by a process: gate; by the kernel alone: window), or by dropping packets"
+                " (police). auto (the default) chooses.",
             ),
             click.option(
                 "--download-backend",
@@ -174,8 +212,6 @@ def request_from(given: dict[str, Any]) -> Request:
 
 def start_logging(verbose: int) -> None:
     """Log to standard error: with -v what is done, with -vv how; without, errors are one line."""
-    import logging
+    from pybpfthrottle.cli import logs
 
-    logging.addLevelName(logging.WARNING, "WARN")
-    level = (logging.CRITICAL, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)-5s %(message)s")
+    logs.start(verbose)

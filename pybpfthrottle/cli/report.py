@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping, Optional, TextIO
+from typing import Any, Mapping, TextIO
 
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.meter import Reading
@@ -21,7 +21,7 @@ class JsonLines:
     def __init__(self, file: TextIO, common: Mapping[str, Any]) -> None:
         self._file = file
         self._common = common
-        self._failed = False
+        self.failed = False
 
     def start(self, throttle: Throttle, **fields: Any) -> None:
         """What was put in force."""
@@ -47,7 +47,7 @@ class JsonLines:
         self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._failed:
+        if self.failed:
             return
         try:
             self._file.write(json.dumps({"event": event, **self._common, **fields}) + "\n")
@@ -56,7 +56,7 @@ class JsonLines:
             raise
         except OSError as error:
             # A full disk must not end the limit, nor the command below it.
-            self._failed = True
+            self.failed = True
             say(f"cannot write to {self._file.name}: {error.strerror}; no more JSON lines")
 
 
@@ -64,20 +64,19 @@ def _by_direction(readings: list[Reading]) -> dict[str, Any]:
     return {str(reading.direction): reading.record() for reading in readings}
 
 
-def never_ran(
-    readings: list[Reading], *, pid: object, cgroup: str, marked: bool = False
-) -> Optional[str]:
-    """What to say if no program has seen a packet, or None.
+NOTHING_PASSED = "Nothing was sent or received, so there was nothing to limit."
+
+
+def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
+    """Return what to say if packets have passed, and no program has seen one.
 
     ``marked`` tells that the limit was for the sockets of processes, not for a cgroup.
     """
-    if any(reading.counters.program_calls for reading in readings):
-        return None
     why = (
-        "   No packet has come by. If something was sent or received: pybpfthrottle sockets --pid N"
+        "   Packets have passed, but none of a socket with a mark: pybpfthrottle sockets --pid N"
         " shows\n   which sockets of a process can be limited; verify-setup tells of other causes."
         if marked
-        else "   No packet has come by. If something was sent or received: a socket belongs to the"
+        else "   Packets have passed, but none of a socket of this cgroup: a socket belongs to the"
         "\n   cgroup that it was created in, so a connection that was opened before the process"
         "\n   came into this cgroup is not limited here; verify-setup tells of other causes."
     )

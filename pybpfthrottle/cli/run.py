@@ -20,15 +20,18 @@ from pybpfthrottle.linux import own_cgroups, process
 from pybpfthrottle.linux.cgroup import locked
 from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.own_cgroups import OwnCgroup
-from pybpfthrottle.linux.signals import SignalQueue
+from pybpfthrottle.linux.signals import SentSignals, SignalQueue
 from pybpfthrottle.model import Target
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Throttle
 
 _FAILED = 125
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP)
-# The terminal sends these to the command itself; it decides what they mean.
-_LEFT_ALONE = (signal.SIGINT, signal.SIGQUIT)
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
+# The terminal sends these to the command itself; it decides what they mean. One that is sent by
+# kill is told from that, and passed on.
+_LEFT_ALONE = (signal.SIGINT,)
+_SENT = (signal.SIGQUIT,)
 
 
 def run(
@@ -61,6 +64,7 @@ def _run(
         command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
+        sent = stack.enter_context(SentSignals(_SENT))
         # The kernel takes some 15 ms to move a process: time to read the object in.
         Thread(target=throttle.prepare).start()
         own = own_cgroups.create_for(command.pid)
@@ -85,7 +89,7 @@ def _run(
             watch.note(note)
         supervisor = stack.enter_context(Supervisor())
         return _Run(command, live, watch, wait=wait).until_the_end(
-            supervisor, signals, request.duration_s
+            supervisor, signals, sent, request.duration_s
         )
 
 
@@ -125,19 +129,23 @@ class _Run:
         self._status: Optional[int] = None
 
     def until_the_end(
-        self, supervisor: Supervisor, signals: SignalQueue, duration_s: Optional[float]
+        self,
+        supervisor: Supervisor,
+        signals: SignalQueue,
+        sent: SentSignals,
+        duration_s: Optional[float],
     ) -> int:
         """Wait for the command, or with ``wait`` for all that it started; its exit status."""
         end = time.monotonic() + (duration_s or math.inf)
         supervisor.add(self._live.chores)
         sampling = Periodic(SAMPLE_S, self._sample)
-        supervisor.add(lambda: [signals, sampling], strict=True)
+        supervisor.add(lambda: [signals, sent, sampling], strict=True)
         while True:
             supervisor.step(end if self._limited else math.inf)
-            came = signals.take()
+            came = [*signals.take(), *sent.take()]
             # Whoever waits for what outlives the command need not.
             stopped = self._status is not None and any(
-                number in came for number in (*_PASSED_ON, signal.SIGINT)
+                number in came for number in (*_ENDING, signal.SIGINT)
             )
             if self._status is None:
                 self._pass_on(came)
@@ -168,7 +176,7 @@ class _Run:
 
     def _pass_on(self, came: Sequence[signal.Signals]) -> None:
         for number in came:
-            if number in _PASSED_ON:
+            if number in (*_PASSED_ON, *_SENT):
                 os.kill(self._command.pid, number)
 
     def _outlived(self) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Optional, Sequence
 
-import click
-
 from pybpfthrottle.cli import tables
-from pybpfthrottle.cli.say import printable, say
+from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.coverage import MARK, Cover, Coverage, OpenSocket, Remark, Report
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import process
@@ -40,7 +38,7 @@ def sockets(pids: Sequence[int], *, as_json: bool) -> int:
 
 
 def _show(report: Report) -> None:
-    click.echo(printable(_headline(report)))
+    echo(_headline(report))
     if report.sockets:
         head = ("fd", "inode", "socket", "local", "remote", "state", "limited")
         tables.show([head, *map(_row, report.sockets)], indent="  ")

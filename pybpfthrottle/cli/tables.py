@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, Sequence
 
-import click
-
-from pybpfthrottle.cli.say import printable
+from pybpfthrottle.cli.say import echo, echo_json
+from pybpfthrottle.model import printable
 
 
 def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
@@ -16,12 +15,12 @@ def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))
-        click.echo((indent + "  ".join(cells)).rstrip())
+        echo((indent + "  ".join(cells)).rstrip())
 
 
 def show_json(value: Any) -> None:
     """A value as JSON, for people as well."""
-    click.echo(json.dumps(value, indent=2))
+    echo_json(json.dumps(value, indent=2))
 
 
 def show_records(records: Sequence[dict[str, Any]], *, as_json: bool, none: str) -> None:
@@ -29,7 +28,7 @@ def show_records(records: Sequence[dict[str, Any]], *, as_json: bool, none: str)
     if as_json:
         show_json(records)
     elif not records:
-        click.echo(none)
+        echo(none)
     else:
         keys = list(dict.fromkeys(key for record in records for key in record))
         show([keys, *([_cell(record.get(key)) for key in keys] for record in records)])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
-
-import click
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends import Record
 from pybpfthrottle.cli import tables
-from pybpfthrottle.cli.say import printable
+from pybpfthrottle.cli.say import echo
 from pybpfthrottle.errors import ProcessError, ThrottleError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle, open_record
@@ -70,7 +67,7 @@ def show_all(*, as_json: bool) -> None:
         tables.show_json({"schema": SCHEMA, "throttles": [_record(each) for each in records]})
         return
     if not records:
-        click.echo("Nothing is limited.")
+        echo("Nothing is limited.")
         return
     head = ("id", "name", "target", "download", "upload", "by process")
     tables.show([head, *map(_row, records)])
@@ -101,15 +98,17 @@ def remove(which: Which, *, all_of_them: bool) -> None:
     for record in records:
         with _opened(record) as throttle:
             throttle.remove()
-        click.echo(printable(f"Removed {record.id}: {_target(record)}."))
+        echo(f"Removed {record.id}: {_target(record)}.")
     if not records:
-        click.echo("Nothing is limited.")
+        echo("Nothing is limited.")
 
 
 def switch(pid: int, method: str) -> None:
     """Have an instance attach all of its throttles by another method."""
     owner = Process(pid)
-    records = [record for record in _all(registry.records) if record.owner == owner.identity]
+    records = [
+        record for record in _all(registry.records) if process.same(record.owner, owner.identity)
+    ]
     if not records:
         raise ProcessError(
             f"process {pid} ({owner.name}) is no pybpfthrottle that limits something"
@@ -126,7 +125,7 @@ def _change(record: Record, limits: dict[Direction, Optional[Rate]], method: Opt
             throttle.switch(method)
         changed = [f"{direction} {rate or 'unlimited'}" for direction, rate in limits.items()]
         changed += [f"attached by {method}"] if method is not None else []
-    click.echo(printable(f"Changed {record.id}: {', '.join(changed)}."))
+    echo(f"Changed {record.id}: {', '.join(changed)}.")
 
 
 @contextmanager
@@ -207,7 +206,7 @@ def _details(record: Record, throttle: Throttle) -> dict[str, Any]:
 def _age_s(record: Record) -> Optional[float]:
     if not record.since_ns:
         return None
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - record.since_ns / 1e9, 1)
+    return round((clock.boottime_ns() - record.since_ns) / 1e9, 1)
 
 
 def _print(details: dict[str, Any]) -> None:
@@ -229,4 +228,4 @@ def _print(details: dict[str, Any]) -> None:
     if details["processes"]:
         rows.append(("processes", process.listed(details["processes"])))
     tables.show(rows)
-    click.echo()
+    echo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from pybpfthrottle.cli.say import is_terminal
 from pybpfthrottle.diagnostics import command, report
 from pybpfthrottle.diagnostics.check import Outcome
 from pybpfthrottle.diagnostics.command import Options, Run
@@ -20,7 +21,7 @@ _STYLES = {
 
 def verify(options: Options) -> int:
     """Examine and show; the exit status."""
-    terminal = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    terminal = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     show = _on_terminal if terminal else command.show_plain
     return command.run(options, lambda run: show(run, evidence=options.verbose))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from errno import ENOSPC
 from typing import Any, Optional, TextIO
 
-import click
-
 from pybpfthrottle.cli.display import LiveLine
-from pybpfthrottle.cli.report import JsonLines, never_ran
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.passage import Passage
+from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran
+from pybpfthrottle.cli.say import echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter
@@ -52,6 +52,8 @@ class Watch:
         self._prefix = prefix
         self._meter = Meter(live)
         self._limits: Limits = live.limits
+        self._passage = Passage(live)
+        self._full = False
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
@@ -62,6 +64,8 @@ class Watch:
         """Show the rates of the last seconds; to be called every SAMPLE_S."""
         self._tell_changes()
         readings = self._meter.sample()
+        if not any(reading.counters.program_calls for reading in readings):
+            self._passage.look()
         self._line.draw(readings)
         if self._json:
             self._json.sample(self._meter.elapsed_s, readings)
@@ -73,7 +77,7 @@ class Watch:
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters are still there."""
-        self._line.clear()
+        self._line.close()
         readings = self._meter.total()
         if self._json:
             self._json.end(self._meter.elapsed_s, readings, **fields)
@@ -81,11 +85,17 @@ class Watch:
             return
         for reading in readings:
             self.say(reading.summary(self._meter.elapsed_s))
-        marked = self._live.selection is not None
-        silent = never_ran(readings, pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
-        if silent and expect_traffic:
-            with suppress(OSError):
-                click.echo(silent, err=True)
+        if expect_traffic and not any(reading.counters.program_calls for reading in readings):
+            self._say_why_nothing()
+
+    def _say_why_nothing(self) -> None:
+        """Tell whether nothing has passed, or nothing was seen of what has."""
+        text = NOTHING_PASSED
+        if self._passage.seen(thorough=True):
+            marked = self._live.selection is not None
+            text = never_ran(pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
+        with suppress(OSError):
+            echo_lines(text, err=True)
 
     def note(self, text: str) -> None:
         """Something about what is covered, to standard error, or as a JSON line."""
@@ -104,8 +114,14 @@ class Watch:
 
     def say(self, line: str) -> None:
         """A line for people. A terminal or a reader that has gone away does not matter."""
-        with suppress(OSError):
-            click.echo(self._prefix + line, file=self._terminal)
+        try:
+            echo(self._prefix + line, file=self._terminal)
+        except OSError as error:
+            self._full = self._full or error.errno == ENOSPC
+
+    def failed(self) -> bool:
+        """Whether records or lines could not be written, since there is no room for them."""
+        return self._full or (self._json is not None and self._json.failed)
 
     def _cgroup_id(self) -> str:
         try:

@@ -16,6 +16,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         from pybpfthrottle.diagnostics import command
+        from pybpfthrottle.model import printable
     except ImportError as error:
         print(f"✗ This Python lacks what the examination needs: {error}", file=sys.stderr)
         print("  Remedy: use a Python with ctypes, such as your distribution's", file=sys.stderr)
@@ -29,7 +30,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         # Python would try once more at its end, and fail with a status of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

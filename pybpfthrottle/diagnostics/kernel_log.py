@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Iterator, NamedTuple, Optional
 
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, warned
-from pybpfthrottle.linux import libc
+from pybpfthrottle.linux import clock, libc
 
 _TELLING = re.compile(
     r"\b(e?bpf|capability|capable|seccomp|lockdown|cgroup2?)\b|apparmor=.DENIED|avc: +denied"
@@ -30,7 +30,7 @@ class Line(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        came = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + self.at_s
+        came = clock.boot_time_s() + self.at_s
         return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(came))} {self.text}"
 
 

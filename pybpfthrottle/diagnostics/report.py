@@ -13,6 +13,7 @@ from pybpfthrottle.diagnostics import decision
 from pybpfthrottle.diagnostics.check import Check, Outcome, Result
 from pybpfthrottle.diagnostics.decision import Conclusion, Step
 from pybpfthrottle.diagnostics.examine import Examination
+from pybpfthrottle.model import printable
 
 SCHEMA = 1
 MARKS = {
@@ -54,14 +55,14 @@ def lines(examination: Examination, *, evidence: bool) -> Iterator[str]:
 
 def headline(check: Check, result: Result) -> str:
     """Mark, title and finding."""
-    return f"{MARKS[result.outcome]} {check.title}: {result.text}"
+    return printable(f"{MARKS[result.outcome]} {check.title}: {result.text}")
 
 
 def details(check: Check, result: Result, *, evidence: bool) -> Iterator[str]:
     """What stands below a headline."""
     trouble = result.outcome in (Outcome.WARN, Outcome.FAIL)
     if evidence or trouble:
-        yield from result.evidence
+        yield from map(printable, result.evidence)
     if trouble and check.remedy:
         yield f"→ {check.remedy}"
 
@@ -88,7 +89,7 @@ def conclusion_lines(examination: Examination) -> Iterator[str]:
         if text:
             yield f"  {label}: {text}"
     for reason in examination.reasons():
-        yield f"  Found: {reason.text}"
+        yield f"  Found: {printable(reason.text)}"
 
 
 def _name(conclusion: Conclusion) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import socket
+from contextlib import ExitStack
 from typing import Iterator, Optional
 
 from pybpfthrottle import settings
@@ -12,6 +15,7 @@ from pybpfthrottle.bpf import privileges, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import SettingsError
+from pybpfthrottle.linux import process, sockets
 
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 # Without these nothing can be limited; the others have a substitute, or are for looking only.
@@ -21,18 +25,8 @@ _NO_FD = (1 << 31) - 1
 _WHOLE_RANGE = 4294967295
 
 
-def process_status() -> dict[str, str]:
-    """/proc/self/status; nothing where it cannot be read."""
-    try:
-        with open("/proc/self/status") as file:
-            pairs = (line.partition(":") for line in file)
-            return {key: value.strip() for key, _, value in pairs}
-    except OSError:
-        return {}
-
-
 def _capabilities(setup: Setup) -> Result:
-    held = process_status().get("CapEff", "unknown")
+    held = process.own_status().get("CapEff", "unknown")
     missing = missing_capabilities()
     if missing:
         return failed(f"{' and '.join(missing)} missing", f"CapEff: {held}", cause="capabilities")
@@ -59,7 +53,7 @@ def _user_namespace(setup: Setup) -> Result:
 
 
 def _seccomp(setup: Setup) -> Result:
-    status = process_status()
+    status = process.own_status()
     evidence = [f"{key}: {status[key]}" for key in ("Seccomp", "NoNewPrivs") if key in status]
     if status.get("Seccomp", "0") == "0":
         return passed("no filter is in force", *evidence)
@@ -122,6 +116,41 @@ def _answers() -> Iterator[tuple[Cmd, int]]:
             yield cmd, 0
         except OSError as error:
             yield cmd, error.errno or 0
+
+
+def _borrowing(setup: Setup) -> Result:
+    """Borrow a socket of a child, as a limit for processes does with those that are open."""
+    reading, writing = os.pipe()
+    with ExitStack() as stack:
+        own = stack.enter_context(socket.socket())
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until this process closes the other end
+            os._exit(0)
+        stack.callback(os.waitpid, child, 0)
+        stack.callback(os.close, writing)
+        os.close(reading)
+        try:
+            with sockets.Lender(child) as lender:
+                os.close(lender.borrow(own.fileno()))
+        except OSError as error:
+            return _not_borrowed(error)
+    if not sockets.may_borrow_all():
+        return warned("those of other users' processes cannot: CAP_SYS_PTRACE is needed")
+    return passed("those that a process has open can be limited, too")
+
+
+def _not_borrowed(error: OSError) -> Result:
+    if error.errno == errno.ENOSYS:
+        why = f"{error.filename} is missing (Linux 5.6), or refused by a filter"
+    else:
+        why = sockets.why_refused(error).text
+    return warned(
+        f"a limit for processes covers new ones alone: {why}",
+        f"{error.filename}: {syscall.errno_name(error.errno or 0)}",
+        cause="no-borrowing",
+    )
 
 
 def _memlock(setup: Setup) -> Result:
@@ -209,5 +238,14 @@ CHECKS = (
         "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit",
         _memlock,
         ("rights.commands",),
+    ),
+    Check(
+        "rights.borrowing",
+        "Privileges",
+        "open sockets",
+        "limits for processes borrow the sockets that those have open (pidfd_getfd)",
+        "allow it: CAP_SYS_PTRACE, the container's seccomp profile, kernel.yama.ptrace_scope below"
+        " 3; or limit a whole cgroup, for which nothing is borrowed",
+        _borrowing,
     ),
 )

@@ -51,6 +51,13 @@ class Cgroup:
         """Whether it is still there."""
         return os.path.isdir(self.path)
 
+    def is_still(self, cgroup_id: int) -> bool:
+        """Whether it is there, and is the one with this id: a path may be given to another one."""
+        try:
+            return self.id == cgroup_id
+        except OSError:
+            return False
+
     def pids(self) -> list[int]:
         """The processes in it, not those in cgroups below it. 0 stands for one not visible here."""
         try:
@@ -299,11 +306,23 @@ def from_unit(name: str) -> Cgroup:
         raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
     found = [c for c in walk() if os.path.basename(c.path) == wanted]
     if not found:
+        if not _has_units():
+            raise NoCgroupError(
+                f"no cgroup of a unit {wanted!r}: this machine runs no systemd; use --cgroup PATH,"
+                " or --name for processes"
+            )
         raise NoCgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
     if len(found) > 1:
         paths = ", ".join(c.path for c in found)
         raise CgroupError(f"{wanted!r} is ambiguous: give one of these with --cgroup: {paths}")
     return found[0]
+
+
+def _has_units() -> bool:
+    """Whether there are units: systemd runs here, or there are cgroups of an outer one's."""
+    return os.path.isdir("/run/systemd/system") or any(
+        one.path.endswith((".service", ".scope", ".slice")) for one in walk()
+    )
 
 
 def unit_name(name: str) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
-from typing import Any
+from typing import Any, Iterable
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+# include/uapi/linux/time.h, timerfd.h
+_CLOCK_MONOTONIC = 1
+_TIMER = struct.Struct("@qqqq")  # struct itimerspec: the period, and the first time
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:
@@ -30,12 +34,63 @@ def setns(namespace: int, kind: int) -> None:
         raise _error("setns")
 
 
+def signalfd(numbers: Iterable[int]) -> int:
+    """Return a descriptor of which blocked signals are read; the caller closes it. Linux 2.6.27.
+
+    Raises OSError.
+    """
+    # glibc's sigset_t is 128 bytes; the kernel's is the first 64 bits of it.
+    buffer = (ctypes.c_uint64 * 16)(sum(1 << (number - 1) for number in numbers))
+    result = int(_libc().signalfd(-1, ctypes.byref(buffer), os.O_CLOEXEC | os.O_NONBLOCK))
+    if result < 0:
+        raise _error("signalfd")
+    return result
+
+
+def prctl(option: int, value: int) -> None:
+    """Change something of this process or thread (man 2 prctl). Raises OSError."""
+    if _libc().prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+        raise _error("prctl")
+
+
+def timerfd_create() -> int:
+    """Return a timer's descriptor, on CLOCK_MONOTONIC; the caller closes it. Raises OSError."""
+    fd = int(_libc().timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        raise _error("timerfd_create")
+    return fd
+
+
+def timerfd_settime(fd: int, wait_ns: int) -> None:
+    """Have a timer's descriptor be readable after a time; 0: never. Raises OSError."""
+    value = _TIMER.pack(0, 0, *divmod(wait_ns, 1_000_000_000))
+    if _libc().timerfd_settime(fd, 0, value, None):
+        raise _error("timerfd_settime")
+
+
 def klogctl(kind: int, buffer: Any, size: int) -> int:
     """Read or ask about the kernel's log (man 2 syslog). Raises OSError."""
     result = int(_libc().klogctl(kind, buffer, size))
     if result < 0:
         raise _error("klogctl")
     return result
+
+
+def inotify_init(flags: int = 0) -> int:
+    """Return a descriptor that tells of changes in directories; the caller closes it.
+
+    Raises OSError.
+    """
+    return _checked("inotify_init1", _libc().inotify_init1(flags))
+
+
+def inotify_add_watch(descriptor: int, path: str, events: int) -> int:
+    """Have it tell of these events; for a directory that it knows, of these from now on.
+
+    Raises OSError.
+    """
+    result = _libc().inotify_add_watch(descriptor, os.fsencode(path), ctypes.c_uint32(events))
+    return _checked("inotify_add_watch", result)
 
 
 @cache
@@ -46,7 +101,10 @@ def _libc() -> Any:
 
 
 def _syscall(name: str, number: int, *arguments: int) -> int:
-    result = int(_libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+    return _checked(name, _libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+
+
+def _checked(name: str, result: int) -> int:
     if result < 0:
         raise _error(name)
     return result

@@ -8,7 +8,6 @@ import ipaddress
 import os
 import socket
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterable, TypeVar
 
 from pybpfthrottle.linux import libc, netlink
@@ -54,6 +53,9 @@ def inside(namespace: int, work: Callable[[], T]) -> T:
 
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
         return work()
+    # Not while this program may be ending already: it registers to be told of that.
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(enter).result()
 

@@ -236,6 +236,6 @@ def _is_abandoned(cgroup: Cgroup) -> bool:
         return False
     pid, start_ticks = int(named[1]), int(named[2])
     owner = Identity(pid, int(named[3] or process.FIRST_PID_NAMESPACE), start_ticks)
-    if owner == process.identity():
+    if process.same(owner, process.identity()):
         return cgroup.path not in _held
     return process.is_gone(owner)

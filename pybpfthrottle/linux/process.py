@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from functools import cache
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import ProcessError
+from pybpfthrottle.linux import clock
 
 _PF_KTHREAD = 0x00200000
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
 _ENDED = ("Z", "X")
+_ALL_USERS = (1 << 32) - 1
 
 
 class Identity(NamedTuple):
     """What tells a process from all others of this boot, since a pid may be used again.
 
     ``start_ticks`` is the time of its start since the boot, in clock ticks, as the first time
-    namespace has it: in another one /proc shows a shifted time.
+    namespace has it, whichever one it was read in.
     """
 
     pid: int
@@ -42,23 +43,26 @@ def is_gone(owner: Identity) -> bool:
     if owner.pid_namespace != _pid_namespace():
         return False
     stat = _stat(owner.pid)
-    return stat is None or _start_ticks(stat) != owner.start_ticks or _has_ended(stat)
+    if stat is None or _has_ended(stat):
+        return True
+    return not same(owner, owner._replace(start_ticks=_start_ticks(stat)))
+
+
+def same(one: Identity, other: Identity) -> bool:
+    """Whether two identities are of one process, which may have been read in two time namespaces.
+
+    The kernel rounds a shifted time to whole ticks: then it may be one more or less.
+    """
+    return one[:2] == other[:2] and abs(one.start_ticks - other.start_ticks) <= 1
 
 
 def _start_ticks(stat: list[str]) -> int:
-    return int(stat[19]) - _shift_ticks()
+    """When a process was started: /proc shows it as this time namespace has it."""
+    return int(stat[19]) - _in_ticks(clock.offsets().boottime_ns)
 
 
-@cache
-def _shift_ticks() -> int:
-    """By how much the times of this time namespace are ahead (Linux 5.6), in clock ticks."""
-    with suppress(OSError), open("/proc/self/timens_offsets") as file:
-        for line in file:
-            clock, seconds, nanoseconds = line.split()
-            if clock in ("boottime", "7"):
-                ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
-                return ns * os.sysconf("SC_CLK_TCK") // 1_000_000_000
-    return 0
+def _in_ticks(nanoseconds: int) -> int:
+    return nanoseconds * os.sysconf("SC_CLK_TCK") // 1_000_000_000
 
 
 def _pid_namespace() -> int:
@@ -138,6 +142,25 @@ def families() -> dict[int, list[int]]:
 def in_first_namespace() -> bool:
     """Whether process ids mean the same here as in the kernel."""
     return _pid_namespace() == FIRST_PID_NAMESPACE
+
+
+def own_status() -> dict[str, str]:
+    """Return what /proc/self/status says; nothing where it cannot be read."""
+    try:
+        with open("/proc/self/status") as file:
+            pairs = (line.partition(":") for line in file)
+            return {key: value.strip() for key, _, value in pairs}
+    except OSError:
+        return {}
+
+
+def in_own_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the first."""
+    try:
+        with open("/proc/self/uid_map") as file:
+            return file.read().split() != ["0", "0", str(_ALL_USERS)]
+    except OSError:
+        return False
 
 
 def is_kernel_thread(pid: int) -> bool:

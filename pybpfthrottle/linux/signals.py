@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 import os
 import signal
+import struct
 from contextlib import contextmanager, suppress
 from typing import Any, Iterable, Iterator
+
+from pybpfthrottle.linux import libc
+
+# struct signalfd_siginfo: the number, an error, and the code, in 128 bytes.
+_SIGINFO = struct.Struct("=Iii116x")
+_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h: of the terminal, among others
 
 
 @contextmanager
@@ -58,6 +65,48 @@ class SignalQueue:
         with suppress(BlockingIOError):
             came = (signal.Signals(number) for number in os.read(self._read, 4096))
             self._came += [number for number in came if number in self._before]
+
+    def take(self) -> list[signal.Signals]:
+        """Return the signals that have come since it was asked last, in order."""
+        came, self._came = self._came, []
+        return came
+
+
+class SentSignals:
+    """While it is entered, these signals are queued if a process has sent them.
+
+    What the terminal sends it drops: the whole process group has got that. One that was ignored
+    before stays ignored. They are blocked in this thread, and in those that it starts.
+    """
+
+    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+        self._numbers = [
+            number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        self._came: list[signal.Signals] = []
+        self.due_s = math.inf
+
+    def __enter__(self) -> SentSignals:
+        self._fd = libc.signalfd(self._numbers)
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run()  # what is pending is not to come when they are let through again
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when a signal has come."""
+        return self._fd
+
+    def run(self) -> None:
+        """Take in the signals that have come, for ``take``."""
+        with suppress(BlockingIOError):
+            while True:
+                number, _, code = _SIGINFO.unpack(os.read(self._fd, _SIGINFO.size))
+                if code != _SI_KERNEL:
+                    self._came.append(signal.Signals(number))
 
     def take(self) -> list[signal.Signals]:
         """Return the signals that have come since it was asked last, in order."""

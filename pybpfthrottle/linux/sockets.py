@@ -10,15 +10,53 @@ from contextlib import suppress
 from ipaddress import ip_address
 from typing import Iterable, Iterator, NamedTuple
 
-from pybpfthrottle.linux import libc
+from pybpfthrottle.linux import libc, process
 
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
+
+_CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
+_PTRACE_SCOPE, _NO_ATTACH = "/proc/sys/kernel/yama/ptrace_scope", 3
 
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
 SO_MAX_PACING_RATE = 47
 
 # include/net/tcp_states.h: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING
 _SENDING = (1, 4, 8, 9, 11)
+
+
+class Refusal(NamedTuple):
+    """Why a process may not be looked into; ``capability`` says that CAP_SYS_PTRACE would do."""
+
+    text: str
+    capability: bool = False
+
+
+def why_refused(error: OSError) -> Refusal:
+    """Return what is behind the EPERM or EACCES of a look into a process.
+
+    Sources: man 2 ptrace, "Ptrace access mode checking"; Documentation/admin-guide/LSM/Yama.rst.
+    """
+    call = str(error.filename or "")
+    call = call if call.startswith("pidfd_") else "a look at its descriptors"
+    status = process.own_status()
+    with suppress(OSError), open(_PTRACE_SCOPE) as file:
+        if int(file.read()) == _NO_ATTACH and call == "pidfd_getfd":
+            return Refusal(
+                "kernel.yama.ptrace_scope is 3, which forbids it to all until the next boot"
+            )
+    if not may_borrow_all():
+        return Refusal("CAP_SYS_PTRACE is needed", capability=True)
+    held = "though CAP_SYS_PTRACE is held"
+    if status.get("Seccomp", "0") != "0" and call.startswith("pidfd_"):
+        return Refusal(f"a seccomp filter, such as a container's, refuses {call}, {held}")
+    if process.in_own_user_namespace():
+        return Refusal("CAP_SYS_PTRACE is held in this user namespace, not in that of the process")
+    return Refusal(f"a security module refuses {call}, {held}; the kernel's log may name it")
+
+
+def may_borrow_all() -> bool:
+    """Whether this process has CAP_SYS_PTRACE; without, it may borrow from its own user alone."""
+    return bool(int(process.own_status().get("CapEff", "0"), 16) >> _CAP_SYS_PTRACE & 1)
 
 
 class Descriptor(NamedTuple):

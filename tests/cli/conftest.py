@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
+from pybpfthrottle.backends.ebpf import registry
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.linux import cgroup as cgroups
@@ -41,6 +42,11 @@ def _eventually(predicate, *, within_s=_PATIENCE_S):
             return value
         assert time.monotonic() < deadline, f"not within {within_s} s: {predicate}"
         time.sleep(0.02)
+
+
+def _limits_on(cgroup):
+    """The ids of the throttles in force on a cgroup."""
+    return {one.id for one in registry.in_force() if cgroup.path in one.cgroups and not one.removed}
 
 
 def _attached(cgroup):
@@ -107,9 +113,9 @@ class Result(NamedTuple):
 class Terminal:
     """The master side of a terminal on which the tool runs."""
 
-    def __init__(self):
+    def __init__(self, columns=250):
         self.master, self.slave = pty.openpty()
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 250, 0, 0))
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self._seen = b""
 
     @property
@@ -182,9 +188,9 @@ class Tool:
         self._started.append(process)
         return process
 
-    def start_on_terminal(self, *arguments, ignored=None, **popen):
+    def start_on_terminal(self, *arguments, ignored=None, columns=250, **popen):
         """Start it as the leader of a session on a terminal of its own."""
-        terminal = Terminal()
+        terminal = Terminal(columns)
         for stream in ("stdin", "stdout", "stderr"):
             popen.setdefault(stream, terminal.slave)
 
@@ -333,15 +339,22 @@ def running(tool, scratch):
 
     def start(*arguments, cgroup=None, on_terminal=False, **options):
         target = cgroup or scratch.cgroup()
+        before = _limits_on(target)
         start_it = tool.start_on_terminal if on_terminal else tool.start
         started = start_it(
             "--cgroup", target.path, "--download-limit", "1M", "--upload-limit", "1M",
             *arguments, **options,
         )  # fmt: skip
-        _eventually(lambda: len(_attached(target)) == 2)
+        _eventually(lambda: _limits_on(target) - before)
         return (started[0] if on_terminal else started), target
 
     return start
+
+
+@pytest.fixture
+def limits_on():
+    """Tells the throttles in force on a cgroup."""
+    return _limits_on
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 
 import pytest
 from since import since
@@ -49,13 +50,13 @@ def test_the_duration_ends_it(tool, scratch, attached):
     assert attached(cgroup) == ()
 
 
-def test_one_direction_alone_attaches_one_program(tool, scratch, attached, eventually):
-    """Without an upload limit nothing is attached at egress."""
+def test_one_direction_alone_attaches_one_program(tool, scratch, limits_on, eventually):
+    """Without a download limit nothing is attached at ingress."""
     cgroup = scratch.cgroup()
-    process = tool.start("--cgroup", cgroup.path, "--download-limit", "1M", "-q")
-    eventually(lambda: attached(cgroup))
+    process = tool.start("--cgroup", cgroup.path, "--upload-limit", "1M", "-q")
+    eventually(lambda: limits_on(cgroup))
     fd = cgroup.open()
-    found = links.query(fd, AttachType.CGROUP_INET_EGRESS).program_ids
+    found = links.query(fd, AttachType.CGROUP_INET_INGRESS).program_ids
     os.close(fd)
     assert found == ()
     process.terminate()
@@ -156,13 +157,81 @@ def test_verbose_logs_the_rates(tool, running, eventually):
     assert f"eBPF stats PID - cgroup {cgroup.id}: {counters}" in err
 
 
-def test_a_program_that_never_ran_is_said(tool, running):
-    """At the end a limit that has seen no packet says so, and what to look at."""
-    process, cgroup = running("--duration", "0.1")
-    lines = tool.finish(process).err.splitlines()
-    expected = f"⚠️  PID - cgroup {cgroup.id}: No stats in BPF map (eBPF not initialized?)"
-    assert lines[0] == expected
+NOTHING = "Nothing was sent or received, so there was nothing to limit.\n"
+NEVER_RAN = "No stats in BPF map (eBPF not initialized?)"
+# Moves into a cgroup with a connection that was made before, and sends by it.
+LATE = """
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+s = socket.create_connection(listener.getsockname())
+peer = listener.accept()[0]
+open(sys.argv[1] + "/cgroup.procs", "w").write("0")
+print("moved", flush=True)
+while True:
+    s.sendall(b"x" * 1000)
+    peer.recv(1000)
+    time.sleep(0.05)
+"""
+DATAGRAMS = """
+import socket, time
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("127.0.0.1", 0))
+print("bound", flush=True)
+while True:
+    s.sendto(b"x" * 100, s.getsockname())
+    s.recv(1000)
+    time.sleep(0.05)
+"""
+
+
+def test_where_nothing_was_sent_that_is_said(tool, running):
+    """A limit that has seen no packet may have had none to see."""
+    process, _ = running("--duration", "1.3")
+    assert tool.finish(process).err == NOTHING
+
+
+def test_an_idle_process_has_sent_nothing(tool, scratch):
+    """Even if others on the machine have."""
+    process = scratch.process(scratch.cgroup())
+    busy = scratch.process(scratch.cgroup(), tool.python, "-c", DATAGRAMS)
+    limit = ("--pid", str(process.pid), "--download-limit", "1M", "--duration", "1.3")
+    result = tool.run(*limit)
+    assert busy.poll() is None
+    assert result.err == NOTHING
+
+
+def test_a_process_that_sent_by_another_cgroup_s_socket_is_not_called_idle(tool, scratch, running):
+    """The seeds' line is for packets that have passed beside the program."""
+    cgroup = scratch.cgroup()
+    child = subprocess.Popen([tool.python, "-c", LATE, cgroup.path], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"moved\n"
+        process, _ = running("--duration", "1.3", cgroup=cgroup)
+        lines = tool.finish(process).err.splitlines()
+    finally:
+        child.kill()
+        child.communicate()
+    assert lines[0] == f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}"
     assert len(lines) > 1
+
+
+def test_devices_that_nobody_else_uses_tell_of_datagrams(tool, scratch, running):
+    """In a network namespace of its own, whatever passes is of the process."""
+    cgroup = scratch.cgroup()
+    up = "ip link set lo up && exec "
+    child = subprocess.Popen(
+        ["unshare", "-n", "sh", "-c", up + '"$0" -c "$1"', tool.python, DATAGRAMS],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert child.stdout.readline() == b"bound\n"
+        cgroup.move_in(child.pid)
+        process, _ = running("--duration", "1.3", cgroup=cgroup)
+        lines = tool.finish(process).err.splitlines()
+    finally:
+        child.kill()
+        child.communicate()
+    assert lines[0] == f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}"
 
 
 def test_traffic_is_counted_for_the_cgroup(tool, scratch, running):
@@ -332,3 +401,37 @@ def test_two_instances_limit_one_cgroup_beside_each_other(tool, running, attache
     assert attached(cgroup) == before
     first.terminate()
     assert tool.finish(first).status == 0
+
+
+def test_samples_that_were_missed_are_left_out(running, tool):
+    """After SIGSTOP one comes, whose time is the right one, and the next a second later."""
+    process, _ = running("--json")
+    events = (json.loads(line) for line in process.stdout)
+    assert next(events)["event"] == "start"
+    before = next(events)["elapsed_s"]
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    process.send_signal(signal.SIGCONT)
+    after = [next(events)["elapsed_s"] for _ in range(3)]
+    process.terminate()
+    assert after[0] - before > 3.4
+    assert all(0.5 < later - sooner < 2 for sooner, later in zip(after, after[1:]))
+    assert next(events)["event"] == "end"
+    assert tool.finish(process).status == 0
+
+
+def test_verbose_has_one_line_a_direction(tool, scratch):
+    """What was attached where, how, and at what rate; what repeats is for -vv."""
+    paths = [scratch.cgroup().path for _ in range(2)]
+    where = ("--cgroup", paths[0], "--cgroup", paths[1], "-d", "1M", "-u", "500K")
+    once, twice = (tool.run(*where, "--duration", "0.1", log).err for log in ("-v", "-vv"))
+    for direction, rate in (("download", "1.0 MB/s"), ("upload", "500.0 KB/s")):
+        found = re.findall(rf"^INFO  {direction}: .*$", once, re.MULTILINE)
+        assert len(found) == 1
+        assert f"limited to {rate}, attached by link to {paths[0]}, {paths[1]}; " in found[0]
+        hook = "ingress" if direction == "download" else "egress"
+        assert once.count(f"Successfully attached eBPF {hook} program") == 1
+        assert twice.count(f"Successfully attached eBPF {hook} program") == 2
+    assert once.count("✅ Successfully attached using modern method (bpf_link_create)") == 2
+    assert "sockops" not in once
+    assert "Successfully attached eBPF sockops program" in twice

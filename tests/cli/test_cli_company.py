@@ -12,13 +12,13 @@ LIMIT = ["--upload-limit", "1M"]
 
 
 @pytest.fixture
-def limiting(tool, scratch, attached, eventually):
+def limiting(tool, scratch, limits_on, eventually):
     """Start the tool on a cgroup and wait until it is in force."""
 
     def start(cgroup, *options):
-        before = len(attached(cgroup))
+        before = limits_on(cgroup)
         process = tool.start("--cgroup", cgroup.path, *LIMIT, *options)
-        eventually(lambda: len(attached(cgroup)) > before)
+        eventually(lambda: limits_on(cgroup) - before)
         return process
 
     return start

@@ -36,15 +36,18 @@ def session_of(pid):
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+PASSED_ON = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", PASSED_ON)
 def test_a_signal_to_the_tool_is_passed_on(tool, number):
-    """SIGTERM and SIGHUP end a command that does not handle them: 128 + n."""
-    process = started(tool, LOOP)
+    """Those that are sent end a command that does not handle them: 128 + n."""
+    process = started(tool, f"ulimit -c 0; {LOOP}")
     process.send_signal(number)
     assert tool.finish(process).status == 128 + number
 
 
-@pytest.mark.parametrize("name", ["TERM", "HUP"])
+@pytest.mark.parametrize("name", ["TERM", "HUP", "QUIT", "USR1", "USR2"])
 def test_the_commands_own_handler_decides(tool, name):
     """The command's handler runs, and what it exits with is the status."""
     process = started(tool, f"trap 'echo handled; exit 7' {name}; {LOOP}")
@@ -225,3 +228,36 @@ def test_a_stopped_command_is_waited_for(tool):
         process.wait(0.7)
     os.kill(tool.cgroup_of(process).pids()[0], signal.SIGCONT)
     assert tool.finish(process).status == 5
+
+
+def test_ctrl_backslash_reaches_the_command_once(tool, tmp_path):
+    """The terminal has sent it to both; only one that is sent by kill is passed on."""
+    process, terminal = tool.start_on_terminal(
+        *("run", "-q", "--download-limit", "1M", "--", "sh", "-c"),
+        "trap 'echo quit' QUIT; echo ready; while [ ! -e stop ]; do sleep 0.05; done; exit 4",
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x1c")
+    terminal.wait_for("quit")
+    time.sleep(0.3)
+    assert terminal.text.count("quit") == 1
+    process.send_signal(signal.SIGQUIT)
+    time.sleep(0.3)
+    assert terminal.text.count("quit") == 2
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 4
+
+
+def test_a_user_signal_does_not_end_the_wait_for_what_outlives_the_command(tool, tmp_path):
+    """It means something to the command only."""
+    process = started(
+        tool,
+        "(while [ ! -e stop ]; do sleep 0.05; done) >/dev/null 2>&1 </dev/null & echo ready",
+        limit=(*LIMIT, "--wait"),
+    )
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.7)
+    (tmp_path / "stop").touch()
+    assert tool.finish(process).status == 0

@@ -18,11 +18,11 @@ def test_what_is_no_limit_is_refused(tool, rate):
     assert "8mbit" in error
 
 
-@pytest.mark.parametrize("rate", ["0", "0M", "1023", TOO_LARGE, "101G", "0.5K"])
+@pytest.mark.parametrize("rate", ["0", "0M", "999", TOO_LARGE, "101G", "0.5K"])
 def test_a_limit_out_of_range_is_refused(tool, rate):
-    """A limit below 1 KB/s or above 100 GB/s is refused, and the range is said."""
+    """A limit below 1000 B/s or above 100 GB/s is refused, and the range is said."""
     error = tool.run("run", "--upload-limit", rate, "--", "true").usage_error
-    assert "between 1 KB/s and 100 GB/s" in error
+    assert "between 1000 B/s and 100 GB/s" in error
 
 
 @pytest.mark.parametrize("rate", ["-1", "-1M"])
@@ -46,7 +46,10 @@ def test_a_fraction_in_an_ambiguous_unit_is_kept_in_the_spellings(tool):
     assert "1.5MB" in error
 
 
-@pytest.mark.parametrize("duration", ["", "0", "-1", "nan", "inf", "-inf", "1e300", "soon"])
+@pytest.mark.parametrize(
+    "duration",
+    ["", "0", "-1", "nan", "inf", "-inf", "1e300", "soon", "1w", "s", "1.2.3h", "m5", "-1m"],
+)
 @pytest.mark.parametrize("command", [("run", "--download-limit", "1M"), ("--download-limit", "1M")])
 def test_a_duration_that_is_none_is_refused(tool, command, duration):
     """A duration is a number of seconds above 0."""
@@ -190,3 +193,78 @@ def test_an_output_in_ascii_is_no_error(tool):
     result = tool.run("--list-backends", environment={"PYTHONIOENCODING": "ascii"})
     assert result.status == 0
     assert "available" in result.text
+
+
+@pytest.mark.parametrize("command", [("run", "--", "true"), ("list",), ("--version",)])
+def test_the_short_spellings_are_documented(tool, command):
+    """-d and -u are in the help of both commands that limit."""
+    help_text = tool.run(*command[:1], "--help").text if command[0] == "run" else ""
+    help_text = help_text or tool.run("--help").text
+    assert "-d, --download-limit" in help_text
+    assert "-u, --upload-limit" in help_text
+
+
+def test_short_options_and_durations_are_taken(tool, scratch):
+    """As people write them; a second is no more than that."""
+    cgroup = scratch.cgroup()
+    result = tool.run("--cgroup", cgroup.path, "-d", "1MB/s", "-u", "8kbit", "--duration", "1s")
+    assert result.status == 0
+    assert "download 1.0 MB/s (" in result.text
+    assert "upload 1000 B/s (" in result.text
+    run = tool.run("run", "-d1M/s", "-u", "1MiB/s", "--duration", "1h30m", "--", "true")
+    assert run.status == 0
+
+
+@pytest.mark.parametrize(
+    ("pid", "said"),
+    [
+        ("", "a process id is missing"),
+        (" ", "a process id is missing"),
+        ("12\n13", "several process ids"),
+        ("--download-limit", "a process id is missing in front of --download-limit"),
+    ],
+)
+@pytest.mark.parametrize("command", [(), ("sockets",), ("show",), ("verify-setup",)])
+def test_a_process_id_that_is_missing_is_said(tool, pid, said, command):
+    """As where pgrep has found nothing, or more than one."""
+    assert said in tool.run(*command, "--pid", pid).usage_error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--pid", "1", "-d", "1M", "--", "true"), "--pid is an option of the bare command"),
+        (("run", "--cgroup", "x", "-d", "1M", "true"), "pybpfthrottle --cgroup ..."),
+        (("run", "-d", "1M", "--json", "--", "true"), "--json-file FILE"),
+        (("--wait", "-d", "1M", "--pid", "1"), "pybpfthrottle run --wait ..."),
+        (("--json-file", "x", "run", "-d", "1M", "true"), "an option of 'run'"),
+        (("--dry-run",), "pybpfthrottle cleanup --dry-run"),
+        (("-d", "1M", "run", "true"), "--download-limit must come after 'run'"),
+        (("--pid", "1", "run", "-d", "1M", "true"), "'run' does not have it"),
+        (("list", "--pid", "1"), "'list' does not have it"),
+    ],
+)
+def test_an_option_of_another_command_says_where_it_goes(tool, arguments, said):
+    """Of the bare command behind run, and of run in front of it."""
+    assert said in tool.run(*arguments).usage_error
+
+
+def test_behind_two_hyphens_nothing_is_ours(tool):
+    """The command has options of the same names."""
+    result = tool.run("run", "-q", "-d", "1M", "--", "echo", "--pid", "1", "--wait", "-d")
+    assert (result.status, result.out) == (0, b"--pid 1 --wait -d\n")
+
+
+def test_a_unit_without_systemd_says_what_to_use(tool):
+    """Where there are neither units' cgroups nor systemd."""
+    result = tool.run(
+        *("--unit", "x", "-d", "1M"),
+        prefix=[
+            *("unshare", "-mC", "sh", "-c"),
+            'test ! -d /run/systemd || mount -t tmpfs x /run/systemd; exec "$@"',
+            "sh",
+        ],
+    )
+    assert result.status == 1
+    assert "runs no systemd" in result.complaint
+    assert "--cgroup PATH" in result.complaint

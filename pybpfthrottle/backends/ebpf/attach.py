@@ -51,20 +51,23 @@ def attach(
     policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
     *,
     before_replacing: Callable[[Cgroup], None] = lambda _: None,
+    repeats: bool = False,
 ) -> Attachment:
     """Attach by the policy's method: auto is a link, and after some errors the legacy call.
 
     ``before_replacing`` is asked where this may switch off another program (before Linux 4.15),
-    and raises what speaks against it. Raises CgroupError, or AttachError with the cause.
+    and raises what speaks against it. With ``repeats`` it is one of several programs, or cgroups,
+    and is logged for debugging only. Raises CgroupError, or AttachError with the cause.
     """
     if policy.method not in ATTACH_METHODS:
         known = ", ".join(ATTACH_METHODS)
         raise ValueError(f"no attach method {policy.method!r} (known: {known})")
+    level = logging.DEBUG if repeats else logging.INFO
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
         alone = partial(_alone, program, cgroup, fd, attach_type, policy, before_replacing)
-        attachment = _attach(program, fd, attach_type, policy, alone)
+        attachment = _attach(program, fd, attach_type, policy, alone, level)
     except OSError as error:
         why = _explain(error, program, cgroup, fd, attach_type, policy)
         raise AttachError(
@@ -75,7 +78,7 @@ def attach(
     log.debug(
         'Attached %s to "%s" with mode: %s', program.name, cgroup.path, _MODES[attachment.mode]
     )
-    log.info("Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
+    log.log(level, "Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
     return attachment
 
 
@@ -85,10 +88,11 @@ def _attach(
     attach_type: AttachType,
     policy: AttachPolicy,
     alone: Callable[[], Attachment],
+    level: int,
 ) -> Attachment:
     if policy.method == "legacy":
-        log.info("Using legacy BPF attach method (bpf_prog_attach)")
-        return _attach_legacy(program, fd, attach_type, alone)
+        log.log(level, "Using legacy BPF attach method (bpf_prog_attach)")
+        return _attach_legacy(program, fd, attach_type, alone, level)
     if policy.method == "auto":
         log.debug("Auto-detecting best BPF attach method")
     try:
@@ -101,16 +105,22 @@ def _attach(
             log.error("Modern attach failed with non-EINVAL error, not retrying")
             raise
         log.debug("Found OSError with errno %d in error chain", found)
-        log.warning(
-            "Modern attach failed with %s, falling back to legacy method...", errno_name(found)
+        log.log(
+            logging.WARNING if level == logging.INFO else level,
+            "Modern attach failed with %s, falling back to legacy method...",
+            errno_name(found),
         )
-        return _attach_legacy(program, fd, attach_type, alone)
-    log.info("✅ Successfully attached using modern method (bpf_link_create)")
+        return _attach_legacy(program, fd, attach_type, alone, level)
+    log.log(level, "✅ Successfully attached using modern method (bpf_link_create)")
     return link
 
 
 def _attach_legacy(
-    program: Program, fd: int, attach_type: AttachType, alone: Callable[[], Attachment]
+    program: Program,
+    fd: int,
+    attach_type: AttachType,
+    alone: Callable[[], Attachment],
+    level: int,
 ) -> Attachment:
     """Multiple; on a kernel without it as the only program."""
     try:
@@ -121,7 +131,7 @@ def _attach_legacy(
         if error.errno != errno.EINVAL:
             raise
         attachment = alone()
-    log.info("✅ Successfully attached using legacy method!")
+    log.log(level, "✅ Successfully attached using legacy method!")
     return attachment
 
 

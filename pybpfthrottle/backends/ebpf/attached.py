@@ -6,7 +6,6 @@ import errno
 import os
 import pwd
 import re
-import time
 from contextlib import suppress
 from functools import cached_property
 from typing import Iterator, NamedTuple, Optional, Sequence
@@ -17,7 +16,7 @@ from pybpfthrottle.bpf.links import AttachMode, LinkInfo
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.bpf.syscall import ENOTSUPP
 from pybpfthrottle.errors import CgroupError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup
 
 CGROUP_TYPES = tuple(
@@ -152,7 +151,7 @@ def _details(info: ProgramInfo) -> str:
         user = pwd.getpwuid(info.created_by_uid).pw_name
     except KeyError:
         user = str(info.created_by_uid)
-    age_s = max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - info.load_time_ns / 1e9)
+    age_s = max(0.0, (clock.boottime_ns() - info.load_time_ns) / 1e9)
     return f"id {info.id}, tag {info.tag}, {kind}, loaded by {user} {_ago(age_s)}"
 
 

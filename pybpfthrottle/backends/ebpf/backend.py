@@ -6,9 +6,10 @@ import errno
 from contextlib import suppress
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends import Match, Offer, Order, Part, Priority, Record
+from pybpfthrottle.backends import Executions, Match, Offer, Order, Part, Priority, Ready, Record
 from pybpfthrottle.backends.ebpf import features, leftovers, privileges, programs, registry
 from pybpfthrottle.backends.ebpf.found import FoundThrottle
+from pybpfthrottle.backends.ebpf.marks import Tracing
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
 from pybpfthrottle.errors import CgroupError, Error
@@ -56,6 +57,22 @@ class EbpfBackend:
         throttle = EbpfThrottle(order, throttle_id)
         throttle.put_in_force()
         return throttle
+
+    def make_ready(self, order: Order) -> Ready:
+        """Load for processes that come later; nothing is attached to a cgroup before they do.
+
+        Raises BpfError or ThrottleError.
+        """
+        throttle = EbpfThrottle(order, "")
+        throttle.prepare()
+        return throttle
+
+    def executions(self) -> Executions:
+        """Begin to tell of executions. Linux 5.8; needs CAP_PERFMON.
+
+        Raises BpfError, ObjectFileError or OSError.
+        """
+        return Tracing.begin({}, executions=True, processes=False)
 
     def in_force(self) -> Iterator[Record]:
         """Return what is in force on this machine, whoever made it. Raises OSError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf.records import (
@@ -18,7 +18,7 @@ from pybpfthrottle.backends.ebpf.records import (
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 
@@ -34,15 +34,33 @@ SMALL_NS = 20 * _MS
 # Small windows keep the kernel from merging packets: beyond this, the window costs more than the
 # policer's retransmissions do.
 MOST_FOR_WINDOW = Rate(25_000_000)
+# The gate's keeper works for every acknowledgement, of which there are more at higher rates.
+MOST_FOR_GATE = Rate(100_000_000)
 # The policer's burst is 250 ms, which is longer than TCP's shortest retransmission timeout (200
 # ms): with less, a flow that waits for it loses bandwidth for good (0.72 of the limit was measured
 # with 150 ms). 40 % of it may be owed. It is also the burst at the start, where there is no credit
 # yet: it makes up for the slow start of TCP in the first seconds. Behind a receive window nobody
 # waits for a timeout. What shaped connections may owe beyond it the shaper itself adds.
 _POLICED = (150 * _MS, 100 * _MS)
-_BURSTS = {"police": _POLICED, "pace": _POLICED, "window": (50 * _MS, 20 * _MS)}
-_FLAGS = {"police": 0, "pace": ThrottleFlags.PACE, "window": ThrottleFlags.WINDOW}
-_METHODS = {Direction.UPLOAD: "pace", Direction.DOWNLOAD: "window"}
+# Behind the gate what comes was asked for, and dropping it would only make it come twice.
+_BURSTS = {
+    "police": _POLICED,
+    "pace": _POLICED,
+    "window": (50 * _MS, 20 * _MS),
+    "gate": (50 * _MS, 350 * _MS),
+}
+_FLAGS = {
+    "police": 0,
+    "pace": ThrottleFlags.PACE,
+    "window": ThrottleFlags.WINDOW,
+    "gate": ThrottleFlags.WINDOW | ThrottleFlags.GATE,
+}
+# The better one first.
+_METHODS = {Direction.UPLOAD: ("pace",), Direction.DOWNLOAD: ("gate", "window")}
+_MOST = {
+    "window": (MOST_FOR_WINDOW, "the receive window costs too much CPU"),
+    "gate": (MOST_FOR_GATE, "the gate costs too much CPU"),
+}
 
 
 class Shaping(NamedTuple):
@@ -76,19 +94,30 @@ POLICE = Shaping("police", "nothing else was asked for")
 
 
 def shaping_for(
-    direction: Direction, rate: Optional[Rate], wanted: str, *, refused: Optional[str] = None
+    direction: Direction,
+    rate: Optional[Rate],
+    wanted: str,
+    *,
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Shaping:
-    """Return the method for a direction; ``refused`` is why nothing can be shaped here."""
-    method = _METHODS[direction]
-    if wanted not in ("auto", method):
+    """Return the method for a direction; ``refused`` tells of methods why they are not to be had.
+
+    Where the wanted one is refused, it is the next best.
+    """
+    methods = _METHODS[direction]
+    if wanted not in ("auto", *methods):
         return Shaping("police", f"--shape {wanted}")
-    if refused is not None:
-        return Shaping("police", f"it cannot be shaped here: {refused}")
-    if wanted == method:
-        return Shaping(method, f"--shape {wanted}")
-    if method == "window" and rate is not None and rate.bytes_per_s > MOST_FOR_WINDOW.bytes_per_s:
-        return Shaping("police", f"above {MOST_FOR_WINDOW} the receive window costs too much CPU")
-    return Shaping(method, "this kernel can")
+    reason = "this kernel can" if wanted == "auto" else f"--shape {wanted}"
+    for method in methods[0 if wanted == "auto" else methods.index(wanted) :]:
+        if method in refused:
+            reason = f"{method} cannot be had here: {refused[method]}"
+            continue
+        most, cost = _MOST.get(method, (None, ""))
+        if wanted == "auto" and rate and most and rate.bytes_per_s > most.bytes_per_s:
+            reason = f"above {most} {cost}"
+            continue
+        return Shaping(method, reason)
+    return Shaping("police", reason)
 
 
 def config_for(
@@ -154,7 +183,7 @@ class Bucket:
         self._shapes = shapes
         self._owner = owner
         self.rates = dict(limits)
-        self.cannot_shape: Optional[str] = None
+        self.refused: dict[str, str] = {}
         self._shapings = dict.fromkeys(limits, POLICE)
         self._configs: Map[int, ThrottleConfig] = maps["CGROUP_CONFIGS"].typed(
             U32, StructureCodec(ThrottleConfig)
@@ -166,9 +195,9 @@ class Bucket:
             U32, StructureCodec(ThrottleStats)
         )
 
-    def begin(self, cannot_shape: Optional[str] = None) -> None:
-        """Put all rates in force. ``cannot_shape`` is why the policer alone is left, or None."""
-        self.cannot_shape = cannot_shape or self.cannot_shape
+    def begin(self, refused: Mapping[str, str]) -> None:
+        """Put all rates in force. ``refused`` tells of methods why they are not to be had."""
+        self.refused = dict(refused)
         for direction, rate in self.rates.items():
             self.set_rate(direction, rate)
 
@@ -180,13 +209,13 @@ class Bucket:
         if direction not in self.rates:
             raise ThrottleError(f"this throttle was made without a limit for {direction}")
         wanted = self._shapes.get(direction, "auto")
-        shaping = shaping_for(direction, rate, wanted, refused=self.cannot_shape)
+        shaping = shaping_for(direction, rate, wanted, refused=self.refused)
         config = config_for(rate, loopback=self._loopback, shaping=shaping, owner=self._owner)
         config.slack_ns = self._configs[direction].slack_ns
         self._configs[direction] = config
         self._shapings[direction] = shaping
         self.rates[direction] = rate
-        log.info("%s: %s, since %s", direction, shaping.method, shaping.reason)
+        log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
 
     def lift(self) -> None:
         """Let all packets pass, and have the programs shape nothing any more."""
@@ -203,10 +232,11 @@ class Bucket:
     def shapes_not_kept(self) -> list[str]:
         """Return what was asked for by name and cannot be done, a line each."""
         return [
-            f"--shape {wanted} does not work here, and the {direction} is policed: {shaping.reason}"
+            f"--shape {wanted} does not work here, and the {direction} is kept by"
+            f" {shaping.method}: {shaping.reason}"
             for direction, rate in self.rates.items()
             for wanted, shaping in [(self._shapes.get(direction), self.shaping(direction))]
-            if wanted == _METHODS[direction] and shaping.method != wanted and rate is not None
+            if wanted in _METHODS[direction] and shaping.method != wanted and rate is not None
         ]
 
     def flags(self, direction: Direction) -> int:
@@ -250,7 +280,7 @@ class Bucket:
             Direction.UPLOAD
         ]
         even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         epochs_ago = (now >> ThrottleShift.EPOCH_SHIFT) - flows.epoch
         return Seen(
             owed_ns=even_at_ns - now if even_at_ns else 0,

@@ -166,7 +166,9 @@ def _attach(
     with ExitStack() as undo:
         loaded = undo.enter_context(loader.load(spec, [program.name], maps=maps))
         for target in cgroups:
-            attachment = attach(loaded.programs[program.name], target, program.attach_type)
+            attachment = attach(
+                loaded.programs[program.name], target, program.attach_type, repeats=True
+            )
             undo.callback(attachment.detach)
         attached = stack.enter_context(undo.pop_all())
     return attached.close

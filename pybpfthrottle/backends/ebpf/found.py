@@ -29,6 +29,12 @@ from pybpfthrottle.supervisor import Chore
 _PATIENCE_S = 5.0
 _STEP_S = 0.02
 
+_SHAPES = (
+    (ThrottleFlags.GATE, "gate"),
+    (ThrottleFlags.WINDOW, "window"),
+    (ThrottleFlags.PACE, "pace"),
+)
+
 
 class FoundThrottle:
     """A throttle of another process. What it has open it closes by ``close`` or ``remove``."""
@@ -50,7 +56,7 @@ class FoundThrottle:
             },
             owner=record.owner,
         )
-        self._bucket.cannot_shape = record.handles.get("cannot_shape")
+        self._bucket.refused = record.handles.get("refused") or {}
 
     @classmethod
     def open(cls, record: Record) -> FoundThrottle:
@@ -115,14 +121,18 @@ class FoundThrottle:
             " it may be stopped, or have ended"
         )
 
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Raise ThrottleError: it is its owner that follows units."""
+        raise ThrottleError(f"process {self._found.owner.pid} has to move {gone.path}")
+
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how it is attached and shaped, as far as its maps tell."""
         flags = self._bucket.flags(direction)
-        shape = "pace" if flags & ThrottleFlags.PACE else "police"
+        shape = next((name for flag, name in _SHAPES if flags & flag), "police")
         return {
             "backend": "ebpf",
             "attached_by": self._found.attached_by,
-            "shape": "window" if flags & ThrottleFlags.WINDOW else shape,
+            "shape": shape,
         }
 
     def processes(self) -> list[int]:
@@ -180,8 +190,9 @@ class FoundThrottle:
 
     def _detach(self) -> None:
         """Detach its programs from cgroups. Those at tracepoints end with its owner."""
-        some_map = next(iter(_map_ids(self._found).values()))
-        ours = registry.programs_of(some_map)
+        ids = _map_ids(self._found)
+        # All of them hold the record; before there was one, there was but one object.
+        ours = registry.programs_of(ids.get(RECORD) or next(iter(ids.values())))
         with suppress(OSError):  # before Linux 5.8 they cannot be listed
             for link in links.all_infos():
                 if link.program_id in ours and link.type == LinkType.CGROUP:

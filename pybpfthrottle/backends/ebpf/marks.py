@@ -22,7 +22,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
-from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors
+from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,22 @@ class Marks:
         self._all_followed = False
         self._notes: dict[str, None] = {}
 
-    def begin(self) -> None:
-        """Mark all that is there. The programs have to be attached.
+    def follow(self) -> None:
+        """Have what is started from now on followed, whoever its parent is by then.
 
-        Raises ProcessError for a process that has ended, or that may not be looked into.
+        Raises NoMarksError where the kernel knows processes by other ids.
         """
         if self._selection.new_sockets:
             if not process.in_first_namespace():
                 raise NoMarksError(_OTHER_NAMESPACE)
-            # First: what is started from now on is followed, whoever its parent is by then.
             self._trace()
+
+    def begin(self, selection: Selection) -> None:
+        """Mark all that is there. The programs have to be attached, and processes followed.
+
+        Raises ProcessError for a process that has ended, or that may not be looked into.
+        """
+        self._selection = selection
         chosen = [one.pid for one in self._selection.processes]
         self._take_in([*chosen, *self._selection.matching()])
         for one in self._selection.processes:
@@ -89,7 +95,8 @@ class Marks:
             pass
         for pid in chosen:
             refused = self._scan.refused.get(pid)
-            if isinstance(refused, PermissionError):
+            # What more rights would not change is no error: what can be limited is.
+            if isinstance(refused, PermissionError) and why_refused(refused).capability:
                 raise ProcessError(
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
@@ -182,8 +189,9 @@ class Marks:
                     adopt(found)
         for pid, error in self._scan.refused.items():
             self._note(
-                f"the sockets that {process.listed([pid])} had open before are not limited:"
-                f" they cannot be looked at ({error.strerror})"
+                f"the sockets that {process.listed([pid])} had open before are not limited,"
+                " nor what they accept: they cannot be looked at"
+                f" ({_why_not_looked_at(error)}). A limit of its whole cgroup covers them"
             )
         return count
 
@@ -243,6 +251,11 @@ class Marks:
             log.info("%s", text)
 
 
+def _why_not_looked_at(error: OSError) -> str:
+    text = str(error.strerror)
+    return f"{text}: {why_refused(error).text}" if isinstance(error, PermissionError) else text
+
+
 class Tracing:
     """Keeps the map PROCESSES: a child of what is in it comes in, and what has ended goes.
 
@@ -254,16 +267,19 @@ class Tracing:
         self._attached = attached
 
     @classmethod
-    def begin(cls, maps: Mapping[str, Map[Any, Any]], *, executions: bool) -> Tracing:
+    def begin(
+        cls, maps: Mapping[str, Map[Any, Any]], *, executions: bool, processes: bool = True
+    ) -> Tracing:
         """Attach the programs, which share the throttle's ``maps``.
 
-        With ``executions`` they also tell of each process that executes a program. Linux 5.8, with
-        the kernel's BTF; needs CAP_PERFMON. Raises BpfError, ObjectFileError or OSError.
+        With ``executions`` they also tell of each process that executes a program, without
+        ``processes`` they do nothing else. Linux 5.8, with the kernel's BTF; needs CAP_PERFMON.
+        Raises BpfError, ObjectFileError or OSError.
         """
         hooks = {
             program.name: str(program.hook)
             for program in programs.with_role(Role.FOLLOW)
-            if executions or program.hook != _EXECUTION
+            if (executions if program.hook == _EXECUTION else processes)
         }
         with ExitStack() as undo:
             loaded = undo.enter_context(loader.load(programs.read("processes"), hooks, maps=maps))

@@ -30,6 +30,7 @@ class Role(Enum):
     ADOPT = "shapes a connection that was open before"
     BELONGS = "tells whether a connection that was open before belongs to the throttle"
     FOLLOW = "keeps up to date which processes are limited"
+    GATE = "hands acknowledgements of downloads to the gate's keeper"
 
 
 class Scope(Enum):
@@ -98,6 +99,7 @@ _CALLBACKS = Needs("5.10", "callbacks for TCP header options")
 _STORAGE = Needs("5.10", "socket storage by a packet's socket, and for new sockets")
 _ADOPTING = Needs("6.12", "callbacks for connections that are open (TCP_BPF_SOCK_OPS_CB_FLAGS)")
 _ASKING = Needs("5.3", "programs for setsockopt(2)")
+_GATE = Needs("5.10", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
 _TRACING = Needs("5.8", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
 
 # In the order in which those of a throttle are attached: who follows processes has to see their
@@ -114,6 +116,7 @@ PROGRAMS = (
     Shipped("pybpft_create", _MARKS, _SOCK_CREATE, Role.MARK, _STORAGE),
     Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
+    Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE, None, _DOWNLOAD),
     Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
     Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
     Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),

@@ -8,7 +8,7 @@ objects' BTF.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_uint32, c_uint64
+from ctypes import c_char, c_uint8, c_uint32, c_uint64
 from enum import IntEnum, IntFlag
 
 from pybpfthrottle.model import Direction
@@ -23,6 +23,7 @@ class ThrottleFlags(IntFlag):
     LOOPBACK = 1
     PACE = 2
     WINDOW = 4
+    GATE = 8
 
 
 class ThrottleFormat(IntEnum):
@@ -50,6 +51,25 @@ class ThrottleSlack(IntEnum):
 
     PACING_SLACK_NS = 300_000_000
     POLICE_SLACK_NS = 180_000_000
+
+
+class ThrottleGateBounds(IntEnum):
+    """enum throttle_gate_bounds: sizes of what the gate and its keeper share."""
+
+    GATE_NAMESPACES = 8
+    GATE_UNGATED = 64
+    GATE_PACKET_BYTES = 100
+    GATE_RING_BYTES = 1 << 18
+    GATE_STALE_NS = 60_000_000
+
+
+class ThrottleGateState(IntEnum):
+    """enum throttle_gate_state: whether the keeper can send for a connection."""
+
+    GATE_UNKNOWN = 0
+    GATE_READY = 1
+    GATE_NEVER = 2
+    GATE_ASKED = 3
 
 
 class ThrottlePacing(IntEnum):
@@ -140,6 +160,48 @@ class ThrottleSocket(ctypes.Structure):
         ("original_clamp", c_uint32),
         ("stop", c_uint32),
         ("promised", c_uint32),
+        ("segment", c_uint32),
+        ("first", c_uint32),
+        ("gate", c_uint32),
+        ("gated", c_uint32),
+        ("window_scale", c_uint32),
+        ("edge_known", c_uint32),
+        ("edge", c_uint32),
+        ("network", c_uint32),
+    )
+
+
+class ThrottleGate(ctypes.Structure):
+    """struct throttle_gate: the gate of one throttle."""
+
+    _fields_ = (
+        ("alive", c_uint32),
+        ("reserved", c_uint32),
+        ("next_due_ns", c_uint64),
+        ("round_trip_ns", c_uint64),
+        ("namespaces", c_uint32 * ThrottleGateBounds.GATE_NAMESPACES),
+        ("ungated", c_uint64 * ThrottleGateBounds.GATE_UNGATED),
+        ("taken", c_uint64),
+        ("oldest_ns", c_uint64),
+    )
+
+
+class ThrottleAck(ctypes.Structure):
+    """struct throttle_ack: an acknowledgement as the keeper gets it."""
+
+    _fields_ = (
+        ("cookie", c_uint64),
+        ("at_ns", c_uint64),
+        ("edge", c_uint32),
+        ("payload", c_uint32),
+        ("mark", c_uint32),
+        ("network", c_uint32),
+        ("segment", c_uint32),
+        ("length", c_uint8),
+        ("window_scale", c_uint8),
+        ("passed", c_uint8),
+        ("reserved", c_uint8 * 5),
+        ("packet", c_uint8 * ThrottleGateBounds.GATE_PACKET_BYTES),
     )
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from pybpfthrottle.backends import Match, Order
 from pybpfthrottle.backends.ebpf import connections, programs
 from pybpfthrottle.backends.ebpf.attach import attach, rung
-from pybpfthrottle.backends.ebpf.bucket import Bucket, shaping_for
+from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
+from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.marks import Marks
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
@@ -32,11 +41,11 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
-from pybpfthrottle.settings import AttachPolicy
+from pybpfthrottle.settings import SHAPES, AttachPolicy
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.targets import Selection
 
@@ -87,8 +96,14 @@ class EbpfThrottle:
         self._maps: dict[str, Map[Any, Any]] = {}
         self._object_name = ""
         self._placed: list[Placed] = []
+        # On cgroups that were removed: what their sockets still have to send is limited too.
+        self._outlived: list[Placed] = []
         self._marks: Optional[Marks] = None
+        # Where connections of processes are shaped.
+        self._marked_cgroups: Sequence[Cgroup] = ()
         self._connections: Optional[Connections] = None
+        self._gate: Optional[Gate] = None
+        self._no_gate = "it was not asked for"
         self._notes: list[str] = []
         self._removed_by_others = False
         self._generation = 0
@@ -109,19 +124,47 @@ class EbpfThrottle:
         """The limit of each direction."""
         return self._bucket.rates
 
-    def put_in_force(self) -> None:
-        """Load once, and attach to each target.
+    def apply(self, order: Order, throttle_id: str) -> EbpfThrottle:
+        """Put in force what was prepared for an order like this one.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
+        self._order, self._id = order, throttle_id
+        self.put_in_force()
+        return self
+
+    def prepare(self) -> None:
+        """Load once, and follow processes. Raises BpfError or ThrottleError; then all is undone."""
+        with self._all_or_nothing():
+            self._prepare()
+
+    def put_in_force(self) -> None:
+        """Prepare what is not yet, and attach to each target.
+
+        Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
+        """
+        with self._all_or_nothing():
+            if not self._maps:
+                self._prepare()
+            if self._order.cgroups:
+                self._limit_cgroups(self._order.cgroups)
+            if self._order.processes is not None:
+                self._limit_processes(self._order.processes)
+            self._register()
+            for direction in self._order.limits:
+                self._log(direction)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
         try:
-            self._put_in_force()
+            yield
         except BaseException:
             self.remove()
             raise
 
-    def _put_in_force(self) -> None:
+    def _prepare(self) -> None:
         order = self._order
+        self._start_gate()
         if order.cgroups:
             self._load(Scope.ALL)
         if order.processes is not None:
@@ -140,11 +183,27 @@ class EbpfThrottle:
             guard = Guard(self._holders, self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
-        if order.cgroups:
-            self._limit_cgroups(order.cgroups)
+        self._load_gate()
         if order.processes is not None:
-            self._limit_processes(order.processes)
-        self._register()
+            self._marks = Marks(order.processes, self._maps, self._adopting_marked)
+            self._followed.callback(self._marks.close)
+            self._marks.follow()
+
+    def _log(self, direction: Direction) -> None:
+        """Log in one line what is attached how, and at what rate."""
+        how = self.describe(direction)
+        paths = dict.fromkeys(
+            one.target.path for one in self._placed if one.program.direction is direction
+        )
+        log.info(
+            "%s: limited to %s, attached by %s to %s; %s, since %s",
+            direction,
+            self._bucket.rates[direction] or "no rate",
+            how["attached_by"],
+            ", ".join(paths),
+            how["shape"],
+            how["shape_reason"],
+        )
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
@@ -181,15 +240,16 @@ class EbpfThrottle:
                 program.name,
                 "Ingress" if direction is Direction.DOWNLOAD else "Egress",
             )
-        self._begin(refused)
+        self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
 
     def _wants_shaping(self) -> bool:
-        return any(
-            shaping_for(direction, rate, self._options.shape.get(direction, "auto")).flags
-            for direction, rate in self._order.limits.items()
-        )
+        return any(self._wanted(direction).flags for direction in self._order.limits)
 
-    def _begin(self, cannot_shape: Optional[str]) -> None:
+    def _wanted(self, direction: Direction) -> Shaping:
+        shape = self._options.shape.get(direction, "auto")
+        return shaping_for(direction, self._order.limits[direction], shape)
+
+    def _begin(self, refused: Optional[Mapping[str, str]]) -> None:
         """Put the rates in force, before anything is attached."""
         if not hasattr(self, "_bucket"):
             self._bucket = Bucket(
@@ -199,7 +259,8 @@ class EbpfThrottle:
                 shapes=self._options.shape,
                 owner=process.identity(),
             )
-        self._bucket.begin(cannot_shape)
+        # Without its keeper a gate would have nothing open: it comes last.
+        self._bucket.begin(refused or {"gate": "it is not open yet"})
 
     # Attaching.
 
@@ -217,12 +278,9 @@ class EbpfThrottle:
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
         cgroups = self._place_for_marks(selection)
-        shaped = self._shape(Scope.MARKED, cgroups)
-        self._marks = Marks(
-            selection, self._maps, partial(self._adopting, Scope.MARKED, cgroups if shaped else ())
-        )
-        self._followed.callback(self._marks.close)
-        self._marks.begin()
+        self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
+        if self._marks is not None:
+            self._marks.begin(selection)
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
@@ -250,13 +308,58 @@ class EbpfThrottle:
         try:
             self._place(self._everywhere(shaper, cgroups))
         except AttachError as error:
-            self._bucket.begin(str(error))
+            self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             return False
         if self._connections is None:
             self._connections = Connections(
                 self._maps, self._bucket, limited=self._pids, holders=self._holders
             )
+        self._open_gate(cgroups)
         return True
+
+    def _start_gate(self) -> None:
+        """Begin to start the gate's keeper, where downloads are to go by it: it takes a while."""
+        download = Direction.DOWNLOAD
+        if download not in self._order.limits or self._wanted(download).method != "gate":
+            return
+        try:
+            self._gate = Gate(self._pids)
+            self._guarded.callback(self._gate.close)
+        except OSError as error:
+            self._no_gate = f"its keeper cannot be started: {error}"
+
+    def _load_gate(self) -> None:
+        """Load the gate, and wait for its keeper, before anything is attached."""
+        if self._gate is None:
+            return
+        (program,) = programs.with_role(Role.GATE)
+        try:
+            if SOCKETS not in self._maps:
+                raise ThrottleError("nothing is shaped")
+            loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
+        except (BpfError, ThrottleError) as error:
+            self._end_gate(str(error))
+            return
+        self._loaded.callback(loaded.close)
+        self._programs.update(loaded.programs)
+        self._maps.update(loaded.maps)
+        self._gate.open(self._maps)
+
+    def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
+        """Attach the gate. Without it the receive window is moved by the kernel alone."""
+        if self._gate is not None:
+            (program,) = programs.with_role(Role.GATE)
+            try:
+                self._place(self._everywhere(program, cgroups))
+            except AttachError as error:
+                self._end_gate(str(error))
+        self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
+
+    def _end_gate(self, why: str) -> None:
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+        self._no_gate = why
 
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
         yield from self._policers(Scope.MARKED, cgroups)
@@ -280,14 +383,60 @@ class EbpfThrottle:
         with ExitStack() as undo:
             for program, target, policy in wanted:
                 live = self._programs[program.name]
+                # One line a direction is enough; the others are the same once more.
+                repeats = program.direction is None or any(
+                    program.direction is one.program.direction for one in placed
+                )
                 attachment = attach(
-                    live, target, program.attach_type, policy, before_replacing=refuse_to_replace
+                    live,
+                    target,
+                    program.attach_type,
+                    policy,
+                    before_replacing=refuse_to_replace,
+                    repeats=repeats,
                 )
                 one = Placed(program, live, target, policy, attachment)
                 undo.callback(one.detach)
                 placed.append(one)
-            self._attached.push(undo.pop_all())
+            if not self._placed:
+                self._attached.callback(self._detach)
+            undo.pop_all()
         self._placed += placed
+
+    def _detach(self) -> None:
+        """Detach all, the last first; whatever raises, the rest is too."""
+        with ExitStack() as steps:
+            for one in [*self._outlived, *self._placed]:
+                steps.callback(one.detach)
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup instead of another that was removed.
+
+        Raises AttachError or CgroupError; then it is limited no more than before.
+        """
+        before = [one for one in self._placed if one.target == gone]
+        placed = len(self._placed)
+        try:
+            self._limit_cgroups([come])
+        except BaseException:
+            with ExitStack() as steps:
+                for one in self._placed[placed:]:
+                    steps.callback(one.detach)
+            del self._placed[placed:]
+            raise
+        self._placed = [one for one in self._placed if one not in before]
+        with ExitStack() as steps:
+            for one in [each for each in self._outlived if each.target == gone]:
+                steps.callback(one.detach)
+                self._outlived.remove(one)
+        self._outlived += before
+        cgroups = [come if one == gone else one for one in self._order.cgroups]
+        self._order = self._order._replace(cgroups=cgroups)
+        with locked():
+            self._note_down()
+
+    def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
+        return self._adopting(Scope.MARKED, self._marked_cgroups)
 
     def _adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]
@@ -305,7 +454,7 @@ class EbpfThrottle:
         self._fields.update(
             id=self._id,
             owner=list(process.identity()),
-            since_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
             maps={name: live.info().id for name, live in self._maps.items()},
@@ -320,7 +469,7 @@ class EbpfThrottle:
             spec=spec.to_json(),
             cgroups=cgroups or list(dict.fromkeys(one.target.path for one in self._placed)),
             attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
-            cannot_shape=self._bucket.cannot_shape,
+            refused=self._bucket.refused,
         )
         self._generation = self._record.write(self._fields)
 
@@ -370,6 +519,7 @@ class EbpfThrottle:
 
     def _change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         self._bucket.set_rate(direction, rate)
+        self._log(direction)
         if self._connections is not None and direction is Direction.UPLOAD:
             self._connections.set_rate(rate if self._bucket.paces(direction) else None)
 
@@ -402,8 +552,12 @@ class EbpfThrottle:
 
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each."""
-        shaping = self._bucket.shapes_not_kept()
-        return [*self._notes, *shaping, *(self._marks.notes() if self._marks else ())]
+        return [
+            *self._notes,
+            *self._bucket.shapes_not_kept(),
+            *(self._marks.notes() if self._marks else ()),
+            *(self._gate.notes() if self._gate else ()),
+        ]
 
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""
@@ -412,6 +566,8 @@ class EbpfThrottle:
             found.append(self._marks)
         if self._connections is not None:
             found += self._connections.chores()
+        if self._gate is not None:
+            found.append(self._gate)
         return found
 
     def removed_by_others(self) -> bool:

@@ -533,3 +533,21 @@ def test_helpers_are_told_better_than_bpftool_does() -> None:
 def available(number: int) -> bool:
     """Whether cgroup_skb programs may call a helper."""
     return features.helper(ProgType.CGROUP_SKB, number).available()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "outcome", "words"),
+    [
+        ([], "pass", "can be limited, too"),
+        ([*REFUSING, f"pidfd_getfd={errno.EPERM}", "--"], "warn", "a seccomp filter"),
+        ([*REFUSING, f"pidfd_open={errno.EPERM}", "--"], "warn", "refuses pidfd_open"),
+        ([*REFUSING, f"pidfd_getfd={errno.ENOSYS}", "--"], "warn", "Linux 5.6"),
+        (["setpriv", "--bounding-set=-sys_ptrace"], "warn", "CAP_SYS_PTRACE is needed"),
+    ],
+)
+def test_what_open_sockets_lack_is_said(prefix: list[str], outcome: str, words: str) -> None:
+    """Whether a limit for processes covers those, and if not, why; limits work all the same."""
+    found, code = verify(*prefix, *PLAIN)
+    borrowing = result(found, "rights.borrowing")
+    assert words in borrowing["text"]
+    assert (borrowing["outcome"], found["works"], code) == (outcome, True, 0)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -87,12 +88,30 @@ def test_without_borrowing_new_sockets_are_limited(own: Target, call: str) -> No
 
 
 @pytest.mark.parametrize("call", ["pidfd_open", "pidfd_getfd"])
-def test_who_may_not_look_into_a_process_is_told(own: Target, call: str) -> None:
-    """EPERM is an error: what is asked for can be done with more rights."""
+def test_where_no_right_helps_new_sockets_are_limited(own: Target, call: str) -> None:
+    """EPERM for root with all capabilities is no error, as it is without CAP_SYS_PTRACE.
+
+    It comes from a filter, and nobody could do what an error would ask for: what can be limited
+    is, and the true cause is named with what is not.
+    """
+    before = own.do(STREAM)
+    with tool("--pid", str(own.pid), prefix=refusing(f"{call}={errno.EPERM}")) as (running, _):
+        said = note(running, f"{own.pid} (", "had open before are not limited")
+        assert f"a seccomp filter, such as a container's, refuses {call}" in said
+        assert "is needed" not in said
+        after = own.do(STREAM)
+        assert marked(own.pid, [before, after], running.pid) == [False, True]
+
+
+def test_yama_is_named_where_it_forbids_to_look(own: Target) -> None:
+    """With ptrace_scope 3 nobody may; no capability changes that, nor another filter."""
+    script = 'mount -t tmpfs none $0 && mkdir $0/yama && echo 3 >$0/yama/ptrace_scope && exec "$@"'
+    here = ["unshare", "--mount", "sh", "-ec", script, "/proc/sys/kernel"]
+    prefix = [*here, *refusing(f"pidfd_getfd={errno.EPERM}")]
     own.do(STREAM)
-    complaint = failed("--pid", str(own.pid), prefix=refusing(f"{call}={errno.EPERM}"))
-    assert f"{own.pid} (" in complaint
-    assert "CAP_SYS_PTRACE" in complaint
+    with tool("--pid", str(own.pid), prefix=prefix) as (running, _):
+        assert "ptrace_scope is 3" in note(running, "had open before are not limited")
+        assert marked(own.pid, [own.do(STREAM)], running.pid) == [True]
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])
@@ -108,6 +127,21 @@ def test_without_tracepoints_children_are_looked_for(own: Target, number: int) -
         assert marked(own.pid, [own.do(STREAM)], running.pid) == [True]
         grandchild = own.do(f"tell({child}, 'child()')")
         eventually(lambda: grandchild in followed(running.pid))
+
+
+def test_without_tracepoints_each_is_looked_for(own: Target, tmp_path: Path) -> None:
+    """It gets its limit with the next look; that is said."""
+    program = str(tmp_path / f"pbt{os.getpid()}")
+    shutil.copy(str(shutil.which("sleep")), program)
+    prefix = refusing(f"{Cmd.RAW_TRACEPOINT_OPEN:d}={errno.EPERM}")
+    arguments = ("--each", "--exe", program, "--pid", str(own.pid))
+    with tool(*arguments, prefix=prefix) as (running, _):
+        assert "every 1 s" in note(running, "and not limited at once")
+        with subprocess.Popen([program, "60"]) as later:
+            assert running.stdout
+            events = (json.loads(line) for line in running.stdout)
+            assert any(event.get("pid") == later.pid for event in events)
+            later.kill()
 
 
 def test_without_tracepoints_an_id_is_forgotten_too(own: Target) -> None:

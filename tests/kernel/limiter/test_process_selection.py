@@ -6,9 +6,13 @@ import json
 import os
 import shutil
 import signal
+import socket
+import statistics
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -31,6 +35,7 @@ from targets import (
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Rate
 
 STREAM = "make(AF_INET, SOCK_STREAM)"
 UNLIMITED = (1 << 64) - 1
@@ -124,7 +129,7 @@ def test_a_zombie_does_not_match(scratch: Cgroup, tmp_path: Path) -> None:
 
 
 def test_each_that_matches_has_its_own_limit(scratch: Cgroup, tmp_path: Path) -> None:
-    """Later ones too, from the next pass on; each ends for itself, and the tool waits for more."""
+    """Later ones too, when they are started; each ends for itself, and the tool waits for more."""
     kind = Kind("name", tmp_path)
 
     def next_pid(event: str) -> int:
@@ -148,6 +153,85 @@ def test_each_that_matches_has_its_own_limit(scratch: Cgroup, tmp_path: Path) ->
         assert next_pid("end") == first.pid
         eventually(lambda: not programs_of(running.pid) & set(attached(cgroup.root(), HOOKS)))
         assert running.poll() is None
+
+
+class Flood:
+    """A server that sends whatever is taken, and programs that take it from their start on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.program = str(directory / f"flood{os.getpid()}")
+        shutil.copy(str(shutil.which("cat")), self.program)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._send, args=self._server.accept()[:1]).start()
+
+    @staticmethod
+    def _send(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            while True:
+                connection.sendall(bytes(1 << 16))
+
+    def taken(self, seconds: float) -> int:
+        """Return what a new program has taken in this time; it finds its connection open."""
+        with socket.socket() as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+            own.connect(self._server.getsockname())
+            end = time.monotonic() + seconds
+            with subprocess.Popen(
+                ["timeout", str(seconds), self.program], stdin=own, stdout=subprocess.PIPE
+            ) as process:
+                assert process.stdout
+                total = 0
+                while chunk := os.read(process.stdout.fileno(), 1 << 20):
+                    total += len(chunk) if time.monotonic() < end else 0
+                return total
+
+    def close(self) -> None:
+        """Serve nobody any more."""
+        self._server.close()
+
+
+@pytest.fixture
+def flood(tmp_path: Path) -> Iterator[Flood]:
+    """A server, and programs that take all it sends."""
+    one = Flood(tmp_path)
+    yield one
+    one.close()
+
+
+@pytest.mark.timed
+def test_each_is_limited_from_its_start_on(flood: Flood, own: Target) -> None:
+    """What passes before is a small part of what it could have had in three tenths of a second."""
+    seconds, rate = 0.3, Rate.parse("500K")
+    unlimited = statistics.median(flood.taken(seconds) for _ in range(3))
+    options = ("--exe", flood.program, "--download-limit", str(rate.bytes_per_s), "--loopback")
+    with tool("--each", *options, "--pid", str(own.pid)):
+        limited = statistics.median(flood.taken(seconds) for _ in range(5))
+    assert limited < unlimited / 5
+
+
+def test_each_short_lived_one_has_its_limit(flood: Flood, own: Target) -> None:
+    """Of several, one after another, each is told of, with what it had."""
+    options = ("--exe", flood.program, "--loopback", "--pid", str(own.pid))
+    with tool("--each", *options) as (running, _):
+        for _ in range(5):
+            assert flood.taken(0.3) > 0
+        time.sleep(1.5)  # so that their ends are told before that of the last one
+        own.end()
+        assert running.stdout
+        ended: dict[int, int] = {}
+        for event in map(json.loads, running.stdout):
+            if event["event"] == "end":
+                ended[event["pid"]] = event["download"]["packets_total"]
+                if event["pid"] == own.pid:
+                    break
+    # One may have ended before a busy machine came to it.
+    assert len(ended) >= 1 + 4
+    assert sum(map(bool, ended.values())) >= 4
 
 
 def test_this_session_is_not_selected(scratch: Cgroup) -> None:

@@ -165,13 +165,16 @@ MAPS = {
     "MARKS": (MapType.SK_STORAGE, 4, 4, 0),
     "PROCESSES": (MapType.HASH, 4, SIZES["throttle_process"], 32768),
     "EXECUTED": (MapType.RINGBUF, 0, 0, 65536),
+    "GATE": (MapType.ARRAY, 4, SIZES["throttle_gate"], 1),
+    "GATE_RING": (MapType.RINGBUF, 0, 0, records.ThrottleGateBounds.GATE_RING_BYTES),
     records.RECORD: (MapType.ARRAY, 4, SIZES["throttle_record"], 1),
 }
-_CGROUP = ("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "SOCKETS")
+_CGROUP = ("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "SOCKETS", "GATE")
 MAPS_OF = {
     "throttle": {*_CGROUP, records.RECORD},
     "throttle-direct": {*_CGROUP, records.RECORD},
     "throttle-marked": {*_CGROUP, "MARKS", "PROCESSES", records.RECORD},
+    "gate": {"GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
 }
 
@@ -191,6 +194,7 @@ TYPES = {
     Role.MARK: ProgType.CGROUP_SOCK,
     Role.ADOPT: ProgType.CGROUP_SOCKOPT,
     Role.BELONGS: ProgType.CGROUP_SOCKOPT,
+    Role.GATE: ProgType.CGROUP_SKB,
     Role.FOLLOW: ProgType.RAW_TRACEPOINT,
 }
 SECTIONS = {
@@ -248,12 +252,12 @@ def test_the_names_of_programs_and_maps_are_whole_in_the_kernel(spec):
     assert max(len(name) for name in (*spec.programs, *spec.maps)) <= 15
 
 
-def test_the_policer_does_without_the_shapers_maps(spec):
+def test_the_policer_does_without_the_shapers_maps(spec, rows):
     """It is loaded on kernels that have no socket storage."""
-    for program in spec.programs.values():
-        if program.type is ProgType.CGROUP_SKB:
+    for row in rows:
+        if row.role is Role.POLICE:
             wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", records.RECORD}
-            assert relocate.link(spec, program).maps - {"MARKS"} == wanted
+            assert relocate.link(spec, spec.programs[row.name]).maps - {"MARKS"} == wanted
 
 
 def test_the_license_lets_gpl_helpers_be_called(spec):

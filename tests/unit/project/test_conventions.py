@@ -73,3 +73,14 @@ def test_no_two_test_files_have_the_same_name():
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
     assert "__init__.py" not in names
+
+
+def test_the_command_line_prints_in_one_place():
+    """Whatever goes to the terminal is escaped there."""
+    printing = re.compile(r"click\.(s?echo|secho)\(|(?<![\w.])print\(")
+    found = [
+        path.name
+        for path in (ROOT / "pybpfthrottle/cli").glob("*.py")
+        if printing.search(path.read_text())
+    ]
+    assert found == ["say.py"]

@@ -1,0 +1,581 @@
+"""The gate's keeper: a process that sends acknowledgements of downloads on.
+
+The program of gate.bpf.c takes them away from the kernel. Each goes on at once, with a receive
+window that says what the sender may send at this moment: what it was told before, or more, if the
+limit allows it. Where it does not yet, the connection waits in a queue, and gets its next window
+when it is its turn. So a sender is told to wait while all that it has sent is acknowledged: nothing
+is lost or sent once more, however short the round trip is.
+
+It is a process of its own since it has to be quick: 5 ms of data are in a window. Its owner tells
+it by messages on a Unix socket what to keep, and where; it ends when the owner closes that.
+
+All sequence numbers are of 32 bits, and compared by their difference as a signed number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections import deque
+from contextlib import suppress
+from typing import Any, Iterator, Optional
+
+from pybpfthrottle.backends.ebpf.records import (
+    ThrottleBucket,
+    ThrottleConfig,
+    ThrottleGate,
+    ThrottleGateBounds,
+    ThrottleShift,
+)
+from pybpfthrottle.bpf import syscall
+from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.linux import clock, libc
+
+_MS = 1_000_000
+_PAGE = mmap.PAGESIZE
+_DOWNLOAD = 0
+_SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
+
+# A window lasts so long, and two round trips more: short enough for a small flow beside it to be
+# served in between, long enough for Python (200 windows a second for each throttle, at any rate).
+CHUNK_NS = 5 * _MS
+# On longer ways a sender gets its next window before it has used up the last one.
+SHORT_WAY_NS = _MS
+_MOST_WAY_NS = 100 * _MS
+# An answer to a window may be lost like any packet: without another one its sender waits for its
+# own timer, 200 ms.
+_REPEAT_NS, _REPEATS = 20 * _MS, 4
+# Who does not answer a window has nothing to send, and leaves the limit to others.
+_SILENT_NS = 60 * _MS
+_SHORTEST_WAIT_NS = 50_000
+_SHORTEST_MEMORY_NS = 60_000 * _MS
+# A connection that none of so many windows has reached is left to the kernel.
+_MOST_UNANSWERED = 2
+
+_PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
+_SO_MARK = 36
+_BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
+
+_TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
+_TIMESTAMP, _SACK = 8, 5
+_ACK = struct.Struct("=QQIIIIIBBB5x")  # struct throttle_ack without its packet
+# Data sequence signals of MPTCP, whose window is another one's, and signatures.
+_FOREIGN_OPTIONS = {19, 29, 30}
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def signed(difference: int) -> int:
+    """Return a difference of sequence numbers as what it means."""
+    return ((difference + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+
+
+class Ring:
+    """The ring buffer's consumer, on its pages. Source: Documentation/bpf/ringbuf.rst."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self._size = size
+        own = mmap.mmap(fd, _PAGE)
+        rest = mmap.mmap(fd, _PAGE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=_PAGE)
+        self._consumed = memoryview(own).cast("Q")
+        self._produced = memoryview(rest)[:_PAGE].cast("Q")
+        self._data = memoryview(rest)[_PAGE:]
+        self._heads = self._data.cast("I")
+
+    def records(self) -> Iterator[memoryview]:
+        """Yield what has come; each is gone when the next is asked for."""
+        position = self._consumed[0]
+        while position != self._produced[0]:
+            at = position % self._size
+            head = self._heads[at // 4]
+            if head & _BUSY:
+                return
+            length = head & _LENGTH
+            if not head & _DISCARDED:
+                yield self._data[at + 8 : at + 8 + length]
+            position += (length + 8 + 7) // 8 * 8
+            self._consumed[0] = position
+
+
+class Element:
+    """One element of an array map, read by bpf(2) with as little as possible around it."""
+
+    def __init__(self, fd: int, key: int, kind: Any) -> None:
+        self.value = kind()
+        self._key = ctypes.c_uint32(key)
+        self._attr = Attr()
+        self._attr.map_elem.map_fd = fd
+        self._attr.map_elem.key = ctypes.addressof(self._key)
+        self._attr.map_elem.value = ctypes.addressof(self.value)
+
+    def read(self) -> Any:
+        """Return it as it is now, in the same structure each time."""
+        syscall.bpf(Cmd.MAP_LOOKUP_ELEM, self._attr)
+        return self.value
+
+
+class Network:
+    """Raw sockets in one network namespace."""
+
+    def __init__(self, ipv4: socket.socket, ipv6: Optional[socket.socket]) -> None:
+        self.ipv4 = ipv4
+        self.ipv6 = ipv6
+
+
+class Flow:
+    """One connection: the newest acknowledgement, and what its sender was told."""
+
+    __slots__ = (
+        *("cookie", "packet", "at", "scale", "segment", "mark", "network", "target"),
+        *("number", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
+        *("out", "granted_ns", "granted_from", "way_ns", "answered", "unanswered"),
+        *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp"),
+    )
+
+    def __init__(self, cookie: int, number: int, edge: int, promised: int) -> None:
+        self.cookie = cookie
+        self.packet = bytearray()
+        self.at = 0  # where TCP begins in it
+        self.scale = self.segment = self.mark = self.network = 0
+        self.target: tuple[str, int] = ("", 0)
+        self.number = number  # what is acknowledged
+        self.edge = edge  # up to where the sender may send, as far as it was told
+        self.promised = promised  # up to where the kernel takes data
+        self.fresh = self.queued = self.answered = False
+        self.taken_ns = self.last_ns = 0
+        self.out = 0  # what was granted, and has not come
+        self.granted_ns = self.granted_from = 0
+        self.way_ns = 0
+        self.unanswered = self.repeats = self.repeat_ns = 0
+        self.base = 0  # of the checksum, without the window and the timestamp
+        self.stamp = self.stamp_at = 0
+        self.last_stamp: Optional[int] = None
+
+    def rest(self) -> int:
+        """Return how much its sender may send still."""
+        return signed(self.edge - self.number)
+
+    def usable(self) -> int:
+        """Return the same, but for less than a segment, which is not sent."""
+        rest = self.rest()
+        return rest if rest >= self.segment else 0
+
+
+class Gate:
+    """The connections of one throttle."""
+
+    def __init__(self, keeper: Keeper, gate: int, buckets: int, configs: int) -> None:
+        self._keeper = keeper
+        self._memory = mmap.mmap(gate, _PAGE)
+        self.shared = ThrottleGate.from_buffer(self._memory)
+        self._bucket = Element(buckets, _DOWNLOAD, ThrottleBucket)
+        self._config = Element(configs, _DOWNLOAD, ThrottleConfig)
+        self.flows: dict[int, Flow] = {}
+        self._queue: deque[Flow] = deque()
+        self._granted: dict[int, Flow] = {}  # those that may still use a window, or repeat it
+        self._forget_ns = 0
+        self._rate = self._inverse = 0
+        self._even_at_ns = 0
+
+    def look(self) -> None:
+        """Take in how much is owed at present, and the rate."""
+        self._even_at_ns = self._bucket.read().even_at_ns
+        config = self._config.read()
+        if config.rate_bytes_per_s != self._rate:
+            self._rate, self._inverse = config.rate_bytes_per_s, config.inverse_rate
+            if not self._rate:
+                self.open_all()
+
+    def take(self, record: memoryview, now: int) -> Optional[Flow]:
+        """Take in one acknowledgement; return its flow if it has to be decided on."""
+        fields = _ACK.unpack_from(record)
+        cookie, at_ns, edge, payload, mark, network, segment, length, scale, passed = fields
+        if not length:
+            self._keeper.tell(unserved=network)
+            return None
+        packet = bytearray(record[_ACK.size : _ACK.size + length])
+        at = 20 if packet[0] >> 4 == 4 else 40
+        sequence, number, _, _, window = _TCP.unpack_from(packet, at + 4)
+        promised = (number + (window << scale)) & 0xFFFFFFFF
+        flow = self.flows.get(cookie)
+        is_new = flow is None
+        if flow is None:
+            self._forget(now)
+            flow = self.flows[cookie] = Flow(cookie, number, edge, promised)
+        elif not passed and number == flow.number and flow.fresh:
+            self.decide(flow, now)  # the same once more tells its sender of a loss
+        if signed(number - flow.number) < 0:
+            return None
+        is_repeated = not is_new and not passed and number == flow.number
+        has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
+        flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
+        flow.segment = segment
+        if signed(edge - flow.edge) > 0:
+            flow.edge = edge
+        self._measure(flow, number, at_ns)
+        if number != flow.number or passed:
+            flow.repeat_ns = 0
+        if number != flow.number:
+            flow.answered, flow.unanswered = True, 0
+        flow.number = number
+        if signed(promised - flow.promised) > 0:
+            flow.promised = promised
+        if has_sack is None:
+            self._leave(flow)
+            return None
+        if passed:
+            flow.out, flow.last_ns, flow.fresh = min(flow.out, flow.usable()), now, False
+            return None
+        if is_repeated or has_sack:
+            if flow.rest() < self._low(flow):
+                self.decide(flow, now)
+            else:
+                self._send(flow, flow.edge, now)
+                flow.fresh = False
+            return None
+        flow.fresh = True
+        return flow
+
+    def decide(self, flow: Flow, now: int) -> None:
+        """Send its acknowledgement on: with another window, or with what is left of the last."""
+        flow.fresh, flow.last_ns = False, now
+        flow.out = min(flow.out, flow.usable())
+        if not self._rate:
+            self._send(flow, flow.promised, now)
+            return
+        if flow.rest() < self._low(flow):
+            if not self._queue and self._owed(now) <= self._early(flow):
+                self._grant(flow, now)
+                return
+            if not flow.queued:
+                flow.queued = True
+                self._queue.append(flow)
+        self._send(flow, flow.edge, now)
+
+    def serve(self, now: int) -> int:
+        """Open the windows whose turn it is; return when the next one is due, 0 for none."""
+        due = 0
+        while self._queue:
+            flow = self._queue[0]
+            if flow.rest() < self._low(flow):
+                wait = self._owed(now) - self._early(flow)
+                if wait > 0:
+                    due = now + max(wait, _SHORTEST_WAIT_NS)
+                    break
+            flow.queued = False
+            self._queue.popleft()
+            if flow.rest() < self._low(flow):
+                self._grant(flow, now)
+        self.shared.next_due_ns = due
+        for flow in list(self._granted.values()):
+            if flow.repeat_ns and now >= flow.repeat_ns:
+                self._repeat(flow, now)
+            if flow.repeat_ns and (not due or flow.repeat_ns < due):
+                due = flow.repeat_ns
+        return due
+
+    def open_all(self) -> None:
+        """Tell all senders what the kernel takes: nothing is limited here any more."""
+        now = clock.monotonic_ns()
+        self._queue.clear()
+        for flow in list(self.flows.values()):
+            flow.queued, flow.repeat_ns = False, 0
+            if signed(flow.promised - flow.edge) > 0:
+                self._send(flow, flow.promised, now)
+
+    def close(self) -> None:
+        """Leave its connections to the kernel."""
+        self.shared.alive = 0
+        self.open_all()
+
+    def _forget(self, now: int) -> None:
+        """Forget connections that have not been heard of for long, now and then."""
+        if now < self._forget_ns:
+            return
+        self._forget_ns = now + _SHORTEST_MEMORY_NS // 10
+        for cookie, flow in list(self.flows.items()):
+            if now > flow.taken_ns + _SHORTEST_MEMORY_NS and not flow.queued:
+                del self.flows[cookie]
+
+    def _measure(self, flow: Flow, number: int, at_ns: int) -> None:
+        """Take the time from a window to the first data beyond the last one."""
+        if not flow.granted_ns or signed(number - flow.granted_from) <= 0:
+            return
+        took = at_ns - flow.granted_ns
+        shorter = not flow.way_ns or took < flow.way_ns
+        flow.way_ns = took if shorter else flow.way_ns + (took - flow.way_ns) // 64
+        flow.granted_ns = 0
+        self.shared.round_trip_ns = max(each.way_ns for each in (flow, *self._granted.values()))
+
+    def _chunk(self, flow: Flow) -> int:
+        """Return the bytes of a window."""
+        way_ns = min(flow.way_ns, _MOST_WAY_NS)
+        chunk = self._rate * (CHUNK_NS + 2 * way_ns) // 1_000_000_000
+        return max(chunk, 2 * flow.segment + 128)
+
+    def _low(self, flow: Flow) -> int:
+        """Return what a sender has left when it gets its next window."""
+        least = 2 * flow.segment
+        return max(least, self._chunk(flow) // 2) if flow.way_ns > SHORT_WAY_NS else least
+
+    def _early(self, flow: Flow) -> int:
+        """Return by how many nanoseconds a window is opened ahead of its time."""
+        if flow.way_ns <= SHORT_WAY_NS:
+            return 0
+        return self._chunk(flow) // 2 * self._inverse >> _SHIFT
+
+    def _owed(self, now: int) -> int:
+        """Return for how many nanoseconds the limit is used up, windows that are open included."""
+        out = 0
+        for flow in list(self._granted.values()):
+            if now > flow.last_ns + _SILENT_NS + 4 * flow.way_ns:
+                flow.out = 0
+            out += max(flow.out, 0)
+            if flow.out <= 0 and not flow.repeat_ns:
+                del self._granted[flow.cookie]
+        return self._even_at_ns - now + (out * self._inverse >> _SHIFT)
+
+    def _grant(self, flow: Flow, now: int) -> None:
+        edge = (flow.number + self._chunk(flow)) & 0xFFFFFFFF
+        if signed(edge - flow.promised) > 0:
+            edge = flow.promised
+        # Where much is left, the answer does not tell how long the way is.
+        flow.granted_ns = now if flow.rest() < 2 * flow.segment else 0
+        flow.granted_from, flow.last_ns = flow.edge, now
+        self._send(flow, edge, now)
+        flow.out = flow.usable()
+        flow.repeats = 0
+        self._granted[flow.cookie] = flow
+        flow.repeat_ns = now + _REPEAT_NS + 4 * flow.way_ns
+
+    def _repeat(self, flow: Flow, now: int) -> None:
+        """Tell it once more: the window, or its answer, may have been lost."""
+        self._send(flow, flow.edge, now)
+        flow.repeats += 1
+        if flow.repeats < _REPEATS:
+            flow.repeat_ns = now + (_REPEAT_NS + 4 * flow.way_ns << flow.repeats)
+            return
+        flow.repeat_ns = 0
+        flow.unanswered += 1
+        if not flow.answered and flow.unanswered >= _MOST_UNANSWERED:
+            self._leave(flow)
+
+    def _leave(self, flow: Flow) -> None:
+        """Leave a connection to the kernel: it cannot be helped from here."""
+        self._give_up(flow)
+        self._send(flow, flow.promised, clock.monotonic_ns())
+
+    def _give_up(self, flow: Flow) -> None:
+        self._granted.pop(flow.cookie, None)
+        if self.flows.pop(flow.cookie, None) is None:
+            return
+        self.shared.ungated[flow.cookie % ThrottleGateBounds.GATE_UNGATED] = flow.cookie
+        with suppress(ValueError):
+            self._queue.remove(flow)
+        self._keeper.tell(ungated=flow.cookie)
+
+    def _send(self, flow: Flow, edge: int, now: int) -> None:
+        """Send its acknowledgement with the window up to an edge."""
+        window = signed(edge - flow.number) >> flow.scale
+        window = min(max(window, 0), 0xFFFF)
+        packet, at = flow.packet, flow.at
+        total = flow.base + window
+        struct.pack_into("!H", packet, at + 14, window)
+        if flow.stamp_at:
+            # The sender's clock goes on: an old timestamp would look like an old packet.
+            stamp = (flow.stamp + (now - flow.taken_ns) // _MS) & 0xFFFFFFFF
+            if flow.last_stamp is not None and signed(stamp - flow.last_stamp) < 0:
+                stamp = flow.last_stamp
+            flow.last_stamp = stamp
+            struct.pack_into("!I", packet, at + flow.stamp_at, stamp)
+            total += (stamp >> 16) + (stamp & 0xFFFF)
+        total = (total & 0xFFFF) + (total >> 16)
+        total = (total & 0xFFFF) + (total >> 16)
+        struct.pack_into("!H", packet, at + 16, ~total & 0xFFFF)
+        if not self._keeper.send(flow):
+            self._give_up(flow)
+        told = (flow.number + (window << flow.scale)) & 0xFFFFFFFF
+        if signed(told - flow.edge) > 0:
+            flow.edge = told
+
+
+def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) -> Optional[bool]:
+    """Make an acknowledgement the flow's template; whether it has SACK blocks.
+
+    None if it has options that nobody but the kernel may send.
+    """
+    length = len(packet)
+    stamp_at, has_sack = 0, False
+    for kind, where in _options(packet, at, length):
+        if kind in _FOREIGN_OPTIONS:
+            return None
+        if kind == _TIMESTAMP and where % 2 == 0:
+            stamp_at = where + 2
+        has_sack = has_sack or kind == _SACK
+    if passed:  # a data segment: what follows it is a pure acknowledgement
+        struct.pack_into("!I", packet, at + 4, following)
+        packet[at + 13] = 0x10 | packet[at + 13] & 0x40
+        if at == 20:
+            struct.pack_into("!H", packet, 2, length)
+        else:
+            struct.pack_into("!H", packet, 4, length - 40)
+    if at == 20:
+        packet[4] = packet[5] = 0  # the kernel fills in the identification
+        flow.target = (socket.inet_ntop(socket.AF_INET, bytes(packet[16:20])), 0)
+    else:
+        flow.target = (socket.inet_ntop(socket.AF_INET6, bytes(packet[24:40])), 0)
+    packet[at + 14 : at + 18] = b"\0\0\0\0"
+    flow.stamp_at = 0
+    if stamp_at:
+        flow.stamp_at = stamp_at
+        flow.stamp = struct.unpack_from("!I", packet, at + stamp_at)[0]
+        packet[at + stamp_at : at + stamp_at + 4] = b"\0\0\0\0"
+    first = 12 if at == 20 else 8
+    words = struct.unpack_from(f"!{(length - first) // 2}H", packet, first)
+    flow.base = socket.IPPROTO_TCP + length - at + sum(words)
+    flow.packet, flow.at = packet, at
+    return has_sack
+
+
+def _options(packet: bytearray, at: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the kind and the offset in TCP's header of each of its options."""
+    offset = 20
+    while at + offset < length:
+        kind = packet[at + offset]
+        if kind == 0:
+            return
+        if kind == 1:
+            offset += 1
+            continue
+        if at + offset + 1 >= length or packet[at + offset + 1] < 2:
+            return
+        yield kind, offset
+        offset += packet[at + offset + 1]
+
+
+class Keeper:
+    """The loop: messages of the owner, acknowledgements, and the clock."""
+
+    def __init__(self, owner: socket.socket) -> None:
+        self._owner = owner
+        self._gate: Optional[Gate] = None
+        self._networks: dict[int, Network] = {}
+        self._ring: Ring
+        self._timer = libc.timerfd_create()
+        self._armed = 0
+        self._epoll = select.epoll()
+        self._epoll.register(self._timer, select.EPOLLIN)
+        self._epoll.register(owner, select.EPOLLIN)
+
+    def run(self) -> None:
+        """Serve until the owner is gone."""
+        try:
+            while True:
+                ready = {fd for fd, _ in self._epoll.poll()}
+                if self._owner.fileno() in ready and not self._listen():
+                    return
+                if self._timer in ready:
+                    with suppress(BlockingIOError):
+                        os.read(self._timer, 8)
+                if self._gate is not None:
+                    self._turn(self._gate)
+        finally:
+            if self._gate is not None:
+                self._gate.close()
+
+    def send(self, flow: Flow) -> bool:
+        """Send a flow's packet in its namespace; False if that cannot be done."""
+        network = self._networks.get(flow.network)
+        own = network and (network.ipv4 if flow.at == 20 else network.ipv6)
+        if not own:
+            return False
+        try:
+            if flow.mark:
+                mark = struct.pack("=I", flow.mark)
+                ancillary = [(socket.SOL_SOCKET, _SO_MARK, mark)]
+                own.sendmsg([flow.packet], ancillary, socket.MSG_DONTWAIT, flow.target)
+            else:
+                own.sendto(flow.packet, socket.MSG_DONTWAIT, flow.target)
+        except BlockingIOError:  # as good as lost: it is told once more
+            return True
+        except OSError:
+            return False
+        return True
+
+    def tell(self, **what: Any) -> None:
+        """Tell the owner something."""
+        with suppress(OSError):
+            self._owner.send(json.dumps(what).encode(), socket.MSG_DONTWAIT)
+
+    def _turn(self, gate: Gate) -> None:
+        now = clock.monotonic_ns()
+        gate.shared.oldest_ns = 0
+        gate.look()
+        fresh = {}
+        for record in self._ring.records():
+            flow = gate.take(record, now)
+            if flow is not None:
+                fresh[flow.cookie] = flow
+        for flow in fresh.values():
+            if flow.fresh:
+                gate.decide(flow, now)
+        due = gate.serve(now)
+        if due != self._armed:
+            libc.timerfd_settime(self._timer, max(due - clock.monotonic_ns(), 1) if due else 0)
+            self._armed = due
+
+    def _listen(self) -> bool:
+        """Take what the owner gives; False if it is gone."""
+        data, fds, _, _ = socket.recv_fds(self._owner, 4096, 8)
+        if not data:
+            return False
+        message = json.loads(data)
+        if "network" in message:
+            own = [socket.socket(fileno=fd) for fd in fds]
+            self._networks[message["network"]] = Network(own[0], own[1] if len(own) > 1 else None)
+        else:
+            ring, *maps = fds
+            self._ring = Ring(ring, message["ring"])
+            self._epoll.register(ring, select.EPOLLIN)
+            self._gate = Gate(self, *maps)
+        if self._gate is not None:
+            for index, inode in enumerate(self._networks):
+                self._gate.shared.namespaces[index] = inode
+            self._gate.shared.alive = 1
+            self.tell(serves=len(self._networks))
+        return True
+
+
+def main(fd: int) -> None:
+    """Keep the gates of the process at the other end of a Unix socket."""
+    for number in _SIGNALS:  # the owner ends it
+        signal.signal(number, signal.SIG_IGN)
+    name = ctypes.create_string_buffer(b"pybpft-keeper")
+    libc.prctl(_PR_SET_NAME, ctypes.addressof(name))
+    # The kernel may put timers together within 50 us; and whoever computes may wait.
+    with suppress(OSError):
+        libc.prctl(_PR_SET_TIMERSLACK, 1000)
+    with suppress(OSError):
+        os.nice(-20)
+    # Where a session has its share of the CPU as a whole, that of the keeper's own one counts.
+    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+        autogroup.write("-20")
+    keeper = Keeper(socket.socket(fileno=fd))
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    with suppress(ConnectionError):
+        keeper.run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

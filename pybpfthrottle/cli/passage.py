@@ -1,0 +1,75 @@
+"""Whether packets of what is limited have passed anywhere, where no program has seen one."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Optional
+
+from pybpfthrottle.coverage import LOOPBACK, NOT_IP, Coverage
+from pybpfthrottle.errors import Error
+from pybpfthrottle.linux import traffic
+from pybpfthrottle.throttle import Throttle
+
+# To look at a process again and again costs more than it tells: at 1, 2, 4, 8 ... samples.
+_FIRST_LOOK = 1
+_MOST_PROCESSES = 100
+
+
+class Passage:
+    """Collects signs of packets: of its connections, and of devices that nobody else uses."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        self._throttle = throttle
+        self._pids = self._processes()
+        self._before = self._devices()
+        self._looked_s = time.monotonic()
+        self._samples = 0
+        self._next = _FIRST_LOOK
+        self._seen = False
+
+    def look(self) -> None:
+        """Look for signs, if it is time to; to be called at each sample."""
+        self._samples += 1
+        if self._samples >= self._next:
+            self._next *= 2
+            self.seen()
+
+    def seen(self, *, thorough: bool = False) -> bool:
+        """Whether there were signs until now."""
+        if not self._seen:
+            since_s = time.monotonic() - self._looked_s
+            self._looked_s += since_s
+            self._pids = self._processes() or self._pids
+            some = self._pids[:_MOST_PROCESSES]
+            self._seen = traffic.tcp_moved(some, since_s) or self._devices_moved(some, thorough)
+        return self._seen
+
+    def _processes(self) -> list[int]:
+        found = list(self._throttle.processes())
+        for cgroup in self._throttle.cgroups:
+            with suppress(Error, OSError):
+                found += cgroup.pids_below()
+        return [pid for pid in found if pid]
+
+    def _devices(self) -> Optional[traffic.DeviceBytes]:
+        return traffic.device_bytes(self._pids[0]) if self._pids else None
+
+    def _devices_moved(self, pids: list[int], thorough: bool) -> bool:
+        if not traffic.differ(self._before, self._devices()):
+            return False
+        if not traffic.share_network(pids):
+            return True
+        # Others use these devices too: then it takes a socket that is not limited.
+        return thorough and _some_escape(pids)
+
+
+def _some_escape(pids: list[int]) -> bool:
+    with suppress(Error, OSError), Coverage() as coverage:
+        for pid in pids:
+            with suppress(Error):
+                for one in coverage.report(pid).sockets:
+                    reason = one.reason.code if one.reason else None
+                    if one.covered is False and reason not in (NOT_IP.code, LOOPBACK.code):
+                        return True
+    return False

@@ -1,0 +1,79 @@
+"""The kernel's clocks. A time namespace (Linux 5.6) shows its processes shifted ones.
+
+BPF programs and the start of a process know only the clocks of the first time namespace; so do all
+records that instances in several time namespaces share. Whatever is compared with these is read
+here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from functools import cache
+from typing import Iterator, NamedTuple, Optional
+
+_FIRST_TIME_NAMESPACE = 0xEFFFFFFA  # PROC_TIME_INIT_INO of include/linux/proc_ns.h
+_NS_PER_S = 1_000_000_000
+
+
+class Offsets(NamedTuple):
+    """How far the clocks of a time namespace are ahead of the first one's, in nanoseconds."""
+
+    monotonic_ns: int = 0
+    boottime_ns: int = 0
+
+
+def monotonic_ns() -> int:
+    """Return CLOCK_MONOTONIC as bpf_ktime_get_ns has it."""
+    return time.monotonic_ns() - offsets().monotonic_ns
+
+
+def boottime_ns() -> int:
+    """Return CLOCK_BOOTTIME as bpf_ktime_get_boot_ns and the load times of programs have it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - offsets().boottime_ns
+
+
+def boot_time_s() -> float:
+    """Return when the kernel was started, in seconds since 1970."""
+    return time.time() - boottime_ns() / _NS_PER_S
+
+
+@cache
+def offsets() -> Offsets:
+    """Return by how much this process's clocks are ahead."""
+    own = _namespace("self", "time")
+    if own in (None, _FIRST_TIME_NAMESPACE):
+        return Offsets()
+    for who in _relatives():
+        # The file tells of the namespace that the children of a process get: after unshare(2) that
+        # is not the one that it is in.
+        if _namespace(who, "time_for_children") == own:
+            with suppress(OSError, ValueError), open(f"/proc/{who}/timens_offsets") as file:
+                return parse(file.read())
+    return Offsets()
+
+
+def parse(text: str) -> Offsets:
+    """Read /proc/PID/timens_offsets: a line a clock, by name (Linux 5.7) or number."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        clock, seconds, nanoseconds = line.split()
+        found[clock] = int(seconds) * _NS_PER_S + int(nanoseconds)
+    return Offsets(
+        found.get("monotonic", found.get("1", 0)), found.get("boottime", found.get("7", 0))
+    )
+
+
+def _relatives() -> Iterator[str]:
+    """Return the processes to ask, the likely ones first: one tells of the namespace it is in."""
+    yield "self"
+    yield str(os.getppid())
+    yield from filter(str.isdigit, os.listdir("/proc"))
+
+
+def _namespace(who: str, kind: str) -> Optional[int]:
+    try:
+        return os.stat(f"/proc/{who}/ns/{kind}").st_ino
+    except OSError:  # before Linux 5.6, or one that this process may not look at
+        return None

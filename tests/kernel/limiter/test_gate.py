@@ -1,0 +1,256 @@
+"""The gate: downloads keep to their limit on any way, and nothing is lost or sent twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from lab import Lab, lab
+from since import needs_command, needs_option, needs_release
+from targets import live_map
+
+from pybpfthrottle import throttle
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.records import ThrottleGate
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.throttle import Throttle
+
+pytestmark = pytest.mark.timed
+
+DOWNLOAD = Direction.DOWNLOAD
+RATE = Rate.parse("2M")
+
+
+@contextmanager
+def limited(own: Lab, cgroup: Cgroup, rate: Rate = RATE) -> Iterator[Throttle]:
+    """A throttle whose downloads go by way of the gate, with a process where they will begin."""
+    waits = subprocess.Popen(
+        own.inside("cat"), stdin=subprocess.PIPE, preexec_fn=lambda: cgroup.move_in(0)
+    )
+    try:
+        while os.readlink(f"/proc/{waits.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+            time.sleep(0.005)
+        with gated(cgroup, rate) as live:
+            yield live
+    finally:
+        waits.kill()
+        waits.communicate()
+
+
+def gated(cgroup: Cgroup, rate: Rate = RATE) -> Throttle:
+    """The same without a process."""
+    live = throttle.apply([cgroup], {DOWNLOAD: rate}, options=Options(shape={DOWNLOAD: "gate"}))
+    how = live.how()[DOWNLOAD]
+    if how["shape"] != "gate":
+        live.remove()
+        needs_release("5.10", how["shape_reason"])
+        needs_option("CONFIG_DEBUG_INFO_BTF", works=False)
+    return live
+
+
+@contextmanager
+def downloads(
+    own: Lab, cgroup: Cgroup, count: int = 1, *, url: str = "", user: int = 0
+) -> Iterator[None]:
+    """So many downloads in a cgroup, which go on meanwhile."""
+    command = ["curl", "--globoff", "-sN", "--max-time", "60", url or own.url]
+    if user:
+        command = ["setpriv", f"--reuid={user}", "--clear-groups", *command]
+    with ExitStack() as ending:
+        for _ in range(count):
+            client = subprocess.Popen(
+                own.inside(*command),
+                stdout=subprocess.DEVNULL,
+                preexec_fn=lambda: cgroup.move_in(0),
+            )
+            ending.callback(client.wait)
+            ending.callback(client.kill)
+        yield
+
+
+def passed(live: Throttle) -> int:
+    """What has come so far."""
+    return live.counters()[DOWNLOAD].bytes_passed
+
+
+def ratio(live: Throttle, seconds: float, rate: Rate = RATE) -> float:
+    """What comes meanwhile, over the limit."""
+    begin, before = time.monotonic(), passed(live)
+    time.sleep(seconds)
+    return (passed(live) - before) / (time.monotonic() - begin) / rate.bytes_per_s
+
+
+def sent_twice(own: Lab) -> int:
+    """The segments that the server has sent once more so far."""
+    nstat = own.wire.server.inside("cat", "/proc/net/snmp")
+    names, values = [
+        line.split()
+        for line in subprocess.run(nstat, capture_output=True, text=True).stdout.splitlines()
+        if line.startswith("Tcp:")
+    ]
+    return int(values[names.index("RetransSegs")])
+
+
+def keeper() -> int:
+    """The keeper of the throttle of this process, by its id."""
+    tasks = Path("/proc/self/task").iterdir()
+    own = [pid for task in tasks for pid in (task / "children").read_text().split()]
+    found = [pid for pid in own if Path(f"/proc/{pid}/comm").read_text().strip() == "pybpft-keeper"]
+    assert len(found) == 1, own
+    return int(found[0])
+
+
+def taken() -> int:
+    """How many packets the gate has told its keeper of."""
+    with live_map("GATE") as shared:
+        return int(shared.typed(U32, StructureCodec(ThrottleGate))[0].taken)
+
+
+# On a wire nothing limits how soon an acknowledgement comes: there the window is no means.
+CASES = {
+    "one": {"rate": "1M"},
+    "eight": {"rate": "1M", "count": 8},
+    "many": {"rate": "2M", "count": 40},
+    "fast": {"rate": "20M", "count": 4},
+    "slow": {"rate": "200K"},
+    "ipv6": {"rate": "2M", "ipv6": True},
+    "far": {"rate": "2M", "count": 2, "round_trip_s": 0.02},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_download_keeps_to_its_limit_without_a_loss(scratch: Cgroup, case: str) -> None:
+    """However short or long the way is: that is what the gate is for."""
+    given = dict(CASES[case])
+    rate, count = Rate.parse(given.pop("rate")), given.pop("count", 1)
+    with lab(**given) as own, limited(own, scratch, rate) as live:
+        with downloads(own, scratch, count):
+            time.sleep(1)
+            assert 0.94 <= ratio(live, 3, rate) <= 1.04
+            counters = live.counters()[DOWNLOAD]
+            assert live.how()[DOWNLOAD]["shape"] == "gate"
+            assert taken() > 0
+        assert sent_twice(own) <= 0.01 * counters.packets_total
+    assert counters.bytes_dropped <= 0.01 * counters.bytes_total
+
+
+def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:
+    """Windows that were closed are opened, and TCP goes on by itself."""
+    with lab() as own, limited(own, scratch) as live, downloads(own, scratch):
+        time.sleep(0.5)
+        live.set_limit(DOWNLOAD, None)
+        assert ratio(live, 1) > 5
+        live.set_limit(DOWNLOAD, RATE)
+        time.sleep(1)
+        assert 0.9 <= ratio(live, 2) <= 1.06
+
+
+def test_another_rate_takes_hold(scratch: Cgroup) -> None:
+    """Faster or slower, at once."""
+    with lab() as own, limited(own, scratch) as live, downloads(own, scratch, 2):
+        for times in (2, 0.5, 1):
+            rate = Rate(int(RATE.bytes_per_s * times))
+            live.set_limit(DOWNLOAD, rate)
+            time.sleep(0.5)
+            assert 0.94 <= ratio(live, 1.5, rate) <= 1.06
+
+
+def test_a_keeper_that_is_stopped_holds_nobody_up(scratch: Cgroup) -> None:
+    """Acknowledgements pass by it, and packets are dropped; it goes on where it was."""
+    with lab() as own, limited(own, scratch) as live, downloads(own, scratch):
+        time.sleep(0.5)
+        os.kill(keeper(), signal.SIGSTOP)
+        try:
+            time.sleep(0.5)
+            assert 0.7 <= ratio(live, 2) <= 1.2
+        finally:
+            os.kill(keeper(), signal.SIGCONT)
+        time.sleep(1)
+        before = sent_twice(own)
+        assert 0.94 <= ratio(live, 2) <= 1.06
+        assert sent_twice(own) - before <= 5
+
+
+def test_a_keeper_that_dies_has_a_successor(scratch: Cgroup) -> None:
+    """It takes over what is open."""
+    with lab() as own, limited(own, scratch) as live, downloads(own, scratch, 2):
+        time.sleep(0.5)
+        first = keeper()
+        os.kill(first, signal.SIGKILL)
+        time.sleep(2)
+        assert keeper() != first
+        before = taken()
+        assert 0.94 <= ratio(live, 2) <= 1.06
+        assert taken() > before
+        assert live.how()[DOWNLOAD]["shape"] == "gate"
+
+
+def test_a_namespace_that_is_new_is_served_too(scratch: Cgroup) -> None:
+    """The keeper gets sockets there as soon as the first connection begins."""
+    with lab() as own, gated(scratch) as live, downloads(own, scratch, 2):
+        time.sleep(2)
+        before = sent_twice(own)
+        assert 0.94 <= ratio(live, 2) <= 1.06
+        assert sent_twice(own) - before <= 5
+
+
+def test_translated_connections_go_by_the_gate_too(scratch: Cgroup) -> None:
+    """What the keeper sends is translated as the connection's own packets are."""
+    with lab() as own:
+        far, port = own.url.split("//")[1].rstrip("/").split(":")
+        rules = f"""
+            table ip translated {{
+                chain out {{
+                    type nat hook output priority -100
+                    ip daddr 10.98.0.9 tcp dport 6000 dnat to {far}:{port}
+                }}
+                chain post {{
+                    type nat hook postrouting priority 100
+                    ip daddr {far} masquerade
+                }}
+                chain strict {{
+                    type filter hook output priority 0
+                    ct state invalid counter drop
+                }}
+            }}"""
+        in_client(own, "ip route add 10.98.0.0/24 dev wire")
+        in_client(own, f"{needs_command('nft')} -f -", rules)
+        with limited(own, scratch) as live, downloads(own, scratch, url="http://10.98.0.9:6000/"):
+            time.sleep(1)
+            assert 0.94 <= ratio(live, 2) <= 1.06
+            assert taken() > 0
+        assert sent_twice(own) <= 5
+        assert "packets 0 bytes 0" in in_client(own, "nft list ruleset")
+
+
+def test_what_cannot_reach_the_sender_is_left_to_the_kernel(scratch: Cgroup) -> None:
+    """A firewall that lets a user's packets through, and not the keeper's: it is told."""
+    with lab() as own:
+        rules = """
+            table ip strict {
+                chain out {
+                    type filter hook output priority 0
+                    meta skuid 0 ip daddr 10.99.0.2 counter drop
+                }
+            }"""
+        in_client(own, f"{needs_command('nft')} -f -", rules)
+        with limited(own, scratch) as live:
+            with downloads(own, scratch, user=65534):
+                time.sleep(3)
+                assert 0.7 <= ratio(live, 3) <= 1.2
+            assert any("did not reach" in note for note in live.notes())
+
+
+def in_client(own: Lab, command: str, given: str = "") -> str:
+    """Run a command in the client's namespace."""
+    return subprocess.run(
+        own.inside(*command.split()), input=given, capture_output=True, text=True, check=True
+    ).stdout
