@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import pytest
+from since import since
 
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.bpf import links, loader
@@ -20,7 +21,7 @@ from pybpfthrottle.linux import cgroup as cgroups
 ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("method", ["link", "legacy"])
+@pytest.mark.parametrize("method", [pytest.param("link", marks=since("5.7")), "legacy"])
 @pytest.mark.parametrize("number", ENDS)
 def test_a_signal_ends_it_and_the_limit(tool, running, attached, number, method):
     """SIGINT, SIGTERM and SIGHUP are regular ends: status 0, nothing attached."""
@@ -115,6 +116,7 @@ def test_json_says_which_signal_ended_it(tool, running, number):
     assert (last["event"], last["reason"]) == ("end", number.name)
 
 
+@since("5.7")
 def test_verbose_logs_how_it_was_attached(tool, running):
     """-v logs the attachment in the words of the seeds, on standard error only."""
     process, _ = running("-v", "--duration", "0.1")
@@ -294,7 +296,7 @@ class exclusive_program:  # noqa: N801 - used like a function
         self._loaded.close()
 
 
-@pytest.mark.parametrize("method", ["auto", "link", "legacy"])
+@pytest.mark.parametrize("method", ["auto", pytest.param("link", marks=since("5.7")), "legacy"])
 def test_an_exclusive_program_is_not_replaced(tool, scratch, attached, method):
     """Where another tool's program allows none beside it, ours is refused; theirs stays."""
     cgroup = scratch.cgroup()
@@ -309,6 +311,7 @@ def test_an_exclusive_program_is_not_replaced(tool, scratch, attached, method):
     assert "another program" in complaint
 
 
+@since("5.7")
 def test_an_error_other_than_einval_is_not_retried(tool, scratch):
     """Auto falls back only after EINVAL, and logs that it did not."""
     cgroup = scratch.cgroup()

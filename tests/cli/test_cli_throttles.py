@@ -7,6 +7,7 @@ import signal
 from subprocess import PIPE
 
 import pytest
+from since import running, since
 
 LIMIT = ["--download-limit", "1M", "--upload-limit", "500K"]
 
@@ -94,7 +95,7 @@ def test_a_throttle_is_shown_however_it_is_chosen(tool, limiting, way):
     }[way]
     [found] = json.loads(tool.run("show", *which, "--json").text)["throttles"]
     assert found["id"] == throttle_id
-    assert found["how"]["download"]["attached_by"] == "link"
+    assert found["how"]["download"]["attached_by"] == ("link" if running() >= (5, 7) else "legacy")
     assert found["counters"]["upload"]["packets_dropped"] == 0
     assert throttle_id in tool.run("show", *which).text
     process.terminate()
@@ -173,6 +174,7 @@ def test_what_was_attached_by_the_legacy_call_is_removed_too(tool, limiting, att
     assert process.wait(10) == 0
 
 
+@since("5.7")
 def test_the_way_to_attach_is_changed_from_another_terminal(tool, limiting, attached):
     """Set waits until its owner has done it."""
     process, cgroup, _, throttle_id = limiting("--bpf-attach-method", "link")

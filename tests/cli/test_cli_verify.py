@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from since import since
 
 
 def test_a_terminal_shows_sections_marks_and_a_panel(tool, scratch):
@@ -19,6 +20,7 @@ def test_a_terminal_shows_sections_marks_and_a_panel(tool, scratch):
     assert "This machine can limit" in text
 
 
+@since("5.7")
 def test_no_color_is_plain_text(tool, scratch):
     """A terminal with NO_COLOR gets no escape sequences."""
     process, terminal = tool.start_on_terminal(
@@ -78,6 +80,7 @@ def test_wrong_usage_has_status_2(tool, options, message):
     assert result.status == 2
 
 
+@since("5.7")
 def test_the_root_cgroup_is_tried_on_request(tool):
     """By the environment variable as by the option."""
     variables = {"PYBPFTHROTTLE_TEST_ROOT_CGROUP": "1"}

@@ -16,6 +16,7 @@ import pytest
 from compiled import compiled
 from lab import ENVIRONMENT, TOOL
 from pinned import bpftool, load_by_bpftool
+from since import since
 
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType, ProgType
@@ -113,6 +114,7 @@ def test_the_lists_have_what_bpftool_lists(values: Path) -> None:
                 assert listed[number].get(key) == theirs[number].get(key)
 
 
+@since("5.8")
 def test_a_link_is_shown_as_bpftool_shows_it(scratch: Cgroup) -> None:
     """A link to a cgroup, with its hook and who holds it; the list has it as well."""
     hook = AttachType.CGROUP_INET_EGRESS

@@ -200,6 +200,7 @@ def test_a_bucket_that_is_larger_than_the_batch_is_read(monkeypatch: pytest.Monk
         assert dict(typed.items()) == wanted
 
 
+@since("5.6")
 @pytest.mark.parametrize("kind", [MapType.HASH, MapType.LRU_HASH, MapType.PERCPU_HASH])
 def test_drain_takes_all_out(kind: MapType) -> None:
     """Drain gives each element once and leaves none."""
@@ -212,6 +213,7 @@ def test_drain_takes_all_out(kind: MapType) -> None:
         assert len(typed) == 0
 
 
+@since("5.6")
 def test_an_array_is_not_drained() -> None:
     """What the kernel cannot take out is refused, not read and zeroed."""
     with made(MapType.ARRAY) as found:
@@ -253,6 +255,7 @@ def test_setdefault_is_one_step(commands: list[Cmd]) -> None:
         assert typed[1] == 10
 
 
+@since("5.6")
 def test_more_than_there_is_room_for_is_refused() -> None:
     """A batch that does not fit is an OSError, and what came before it is there."""
     with made(MapType.HASH, max_entries=10) as found:

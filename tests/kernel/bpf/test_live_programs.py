@@ -128,6 +128,7 @@ def test_a_program_tells_what_it_is(loaded: Object) -> None:
     assert len(info.tag) == 16
 
 
+@since("5.8")
 def test_runs_are_measured_while_statistics_are_enabled(loaded: Object) -> None:
     """The run count grows by the runs inside of run_statistics, and by none after it."""
     program = loaded.programs["longer"]
@@ -159,6 +160,7 @@ def test_a_program_is_listed_and_opened_by_id() -> None:
             assert again.info().id == own
 
 
+@since("5.8")
 def test_an_id_that_is_gone_is_not_found() -> None:
     """Opening an id that does not exist is FileNotFoundError."""
     with pytest.raises(FileNotFoundError):
@@ -169,6 +171,7 @@ def test_an_id_that_is_gone_is_not_found() -> None:
         links.open_by_id((1 << 31) - 1)
 
 
+@since("5.8")
 def test_a_link_tells_what_it_is(scratch: Cgroup, cgroup_fd: int, stack: ExitStack) -> None:
     """The info of a link to a cgroup names program, cgroup and hook."""
     program = stack.enter_context(constant(1))
@@ -184,6 +187,7 @@ def test_a_link_tells_what_it_is(scratch: Cgroup, cgroup_fd: int, stack: ExitSta
         assert again.info() == info
 
 
+@since("5.7")
 def test_a_link_gets_another_program(cgroup_fd: int, stack: ExitStack) -> None:
     """Update replaces the program; with instead_of only if it is that one."""
     first, second, third = (stack.enter_context(constant(n)) for n in (1, 0, 1))
@@ -196,6 +200,7 @@ def test_a_link_gets_another_program(cgroup_fd: int, stack: ExitStack) -> None:
         link.update(first, instead_of=second)
 
 
+@since("5.7")
 def test_a_pinned_link_stays_attached(cgroup_fd: int, bpffs: Path, stack: ExitStack) -> None:
     """A pinned link outlives its descriptor; opened and forced it is detached for all."""
     program = stack.enter_context(constant(1))

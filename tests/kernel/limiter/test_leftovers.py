@@ -14,6 +14,7 @@ from typing import Iterator
 
 import pytest
 from lab import ENVIRONMENT, TOOL, attached
+from since import since
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import leftovers
@@ -76,6 +77,7 @@ def cleanup(*options: str) -> dict:
     return json.loads(done.stdout)
 
 
+@since("5.7")
 def test_links_leave_nothing(scratch: Cgroup) -> None:
     """After kill -9 of a tool that attached by link nothing is attached."""
     crash(scratch, "link")
@@ -150,6 +152,7 @@ def test_an_orphan_on_a_removed_cgroup_is_disarmed(scratch: Cgroup) -> None:
         holder.communicate()
 
 
+@since("5.7")
 def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None:
     """Where the owner is gone and a child has inherited its link, the limit is lifted."""
     owner = os.fork()

@@ -13,6 +13,7 @@ from typing import Iterator
 import pytest
 from foreign import other
 from lab import ENVIRONMENT, TOOL, attached, lab
+from since import since
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import attached as attachments
@@ -65,8 +66,8 @@ def test_an_exclusive_program_above_is_named(scratch, child, method) -> None:
         assert "loaded by root" in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["link", "legacy"])
-@pytest.mark.parametrize("how", ["ALLOW_MULTIPLE", "link"])
+@pytest.mark.parametrize("method", [pytest.param("link", marks=since("5.7")), "legacy"])
+@pytest.mark.parametrize("how", ["ALLOW_MULTIPLE", pytest.param("link", marks=since("5.7"))])
 @pytest.mark.parametrize("place", ["same", "above"])
 def test_programs_that_share_are_no_obstacle(scratch, child, how, place, method) -> None:
     """Beside or below a program that allows others a limit is attached, and goes alone."""
@@ -77,7 +78,7 @@ def test_programs_that_share_are_no_obstacle(scratch, child, how, place, method)
         assert attached(scratch) == [theirs.info().id]
 
 
-@pytest.mark.parametrize("method", ["link", "legacy"])
+@pytest.mark.parametrize("method", [pytest.param("link", marks=since("5.7")), "legacy"])
 def test_below_one_that_may_be_overridden_a_limit_is_attached(scratch, child, method) -> None:
     """An ancestor's program in mode override does not stand in the way."""
     with other(scratch, "ALLOW_OVERRIDE"):
@@ -85,6 +86,7 @@ def test_below_one_that_may_be_overridden_a_limit_is_attached(scratch, child, me
             assert len(attached(child)) == 1
 
 
+@since("5.7")
 def test_the_65th_program_is_refused_with_the_bound(scratch: Cgroup) -> None:
     """The error says how many programs a cgroup takes."""
     with ExitStack() as stack:
@@ -94,6 +96,7 @@ def test_the_65th_program_is_refused_with_the_bound(scratch: Cgroup) -> None:
             throttle.apply([scratch], UPLOAD)
 
 
+@since("5.8")
 def test_the_holder_of_a_link_is_named(scratch: Cgroup) -> None:
     """A description of a program has its link and the process that holds it."""
     with other(scratch, "link") as theirs:

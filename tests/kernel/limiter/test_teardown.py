@@ -9,6 +9,7 @@ import sys
 import own_mounts
 import pytest
 from lab import ENVIRONMENT, attached
+from since import since
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import connections, programs
@@ -25,7 +26,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("method", ["link", "legacy"])
+@pytest.mark.parametrize("method", [pytest.param("link", marks=since("5.7")), "legacy"])
 def test_restoring_that_fails_leaves_nothing_attached(
     scratch: Cgroup, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

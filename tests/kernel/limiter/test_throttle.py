@@ -12,6 +12,7 @@ from typing import Iterator
 
 import pytest
 from lab import attached
+from since import since
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf.options import Options
@@ -155,6 +156,7 @@ def test_beside_an_exclusive_program_nothing_is_changed(scratch: Cgroup) -> None
         os.close(fd)
 
 
+@since("5.7")
 def test_another_program_beside_ours_is_left_alone(scratch: Cgroup) -> None:
     """A program that shares the hook is there before, beside and after a throttle."""
     fd = scratch.open()
@@ -174,6 +176,7 @@ def test_another_program_beside_ours_is_left_alone(scratch: Cgroup) -> None:
         os.close(fd)
 
 
+@since("5.7")
 def test_descriptors_are_all_closed(scratch: Cgroup) -> None:
     """Making and removing throttles leaves no descriptor open, by either method."""
 
