@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf import privileges
+from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -38,7 +38,7 @@ NOT_IP = Remark("not-ip", "no IP traffic")
 PACKET = Remark("packet", "its packets go past the hooks of cgroups")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
 LOOPBACK = Remark("loopback", "loopback traffic, limited with --loopback alone")
-MPTCP = Remark("mptcp", "MPTCP: its data goes by sockets of the kernel; --move-cgroup covers them")
+MPTCP = Remark("mptcp", "MPTCP, whose packets marks do not tell here; --whole-cgroup covers it")
 OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
 OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before the move to the limited {now}")
 NOT_MARKED = Remark("not-marked", "not marked; one handed over by another process is in a second")
@@ -307,7 +307,7 @@ class _Judge:
         on_loopback = around.on_loopback(own.description)
         covering = []
         reasons = [NO_THROTTLE.about(pid=f"{self._pid}{' --loopback' if on_loopback else ''}")]
-        if own.description.kind.is_mptcp():
+        if own.description.kind.is_mptcp() and not features.MPTCP_SOCKET.available():
             reasons.append(MPTCP)
         for rule in self._near(where, passed):
             reason = self._escapes(own, where, rule.program_id in passed, marks, rule)
@@ -348,7 +348,7 @@ class _Judge:
             return NOT_MARKED if rule.marks_id in self._marked else NO_THROTTLE.about(pid=self._pid)
         if not is_passed:
             return OUT_OF_REACH.about(cgroup=where.path)
-        return MPTCP if own.description.kind.is_mptcp() else None
+        return MPTCP if own.description.kind.is_mptcp() and not rule.multipath else None
 
     def _passed_in(self, where: Optional[Cgroup]) -> Optional[frozenset[int]]:
         """None for a cgroup that was removed."""

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional
 
-from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
 from pybpfthrottle.bpf import abi, links, loader
@@ -202,10 +202,11 @@ class Marks:
             if found.socket.family == socket.AF_PACKET:
                 self._note(f"what {process.listed([owner])} sends by AF_PACKET is not limited")
             return False
-        if found.socket.proto == _IPPROTO_MPTCP:
+        if found.socket.proto == _IPPROTO_MPTCP and not features.MPTCP_SOCKET.available():
             self._note(
-                f"{process.listed([owner])} uses MPTCP, whose connections get no marks and are"
-                " not limited; --move-cgroup limits new ones"
+                f"{process.listed([owner])} uses MPTCP: this kernel does not tell whose packets"
+                " those are (Linux 5.19 and its BTF do), and neither its connections nor what its"
+                " listeners accept is limited. --whole-cgroup limits them"
             )
         self._inodes.add(found.place.inode)
         try:

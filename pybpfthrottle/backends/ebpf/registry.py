@@ -334,13 +334,17 @@ def processes(record: Record) -> list[int]:
 
 
 class Rule(NamedTuple):
-    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``."""
+    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``.
+
+    ``multipath``: the packets of MPTCP sockets too.
+    """
 
     program_id: int
     direction: Direction
     owner: Identity
     loopback: bool
     marks_id: Optional[int] = None
+    multipath: bool = True
 
 
 class Rules:
@@ -399,7 +403,7 @@ class Rules:
             return
         marks_id = self._open_marks(info)
         if marks_id is not None:
-            yield rule._replace(marks_id=marks_id)
+            yield rule._replace(marks_id=marks_id, multipath=program.multipath)
 
     def _open_marks(self, info: ProgramInfo) -> Optional[int]:
         """The id of its map of marks; both directions of a throttle have the same."""

@@ -219,11 +219,11 @@ class EbpfThrottle:
             *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
         ]
         names = [program.name for program in needed]
-        shaper = programs.shaper(scope)
         spec = programs.read(programs.object_for(scope))
         loaded = None
         refused = None
         if self._wants_shaping():
+            shaper = programs.shaper(scope)
             try:
                 loaded = loader.load(spec, [*names, shaper.name], maps=self._maps)
             except BpfError as error:
@@ -302,11 +302,15 @@ class EbpfThrottle:
 
     def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. Where another tool's program refuses it, the policer is left."""
-        shaper = programs.shaper(scope)
-        if shaper.name not in self._programs:
+        loaded = [
+            program
+            for program in programs.with_role(Role.SHAPE, scope)
+            if program.name in self._programs
+        ]
+        if not loaded:
             return False
         try:
-            self._place(self._everywhere(shaper, cgroups))
+            self._place(self._everywhere(loaded[0], cgroups))
         except AttachError as error:
             self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             return False
