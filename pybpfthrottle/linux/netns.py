@@ -26,6 +26,12 @@ _ALL_STATES = 0xFFFFFFFF
 _INET_DIAG_REQ_PROTOCOL = 3
 _INET_DIAG_CGROUP_ID = 21
 
+# include/uapi/linux/unix_diag.h
+_UNIX_REQUEST = struct.Struct("=BBxxIII8s")  # struct unix_diag_req
+_UNIX_ANSWER = struct.Struct("=BBBxI8s")  # struct unix_diag_msg
+_UDIAG_SHOW_PEER = 4
+_UNIX_DIAG_PEER = 2
+
 # include/uapi/linux/rtnetlink.h, if_addr.h
 _RTM_GETADDR = 22
 _IFADDRMSG = struct.Struct("=4BI")
@@ -81,6 +87,24 @@ def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
+    return found
+
+
+def unix_peers() -> dict[int, int]:
+    """The inode of the other end of each Unix socket that is connected, by its inode.
+
+    None where the kernel lacks CONFIG_UNIX_DIAG. Raises OSError.
+    """
+    found = {}
+    request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, _ALL_STATES, 0, _UDIAG_SHOW_PEER, bytes(8))
+    try:
+        for answer in netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request):
+            peer = netlink.attributes(answer[_UNIX_ANSWER.size :]).get(_UNIX_DIAG_PEER)
+            if peer is not None:
+                found[_UNIX_ANSWER.unpack_from(answer)[3]] = struct.unpack("=I", peer)[0]
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
     return found
 
 

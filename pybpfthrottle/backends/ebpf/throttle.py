@@ -19,7 +19,7 @@ from typing import (
 )
 
 from pybpfthrottle.backends import Match, Order
-from pybpfthrottle.backends.ebpf import connections, programs
+from pybpfthrottle.backends.ebpf import carriers, connections, programs
 from pybpfthrottle.backends.ebpf.attach import attach, rung
 from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
@@ -291,6 +291,8 @@ class EbpfThrottle:
         self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
         if self._marks is not None:
             self._marks.begin(selection)
+            loopback = self._order.traffic.loopback
+            self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
 
     # Beside the cgroups, for Strays.
 
