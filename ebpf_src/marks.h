@@ -25,6 +25,26 @@ struct {
 
 #define IS_MARKED(sk) ((sk) && bpf_sk_storage_get(&MARKS, sk, 0, 0))
 
+/*
+ * An MPTCP socket has its packets sent by others, which the kernel opens for it and nobody can
+ * reach. They take its mark over with their first packet. A listener's does so with the first
+ * handshake, before anything is accepted: that is marked then too, plain TCP included.
+ */
+always_inline int is_marked_multipath(void *sk)
+{
+	void *mptcp;
+
+	if (!sk)
+		return 0;
+	if (bpf_sk_storage_get(&MARKS, sk, 0, 0))
+		return 1;
+	mptcp = bpf_skc_to_mptcp_sock(sk);
+	if (!mptcp || !bpf_sk_storage_get(&MARKS, mptcp, 0, 0))
+		return 0;
+	bpf_sk_storage_get(&MARKS, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	return 1;
+}
+
 SEC("cgroup_skb/ingress") int pybpft_mingress(struct __sk_buff *skb)
 {
 	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
@@ -45,6 +65,31 @@ SEC("sockops") int pybpft_msockops(struct bpf_sock_ops *ctx)
 {
 	if (ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || IS_MARKED(ctx->sk))
 		return shape(ctx);
+	return 1;
+}
+
+/* The same with MPTCP, since Linux 5.19. */
+SEC("cgroup_skb/ingress") int pybpft_pingress(struct __sk_buff *skb)
+{
+	return is_marked_multipath(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
+}
+
+SEC("cgroup_skb/egress") int pybpft_pegress(struct __sk_buff *skb)
+{
+	return is_marked_multipath(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP) : PASS;
+}
+
+SEC("cgroup_skb/egress") int pybpft_pegressc(struct __sk_buff *skb)
+{
+	return is_marked_multipath(skb->sk) ?
+		       police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION) :
+		       PASS;
+}
+
+SEC("sockops") int pybpft_psockops(struct bpf_sock_ops *ctx)
+{
+	if (ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || is_marked_multipath(ctx->sk))
+		return shape_but_multipath(ctx);
 	return 1;
 }
 

@@ -115,6 +115,7 @@ static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int l
 static long (*bpf_getsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)57;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
+static void *(*bpf_skc_to_mptcp_sock)(void *sk) = (void *)196; /* Linux 5.19 */
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -542,6 +543,28 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
 		clamp(ctx, socket, download, download_bucket, now);
 	return 1;
+}
+
+/*
+ * The connections of an MPTCP socket are policed alone: nobody could give them back what they had,
+ * since they have no descriptors.
+ */
+always_inline int shape_but_multipath(struct bpf_sock_ops *ctx)
+{
+	__u32 down = THROTTLE_DOWNLOAD;
+	struct throttle_config *config;
+	struct throttle_bucket *bucket;
+
+	if ((ctx->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB ||
+	     ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) &&
+	    ctx->sk && bpf_skc_to_mptcp_sock(ctx->sk)) {
+		config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
+		bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
+		if (config && bucket)
+			leave_room(config, bucket);
+		return 1;
+	}
+	return shape(ctx);
 }
 
 /* As in linux/bpf.h. */

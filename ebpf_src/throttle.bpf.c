@@ -300,6 +300,11 @@ SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
 {
 	return shape(ctx);
 }
+
+SEC("sockops") int pybpft_sockopsp(struct bpf_sock_ops *ctx)
+{
+	return shape_but_multipath(ctx);
+}
 #endif
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

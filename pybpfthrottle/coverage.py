@@ -6,16 +6,16 @@ import errno
 import os
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
-from socket import IPPROTO_RAW, SOCK_RAW
+from socket import IPPROTO_RAW, IPPROTO_TCP, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf import privileges
+from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import endpoints, netns, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.linux.endpoints import PACKET_FAMILIES, Description, Kind
+from pybpfthrottle.linux.endpoints import PACKET_FAMILIES, Description, Endpoint, Kind
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Direction
 
@@ -38,7 +38,7 @@ NOT_IP = Remark("not-ip", "no IP traffic")
 PACKET = Remark("packet", "its packets go past the hooks of cgroups")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
 LOOPBACK = Remark("loopback", "loopback traffic, limited with --loopback alone")
-MPTCP = Remark("mptcp", "MPTCP: its data goes by sockets of the kernel; --move-cgroup covers them")
+MPTCP = Remark("mptcp", "MPTCP, whose packets marks do not tell here; --whole-cgroup covers it")
 OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
 OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before the move to the limited {now}")
 NOT_MARKED = Remark("not-marked", "not marked; one handed over by another process is in a second")
@@ -48,8 +48,15 @@ _REASONS = (
     NO_THROTTLE,
 )
 UNKNOWN = Remark("unknown", "not known")
+SOCKMAP = Remark(
+    "sockmap", "not known: a program of a sockmap may hand its data over past the hooks of cgroups"
+)
+UNTOLD_NAT = Remark(
+    "nat-unknown", "not known: netfilter may send its packets elsewhere, and does not tell"
+)
 
 # Notes on others.
+TRANSLATED = Remark("translated", "its packets really go to {end} (NAT)")
 LISTENS = Remark("listens", "what it accepts is limited as well")
 SHARED = Remark("shared", "limited for these too: {processes}")
 CGROUP_ASSUMED = Remark("cgroup-assumed", "if it was created in the present cgroup of the process")
@@ -196,14 +203,33 @@ class _Borrowed(NamedTuple):
 
 
 class _Surroundings(NamedTuple):
-    """What a network namespace tells: its sockets' cgroups by inode, and its addresses."""
+    """What a network namespace tells: its sockets' cgroups by inode, and its addresses.
+
+    ``translations`` are those of connections, or None where they cannot be told.
+    """
 
     cgroup_ids: dict[int, int]
     addresses: set[str]
+    translations: Optional[dict[netns.Ends, tuple[str, int]]]
+
+    def real_end(self, description: Description) -> Optional[Endpoint]:
+        """Where its packets really go to, if they are translated."""
+        local, remote = description.local, description.remote
+        if not self.translations or local is None or remote is None:
+            return None
+        if local.port is None or remote.port is None or description.kind.protocol is None:
+            return None
+        protocol = IPPROTO_TCP if description.kind.is_mptcp() else description.kind.protocol
+        ends = netns.Ends(protocol, str(local.ip()), local.port, str(remote.ip()), remote.port)
+        real = self.translations.get(ends)
+        return None if real is None else Endpoint(*real)
 
     def on_loopback(self, description: Description) -> bool:
         """Whether its packets pass the loopback device, as those to an own address do."""
         local, remote = description.local, description.remote
+        real = self.real_end(description)
+        if real is not None:
+            return real.is_loopback() or str(real.ip()) in self.addresses
         end = remote or local
         if end is None or end.is_loopback():
             return end is not None
@@ -212,7 +238,7 @@ class _Surroundings(NamedTuple):
         )
 
 
-_NOWHERE = _Surroundings({}, set())
+_NOWHERE = _Surroundings({}, set(), {})
 
 
 class _Namespaces(ExitStack):
@@ -252,7 +278,7 @@ def _surroundings(kinds: set[Kind]) -> _Surroundings:
         (kind.family or 0, IPPROTO_RAW if kind.type == SOCK_RAW else kind.protocol or 0)
         for kind in kinds
     }
-    return _Surroundings(netns.cgroup_ids(asked), netns.own_addresses())
+    return _Surroundings(netns.cgroup_ids(asked), netns.own_addresses(), netns.translations())
 
 
 def _borrow(
@@ -307,7 +333,7 @@ class _Judge:
         on_loopback = around.on_loopback(own.description)
         covering = []
         reasons = [NO_THROTTLE.about(pid=f"{self._pid}{' --loopback' if on_loopback else ''}")]
-        if own.description.kind.is_mptcp():
+        if own.description.kind.is_mptcp() and not features.MPTCP_SOCKET.available():
             reasons.append(MPTCP)
         for rule in self._near(where, passed):
             reason = self._escapes(own, where, rule.program_id in passed, marks, rule)
@@ -321,7 +347,20 @@ class _Judge:
             own = own._replace(covered=True, covers=_covers(covering))
         else:
             own = own._replace(covered=False, reason=min(reasons, key=_rank))
-        return own._replace(notes=tuple(_notes(own)))
+        return self._as_far_as_known(own, around)
+
+    def _as_far_as_known(self, own: OpenSocket, around: _Surroundings) -> OpenSocket:
+        """The same with its notes; not known where its data may go another way."""
+        doubt = None
+        if own.description.state == "established" and self._rules.has_sockmaps:
+            doubt = SOCKMAP
+        elif own.description.remote is not None and around.translations is None:
+            doubt = UNTOLD_NAT
+        if doubt is not None and (own.covered or own.reason == LOOPBACK):
+            own = own._replace(covered=None, covers=(), reason=doubt)
+        real = around.real_end(own.description)
+        translated = [] if real is None else [TRANSLATED.about(end=real)]
+        return own._replace(notes=(*translated, *_notes(own)))
 
     def _near(self, where: Cgroup, passed: frozenset[int]) -> list[Rule]:
         """The rules that have to do with this process, of many on the machine."""
@@ -348,7 +387,7 @@ class _Judge:
             return NOT_MARKED if rule.marks_id in self._marked else NO_THROTTLE.about(pid=self._pid)
         if not is_passed:
             return OUT_OF_REACH.about(cgroup=where.path)
-        return MPTCP if own.description.kind.is_mptcp() else None
+        return MPTCP if own.description.kind.is_mptcp() and not rule.multipath else None
 
     def _passed_in(self, where: Optional[Cgroup]) -> Optional[frozenset[int]]:
         """None for a cgroup that was removed."""

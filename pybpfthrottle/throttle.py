@@ -28,6 +28,7 @@ from pybpfthrottle.errors import Error, NoMarksError, ProcessError, ThrottleErro
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup, locked, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
@@ -392,13 +393,15 @@ def apply(
     backends: Mapping[Direction, str] = MappingProxyType({}),
     target: Optional[Target] = None,
     name: str = "",
+    command: Optional[Process] = None,
 ) -> Throttle:
     """Put limits in force on just these cgroups, which share them, whatever else is limited there.
 
     With ``processes`` they are for the sockets of these, whatever cgroup they are of. ``options``
     are those of the eBPF backend. ``backends`` names a mechanism for a direction; without, the best
-    available one is chosen. ``target`` and ``name`` are what others are told of it. Raises
-    ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
+    available one is chosen. ``target`` and ``name`` are what others are told of it. ``command`` is
+    limited with what it starts even if it leaves the cgroups. Raises ThrottleError, BpfError,
+    CgroupError or ProcessError; then nothing stays attached.
     """
     if not limits:
         raise ThrottleError("no limit was given")
@@ -409,7 +412,9 @@ def apply(
         direction: choose(direction, backends.get(direction, "auto")).name for direction in limits
     }
     with ExitStack() as undo:
-        throttle = _enforce(spec, chosen, cgroups, processes, {"ebpf": options}, undo)
+        throttle = _enforce(
+            spec, chosen, cgroups, processes, {"ebpf": options}, undo, command=command
+        )
         undo.pop_all()
     return throttle
 
@@ -422,6 +427,7 @@ def _enforce(
     options: Mapping[str, Any],
     undo: ExitStack,
     ready: Mapping[str, Ready] = MappingProxyType({}),
+    command: Optional[Process] = None,
 ) -> Throttle:
     """Have each backend put its directions in force. ``undo`` goes to the throttle.
 
@@ -432,6 +438,7 @@ def _enforce(
     parts: dict[Direction, Part] = {}
     for name in dict.fromkeys(chosen.values()):
         order = _order(spec, name, chosen, cgroups, processes, options)
+        order = order._replace(command=command)
         part = (ready[name] if name in ready else get_backend(name)).apply(order, throttle_id)
         undo.callback(part.remove)
         parts.update(dict.fromkeys(order.limits, part))

@@ -14,7 +14,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Seque
 
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
 from pybpfthrottle.settings import BACKENDS
 from pybpfthrottle.supervisor import Chore
@@ -60,7 +60,8 @@ class Order(NamedTuple):
     """What one backend is to put in force: all packets of cgroups, or of the sockets of processes.
 
     With both, the sockets of the cgroups must not be the processes' as well: then ``new_sockets``
-    of the selection is false. ``options`` are the backend's own, or None.
+    of the selection is false. ``command`` is limited with what it starts even if it leaves the
+    cgroups. ``options`` are the backend's own, or None.
     """
 
     spec: ThrottleSpec
@@ -68,6 +69,7 @@ class Order(NamedTuple):
     cgroups: Sequence[Cgroup] = ()
     processes: Optional[Selection] = None
     options: Any = None
+    command: Optional[Process] = None
 
     @property
     def traffic(self) -> Traffic:

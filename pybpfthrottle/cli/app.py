@@ -80,7 +80,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "--move-cgroup",
     is_flag=True,
     help="With --pid: move the processes into a cgroup below their own until the end. This covers"
-    " MPTCP, and whatever they start.",
+    " whatever they start.",
 )
 @click.option(
     "--cgroup",

@@ -71,7 +71,7 @@ def _run(
         stack.callback(_remove, own)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
-        live = _limit(request, own, argv)
+        live = _limit(request, own, command)
         stack.callback(live.remove)
         watch = Watch(
             live,
@@ -85,15 +85,16 @@ def _run(
         command.let_go()
         registry.tidy_up()
         watch.start(pid=command.pid, command=list(argv))
-        for note in live.notes():
-            watch.note(note)
+        handed_over = _handed_over(argv)
+        if handed_over is not None:
+            watch.note(handed_over)
         supervisor = stack.enter_context(Supervisor())
         return _Run(command, live, watch, wait=wait).until_the_end(
             supervisor, signals, sent, request.duration_s
         )
 
 
-def _limit(request: Request, own: OwnCgroup, argv: Sequence[str]) -> Throttle:
+def _limit(request: Request, own: OwnCgroup, command: Command) -> Throttle:
     with locked():
         return throttle.apply(
             [own.cgroup],
@@ -101,8 +102,9 @@ def _limit(request: Request, own: OwnCgroup, argv: Sequence[str]) -> Throttle:
             traffic=request.traffic,
             options=request.options["ebpf"],
             backends=request.backends,
-            target=Target(command=tuple(argv)),
+            target=Target(command=tuple(command.argv)),
             name=request.label,
+            command=process.Process(command.pid),
         )
 
 
@@ -117,6 +119,28 @@ def _remove(own: OwnCgroup) -> None:
     )
 
 
+# Commands that only ask a daemon: what that does is nobody's child here.
+_ASK_A_DAEMON = frozenset(
+    ("at", "batch", "docker", "incus", "kubectl", "lxc", "machinectl", "nerdctl", "virsh")
+)
+
+
+def _handed_over(argv: Sequence[str]) -> Optional[str]:
+    """Return what is to be said of a command whose work others do, if it is known for that."""
+    name = os.path.basename(argv[0])
+    if name == "systemd-run" and "--scope" not in argv:
+        return (
+            "systemd-run has systemd start the command, where it is not limited: give systemd-run"
+            " the option --scope, or limit the unit by --unit"
+        )
+    if name in _ASK_A_DAEMON:
+        return (
+            f"{name} asks a daemon, and what that does is not limited: limit its unit or container"
+            " by --unit, --cgroup or --pid"
+        )
+    return None
+
+
 class _Run:
     """A command that runs, and the limit that it has for all or some of the time."""
 
@@ -126,6 +150,7 @@ class _Run:
         self._watch = watch
         self._wait = wait
         self._limited = True
+        self._said: set[str] = set()
         self._status: Optional[int] = None
 
     def until_the_end(
@@ -137,6 +162,7 @@ class _Run:
     ) -> int:
         """Wait for the command, or with ``wait`` for all that it started; its exit status."""
         end = time.monotonic() + (duration_s or math.inf)
+        self._say_notes()
         supervisor.add(self._live.chores)
         sampling = Periodic(SAMPLE_S, self._sample)
         supervisor.add(lambda: [signals, sent, sampling], strict=True)
@@ -158,14 +184,23 @@ class _Run:
 
     def _sample(self) -> None:
         if self._limited:
+            self._say_notes()
             self._watch.sample()
             if self._live.ended() == "removed":
                 self._watch.note("The limit was removed; the command goes on without it.")
                 self._lift("removed")
 
+    def _say_notes(self) -> None:
+        """Say who has left the cgroup, and what else is to be known; once each."""
+        for note in self._live.notes():
+            if note not in self._said:
+                self._said.add(note)
+                self._watch.note(note)
+
     def _lift(self, reason: str) -> None:
         """Show the summary and remove the limit, unless that is done already."""
         if self._limited:
+            self._say_notes()
             self._watch.end(
                 expect_traffic=self._status is None,
                 reason=reason,
@@ -184,4 +219,4 @@ class _Run:
         if not (self._wait and self._limited):
             return False
         cgroup = self._live.cgroups[0]
-        return cgroup.exists() and cgroup.populated()
+        return (cgroup.exists() and cgroup.populated()) or bool(self._live.processes())

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from pybpfthrottle.backends.ebpf import features, programs
+from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ProgramSpec
@@ -28,14 +28,17 @@ def loadable(name: str) -> list[str]:
     return [
         program.name
         for program in programs.of_object(name)
-        if program.role is Role.POLICE
-        and (program.verdict != "congestion" or features.CONGESTION_VERDICT.available())
+        if program.role is Role.POLICE and programs.is_for_this_kernel(program)
     ]
 
 
 def shaping(name: str) -> list[str]:
     """The programs of an object that make limits smooth, which older kernels do without."""
-    return [p.name for p in programs.of_object(name) if p.role is not Role.POLICE]
+    return [
+        program.name
+        for program in programs.of_object(name)
+        if program.role is not Role.POLICE and programs.is_for_this_kernel(program)
+    ]
 
 
 def _files(setup: Setup) -> Result:

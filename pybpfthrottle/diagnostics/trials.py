@@ -13,7 +13,6 @@ from typing import Callable
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends.ebpf import programs as table
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
-from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.bpf import features, links, loader, programs, syscall
@@ -214,8 +213,7 @@ def _marks(setup: Setup) -> Result:
     wanted = [
         program
         for program in table.of_object(name)
-        if program.role in (Role.POLICE, Role.MARK)
-        and (program.verdict != "congestion" or CONGESTION_VERDICT.available())
+        if program.role in (Role.POLICE, Role.MARK) and table.is_for_this_kernel(program)
     ]
     try:
         loader.load(table.read(name), [program.name for program in wanted]).close()

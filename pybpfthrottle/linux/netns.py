@@ -8,7 +8,8 @@ import ipaddress
 import os
 import socket
 import struct
-from typing import Callable, Iterable, TypeVar
+from contextlib import suppress
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.linux import libc, netlink
 
@@ -26,10 +27,35 @@ _ALL_STATES = 0xFFFFFFFF
 _INET_DIAG_REQ_PROTOCOL = 3
 _INET_DIAG_CGROUP_ID = 21
 
+# include/uapi/linux/unix_diag.h
+_UNIX_REQUEST = struct.Struct("=BBxxIII8s")  # struct unix_diag_req
+_UNIX_ANSWER = struct.Struct("=BBBxI8s")  # struct unix_diag_msg
+_UDIAG_SHOW_PEER = 4
+_UNIX_DIAG_PEER = 2
+
 # include/uapi/linux/rtnetlink.h, if_addr.h
 _RTM_GETADDR = 22
 _IFADDRMSG = struct.Struct("=4BI")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+
+# include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
+_NETLINK_NETFILTER = 12
+_CONNTRACK_GET = 1 << 8 | 1
+_NFGENMSG = struct.Struct("=BBH")
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY = 1, 2
+_CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
+_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
+_CONNTRACK_COUNT = "/proc/sys/net/netfilter/nf_conntrack_count"
+
+
+class Ends(NamedTuple):
+    """Where packets come from and go to: addresses as ``ipaddress`` spells them, and ports."""
+
+    protocol: int
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
 
 
 def of_socket(descriptor: int) -> int:
@@ -84,6 +110,24 @@ def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
     return found
 
 
+def unix_peers() -> dict[int, int]:
+    """The inode of the other end of each Unix socket that is connected, by its inode.
+
+    None where the kernel lacks CONFIG_UNIX_DIAG. Raises OSError.
+    """
+    found = {}
+    request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, _ALL_STATES, 0, _UDIAG_SHOW_PEER, bytes(8))
+    try:
+        for answer in netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request):
+            peer = netlink.attributes(answer[_UNIX_ANSWER.size :]).get(_UNIX_DIAG_PEER)
+            if peer is not None:
+                found[_UNIX_ANSWER.unpack_from(answer)[3]] = struct.unpack("=I", peer)[0]
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
+    return found
+
+
 def own_addresses() -> set[str]:
     """The IP addresses of this namespace, as ``ipaddress`` spells them. Raises OSError."""
     found = set()
@@ -95,3 +139,48 @@ def own_addresses() -> set[str]:
         if own is not None:
             found.add(str(ipaddress.ip_address(own)))
     return found
+
+
+def translations() -> Optional[dict[Ends, tuple[str, int]]]:
+    """The address and port that packets really go to, where netfilter translates them (NAT).
+
+    By what a socket says of itself. None where there may be some, and they cannot be told. Needs
+    CAP_NET_ADMIN.
+    """
+    found = {}
+    try:
+        request = _NFGENMSG.pack(socket.AF_UNSPEC, 0, 0)
+        for answer in netlink.dump(_NETLINK_NETFILTER, _CONNTRACK_GET, request):
+            with suppress(KeyError):  # a protocol without ports
+                sent, real = _translated(netlink.attributes(answer[_NFGENMSG.size :]))
+                if real != (sent.destination, sent.destination_port):
+                    found[sent] = real
+    except OSError:
+        return None if _has_conntrack() else {}
+    return found
+
+
+def _translated(attributes: Mapping[int, bytes]) -> tuple[Ends, tuple[str, int]]:
+    """What was sent to where, and who answers. Raises KeyError for a protocol without ports."""
+    sent, reply = (_ends(attributes[way]) for way in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY))
+    return sent, (reply.source, reply.source_port)
+
+
+def _ends(data: bytes) -> Ends:
+    """A tuple of conntrack. Raises KeyError for a protocol without ports."""
+    parts = netlink.attributes(data)
+    addresses = netlink.attributes(parts[_CTA_TUPLE_IP])
+    ports = netlink.attributes(parts[_CTA_TUPLE_PROTO])
+    # CTA_IP_V4_SRC, CTA_IP_V4_DST, or those of IPv6, in this order.
+    source, destination = (str(ipaddress.ip_address(addresses[key])) for key in sorted(addresses))
+    source_port, destination_port = (
+        int.from_bytes(ports[key], "big") for key in (_CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)
+    )
+    return Ends(ports[_CTA_PROTO_NUM][0], source, source_port, destination, destination_port)
+
+
+def _has_conntrack() -> bool:
+    """Whether connections are followed here."""
+    with suppress(OSError, ValueError), open(_CONNTRACK_COUNT) as file:
+        return int(file.read()) > 0
+    return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 LIMIT = ("run", "-q", "--download-limit", "1M")
@@ -98,3 +100,25 @@ def test_each_way_of_attaching_works(tool, method, verdict):
     """Each attach method and each verdict works, and is gone with the command."""
     options = ("--upload-limit", "1M", "--bpf-attach-method", method, "--egress-verdict", verdict)
     assert tool.run(*LIMIT, *options, "--", "true").status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["systemd-run", "--user", "wget"], "--scope"),
+        (["systemd-run", "--scope", "wget"], ""),
+        (["docker", "run", "image"], "--unit"),
+        (["/bin/echo", "docker"], ""),
+    ],
+)
+def test_a_command_that_has_a_daemon_do_the_work_is_told(tool, tmp_path, arguments, told):
+    """What is done by somebody else's child is not limited, and nothing shows that later."""
+    for name in ("systemd-run", "docker"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    limit = ("run", "--download-limit", "1M")
+    result = tool.run(*limit, "--", *arguments, environment={"PATH": path})
+    notes = [line for line in result.err.splitlines() if " is not limited" in line]
+    assert result.status == 0
+    assert [told in note for note in notes] == ([True] if told else [])

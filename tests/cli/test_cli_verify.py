@@ -108,6 +108,7 @@ def test_inspect_shows_an_object(tool, anybody):
         "pybpft_egress",
         "pybpft_egresscn",
         "pybpft_sockops",
+        "pybpft_sockopsp",
     ]
     assert found["faults"] == []
 

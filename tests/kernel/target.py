@@ -122,6 +122,50 @@ def upload(host: str, number: int) -> int:
     return keep(own)
 
 
+def _count(own: socket.socket) -> None:
+    """Read what comes, and count it."""
+    while data := own.recv(1 << 18):
+        _received[own.fileno()] += len(data)
+
+
+def _fill(own: socket.socket) -> None:
+    """Send as much as it takes."""
+    while True:
+        own.sendall(bytes(1 << 16))
+
+
+def _go_on(own: socket.socket, *, sends: bool) -> int:
+    _received[own.fileno()] = 0
+    threading.Thread(target=_fill if sends else _count, args=[own], daemon=True).start()
+    return keep(own)
+
+
+def stream_server(host: str, protocol: int, *, sends: bool) -> int:
+    """A server that sends to whoever connects, or counts what they send; of TCP or MPTCP."""
+    own = socket.socket(AF_INET, SOCK_STREAM, protocol)
+    own.bind((host, 0))
+    own.listen()
+
+    def run() -> None:
+        while True:
+            _go_on(own.accept()[0], sends=sends)
+
+    threading.Thread(target=run, daemon=True).start()
+    return keep(own)
+
+
+def stream_client(host: str, number: int, protocol: int, *, sends: bool) -> int:
+    """A connection to such a server, which takes the other part."""
+    own = socket.socket(AF_INET, SOCK_STREAM, protocol)
+    own.connect((host, number))
+    return _go_on(own, sends=sends)
+
+
+def received_in_all() -> int:
+    """What all that is counted has received."""
+    return sum(_received.values())
+
+
 def receiver(family: int) -> int:
     """A UDP socket whose bytes are counted, headers included."""
     own = socket.socket(family, SOCK_DGRAM)

@@ -18,8 +18,8 @@ from linux_4_14 import context_accesses, too_new
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import abi, maps, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
-from pybpfthrottle.bpf.obj import asm, relocate
-from pybpfthrottle.bpf.obj.insn import INSN_BYTES, LD_IMM64
+from pybpfthrottle.bpf.obj import asm, releases, relocate
+from pybpfthrottle.bpf.obj.insn import CALL, INSN_BYTES, LD_IMM64, decoded
 
 MODES = {0: "SINGLE", abi.BPF_F_ALLOW_OVERRIDE: "OVERRIDE", abi.BPF_F_ALLOW_MULTI: "MULTI"}
 PROBE = "a probe"
@@ -207,6 +207,9 @@ class Kernel(FakeKernel):
                 return errno.EINVAL
             if context_accesses(code):
                 return errno.EACCES
+        called = (one.imm for one in decoded(code) if one.code == CALL and not one.src)
+        if any(releases.order(releases.of_helper(number)) > self.release for number in called):
+            return errno.EINVAL
         returns_2 = code == asm.return_imm(2) or _identified(code).endswith("/pybpft_egresscn")
         if returns_2 and self.release >= (4, 17) and (self.release < (5, 3) or attach_type != 1):
             return errno.EINVAL

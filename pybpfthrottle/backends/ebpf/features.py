@@ -13,8 +13,13 @@ from pybpfthrottle.bpf.obj import asm, insn
 _LEN_OFFSET = 0
 _DATA_OFFSET = 76
 _DATA_END_OFFSET = 80
+_SK_OFFSET = 168
+
+_SKC_TO_MPTCP_SOCK = 196  # bpf_skc_to_mptcp_sock
 
 _LDX_W = insn.BPF_LDX | insn.BPF_MEM | insn.BPF_W
+_LDX_DW = insn.BPF_LDX | insn.BPF_MEM | insn.BPF_DW
+_JNE_IMM = insn.BPF_JMP | insn.BPF_JNE | insn.BPF_K
 _AND_IMM = insn.BPF_ALU64 | insn.BPF_AND | insn.BPF_K
 _ADD = insn.BPF_ALU64 | insn.BPF_ADD | insn.BPF_X
 _JGT = insn.BPF_JMP | insn.BPF_JGT | insn.BPF_X
@@ -45,6 +50,18 @@ def _probe_direct_packet_access() -> None:
     _load(code)
 
 
+def _probe_mptcp_socket() -> None:
+    # Its result is a pointer to one of the kernel's own types, which a kernel without BTF lacks.
+    code = (
+        asm.insn(_LDX_DW, dst=1, src=1, off=_SK_OFFSET)
+        + asm.insn(_JNE_IMM, dst=1, imm=0, off=2)
+        + asm.return_imm(1)
+        + asm.call(_SKC_TO_MPTCP_SOCK)
+        + asm.return_imm(1)
+    )
+    _load(code)
+
+
 def _probe_test_run_packet() -> None:
     # return data_end > data
     code = (
@@ -65,6 +82,7 @@ CONGESTION_VERDICT = Feature("egress verdict 2 (congestion)", "5.3", _probe_cong
 DIRECT_PACKET_ACCESS = Feature(
     "direct packet access in cgroup_skb", "5.0", _probe_direct_packet_access
 )
+MPTCP_SOCKET = Feature("the MPTCP socket of a packet", "5.19", _probe_mptcp_socket)
 # Measured: 6.12 does not have it, 6.18 has. A packet that is not a test's is always seen.
 TEST_RUN_PACKET = Feature(
     "a packet to read in test runs of cgroup_skb", "6.18", _probe_test_run_packet

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional
 
-from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
 from pybpfthrottle.bpf import abi, links, loader
@@ -51,7 +51,9 @@ class Marks:
         selection: Selection,
         maps: Mapping[str, Map[Any, Any]],
         adopting: Adopting,
+        spares: Callable[[Borrowed], bool] = lambda found: False,
     ) -> None:
+        """``spares`` tells which sockets are limited otherwise, and get no mark."""
         self._selection = selection
         self._maps = maps
         self._marks = maps[MARKS].elements
@@ -59,6 +61,7 @@ class Marks:
             U32, StructureCodec(ThrottleProcess)
         )
         self._adopting = adopting
+        self._spares = spares
         self._scan = Scan()
         self._inodes: set[int] = set()
         # Who seemed to share sockets at the first look, which a cleanup may do for a moment.
@@ -101,6 +104,11 @@ class Marks:
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
                     " for the sockets that it has open already CAP_SYS_PTRACE is needed"
                 )
+
+    def take_in(self, pids: Iterable[int]) -> None:
+        """Limit more processes."""
+        self._take_in(pids)
+        self._mark_new()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
@@ -195,6 +203,12 @@ class Marks:
             )
         return count
 
+    def mark(self, found: Borrowed) -> None:
+        """Mark a socket, and have it shaped."""
+        with self._adopting() as adopt:
+            if self._mark(found):
+                adopt(found)
+
     def _mark(self, found: Borrowed) -> bool:
         """Whether it had no mark and has one now."""
         owner = found.place.pid
@@ -202,11 +216,14 @@ class Marks:
             if found.socket.family == socket.AF_PACKET:
                 self._note(f"what {process.listed([owner])} sends by AF_PACKET is not limited")
             return False
-        if found.socket.proto == _IPPROTO_MPTCP:
+        if found.socket.proto == _IPPROTO_MPTCP and not features.MPTCP_SOCKET.available():
             self._note(
-                f"{process.listed([owner])} uses MPTCP, whose connections get no marks and are"
-                " not limited; --move-cgroup limits new ones"
+                f"{process.listed([owner])} uses MPTCP: this kernel does not tell whose packets"
+                " those are (Linux 5.19 and its BTF do), and neither its connections nor what its"
+                " listeners accept is limited. --whole-cgroup limits them"
             )
+        if self._spares(found):
+            return False
         self._inodes.add(found.place.inode)
         try:
             self._marks.update(U32.encode(found.socket.fileno()), _MARK, abi.BPF_NOEXIST)

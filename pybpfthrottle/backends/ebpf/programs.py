@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Iterable, NamedTuple, Optional, Union
 
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.bpf.abi import AttachType
@@ -59,7 +59,8 @@ class Shipped:
 
     ``hook`` is an attach type of cgroups, or the name of a raw tracepoint. ``direction`` is None
     for a program that serves both, ``scope`` for one that sees no packets, and ``verdict`` (one of
-    EGRESS_VERDICTS) for one that drops none.
+    EGRESS_VERDICTS) for one that drops none. ``multipath``: it knows the connections of MPTCP
+    sockets by these, and takes the place of one that does not.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Shipped:
     scope: Optional[Scope] = None
     direction: Optional[Direction] = None
     verdict: Optional[str] = None
+    multipath: bool = False
 
     @property
     def attach_type(self) -> AttachType:
@@ -97,6 +99,7 @@ _PACKETS = Needs("4.10", "programs for the packets of a cgroup")
 _VERDICT = Needs("5.3", "a verdict that tells TCP of congestion")
 _CALLBACKS = Needs("5.10", "callbacks for TCP header options")
 _STORAGE = Needs("5.10", "socket storage by a packet's socket, and for new sockets")
+_MULTIPATH = Needs("5.19", "the MPTCP socket of a packet, by the kernel's types")
 _ADOPTING = Needs("6.12", "callbacks for connections that are open (TCP_BPF_SOCK_OPS_CB_FLAGS)")
 _ASKING = Needs("5.3", "programs for setsockopt(2)")
 _GATE = Needs("5.10", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
@@ -109,14 +112,24 @@ PROGRAMS = (
     Shipped("pybpft_egress", _CGROUP, _EGRESS, _POLICE, _PACKETS, _ALL, _UPLOAD, _DENY),
     Shipped("pybpft_egresscn", _CGROUP, _EGRESS, _POLICE, _VERDICT, _ALL, _UPLOAD, _TELL),
     Shipped("pybpft_sockops", _CGROUP, _SOCK_OPS, Role.SHAPE, _CALLBACKS, _ALL),
+    Shipped("pybpft_sockopsp", _CGROUP, _SOCK_OPS, Role.SHAPE, _MULTIPATH, _ALL, multipath=True),
     Shipped("pybpft_mingress", _MARKS, _INGRESS, _POLICE, _STORAGE, _MARKED, _DOWNLOAD, _DENY),
     Shipped("pybpft_megress", _MARKS, _EGRESS, _POLICE, _STORAGE, _MARKED, _UPLOAD, _DENY),
     Shipped("pybpft_megressc", _MARKS, _EGRESS, _POLICE, _STORAGE, _MARKED, _UPLOAD, _TELL),
     Shipped("pybpft_msockops", _MARKS, _SOCK_OPS, Role.SHAPE, _CALLBACKS, _MARKED),
+    *(
+        Shipped(name, _MARKS, hook, _POLICE, _MULTIPATH, _MARKED, direction, verdict, True)
+        for name, hook, direction, verdict in (
+            ("pybpft_pingress", _INGRESS, _DOWNLOAD, _DENY),
+            ("pybpft_pegress", _EGRESS, _UPLOAD, _DENY),
+            ("pybpft_pegressc", _EGRESS, _UPLOAD, _TELL),
+        )
+    ),
+    Shipped("pybpft_psockops", _MARKS, _SOCK_OPS, Role.SHAPE, _MULTIPATH, _MARKED, multipath=True),
     Shipped("pybpft_create", _MARKS, _SOCK_CREATE, Role.MARK, _STORAGE),
     Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
-    Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE, None, _DOWNLOAD),
+    Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE),
     Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
     Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
     Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),
@@ -156,7 +169,7 @@ def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
         verdict = _DENY
     elif verdict == "auto":
         verdict = _TELL if features.CONGESTION_VERDICT.available() else _DENY
-    (found,) = (
+    found = _best(
         program
         for program in with_role(Role.POLICE, scope)
         if (program.direction, program.verdict) == (direction, verdict)
@@ -175,8 +188,22 @@ def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
 
 def shaper(scope: Scope) -> Shipped:
     """Return the program that shapes."""
-    (found,) = with_role(Role.SHAPE, scope)
-    return found
+    return _best(with_role(Role.SHAPE, scope))
+
+
+def _best(same: Iterable[Shipped]) -> Shipped:
+    """Return the one of two that knows MPTCP, where this kernel takes that."""
+    by_multipath = {program.multipath: program for program in same}
+    if len(by_multipath) > 1 and features.MPTCP_SOCKET.available():
+        return by_multipath[True]
+    return by_multipath[False]
+
+
+def is_for_this_kernel(program: Shipped) -> bool:
+    """Whether this kernel has what one needs of several for the same purpose."""
+    if program.multipath and not features.MPTCP_SOCKET.available():
+        return False
+    return program.verdict != _TELL or features.CONGESTION_VERDICT.available()
 
 
 def object_for(scope: Scope) -> str:

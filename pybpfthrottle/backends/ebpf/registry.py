@@ -27,7 +27,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleRecordFlags,
 )
 from pybpfthrottle.bpf import links, maps, programs
-from pybpfthrottle.bpf.abi import MapType
+from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.program_info import ProgramInfo
@@ -44,6 +44,7 @@ MARKS, PROCESSES = "MARKS", "PROCESSES"
 # Fields of a record: by which method its owner is asked to attach, and why it could not.
 ASKED, ANSWER = "asked", "answer"
 _TRIES = 10
+_OF_SOCKMAPS = (ProgType.SK_SKB, ProgType.SK_MSG)
 _MOST_BYTES = ThrottleRecord.text.size
 
 
@@ -272,12 +273,14 @@ class Head(ctypes.Structure):
 
 def our_programs() -> Iterator[ProgramInfo]:
     """Return all programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
+    return (info for info in _all_programs() if info.name.startswith(shipped.PREFIX))
+
+
+def _all_programs() -> Iterator[ProgramInfo]:
     with suppress(OSError):  # they may not be seen
         for program_id in programs.all_ids():
             with suppress(OSError):  # it may end in between
-                info = programs.info_by_id(program_id)
-                if info.name.startswith(shipped.PREFIX):
-                    yield info
+                yield programs.info_by_id(program_id)
 
 
 def programs_of(map_id: int) -> dict[int, shipped.Shipped]:
@@ -334,13 +337,17 @@ def processes(record: Record) -> list[int]:
 
 
 class Rule(NamedTuple):
-    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``."""
+    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``.
+
+    ``multipath``: the packets of MPTCP sockets too.
+    """
 
     program_id: int
     direction: Direction
     owner: Identity
     loopback: bool
     marks_id: Optional[int] = None
+    multipath: bool = True
 
 
 class Rules:
@@ -352,6 +359,8 @@ class Rules:
         self._marks: dict[int, Map[int, bytes]] = {}
         self._passed: dict[Cgroup, frozenset[int]] = {}
         next(programs.all_ids(), None)  # it tells what is refused
+        # Whether data may go from socket to socket, without packets.
+        self.has_sockmaps = any(info.type in _OF_SOCKMAPS for info in _all_programs())
         self.all = [rule for info in our_programs() for rule in self._read(info)]
 
     def marks_of(self, descriptor: int) -> frozenset[int]:
@@ -399,7 +408,7 @@ class Rules:
             return
         marks_id = self._open_marks(info)
         if marks_id is not None:
-            yield rule._replace(marks_id=marks_id)
+            yield rule._replace(marks_id=marks_id, multipath=program.multipath)
 
     def _open_marks(self, info: ProgramInfo) -> Optional[int]:
         """The id of its map of marks; both directions of a throttle have the same."""

@@ -19,12 +19,12 @@ from typing import (
 )
 
 from pybpfthrottle.backends import Match, Order
-from pybpfthrottle.backends.ebpf import connections, programs
+from pybpfthrottle.backends.ebpf import carriers, connections, programs
 from pybpfthrottle.backends.ebpf.attach import attach, rung
 from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
-from pybpfthrottle.backends.ebpf.marks import Marks
+from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
@@ -35,6 +35,7 @@ from pybpfthrottle.backends.ebpf.registry import (
     record_of,
     refuse_to_replace,
 )
+from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.maps import Map
@@ -43,7 +44,7 @@ from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleEr
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
-from pybpfthrottle.linux.sockets import Borrowed
+from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
 from pybpfthrottle.supervisor import Chore, Periodic
@@ -104,6 +105,9 @@ class EbpfThrottle:
         self._connections: Optional[Connections] = None
         self._gate: Optional[Gate] = None
         self._no_gate = "it was not asked for"
+        self._strays: Optional[Strays] = None
+        # Where marks are looked at.
+        self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._removed_by_others = False
         self._generation = 0
@@ -153,6 +157,11 @@ class EbpfThrottle:
             self._register()
             for direction in self._order.limits:
                 self._log(direction)
+            if self._order.cgroups and self._order.processes is None:
+                self._strays = Strays(
+                    lambda: self._order.cgroups, connections.pids, self, self._order.command
+                )
+                self._strays.run()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -180,7 +189,8 @@ class EbpfThrottle:
         # First: it may be needed as soon as something is shaped, and is to be forked before there
         # is a thread.
         if self._options.guard and SOCKETS in self._maps:
-            guard = Guard(self._holders, self._maps, RECORD)
+            # By the time that it is needed something may have left the cgroups.
+            guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
         self._load_gate()
@@ -219,11 +229,11 @@ class EbpfThrottle:
             *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
         ]
         names = [program.name for program in needed]
-        shaper = programs.shaper(scope)
         spec = programs.read(programs.object_for(scope))
         loaded = None
         refused = None
         if self._wants_shaping():
+            shaper = programs.shaper(scope)
             try:
                 loaded = loader.load(spec, [*names, shaper.name], maps=self._maps)
             except BpfError as error:
@@ -281,6 +291,52 @@ class EbpfThrottle:
         self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
         if self._marks is not None:
             self._marks.begin(selection)
+            loopback = self._order.traffic.loopback
+            self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
+
+    # Beside the cgroups, for Strays.
+
+    def mark(self, place: Place) -> None:
+        """Limit a socket of another cgroup. Raises BpfError, AttachError or OSError."""
+        self._look_at_marks()
+        marks = Marks(Selection(new_sockets=False), self._maps, self._adopting_marked)
+        with sockets.borrow(place) as own:
+            marks.mark(Borrowed(own, place))
+
+    def follow(self, pids: Sequence[int]) -> None:
+        """Limit processes in other cgroups, with what they start.
+
+        Raises BpfError, AttachError, ProcessError or OSError.
+        """
+        self._look_at_marks()
+        if self._marks is not None:
+            self._marks.take_in(pids)
+            return
+        selection = Selection(tuple(map(process.Process, pids)))
+        spares = OfCgroups(lambda: self._order.cgroups)
+        marks = Marks(selection, self._maps, self._adopting_marked, spares)
+        try:
+            marks.follow()
+            marks.begin(selection)
+        except BaseException:
+            marks.close()
+            raise
+        self._followed.callback(marks.close)
+        self._marks = marks
+
+    def _look_at_marks(self) -> None:
+        """Limit marked sockets besides, wherever they are. Raises BpfError or AttachError."""
+        if self._marked_at:
+            return
+        if MARKS not in self._maps:
+            self._load(Scope.MARKED)
+        top = [cgroups_v2.root()]
+        self._place(self._for_marks(Selection(), top))
+        self._marked_at = top
+        self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
+        self._fields["maps"] = {name: live.info().id for name, live in self._maps.items()}
+        with locked():
+            self._note_down()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
@@ -302,11 +358,15 @@ class EbpfThrottle:
 
     def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. Where another tool's program refuses it, the policer is left."""
-        shaper = programs.shaper(scope)
-        if shaper.name not in self._programs:
+        loaded = [
+            program
+            for program in programs.with_role(Role.SHAPE, scope)
+            if program.name in self._programs
+        ]
+        if not loaded:
             return False
         try:
-            self._place(self._everywhere(shaper, cgroups))
+            self._place(self._everywhere(loaded[0], cgroups))
         except AttachError as error:
             self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             return False
@@ -552,17 +612,18 @@ class EbpfThrottle:
 
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each."""
-        return [
-            *self._notes,
-            *self._bucket.shapes_not_kept(),
-            *(self._marks.notes() if self._marks else ()),
-            *(self._gate.notes() if self._gate else ()),
-        ]
+        found = [*self._notes, *self._bucket.shapes_not_kept()]
+        for one in (self._strays, self._marks, self._gate):
+            found += one.notes() if one is not None else ()
+        return found
 
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""
         found: list[Chore] = [self._noticing]
-        if self._marks is not None and self._order.processes and self._order.processes.new_sockets:
+        if self._strays is not None:
+            found.append(self._strays)
+        processes = self._order.processes
+        if self._marks is not None and (processes is None or processes.new_sockets):
             found.append(self._marks)
         if self._connections is not None:
             found += self._connections.chores()
@@ -599,5 +660,5 @@ class EbpfThrottle:
 
     def _holders(self) -> list[int]:
         """Return all that may have a socket that was shaped: one with a mark may be handed over."""
-        marked = self._order.processes is not None
+        marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)

@@ -23,6 +23,7 @@ from targets import (
     target,
 )
 
+from pybpfthrottle.bpf.features import Feature
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import process, sockets
@@ -397,12 +398,13 @@ def test_what_goes_past_the_hooks_is_said(own: Target) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "later"])
-def test_multipath_tcp_is_said(own: Target, moment: str) -> None:
-    """Its connections are the kernel's, which get no marks; what would limit them is told."""
+def test_multipath_tcp_is_said(own: Target, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its packets cannot be told by marks; what would limit them is told."""
     how = f"make(AF_INET, SOCK_STREAM, {IPPROTO_MPTCP})"
     needs_release("5.6")
     made = own.do(how.replace("make", "make_if_possible"))
     needs_option("CONFIG_MPTCP", works=made is not None)
+    monkeypatch.setattr(Feature, "available", lambda feature: feature.since != "5.19")
     if moment == "later":
         own.do("close_all()")
     with limited(own.pid) as live:
@@ -411,4 +413,4 @@ def test_multipath_tcp_is_said(own: Target, moment: str) -> None:
             own.do(how)
         [note] = eventually(live.notes, within_s=NEXT_PASS_S)
         assert f"{own.pid} (" in note
-        assert "--move-cgroup" in note
+        assert "--whole-cgroup" in note

@@ -1,0 +1,247 @@
+"""What belongs to limited cgroups, and is not seen by the programs that are attached to them.
+
+A socket belongs for ever to the cgroup that it was created in, and what a listener accepts to the
+listener's. So sockets that others have made (socket activation, a service that was moved) escape
+the limit of a unit; and so does a command that has itself moved (flatpak, snap, podman, a scope of
+systemd). Both are limited by marks, from the same bucket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import suppress
+from functools import partial
+from socket import AF_INET, AF_INET6, IPPROTO_RAW, IPPROTO_TCP, IPPROTO_UDP
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Protocol, Sequence
+
+from pybpfthrottle.errors import CgroupError, Error, ProcessError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import netns, process, sockets
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Process
+from pybpfthrottle.linux.sockets import Borrowed, Place
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+# A command that leaves its cgroup does so when it begins.
+_SOON_S, _SOON_PERIOD_S = 5.0, 0.25
+# Looking takes no more than this part of one CPU's time.
+_MOST_OF_TIME = 0.01
+# So long the kernel's answer is good enough for sockets that it does not list.
+_FRESH_S = 0.2
+_IPPROTO_MPTCP = 262
+_KINDS = tuple(
+    (family, protocol)
+    for family in (AF_INET, AF_INET6)
+    for protocol in (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_RAW, _IPPROTO_MPTCP)
+)
+
+
+class Limiter(Protocol):
+    """Limits by marks, beside the cgroups of a throttle."""
+
+    def mark(self, place: Place) -> None:
+        """Limit a socket. Raises Error or OSError."""
+
+    def follow(self, pids: Sequence[int]) -> None:
+        """Limit processes: their sockets that are not of the cgroups. Raises Error or OSError."""
+
+
+class _Stray(NamedTuple):
+    """A socket of a process in the cgroups, and the id of the cgroup that it was created in."""
+
+    place: Place
+    cgroup_id: int
+
+
+class Strays:
+    """A chore: looks for them time and again, and has them limited."""
+
+    def __init__(
+        self,
+        cgroups: Callable[[], Sequence[Cgroup]],
+        pids_of: Callable[[Sequence[Cgroup]], Iterable[int]],
+        limiter: Limiter,
+        command: Optional[Process] = None,
+    ) -> None:
+        """``command`` is followed wherever it goes, with what it starts."""
+        self._cgroups = cgroups
+        self._pids_of = pids_of
+        self._limiter = limiter
+        # Of the command, as long as they run; and who of them has left.
+        self._family = {command.pid: command} if command is not None else {}
+        self._command = command
+        self._left: set[int] = set()
+        self._settled: set[int] = set()
+        self._notes: dict[str, None] = {}
+        self._begin_s = time.monotonic()
+        self.due_s = self._begin_s
+
+    def fileno(self) -> int:
+        """Return -1: it has no descriptor."""
+        return -1
+
+    def run(self) -> None:
+        """Look, and set when to look again."""
+        begin_s = time.thread_time()
+        self._look_for_sockets()
+        if self._command is not None:
+            self._look_for_processes()
+        now = time.monotonic()
+        soon = self._command is not None and now < self._begin_s + _SOON_S
+        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
+        self.due_s = now + (_SOON_PERIOD_S if soon else max(PERIOD_S, pause_s))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was found, a line each."""
+        return tuple(self._notes)
+
+    def _look_for_sockets(self) -> None:
+        pids = list(self._pids_of(self._cgroups()))
+        places = sockets.places(pids)
+        self._settled &= places.keys()
+        if not places.keys() - self._settled:
+            return
+        session = sockets.places(process.own_session())
+        for stray in list(self._strays(pids, places)):
+            # Nobody should lose the connection that they type on by accident.
+            if stray.place.inode not in session:
+                self._limit(stray)
+
+    def _strays(self, pids: Sequence[int], places: dict[int, Place]) -> Iterator[_Stray]:
+        """The sockets that the kernel lists under another cgroup, once each."""
+        own = ids_below(self._cgroups())
+        for pid in _one_for_each_namespace(pids):
+            for inode, cgroup_id in _cgroup_ids_at(pid).items():
+                if inode in places and inode not in self._settled:
+                    self._settled.add(inode)
+                    if cgroup_id not in own:
+                        yield _Stray(places[inode], cgroup_id)
+
+    def _limit(self, stray: _Stray) -> None:
+        where = _path_of(stray.cgroup_id)
+        who = process.listed([stray.place.pid])
+        try:
+            self._limiter.mark(stray.place)
+        except (Error, OSError) as error:
+            self._note(
+                f"a socket of {who} was made in another cgroup ({where}), and is not limited with"
+                f" what it accepts: {error}"
+            )
+        else:
+            self._note(f"sockets of {who} that were made in another cgroup ({where}) are limited")
+
+    def _look_for_processes(self) -> None:
+        """Limit those of the command that are in another cgroup now."""
+        self._meet()
+        new: dict[int, Cgroup] = {}
+        for pid in self._family.keys() - self._left:
+            with suppress(CgroupError, ProcessError):  # it has ended
+                where = cgroups_v2.from_pid(pid)
+                if not any(where in cgroup for cgroup in self._cgroups()):
+                    new[pid] = where
+        if not new:
+            return
+        self._left.update(new)
+        try:
+            self._limiter.follow(sorted(new))
+        except (Error, OSError) as error:
+            outcome = f"and is not limited there: {error}. {{advice}} limits it"
+        else:
+            outcome = "and is limited there too, as by --pid, from now on"
+        for pid, where in new.items():
+            advice = outcome.format(advice=_advice(where))
+            self._note(f"{process.listed([pid])} has left for {where.path}, {advice}")
+
+    def _meet(self) -> None:
+        """Take in who the command has started, and forget who has ended."""
+        self._family = {pid: one for pid, one in self._family.items() if one.alive()}
+        self._left &= self._family.keys()
+        families = process.families()
+        pending = {*self._family, *self._pids_of(self._cgroups())}
+        while pending:
+            for pid in pending - self._family.keys():
+                with suppress(ProcessError):  # it has ended
+                    self._family[pid] = Process(pid)
+            pending = {child for pid in pending for child in families.get(pid, ())}
+            pending -= self._family.keys()
+
+    def _note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes[text] = None
+            log.info("%s", text)
+
+
+class OfCgroups:
+    """Whether sockets were created in cgroups, as far as the kernel tells."""
+
+    def __init__(self, cgroups: Callable[[], Sequence[Cgroup]]) -> None:
+        self._cgroups = cgroups
+        self._answers: dict[tuple[int, int, int], tuple[float, dict[int, int]]] = {}
+
+    def __call__(self, found: Borrowed) -> bool:
+        """False where it is not told: before Linux 5.8, and of what is not bound."""
+        with suppress(OSError):
+            cgroup_id = self._ids(found).get(found.place.inode)
+            return cgroup_id is not None and cgroup_id in ids_below(self._cgroups())
+        return False
+
+    def _ids(self, found: Borrowed) -> dict[int, int]:
+        namespace = netns.of_socket(found.socket.fileno())
+        try:
+            kind = (int(found.socket.family), found.socket.proto)
+            key = (os.fstat(namespace).st_ino, *kind)
+            at_s, ids = self._answers.get(key, (0.0, {}))
+            if found.place.inode not in ids and time.monotonic() > at_s + _FRESH_S:
+                ids = netns.inside(namespace, partial(netns.cgroup_ids, [kind]))
+                self._answers[key] = (time.monotonic(), ids)
+            return ids
+        finally:
+            os.close(namespace)
+
+
+def ids_below(cgroups: Iterable[Cgroup]) -> set[int]:
+    """Return the ids of cgroups, and of those below them."""
+    found = set()
+    for cgroup in cgroups:
+        for path, _, _ in os.walk(cgroup.path):
+            with suppress(OSError):  # it is gone
+                found.add(Cgroup(path).id)
+    return found
+
+
+def _one_for_each_namespace(pids: Iterable[int]) -> list[int]:
+    found: dict[int, int] = {}
+    for pid in pids:
+        with suppress(OSError):
+            found.setdefault(os.stat(f"/proc/{pid}/ns/net").st_ino, pid)
+    return list(found.values())
+
+
+def _cgroup_ids_at(pid: int) -> dict[int, int]:
+    """Return what the network namespace of a process tells; nothing if it may not be asked."""
+    with suppress(OSError):
+        namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return netns.inside(namespace, partial(netns.cgroup_ids, _KINDS))
+        finally:
+            os.close(namespace)
+    return {}
+
+
+def _path_of(cgroup_id: int) -> str:
+    for cgroup in cgroups_v2.walk():
+        with suppress(OSError):  # it is gone
+            if cgroup.id == cgroup_id:
+                return cgroup.path
+    return "one that was removed"
+
+
+def _advice(where: Cgroup) -> str:
+    name = os.path.basename(where.path)
+    if name.endswith((".service", ".scope")):
+        return f"--unit {name}"
+    return "--pid" if where.is_root() else f"--cgroup {where.path}"
