@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from functools import cache
@@ -30,7 +31,7 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
 
 def setns(namespace: int, kind: int) -> None:
     """Move this thread into a namespace, given by a descriptor. Raises OSError."""
-    if _libc().setns(namespace, kind):
+    if _function("setns")(namespace, kind):
         raise _error("setns")
 
 
@@ -41,7 +42,7 @@ def signalfd(numbers: Iterable[int]) -> int:
     """
     # glibc's sigset_t is 128 bytes; the kernel's is the first 64 bits of it.
     buffer = (ctypes.c_uint64 * 16)(sum(1 << (number - 1) for number in numbers))
-    result = int(_libc().signalfd(-1, ctypes.byref(buffer), os.O_CLOEXEC | os.O_NONBLOCK))
+    result = int(_function("signalfd")(-1, ctypes.byref(buffer), os.O_CLOEXEC | os.O_NONBLOCK))
     if result < 0:
         raise _error("signalfd")
     return result
@@ -49,13 +50,13 @@ def signalfd(numbers: Iterable[int]) -> int:
 
 def prctl(option: int, value: int) -> None:
     """Change something of this process or thread (man 2 prctl). Raises OSError."""
-    if _libc().prctl(option, ctypes.c_ulong(value), 0, 0, 0):
+    if _function("prctl")(option, ctypes.c_ulong(value), 0, 0, 0):
         raise _error("prctl")
 
 
 def timerfd_create() -> int:
     """Return a timer's descriptor, on CLOCK_MONOTONIC; the caller closes it. Raises OSError."""
-    fd = int(_libc().timerfd_create(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
+    fd = int(_function("timerfd_create")(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
     if fd < 0:
         raise _error("timerfd_create")
     return fd
@@ -64,13 +65,13 @@ def timerfd_create() -> int:
 def timerfd_settime(fd: int, wait_ns: int) -> None:
     """Have a timer's descriptor be readable after a time; 0: never. Raises OSError."""
     value = _TIMER.pack(0, 0, *divmod(wait_ns, 1_000_000_000))
-    if _libc().timerfd_settime(fd, 0, value, None):
+    if _function("timerfd_settime")(fd, 0, value, None):
         raise _error("timerfd_settime")
 
 
 def klogctl(kind: int, buffer: Any, size: int) -> int:
     """Read or ask about the kernel's log (man 2 syslog). Raises OSError."""
-    result = int(_libc().klogctl(kind, buffer, size))
+    result = int(_function("klogctl")(kind, buffer, size))
     if result < 0:
         raise _error("klogctl")
     return result
@@ -81,7 +82,7 @@ def inotify_init(flags: int = 0) -> int:
 
     Raises OSError.
     """
-    return _checked("inotify_init1", _libc().inotify_init1(flags))
+    return _checked("inotify_init1", _function("inotify_init1")(flags))
 
 
 def inotify_add_watch(descriptor: int, path: str, events: int) -> int:
@@ -89,19 +90,26 @@ def inotify_add_watch(descriptor: int, path: str, events: int) -> int:
 
     Raises OSError.
     """
-    result = _libc().inotify_add_watch(descriptor, os.fsencode(path), ctypes.c_uint32(events))
+    result = _function("inotify_add_watch")(descriptor, os.fsencode(path), ctypes.c_uint32(events))
     return _checked("inotify_add_watch", result)
 
 
 @cache
 def _libc() -> Any:
-    library = ctypes.CDLL(None, use_errno=True)
-    library.syscall.restype = ctypes.c_long
-    return library
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _function(name: str) -> Any:
+    try:
+        return getattr(_libc(), name)
+    except AttributeError:  # as in a Python that is linked statically
+        raise OSError(errno.ENOSYS, "the C library has no such function", name) from None
 
 
 def _syscall(name: str, number: int, *arguments: int) -> int:
-    return _checked(name, _libc().syscall(*map(ctypes.c_long, (number, *arguments))))
+    function = _function("syscall")
+    function.restype = ctypes.c_long
+    return _checked(name, function(*map(ctypes.c_long, (number, *arguments))))
 
 
 def _checked(name: str, result: int) -> int:

@@ -211,7 +211,7 @@ def test_a_process_that_sent_by_another_cgroup_s_socket_is_not_called_idle(tool,
     finally:
         child.kill()
         child.communicate()
-    assert lines[0] == f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}"
+    assert f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}" in lines
     assert len(lines) > 1
 
 
@@ -231,7 +231,7 @@ def test_devices_that_nobody_else_uses_tell_of_datagrams(tool, scratch, running)
     finally:
         child.kill()
         child.communicate()
-    assert lines[0] == f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}"
+    assert f"⚠️  PID - cgroup {cgroup.id}: {NEVER_RAN}" in lines
 
 
 def test_traffic_is_counted_for_the_cgroup(tool, scratch, running):
@@ -431,7 +431,7 @@ def test_verbose_has_one_line_a_direction(tool, scratch):
         assert f"limited to {rate}, attached by link to {paths[0]}, {paths[1]}; " in found[0]
         hook = "ingress" if direction == "download" else "egress"
         assert once.count(f"Successfully attached eBPF {hook} program") == 1
-        assert twice.count(f"Successfully attached eBPF {hook} program") == 2
+        assert twice.count(f"Successfully attached eBPF {hook} program") >= 2
     assert once.count("✅ Successfully attached using modern method (bpf_link_create)") == 2
     assert "sockops" not in once
     assert "Successfully attached eBPF sockops program" in twice

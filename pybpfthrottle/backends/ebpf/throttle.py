@@ -40,7 +40,7 @@ from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
+from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
@@ -397,7 +397,7 @@ class EbpfThrottle:
             if SOCKETS not in self._maps:
                 raise ThrottleError("nothing is shaped")
             loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
-        except (BpfError, ThrottleError) as error:
+        except Error as error:
             self._end_gate(str(error))
             return
         self._loaded.callback(loaded.close)
