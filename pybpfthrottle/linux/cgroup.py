@@ -77,6 +77,14 @@ class Cgroup:
                 found += Cgroup(path).pids()
         return found
 
+    def ids_below(self) -> set[int]:
+        """Return its id, and those of all cgroups below it."""
+        found = set()
+        for path, _, _ in os.walk(self.path):
+            with suppress(FileNotFoundError):
+                found.add(Cgroup(path).id)
+        return found
+
     def populated(self) -> bool:
         """Whether a process is in it or below it."""
         return "populated 1" in self._read("cgroup.events")
