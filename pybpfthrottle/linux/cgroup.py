@@ -229,6 +229,24 @@ def locked() -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def locked_if_free() -> Iterator[bool]:
+    """Have no other process be within ``locked``, and tell so; False at once if one is."""
+    fd = -1
+    with suppress(OSError, CgroupError):
+        fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(BlockingIOError):
+            if fd >= 0:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock.held = True
+        yield _lock.held
+    finally:
+        _lock.held = False
+        if fd >= 0:
+            os.close(fd)
+
+
 class _Lock(threading.local):
     """Whether this thread has the lock."""
 
