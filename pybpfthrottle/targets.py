@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import pwd
+import time
 from contextlib import suppress
+from functools import lru_cache
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import login, process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Target
 
+# A session in tmux may be attached from another login meanwhile. A look takes milliseconds.
+_LOGIN_LASTS_S = 10.0
 _COMM_BYTES = 15  # of a process's name the kernel keeps so many
 
 
@@ -42,7 +46,7 @@ class Selection(NamedTuple):
     def matching(self) -> Iterator[int]:
         """The processes that match now, but for this session's."""
         if self.matches_some:
-            session = set(process.own_session())
+            session = _own_login(int(time.monotonic() / _LOGIN_LASTS_S))
             yield from (
                 pid for pid in process.running() if pid not in session and self.matches(pid)
             )
@@ -74,6 +78,12 @@ class Selection(NamedTuple):
             parts.append(" ".join(words))
         they = "they start" if len(self.processes) > 1 or self.matches_some else "it starts"
         return " and ".join(parts) + (f", and what {they}" if self.children else "")
+
+
+@lru_cache(maxsize=1)
+def _own_login(period: int) -> frozenset[int]:
+    """Return the processes of the login that this is typed on, as of this period of time."""
+    return frozenset(login.processes())
 
 
 def user_id(text: str) -> int:
@@ -206,8 +216,13 @@ def _refuse_nested(chosen: Sequence[Cgroup]) -> None:
 
 
 def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
-    """Nobody should lose the connection that they type on by accident."""
-    for pid in process.own_session():
+    """Nobody should lose the connection that they type on by accident.
+
+    A socket belongs to the cgroup that it was made in: the connection of a login is sshd's, even if
+    the session has left it, and the processes that serve it were moved elsewhere.
+    """
+    pids = login.processes()
+    for pid in pids:
         try:
             where = cgroups.from_pid(pid)
         except (ProcessError, CgroupError):
@@ -218,4 +233,14 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
                     f"{cgroup.path} holds this session too (process"
                     f" {process.listed([pid])}): the limit would be for the terminal or the"
                     f" remote login that you work on. If you mean that, {insist}"
+                )
+    carriers = login.carriers(pids)
+    for cgroup in chosen if carriers else ():
+        below = cgroup.ids_below()
+        for carrier in carriers:
+            if carrier.cgroup_id in below:
+                raise ProcessError(
+                    f"{cgroup.path} has a connection of this session (of process"
+                    f" {process.listed([carrier.pid])}): the limit would be for the remote login"
+                    f" that you work on. If you mean that, {insist}"
                 )

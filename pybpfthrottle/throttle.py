@@ -26,7 +26,7 @@ from pybpfthrottle.backends import (
 from pybpfthrottle.backends import get as get_backend
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError, ThrottleError
 from pybpfthrottle.linux import own_cgroups
-from pybpfthrottle.linux.cgroup import Cgroup, locked, unit_name
+from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.units import Comings, Unit
@@ -518,6 +518,7 @@ class Each:
 
     _PERIOD_S = 1.0
     _AHEAD = 2
+    _ASK_PERIOD_S, _ASK_PATIENCE_S = 0.02, 5.0
 
     def __init__(self, spec: ThrottleSpec, wish: Wish) -> None:
         """Limit those that are there. Raises what ``start`` raises."""
@@ -534,6 +535,9 @@ class Each:
         self._notes: dict[str, None] = {}
         self._executions: Optional[Executions] = None
         self._ready: list[dict[str, Ready]] = []
+        # Those that began at once, and have still to be asked for: with whether others limit the
+        # same; and until when others who are about to limit something are waited for.
+        self._unasked: list[tuple[Throttle, float]] = []
         self.due_s = self._look_s = math.inf
         with ExitStack() as undo:
             undo.callback(self.remove)
@@ -556,8 +560,9 @@ class Each:
         """Limit the processes that match and have no limit yet."""
         if self._executions is not None:
             executed = set(self._executions.executed())
-            matching = (pid for pid in executed if self._selection.matches(pid))
-            self._limit(matching, at_once=True)
+            self._limit((pid for pid in executed if self._selection.matches(pid)), at_once=True)
+        if self._unasked:
+            self._ask()
         if time.monotonic() >= self._look_s:
             self._look_s = time.monotonic() + self._PERIOD_S
             self._limit(self._selection.matching())
@@ -578,6 +583,8 @@ class Each:
         # One at a time: in between, others may have come.
         lacks = self.waits() and len(self._ready) < self._AHEAD
         self.due_s = 0.0 if lacks else self._look_s
+        if self._unasked:
+            self.due_s = min(self.due_s, time.monotonic() + self._ASK_PERIOD_S)
 
     def _listen(self) -> None:
         backend = get_backend(next(iter(self._backends.values())))
@@ -609,7 +616,10 @@ class Each:
         limited = {pid for throttle in self.throttles for pid in throttle.processes()}
         for pid in wanted - limited:
             try:
-                self.begun(self._begin(pid, at_once=at_once))
+                if at_once:
+                    self._begin_at_once(pid)
+                else:
+                    self.begun(self._begin(pid))
             except ProcessError as error:  # it has ended, or has a limit of another instance
                 log.info("%d gets no limit: %s", pid, error)
             except Error as error:
@@ -645,26 +655,52 @@ class Each:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begin(self, pid: int, *, at_once: bool = False) -> Throttle:
-        """Limit a process, if it has no limit of another instance.
+    def _begin(self, pid: int) -> Throttle:
+        """Limit a process. Raises ProcessError if another instance does."""
+        with locked():
+            if not self._wish.stack:
+                registry.refuse_limited(targets.select(self._target(pid)), [])
+            throttle = self._put_in_force(pid)
+        self.throttles.append(throttle)
+        return throttle
 
-        With ``at_once`` that is seen afterwards: it may be transferring already.
+    def _begin_at_once(self, pid: int) -> None:
+        """Limit a process that may be transferring already, and ask later if another one does.
+
+        Others may be about to limit something for a while, and are not waited for.
         """
-        target = Target(pids=(pid,), children=self._spec.target.children)
+        throttle = self._put_in_force(pid)
+        self.throttles.append(throttle)
+        self._unasked.append((throttle, time.monotonic() + self._ASK_PATIENCE_S))
+
+    def _ask(self) -> None:
+        """Take away those for what another instance limits; the others have begun."""
+        with locked_if_free() as is_free:
+            if not is_free and time.monotonic() < self._unasked[0][1]:
+                return
+            unasked, self._unasked = self._unasked, []
+            for throttle, _ in unasked:
+                try:
+                    if not self._wish.stack:
+                        registry.refuse_limited(throttle.selection, [])
+                    self.begun(throttle)
+                except ProcessError as error:
+                    log.info("%s gets no limit: %s", throttle.what, error)
+                    self.end(throttle)
+
+    def _put_in_force(self, pid: int) -> Throttle:
+        target = self._target(pid)
         spec = dataclasses.replace(self._spec, target=target)
-        with ExitStack() as undo, locked():
-            selection = targets.select(target)
-            if not (at_once or self._wish.stack):
-                registry.refuse_limited(selection, [])
+        with ExitStack() as undo:
             ready = self._ready.pop(0) if self._ready else {}
             for one in ready.values():
                 undo.callback(one.remove)
             throttle = _enforce(
-                spec, self._backends, [], selection, self._wish.options, ExitStack(), ready
+                *(spec, self._backends, [], targets.select(target)),
+                *(self._wish.options, ExitStack(), ready),
             )
-            undo.callback(throttle.remove)
-            if at_once and not self._wish.stack:
-                registry.refuse_limited(selection, [])
             undo.pop_all()
-        self.throttles.append(throttle)
         return throttle
+
+    def _target(self, pid: int) -> Target:
+        return Target(pids=(pid,), children=self._spec.target.children)

@@ -77,6 +77,14 @@ class Cgroup:
                 found += Cgroup(path).pids()
         return found
 
+    def ids_below(self) -> set[int]:
+        """Return its id, and those of all cgroups below it."""
+        found = set()
+        for path, _, _ in os.walk(self.path):
+            with suppress(FileNotFoundError):
+                found.add(Cgroup(path).id)
+        return found
+
     def populated(self) -> bool:
         """Whether a process is in it or below it."""
         return "populated 1" in self._read("cgroup.events")
@@ -219,6 +227,24 @@ def locked() -> Iterator[None]:
     finally:
         _lock.held = False
         os.close(fd)
+
+
+@contextmanager
+def locked_if_free() -> Iterator[bool]:
+    """Have no other process be within ``locked``, and tell so; False at once if one is."""
+    fd = -1
+    with suppress(OSError, CgroupError):
+        fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(BlockingIOError):
+            if fd >= 0:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock.held = True
+        yield _lock.held
+    finally:
+        _lock.held = False
+        if fd >= 0:
+            os.close(fd)
 
 
 class _Lock(threading.local):

@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Callable, Iterable, Mapping, NamedTuple, Optional, TypeVar
+from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.linux import libc, netlink
 
@@ -23,6 +23,7 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = struct.Struct("=BBBxI48s")  # struct inet_diag_req_v2
 _ANSWER = struct.Struct("=4B48s5I")  # struct inet_diag_msg
+_PORTS, _PORTS_OFFSET = struct.Struct("!HH"), 4  # struct inet_diag_sockid, then 16 bytes each
 _ALL_STATES = 0xFFFFFFFF
 _INET_DIAG_REQ_PROTOCOL = 3
 _INET_DIAG_CGROUP_ID = 21
@@ -86,6 +87,18 @@ def inside(namespace: int, work: Callable[[], T]) -> T:
         return thread.submit(enter).result()
 
 
+class Listed(NamedTuple):
+    """A socket that the kernel lists: its inode, its cgroup, and both ends, its own first.
+
+    ``state`` is one of include/net/tcp_states.h.
+    """
+
+    inode: int
+    cgroup_id: int
+    state: int
+    ends: tuple[tuple[str, int], ...]
+
+
 def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
     """The id of the cgroup that each socket was created in, by the socket's inode.
 
@@ -93,7 +106,11 @@ def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
     connected are not listed. Linux 5.8 with CONFIG_SOCK_CGROUP_DATA: before, and for protocols
     that the kernel cannot list, there are none. Raises OSError.
     """
-    found = {}
+    return {one.inode: one.cgroup_id for one in listed(kinds)}
+
+
+def listed(kinds: Iterable[tuple[int, int]]) -> Iterator[Listed]:
+    """Return the sockets whose cgroups the kernel tells, as ``cgroup_ids`` does."""
     for family, protocol in kinds:
         # MPTCP's number does not fit into the byte that protocols had.
         more = struct.pack("=HHI", 8, _INET_DIAG_REQ_PROTOCOL, protocol) if protocol > 255 else b""
@@ -103,11 +120,24 @@ def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
                 own = netlink.attributes(answer[_ANSWER.size :]).get(_INET_DIAG_CGROUP_ID)
                 inode = _ANSWER.unpack_from(answer)[-1]
                 if own is not None and inode:
-                    found[inode] = struct.unpack("=Q", own)[0]
+                    cgroup_id = struct.unpack("=Q", own)[0]
+                    yield Listed(inode, cgroup_id, answer[1], _ends(answer))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-    return found
+
+
+def _ends(answer: bytes) -> tuple[tuple[str, int], ...]:
+    """Return the addresses and ports of a socket; IPv4 behind IPv6 as IPv4."""
+    ports = _PORTS.unpack_from(answer, _PORTS_OFFSET)
+    size = 4 if answer[0] == socket.AF_INET else 16
+    found = []
+    for number, port in enumerate(ports):
+        begin = _PORTS_OFFSET + _PORTS.size + 16 * number
+        address = ipaddress.ip_address(answer[begin : begin + size])
+        mapped = getattr(address, "ipv4_mapped", None)
+        found.append((str(mapped or address), port))
+    return tuple(found)
 
 
 def unix_peers() -> dict[int, int]:

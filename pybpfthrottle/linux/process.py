@@ -190,6 +190,12 @@ def ancestors(pid: int) -> Iterator[int]:
         pid = int(stat[1])
 
 
+def terminal_of(pid: int) -> int:
+    """Return the device number of a process's controlling terminal; 0 if it has none."""
+    stat = _stat(pid)
+    return 0 if stat is None else int(stat[4]) & 0xFFFFFFFF
+
+
 def own_session() -> list[int]:
     """The pids of this process and what it runs below: the shell, the terminal, the sshd."""
     return list(ancestors(os.getpid()))

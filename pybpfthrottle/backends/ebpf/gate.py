@@ -57,7 +57,9 @@ class Gate:
         """Have the keeper serve it; ``maps`` are those of the throttle and of the gate."""
         self._maps = maps
         self._serve()
-        # Connections that begin before it does would be nobody's.
+
+    def wait(self) -> None:
+        """Wait until the keeper serves it: connections that begin before would be nobody's."""
         select.select([self._socket], [], [], _READY_S)
 
     def fileno(self) -> int:

@@ -16,6 +16,7 @@ from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat
 from pybpfthrottle.backends.ebpf.registry import (
     CONFIGS,
+    Entry,
     Head,
     RecordMap,
     configs_of,
@@ -74,7 +75,14 @@ def find() -> list[Leftover]:
     return unnamed + [
         Leftover(program_id, info.name, hook, owner.pid, places.get(program_id))
         for program_id, (info, hook, owner) in ours.items()
+        # Where a gate cannot be detached there is nothing to disarm: without its keeper all pass.
+        if program_id in places or not _is_gate(info)
     ]
+
+
+def _is_gate(info: ProgramInfo) -> bool:
+    program = shipped.by_name(info.name)
+    return program is not None and program.role is Role.GATE
 
 
 def _unnamed() -> Iterator[Leftover]:
@@ -161,8 +169,9 @@ def remove_all() -> list[Leftover]:
 def _owner(info: ProgramInfo) -> Optional[Identity]:
     """Who made the program; None if it is not ours, or disarmed already."""
     configs = configs_of(info.map_ids)
-    if configs is None:
-        return None
+    if configs is None:  # it limits nothing by itself, as the gate
+        entry = _entry(info)
+        return Identity(*entry.fields["owner"]) if entry is not None else None
     with configs:
         heads = [Head.from_buffer_copy(record) for record in configs.values()]
     for head in heads:
@@ -173,12 +182,17 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
 
 def _is_kept(info: ProgramInfo) -> bool:
     """Whether the throttle of a program is to stay without its owner."""
+    entry = _entry(info)
+    return entry is not None and entry.kept
+
+
+def _entry(info: ProgramInfo) -> Optional[Entry]:
+    """Return what the record says of the throttle that a program is of."""
     record = open_map(info.map_ids, RECORD)
     if record is None:
-        return False
+        return None
     with record:
-        entry = RecordMap(record).read()
-    return entry is not None and entry.kept
+        return RecordMap(record).read()
 
 
 def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:

@@ -43,7 +43,7 @@ from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
-from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
@@ -110,6 +110,7 @@ class EbpfThrottle:
         self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._removed_by_others = False
+        self._is_noted = True
         self._generation = 0
         self._fields: dict[str, Any] = {}
         self._bucket: Bucket
@@ -150,6 +151,8 @@ class EbpfThrottle:
         with self._all_or_nothing():
             if not self._maps:
                 self._prepare()
+            if self._gate is not None:
+                self._gate.wait()
             if self._order.cgroups:
                 self._limit_cgroups(self._order.cgroups)
             if self._order.processes is not None:
@@ -389,7 +392,7 @@ class EbpfThrottle:
             self._no_gate = f"its keeper cannot be started: {error}"
 
     def _load_gate(self) -> None:
-        """Load the gate, and wait for its keeper, before anything is attached."""
+        """Load the gate, and have its keeper serve it."""
         if self._gate is None:
             return
         (program,) = programs.with_role(Role.GATE)
@@ -492,8 +495,8 @@ class EbpfThrottle:
         self._outlived += before
         cgroups = [come if one == gone else one for one in self._order.cgroups]
         self._order = self._order._replace(cgroups=cgroups)
-        with locked():
-            self._note_down()
+        self._is_noted = False
+        self._note_if_free()
 
     def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
         return self._adopting(Scope.MARKED, self._marked_cgroups)
@@ -533,8 +536,20 @@ class EbpfThrottle:
         )
         self._generation = self._record.write(self._fields)
 
+    def _note_if_free(self) -> None:
+        """Say what has changed, if nobody has the lock; what comes next may not wait for it."""
+        with locked_if_free() as is_free:
+            if is_free:
+                self._note_down()
+                self._is_noted = True
+
     def _notice(self) -> None:
         """See whether somebody else has changed the throttle, or asks for a change."""
+        self._look_at_record()
+        if not self._is_noted:
+            self._note_if_free()
+
+    def _look_at_record(self) -> None:
         if self._removed_by_others:
             return
         entry = self._record.read()
