@@ -193,7 +193,11 @@ def request_from(given: dict[str, Any]) -> Request:
         backends={direction: given.pop(f"{direction}_backend") for direction in Direction},
         options={
             "ebpf": Options(
-                attach=found.attach, egress_verdict=verdict, shape=found.shape, guard=True
+                attach=found.attach,
+                egress_verdict=verdict,
+                shape=found.shape,
+                guard=True,
+                keeper=not given.get("each"),
             )
         },
         duration_s=given.pop("duration"),

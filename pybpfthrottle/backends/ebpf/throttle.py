@@ -385,6 +385,9 @@ class EbpfThrottle:
         download = Direction.DOWNLOAD
         if download not in self._order.limits or self._wanted(download).method != "gate":
             return
+        if not self._options.keeper and self._options.shape.get(download, "auto") == "auto":
+            self._no_gate = "a keeper for each of many limits would cost too much"
+            return
         try:
             self._gate = Gate(self._pids)
             self._guarded.callback(self._gate.close)
