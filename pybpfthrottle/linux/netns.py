@@ -121,13 +121,13 @@ def listed(kinds: Iterable[tuple[int, int]]) -> Iterator[Listed]:
                 inode = _ANSWER.unpack_from(answer)[-1]
                 if own is not None and inode:
                     cgroup_id = struct.unpack("=Q", own)[0]
-                    yield Listed(inode, cgroup_id, answer[1], _ends(answer))
+                    yield Listed(inode, cgroup_id, answer[1], _both_ends(answer))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
 
 
-def _ends(answer: bytes) -> tuple[tuple[str, int], ...]:
+def _both_ends(answer: bytes) -> tuple[tuple[str, int], ...]:
     """Return the addresses and ports of a socket; IPv4 behind IPv6 as IPv4."""
     ports = _PORTS.unpack_from(answer, _PORTS_OFFSET)
     size = 4 if answer[0] == socket.AF_INET else 16
