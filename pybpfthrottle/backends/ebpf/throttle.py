@@ -415,10 +415,20 @@ class EbpfThrottle:
         """Attach the gate. Without it the receive window is moved by the kernel alone."""
         if self._gate is not None:
             (program,) = programs.with_role(Role.GATE)
+            before = [one for one in self._placed if one.program is program]
+            # An acknowledgement is to pass it once: below one that is there it is not needed.
+            new = [
+                each for each in cgroups if not any(_is_above(one.target, each) for one in before)
+            ]
             try:
-                self._place(self._everywhere(program, cgroups))
+                self._place(self._everywhere(program, new))
             except AttachError as error:
                 self._end_gate(str(error))
+            else:
+                for one in before:
+                    if any(_is_above(each, one.target) for each in new):
+                        self._placed.remove(one)
+                        one.detach()
         self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
 
     def _end_gate(self, why: str) -> None:
@@ -680,3 +690,7 @@ class EbpfThrottle:
         """Return all that may have a socket that was shaped: one with a mark may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)
+
+
+def _is_above(one: Cgroup, other: Cgroup) -> bool:
+    return one != other and other in one

@@ -158,4 +158,4 @@ def test_a_kernel_that_cannot_tell_is_given_the_other_programs(
         chosen = [programs.policer(scope, direction, "deny") for direction in Direction]
         assert not any(one.multipath for one in (programs.shaper(scope), *chosen))
     with target(scratch) as own, limited(own.pid) as live:
-        assert {how["shape"] for how in live.how().values()} == {"pace", "window"}
+        assert "police" not in {how["shape"] for how in live.how().values()}

@@ -20,6 +20,7 @@ from targets import PATIENCE_S, Target, eventually, marked, programs_of, target
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.bpf import programs
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -94,6 +95,23 @@ def test_what_is_of_the_cgroup_has_no_mark(scratch: Cgroup, elsewhere: Cgroup) -
         with throttle.apply([scratch], BOTH):
             assert marked(other.pid, [there]) == [True]
             assert marked(own.pid, [here]) == [False]
+
+
+def test_an_acknowledgement_passes_one_gate(scratch: Cgroup, elsewhere: Cgroup) -> None:
+    """The one at the root takes the place of that of the cgroup, which would hold it twice."""
+    with target(elsewhere) as other:
+        other.do("listen()")
+        scratch.move_in(other.pid)
+        with throttle.apply([scratch], {Direction.DOWNLOAD: RATE}):
+            own = programs_of(os.getpid())
+            found = [
+                programs.info_by_id(number).name
+                for where in (scratch, cgroups.root())
+                for number in attached(where, HOOKS)
+                if number in own
+            ]
+    assert found.count("pybpft_gate") <= 1
+    assert found.count("pybpft_ingress") == 1
 
 
 def test_a_cgroup_without_strays_has_no_programs_elsewhere(scratch: Cgroup) -> None:
