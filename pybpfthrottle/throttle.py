@@ -8,6 +8,7 @@ import math
 import os
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
@@ -24,10 +25,18 @@ from pybpfthrottle.backends import (
     all_backends,
 )
 from pybpfthrottle.backends import get as get_backend
-from pybpfthrottle.errors import Error, NoMarksError, ProcessError, ThrottleError
+from pybpfthrottle.errors import (
+    AttachError,
+    BpfError,
+    Error,
+    NoMarksError,
+    ProcessError,
+    ThrottleError,
+)
+from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free, unit_name
-from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.linux.own_cgroups import Moved, OwnCgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
@@ -507,6 +516,75 @@ def choose(direction: Direction, name: str = "auto") -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ThrottleError(f"cannot limit {direction}: {'; '.join(reasons)}")
+
+
+def start_command(pid: int, spec: ThrottleSpec, wish: Wish) -> tuple[Throttle, Optional[OwnCgroup]]:
+    """Limit a process that is held back, and what it will start, in a cgroup of its own.
+
+    Where nothing can be attached there beside the programs of others, its sockets are limited,
+    and no cgroup is returned; the caller removes one that is. Raises ThrottleError, BpfError,
+    CgroupError or ProcessError.
+    """
+    origin = cgroups_v2.from_pid(pid)
+    own = own_cgroups.create_for(pid, escapes=partial(_escapes, origin))
+    with ExitStack() as undo:
+        undo.callback(own.remove)
+        undo.callback(_move_back, pid, origin)
+        try:
+            throttle = _apply_wish(spec, wish, [own.cgroup], command=Process(pid))
+        except AttachError as error:
+            throttle = _limit_sockets(pid, spec, wish, error)
+        else:
+            undo.pop_all()
+            return throttle, own
+    return throttle, None
+
+
+def _escapes(origin: Cgroup, parent: Cgroup) -> str:
+    """Return the programs that packets of a cgroup pass, and would not if they came from another.
+
+    Nobody's firewall is to be left by a limit.
+    """
+    lost = [program for backend in all_backends() for program in backend.left(origin, parent)]
+    return ", ".join(lost)
+
+
+def _move_back(pid: int, origin: Cgroup) -> None:
+    with suppress(ProcessLookupError):
+        origin.move_in(pid)
+
+
+def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -> Throttle:
+    """Limit a process by marks on its sockets. Raises ``why`` where that is refused as well."""
+    try:
+        throttle = _apply_wish(spec, wish, [], selection=targets.select(Target(pids=(pid,))))
+    except (NoMarksError, BpfError) as error:
+        log.info("The sockets of the command cannot be limited either: %s", error)
+        raise why from error
+    throttle.plan_notes = (f"the sockets of the command are limited, and no cgroup: {why}",)
+    return throttle
+
+
+def _apply_wish(
+    spec: ThrottleSpec,
+    wish: Wish,
+    cgroups: Sequence[Cgroup],
+    *,
+    selection: Optional[Selection] = None,
+    command: Optional[Process] = None,
+) -> Throttle:
+    with locked():
+        return apply(
+            cgroups,
+            spec.limits,
+            processes=selection,
+            traffic=spec.traffic,
+            options=wish.options.get("ebpf"),
+            backends=wish.backends,
+            target=spec.target,
+            name=spec.name,
+            command=command,
+        )
 
 
 class Each:

@@ -186,6 +186,9 @@ class Backend(Protocol):
     def offer(self, direction: Direction, match: Match) -> Offer:
         """Return what it can do for a direction and a way of matching; tried, not guessed."""
 
+    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
+        """Return what handles the packets of one cgroup and not those of another, for people."""
+
     def prepare(self) -> None:
         """Do what takes time and can be done before the target is known."""
 

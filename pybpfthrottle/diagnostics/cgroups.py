@@ -7,6 +7,7 @@ import os
 from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
 from pybpfthrottle.backends.ebpf.attached import Links
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
@@ -165,10 +166,22 @@ def _programs(setup: Setup) -> Result:
             where = "the target" if stand[0].cgroup == target else f"{stand[0].cgroup.path}, above"
             text = f"{stand[0]} is attached to {where} in a mode that allows none beside it"
             return failed(text, *evidence, cause="exclusive")
+        below = attached.overridden(target, hook)
+        if below:
+            text = (
+                f"{below[0]} is attached to {below[0].cgroup.path}, above, and may be overridden:"
+                " whatever is attached to the target would switch it off there"
+            )
+            return failed(text, *evidence, cause="overridable")
         same = [one for one in there if one.cgroup == target and one.attach_type == hook]
         if len(same) >= _MOST_PROGRAMS:
             text = f"{len(same)} programs are attached at one hook, the most that the kernel takes"
             return failed(text, *evidence, cause="too-many")
+    optional = [one for hook in HOOKS for one in attached.overridden(target, hook)]
+    if optional:
+        hook_name = optional[0].attach_type.name.lower()
+        text = f"{optional[0]} may be overridden: a limit leaves {hook_name} alone"
+        return warned(text, *evidence, cause="left-out")
     if not there:
         return passed("nothing is attached to the target or above it")
     return passed("what is attached lets others attach beside it", *evidence)
@@ -231,7 +244,7 @@ CHECKS = (
         "attached.programs",
         "What is there already",
         "programs on the target and above it",
-        "a program that was attached without BPF_F_ALLOW_MULTI shuts all others out",
+        "a program without BPF_F_ALLOW_MULTI shuts others out, or is switched off by them",
         "ask its owner to attach it with BPF_F_ALLOW_MULTI",
         _programs,
         ("cgroup.target", "rights.commands"),

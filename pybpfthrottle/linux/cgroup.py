@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # Nobody who plans and attaches takes that long.
 _PATIENCE_S = 5.0
+# kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
+_ROOT_ID = 1
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -90,8 +92,10 @@ class Cgroup:
         return "populated 1" in self._read("cgroup.events")
 
     def is_root(self) -> bool:
-        """Whether it is the top of what is visible."""
-        return os.path.realpath(self.path) == os.path.realpath(mount().path)
+        """Whether it is the root of all cgroups, and not only the top of what is visible."""
+        with suppress(OSError):
+            return self.id == _ROOT_ID
+        return False
 
     def with_ancestors(self) -> Iterator[Cgroup]:
         """Itself and those above it, as far as they are visible."""

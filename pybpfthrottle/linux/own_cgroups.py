@@ -9,7 +9,7 @@ import errno
 import os
 import re
 from contextlib import ExitStack, suppress
-from typing import Iterable, Optional
+from typing import Callable, Iterable, Optional
 
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
@@ -54,14 +54,19 @@ class OwnCgroup:
         return True
 
 
-def create_for(pid: int) -> OwnCgroup:
+def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: "") -> OwnCgroup:
     """Make a cgroup below that of a process, or else below the root, and move the process there.
 
-    Raises CgroupError.
+    ``escapes`` returns what it would escape from below a parent: then that is not used. Raises
+    CgroupError.
     """
     reasons = []
     for parent in _usual_parents(pid):
         try:
+            escaped = escapes(parent)
+            if escaped:
+                reasons.append(f"{parent.path}: what is there is not below {escaped}")
+                continue
             return _create(parent, pid)
         except OSError as error:
             reasons.append(f"{parent.path}: {error.strerror}")
@@ -109,10 +114,11 @@ def _owner_in_name(owner: Identity) -> str:
 
 def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
     """A child of a threaded cgroup takes processes only when it is threaded itself."""
-    if parent.is_root():
+    try:
+        with open(os.path.join(parent.path, "cgroup.type")) as file:
+            threaded = "threaded" in file.read()
+    except FileNotFoundError:  # the root has none, nor had any before Linux 4.14
         return
-    with open(os.path.join(parent.path, "cgroup.type")) as file:
-        threaded = "threaded" in file.read()
     if threaded:
         fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
         try:
