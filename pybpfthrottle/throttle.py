@@ -490,7 +490,7 @@ def open_record(record: Record) -> Throttle:
         record.id,
         record.spec,
         dict.fromkeys(record.spec.limits, part),
-        [Cgroup(path) for path in record.cgroups],
+        record.visible_cgroups(),
         None,
         undo,
         own=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attached, privileges
@@ -67,15 +66,15 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
     top = cgroups_v2.root() if path is None else cgroups_v2.from_path(path)
     known = Links()
     found: list[tuple[str, list[dict[str, Any]]]] = []
-    for directory, _, _ in os.walk(top.path):
+    for cgroup in cgroups_v2.walk(top):
         try:
-            records = _records(Cgroup(directory), known, effective=False)
+            records = _records(cgroup, known, effective=False)
         except CgroupError:
-            if os.path.isdir(directory):
+            if cgroup.exists():
                 raise
             continue  # it has vanished meanwhile
         if records:
-            found.append((directory, records))
+            found.append((cgroup.path, records))
     if as_json:
         echo(
             json.dumps(

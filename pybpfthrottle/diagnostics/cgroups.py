@@ -42,7 +42,7 @@ def _mounted(setup: Setup) -> Result:
 def _hidden(mount: cgroups_v2.Mount) -> str:
     """What is wrong if its path leads to something else: another file system is mounted over it."""
     try:
-        device = os.stat(mount.path).st_dev
+        device = os.stat(Cgroup(mount.path).reach).st_dev
     except OSError as error:
         return f"cgroup v2 is mounted at {mount.path}, which cannot be reached: {error.strerror}"
     if f"{os.major(device)}:{os.minor(device)}" == mount.device:
@@ -86,10 +86,10 @@ def _find(setup: Setup) -> Cgroup:
 
 
 def _facts(cgroup: Cgroup) -> list[str]:
-    found = [f"owner: user {os.stat(cgroup.path).st_uid}"]
+    found = [f"owner: user {os.stat(cgroup.reach).st_uid}"]
     for name in ("cgroup.type", "cgroup.controllers"):
         try:
-            with open(os.path.join(cgroup.path, name)) as file:
+            with open(os.path.join(cgroup.reach, name)) as file:
                 found.append(f"{name}: {file.read().strip()}")
         except OSError:
             continue  # the root has no type
@@ -101,7 +101,7 @@ def _user(setup: Setup) -> Result:
     if uid == 0:
         return skipped("root has none of its own", cause="root")
     path = os.path.join(
-        cgroups_v2.root().path, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
+        cgroups_v2.root().reach, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
     )
     if not os.path.isdir(path):
         return skipped("there is none; systemd makes it where it manages users", path)
@@ -130,9 +130,9 @@ def _scratch(setup: Setup) -> Result:
 def _root(setup: Setup) -> Result:
     top = cgroups_v2.root()
     os.close(top.open())
-    if os.statvfs(top.path).f_flag & os.ST_RDONLY:
+    if os.statvfs(top.reach).f_flag & os.ST_RDONLY:
         return warned(f"{top.path} is mounted read-only: no cgroup can be made for a command")
-    if not os.access(top.path, os.W_OK):
+    if not os.access(top.reach, os.W_OK):
         return warned(f"this process may not write {top.path}: it can make no cgroup there")
     return passed(f"{top.path} can be opened and written")
 

@@ -90,12 +90,12 @@ def create_empty(parent: Cgroup, *, prefix: str = PREFIX) -> OwnCgroup:
 
 
 def _create(parent: Cgroup, pid: Optional[int], prefix: str = PREFIX) -> OwnCgroup:
-    os.stat(parent.path)
+    os.stat(parent.reach)
     stem = prefix + _owner_in_name(process.identity())
     for attempt in range(_TRIES):
         cgroup = Cgroup(os.path.join(parent.path, f"{stem}-{attempt}"))
         with suppress(FileExistsError):
-            os.mkdir(cgroup.path)
+            os.mkdir(cgroup.reach)
             with ExitStack() as undo:
                 undo.callback(cgroup.remove)
                 _accept_processes(parent, cgroup)
@@ -115,12 +115,12 @@ def _owner_in_name(owner: Identity) -> str:
 def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
     """A child of a threaded cgroup takes processes only when it is threaded itself."""
     try:
-        with open(os.path.join(parent.path, "cgroup.type")) as file:
+        with open(os.path.join(parent.reach, "cgroup.type")) as file:
             threaded = "threaded" in file.read()
     except FileNotFoundError:  # the root has none, nor had any before Linux 4.14
         return
     if threaded:
-        fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(os.path.join(child.reach, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"threaded")
         finally:

@@ -21,6 +21,7 @@ from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import AttachError, BpfError, CgroupError
+from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Borrowed, TcpInfo
@@ -265,7 +266,7 @@ def _wait_and_restore(
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     # A link that this process held would not end with the other one.
-    open_ones = sorted({reading, *kept})
+    open_ones = sorted({reading, *kept, *cgroups_v2.descriptors()})
     for first, last in zip([-1, *open_ones], [*open_ones, _MOST_DESCRIPTORS]):
         os.closerange(first + 1, last)
     with suppress(OSError):

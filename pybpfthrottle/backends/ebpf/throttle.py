@@ -543,10 +543,11 @@ class EbpfThrottle:
     def _note_down(self) -> None:
         """Say what it is now."""
         spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
-        cgroups = [cgroup.path for cgroup in self._order.cgroups]
+        cgroups = self._order.cgroups or list(dict.fromkeys(one.target for one in self._placed))
         self._fields.update(
             spec=spec.to_json(),
-            cgroups=cgroups or list(dict.fromkeys(one.target.path for one in self._placed)),
+            cgroups=[cgroup.path for cgroup in cgroups],
+            cgroup_ids=_ids(cgroups),
             attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
             refused=self._bucket.refused,
         )
@@ -711,3 +712,12 @@ class EbpfThrottle:
         """Return all that may have a socket that was shaped: one with a mark may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)
+
+
+def _ids(cgroups: Sequence[Cgroup]) -> list[int]:
+    """Return the ids of cgroups; 0 for one that is gone already."""
+    found = [0] * len(cgroups)
+    for index, cgroup in enumerate(cgroups):
+        with suppress(OSError):
+            found[index] = cgroup.id
+    return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -14,6 +15,7 @@ from typing import Any, Iterator
 import pytest
 from foreign import other
 from lab import ENVIRONMENT, TOOL, attached, lab
+from own_mounts import __file__ as own_mounts
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import attached as attachments
@@ -21,6 +23,7 @@ from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.errors import AttachError
+from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
@@ -84,7 +87,7 @@ class Talker:
 @pytest.fixture
 def child(scratch: Cgroup) -> Iterator[Cgroup]:
     """A cgroup below the test's own."""
-    below = scratch.create_child("child.service")
+    below = scratch.create_child(f"pybpft-{uuid.uuid4().hex[:8]}.service")
     yield below
     below.remove(patience_s=5)
 
@@ -126,7 +129,7 @@ def test_a_firewall_above_stays_in_force(talker: Talker, target: str) -> None:
     if target == "--cgroup":
         arguments = ["--cgroup", talker.cgroup.path, *brief]
     elif target == "--unit":
-        arguments = ["--unit", "child", *brief]
+        arguments = ["--unit", os.path.basename(talker.cgroup.path), *brief]
     elif target == "run":
         # From a shell below the firewall: the command is to stay below it as well.
         inside, refused = talker.cgroup, False
@@ -254,16 +257,13 @@ def test_the_method_may_be_switched(scratch: Cgroup, child: Cgroup) -> None:
             live.switch("link")
 
 
-@contextmanager
-def outside_hidden(cgroup: Cgroup, *, read_only: bool = False) -> Iterator[list[str]]:
-    """A command line that sees a cgroup as the root of all, and none above it."""
-    where = "/sys/fs/cgroup"
-    mode = "mount -o remount,bind,ro /sys/fs/cgroup; " if read_only else ""
-    yield [
-        *("unshare", "--cgroup", "--mount", "sh", "-ec"),
-        f'mount -t cgroup2 none {where}; {mode}exec "$@"',
-        "sh",
-    ]
+TOP = cgroups.root().path
+# The cgroup that it is started in is the root of all that it sees.
+CONTAINER = [
+    *("unshare", "--cgroup", sys.executable, own_mounts, "--", "sh", "-ec"),
+    f'umount {TOP}; mount -t cgroup2 none {TOP}; exec "$@"',
+    "sh",
+]
 
 
 @pytest.mark.parametrize("how", ["ALLOW_OVERRIDE", "ALLOW_MULTIPLE", "link"])
@@ -271,13 +271,12 @@ def test_one_above_what_is_visible_stays_in_force(
     scratch: Cgroup, child: Cgroup, tmp_path: Path, how: str
 ) -> None:
     """In a cgroup namespace the ancestors' modes are not told: it is tried where nobody is."""
-    with other(scratch, how, verdict=0) as theirs, contextlib.ExitStack() as stack:
+    with other(scratch, how, verdict=0) as theirs, ExitStack() as stack:
         own = Talker(child, tmp_path / "talk")
         stack.callback(own.end)
-        prefix = stack.enter_context(outside_hidden(child))
-        limits = ("--cgroup", "/sys/fs/cgroup", "--whole-cgroup", *LIMITS, "--duration", "0.5")
+        limits = ("--cgroup", TOP, "--whole-cgroup", *LIMITS, "--duration", "0.5")
         done = subprocess.run(
-            [*prefix, *TOOL, *limits, "-q"],
+            [*CONTAINER, *TOOL, *limits, "-q"],
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -303,7 +302,8 @@ def test_cgroup_show_tells_what_may_be_overridden(scratch: Cgroup, child: Cgroup
         [line] = [line for line in lines if f"id {theirs.info().id}" in line]
         assert "would switch off" in line
         assert scratch.path in line
-        _, [found] = show(child.path, "--effective")
+        _, rows = show(child.path, "--effective")
+        [found] = [row for row in rows if row["id"] == theirs.info().id]
         assert found["attach_flags"] == "override"
         assert found["cgroup"] == scratch.path
 
