@@ -329,10 +329,13 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
             except NoMarksError as error:
                 why = error
     if spec.target.matches:
-        raise ThrottleError(
-            f"single processes cannot be limited here: {why}; use --cgroup or --unit"
-        ) from why
+        raise _no_marks(why) from why
     raise why or AssertionError("there is at least one plan")
+
+
+def _no_marks(why: Optional[NoMarksError]) -> ThrottleError:
+    remedy = own_cgroups.without_one("use --cgroup or --unit")
+    return ThrottleError(f"single processes cannot be limited here: {why}; {remedy}")
 
 
 def _whole_cgroups(target: Target, wish: Wish, selection: Optional[Selection]) -> list[Cgroup]:
@@ -525,6 +528,7 @@ def start_command(pid: int, spec: ThrottleSpec, wish: Wish) -> tuple[Throttle, O
     and no cgroup is returned; the caller removes one that is. Raises ThrottleError, BpfError,
     CgroupError or ProcessError.
     """
+    cgroups_v2.mount()  # it tells best what is missing
     origin = cgroups_v2.from_pid(pid)
     own = own_cgroups.create_for(pid, escapes=partial(_escapes, origin))
     with ExitStack() as undo:
@@ -619,16 +623,23 @@ class Each:
         self.due_s = self._look_s = math.inf
         with ExitStack() as undo:
             undo.callback(self.remove)
-            if self.waits():
-                self._look_s = 0.0
-                # First: who is started while others are limited is not missed.
-                self._listen()
-                self._make_ready()
-            for pid in spec.target.pids:
-                self._begin(pid)
-            self._limit(self._selection.matching())
-            self._set_due()
+            try:
+                self._begin_all()
+            except NoMarksError as error:
+                raise _no_marks(error) from error
             undo.pop_all()
+
+    def _begin_all(self) -> None:
+        """Limit the processes that are there, and be ready for those that come."""
+        if self.waits():
+            self._look_s = 0.0
+            # First: who is started while others are limited is not missed.
+            self._listen()
+            self._make_ready()
+        for pid in self._spec.target.pids:
+            self._begin(pid)
+        self._limit(self._selection.matching())
+        self._set_due()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""

@@ -131,7 +131,10 @@ def _root(setup: Setup) -> Result:
     top = cgroups_v2.root()
     os.close(top.open())
     if os.statvfs(top.reach).f_flag & os.ST_RDONLY:
-        return warned(f"{top.path} is mounted read-only: no cgroup can be made for a command")
+        remedy = own_cgroups.without_one("--pid needs none")
+        return warned(
+            f"{top.path} is mounted read-only: no cgroup can be made for a command; {remedy}"
+        )
     if not os.access(top.reach, os.W_OK):
         return warned(f"this process may not write {top.path}: it can make no cgroup there")
     return passed(f"{top.path} can be opened and written")

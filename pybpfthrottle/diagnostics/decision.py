@@ -374,8 +374,8 @@ _NO_OWN_CGROUP = Conclusion(
     "No cgroup can be made for a command",
     "pybpfthrottle run fails; limits on cgroups that are there work",
     "cgroup v2 is read-only here, or this process may not write to it",
-    "mount it writable and run it as root; or limit a cgroup that is there, with --cgroup",
-    ("cgroup.scratch", "cgroup.root"),
+    "mount it writable and run it as root; or limit what is there already, as told below",
+    ("cgroup.scratch", "cgroup.root", "trial.marks"),
 )
 _UNPROVED = Conclusion(
     "works-unproved",

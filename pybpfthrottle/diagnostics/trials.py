@@ -25,6 +25,7 @@ from pybpfthrottle.diagnostics import shipped
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import AttachError, BpfError, CgroupError, Error, VerifierError
 from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import MIN_RATE, Counters, Direction, Traffic
 from pybpfthrottle.settings import AttachPolicy
@@ -216,6 +217,13 @@ def _shaping(setup: Setup) -> Result:
 
 def _marks(setup: Setup) -> Result:
     """Load what limits the sockets of processes, with the kernel's own map of marks."""
+    if not process.in_first_namespace():
+        return warned(
+            "this pid namespace has process ids of its own, which the kernel does not compare:"
+            " --pid limits the whole cgroup, or moves the process into one of its own where cgroup"
+            " v2 is writable; --name, --exe and --user work outside of this container",
+            cause="no-marks",
+        )
     name = table.object_for(Scope.MARKED)
     wanted = [
         program

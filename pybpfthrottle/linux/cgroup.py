@@ -421,7 +421,7 @@ def known_as(path: str, number: Optional[int]) -> Optional[Cgroup]:
     """
     cgroup = Cgroup(path)
     if number is None:
-        return cgroup
+        return cgroup if cgroup.exists() else None
     with suppress(OSError, CgroupError):
         if cgroup.id == number and cgroup in root():
             return cgroup

@@ -61,6 +61,7 @@ def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: ""
     CgroupError.
     """
     reasons = []
+    numbers = set()
     for parent in _usual_parents(pid):
         try:
             escaped = escapes(parent)
@@ -70,9 +71,27 @@ def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: ""
             return _create(parent, pid)
         except OSError as error:
             reasons.append(f"{parent.path}: {error.strerror}")
-    raise CgroupError(
-        f"cannot make a cgroup ({'; '.join(reasons)}); this needs root, and cgroup v2 writable"
-    )
+            numbers.add(error.errno)
+    if numbers & {errno.EACCES, errno.EPERM}:
+        remedy = "this needs root, and cgroup v2 writable"
+    else:
+        remedy = without_one("start the command by itself, and limit it by --pid PID")
+    raise CgroupError(f"cannot make a cgroup ({'; '.join(reasons)}): {remedy}")
+
+
+def without_one(otherwise: str) -> str:
+    """Return what to do where no cgroup can be made, for people.
+
+    ``otherwise`` is what works where sockets can be marked. In a pid namespace they cannot: there
+    the whole container can be limited, from inside if its cgroup is visible.
+    """
+    if process.in_first_namespace():
+        return otherwise
+    with suppress(CgroupError, ProcessError):
+        own = cgroups.from_pid(os.getpid())
+        if not own.is_root():
+            return f"limit all of this container: --cgroup {own.path} --whole-cgroup"
+    return "limit it from outside of this container, by --pid or --cgroup"
 
 
 def _usual_parents(pid: int) -> list[Cgroup]:
@@ -143,7 +162,10 @@ class Moved:
         except BaseException as error:
             self.back()
             if isinstance(error, OSError):
-                raise CgroupError(f"cannot make a cgroup to move into: {error}") from error
+                remedy = without_one("--pid without --move-cgroup needs none")
+                raise CgroupError(
+                    f"cannot make a cgroup to move into ({error.strerror}): {remedy}"
+                ) from error
             raise
 
     @property
