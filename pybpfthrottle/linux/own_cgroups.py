@@ -66,7 +66,7 @@ def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: ""
         try:
             escaped = escapes(parent)
             if escaped:
-                reasons.append(f"{parent.path}: what is there is not below {escaped}")
+                reasons.append(f"{parent.path}: the command would escape {escaped}")
                 continue
             return _create(parent, pid)
         except OSError as error:

@@ -179,6 +179,18 @@ def test_run_below_a_firewall_is_limited_all_the_same(scratch: Cgroup, child: Cg
         assert "the sockets of the command are limited, and no cgroup" in done.stderr
 
 
+def test_run_leaves_no_firewall_for_the_root_cgroup(scratch: Cgroup, child: Cgroup) -> None:
+    """Where no cgroup can be made below its own, another place is no way out of a firewall."""
+    with open(os.path.join(child.path, "cgroup.max.descendants"), "w") as file:
+        file.write("0")
+    done = tool("run", *LIMITS, "-q", "--", "true", inside=child)
+    assert (done.returncode, done.stderr) == (0, "")
+    with other(scratch, "ALLOW_MULTIPLE", verdict=0) as theirs:
+        done = tool("run", *LIMITS, "-q", "--", "true", inside=child)
+        assert done.returncode == 125
+        assert f"theirs (id {theirs.info().id}" in done.stderr
+
+
 @pytest.mark.parametrize("method", ["auto", "link", "legacy"])
 def test_whoever_insists_overrides_it(scratch: Cgroup, child: Cgroup, method: str) -> None:
     """With --override-others the limit is attached; the program above stays where it is."""
