@@ -76,7 +76,7 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
         if records:
             found.append((cgroup.path, records))
     if as_json:
-        echo(
+        echo_json(
             json.dumps(
                 [{"cgroup": directory, "programs": records} for directory, records in found],
                 indent=2,
