@@ -78,7 +78,7 @@ def find(
         for record in records()
         if (name is None or name in (record.id, record.spec.name))
         and (pid is None or _is_for(record, pid))
-        and (cgroup is None or os.path.realpath(cgroup) in record.cgroups)
+        and (cgroup is None or _is_on(record, cgroup))
         and (unit is None or _is_unit(record, unit))
     ]
 
@@ -89,6 +89,17 @@ def _is_for(record: Record, pid: int) -> bool:
         pid == record.owner.pid
         or pid in record.spec.target.pids
         or pid in backends.get(record.backend).processes(record)
+    )
+
+
+def _is_on(record: Record, path: str) -> bool:
+    """Whether a throttle is on a cgroup, whatever path it has where that was made."""
+    try:
+        number = cgroups_v2.from_path(path).id
+    except (CgroupError, OSError):
+        return os.path.realpath(path) in record.cgroups
+    return number in record.cgroup_ids or (
+        not record.cgroup_ids and os.path.realpath(path) in record.cgroups
     )
 
 
@@ -143,7 +154,7 @@ def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record:
     for one in own:
         with suppress(CgroupError, ProcessError):  # it may be in none that is visible
             wanted.append(cgroups_v2.from_pid(one.pid))
-    for limited in map(Cgroup, record.cgroups):
+    for limited in record.visible_cgroups():
         if any(each in limited or (each in chosen and limited in each) for each in wanted):
             raise CgroupError(
                 f"{limited.path} is limited already, by process {record.owner.pid}: {_TWICE}"

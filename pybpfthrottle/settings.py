@@ -39,12 +39,14 @@ class AttachPolicy(NamedTuple):
 
     ``method`` is one of ATTACH_METHODS. With auto an errno of ``fallback_errnos`` leads from link
     to legacy. ``exclusive`` allows, on kernels before 4.15 alone, an attachment that may replace
-    another tool's program.
+    another tool's program. ``override_others`` allows one below another tool's program that was
+    attached with BPF_F_ALLOW_OVERRIDE, and runs no more for what is below.
     """
 
     method: str = "auto"
     fallback_errnos: tuple[int, ...] = (errno.EINVAL,)
     exclusive: bool = False
+    override_others: bool = False
 
 
 class Setting(NamedTuple):
@@ -69,6 +71,7 @@ def load(
     method: Optional[str] = None,
     shape: Optional[str] = None,
     exclusive: bool = False,
+    override_others: bool = False,
     environment: Optional[Mapping[str, str]] = None,
     files: Optional[Sequence[str]] = None,
 ) -> Settings:
@@ -103,7 +106,7 @@ def load(
     origins.append(Setting("bpf.fallback_errnos", ", ".join(names), names_source))
     return Settings(
         {
-            direction: AttachPolicy(chosen, errnos, exclusive)
+            direction: AttachPolicy(chosen, errnos, exclusive, override_others)
             for direction, (chosen, _) in methods.items()
         },
         {direction: chosen for direction, (chosen, _) in shapes.items()},

@@ -182,7 +182,7 @@ def whole_cgroups(selection: Selection) -> list[Cgroup]:
                 f"{cgroup.path} is the root cgroup, which holds whatever is in no other one:"
                 " leave --whole-cgroup out, to limit the process alone"
             )
-    _refuse_own_session(chosen, "give --cgroup PATH --whole-cgroup")
+    _refuse_own_session(chosen, "give --cgroup {path} --whole-cgroup")
     return chosen
 
 
@@ -219,7 +219,8 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
     """Nobody should lose the connection that they type on by accident.
 
     A socket belongs to the cgroup that it was made in: the connection of a login is sshd's, even if
-    the session has left it, and the processes that serve it were moved elsewhere.
+    the session has left it, and the processes that serve it were moved elsewhere. ``insist`` says
+    how to have it all the same, for a ``{path}``.
     """
     pids = login.processes()
     for pid in pids:
@@ -232,7 +233,8 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
                 raise ProcessError(
                     f"{cgroup.path} holds this session too (process"
                     f" {process.listed([pid])}): the limit would be for the terminal or the"
-                    f" remote login that you work on. If you mean that, {insist}"
+                    f" remote login that you work on. If you mean that,"
+                    f" {insist.format(path=cgroup.path)}"
                 )
     carriers = login.carriers(pids)
     for cgroup in chosen if carriers else ():
@@ -242,5 +244,5 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
                 raise ProcessError(
                     f"{cgroup.path} has a connection of this session (of process"
                     f" {process.listed([carrier.pid])}): the limit would be for the remote login"
-                    f" that you work on. If you mean that, {insist}"
+                    f" that you work on. If you mean that, {insist.format(path=cgroup.path)}"
                 )

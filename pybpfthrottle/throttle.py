@@ -8,6 +8,7 @@ import math
 import os
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
@@ -24,10 +25,18 @@ from pybpfthrottle.backends import (
     all_backends,
 )
 from pybpfthrottle.backends import get as get_backend
-from pybpfthrottle.errors import Error, NoMarksError, ProcessError, ThrottleError
+from pybpfthrottle.errors import (
+    AttachError,
+    BpfError,
+    Error,
+    NoMarksError,
+    ProcessError,
+    ThrottleError,
+)
+from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free, unit_name
-from pybpfthrottle.linux.own_cgroups import Moved
+from pybpfthrottle.linux.own_cgroups import Moved, OwnCgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
@@ -320,10 +329,13 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
             except NoMarksError as error:
                 why = error
     if spec.target.matches:
-        raise ThrottleError(
-            f"single processes cannot be limited here: {why}; use --cgroup or --unit"
-        ) from why
+        raise _no_marks(why) from why
     raise why or AssertionError("there is at least one plan")
+
+
+def _no_marks(why: Optional[NoMarksError]) -> ThrottleError:
+    remedy = own_cgroups.without_one("use --cgroup or --unit")
+    return ThrottleError(f"single processes cannot be limited here: {why}; {remedy}")
 
 
 def _whole_cgroups(target: Target, wish: Wish, selection: Optional[Selection]) -> list[Cgroup]:
@@ -481,7 +493,7 @@ def open_record(record: Record) -> Throttle:
         record.id,
         record.spec,
         dict.fromkeys(record.spec.limits, part),
-        [Cgroup(path) for path in record.cgroups],
+        record.visible_cgroups(),
         None,
         undo,
         own=False,
@@ -507,6 +519,76 @@ def choose(direction: Direction, name: str = "auto") -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ThrottleError(f"cannot limit {direction}: {'; '.join(reasons)}")
+
+
+def start_command(pid: int, spec: ThrottleSpec, wish: Wish) -> tuple[Throttle, Optional[OwnCgroup]]:
+    """Limit a process that is held back, and what it will start, in a cgroup of its own.
+
+    Where nothing can be attached there beside the programs of others, its sockets are limited,
+    and no cgroup is returned; the caller removes one that is. Raises ThrottleError, BpfError,
+    CgroupError or ProcessError.
+    """
+    cgroups_v2.mount()  # it tells best what is missing
+    origin = cgroups_v2.from_pid(pid)
+    own = own_cgroups.create_for(pid, escapes=partial(_escapes, origin))
+    with ExitStack() as undo:
+        undo.callback(own.remove)
+        undo.callback(_move_back, pid, origin)
+        try:
+            throttle = _apply_wish(spec, wish, [own.cgroup], command=Process(pid))
+        except AttachError as error:
+            throttle = _limit_sockets(pid, spec, wish, error)
+        else:
+            undo.pop_all()
+            return throttle, own
+    return throttle, None
+
+
+def _escapes(origin: Cgroup, parent: Cgroup) -> str:
+    """Return the programs that packets of a cgroup pass, and would not if they came from another.
+
+    Nobody's firewall is to be left by a limit.
+    """
+    lost = [program for backend in all_backends() for program in backend.left(origin, parent)]
+    return ", ".join(lost)
+
+
+def _move_back(pid: int, origin: Cgroup) -> None:
+    with suppress(ProcessLookupError):
+        origin.move_in(pid)
+
+
+def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -> Throttle:
+    """Limit a process by marks on its sockets. Raises ``why`` where that is refused as well."""
+    try:
+        throttle = _apply_wish(spec, wish, [], selection=targets.select(Target(pids=(pid,))))
+    except (NoMarksError, BpfError) as error:
+        log.info("The sockets of the command cannot be limited either: %s", error)
+        raise why from error
+    throttle.plan_notes = (f"the sockets of the command are limited, and no cgroup: {why}",)
+    return throttle
+
+
+def _apply_wish(
+    spec: ThrottleSpec,
+    wish: Wish,
+    cgroups: Sequence[Cgroup],
+    *,
+    selection: Optional[Selection] = None,
+    command: Optional[Process] = None,
+) -> Throttle:
+    with locked():
+        return apply(
+            cgroups,
+            spec.limits,
+            processes=selection,
+            traffic=spec.traffic,
+            options=wish.options.get("ebpf"),
+            backends=wish.backends,
+            target=spec.target,
+            name=spec.name,
+            command=command,
+        )
 
 
 class Each:
@@ -541,16 +623,23 @@ class Each:
         self.due_s = self._look_s = math.inf
         with ExitStack() as undo:
             undo.callback(self.remove)
-            if self.waits():
-                self._look_s = 0.0
-                # First: who is started while others are limited is not missed.
-                self._listen()
-                self._make_ready()
-            for pid in spec.target.pids:
-                self._begin(pid)
-            self._limit(self._selection.matching())
-            self._set_due()
+            try:
+                self._begin_all()
+            except NoMarksError as error:
+                raise _no_marks(error) from error
             undo.pop_all()
+
+    def _begin_all(self) -> None:
+        """Limit the processes that are there, and be ready for those that come."""
+        if self.waits():
+            self._look_s = 0.0
+            # First: who is started while others are limited is not missed.
+            self._listen()
+            self._make_ready()
+        for pid in self._spec.target.pids:
+            self._begin(pid)
+        self._limit(self._selection.matching())
+        self._set_due()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""

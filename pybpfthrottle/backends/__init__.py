@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.cgroup import Cgroup, known_as
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
 from pybpfthrottle.settings import BACKENDS
@@ -84,7 +84,8 @@ class Record:
     ``owner`` is the process that keeps it, ``kept`` whether it stays after that. ``since_ns`` is
     the time of its start on CLOCK_BOOTTIME. ``removed`` tells that the limit was taken away while
     its owner still runs. ``clears_up`` is a process that restores connections when the owner is
-    killed. ``handles`` is what the backend finds it by.
+    killed. ``handles`` is what the backend finds it by. ``cgroups`` are paths as its owner sees
+    them; an older version did not tell their ids.
     """
 
     id: str
@@ -93,12 +94,19 @@ class Record:
     backend: str
     match: Match
     cgroups: tuple[str, ...] = ()
+    cgroup_ids: tuple[int, ...] = ()
     kept: bool = False
     since_ns: int = 0
     removed: bool = False
     clears_up: Optional[Identity] = None
     attached_by: str = ""
     handles: Mapping[str, Any] = field(default_factory=dict)
+
+    def visible_cgroups(self) -> list[Cgroup]:
+        """Return the cgroups that it is on, as this process sees them, if it does."""
+        ids = [*self.cgroup_ids, *[None] * len(self.cgroups)]
+        found = [known_as(path, number) for path, number in zip(self.cgroups, ids)]
+        return [cgroup for cgroup in found if cgroup is not None]
 
 
 class Part(Protocol):
@@ -185,6 +193,9 @@ class Backend(Protocol):
 
     def offer(self, direction: Direction, match: Match) -> Offer:
         """Return what it can do for a direction and a way of matching; tried, not guessed."""
+
+    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
+        """Return what handles the packets of one cgroup and not those of another, for people."""
 
     def prepare(self) -> None:
         """Do what takes time and can be done before the target is known."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attached import Attached, Links
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo, echo_json
@@ -26,13 +26,39 @@ FLAGS = {
 
 def show(path: str, *, effective: bool, as_json: bool) -> None:
     """What is attached to one cgroup; with ``effective`` also what its ancestors pass on."""
-    found = _records(cgroups_v2.from_path(path), Links(), effective=effective)
+    cgroup = cgroups_v2.from_path(path)
+    found = _records(cgroup, Links(), effective=effective)
     if as_json:
         echo_json(json.dumps(found, indent=2))
-    elif found:
+        return
+    if found:
         _print_table(found)
     else:
         echo(f"Nothing is attached to {path}.")
+    for line in _overriding(cgroup):
+        echo(line)
+
+
+def _overriding(cgroup: Cgroup) -> Iterator[str]:
+    """Tell what is switched off for a cgroup, or would be by what is attached to it."""
+    for hook in attached.CGROUP_TYPES:
+        for one in attached.overridden(cgroup, hook):
+            yield (
+                f"Whatever is attached to it at {hook.name.lower()} would switch off {one} for it,"
+                f" attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
+            )
+        for one in _switched_off(cgroup, hook):
+            yield (
+                f"What is attached at {hook.name.lower()} has switched off {one} for it,"
+                f" attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
+            )
+
+
+def _switched_off(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
+    try:
+        return attached.silenced(cgroup, hook)
+    except OSError:  # its own are told all the same
+        return []
 
 
 def tree(path: Optional[str], *, as_json: bool) -> None:
@@ -40,17 +66,17 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
     top = cgroups_v2.root() if path is None else cgroups_v2.from_path(path)
     known = Links()
     found: list[tuple[str, list[dict[str, Any]]]] = []
-    for directory, _, _ in os.walk(top.path):
+    for cgroup in cgroups_v2.walk(top):
         try:
-            records = _records(Cgroup(directory), known, effective=False)
+            records = _records(cgroup, known, effective=False)
         except CgroupError:
-            if os.path.isdir(directory):
+            if cgroup.exists():
                 raise
             continue  # it has vanished meanwhile
         if records:
-            found.append((directory, records))
+            found.append((cgroup.path, records))
     if as_json:
-        echo(
+        echo_json(
             json.dumps(
                 [{"cgroup": directory, "programs": records} for directory, records in found],
                 indent=2,
@@ -66,7 +92,8 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
 
 def _records(cgroup: Cgroup, known: Links, *, effective: bool) -> list[dict[str, Any]]:
     try:
-        return [_record(one) for one in attached.at(cgroup, effective=effective, known=known)]
+        found = list(attached.at(cgroup, effective=effective, known=known))
+        return [_record(one, cgroup, effective=effective) for one in found]
     except OSError as error:
         raise CgroupError(
             f"cannot ask what is attached to {cgroup.path}:"
@@ -74,10 +101,19 @@ def _records(cgroup: Cgroup, known: Links, *, effective: bool) -> list[dict[str,
         ) from error
 
 
-def _record(one: Attached) -> dict[str, Any]:
+def _record(one: Attached, cgroup: Cgroup, *, effective: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"id": one.program_id, "attach_type": one.attach_type.name.lower()}
     if one.mode is not None:
         record["attach_flags"] = FLAGS[one.mode]
+    if effective:
+        # The kernel tells no modes then; this one matters to whoever wants to attach something.
+        for other in attached.overridden(cgroup, one.attach_type):
+            if other.program_id == one.program_id and other.mode is not None:
+                record.update(cgroup=other.cgroup.path, attach_flags=FLAGS[other.mode])
+    record["switches_off"] = [
+        {"id": other.program_id, "cgroup": other.cgroup.path}
+        for other in _switched_off(cgroup, one.attach_type)
+    ]
     if one.info is not None:
         record.update(name=one.info.name, tag=one.info.tag, uid=one.info.created_by_uid)
     record["links"] = [{"id": link.id, "pids": list(link.pids)} for link in one.links]

@@ -113,6 +113,12 @@ def limit_options(function: F) -> F:
                 help="auto (the default) tries a BPF link, and after EINVAL the legacy call.",
             ),
             click.option(
+                "--override-others",
+                is_flag=True,
+                help="Attach even where that switches off another tool's program above, which was"
+                " attached with BPF_F_ALLOW_OVERRIDE.",
+            ),
+            click.option(
                 "--egress-verdict",
                 type=click.Choice(EGRESS_VERDICTS),
                 default="auto",
@@ -178,6 +184,7 @@ def request_from(given: dict[str, Any]) -> Request:
             method=given.pop("bpf_attach_method"),
             shape=given.pop("shape"),
             exclusive=given.pop("exclusive", False),
+            override_others=given.pop("override_others"),
         )
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

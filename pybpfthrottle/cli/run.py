@@ -16,12 +16,12 @@ from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error, LaunchError
-from pybpfthrottle.linux import own_cgroups, process
-from pybpfthrottle.linux.cgroup import locked
+from pybpfthrottle.linux import process
 from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.own_cgroups import OwnCgroup
 from pybpfthrottle.linux.signals import SentSignals, SignalQueue
 from pybpfthrottle.model import Target
+from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Throttle
 
@@ -67,12 +67,12 @@ def _run(
         sent = stack.enter_context(SentSignals(_SENT))
         # The kernel takes some 15 ms to move a process: time to read the object in.
         Thread(target=throttle.prepare).start()
-        own = own_cgroups.create_for(command.pid)
-        stack.callback(_remove, own)
+        spec = request.spec(Target(command=tuple(argv)))
+        wish = Wish(backends=request.backends, options=request.options)
+        live, own = throttle.start_command(command.pid, spec, wish)
+        stack.callback(_end, live, own)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
-        live = _limit(request, own, command)
-        stack.callback(live.remove)
         watch = Watch(
             live,
             pid=command.pid,
@@ -94,28 +94,18 @@ def _run(
         )
 
 
-def _limit(request: Request, own: OwnCgroup, command: Command) -> Throttle:
-    with locked():
-        return throttle.apply(
-            [own.cgroup],
-            request.limits,
-            traffic=request.traffic,
-            options=request.options["ebpf"],
-            backends=request.backends,
-            target=Target(command=tuple(command.argv)),
-            name=request.label,
-            command=process.Process(command.pid),
-        )
+def _end(live: Throttle, own: Optional[OwnCgroup]) -> None:
+    """Remove the limit and the cgroup, and say who goes on."""
+    live.remove()
+    if own is not None and not own.remove():
+        later = f"; {own.cgroup.path} is removed at the next start after they end"
+        _say_who_goes_on(own.cgroup.pids(), later)
 
 
-def _remove(own: OwnCgroup) -> None:
-    if own.remove():
-        return
-    pids = own.cgroup.pids()
+def _say_who_goes_on(pids: Sequence[int], more: str = "") -> None:
     say(
         f"{len(pids)} of the command's processes go on without a limit:"
-        f" {process.listed(pids)}"
-        f" (--wait keeps it); {own.cgroup.path} is removed at the next start after they end"
+        f" {process.listed(pids)} (--wait keeps it){more}"
     )
 
 
@@ -206,8 +196,12 @@ class _Run:
                 reason=reason,
                 exit_status=self._status,
             )
+            # Those in a cgroup are told when it is removed.
+            pids = [] if self._live.cgroups else self._live.processes()
             self._live.remove()
             self._limited = False
+            if pids and reason == "exited":
+                _say_who_goes_on(pids)
 
     def _pass_on(self, came: Sequence[signal.Signals]) -> None:
         for number in came:
@@ -218,5 +212,7 @@ class _Run:
         """Whether processes that the command has started are to be waited for."""
         if not (self._wait and self._limited):
             return False
+        if not self._live.cgroups:
+            return bool(self._live.processes())
         cgroup = self._live.cgroups[0]
         return (cgroup.exists() and cgroup.populated()) or bool(self._live.processes())

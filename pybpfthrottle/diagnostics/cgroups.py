@@ -7,6 +7,7 @@ import os
 from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
 from pybpfthrottle.backends.ebpf.attached import Links
+from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import CgroupError, Error, NoCgroupError, ProcessError
@@ -41,7 +42,7 @@ def _mounted(setup: Setup) -> Result:
 def _hidden(mount: cgroups_v2.Mount) -> str:
     """What is wrong if its path leads to something else: another file system is mounted over it."""
     try:
-        device = os.stat(mount.path).st_dev
+        device = os.stat(Cgroup(mount.path).reach).st_dev
     except OSError as error:
         return f"cgroup v2 is mounted at {mount.path}, which cannot be reached: {error.strerror}"
     if f"{os.major(device)}:{os.minor(device)}" == mount.device:
@@ -85,10 +86,10 @@ def _find(setup: Setup) -> Cgroup:
 
 
 def _facts(cgroup: Cgroup) -> list[str]:
-    found = [f"owner: user {os.stat(cgroup.path).st_uid}"]
+    found = [f"owner: user {os.stat(cgroup.reach).st_uid}"]
     for name in ("cgroup.type", "cgroup.controllers"):
         try:
-            with open(os.path.join(cgroup.path, name)) as file:
+            with open(os.path.join(cgroup.reach, name)) as file:
                 found.append(f"{name}: {file.read().strip()}")
         except OSError:
             continue  # the root has no type
@@ -100,7 +101,7 @@ def _user(setup: Setup) -> Result:
     if uid == 0:
         return skipped("root has none of its own", cause="root")
     path = os.path.join(
-        cgroups_v2.root().path, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
+        cgroups_v2.root().reach, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
     )
     if not os.path.isdir(path):
         return skipped("there is none; systemd makes it where it manages users", path)
@@ -129,9 +130,12 @@ def _scratch(setup: Setup) -> Result:
 def _root(setup: Setup) -> Result:
     top = cgroups_v2.root()
     os.close(top.open())
-    if os.statvfs(top.path).f_flag & os.ST_RDONLY:
-        return warned(f"{top.path} is mounted read-only: no cgroup can be made for a command")
-    if not os.access(top.path, os.W_OK):
+    if os.statvfs(top.reach).f_flag & os.ST_RDONLY:
+        remedy = own_cgroups.without_one("--pid needs none")
+        return warned(
+            f"{top.path} is mounted read-only: no cgroup can be made for a command; {remedy}"
+        )
+    if not os.access(top.reach, os.W_OK):
         return warned(f"this process may not write {top.path}: it can make no cgroup there")
     return passed(f"{top.path} can be opened and written")
 
@@ -165,10 +169,22 @@ def _programs(setup: Setup) -> Result:
             where = "the target" if stand[0].cgroup == target else f"{stand[0].cgroup.path}, above"
             text = f"{stand[0]} is attached to {where} in a mode that allows none beside it"
             return failed(text, *evidence, cause="exclusive")
+        below = attached.overridden(target, hook)
+        if below:
+            text = (
+                f"{below[0]} is attached to {below[0].cgroup.path}, above, and may be overridden:"
+                " whatever is attached to the target would switch it off there"
+            )
+            return failed(text, *evidence, cause="overridable")
         same = [one for one in there if one.cgroup == target and one.attach_type == hook]
         if len(same) >= _MOST_PROGRAMS:
             text = f"{len(same)} programs are attached at one hook, the most that the kernel takes"
             return failed(text, *evidence, cause="too-many")
+    optional = [one for hook in HOOKS for one in attached.overridden(target, hook)]
+    if optional:
+        hook_name = optional[0].attach_type.name.lower()
+        text = f"{optional[0]} may be overridden: a limit leaves {hook_name} alone"
+        return warned(text, *evidence, cause="left-out")
     if not there:
         return passed("nothing is attached to the target or above it")
     return passed("what is attached lets others attach beside it", *evidence)
@@ -231,7 +247,7 @@ CHECKS = (
         "attached.programs",
         "What is there already",
         "programs on the target and above it",
-        "a program that was attached without BPF_F_ALLOW_MULTI shuts all others out",
+        "a program without BPF_F_ALLOW_MULTI shuts others out, or is switched off by them",
         "ask its owner to attach it with BPF_F_ALLOW_MULTI",
         _programs,
         ("cgroup.target", "rights.commands"),

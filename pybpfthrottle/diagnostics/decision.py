@@ -248,6 +248,16 @@ _EXCLUSIVE = Conclusion(
     "ask its owner to attach it with BPF_F_ALLOW_MULTI or by a link; or limit a cgroup elsewhere",
     ("attached.programs", "trial.target"),
 )
+_OVERRIDABLE = Conclusion(
+    "overridable-program",
+    "O",
+    "A limit would switch another program off",
+    "a program above the target stops running for it as soon as anything is attached to the target",
+    "it was attached with BPF_F_ALLOW_OVERRIDE, as older systemds and some firewalls do",
+    "limit processes (--pid, --name, --user), or have its owner attach it with BPF_F_ALLOW_MULTI;"
+    " --override-others insists",
+    ("trial.target", "attached.programs"),
+)
 _TOO_MANY = Conclusion(
     "too-many-programs",
     "O",
@@ -364,8 +374,8 @@ _NO_OWN_CGROUP = Conclusion(
     "No cgroup can be made for a command",
     "pybpfthrottle run fails; limits on cgroups that are there work",
     "cgroup v2 is read-only here, or this process may not write to it",
-    "mount it writable and run it as root; or limit a cgroup that is there, with --cgroup",
-    ("cgroup.scratch", "cgroup.root"),
+    "mount it writable and run it as root; or limit what is there already, as told below",
+    ("cgroup.scratch", "cgroup.root", "trial.marks"),
 )
 _UNPROVED = Conclusion(
     "works-unproved",
@@ -510,21 +520,26 @@ _REFUSED_WITH_RIGHTS = Question(
     _cause("attached.programs", "exclusive"),
     _EXCLUSIVE,
     Question(
-        "Are 64 programs attached there?",
-        _cause("attached.programs", "too-many"),
-        _TOO_MANY,
+        "Would a limit switch off a program above?",
+        _cause("trial.target", "overridable"),
+        _OVERRIDABLE,
         Question(
-            "Are links alone refused?",
-            _cause("trial.target", "links-refused"),
-            _LINKS_REFUSED,
+            "Are 64 programs attached there?",
+            _cause("attached.programs", "too-many"),
+            _TOO_MANY,
             Question(
-                "Can it be attached to another cgroup?",
-                lambda results: any(
-                    results[name].outcome is Outcome.PASS
-                    for name in ("trial.link", "trial.legacy", "trial.root")
+                "Are links alone refused?",
+                _cause("trial.target", "links-refused"),
+                _LINKS_REFUSED,
+                Question(
+                    "Can it be attached to another cgroup?",
+                    lambda results: any(
+                        results[name].outcome is Outcome.PASS
+                        for name in ("trial.link", "trial.legacy", "trial.root")
+                    ),
+                    _USER_CGROUP,
+                    _KERNEL_ATTACH,
                 ),
-                _USER_CGROUP,
-                _KERNEL_ATTACH,
             ),
         ),
     ),

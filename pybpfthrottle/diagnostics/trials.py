@@ -12,6 +12,7 @@ from typing import Callable
 
 from pybpfthrottle import settings, throttle
 from pybpfthrottle.backends.ebpf import programs as table
+from pybpfthrottle.backends.ebpf.attach import refuse_to_override
 from pybpfthrottle.backends.ebpf.bucket import BURST_BYTES
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
@@ -22,8 +23,9 @@ from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.diagnostics import shipped
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
-from pybpfthrottle.errors import BpfError, CgroupError, Error, VerifierError
+from pybpfthrottle.errors import AttachError, BpfError, CgroupError, Error, VerifierError
 from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import MIN_RATE, Counters, Direction, Traffic
 from pybpfthrottle.settings import AttachPolicy
@@ -139,6 +141,12 @@ def _link_flags(setup: Setup) -> Result:
 
 def _at_target(setup: Setup) -> Result:
     assert setup.target is not None  # noqa: S101 - the check needs cgroup.target
+    try:
+        for hook in _HOOKS.values():
+            with _minimal(hook) as program:
+                refuse_to_override(program, setup.target, hook, AttachPolicy())
+    except AttachError as error:
+        return failed(str(error), cause="overridable")
     return _by_either_way(setup.target)
 
 
@@ -209,6 +217,13 @@ def _shaping(setup: Setup) -> Result:
 
 def _marks(setup: Setup) -> Result:
     """Load what limits the sockets of processes, with the kernel's own map of marks."""
+    if not process.in_first_namespace():
+        return warned(
+            "this pid namespace has process ids of its own, which the kernel does not compare:"
+            " --pid limits the whole cgroup, or moves the process into one of its own where cgroup"
+            " v2 is writable; --name, --exe and --user work outside of this container",
+            cause="no-marks",
+        )
     name = table.object_for(Scope.MARKED)
     wanted = [
         program

@@ -1,4 +1,8 @@
-"""Cgroups of version 2: where they are mounted, and from a path, a pid or a unit to one of them."""
+"""Cgroups of version 2: where they are mounted, and from a path, a pid or a unit to one of them.
+
+A cgroup is known by its path below ``mount``, so that each has one path here. Other processes may
+see it by another one: what is to be compared with theirs is its id.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
+from pybpfthrottle.linux import libc
 
 log = logging.getLogger(__name__)
 
 # Nobody who plans and attaches takes that long.
 _PATIENCE_S = 5.0
+# kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
+_ROOT_ID = 1
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -37,19 +45,24 @@ class Cgroup:
 
     @property
     def id(self) -> int:
-        """The id that the kernel knows it by: its inode number."""
-        return os.stat(self.path).st_ino
+        """The id that the kernel knows it by: its inode number. Raises OSError."""
+        return os.stat(self.reach).st_ino
+
+    @property
+    def reach(self) -> str:
+        """The path by which this process reaches it: another one if it is not mounted here."""
+        return _reach(self.path)
 
     def open(self) -> int:
         """A descriptor of its directory; the caller closes it."""
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(self.reach, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise CgroupError(f"cannot open the cgroup {self.path}: {error.strerror}") from error
 
     def exists(self) -> bool:
         """Whether it is still there."""
-        return os.path.isdir(self.path)
+        return os.path.isdir(self.reach)
 
     def is_still(self, cgroup_id: int) -> bool:
         """Whether it is there, and is the one with this id: a path may be given to another one."""
@@ -71,10 +84,10 @@ class Cgroup:
     def pids_below(self) -> list[int]:
         """The processes in it and in all cgroups below it."""
         found = []
-        for path, _, _ in os.walk(self.path):
+        for cgroup in walk(self):
             # One may vanish in between.
             with suppress(FileNotFoundError):
-                found += Cgroup(path).pids()
+                found += cgroup.pids()
         return found
 
     def ids_below(self) -> set[int]:
@@ -90,8 +103,10 @@ class Cgroup:
         return "populated 1" in self._read("cgroup.events")
 
     def is_root(self) -> bool:
-        """Whether it is the top of what is visible."""
-        return os.path.realpath(self.path) == os.path.realpath(mount().path)
+        """Whether it is the root of all cgroups, and not only the top of what is visible."""
+        with suppress(OSError):
+            return self.id == _ROOT_ID
+        return False
 
     def with_ancestors(self) -> Iterator[Cgroup]:
         """Itself and those above it, as far as they are visible."""
@@ -104,13 +119,13 @@ class Cgroup:
     def create_child(self, name: str) -> Cgroup:
         """Make a cgroup below this one. Raises OSError."""
         child = Cgroup(os.path.join(self.path, name))
-        os.mkdir(child.path)
+        os.mkdir(child.reach)
         return child
 
     def move_in(self, pid: int) -> None:
         """Move a process (0: this one) with all its threads into it. Raises OSError."""
         # Python's buffered files swallow the error that the kernel gives at the write.
-        fd = os.open(os.path.join(self.path, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(os.path.join(self.reach, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"%d" % pid)
         finally:
@@ -124,7 +139,7 @@ class Cgroup:
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                return os.rmdir(self.path)
+                return os.rmdir(self.reach)
             except FileNotFoundError:
                 return None
             except OSError as error:
@@ -148,7 +163,7 @@ class Cgroup:
         return f"Cgroup({self.path!r})"
 
     def _read(self, name: str) -> str:
-        with open(os.path.join(self.path, name)) as file:
+        with open(os.path.join(self.reach, name)) as file:
             return file.read()
 
 
@@ -166,10 +181,14 @@ def _leader(tid: int) -> int:
 def mounts() -> list[Mount]:
     """The mount table of this process."""
     try:
-        with open("/proc/self/mountinfo", errors="surrogateescape") as table:
-            return [parse_mount(line) for line in table]
+        return _mounts_of("self")
     except OSError as error:
         raise CgroupError(f"cannot read the mount table: {error}") from error
+
+
+def _mounts_of(process: str) -> list[Mount]:
+    with open(f"/proc/{process}/mountinfo", errors="surrogateescape") as table:
+        return [parse_mount(line) for line in table]
 
 
 def parse_mount(line: str) -> Mount:
@@ -190,14 +209,101 @@ def mount() -> Mount:
 
     Raises CgroupError with what to do.
     """
-    found = [m for m in mounts() if m.type == "cgroup2"]
+    table = mounts()
+    found = [m for m in table if m.type == "cgroup2"]
     if not found:
-        raise CgroupError(
-            "cgroup v2 is not mounted; mount it: mkdir -p /run/cgroup2"
-            " && mount -t cgroup2 none /run/cgroup2"
-        )
-    # The mount that shows most of the tree.
-    return min(found, key=lambda m: (len(m.root.rstrip("/")), len(m.path)))
+        return _elsewhere(table)
+    if len(found) > 1:
+        # Others may be mounted over one.
+        found = list(filter(_is_reached, found)) or found
+    return min(found, key=_shows)
+
+
+def _shows(mounted: Mount) -> tuple[int, int, int]:
+    """Return what makes the mount that shows most of the tree the least."""
+    parts = [part for part in mounted.root.split("/") if part]
+    # In a cgroup namespace a mount from outside begins above the namespace's root: at "/..".
+    above = parts.count("..")
+    return len(parts) - above, -above, len(mounted.path)
+
+
+def _is_reached(mounted: Mount) -> bool:
+    """Whether the path of a mount leads to it."""
+    try:
+        fd = os.open(mounted.path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            found = re.search(r"^mnt_id:\s*(\d+)$", file.read(), re.MULTILINE)
+        with open("/proc/self/mountinfo", errors="surrogateescape") as table:
+            lines = [line for line in table if found and line.split(" ")[0] == found[1]]
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return [parse_mount(line) for line in lines] == [mounted]
+
+
+class _Hidden(NamedTuple):
+    """The hierarchy where it is not mounted: the mount as others have it, and how it is reached."""
+
+    mount: Mount
+    base: str
+    fd: int
+
+
+_hidden: list[_Hidden] = []
+
+
+def _elsewhere(table: Sequence[Mount]) -> Mount:
+    """Return where cgroup v2 is mounted for others, if a new /sys has hidden it from this process.
+
+    ``ip netns exec`` mounts one, for the network namespace's own devices. Where cgroup v2 was
+    unmounted by itself somebody wanted that, and it stays so. Raises CgroupError.
+    """
+    usual = "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
+    outside = _outside(table)
+    if outside is None:
+        raise CgroupError(f"cgroup v2 is not mounted; mount it: {usual}")
+    if not (_hidden and _hidden[0].mount.path == outside.path and os.path.isdir(_hidden[0].base)):
+        try:
+            fd = libc.mount_nowhere("cgroup2")
+        except OSError as error:
+            raise CgroupError(
+                "cgroup v2 is not mounted here, since a new /sys was mounted, as ip netns exec"
+                " does it. Enter the network namespace alone: nsenter --net=/run/netns/NAME"
+                f" pybpfthrottle ...; or mount it: {usual} ({error})"
+            ) from error
+        number = os.fstat(fd).st_dev
+        device = f"{os.major(number)}:{os.minor(number)}"
+        there = outside._replace(device=device, root="/")
+        _hidden[:] = [_Hidden(there, f"/proc/self/fd/{fd}", fd)]
+    return _hidden[0].mount
+
+
+def _outside(table: Sequence[Mount]) -> Optional[Mount]:
+    """Return the mount of cgroup v2 that the first process has, if it has another /sys."""
+    try:
+        others = _mounts_of("1")
+    except OSError:
+        return None
+    own, theirs = ({m.device for m in each if m.path == "/sys"} for each in (table, others))
+    if not own or not theirs or own & theirs:
+        return None
+    return min((m for m in others if m.type == "cgroup2"), key=_shows, default=None)
+
+
+def _reach(path: str) -> str:
+    for hidden in _hidden:
+        if (path + "/").startswith(hidden.mount.path.rstrip("/") + "/"):
+            return hidden.base + path[len(hidden.mount.path.rstrip("/")) :]
+    return path
+
+
+def descriptors() -> list[int]:
+    """Return the descriptors that this module needs: who closes all others leaves these open."""
+    return [hidden.fd for hidden in _hidden]
 
 
 def root() -> Cgroup:
@@ -216,8 +322,8 @@ def locked() -> Iterator[None]:
         yield
         return
     try:
-        fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (OSError, CgroupError):  # then nobody can use cgroups
+        fd = root().open()
+    except CgroupError:  # then nobody can use cgroups
         yield
         return
     try:
@@ -271,12 +377,15 @@ def from_path(path: str) -> Cgroup:
     if not path:
         raise CgroupError("the path of a cgroup is empty")
     real = os.path.realpath(path)
+    table = mounts()
+    with suppress(CgroupError):
+        table.append(mount())
     try:
-        device = os.stat(real).st_dev
+        device = os.stat(_reach(real)).st_dev
     except OSError as error:
         raise NoCgroupError(f"no cgroup at {path!r}: {error.strerror}") from error
     number = f"{os.major(device)}:{os.minor(device)}"
-    kind = next((m.type for m in mounts() if m.device == number), "")
+    kind = next((m.type for m in table if m.device == number), "")
     if kind == "cgroup":
         raise CgroupError(
             f"{path} is in a cgroup v1 hierarchy; cgroup v2 is mounted at {mount().path}: "
@@ -284,9 +393,39 @@ def from_path(path: str) -> Cgroup:
         )
     if kind != "cgroup2":
         raise CgroupError(f"{path} is not a cgroup; cgroup v2 is mounted at {mount().path}")
-    if not os.path.isdir(real):
+    if not os.path.isdir(_reach(real)):
         raise CgroupError(f"{path} is a file; give the directory {os.path.dirname(real)}")
-    return Cgroup(real)
+    return _below_mount(Cgroup(real))
+
+
+def _below_mount(cgroup: Cgroup) -> Cgroup:
+    """Return a cgroup by its path below ``mount``: it may be given by that of another mount."""
+    if cgroup in root():
+        return cgroup
+    return by_id(cgroup.id) or cgroup
+
+
+def by_id(number: int) -> Optional[Cgroup]:
+    """Return the cgroup with an id, or None if there is none, or none that is visible."""
+    for cgroup in walk():
+        with suppress(OSError):
+            if cgroup.id == number:
+                return cgroup
+    return None
+
+
+def known_as(path: str, number: Optional[int]) -> Optional[Cgroup]:
+    """Return the cgroup that another process knows by a path and an id (None: it did not say).
+
+    None if there is none any more, or none that is visible here.
+    """
+    cgroup = Cgroup(path)
+    if number is None:
+        return cgroup if cgroup.exists() else None
+    with suppress(OSError, CgroupError):
+        if cgroup.id == number and cgroup in root():
+            return cgroup
+    return by_id(number)
 
 
 def from_pid(pid: int) -> Cgroup:
@@ -312,12 +451,28 @@ def _visible(inside: str, pid: int) -> str:
     # Paths outside of a cgroup namespace begin with "/..": nothing may normalise them away.
     parts = [part for part in inside.split("/") if part]
     above = [part for part in where.root.split("/") if part]
-    if parts[: len(above)] != above or ".." in parts[len(above) :]:
+    if parts[: len(above)] == above and ".." not in parts[len(above) :]:
+        return os.path.join(where.path, *parts[len(above) :])
+    # A mount from outside of a cgroup namespace begins at "/..", and has its root somewhere below:
+    # nothing tells where.
+    found = _holding(pid, parts) if ".." in above else None
+    if found is None:
         raise CgroupError(
             f"the cgroup of process {pid}, {inside}, is outside of what is mounted at {where.path}:"
             " it belongs to another cgroup namespace"
         )
-    return os.path.join(where.path, *parts[len(above) :])
+    return found.path
+
+
+def _holding(pid: int, parts: Sequence[str]) -> Optional[Cgroup]:
+    """Return the cgroup that lists a process; ``parts`` are those of its path, as far as known."""
+    name = parts[-1] if parts and parts[-1] != ".." else ""
+    for cgroup in walk():
+        # One may vanish in between, or not be readable.
+        with suppress(OSError):
+            if (not name or os.path.basename(cgroup.path) == name) and pid in cgroup.pids():
+                return cgroup
+    return None
 
 
 def from_unit(name: str) -> Cgroup:
@@ -356,8 +511,10 @@ def unit_name(name: str) -> str:
     return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
 
 
-def walk() -> Iterator[Cgroup]:
-    """All cgroups that are visible."""
-    for path, directories, _ in os.walk(mount().path):
-        yield Cgroup(path)
+def walk(top: Optional[Cgroup] = None) -> Iterator[Cgroup]:
+    """A cgroup and all below it; without one all that are visible."""
+    top = top or root()
+    reach = top.reach
+    for path, directories, _ in os.walk(reach):
+        yield Cgroup(top.path + path[len(reach) :])
         directories.sort()

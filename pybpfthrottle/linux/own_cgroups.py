@@ -9,7 +9,7 @@ import errno
 import os
 import re
 from contextlib import ExitStack, suppress
-from typing import Iterable, Optional
+from typing import Callable, Iterable, Optional
 
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
@@ -54,20 +54,44 @@ class OwnCgroup:
         return True
 
 
-def create_for(pid: int) -> OwnCgroup:
+def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: "") -> OwnCgroup:
     """Make a cgroup below that of a process, or else below the root, and move the process there.
 
-    Raises CgroupError.
+    ``escapes`` returns what it would escape from below a parent: then that is not used. Raises
+    CgroupError.
     """
     reasons = []
+    numbers = set()
     for parent in _usual_parents(pid):
         try:
+            escaped = escapes(parent)
+            if escaped:
+                reasons.append(f"{parent.path}: the command would escape {escaped}")
+                continue
             return _create(parent, pid)
         except OSError as error:
             reasons.append(f"{parent.path}: {error.strerror}")
-    raise CgroupError(
-        f"cannot make a cgroup ({'; '.join(reasons)}); this needs root, and cgroup v2 writable"
-    )
+            numbers.add(error.errno)
+    if numbers & {errno.EACCES, errno.EPERM}:
+        remedy = "this needs root, and cgroup v2 writable"
+    else:
+        remedy = without_one("start the command by itself, and limit it by --pid PID")
+    raise CgroupError(f"cannot make a cgroup ({'; '.join(reasons)}): {remedy}")
+
+
+def without_one(otherwise: str) -> str:
+    """Return what to do where no cgroup can be made, for people.
+
+    ``otherwise`` is what works where sockets can be marked. In a pid namespace they cannot: there
+    the whole container can be limited, from inside if its cgroup is visible.
+    """
+    if process.in_first_namespace():
+        return otherwise
+    with suppress(CgroupError, ProcessError):
+        own = cgroups.from_pid(os.getpid())
+        if not own.is_root():
+            return f"limit all of this container: --cgroup {own.path} --whole-cgroup"
+    return "limit it from outside of this container, by --pid or --cgroup"
 
 
 def _usual_parents(pid: int) -> list[Cgroup]:
@@ -85,12 +109,12 @@ def create_empty(parent: Cgroup, *, prefix: str = PREFIX) -> OwnCgroup:
 
 
 def _create(parent: Cgroup, pid: Optional[int], prefix: str = PREFIX) -> OwnCgroup:
-    os.stat(parent.path)
+    os.stat(parent.reach)
     stem = prefix + _owner_in_name(process.identity())
     for attempt in range(_TRIES):
         cgroup = Cgroup(os.path.join(parent.path, f"{stem}-{attempt}"))
         with suppress(FileExistsError):
-            os.mkdir(cgroup.path)
+            os.mkdir(cgroup.reach)
             with ExitStack() as undo:
                 undo.callback(cgroup.remove)
                 _accept_processes(parent, cgroup)
@@ -109,12 +133,13 @@ def _owner_in_name(owner: Identity) -> str:
 
 def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
     """A child of a threaded cgroup takes processes only when it is threaded itself."""
-    if parent.is_root():
+    try:
+        with open(os.path.join(parent.reach, "cgroup.type")) as file:
+            threaded = "threaded" in file.read()
+    except FileNotFoundError:  # the root has none, nor had any before Linux 4.14
         return
-    with open(os.path.join(parent.path, "cgroup.type")) as file:
-        threaded = "threaded" in file.read()
     if threaded:
-        fd = os.open(os.path.join(child.path, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(os.path.join(child.reach, "cgroup.type"), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"threaded")
         finally:
@@ -137,7 +162,10 @@ class Moved:
         except BaseException as error:
             self.back()
             if isinstance(error, OSError):
-                raise CgroupError(f"cannot make a cgroup to move into: {error}") from error
+                remedy = without_one("--pid without --move-cgroup needs none")
+                raise CgroupError(
+                    f"cannot make a cgroup to move into ({error.strerror}): {remedy}"
+                ) from error
             raise
 
     @property

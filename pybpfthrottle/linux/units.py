@@ -85,7 +85,7 @@ class Comings:
             for directory in reversed(above):
                 with suppress(OSError):
                     events = _IN_CREATE | _IN_ONLYDIR
-                    libc.inotify_add_watch(self._inotify, directory.path, events)
+                    libc.inotify_add_watch(self._inotify, directory.reach, events)
 
     def _look(self, unit: Unit, searches: bool) -> None:
         if unit.cgroup.is_still(unit.cgroup_id):

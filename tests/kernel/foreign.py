@@ -17,17 +17,34 @@ EGRESS = AttachType.CGROUP_INET_EGRESS
 
 
 @contextmanager
-def other(cgroup: Cgroup, how: str) -> Iterator[Program]:
-    """Another tool's program at a cgroup, by link or in one of the legacy modes."""
+def other(
+    cgroup: Cgroup,
+    how: str,
+    *,
+    hook: AttachType = EGRESS,
+    kind: ProgType = ProgType.CGROUP_SKB,
+    verdict: int = 1,
+) -> Iterator[Program]:
+    """Another tool's program at a cgroup, by link or in one of the legacy modes.
+
+    It lets all packets pass; with ``verdict`` 0 none.
+    """
     fd = cgroup.open()
     with ExitStack() as stack:
         stack.callback(os.close, fd)
+        expected = None if kind is ProgType.CGROUP_SKB else hook
         program = stack.enter_context(
-            programs.load(return_imm(1), type=ProgType.CGROUP_SKB, license="MIT", name="theirs")
+            programs.load(
+                return_imm(verdict),
+                type=kind,
+                license="MIT",
+                name="theirs",
+                expected_attach_type=expected,
+            )
         )
         if how == "link":
-            attachment = links.create_link(program, fd, EGRESS)
+            attachment = links.create_link(program, fd, hook)
         else:
-            attachment = links.attach_legacy(program, fd, EGRESS, AttachMode[how])
+            attachment = links.attach_legacy(program, fd, hook, AttachMode[how])
         stack.callback(attachment.detach)
         yield program

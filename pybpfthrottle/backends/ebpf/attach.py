@@ -6,9 +6,10 @@ import errno
 import logging
 import os
 from functools import partial
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attached, privileges
+from pybpfthrottle.backends.ebpf.attached import Attached
 from pybpfthrottle.bpf import features, links, syscall
 from pybpfthrottle.bpf.abi import AttachType, Cmd
 from pybpfthrottle.bpf.links import Attachment, AttachMode, Link
@@ -17,6 +18,7 @@ from pybpfthrottle.bpf.syscall import errno_name
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.signals import held_back
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
@@ -36,6 +38,10 @@ _HOOK_NAMES = {
     AttachType.CGROUP_SETSOCKOPT: "setsockopt",
     AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
 }
+_NO_OVERRIDE = (
+    "Ask its owner to attach it with BPF_F_ALLOW_MULTI; --pid, --name, --exe and --user limit"
+    " processes without that; --override-others insists"
+)
 
 _MODES = {
     AttachMode.ALLOW_MULTIPLE: "AllowMultiple (BPF_F_ALLOW_MULTI - allows coexistence)",
@@ -80,6 +86,75 @@ def attach(
     )
     log.log(level, "Successfully attached eBPF %s program", _HOOK_NAMES[attach_type])
     return attachment
+
+
+def refuse_to_override(
+    program: Program, cgroup: Cgroup, attach_type: AttachType, policy: AttachPolicy
+) -> None:
+    """Raise AttachError where another tool's program would run no more for a cgroup.
+
+    Whatever is attached below one that was attached with BPF_F_ALLOW_OVERRIDE replaces it there.
+    To be asked before anything is attached; ``policy`` may allow it.
+    """
+    if policy.override_others:
+        return
+    found = attached.overridden(cgroup, attach_type)
+    if found:
+        raise _overriding(program, cgroup, found)
+    hidden = attached.from_above(cgroup, attach_type)
+    # A link never may be overridden.
+    if not all(one.links for one in hidden):
+        _try_below(program, cgroup, attach_type, hidden)
+
+
+def _try_below(
+    program: Program, cgroup: Cgroup, attach_type: AttachType, hidden: Sequence[Attached]
+) -> None:
+    """Find out whether programs may be overridden that are attached above what is visible.
+
+    The kernel does not tell their mode; but in a new cgroup, where nobody is, it can be tried.
+    """
+    try:
+        with held_back():
+            trial = own_cgroups.create_empty(cgroup)
+    except OSError as error:
+        raise AttachError(
+            f"cannot attach {program.name!r} to {cgroup.path}: that may switch off"
+            f" {', '.join(map(str, hidden))}, attached above what is visible here; whether it"
+            f" does cannot be tried in a new cgroup ({error.strerror}). {_NO_OVERRIDE}"
+        ) from error
+    try:
+        remaining = _remaining(program, trial.cgroup, attach_type)
+    except OSError:  # the kernel will say so again
+        return
+    finally:
+        trial.remove()
+    lost = [one for one in hidden if one.program_id not in remaining]
+    if lost:
+        raise _overriding(program, cgroup, lost)
+
+
+def _remaining(program: Program, trial: Cgroup, attach_type: AttachType) -> frozenset[int]:
+    """Return the ids of what runs in a cgroup once a program is attached to it; for a moment."""
+    fd = trial.open()
+    try:
+        attachment = links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
+    finally:
+        os.close(fd)
+    try:
+        return attached.effective_ids(trial, attach_type)
+    finally:
+        attachment.detach()
+
+
+def _overriding(program: Program, cgroup: Cgroup, found: Sequence[Attached]) -> AttachError:
+    where = found[0].cgroup
+    place = "above what is visible here" if where == cgroup else f"to {where.path}, above it,"
+    return AttachError(
+        f"cannot attach {program.name!r} to {cgroup.path}: that would switch off another program"
+        f" there, which is attached {place} with BPF_F_ALLOW_OVERRIDE:"
+        f" {', '.join(map(str, found))}. {_NO_OVERRIDE}"
+    )
 
 
 def _attach(

@@ -8,7 +8,7 @@ import pwd
 import re
 from contextlib import suppress
 from functools import cached_property
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Collection, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.bpf import features, links, programs
 from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
@@ -24,6 +24,8 @@ CGROUP_TYPES = tuple(
     for attach_type in AttachType
     if attach_type.name.startswith("CGROUP_") or attach_type is AttachType.LSM_CGROUP
 )
+# An attach type that this kernel does not have.
+_NO_HOOK = (errno.EINVAL, errno.ENOTSUP, ENOTSUPP)
 
 
 class Links:
@@ -98,9 +100,7 @@ def at(
             try:
                 found = links.query(fd, hook, effective=effective)
             except OSError as error:
-                # An attach type that this kernel does not have; or it does not have the question.
-                lacks = error.errno in (errno.EINVAL, errno.ENOTSUP, ENOTSUPP)
-                if lacks and features.QUERY.available():
+                if error.errno in _NO_HOOK and features.QUERY.available():
                     continue
                 raise
             mode = None if effective else AttachMode(found.attach_flags)
@@ -132,6 +132,90 @@ def blocking(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
             if found:
                 return found
     return []
+
+
+def overridden(cgroup: Cgroup, hook: AttachType, *, but: Collection[int] = ()) -> list[Attached]:
+    """The programs that run no more for a cgroup once anything is attached to it at a hook.
+
+    These are an ancestor's that may be overridden, if nothing between has overridden them already.
+    ``but`` are the ids of programs at the cgroup that do not count, since they are asked about. Of
+    ancestors that are not visible (above a cgroup namespace) see ``from_above``. Where the kernel
+    does not tell (before Linux 4.15, or without privileges) there seem to be none.
+    """
+    with suppress(OSError, CgroupError):
+        for where in cgroup.with_ancestors():
+            # What an ancestor has is asked for its mode first: there may be many to describe.
+            found = [one for one in _ids_at(where, hook) if one not in but or where != cgroup]
+            if found:
+                there = list(at(where, [hook])) if where != cgroup else []
+                return [one for one in there if one.mode is AttachMode.ALLOW_OVERRIDE]
+    return []
+
+
+def from_above(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
+    """The programs that run for a cgroup and are attached to ancestors that are not visible.
+
+    Only where neither it nor an ancestor that is visible has any: then one of them may be
+    overridden.
+    """
+    with suppress(OSError, CgroupError):
+        above = list(cgroup.with_ancestors())
+        if above and not above[-1].is_root() and not any(_ids_at(a, hook) for a in above):
+            return list(at(cgroup, [hook], effective=True))
+    return []
+
+
+def silenced(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
+    """The programs of visible ancestors that do not run for a cgroup, since others override them.
+
+    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    """
+    found: list[Attached] = []
+    overriding = False
+    for where in cgroup.with_ancestors():
+        here = list(at(where, [hook]))
+        if overriding and here and here[0].mode is AttachMode.ALLOW_OVERRIDE:
+            found += here
+        overriding = overriding or bool(here)
+    return found
+
+
+def left(origin: Cgroup, other: Cgroup) -> list[Attached]:
+    """The programs that run for one cgroup, and not for another one, at any hook.
+
+    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    """
+    if other == origin:
+        return []
+    known = Links()
+    elsewhere = {
+        (one.attach_type, one.program_id) for one in at(other, effective=True, known=known)
+    }
+    return [
+        one
+        for one in at(origin, effective=True, known=known)
+        if (one.attach_type, one.program_id) not in elsewhere
+    ]
+
+
+def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:
+    """The ids of the programs that run at a hook of a cgroup; none where the kernel has no hook.
+
+    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    """
+    return frozenset(_ids_at(cgroup, hook, effective=True))
+
+
+def _ids_at(cgroup: Cgroup, hook: AttachType, *, effective: bool = False) -> tuple[int, ...]:
+    fd = cgroup.open()
+    try:
+        return links.query(fd, hook, effective=effective).program_ids
+    except OSError as error:
+        if error.errno in _NO_HOOK:
+            return ()
+        raise
+    finally:
+        os.close(fd)
 
 
 def _info(program_id: int) -> Optional[ProgramInfo]:

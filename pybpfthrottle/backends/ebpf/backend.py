@@ -7,13 +7,21 @@ from contextlib import suppress
 from typing import Iterator, Optional
 
 from pybpfthrottle.backends import Executions, Match, Offer, Order, Part, Priority, Ready, Record
-from pybpfthrottle.backends.ebpf import features, leftovers, privileges, programs, registry
+from pybpfthrottle.backends.ebpf import (
+    attached,
+    features,
+    leftovers,
+    privileges,
+    programs,
+    registry,
+)
 from pybpfthrottle.backends.ebpf.found import FoundThrottle
 from pybpfthrottle.backends.ebpf.marks import Tracing
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
 from pybpfthrottle.errors import CgroupError, Error
 from pybpfthrottle.linux import cgroup
+from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 
 
@@ -43,6 +51,12 @@ class EbpfBackend:
         beforehand would take as long.
         """
         return Offer(self.name, self.priority, direction, match, self.unavailable(direction))
+
+    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
+        """Return the programs that run for one cgroup and not for another one, for people."""
+        with suppress(OSError, CgroupError):  # then nothing can be attached either
+            return [str(program) for program in attached.left(origin, other)]
+        return []
 
     def prepare(self) -> None:
         """Read the object ahead; what is wrong with it is told when it is applied."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
-from pybpfthrottle.backends.ebpf.attach import attach
+from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override
 from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.pacer import Pacer
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
@@ -20,11 +20,13 @@ from pybpfthrottle.backends.ebpf.records import ThrottleLevel, ThrottleSlack, Th
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.errors import BpfError, CgroupError
+from pybpfthrottle.errors import AttachError, BpfError, CgroupError
+from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Borrowed, TcpInfo
 from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
 from pybpfthrottle.supervisor import Chore
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,22 @@ class Connections:
     """
 
     def __init__(
-        self, maps: Mapping[str, Map[Any, Any]], bucket: Bucket, *, limited: Pids, holders: Pids
+        self,
+        maps: Mapping[str, Map[Any, Any]],
+        bucket: Bucket,
+        *,
+        limited: Pids,
+        holders: Pids,
+        policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
     ) -> None:
         self._maps = maps
         self._bucket = bucket
         self._holders = holders
+        self._policy = policy
         self._pacer = Pacer(limited, maps[SOCKETS], bucket.seen)
         self._unadopted = 0
+        # What the user should know of it, a line each.
+        self.notes: tuple[str, ...] = ()
 
     @contextmanager
     def adopting(
@@ -63,9 +74,12 @@ class Connections:
         spec = programs.read(programs.object_for(scope))
         with ExitStack() as stack:
             adoption = _Adoption(
-                lambda program: _attach(spec, program, self._maps, cgroups, stack), self._pacer
+                lambda program: _attach(spec, program, self._maps, cgroups, self._policy, stack),
+                self._pacer,
             )
             yield adoption
+        if adoption.refused is not None and adoption.unadopted:
+            self.notes = (f"connections that were open before are not shaped: {adoption.refused}",)
         if adoption.unadopted:
             self._unadopted += adoption.unadopted
             self._make_do()
@@ -104,7 +118,7 @@ class _Adoption:
     """Has connections shaped, by the first program at the setsockopt hook that works.
 
     ``attach_program`` returns what detaches it again. ``unadopted`` counts the connections whose
-    downloads, at least, are policed.
+    downloads, at least, are policed; ``refused`` says what kept a program from being attached.
     """
 
     def __init__(
@@ -119,6 +133,7 @@ class _Adoption:
         ]
         self._program: Optional[Shipped] = None
         self.unadopted = 0
+        self.refused: Optional[AttachError] = None
 
     def __call__(self, found: Borrowed) -> None:
         """Have a socket shaped, if it is a connection."""
@@ -148,6 +163,7 @@ class _Adoption:
             try:
                 self._detach = self._attach_program(program)
             except (BpfError, CgroupError) as error:
+                self.refused = error if isinstance(error, AttachError) else self.refused
                 log.debug("Connections that are open are not for %s: %s", program.name, error)
                 continue
             self._program = program
@@ -160,15 +176,16 @@ def _attach(
     program: Shipped,
     maps: Mapping[str, Map[Any, Any]],
     cgroups: Sequence[Cgroup],
+    policy: AttachPolicy,
     stack: ExitStack,
 ) -> Callable[[], None]:
     """Load a program for a moment; ``stack`` detaches it, or what is returned does."""
     with ExitStack() as undo:
         loaded = undo.enter_context(loader.load(spec, [program.name], maps=maps))
         for target in cgroups:
-            attachment = attach(
-                loaded.programs[program.name], target, program.attach_type, repeats=True
-            )
+            live = loaded.programs[program.name]
+            refuse_to_override(live, target, program.attach_type, policy)
+            attachment = attach(live, target, program.attach_type, policy, repeats=True)
             undo.callback(attachment.detach)
         attached = stack.enter_context(undo.pop_all())
     return attached.close
@@ -249,7 +266,7 @@ def _wait_and_restore(
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)
     # A link that this process held would not end with the other one.
-    open_ones = sorted({reading, *kept})
+    open_ones = sorted({reading, *kept, *cgroups_v2.descriptors()})
     for first, last in zip([-1, *open_ones], [*open_ones, _MOST_DESCRIPTORS]):
         os.closerange(first + 1, last)
     with suppress(OSError):

@@ -183,7 +183,7 @@ class FoundThrottle:
 
     def _restore(self) -> None:
         if SOCKETS in self._maps:
-            where = [Cgroup(path) for path in self._found.cgroups]
+            where = self._found.visible_cgroups()
             if self._found.match is Match.MARKS:  # a marked socket may be handed over
                 where = [cgroups_v2.root()]
             connections.restore(connections.pids(where), self._maps[SOCKETS])
@@ -199,9 +199,9 @@ class FoundThrottle:
                     # Linux 5.9; before, the programs stay and let all pass.
                     with suppress(OSError), links.open_by_id(link.id) as open_link:
                         open_link.force_detach()
-        for path in self._found.cgroups:
+        for cgroup in self._found.visible_cgroups():
             with suppress(CgroupError):
-                _detach_legacy(Cgroup(path), ours)
+                _detach_legacy(cgroup, ours)
 
 
 def _detach_legacy(cgroup: Cgroup, ours: dict[int, Shipped]) -> None:

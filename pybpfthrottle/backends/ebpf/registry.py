@@ -116,7 +116,13 @@ def _fitting(fields: Mapping[str, Any]) -> bytes:
         for name, value in spec["target"].items()
     }
     return json.dumps(
-        {**fields, "cgroups": fields["cgroups"][:1], "spec": {**spec, "target": cut}, "cut": True}
+        {
+            **fields,
+            "cgroups": fields["cgroups"][:1],
+            "cgroup_ids": fields.get("cgroup_ids", [])[:1],
+            "spec": {**spec, "target": cut},
+            "cut": True,
+        }
     ).encode()[:_MOST_BYTES]
 
 
@@ -194,6 +200,7 @@ def record_of(entry: Entry, map_id: int) -> Record:
         backend="ebpf",
         match=Match(fields["match"]),
         cgroups=tuple(fields["cgroups"]),
+        cgroup_ids=tuple(map(int, fields.get("cgroup_ids", ()))),
         kept=entry.kept,
         since_ns=int(fields["since_ns"]),
         removed=entry.removed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -19,8 +19,8 @@ from typing import (
 )
 
 from pybpfthrottle.backends import Match, Order
-from pybpfthrottle.backends.ebpf import carriers, connections, programs
-from pybpfthrottle.backends.ebpf.attach import attach, rung
+from pybpfthrottle.backends.ebpf import attached, carriers, connections, programs
+from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override, rung
 from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 # How soon it is noticed that somebody else has changed or removed the throttle.
 _NOTICE_S = 0.25
+# How soon it is noticed that another tool's program above does not run since this one does.
+_LOOK_ABOVE_S = 1.0
 
 # A program, where it is to be attached, and how.
 Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
@@ -123,6 +125,7 @@ class EbpfThrottle:
         self._undo.callback(self._restore)
         self._undo.callback(self._say_removed)
         self._noticing = Periodic(_NOTICE_S, self._notice)
+        self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above)
 
     @property
     def limits(self) -> Limits:
@@ -372,10 +375,16 @@ class EbpfThrottle:
             self._place(self._everywhere(loaded[0], cgroups))
         except AttachError as error:
             self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
+            self._notes.append(f"TCP is not shaped, packets over the limit are dropped: {error}")
             return False
         if self._connections is None:
             self._connections = Connections(
-                self._maps, self._bucket, limited=self._pids, holders=self._holders
+                self._maps,
+                self._bucket,
+                limited=self._pids,
+                holders=self._holders,
+                # Whatever the method of the limit: it is attached for a moment only.
+                policy=AttachPolicy(override_others=self._policy().override_others),
             )
         self._open_gate(cgroups)
         return True
@@ -449,13 +458,20 @@ class EbpfThrottle:
                 yield program, target, self._options.attach.get(direction, AttachPolicy())
 
     def _everywhere(self, program: Shipped, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
-        policy = self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
         for target in cgroups:
-            yield program, target, policy
+            yield program, target, self._policy()
+
+    def _policy(self) -> AttachPolicy:
+        """Return how what serves both directions is attached."""
+        return self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
 
     def _place(self, wanted: Iterable[Wanted]) -> None:
         """Attach programs that are loaded: all, or none. Raises AttachError or CgroupError."""
         placed: list[Placed] = []
+        wanted = list(wanted)
+        for program, target, policy in wanted:
+            live = self._programs[program.name]
+            refuse_to_override(live, target, program.attach_type, policy)
         with ExitStack() as undo:
             for program, target, policy in wanted:
                 live = self._programs[program.name]
@@ -540,10 +556,11 @@ class EbpfThrottle:
     def _note_down(self) -> None:
         """Say what it is now."""
         spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
-        cgroups = [cgroup.path for cgroup in self._order.cgroups]
+        cgroups = self._order.cgroups or list(dict.fromkeys(one.target for one in self._placed))
         self._fields.update(
             spec=spec.to_json(),
-            cgroups=cgroups or list(dict.fromkeys(one.target.path for one in self._placed)),
+            cgroups=[cgroup.path for cgroup in cgroups],
+            cgroup_ids=_ids(cgroups),
             attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
             refused=self._bucket.refused,
         )
@@ -577,6 +594,21 @@ class EbpfThrottle:
                 self._change_rate(direction, rate)
         if entry.fields.get(ASKED):
             self._answer(str(entry.fields[ASKED]))
+
+    def _look_above(self) -> None:
+        """Say what was attached above later, and does not run because of what is attached here."""
+        for one in self._placed:
+            with suppress(OSError):
+                for other in attached.overridden(
+                    one.target, one.program.attach_type, but=[one.live.info().id]
+                ):
+                    note = (
+                        f"this limit switches off another program for {one.target.path}: {other},"
+                        f" attached to {other.cgroup.path}, above it, with BPF_F_ALLOW_OVERRIDE;"
+                        " end the limit, or have its owner attach it with BPF_F_ALLOW_MULTI"
+                    )
+                    if note not in self._notes:
+                        self._notes.append(note)
 
     def _answer(self, method: str) -> None:
         """Attach by the method that somebody asks for, and say how that went."""
@@ -641,6 +673,7 @@ class EbpfThrottle:
     def notes(self) -> list[str]:
         """Return what is not covered, or covered besides, a line each."""
         found = [*self._notes, *self._bucket.shapes_not_kept()]
+        found += self._connections.notes if self._connections is not None else ()
         for one in (self._strays, self._marks, self._gate):
             found += one.notes() if one is not None else ()
         return found
@@ -648,6 +681,8 @@ class EbpfThrottle:
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""
         found: list[Chore] = [self._noticing]
+        if any(not one.target.is_root() for one in self._placed):
+            found.append(self._looking_above)
         if self._strays is not None:
             found.append(self._strays)
         processes = self._order.processes
@@ -694,3 +729,12 @@ class EbpfThrottle:
 
 def _is_above(one: Cgroup, other: Cgroup) -> bool:
     return one != other and other in one
+
+
+def _ids(cgroups: Sequence[Cgroup]) -> list[int]:
+    """Return the ids of cgroups; 0 for one that is gone already."""
+    found = [0] * len(cgroups)
+    for index, cgroup in enumerate(cgroups):
+        with suppress(OSError):
+            found[index] = cgroup.id
+    return found

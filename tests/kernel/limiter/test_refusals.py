@@ -79,11 +79,17 @@ def test_programs_that_share_are_no_obstacle(scratch, child, how, place, method)
 
 
 @pytest.mark.parametrize("method", [pytest.param("link", marks=since("5.7")), "legacy"])
-def test_below_one_that_may_be_overridden_a_limit_is_attached(scratch, child, method) -> None:
-    """An ancestor's program in mode override does not stand in the way."""
-    with other(scratch, "ALLOW_OVERRIDE"):
-        with throttle.apply([child], UPLOAD, options=policy(method)):
-            assert len(attached(child)) == 1
+def test_below_one_that_may_be_overridden_a_limit_is_refused(scratch, child, method) -> None:
+    """The error names the ancestor's program, and nothing is attached.
+
+    The kernel would attach it; but then a firewall above would run no more for what is below, so
+    this test once asserted the wrong thing: that an ancestor's program does not stand in the way.
+    """
+    with other(scratch, "ALLOW_OVERRIDE") as theirs:
+        with pytest.raises(AttachError, match=rf"switch off.*theirs \(id {theirs.info().id},"):
+            throttle.apply([child], UPLOAD, options=policy(method))
+        assert attached(child) == []
+        assert attached(scratch) == [theirs.info().id]
 
 
 @since("5.7")

@@ -88,6 +88,7 @@ TABLE = [
         [("trial.target", FAIL, "EPERM"), ("attached.programs", FAIL, "exclusive")],
         "exclusive-program",
     ),
+    ([("trial.target", FAIL, "overridable")], "overridable-program"),
     (
         [("trial.target", FAIL, "E2BIG"), ("attached.programs", FAIL, "too-many")],
         "too-many-programs",
