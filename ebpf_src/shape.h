@@ -310,6 +310,7 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
 	__u64 bytes, least, way_us;
+	int gated;
 
 	if (!gate || !gate->alive)
 		return 0;
@@ -321,12 +322,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 		hurry_acknowledgements(ctx);
 	}
 	count_flows(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s, now);
-	if (socket->gate == GATE_READY && !socket->gated &&
-	    ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES)
-		socket->gated = 1;
-	/* What was asked for is on its way, and to drop it would only make it come twice. */
-	if (socket->gated && bucket->slack_ns < GATE_SLACK_NS)
-		bucket->slack_ns = GATE_SLACK_NS;
+	gated = socket->gated || (socket->gate == GATE_READY &&
+				  ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES);
 	way_us = gate->round_trip_ns / 1000;
 	if (way_us > MOST_GATE_WAY_US)
 		way_us = MOST_GATE_WAY_US;
@@ -334,12 +331,18 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	least = 2 * socket->segment + LEAST_GATE_BYTES;
 	if (bytes < least)
 		bytes = least;
-	if (!socket->gated)
+	if (!gated)
 		bytes = socket->first * socket->segment;
 	value = bytes < 1 << 30 ? bytes : 1 << 30;
-	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
+	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value))) {
+		socket->gated = 0;
 		return 0;
+	}
 	socket->clamp = value;
+	socket->gated = gated;
+	/* What was asked for is on its way, and to drop it would only make it come twice. */
+	if (gated && bucket->slack_ns < GATE_SLACK_NS)
+		bucket->slack_ns = GATE_SLACK_NS;
 	return 1;
 }
 
