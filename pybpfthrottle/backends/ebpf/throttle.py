@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import (
     Any,
     Callable,
     ContextManager,
-    Iterable,
     Iterator,
     Mapping,
     Optional,
     Sequence,
-    Tuple,
 )
 
 from pybpfthrottle.backends import Match, Order
-from pybpfthrottle.backends.ebpf import attached, carriers, connections, programs
-from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override, rung
+from pybpfthrottle.backends.ebpf import carriers, connections, programs
 from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import (
@@ -33,11 +30,9 @@ from pybpfthrottle.backends.ebpf.registry import (
     ASKED,
     RecordMap,
     record_of,
-    refuse_to_replace,
 )
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.bpf import loader
-from pybpfthrottle.bpf.links import Attachment
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
@@ -57,36 +52,6 @@ _NOTICE_S = 0.25
 # How soon it is noticed that another tool's program above does not run since this one does.
 _LOOK_ABOVE_S = 1.0
 
-# A program, where it is to be attached, and how.
-Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
-
-
-@dataclass
-class Placed:
-    """A program where it is attached; ``attachment`` is another one after a switch."""
-
-    program: Shipped
-    live: Program
-    target: Cgroup
-    policy: AttachPolicy
-    attachment: Attachment
-
-    def detach(self) -> None:
-        """Take it away."""
-        self.attachment.detach()
-
-    def switch(self, method: str) -> None:
-        """Attach it by another method first, then end the old attachment. Raises AttachError.
-
-        Before Linux 4.15, where there is one program alone, there is also one method alone.
-        """
-        if rung(self.attachment).partition(" ")[0] == method:
-            return
-        policy = self.policy._replace(method=method)
-        attachment = attach(self.live, self.target, self.program.attach_type, policy)
-        before, self.attachment = self.attachment, attachment
-        before.detach()
-
 
 class EbpfThrottle:
     """What one order has put in force. ``put_in_force`` does it, ``remove`` ends it."""
@@ -98,9 +63,7 @@ class EbpfThrottle:
         self._programs: dict[str, Program] = {}
         self._maps: dict[str, Map[Any, Any]] = {}
         self._object_name = ""
-        self._placed: list[Placed] = []
-        # On cgroups that were removed: what their sockets still have to send is limited too.
-        self._outlived: list[Placed] = []
+        self._placed = Placements(self._programs)
         self._marks: Optional[Marks] = None
         # Where connections of processes are shaped.
         self._marked_cgroups: Sequence[Cgroup] = ()
@@ -122,6 +85,7 @@ class EbpfThrottle:
         self._loaded, self._followed, self._attached, self._guarded = (
             self._undo.enter_context(ExitStack()) for _ in range(4)
         )
+        self._attached.callback(self._placed.detach)
         self._undo.callback(self._restore)
         self._undo.callback(self._say_removed)
         self._noticing = Periodic(_NOTICE_S, self._notice)
@@ -208,15 +172,12 @@ class EbpfThrottle:
     def _log(self, direction: Direction) -> None:
         """Log in one line what is attached how, and at what rate."""
         how = self.describe(direction)
-        paths = dict.fromkeys(
-            one.target.path for one in self._placed if one.program.direction is direction
-        )
         log.info(
             "%s: limited to %s, attached by %s to %s; %s, since %s",
             direction,
             self._bucket.rates[direction] or "no rate",
             how["attached_by"],
-            ", ".join(paths),
+            ", ".join(cgroup.path for cgroup in self._placed.targets(direction)),
             how["shape"],
             how["shape_reason"],
         )
@@ -282,7 +243,7 @@ class EbpfThrottle:
 
     def _limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
         """Limit all packets of cgroups. Raises AttachError or CgroupError."""
-        self._place(self._policers(Scope.ALL, cgroups))
+        self._placed.attach(self._policers(Scope.ALL, cgroups))
         if self._shape(Scope.ALL, cgroups):
             with self._adopting(Scope.ALL, cgroups) as adopt:
                 for found in sockets.Scan().new(connections.pids(cgroups)):
@@ -337,7 +298,7 @@ class EbpfThrottle:
         if MARKS not in self._maps:
             self._load(Scope.MARKED)
         top = [cgroups_v2.root()]
-        self._place(self._for_marks(Selection(), top))
+        self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
         self._fields["maps"] = {name: live.info().id for name, live in self._maps.items()}
@@ -348,13 +309,13 @@ class EbpfThrottle:
         """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
         top = cgroups_v2.root()
         try:
-            self._place(self._for_marks(selection, [top]))
+            self._placed.attach(self._for_marks(selection, [top]))
         except AttachError as error:
             own = dict.fromkeys(cgroups_v2.from_pid(one.pid) for one in selection.processes)
             below = [one for one in own if one != top]
             if not below:
                 raise
-            self._place(self._for_marks(selection, below))
+            self._placed.attach(self._for_marks(selection, below))
             self._notes.append(
                 f"sockets that were made in other cgroups than"
                 f" {', '.join(one.path for one in below)} are not limited: {error}"
@@ -372,7 +333,7 @@ class EbpfThrottle:
         if not loaded:
             return False
         try:
-            self._place(self._everywhere(loaded[0], cgroups))
+            self._placed.attach(self._everywhere(loaded[0], cgroups))
         except AttachError as error:
             self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             self._notes.append(f"TCP is not shaped, packets over the limit are dropped: {error}")
@@ -424,20 +385,11 @@ class EbpfThrottle:
         """Attach the gate. Without it the receive window is moved by the kernel alone."""
         if self._gate is not None:
             (program,) = programs.with_role(Role.GATE)
-            before = [one for one in self._placed if one.program is program]
-            # An acknowledgement is to pass it once: below one that is there it is not needed.
-            new = [
-                each for each in cgroups if not any(_is_above(one.target, each) for one in before)
-            ]
             try:
-                self._place(self._everywhere(program, new))
+                # An acknowledgement is to pass it once.
+                self._placed.attach_once_each_path(self._everywhere(program, cgroups))
             except AttachError as error:
                 self._end_gate(str(error))
-            else:
-                for one in before:
-                    if any(_is_above(each, one.target) for each in new):
-                        self._placed.remove(one)
-                        one.detach()
         self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
 
     def _end_gate(self, why: str) -> None:
@@ -465,63 +417,12 @@ class EbpfThrottle:
         """Return how what serves both directions is attached."""
         return self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
 
-    def _place(self, wanted: Iterable[Wanted]) -> None:
-        """Attach programs that are loaded: all, or none. Raises AttachError or CgroupError."""
-        placed: list[Placed] = []
-        wanted = list(wanted)
-        for program, target, policy in wanted:
-            live = self._programs[program.name]
-            refuse_to_override(live, target, program.attach_type, policy)
-        with ExitStack() as undo:
-            for program, target, policy in wanted:
-                live = self._programs[program.name]
-                # One line a direction is enough; the others are the same once more.
-                repeats = program.direction is None or any(
-                    program.direction is one.program.direction for one in placed
-                )
-                attachment = attach(
-                    live,
-                    target,
-                    program.attach_type,
-                    policy,
-                    before_replacing=refuse_to_replace,
-                    repeats=repeats,
-                )
-                one = Placed(program, live, target, policy, attachment)
-                undo.callback(one.detach)
-                placed.append(one)
-            if not self._placed:
-                self._attached.callback(self._detach)
-            undo.pop_all()
-        self._placed += placed
-
-    def _detach(self) -> None:
-        """Detach all, the last first; whatever raises, the rest is too."""
-        with ExitStack() as steps:
-            for one in [*self._outlived, *self._placed]:
-                steps.callback(one.detach)
-
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Limit one cgroup instead of another that was removed.
 
         Raises AttachError or CgroupError; then it is limited no more than before.
         """
-        before = [one for one in self._placed if one.target == gone]
-        placed = len(self._placed)
-        try:
-            self._limit_cgroups([come])
-        except BaseException:
-            with ExitStack() as steps:
-                for one in self._placed[placed:]:
-                    steps.callback(one.detach)
-            del self._placed[placed:]
-            raise
-        self._placed = [one for one in self._placed if one not in before]
-        with ExitStack() as steps:
-            for one in [each for each in self._outlived if each.target == gone]:
-                steps.callback(one.detach)
-                self._outlived.remove(one)
-        self._outlived += before
+        self._placed.replace(gone, lambda: self._limit_cgroups([come]))
         cgroups = [come if one == gone else one for one in self._order.cgroups]
         self._order = self._order._replace(cgroups=cgroups)
         self._is_noted = False
@@ -556,12 +457,12 @@ class EbpfThrottle:
     def _note_down(self) -> None:
         """Say what it is now."""
         spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
-        cgroups = self._order.cgroups or list(dict.fromkeys(one.target for one in self._placed))
+        cgroups = self._order.cgroups or self._placed.targets()
         self._fields.update(
             spec=spec.to_json(),
             cgroups=[cgroup.path for cgroup in cgroups],
             cgroup_ids=_ids(cgroups),
-            attached_by="+".join(sorted({rung(one.attachment) for one in self._placed})),
+            attached_by=self._placed.attached_by(),
             refused=self._bucket.refused,
         )
         self._generation = self._record.write(self._fields)
@@ -597,24 +498,12 @@ class EbpfThrottle:
 
     def _look_above(self) -> None:
         """Say what was attached above later, and does not run because of what is attached here."""
-        for one in self._placed:
-            with suppress(OSError):
-                for other in attached.overridden(
-                    one.target, one.program.attach_type, but=[one.live.info().id]
-                ):
-                    note = (
-                        f"this limit switches off another program for {one.target.path}: {other},"
-                        f" attached to {other.cgroup.path}, above it, with BPF_F_ALLOW_OVERRIDE;"
-                        " end the limit, or have its owner attach it with BPF_F_ALLOW_MULTI"
-                    )
-                    if note not in self._notes:
-                        self._notes.append(note)
+        self._notes += [note for note in self._placed.switching_off() if note not in self._notes]
 
     def _answer(self, method: str) -> None:
         """Attach by the method that somebody asks for, and say how that went."""
         try:
-            for one in self._placed:
-                one.switch(method)
+            self._placed.switch(method)
             self._fields.pop(ANSWER, None)
         except AttachError as error:
             self._fields[ANSWER] = str(error)
@@ -645,19 +534,17 @@ class EbpfThrottle:
 
     def switch(self, method: str) -> None:
         """Attach by another method. Raises AttachError; then what was attached before still is."""
-        for one in self._placed:
-            one.switch(method)
+        self._placed.switch(method)
         with locked():
             self._note_down()
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how it is attached and shaped, and which of the shipped objects it comes from."""
-        rungs = {rung(one.attachment) for one in self._placed if one.program.direction is direction}
         shaping = self._bucket.shaping(direction)
         how = {
             "backend": "ebpf",
             "object": self._object_name,
-            "attached_by": "+".join(sorted(rungs)),
+            "attached_by": self._placed.attached_by(direction),
             "shape": shaping.method,
             "shape_reason": shaping.reason,
         }
@@ -681,7 +568,7 @@ class EbpfThrottle:
     def chores(self) -> Sequence[Chore]:
         """Return what keeps it up to date."""
         found: list[Chore] = [self._noticing]
-        if any(not one.target.is_root() for one in self._placed):
+        if any(not target.is_root() for target in self._placed.targets()):
             found.append(self._looking_above)
         if self._strays is not None:
             found.append(self._strays)
@@ -725,10 +612,6 @@ class EbpfThrottle:
         """Return all that may have a socket that was shaped: one with a mark may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)
-
-
-def _is_above(one: Cgroup, other: Cgroup) -> bool:
-    return one != other and other in one
 
 
 def _ids(cgroups: Sequence[Cgroup]) -> list[int]:

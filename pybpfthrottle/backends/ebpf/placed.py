@@ -1,0 +1,162 @@
+"""Where the programs of one throttle are attached, and how."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Mapping, Optional, Tuple
+
+from pybpfthrottle.backends.ebpf import attached
+from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override, rung
+from pybpfthrottle.backends.ebpf.programs import Shipped
+from pybpfthrottle.backends.ebpf.registry import refuse_to_replace
+from pybpfthrottle.bpf.links import Attachment
+from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction
+from pybpfthrottle.settings import AttachPolicy
+
+# A program, the cgroup to attach it to, and how.
+Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
+
+
+@dataclass
+class Placed:
+    """A program where it is attached; ``attachment`` is another one after a switch."""
+
+    program: Shipped
+    live: Program
+    target: Cgroup
+    policy: AttachPolicy
+    attachment: Attachment
+
+    def detach(self) -> None:
+        """Take it away."""
+        self.attachment.detach()
+
+    def switch(self, method: str) -> None:
+        """Attach it by another method first, then end the old attachment. Raises AttachError.
+
+        Before Linux 4.15, where there is one program alone, there is also one method alone.
+        """
+        if rung(self.attachment).partition(" ")[0] == method:
+            return
+        policy = self.policy._replace(method=method)
+        attachment = attach(self.live, self.target, self.program.attach_type, policy)
+        before, self.attachment = self.attachment, attachment
+        before.detach()
+
+
+class Placements:
+    """The attached programs of one throttle. ``detach`` takes all of them away."""
+
+    def __init__(self, programs: Mapping[str, Program]) -> None:
+        """``programs`` are those that are loaded, by name; more may come."""
+        self._programs = programs
+        self._placed: list[Placed] = []
+        # On cgroups that were removed: what their sockets still have to send is limited too.
+        self._outlived: list[Placed] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._placed)
+
+    def attach(self, wanted: Iterable[Wanted]) -> None:
+        """Attach programs: all, or none. Raises AttachError or CgroupError."""
+        wanted = list(wanted)
+        for program, target, policy in wanted:
+            live = self._programs[program.name]
+            refuse_to_override(live, target, program.attach_type, policy)
+        placed: list[Placed] = []
+        with ExitStack() as undo:
+            for program, target, policy in wanted:
+                live = self._programs[program.name]
+                attachment = attach(
+                    live,
+                    target,
+                    program.attach_type,
+                    policy,
+                    before_replacing=refuse_to_replace,
+                    # One line a direction is enough; the others are the same.
+                    repeats=program.direction is None
+                    or any(program.direction is one.program.direction for one in placed),
+                )
+                one = Placed(program, live, target, policy, attachment)
+                undo.callback(one.detach)
+                placed.append(one)
+            undo.pop_all()
+        self._placed += placed
+
+    def attach_once_each_path(self, wanted: Iterable[Wanted]) -> None:
+        """Attach one program so that a packet passes it once: not below where it is already.
+
+        Raises AttachError or CgroupError.
+        """
+        wanted = list(wanted)
+        before = [one for one in self._placed if any(one.program is each[0] for each in wanted)]
+        new = [each for each in wanted if not any(_is_above(one.target, each[1]) for one in before)]
+        self.attach(new)
+        for one in before:
+            if any(_is_above(target, one.target) for _, target, _ in new):
+                self._placed.remove(one)
+                one.detach()
+
+    def replace(self, gone: Cgroup, attach_to_new: Callable[[], object]) -> None:
+        """Have programs attached instead of those at a cgroup that was removed.
+
+        Raises what ``attach_to_new`` raises; then nothing has changed.
+        """
+        before = [one for one in self._placed if one.target == gone]
+        count = len(self._placed)
+        try:
+            attach_to_new()
+        except BaseException:
+            _detach(self._placed[count:])
+            del self._placed[count:]
+            raise
+        self._placed = [one for one in self._placed if one not in before]
+        outlived = [one for one in self._outlived if one.target == gone]
+        self._outlived = [one for one in self._outlived if one not in outlived] + before
+        _detach(outlived)
+
+    def switch(self, method: str) -> None:
+        """Attach by another method. Raises AttachError; what was attached before still is."""
+        for one in self._placed:
+            one.switch(method)
+
+    def detach(self) -> None:
+        """Detach all, the last first; whatever raises, the rest is too."""
+        _detach([*self._outlived, *self._placed])
+
+    def attached_by(self, direction: Optional[Direction] = None) -> str:
+        """Return how they are attached, such as "link"; of one direction, or of all."""
+        return "+".join(sorted({rung(one.attachment) for one in self._of(direction)}))
+
+    def targets(self, direction: Optional[Direction] = None) -> list[Cgroup]:
+        """Return the cgroups that they are attached to; for one direction, or all."""
+        return list(dict.fromkeys(one.target for one in self._of(direction)))
+
+    def switching_off(self) -> Iterator[str]:
+        """Return which programs of others, attached above later, do not run because of these."""
+        for one in self._placed:
+            with suppress(OSError):
+                for other in attached.overridden(
+                    one.target, one.program.attach_type, but=[one.live.info().id]
+                ):
+                    yield (
+                        f"this limit switches off another program for {one.target.path}: {other},"
+                        f" attached to {other.cgroup.path}, above it, with BPF_F_ALLOW_OVERRIDE;"
+                        " end the limit, or have its owner attach it with BPF_F_ALLOW_MULTI"
+                    )
+
+    def _of(self, direction: Optional[Direction]) -> Iterator[Placed]:
+        return (one for one in self._placed if direction in (None, one.program.direction))
+
+
+def _detach(placed: Iterable[Placed]) -> None:
+    with ExitStack() as steps:
+        for one in placed:
+            steps.callback(one.detach)
+
+
+def _is_above(one: Cgroup, other: Cgroup) -> bool:
+    return one != other and other in one
