@@ -93,9 +93,9 @@ class Cgroup:
     def ids_below(self) -> set[int]:
         """Return its id, and those of all cgroups below it."""
         found = set()
-        for path, _, _ in os.walk(self.path):
+        for cgroup in walk(self):
             with suppress(FileNotFoundError):
-                found.add(Cgroup(path).id)
+                found.add(cgroup.id)
         return found
 
     def populated(self) -> bool:

@@ -207,9 +207,9 @@ def ids_below(cgroups: Iterable[Cgroup]) -> set[int]:
     """Return the ids of cgroups, and of those below them."""
     found = set()
     for cgroup in cgroups:
-        for path, _, _ in os.walk(cgroup.path):
+        for below in cgroups_v2.walk(cgroup):
             with suppress(OSError):  # it is gone
-                found.add(Cgroup(path).id)
+                found.add(below.id)
     return found
 
 
