@@ -133,7 +133,10 @@ class Terminal:
 
     def wait_for(self, text):
         """Until this was shown."""
-        _eventually(lambda: text in self.text)
+        try:
+            _eventually(lambda: text in self.text)
+        except AssertionError as error:
+            raise AssertionError(f"{text!r} is not in {self.text!r}") from error
 
     def type(self, keys):
         """Type on the keyboard."""
@@ -170,7 +173,9 @@ class Tool:
     def environment(self, **changes):
         """The environment of a user who knows where the package is."""
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(_OWN_VARIABLES)
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith((*_OWN_VARIABLES, "COLUMNS", "LINES"))
         }
         return {**kept, "TERM": "xterm", **changes, "PYTHONPATH": self.path}
 
