@@ -1,4 +1,4 @@
-"""Cgroups of version 2: where they are mounted, and from a path, a pid or a unit to one of them."""
+"""Cgroups v2: where they are mounted, and how to find one by path, pid or unit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 
 log = logging.getLogger(__name__)
 
-# Nobody who plans and attaches takes that long.
+# Planning and attaching never take that long.
 _PATIENCE_S = 5.0
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
 class Mount(NamedTuple):
-    """A line of /proc/self/mountinfo: what of the file system is visible, and where."""
+    """A line of /proc/self/mountinfo: the visible part of a file system, and where it is."""
 
     device: str
     root: str
@@ -37,48 +37,48 @@ class Cgroup:
 
     @property
     def id(self) -> int:
-        """The id that the kernel knows it by: its inode number."""
+        """The kernel's id of the cgroup: its inode number."""
         return os.stat(self.path).st_ino
 
     def open(self) -> int:
-        """A descriptor of its directory; the caller closes it."""
+        """Return a descriptor of the directory; the caller closes it."""
         try:
             return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise CgroupError(f"cannot open the cgroup {self.path}: {error.strerror}") from error
 
     def exists(self) -> bool:
-        """Whether it is still there."""
+        """Whether the cgroup still exists."""
         return os.path.isdir(self.path)
 
     def is_still(self, cgroup_id: int) -> bool:
-        """Whether it is there, and is the one with this id: a path may be given to another one."""
+        """Whether the cgroup exists with this id: its path may be reused for another one."""
         try:
             return self.id == cgroup_id
         except OSError:
             return False
 
     def pids(self) -> list[int]:
-        """The processes in it, not those in cgroups below it. 0 stands for one not visible here."""
+        """Return the processes in this cgroup, not its descendants; 0 is one not visible here."""
         try:
             return [int(line) for line in self._read("cgroup.procs").split()]
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-        # In a threaded cgroup only the threads can be listed.
+        # In a threaded cgroup only threads can be listed.
         return sorted({_leader(int(line)) for line in self._read("cgroup.threads").split()})
 
     def pids_below(self) -> list[int]:
-        """The processes in it and in all cgroups below it."""
+        """Return the processes in this cgroup and its descendants."""
         found = []
         for path, _, _ in os.walk(self.path):
-            # One may vanish in between.
+            # One may vanish meanwhile.
             with suppress(FileNotFoundError):
                 found += Cgroup(path).pids()
         return found
 
     def ids_below(self) -> set[int]:
-        """Return its id, and those of all cgroups below it."""
+        """Return the ids of this cgroup and its descendants."""
         found = set()
         for path, _, _ in os.walk(self.path):
             with suppress(FileNotFoundError):
@@ -86,15 +86,15 @@ class Cgroup:
         return found
 
     def populated(self) -> bool:
-        """Whether a process is in it or below it."""
+        """Whether a process is in this cgroup or a descendant."""
         return "populated 1" in self._read("cgroup.events")
 
     def is_root(self) -> bool:
-        """Whether it is the top of what is visible."""
+        """Whether this is the topmost visible cgroup."""
         return os.path.realpath(self.path) == os.path.realpath(mount().path)
 
     def with_ancestors(self) -> Iterator[Cgroup]:
-        """Itself and those above it, as far as they are visible."""
+        """Yield this cgroup and its visible ancestors."""
         top = root()
         cgroup = self
         while cgroup in top:
@@ -102,14 +102,14 @@ class Cgroup:
             cgroup = Cgroup(os.path.dirname(cgroup.path))
 
     def create_child(self, name: str) -> Cgroup:
-        """Make a cgroup below this one. Raises OSError."""
+        """Create a child cgroup. Raises OSError."""
         child = Cgroup(os.path.join(self.path, name))
         os.mkdir(child.path)
         return child
 
     def move_in(self, pid: int) -> None:
-        """Move a process (0: this one) with all its threads into it. Raises OSError."""
-        # Python's buffered files swallow the error that the kernel gives at the write.
+        """Move a process (0: this one) with all its threads into the cgroup. Raises OSError."""
+        # Python's buffered files swallow the kernel's error for the write.
         fd = os.open(os.path.join(self.path, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"%d" % pid)
@@ -117,9 +117,9 @@ class Cgroup:
             os.close(fd)
 
     def remove(self, *, patience_s: float = 0.0) -> None:
-        """Remove it; it must be empty (EBUSY). Raises OSError; none if it is gone already.
+        """Remove the cgroup, unless it is gone already. Raises OSError: EBUSY if it is not empty.
 
-        A process that has just ended may hold it a moment longer: so long it is tried again.
+        A process that has just ended may hold it a moment longer: retry for ``patience_s``.
         """
         deadline = time.monotonic() + patience_s
         while True:
@@ -164,7 +164,7 @@ def _leader(tid: int) -> int:
 
 
 def mounts() -> list[Mount]:
-    """The mount table of this process."""
+    """Return the mount table of this process."""
     try:
         with open("/proc/self/mountinfo", errors="surrogateescape") as table:
             return [parse_mount(line) for line in table]
@@ -173,7 +173,7 @@ def mounts() -> list[Mount]:
 
 
 def parse_mount(line: str) -> Mount:
-    """A line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
+    """Parse a line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
     fields = line.rstrip("\n").split(" ")
     separator = fields.index("-", 6)
     return Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), fields[separator + 1])
@@ -186,7 +186,7 @@ def _unescape(text: str) -> str:
 
 
 def mount() -> Mount:
-    """Where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
+    """Return where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
 
     Raises CgroupError with what to do.
     """
@@ -201,16 +201,16 @@ def mount() -> Mount:
 
 
 def root() -> Cgroup:
-    """The top of what is visible."""
+    """Return the topmost visible cgroup."""
     return Cgroup(mount().path)
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Have no other process be within ``locked`` at the same time.
+    """Keep other processes out of ``locked`` for the duration of the context.
 
-    It is a lock on the directory of the top cgroup, which all mount namespaces share. Anybody may
-    hold it: after a while it goes on without. Within this process it may be nested.
+    The lock is on the directory of the top cgroup, which all mount namespaces share. Anybody can
+    hold it, so after a while the context is entered without it. It may be nested in this process.
     """
     if _lock.held:
         yield
@@ -231,7 +231,7 @@ def locked() -> Iterator[None]:
 
 @contextmanager
 def locked_if_free() -> Iterator[bool]:
-    """Have no other process be within ``locked``, and tell so; False at once if one is."""
+    """Like ``locked``, but without waiting: yield False if another process holds the lock."""
     fd = -1
     with suppress(OSError, CgroupError):
         fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -267,7 +267,7 @@ def _take(fd: int) -> None:
 
 
 def from_path(path: str) -> Cgroup:
-    """The cgroup v2 at a path. Raises CgroupError for anything else, with what it is."""
+    """Return the cgroup v2 at a path. Raises CgroupError that says what else is there."""
     if not path:
         raise CgroupError("the path of a cgroup is empty")
     real = os.path.realpath(path)
@@ -290,7 +290,7 @@ def from_path(path: str) -> Cgroup:
 
 
 def from_pid(pid: int) -> Cgroup:
-    """The cgroup of a process. Raises ProcessError or CgroupError."""
+    """Return the cgroup of a process. Raises ProcessError or CgroupError."""
     try:
         with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
             lines = file.read().splitlines()
@@ -307,9 +307,9 @@ def from_pid(pid: int) -> Cgroup:
 
 
 def _visible(inside: str, pid: int) -> str:
-    """The path in the file system of a path as /proc/PID/cgroup gives it."""
+    """Return the file system path for a path from /proc/PID/cgroup."""
     where = mount()
-    # Paths outside of a cgroup namespace begin with "/..": nothing may normalise them away.
+    # Paths outside a cgroup namespace begin with "/..", which must not be normalised away.
     parts = [part for part in inside.split("/") if part]
     above = [part for part in where.root.split("/") if part]
     if parts[: len(above)] != above or ".." in parts[len(above) :]:
@@ -321,9 +321,9 @@ def _visible(inside: str, pid: int) -> str:
 
 
 def from_unit(name: str) -> Cgroup:
-    """The cgroup of a systemd unit, without asking systemd: its directory has the unit's name.
+    """Return the cgroup of a systemd unit without asking systemd: the directory is named after it.
 
-    Raises CgroupError if there is none, or more than one (as with the units of several users).
+    Raises CgroupError if there is none, or more than one (as with units of several users).
     """
     if not name:
         raise CgroupError("the name of a unit is empty")
@@ -345,19 +345,19 @@ def from_unit(name: str) -> Cgroup:
 
 
 def _has_units() -> bool:
-    """Whether there are units: systemd runs here, or there are cgroups of an outer one's."""
+    """Whether there are units: systemd runs here, or an outer one's cgroups are visible."""
     return os.path.isdir("/run/systemd/system") or any(
         one.path.endswith((".service", ".scope", ".slice")) for one in walk()
     )
 
 
 def unit_name(name: str) -> str:
-    """Return the whole name of a unit: without a suffix it is a service, as for systemctl."""
+    """Return the full name of a unit: as for systemctl, the default suffix is ``.service``."""
     return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
 
 
 def walk() -> Iterator[Cgroup]:
-    """All cgroups that are visible."""
+    """Yield all visible cgroups."""
     for path, directories, _ in os.walk(mount().path):
         yield Cgroup(path)
         directories.sort()
