@@ -25,7 +25,7 @@ FLAGS = {
 
 
 def show(path: str, *, effective: bool, as_json: bool) -> None:
-    """What is attached to one cgroup; with ``effective`` also what its ancestors pass on."""
+    """Show what is attached to one cgroup; with ``effective``, also what it inherits."""
     found = _records(cgroups_v2.from_path(path), Links(), effective=effective)
     if as_json:
         echo_json(json.dumps(found, indent=2))
@@ -36,7 +36,7 @@ def show(path: str, *, effective: bool, as_json: bool) -> None:
 
 
 def tree(path: Optional[str], *, as_json: bool) -> None:
-    """What is attached to each cgroup at and below a path, or of all that are visible."""
+    """Show what is attached to each cgroup at and below a path, or to all visible ones."""
     top = cgroups_v2.root() if path is None else cgroups_v2.from_path(path)
     known = Links()
     found: list[tuple[str, list[dict[str, Any]]]] = []
@@ -46,7 +46,7 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
         except CgroupError:
             if os.path.isdir(directory):
                 raise
-            continue  # it has vanished meanwhile
+            continue  # vanished meanwhile
         if records:
             found.append((directory, records))
     if as_json:
