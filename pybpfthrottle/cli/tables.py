@@ -19,7 +19,7 @@ def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
 
 
 def show_json(value: Any) -> None:
-    """A value as JSON, for people as well."""
+    """Print a value as indented JSON."""
     echo_json(json.dumps(value, indent=2))
 
 
