@@ -1,7 +1,7 @@
-"""From what is asked for and what is offered to the ways of doing it, the best first. Pure.
+"""From a request and the backends on offer to plans, the best first. Pure.
 
-Each fallback is a row: how packets are matched, by which backend each direction is limited, and
-what the user has to know of it.
+Each fallback is a row: how packets are matched, which backend limits each direction, and what the
+user has to know about it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MATCHINGS = ("auto", "whole-cgroup", "move-cgroup")
 
 @dataclass(frozen=True)
 class Wish:
-    """How a throttle is to be put in force, as far as somebody cares.
+    """Preferences for how a throttle is put in force.
 
     ``matching`` is one of MATCHINGS, for processes. ``backends`` names one for a direction;
-    ``options`` are those of the backends, by name. ``stack`` allows a second limit on what is
-    limited already, ``insist`` one on this session's own cgroup.
+    ``options`` has the backends' options by backend name. ``stack`` allows a second limit on what
+    is limited already, ``insist`` a limit on this session's own cgroup.
     """
 
     matching: str = "auto"
@@ -34,7 +34,7 @@ class Wish:
 
 
 class Place(Enum):
-    """Where a limit is put."""
+    """Where a limit applies."""
 
     SOCKETS = "the sockets of the processes, wherever they are"
     CGROUPS = "all of some cgroups"
@@ -43,7 +43,7 @@ class Place(Enum):
 
     @property
     def matches(self) -> tuple[Match, ...]:
-        """The ways of matching that it needs."""
+        """The kinds of matching that this place needs."""
         if self is Place.SOCKETS:
             return (Match.MARKS,)
         return (Match.CGROUP, Match.MARKS) if self is Place.MOVED else (Match.CGROUP,)
@@ -51,10 +51,10 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known of a target.
+    """What is known about a target.
 
-    ``processes``: it is processes that are limited; ``matches``: chosen by what they are, so that
-    later ones may come; ``shared``: others are in their cgroups too, or those are the root.
+    ``processes``: processes are limited; ``matches``: they are chosen by their properties, so
+    later ones may match; ``shared``: others are in their cgroups too, or one is the root.
     """
 
     processes: bool
@@ -64,14 +64,14 @@ class Situation:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to put a throttle in force. ``why`` in a note stands for why the last way failed."""
+    """One way to put a throttle in force. ``why`` in a note is why the previous plan failed."""
 
     place: Place
     backends: Mapping[Direction, str]
     notes: tuple[str, ...] = ()
 
 
-# What is told when the row before has failed.
+# The note if the previous row has failed.
 _NO_MARKS = "Single sockets cannot be limited here: {why}."
 _ALONE = "Nobody else is in the cgroup of the processes: all of it is limited."
 _MOVED = "The processes are moved into a cgroup of their own until the end."
@@ -81,9 +81,9 @@ _ONLY_NEW = "Connections that are open already are not limited: {why}"
 def plans(
     situation: Situation, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
 ) -> list[Plan]:
-    """Return the ways to limit these directions, the best first.
+    """Return the plans to limit these directions, the best first.
 
-    Raises ThrottleError with the reason of each backend, if there is none at all.
+    Raises ThrottleError with each backend's reason if there is no plan.
     """
     rows = list(_places(situation, wish))
     found = [
@@ -117,7 +117,7 @@ def _places(situation: Situation, wish: Wish) -> Iterator[tuple[Place, tuple[str
 def _backends(
     place: Place, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
 ) -> Iterator[Mapping[Direction, str]]:
-    """Yield the backends of each direction: first the best of each, then the next."""
+    """Yield a backend for each direction: first the best of each, then the next."""
     usable = {direction: _usable(place, wish, direction, offers) for direction in directions}
     if not all(usable.values()):
         return

@@ -1,6 +1,6 @@
-"""What is limited on this machine: read from the kernel, whoever made it, whether it still runs.
+"""What is limited on this machine, read from the kernel, whoever limits it.
 
-Nothing is kept beside it: a throttle is in force when its mechanism says so.
+There is no state besides the kernel's: a throttle is in force if its mechanism says so.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.targets import Selection
 
-# No letter that is read as another one or as a digit, and first one that begins no number.
+# No letters that look like another letter or a digit. The first must not begin a number.
 _LETTERS = "bcdfghjkmnpqrstvwxz"
 _ID_CHARACTERS = 6
 
-# How long what a killed instance left behind may take to clear up.
+# How long clearing up after a killed instance may take.
 _PATIENCE_S = 2.0
 
 _TWICE = "packets would be charged to both limits. If you mean both, add --stack"
@@ -39,7 +39,7 @@ def new_id() -> str:
 
 
 def records() -> list[Record]:
-    """Return the throttles in force, those of other processes too, the oldest first.
+    """Return the throttles in force, including those of other processes, oldest first.
 
     Needs CAP_SYS_ADMIN. Raises OSError.
     """
@@ -52,12 +52,12 @@ def _known() -> list[Record]:
 
 
 def _is_in_force(record: Record) -> bool:
-    """Whether it is no leftover of a crash, and was not removed by others."""
+    """Whether a record is not a crash's leftover, and was not removed by others."""
     return not record.removed and (record.kept or not process.is_gone(record.owner))
 
 
 def tidy_up() -> None:
-    """Remove what a crash has left, as far as that is possible here."""
+    """Remove the leftovers of a crash, as far as possible here."""
     for backend in backends.all_backends():
         with suppress(Error, OSError):
             backend.tidy_up()
@@ -72,7 +72,7 @@ def find(
     cgroup: Optional[str] = None,
     unit: Optional[str] = None,
 ) -> list[Record]:
-    """Return the throttles with an id or a name, for a process, on a cgroup, or for a unit."""
+    """Return the throttles with an id or name, or of a process, cgroup or unit."""
     return [
         record
         for record in records()
@@ -84,7 +84,7 @@ def find(
 
 
 def _is_for(record: Record, pid: int) -> bool:
-    """Whether a process is limited by a throttle, or is the one that keeps it."""
+    """Whether a throttle limits a process, or is kept by it."""
     return (
         pid == record.owner.pid
         or pid in record.spec.target.pids
@@ -109,10 +109,10 @@ def _is_unit(record: Record, unit: str) -> bool:
 
 
 def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> None:
-    """Raise ProcessError or CgroupError if another process limits some of a target already."""
+    """Raise ProcessError or CgroupError if another instance already limits part of a target."""
     try:
         known = _settled()
-    except OSError:  # who may not look cannot be told
+    except OSError:  # without the right to look, there is no answer
         return
     others = [
         record
@@ -128,9 +128,9 @@ def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> 
 
 
 def _settled() -> list[Record]:
-    """Return all records, once nothing that a killed instance has left is being cleared up.
+    """Return all records once no killed instance is still being cleared up.
 
-    Its guard would restore connections which are limited anew. It takes a moment at most.
+    Its guard would restore connections that are limited anew. This takes a moment at most.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -149,7 +149,7 @@ def _is_cleared_up(record: Record) -> bool:
 
 
 def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record: Record) -> None:
-    """``record`` limits all of some cgroups."""
+    """Refuse if ``record``, which limits whole cgroups, covers some of the target."""
     wanted = list(chosen)
     for one in own:
         with suppress(CgroupError, ProcessError):  # it may be in none that is visible
@@ -164,7 +164,7 @@ def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record:
 def _refuse_among_processes(
     own: Sequence[Process], chosen: Sequence[Cgroup], record: Record
 ) -> None:
-    """``record`` limits the sockets of some processes."""
+    """Refuse if ``record``, which limits processes' sockets, covers some of the target."""
     limited = set(backends.get(record.backend).processes(record))
     for one in own:
         if one.pid in limited:

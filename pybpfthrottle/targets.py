@@ -1,4 +1,4 @@
-"""From a target to processes and cgroups, and which of them may be limited."""
+"""Resolve a target to processes and cgroups, and check which may be limited."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Target
 
-# A session in tmux may be attached from another login meanwhile. A look takes milliseconds.
+# A tmux session may be attached from another login meanwhile. A check takes milliseconds.
 _LOGIN_LASTS_S = 10.0
-_COMM_BYTES = 15  # of a process's name the kernel keeps so many
+_COMM_BYTES = 15  # the kernel keeps this many bytes of a process's name
 
 
 class Selection(NamedTuple):
-    """Processes by id, and all that match: now, and when they are started.
+    """Processes by id, and all that match, now or later.
 
-    One matches if it has one of the names, one of the executables, and is of one of the users, as
-    far as any are given. With ``children`` the processes that a chosen one has started, or starts,
-    are chosen too, whatever becomes of it. Those that hold this session are chosen by id alone.
-    ``new_sockets`` is false where sockets that are made from now on are limited otherwise.
+    A process matches if it has one of the names, one of the executables and one of the users, for
+    each kind given. With ``children`` all children of a chosen process, present and future, are
+    chosen too, even if it ends. Processes that hold this session are chosen only by id.
+    ``new_sockets`` is False if sockets created from now on are limited by other means.
     """
 
     processes: tuple[Process, ...] = ()
@@ -40,11 +40,11 @@ class Selection(NamedTuple):
 
     @property
     def matches_some(self) -> bool:
-        """Whether it is more than processes by their id: then a later one may match."""
+        """Whether it selects more than ids, so that later processes may match."""
         return bool(self.names or self.executables or self.users)
 
     def matching(self) -> Iterator[int]:
-        """The processes that match now, but for this session's."""
+        """Yield the processes that match now, except this session's."""
         if self.matches_some:
             session = _own_login(int(time.monotonic() / _LOGIN_LASTS_S))
             yield from (
@@ -52,7 +52,7 @@ class Selection(NamedTuple):
             )
 
     def matches(self, pid: int) -> bool:
-        """Whether a process that is running matches."""
+        """Whether a running process matches."""
         return (
             (not self.names or _has_name(pid, self.names))
             and (not self.executables or any(one.runs_in(pid) for one in self.executables))
@@ -62,7 +62,7 @@ class Selection(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """For people: ``process 12 (curl)``, or ``all processes named 'curl' of user 1000``."""
+        """Return e.g. ``process 12 (curl)`` or ``all processes named 'curl' of user 1000``."""
         parts = []
         if self.processes:
             pids = [chosen.pid for chosen in self.processes]
@@ -82,12 +82,12 @@ class Selection(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _own_login(period: int) -> frozenset[int]:
-    """Return the processes of the login that this is typed on, as of this period of time."""
+    """Return the processes of the login session in use, cached for one ``period``."""
     return frozenset(login.processes())
 
 
 def user_id(text: str) -> int:
-    """The id of a user by name or number. Raises ProcessError."""
+    """Return the id of a user, given by name or number. Raises ProcessError."""
     if text.isdigit():
         return int(text)
     try:
@@ -97,7 +97,7 @@ def user_id(text: str) -> int:
 
 
 def user_name(uid: int) -> str:
-    """The name of a user, or its id where it has none."""
+    """Return the name of a user, or the id if there is none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -109,7 +109,7 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 def _has_name(pid: int, names: frozenset[str]) -> bool:
-    """As ``pgrep -x``: longer names than the kernel keeps are looked for in the command line."""
+    """Match as ``pgrep -x``; names longer than the kernel keeps are sought in the command line."""
     short = process.name_of(pid)
     if short in names:
         return True
@@ -123,7 +123,7 @@ def _has_name(pid: int, names: frozenset[str]) -> bool:
 
 
 def _user(pid: int) -> int:
-    """The effective user; -1 if the process is gone."""
+    """Return the effective user; -1 if the process is gone."""
     with suppress(OSError), open(f"/proc/{pid}/status", errors="replace") as file:
         for line in file:
             if line.startswith("Uid:"):
@@ -143,7 +143,7 @@ def select(target: Target) -> Selection:
 
 
 def target_of(selection: Optional[Selection], chosen: Sequence[Cgroup] = ()) -> Target:
-    """Return the target that means a selection, or else cgroups."""
+    """Return the target for a selection, or else for cgroups."""
     if selection is None:
         return Target(cgroups=tuple(cgroup.path for cgroup in chosen))
     return Target(
@@ -202,7 +202,7 @@ def share_cgroups(selection: Selection) -> bool:
             )
             for cgroup in own_cgroups(selection)
         )
-    except (CgroupError, OSError):  # a cgroup that is not visible here, or is gone
+    except (CgroupError, OSError):  # the cgroup is not visible here, or is gone
         return True
 
 
@@ -216,7 +216,7 @@ def _refuse_nested(chosen: Sequence[Cgroup]) -> None:
 
 
 def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
-    """Nobody should lose the connection that they type on by accident.
+    """Refuse cgroups whose limit could cut off the user's own connection by accident.
 
     A socket belongs to the cgroup that it was made in: the connection of a login is sshd's, even if
     the session has left it, and the processes that serve it were moved elsewhere. ``insist`` says

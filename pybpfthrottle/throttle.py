@@ -1,4 +1,4 @@
-"""From a spec to a throttle: plan it, put it in force, read it, change it, take it away."""
+"""From a spec to a throttle: plan it, put it in force, read it, change it, remove it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ T = TypeVar("T")
 
 
 class Throttle:
-    """Limits in force on cgroups or processes, which share them. ``remove`` or ``with`` ends it.
+    """Limits in force, shared by cgroups or processes. ``remove`` or ``with`` ends it.
 
-    One of another process, taken in hand by ``open_record``, stays in force after ``with``.
+    Another process's throttle, opened by ``open_record``, stays in force after ``with``.
 
-    What has to be done while it is in force (``chores``) is done by a supervisor: of whoever made
-    it, or in a background thread within ``with``, or on the event loop within ``async with``.
+    While it is in force, a supervisor runs its ``chores``: the creator's own, or a background
+    thread within ``with``, or the event loop within ``async with``.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Throttle:
         self._driver: Optional[Driver] = None
         self._goes_on: Callable[[], bool] = lambda: not self.vanished()
         self._end = "exited" if selection is not None else "vanished"
-        # What is done instead of what was asked for, a line each; ``notes`` has them too.
+        # What is done instead of what was requested, a line each; ``notes`` has them too.
         self.plan_notes: tuple[str, ...] = ()
         paths = ", ".join(cgroup.path for cgroup in self.cgroups)
         self.what = paths if selection is None else str(selection)
-        # Of the cgroups that were meant: others may be made at their paths later.
+        # Ids of the cgroups meant: others may be created at their paths later.
         self._ids = dict(ids or _ids(self.cgroups))
         self._comings: Optional[Comings] = None
         self._said: dict[str, None] = {}
@@ -125,9 +125,9 @@ class Throttle:
             self.set_limit(direction, rate)
 
     def switch(self, method: str) -> None:
-        """Attach by another method, link or legacy, without a moment without a limit.
+        """Attach by another method, link or legacy; the limit stays in force throughout.
 
-        Raises AttachError; then what was attached before still is.
+        Raises AttachError; then the old attachments remain.
         """
 
         def switch() -> None:
@@ -137,13 +137,13 @@ class Throttle:
         self._do(switch)
 
     def how(self) -> dict[Direction, dict[str, str]]:
-        """Return how each direction is limited: backend, how it is attached, how it is shaped."""
+        """Return how each direction is limited: backend, attach method and shaping."""
         return self._do(
             lambda: {direction: part.describe(direction) for direction, part in self._parts.items()}
         )
 
     def vanished(self) -> bool:
-        """Whether nothing is left to limit, and nothing can come."""
+        """Whether nothing is left to limit, now or later."""
         if self._comings is not None or len(self._gone()) < len(self.cgroups):
             return False
         if self.selection is None:
@@ -151,51 +151,52 @@ class Throttle:
         return not self.selection.matches_some and not self.processes()
 
     def ended(self) -> str:
-        """Return why it has ended: ``removed``, ``exited``, ``vanished``; empty: it goes on.
+        """Return why the throttle has ended; empty if it has not.
 
-        Somebody else has removed it; all that is limited has ended; or the given cgroups are gone.
+        ``removed``: somebody else removed it; ``exited``: all limited processes have ended;
+        ``vanished``: the given cgroups are gone.
         """
         if self._do(lambda: any(part.removed_by_others() for part in self._distinct_parts())):
             return "removed"
         return "" if self._goes_on() else self._end
 
     def processes(self) -> list[int]:
-        """Return the selected processes that are limited now, and those that they have started."""
+        """Return the selected processes that are limited now, and their children."""
         return self._do(
             lambda: sorted({pid for part in self._distinct_parts() for pid in part.processes()})
         )
 
     def notes(self) -> list[str]:
-        """Return what is not covered, or covered besides, a line each; more may come with time."""
+        """Return what is not covered, or covered in addition, a line each; more may come later."""
         found = self._do(lambda: [note for part in self._distinct_parts() for note in part.notes()])
         gone = [] if self.vanished() else [self._says_gone(one) for one in self._gone()]
         return list(dict.fromkeys([*self.plan_notes, *found, *self._said, *gone]))
 
     def why_vanished(self) -> str:
-        """Return what has become of the cgroups that are gone, for people."""
+        """Return what became of the cgroups that are gone, for people."""
         return "; ".join(map(self._says_gone, self._gone()))
 
     def chores(self) -> list[Chore]:
-        """Return what has to be done while it is in force, for a supervisor."""
+        """Return the chores for a supervisor to run while the throttle is in force."""
         found = [chore for part in self._distinct_parts() for chore in part.chores()]
         return found if self._comings is None else [self._comings, *found]
 
     def remove(self) -> None:
-        """Take the limits away. Doing so twice is no error."""
+        """Remove the limits. Doing so twice is no error."""
         self._do(self._undo.close)
         if self._driver is not None:
             driver, self._driver = self._driver, None
             driver.release()
 
     def lasts_as_long_as(self, goes_on: Callable[[], bool]) -> None:
-        """Have it end when this is not so any more, or its cgroups are gone."""
+        """End the throttle once ``goes_on`` returns False, or its cgroups are gone."""
         self._goes_on = lambda: goes_on() and not self.vanished()
         self._end = "exited"
 
     def follow_units(self) -> None:
-        """Have it limit its units again when they are started again, as another cgroup.
+        """Limit its units again when they restart, each in a new cgroup.
 
-        Until its end: it waits for those that do not run.
+        The throttle then waits for units that do not run.
         """
         names = {unit_name(name) for name in self.spec.target.units}
         units = [
@@ -208,13 +209,13 @@ class Throttle:
             self._undo.callback(self._comings.close)
 
     def close(self) -> None:
-        """Let one of somebody else go, which was taken in hand by ``open_record``."""
+        """Release another process's throttle that was opened by ``open_record``."""
         self._undo.pop_all()
         for part in self._distinct_parts():
             part.close()
 
     def supervise(self) -> None:
-        """Have its chores done in a background thread of this process, until it is removed."""
+        """Run the chores in a background thread of this process until the throttle is removed."""
         if self._driver is None:
             self._driver = InThread(self.chores)
 
@@ -261,13 +262,13 @@ class Throttle:
         self._say(f"{unit.name} is not running: the limit waits for it")
 
     def _say(self, note: str) -> None:
-        # Once: a service may be restarted all the time.
+        # Only once: a service may restart all the time.
         if note not in self._said:
             log.info("%s", note)
             self._said[note] = None
 
     def _gone(self) -> list[Cgroup]:
-        """Return the cgroups that are gone, but for those of units."""
+        """Return the cgroups that are gone, except those of units."""
         if self._comings is not None:
             names = set(map(unit_name, self.spec.target.units))
             given = [one for one in self.cgroups if os.path.basename(one.path) not in names]
@@ -289,7 +290,7 @@ class Throttle:
 
 
 def limits_of(download: Any = ..., upload: Any = ...) -> dict[Direction, Optional[Rate]]:
-    """Return the limits that are given: a Rate, a text, bytes per second, or None.
+    """Return the limits that are given as a Rate, text, bytes per second, or None.
 
     Raises LimitError.
     """
@@ -308,7 +309,7 @@ def _rate(given: Any) -> Rate:
 
 
 def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - immutable
-    """Put a throttle in force in the best way that works here.
+    """Put a throttle in force by the best means that work here.
 
     Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
@@ -339,7 +340,7 @@ def _no_marks(why: Optional[NoMarksError]) -> ThrottleError:
 
 
 def _whole_cgroups(target: Target, wish: Wish, selection: Optional[Selection]) -> list[Cgroup]:
-    """Return the cgroups that are asked for, as such or as those of processes."""
+    """Return the cgroups requested, either directly or as those of processes."""
     if selection is None:
         return targets.given_cgroups(target, insist=wish.insist)
     return targets.whole_cgroups(selection) if wish.matching == "whole-cgroup" else []
@@ -362,7 +363,7 @@ def _carry_out(
     cgroups: Sequence[Cgroup],
     why: Optional[NoMarksError],
 ) -> Throttle:
-    """Put a throttle in force in one way. Raises NoMarksError where the next one may work."""
+    """Put a throttle in force by one plan. Raises NoMarksError if the next one may work."""
     notes = [note.format(why=why) for note in plan.notes]
     if selection is None:
         throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
@@ -380,8 +381,8 @@ def _carry_out(
 
 
 def _move(plan: Plan, spec: ThrottleSpec, wish: Wish, selection: Selection) -> Throttle:
-    """Move processes into cgroups of their own, and limit these."""
-    # Who is still where a crash has left it goes back first, or it would come back there.
+    """Move processes into cgroups of their own, and limit those."""
+    # First move back what a crash has left behind, or processes would later return there.
     own_cgroups.remove_abandoned()
     before = selection._replace(new_sockets=False) if plan.place is Place.MOVED else None
     with ExitStack() as undo:
@@ -407,12 +408,12 @@ def apply(
     name: str = "",
     command: Optional[Process] = None,
 ) -> Throttle:
-    """Put limits in force on just these cgroups, which share them, whatever else is limited there.
+    """Put shared limits in force on exactly these cgroups, whatever else is limited there.
 
-    With ``processes`` they are for the sockets of these, whatever cgroup they are of. ``options``
-    are those of the eBPF backend. ``backends`` names a mechanism for a direction; without, the best
-    available one is chosen. ``target`` and ``name`` are what others are told of it. ``command`` is
-    limited with what it starts even if it leaves the cgroups. Raises ThrottleError, BpfError,
+    With ``processes`` the limits apply to their sockets, whatever the cgroup. ``options`` are for
+    the eBPF backend. ``backends`` names a mechanism for a direction; the default is the best one
+    available. ``target`` and ``name`` go into the record that others see. ``command`` and its
+    children are limited even if they leave the cgroups. Raises ThrottleError, BpfError,
     CgroupError or ProcessError; then nothing stays attached.
     """
     if not limits:
@@ -441,9 +442,9 @@ def _enforce(
     ready: Mapping[str, Ready] = MappingProxyType({}),
     command: Optional[Process] = None,
 ) -> Throttle:
-    """Have each backend put its directions in force. ``undo`` goes to the throttle.
+    """Have each backend put its directions in force. ``undo`` passes to the throttle.
 
-    ``ready`` has what some backends have prepared for orders like theirs.
+    ``ready`` has what backends have prepared for similar orders.
     """
     throttle_id = registry.new_id()
     ids = _ids(cgroups)
@@ -465,7 +466,7 @@ def _order(
     processes: Optional[Selection],
     options: Mapping[str, Any],
 ) -> Order:
-    """Return what one backend is to do."""
+    """Return the order for one backend."""
     limits = {
         direction: rate for direction, rate in spec.limits.items() if chosen[direction] == name
     }
@@ -482,7 +483,7 @@ def _ids(cgroups: Iterable[Cgroup]) -> dict[Cgroup, int]:
 
 
 def open_record(record: Record) -> Throttle:
-    """Take a throttle in hand that is in force, whoever made it; ``close`` lets it go again.
+    """Open a throttle that is in force, whoever made it; ``close`` releases it.
 
     Raises ThrottleError if it is gone.
     """
@@ -501,7 +502,7 @@ def open_record(record: Record) -> Throttle:
 
 
 def prepare() -> None:
-    """Do what takes time and can be done before ``apply``, as in a thread beside other work."""
+    """Do slow work ahead of ``apply``, for example in a thread."""
     for backend in all_backends():
         backend.prepare()
 
@@ -509,7 +510,7 @@ def prepare() -> None:
 def choose(direction: Direction, name: str = "auto") -> Backend:
     """Return the named backend, or the best available one.
 
-    Raises ThrottleError with the reason of each that is not available.
+    Raises ThrottleError that says why each backend is unavailable.
     """
     candidates = all_backends() if name == "auto" else [get_backend(name)]
     reasons = []
@@ -594,8 +595,8 @@ def _apply_wish(
 class Each:
     """A throttle for each process of a target, now and later. ``remove`` or ``with`` ends all.
 
-    It is a chore: what executes a program that matches is limited at once, where the kernel tells.
-    Loading takes longer than a download may: so some are loaded ahead.
+    As a chore it limits a process as soon as it executes a matching program, if the kernel reports
+    that. Loading may take longer than a download, so some throttles are loaded ahead.
     """
 
     _PERIOD_S = 1.0
@@ -603,7 +604,7 @@ class Each:
     _ASK_PERIOD_S, _ASK_PATIENCE_S = 0.02, 5.0
 
     def __init__(self, spec: ThrottleSpec, wish: Wish) -> None:
-        """Limit those that are there. Raises what ``start`` raises."""
+        """Limit the processes that match now. Raises what ``start`` raises."""
         self._spec = spec
         self._wish = wish
         self._selection = targets.select(spec.target)
@@ -617,8 +618,8 @@ class Each:
         self._notes: dict[str, None] = {}
         self._executions: Optional[Executions] = None
         self._ready: list[dict[str, Ready]] = []
-        # Those that began at once, and have still to be asked for: with whether others limit the
-        # same; and until when others who are about to limit something are waited for.
+        # Throttles that began at once and still have to be checked for conflicts, each with the
+        # deadline until which to wait for others that are about to limit something.
         self._unasked: list[tuple[Throttle, float]] = []
         self.due_s = self._look_s = math.inf
         with ExitStack() as undo:
@@ -658,18 +659,18 @@ class Each:
         elif len(self._ready) < self._AHEAD:
             try:
                 self._make_ready()
-            except (Error, OSError) as error:  # those that come have to wait longer
+            except (Error, OSError) as error:  # later processes have to wait longer
                 log.info("Nothing can be loaded ahead: %s", error)
                 self.due_s = self._look_s
                 return
         self._set_due()
 
     def notes(self) -> list[str]:
-        """Return what is not limited, or later than at once, a line each."""
+        """Return what is not limited, or was limited with a delay, a line each."""
         return list(self._notes)
 
     def _set_due(self) -> None:
-        # One at a time: in between, others may have come.
+        # One at a time: new processes may arrive in between.
         lacks = self.waits() and len(self._ready) < self._AHEAD
         self.due_s = 0.0 if lacks else self._look_s
         if self._unasked:
@@ -686,7 +687,7 @@ class Each:
             ] = None
 
     def _make_ready(self) -> None:
-        """Load one ahead. Raises what ``start`` raises."""
+        """Load one throttle ahead. Raises what ``start`` raises."""
         nobody = Selection(children=self._spec.target.children)
         made: dict[str, Ready] = {}
         with ExitStack() as undo:
@@ -698,7 +699,7 @@ class Each:
         self._ready.append(made)
 
     def _limit(self, pids: Iterable[int], *, at_once: bool = False) -> None:
-        """Limit those of these processes that have no limit."""
+        """Limit the processes that have no limit yet."""
         wanted = set(pids)
         if not wanted:
             return
@@ -709,13 +710,13 @@ class Each:
                     self._begin_at_once(pid)
                 else:
                     self.begun(self._begin(pid))
-            except ProcessError as error:  # it has ended, or has a limit of another instance
+            except ProcessError as error:  # it has ended, or another instance limits it
                 log.info("%d gets no limit: %s", pid, error)
             except Error as error:
                 self._notes[f"a process that matches is not limited: {error}"] = None
 
     def end(self, throttle: Throttle) -> None:
-        """Take one of them away."""
+        """Remove one throttle."""
         self.throttles.remove(throttle)
         throttle.remove()
 
@@ -724,11 +725,11 @@ class Each:
         return self._selection.matches_some
 
     def chores(self) -> list[Chore]:
-        """Return what has to be done for all of them."""
+        """Return the chores of all throttles."""
         return [self, *(chore for throttle in self.throttles for chore in throttle.chores())]
 
     def remove(self) -> None:
-        """Take all of them away."""
+        """Remove all throttles."""
         with ExitStack() as stack:
             if self._executions is not None:
                 stack.callback(self._executions.close)
@@ -754,16 +755,16 @@ class Each:
         return throttle
 
     def _begin_at_once(self, pid: int) -> None:
-        """Limit a process that may be transferring already, and ask later if another one does.
+        """Limit a process that may be transferring already; check for other limits later.
 
-        Others may be about to limit something for a while, and are not waited for.
+        Other instances may take a while to put limits in force; do not wait for them here.
         """
         throttle = self._put_in_force(pid)
         self.throttles.append(throttle)
         self._unasked.append((throttle, time.monotonic() + self._ASK_PATIENCE_S))
 
     def _ask(self) -> None:
-        """Take away those for what another instance limits; the others have begun."""
+        """Remove throttles on what another instance limits; the others have begun."""
         with locked_if_free() as is_free:
             if not is_free and time.monotonic() < self._unasked[0][1]:
                 return

@@ -62,7 +62,7 @@ def _switched_off(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
 
 
 def tree(path: Optional[str], *, as_json: bool) -> None:
-    """What is attached to each cgroup at and below a path, or of all that are visible."""
+    """Show what is attached to each cgroup at and below a path, or to all visible ones."""
     top = cgroups_v2.root() if path is None else cgroups_v2.from_path(path)
     known = Links()
     found: list[tuple[str, list[dict[str, Any]]]] = []
@@ -72,7 +72,7 @@ def tree(path: Optional[str], *, as_json: bool) -> None:
         except CgroupError:
             if cgroup.exists():
                 raise
-            continue  # it has vanished meanwhile
+            continue  # vanished meanwhile
         if records:
             found.append((cgroup.path, records))
     if as_json:

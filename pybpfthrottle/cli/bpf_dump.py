@@ -13,7 +13,7 @@ from pybpfthrottle.cli.say import echo
 
 
 def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
-    """The instructions of one program, with the lines of its source where the kernel has them."""
+    """Show a program's instructions, with source lines if the kernel has them."""
     with bpf_show.refused("dump the program"):
         for program in bpf_show.one(bpf_show.PROGRAMS, target, name):
             lines = list(xlated_lines(program.fd))
@@ -33,7 +33,7 @@ def dump_program(target: Optional[str], name: Optional[str], *, as_json: bool) -
 
 
 def dump_map(target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
-    """The elements of one map."""
+    """Show the elements of one map."""
     with bpf_show.refused("dump the map"):
         for found in bpf_show.one(bpf_show.MAPS, target, name):
             pairs = list(_typed(found).items())
@@ -52,7 +52,7 @@ def _typed(found: Map[Any, Any]) -> Map[Any, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Bytes in hex, as JSON has none; all else as it is."""
+    """Return bytes as hex, since JSON has no bytes; anything else unchanged."""
     if isinstance(value, bytes):
         return value.hex(" ")
     if isinstance(value, list):

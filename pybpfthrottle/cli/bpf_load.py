@@ -22,7 +22,7 @@ from pybpfthrottle.errors import BpfError, VerifierError
 def load(
     path: str, directory: Optional[str], names: Sequence[str], *, show_log: bool, as_json: bool
 ) -> None:
-    """Load an object, pin it where that is asked for, and show its programs and maps."""
+    """Load an object, pin it if requested, and show its programs and maps."""
     with bpf_show.refused(f"read {path}"):
         spec = elf.read_file(path)
     _check_names(spec, names)
@@ -45,7 +45,7 @@ def _check_names(spec: ObjectSpec, names: Sequence[str]) -> None:
 
 
 def _pin(loaded: Object, directory: str) -> dict[Any, str]:
-    """Pin all, or nothing; the path of each."""
+    """Pin all or nothing; return the path of each."""
     with ExitStack() as undo:
         pins: dict[Any, str] = {}
         for parent, live in (
@@ -54,7 +54,7 @@ def _pin(loaded: Object, directory: str) -> dict[Any, str]:
         ):
             _make_directory(parent, undo)
             for name, own in live.items():
-                # A bpf file system takes no dots in names.
+                # A bpf file system accepts no dots in names.
                 pins[own] = os.path.join(parent, name.replace(".", "_"))
                 _pin_one(own, pins[own])
                 undo.callback(os.unlink, pins[own])

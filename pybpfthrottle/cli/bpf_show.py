@@ -24,12 +24,12 @@ from pybpfthrottle.errors import BpfError
 from pybpfthrottle.linux import clock
 
 Record = dict[str, Any]
-# In a record, null: what it does not have at all it does not mention.
+# Null in a record. Fields that do not apply are absent.
 UNKNOWN = object()
 
 
 class Kind(NamedTuple):
-    """A kind of object: what it is called, how one is found, and what is told of it."""
+    """A kind of object: its name, how to find one, and what to show."""
 
     word: str
     all_ids: Callable[[], Iterator[int]]
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
 
 
 def show(kind: Kind, target: Optional[str], name: Optional[str], *, as_json: bool) -> None:
-    """What the kernel says of one object, those of a name, or all."""
+    """Show what the kernel says about one object, those with a name, or all."""
     is_list = target is None and name is None
     with refused(f"show a {kind.word}"):
         found = _all(kind) if is_list else opened(kind, target, name)
@@ -51,9 +51,9 @@ def show(kind: Kind, target: Optional[str], name: Optional[str], *, as_json: boo
 
 
 def opened(kind: Kind, target: Optional[str], name: Optional[str]) -> Iterator[Any]:
-    """The objects that are meant, each open until the next is asked for.
+    """Yield the objects meant, each open until the next is requested.
 
-    Raises UsageError if it is not said which, and BpfError or OSError if there is none.
+    Raises UsageError if none is specified, and BpfError or OSError if there is none.
     """
     if (target is None) == (name is None):
         raise click.UsageError("give an id, the path that it is pinned to, or --name NAME")
@@ -70,7 +70,7 @@ def opened(kind: Kind, target: Optional[str], name: Optional[str]) -> Iterator[A
 
 
 def one(kind: Kind, target: Optional[str], name: Optional[str]) -> Iterator[Any]:
-    """The one object that is meant. Raises as ``opened`` does, and BpfError if it is several."""
+    """Return the one object meant. Raises as ``opened`` does, and BpfError if there are several."""
     if name is not None and target is None:
         found = [live.info().id for live in _named(kind, name)]
         if len(found) > 1:
@@ -82,7 +82,7 @@ def one(kind: Kind, target: Optional[str], name: Optional[str]) -> Iterator[Any]
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Make one clear line of what the kernel refuses."""
+    """Turn the kernel's refusal into one clear line."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ def _all(kind: Kind) -> Iterator[Any]:
     for number in kind.all_ids():
         try:
             live = kind.by_id(number)
-        except FileNotFoundError:  # it has ended meanwhile
+        except FileNotFoundError:  # ended meanwhile
             continue
         with live:
             yield live
@@ -136,7 +136,7 @@ def program_record(info: ProgramInfo) -> Record:
 
 
 def _loaded(info: ProgramInfo) -> Record:
-    """When and by whom: not known before Linux 4.15, whose zeros are neither the boot nor root."""
+    """Return when and by whom it was loaded; before Linux 4.15 the zeros mean unknown."""
     if not info.load_time_ns:
         return {"loaded_at": UNKNOWN, "uid": UNKNOWN}
     at = round(clock.boot_time_s() + info.load_time_ns / 1e9)
@@ -179,7 +179,7 @@ def link_record(info: LinkInfo) -> Record:
 
 @cache
 def _holders() -> dict[int, list[int]]:
-    """All processes are looked at once, however many links there are."""
+    """Return the holders of links, scanning all processes only once."""
     return attached.holders_of_links()
 
 
@@ -200,7 +200,7 @@ def _without_nothing(**fields: Any) -> Record:
 
 
 def _name(names: Any, number: int) -> Any:
-    """The name of a number in an enum; the number itself if it is a newer kernel's."""
+    """Return the name of a number in an enum, or the number if only newer kernels know it."""
     try:
         return names(number).name.lower()
     except ValueError:

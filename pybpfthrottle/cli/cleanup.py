@@ -1,4 +1,4 @@
-"""pybpfthrottle cleanup: take away what a crash has left."""
+"""pybpfthrottle cleanup: remove the leftovers of a crash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pybpfthrottle.linux.cgroup import Cgroup
 
 
 def cleanup(*, dry_run: bool, as_json: bool) -> None:
-    """Remove, or with ``dry_run`` only name, all that a crash has left."""
+    """Remove, or with ``dry_run`` only list, the leftovers of a crash."""
     missing = privileges.missing_capabilities()
     if missing:
         raise ThrottleError(

@@ -13,7 +13,7 @@ from pybpfthrottle.errors import SettingsError
 
 
 def show(*, as_json: bool) -> None:
-    """Print the settings that a limit would be made with now."""
+    """Print the settings that a limit would use now."""
     files = settings.config_files(os.environ)
     try:
         found = settings.load(files=files)

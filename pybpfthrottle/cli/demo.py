@@ -1,4 +1,4 @@
-"""pybpfthrottle demo: real transfers on this machine alone, without a limit and with one."""
+"""pybpfthrottle demo: real transfers within this machine, without and with a limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEAST_RATIO = 0.8
 
 
 class _Place(NamedTuple):
-    """Where a transfer runs: how to get to the client, and how the client gets to the server."""
+    """Where a transfer runs: how to reach the client, and how the client reaches the server."""
 
     client: Callable[..., list[str]]
     url: str
@@ -36,7 +36,7 @@ class _Place(NamedTuple):
 
 
 def demo(download: Rate, upload: Rate, seconds: int, *, loopback: bool) -> int:
-    """Run the transfers; 0 if the limits held, else 1."""
+    """Run the transfers; return 0 if the limits held, else 1."""
     for direction in Direction:
         throttle.choose(direction)
     settings.load()
@@ -93,7 +93,7 @@ def _serve(
 
 
 def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], seconds: int) -> bool:
-    """One transfer, measured at its receiving end. Whether its limit held."""
+    """Run one transfer, measured at the receiver; return whether its limit held."""
     verb = "get" if direction is Direction.DOWNLOAD else "put"
     command = _python("pybpfthrottle.demo.peer", verb, place.url, str(seconds))
     shown = f"{verb} {place.url}"
@@ -120,7 +120,7 @@ def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], second
 
 
 def _show(timeline: list[int], limit: Optional[Rate], seconds: int) -> bool:
-    # What the sender's socket still held is sent after the end of the limit.
+    # Data left in the sender's socket is sent after the limit has ended.
     steps = timeline[: round(seconds / peer.STEP_S)]
     actual = sum(steps) / seconds
     top = f"{format_rate(max(steps) / peer.STEP_S)} at the top"
@@ -152,7 +152,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment, with this package importable also where it is not installed."""
+    """Return the environment in which this package can be imported even if not installed."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     before = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([package, *([before] if before else [])])}

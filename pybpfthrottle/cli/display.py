@@ -9,7 +9,7 @@ from pybpfthrottle.meter import Reading
 
 
 class LiveLine:
-    """One line that is drawn over itself; nothing where the file is not a terminal."""
+    """One line that is redrawn in place; nothing if the file is not a terminal."""
 
     def __init__(self, file: TextIO, *, enabled: bool = True) -> None:
         self._file = file
@@ -20,7 +20,7 @@ class LiveLine:
             make_room.append(self.clear)
 
     def draw(self, readings: list[Reading]) -> None:
-        """Replace the line. A terminal that has gone away is drawn to no more."""
+        """Replace the line. Drawing stops once the terminal is gone."""
         if not self._enabled:
             return
         from rich.console import Console
@@ -44,7 +44,7 @@ class LiveLine:
         self._drawn = True
 
     def clear(self) -> None:
-        """Take the line away, so that what follows begins on an empty one."""
+        """Clear the line, so that what follows begins on an empty one."""
         if not self._enabled or not self._drawn:
             return
         try:
@@ -55,14 +55,14 @@ class LiveLine:
         self._drawn = False
 
     def close(self) -> None:
-        """Take it away for good."""
+        """Clear the line for good."""
         self.clear()
         if self.clear in make_room:
             make_room.remove(self.clear)
 
 
 def _forms(readings: list[Reading]) -> list[str]:
-    """Return the line, the longest form first: every direction is to be seen."""
+    """Return the forms of the line, the longest first; each shows every direction."""
     return [
         "   ".join(reading.line() for reading in readings),
         "   ".join(reading.short() for reading in readings),

@@ -1,4 +1,4 @@
-"""pybpfthrottle inspect: what an object file has in it, and needs of a kernel."""
+"""pybpfthrottle inspect: what an object file contains, and needs from a kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADINGS = {"expected_attach_type": "attach_type", "linked_instructions": "link
 
 
 def inspect(path: str, *, as_json: bool, with_types: bool) -> None:
-    """Show it. Raises ObjectFileError with section and offset of what is wrong."""
+    """Show an object file. Raises ObjectFileError with the section and offset of a fault."""
     with bpf_show.refused(f"read {path}"), elf.naming(path):
         found = Inspection(elf.file_bytes(path), elf.name_of(path))
         record = found.describe(with_types=with_types)
@@ -62,7 +62,7 @@ def _show(path: str, record: dict[str, Any]) -> None:
 def _table(what: str, fields: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
     cells = [[_cell(row[field]) for field in fields] for row in rows]
     if cells:
-        # A column in which nothing stands is left out.
+        # Empty columns are left out.
         kept = [i for i in range(len(fields)) if any(row[i] != "-" for row in cells)]
         headings = [_HEADINGS.get(field, field) for field in fields]
         echo(f"{what}:")
@@ -70,7 +70,7 @@ def _table(what: str, fields: tuple[str, ...], rows: Iterable[dict[str, Any]]) -
 
 
 def _options(row: dict[str, Any]) -> list[str]:
-    """What few maps have."""
+    """Return the properties that few maps have."""
     known = [name for name in ("frozen", "pinned") if row.get(name)]
     known += [f"{name}={row[name]}" for name in ("numa_node", "extra") if row.get(name)]
     if row.get("inner"):

@@ -95,7 +95,7 @@ class Wanted(NamedTuple):
 
 
 def limit(request: Request, wanted: Wanted) -> int:
-    """Put the limits in force, show them, and remove them at the end; the exit status."""
+    """Put limits in force, show them, remove them at the end; return the exit status."""
     mistake = wanted.mistake()
     if mistake:
         raise click.UsageError(mistake)
@@ -155,7 +155,7 @@ class _Command:
             f"{direction} {throttle.limits[direction]} ({how['shape']})"
             for direction, how in throttle.how().items()
         )
-        # What is done instead of what was asked for comes first: it explains the rest.
+        # Fallbacks come first: they explain the rest.
         for note in throttle.plan_notes:
             self._said.add(note)
             if self._wanted.as_json:
@@ -183,7 +183,7 @@ class _Command:
             raise CgroupError(self._shown[0][0].why_vanished())
 
     def _sample(self) -> None:
-        """Show the rates of the last seconds, and what has begun or ended."""
+        """Show the rates of the last seconds, and which limits have begun or ended."""
         self._say_notes()
         ended = {id(throttle): throttle.ended() for throttle, _ in self._shown}
         waits = self.each is not None and self.each.waits()
@@ -207,7 +207,7 @@ class _Command:
                 echo(line)
 
     def _say_notes(self) -> None:
-        """Say what is found to be covered, or not; once each."""
+        """Print each note on what is covered or not, once."""
         for throttle, watch in self._shown:
             for note in throttle.notes():
                 if note not in self._said:

@@ -1,4 +1,4 @@
-"""The log on standard error: with -v what is done, with -vv how."""
+"""The log on standard error: -v says what is done, -vv how."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pybpfthrottle.model import printable
 
 
 def start(verbose: int) -> None:
-    """Log as much as -v was given; without, nothing: errors are one line."""
+    """Log according to the number of -v; without any, nothing but one-line errors."""
     logging.addLevelName(logging.WARNING, "WARN")
     level = (logging.CRITICAL, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = ToTerminal()
@@ -19,14 +19,14 @@ def start(verbose: int) -> None:
 
 
 class OneLine(logging.Formatter):
-    """A record as one line, but for the traceback of a bug."""
+    """Formats a record as one line, except for the traceback of a bug."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line; what is no text in it is shown escaped."""
+        """Return the line, with unprintable characters escaped."""
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """Return the traceback, each line of it escaped."""
+        """Return the traceback with each line escaped."""
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 

@@ -1,4 +1,4 @@
-"""Whether packets of what is limited have passed anywhere, where no program has seen one."""
+"""Whether limited processes have exchanged packets that no program has seen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import traffic
 from pybpfthrottle.throttle import Throttle
 
-# To look at a process again and again costs more than it tells: at 1, 2, 4, 8 ... samples.
+# Checking a process at every sample costs more than it tells: check at samples 1, 2, 4, 8 ...
 _FIRST_LOOK = 1
 _MOST_PROCESSES = 100
 
 
 class Passage:
-    """Collects signs of packets: of its connections, and of devices that nobody else uses."""
+    """Collects signs of packets from connections, and from devices that nobody else uses."""
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
@@ -29,14 +29,14 @@ class Passage:
         self._seen = False
 
     def look(self) -> None:
-        """Look for signs, if it is time to; to be called at each sample."""
+        """Look for signs if that is due; call this at each sample."""
         self._samples += 1
         if self._samples >= self._next:
             self._next *= 2
             self.seen()
 
     def seen(self, *, thorough: bool = False) -> bool:
-        """Whether there were signs until now."""
+        """Whether there have been signs so far."""
         if not self._seen:
             since_s = time.monotonic() - self._looked_s
             self._looked_s += since_s
@@ -60,7 +60,7 @@ class Passage:
             return False
         if not traffic.share_network(pids):
             return True
-        # Others use these devices too: then it takes a socket that is not limited.
+        # If others use these devices too, only a socket that is not limited is a sign.
         return thorough and _some_escape(pids)
 
 

@@ -13,9 +13,9 @@ SCHEMA_VERSION = 1
 
 
 class JsonLines:
-    """One JSON object a line: ``start``, ``sample`` once a second, ``note``, ``end``.
+    """Writes one JSON object per line: ``start``, ``sample`` once a second, ``note``, ``end``.
 
-    ``common`` are fields that each of them has.
+    Each has the fields in ``common``.
     """
 
     def __init__(self, file: TextIO, common: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class JsonLines:
         except BrokenPipeError:
             raise
         except OSError as error:
-            # A full disk must not end the limit, nor the command below it.
+            # A full disk must not end the limit, nor the limited command.
             self.failed = True
             say(f"cannot write to {self._file.name}: {error.strerror}; no more JSON lines")
 
@@ -68,9 +68,9 @@ NOTHING_PASSED = "Nothing was sent or received, so there was nothing to limit."
 
 
 def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
-    """Return what to say if packets have passed, and no program has seen one.
+    """Return what to say if packets have passed that no program has seen.
 
-    ``marked`` tells that the limit was for the sockets of processes, not for a cgroup.
+    ``marked``: the limit was for the sockets of processes, not for a cgroup.
     """
     why = (
         "   Packets have passed, but none of a socket with a mark: pybpfthrottle sockets --pid N"

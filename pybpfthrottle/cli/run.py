@@ -28,8 +28,8 @@ from pybpfthrottle.throttle import Throttle
 _FAILED = 125
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
-# The terminal sends these to the command itself; it decides what they mean. One that is sent by
-# kill is told from that, and passed on.
+# The terminal sends these to the command as well, which decides what they mean. Those sent by
+# kill are told apart, and passed on.
 _LEFT_ALONE = (signal.SIGINT,)
 _SENT = (signal.SIGQUIT,)
 
@@ -42,7 +42,7 @@ def run(
     wait: bool,
     json_file: Optional[TextIO],
 ) -> int:
-    """Run the command; its exit status, or 125, 126 or 127 with a line that says why."""
+    """Run the command; return its exit status, or 125, 126 or 127 with a line that says why."""
     try:
         return _run(request, command, user, wait, json_file)
     except LaunchError as error:
@@ -65,7 +65,7 @@ def _run(
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         sent = stack.enter_context(SentSignals(_SENT))
-        # The kernel takes some 15 ms to move a process: time to read the object in.
+        # Moving a process takes the kernel about 15 ms: read the object meanwhile.
         Thread(target=throttle.prepare).start()
         spec = request.spec(Target(command=tuple(argv)))
         wish = Wish(backends=request.backends, options=request.options)
@@ -109,14 +109,14 @@ def _say_who_goes_on(pids: Sequence[int], more: str = "") -> None:
     )
 
 
-# Commands that only ask a daemon: what that does is nobody's child here.
+# Commands that only ask a daemon, whose processes are not their children.
 _ASK_A_DAEMON = frozenset(
     ("at", "batch", "docker", "incus", "kubectl", "lxc", "machinectl", "nerdctl", "virsh")
 )
 
 
 def _handed_over(argv: Sequence[str]) -> Optional[str]:
-    """Return what is to be said of a command whose work others do, if it is known for that."""
+    """Return a note for a command that is known to have others do its work, or None."""
     name = os.path.basename(argv[0])
     if name == "systemd-run" and "--scope" not in argv:
         return (
@@ -132,7 +132,7 @@ def _handed_over(argv: Sequence[str]) -> Optional[str]:
 
 
 class _Run:
-    """A command that runs, and the limit that it has for all or some of the time."""
+    """A running command and its limit, which may end earlier."""
 
     def __init__(self, command: Command, live: Throttle, watch: Watch, *, wait: bool) -> None:
         self._command = command
@@ -150,7 +150,7 @@ class _Run:
         sent: SentSignals,
         duration_s: Optional[float],
     ) -> int:
-        """Wait for the command, or with ``wait`` for all that it started; its exit status."""
+        """Wait for the command, with ``wait`` also for its children; return its exit status."""
         end = time.monotonic() + (duration_s or math.inf)
         self._say_notes()
         supervisor.add(self._live.chores)
@@ -159,7 +159,7 @@ class _Run:
         while True:
             supervisor.step(end if self._limited else math.inf)
             came = [*signals.take(), *sent.take()]
-            # Whoever waits for what outlives the command need not.
+            # A signal ends the wait for processes that outlive the command.
             stopped = self._status is not None and any(
                 number in came for number in (*_ENDING, signal.SIGINT)
             )
@@ -181,14 +181,14 @@ class _Run:
                 self._lift("removed")
 
     def _say_notes(self) -> None:
-        """Say who has left the cgroup, and what else is to be known; once each."""
+        """Print each note, such as which processes have left the cgroup, once."""
         for note in self._live.notes():
             if note not in self._said:
                 self._said.add(note)
                 self._watch.note(note)
 
     def _lift(self, reason: str) -> None:
-        """Show the summary and remove the limit, unless that is done already."""
+        """Show the summary and remove the limit, unless already done."""
         if self._limited:
             self._say_notes()
             self._watch.end(
@@ -209,7 +209,7 @@ class _Run:
                 os.kill(self._command.pid, number)
 
     def _outlived(self) -> bool:
-        """Whether processes that the command has started are to be waited for."""
+        """Whether to wait for the command's children."""
         if not (self._wait and self._limited):
             return False
         if not self._live.cgroups:

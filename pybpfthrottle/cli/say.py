@@ -1,7 +1,7 @@
-"""The border to the terminal: whatever the command line prints for people goes through here.
+"""Terminal output: whatever the command line prints for people goes through here.
 
-Names that others chose may hold anything, escape sequences and newlines too. Nobody else calls
-click.echo.
+Names chosen by others may contain anything, including escape sequences and newlines. No other
+module calls click.echo.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import click
 
 from pybpfthrottle.model import printable
 
-# Takes the live line away, so that a line which is not its own begins on an empty one.
+# Clears the live line, so that other output begins on an empty line.
 make_room: list[Callable[[], None]] = []
 
 
 def echo(line: str = "", *, err: bool = False, file: Optional[IO[Any]] = None) -> None:
-    """Print one line; what is no text in it is shown escaped. Raises OSError."""
+    """Print one line, with unprintable characters escaped. Raises OSError."""
     for clear in make_room:
         clear()
     click.echo(printable(line), file=file, err=err)
 
 
 def echo_lines(text: str, *, err: bool = False) -> None:
-    """Print a text whose newlines are meant. Raises OSError."""
+    """Print text whose newlines are intended. Raises OSError."""
     for line in text.split("\n"):
         echo(line.expandtabs(), err=err)
 
 
 def echo_json(text: str, *, file: Optional[IO[Any]] = None) -> None:
-    """Print JSON, which has all that is no text escaped already. Raises OSError."""
+    """Print JSON, in which unprintable characters are escaped already. Raises OSError."""
     click.echo(text, file=file)
 
 
 def is_terminal(file: Optional[IO[Any]]) -> bool:
-    """Whether a file is a terminal that can do more than to append."""
+    """Whether a file is a terminal that can do more than append."""
     if file is None or os.environ.get("TERM") in ("dumb", "unknown"):
         return False
     return file.isatty()
@@ -45,14 +45,14 @@ def is_terminal(file: Optional[IO[Any]]) -> bool:
 
 def say(line: str) -> None:
     """Print one line that begins with the program's name, to standard error."""
-    # The terminal, or whoever reads standard error, may be gone.
+    # The terminal, or the reader of standard error, may be gone.
     with suppress(OSError):
         echo(f"pybpfthrottle: {line}", err=True)
 
 
 def show_error(error: click.ClickException) -> None:
-    """Show a mistake in the usage as click does, in one line."""
-    # Only its list of choices has newlines, and nothing of what was given.
+    """Show a usage error as click does, in one line."""
+    # Only click's list of choices has newlines, never the user's input.
     if isinstance(error, click.MissingParameter):
         error.show()
         return

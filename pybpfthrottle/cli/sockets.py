@@ -1,4 +1,4 @@
-"""pybpfthrottle sockets: what a process has open, which throttles cover it, why others do not."""
+"""pybpfthrottle sockets: a process's sockets, which throttles cover them, or why none does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA = 1
 
 
 def sockets(pids: Sequence[int], *, as_json: bool) -> int:
-    """Show the sockets of processes; the answer is the exit status."""
+    """Show the sockets of processes; return the exit status."""
     reports: list[Report] = []
     errors: list[dict[str, Any]] = []
     with Coverage() as coverage:

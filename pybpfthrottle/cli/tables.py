@@ -10,7 +10,7 @@ from pybpfthrottle.model import printable
 
 
 def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
-    """Rows of text in columns that are as wide as they have to be."""
+    """Print rows of text in columns as wide as necessary."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -19,12 +19,12 @@ def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
 
 
 def show_json(value: Any) -> None:
-    """A value as JSON, for people as well."""
+    """Print a value as indented JSON."""
     echo_json(json.dumps(value, indent=2))
 
 
 def show_records(records: Sequence[dict[str, Any]], *, as_json: bool, none: str) -> None:
-    """Records with the same order of keys, one a row; ``none`` is said where there are none."""
+    """Print records as a table with a row each, or as JSON; print ``none`` if there are none."""
     if as_json:
         show_json(records)
     elif not records:

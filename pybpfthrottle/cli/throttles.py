@@ -27,7 +27,7 @@ class Which(NamedTuple):
     unit: Optional[str]
 
     def mistake(self, all_of_them: Optional[bool] = None) -> Optional[str]:
-        """Return what is wrong, or None; ``all_of_them`` is None where that is no choice."""
+        """Return what is wrong, or None; ``all_of_them`` is None if it is not offered."""
         given = sum(value is not None for value in self) + bool(all_of_them)
         if given == 1:
             return None
@@ -35,7 +35,7 @@ class Which(NamedTuple):
         return f"give one of ID, --pid, --cgroup and --unit{more}"
 
     def records(self) -> list[Record]:
-        """Return the throttles that are meant. Raises ThrottleError if there are none."""
+        """Return the throttles meant. Raises ThrottleError if there are none."""
         found = _all(lambda: registry.find(**self._asdict()))
         if not found:
             what = next(
@@ -87,13 +87,13 @@ def show(which: Which, *, as_json: bool) -> None:
 
 
 def change(which: Which, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
-    """Change limits, or the way in which they are attached."""
+    """Change limits, or how they are attached."""
     for record in which.records():
         _change(record, limits, method)
 
 
 def remove(which: Which, *, all_of_them: bool) -> None:
-    """Take throttles away, whoever made them."""
+    """Remove throttles, whoever made them."""
     records = _all(registry.records) if all_of_them else which.records()
     for record in records:
         with _opened(record) as throttle:
@@ -104,7 +104,7 @@ def remove(which: Which, *, all_of_them: bool) -> None:
 
 
 def switch(pid: int, method: str) -> None:
-    """Have an instance attach all of its throttles by another method."""
+    """Ask an instance to attach all of its throttles by another method."""
     owner = Process(pid)
     records = [
         record for record in _all(registry.records) if process.same(record.owner, owner.identity)
@@ -130,7 +130,7 @@ def _change(record: Record, limits: dict[Direction, Optional[Rate]], method: Opt
 
 @contextmanager
 def _opened(record: Record) -> Iterator[Throttle]:
-    """Have a throttle of somebody else in hand for a moment."""
+    """Open another process's throttle for a moment."""
     throttle = open_record(record)
     try:
         yield throttle

@@ -20,14 +20,14 @@ _STYLES = {
 
 
 def verify(options: Options) -> int:
-    """Examine and show; the exit status."""
+    """Examine the machine and show the results; return the exit status."""
     terminal = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     show = _on_terminal if terminal else command.show_plain
     return command.run(options, lambda run: show(run, evidence=options.verbose))
 
 
 def _on_terminal(run: Run, *, evidence: bool) -> Examination:
-    """With progress, colours and a panel; rich is imported here alone."""
+    """Show results with progress, colours and a panel; rich is imported only here."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text

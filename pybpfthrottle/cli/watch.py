@@ -23,9 +23,9 @@ SAMPLE_S = 1.0
 
 
 class Watch:
-    """One throttle's display. ``pid`` and ``name`` are those of the process in the log lines.
+    """One throttle's display. ``pid`` and ``name`` identify the process in log lines.
 
-    It has no live line where it is one of ``several``, and each JSON line then has the pid.
+    As one of ``several`` it has no live line, and each JSON line has the pid.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Watch:
             self._json.start(self._live, **fields)
 
     def sample(self) -> None:
-        """Show the rates of the last seconds; to be called every SAMPLE_S."""
+        """Show the rates of the last seconds; call this every SAMPLE_S."""
         self._tell_changes()
         readings = self._meter.sample()
         if not any(reading.counters.program_calls for reading in readings):
@@ -76,7 +76,7 @@ class Watch:
             )
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
-        """Show the rates over the whole time, while the counters are still there."""
+        """Show the rates over the whole time, while the counters still exist."""
         self._line.close()
         readings = self._meter.total()
         if self._json:
@@ -89,7 +89,7 @@ class Watch:
             self._say_why_nothing()
 
     def _say_why_nothing(self) -> None:
-        """Tell whether nothing has passed, or nothing was seen of what has."""
+        """Say whether nothing has passed, or packets have passed unseen."""
         text = NOTHING_PASSED
         if self._passage.seen(thorough=True):
             marked = self._live.selection is not None
@@ -98,7 +98,7 @@ class Watch:
             echo_lines(text, err=True)
 
     def note(self, text: str) -> None:
-        """Something about what is covered, to standard error, or as a JSON line."""
+        """Print a note on what is covered, to standard error or as a JSON line."""
         self._line.clear()
         if self._json:
             self._json.note(text)
@@ -106,21 +106,21 @@ class Watch:
             say(f"{self._prefix}{text}")
 
     def _tell_changes(self) -> None:
-        """Tell of limits that somebody else has changed."""
+        """Report limits that somebody else has changed."""
         before, self._limits = self._limits, self._live.limits
         for direction, rate in self._limits.items():
             if before[direction] != rate:
                 self.note(f"The {direction} limit was changed to {rate or 'none'}.")
 
     def say(self, line: str) -> None:
-        """A line for people. A terminal or a reader that has gone away does not matter."""
+        """Print a line for people. Ignore a terminal or reader that is gone."""
         try:
             echo(self._prefix + line, file=self._terminal)
         except OSError as error:
             self._full = self._full or error.errno == ENOSPC
 
     def failed(self) -> bool:
-        """Whether records or lines could not be written, since there is no room for them."""
+        """Whether records or lines could not be written for lack of space."""
         return self._full or (self._json is not None and self._json.failed)
 
     def _cgroup_id(self) -> str:
@@ -128,5 +128,5 @@ class Watch:
             if self._live.cgroups:
                 return str(self._live.cgroups[0].id)
             return str(cgroup.from_pid(int(self._pid)).id)
-        except (OSError, Error, ValueError):  # it is gone, or there are several
+        except (OSError, Error, ValueError):  # gone, or there are several
             return "?"

@@ -9,7 +9,7 @@ from typing import Optional
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """The exit status: 0 this machine can limit, 1 it cannot, 2 wrong usage."""
+    """Return the exit status: 0 this machine can limit, 1 it cannot, 2 wrong usage."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # it was closed
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -31,14 +31,14 @@ def main(argv: Optional[list[str]] = None) -> int:
             sys.stdout.flush()
     except OSError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        # Python would try once more at its end, and fail with a status of its own.
+        # Python would flush again at exit, and fail with a status of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options are those of pybpfthrottle verify-setup."""
+    """Return a parser with the options of pybpfthrottle verify-setup."""
     parser = argparse.ArgumentParser(
         prog="python -m pybpfthrottle.diagnostics",
         description="Find out whether this machine can limit, if not exactly why, and what to do.",

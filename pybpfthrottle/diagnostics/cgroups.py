@@ -1,4 +1,4 @@
-"""Cgroup v2: where it is, whether the target is in it, and what may be done there."""
+"""Cgroup v2: where it is mounted, whether the target is in it, and what is permitted there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _mounted(setup: Setup) -> Result:
 
 
 def _hidden(mount: cgroups_v2.Mount) -> str:
-    """What is wrong if its path leads to something else: another file system is mounted over it."""
+    """Return why a mount cannot be reached, such as another one over it; empty if it can."""
     try:
         device = os.stat(Cgroup(mount.path).reach).st_dev
     except OSError as error:
@@ -71,7 +71,7 @@ def _target(setup: Setup) -> Result:
 
 
 def _without_target(setup: Setup, error: Error, cause: str) -> Result:
-    """Nobody asked for the cgroup of this process: where it is not visible, that is no failure."""
+    """Return a failure only if a target was named: this process's own cgroup may be invisible."""
     if setup.named:
         return failed(str(error), cause=cause)
     return skipped(f"none was named, and this process's own is of no use: {error}")

@@ -1,4 +1,4 @@
-"""A check of this machine as a value: what it is about, how it is tried, and what it gave."""
+"""A check of this machine as a value: its subject, how to run it, and its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pybpfthrottle.linux.cgroup import Cgroup
 
 
 class Outcome(Enum):
-    """What became of a check."""
+    """The outcome of a check."""
 
     PASS = "pass"  # noqa: S105 - no password
     WARN = "warn"
@@ -24,7 +24,7 @@ class Outcome(Enum):
 class Result:
     """What a check found: one line, and the evidence for it, a line each.
 
-    ``cause`` tells kinds of failure apart for the decision tree.
+    ``cause`` distinguishes kinds of failure for the decision tree.
     """
 
     outcome: Outcome
@@ -34,30 +34,30 @@ class Result:
 
 
 def passed(text: str, *evidence: str) -> Result:
-    """It is as it should be."""
+    """Return the result of a check that passed."""
     return Result(Outcome.PASS, text, evidence)
 
 
 def warned(text: str, *evidence: str, cause: str = "") -> Result:
-    """It need not stand in the way, but somebody should know."""
+    """Return a result that need not prevent limits, but is worth knowing."""
     return Result(Outcome.WARN, text, evidence, cause)
 
 
 def failed(text: str, *evidence: str, cause: str = "") -> Result:
-    """It stands in the way."""
+    """Return a result that prevents limits."""
     return Result(Outcome.FAIL, text, evidence, cause)
 
 
 def skipped(because: str, *evidence: str, cause: str = "") -> Result:
-    """It could not be tried."""
+    """Return the result of a check that could not be run."""
     return Result(Outcome.SKIP, because, evidence, cause)
 
 
 @dataclass
 class Setup:
-    """What is examined: the target that was asked for, and what the checks have found so far.
+    """What is examined: the target requested, and what the checks have found so far.
 
-    What a check makes on the machine it registers with ``stack``, which undoes it.
+    A check registers every change to the machine with ``stack``, which undoes it.
     """
 
     stack: ExitStack
@@ -71,11 +71,11 @@ class Setup:
 
     @property
     def named(self) -> bool:
-        """Whether a target was asked for."""
+        """Whether a target was requested."""
         return (self.pid, self.cgroup, self.unit) != (None, None, None)
 
     def failed(self, check_id: str) -> bool:
-        """Whether a check found something that stands in the way."""
+        """Whether a check has failed."""
         result = self.results.get(check_id)
         return result is not None and result.outcome is Outcome.FAIL
 
@@ -84,8 +84,8 @@ class Setup:
 class Check:
     """One thing to try.
 
-    ``meaning`` says why it matters, ``remedy`` what to do where it fails. It is skipped where one
-    of those that it ``needs`` did not pass.
+    ``meaning`` says why it matters, ``remedy`` what to do if it fails. It is skipped if one of
+    the checks that it ``needs`` did not pass.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Check:
     needs: Sequence[str] = ()
 
     def run(self, setup: Setup) -> Result:
-        """Try it; an error that nobody foresaw is a warning, not the end of the examination."""
+        """Run the check; an unforeseen error is a warning, not the end of the examination."""
         for needed in self.needs:
             if setup.results[needed].outcome in (Outcome.FAIL, Outcome.SKIP):
                 return skipped(f"{needed} did not pass", cause="needs")

@@ -12,14 +12,14 @@ from pybpfthrottle.diagnostics import examine, report
 from pybpfthrottle.diagnostics.check import Check
 from pybpfthrottle.diagnostics.examine import Examination
 
-# All that would end this process, and that it can do something about.
+# All signals that would end this process and can be handled.
 _ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGPROF")
 
 Run = Callable[[Callable[[Check], None]], Examination]
 
 
 class Options(NamedTuple):
-    """What was asked for; at most one of the first three, and no empty strings."""
+    """The options given: at most one of the first three, and no empty strings."""
 
     pid: Optional[int]
     cgroup: Optional[str]
@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
 
 def mistake(options: Options) -> Optional[str]:
-    """What is wrong with them: told before anything is tried."""
+    """Return what is wrong with the options, before anything is tried; None if nothing is."""
     if sum(value is not None for value in options[:3]) > 1:
         return "give one of --pid, --cgroup and --unit"
     for name in ("cgroup", "unit", "report"):
@@ -49,10 +49,10 @@ def mistake(options: Options) -> Optional[str]:
 
 
 def run(options: Options, show: Callable[[Run], Examination]) -> int:
-    """Examine, show, and tell by the exit status: 0 this machine can limit, 1 it cannot.
+    """Examine and show; return the exit status: 0 this machine can limit, 1 it cannot.
 
     ``show`` runs the examination and shows it to people; it is not called for --json and --quiet.
-    Raises OSError where the report cannot be written.
+    Raises OSError if the report cannot be written.
     """
     for name in _ENDING:
         number = getattr(signal, name)
@@ -81,7 +81,7 @@ def run(options: Options, show: Callable[[Run], Examination]) -> int:
 
 
 def show_plain(run: Run, *, evidence: bool) -> Examination:
-    """As text."""
+    """Examine, and show the results as plain text."""
     found = run(lambda check: None)
     print(*report.lines(found, evidence=evidence), sep="\n")
     return found

@@ -1,4 +1,4 @@
-"""Who else has a hand in this machine's packets, and whether that conflicts with a limit."""
+"""Who else handles this machine's packets, and whether that conflicts with a limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TC_KIND = 1
 _GET_TABLE = 10 << 8 | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
 _TABLE_NAME, _TABLE_USE = 1, 3
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
-# What interfaces have when nobody has set anything.
+# The defaults of interfaces.
 _DEFAULT_QDISCS = {"noqueue", "pfifo_fast", "fq_codel", "fq", "mq", "pfifo"}
 
 _FIREWALLS = {

@@ -1,4 +1,4 @@
-"""The decision tree: from what the checks gave to one conclusion with its cause and remedy."""
+"""The decision tree: from the checks' results to one conclusion with its cause and remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Results = Mapping[str, Result]
 
 @dataclass(frozen=True)
 class Conclusion:
-    """Where the tree ends.
+    """A leaf of the tree.
 
-    ``scenario`` is the letter of the kinds of trouble: A the user's cgroup, B the kernel's
+    ``scenario`` is a letter for the kind of trouble: A the user's cgroup, B the kernel's
     configuration, C a fault of the kernel, D the loader, E the program, P privileges, O other
     programs; W works. ``because`` names the checks that tell more.
     """
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 
 def walk(results: Results, node: Node) -> tuple[list[Step], Conclusion]:
-    """The path from a node to its conclusion."""
+    """Return the path from a node to its conclusion."""
     path = []
     while isinstance(node, Question):
         answer = node.ask(results)
@@ -60,7 +60,7 @@ def walk(results: Results, node: Node) -> tuple[list[Step], Conclusion]:
 
 
 def conclusions(node: Node) -> Iterator[Conclusion]:
-    """All that a tree may end in."""
+    """Yield all possible conclusions of a tree."""
     if isinstance(node, Conclusion):
         yield node
     else:
@@ -69,7 +69,7 @@ def conclusions(node: Node) -> Iterator[Conclusion]:
 
 
 def _ok(check_id: str) -> Callable[[Results], bool]:
-    """A check did not fail; where it was skipped nothing speaks against it."""
+    """Return a test that a check did not fail; a skipped check counts as not failed."""
     return lambda results: results[check_id].outcome is not Outcome.FAIL
 
 

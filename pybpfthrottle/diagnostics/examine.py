@@ -1,4 +1,4 @@
-"""Runs all checks and walks the decision tree; the examination as a value."""
+"""Run all checks and walk the decision tree; the examination as a value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pybpfthrottle.diagnostics.check import Check, Outcome, Result, Setup
 from pybpfthrottle.diagnostics.decision import Conclusion, Step
 from pybpfthrottle.linux.signals import held_back
 
-# A check stands behind all that it needs.
+# A check comes after all that it needs.
 CHECKS: tuple[Check, ...] = (
     *kernel.CHECKS,
     *rights.CHECKS,
@@ -34,7 +34,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 class Examination(NamedTuple):
-    """What each check gave, and what follows from all of them."""
+    """The result of each check, and the conclusion from all of them."""
 
     results: list[tuple[Check, Result]]
     path: list[Step]
@@ -48,7 +48,7 @@ class Examination(NamedTuple):
         return found
 
     def reasons(self) -> list[Result]:
-        """What tells more about the conclusion: the checks that it names, if they gave anything."""
+        """Return the failures and warnings of the checks that the conclusion names."""
         by_id = {check.id: result for check, result in self.results}
         named = [by_id[check_id] for check_id in self.conclusion.because]
         return [result for result in named if result.outcome in (Outcome.FAIL, Outcome.WARN)]
@@ -62,11 +62,11 @@ def examine(
     root_cgroup: bool = False,
     progress: Callable[[Check], None] = lambda check: None,
 ) -> Examination:
-    """Try everything; nothing of it stays, also where it is interrupted.
+    """Run all checks; undo every change, even if interrupted.
 
-    The target is a process, a path or a unit; without, the cgroup of this process. With
-    ``root_cgroup`` attaching to the root cgroup is tried as well. ``progress`` is told each check
-    before it is run.
+    The target is a process, a path or a unit; the default is this process's cgroup. With
+    ``root_cgroup`` attaching to the root cgroup is tried as well. ``progress`` is called with
+    each check before it runs.
     """
     stack = ExitStack()
     setup = Setup(stack, pid=pid, cgroup=cgroup, unit=unit, root_cgroup=root_cgroup)

@@ -1,4 +1,4 @@
-"""What keeps the programs of an object from being attached to one direction of a cgroup."""
+"""What prevents an object's programs from being attached to one direction of a cgroup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pybpfthrottle.bpf.obj.specs import ObjectSpec
 
 
 def faults(spec: ObjectSpec) -> Iterator[str]:
-    """One line for each program whose section does not say what it is to be attached as."""
+    """Yield a line for each program whose section does not give its attach type."""
     for program in spec.programs.values():
         if program.type is ProgType.CGROUP_SKB and program.expected_attach_type is None:
             yield (

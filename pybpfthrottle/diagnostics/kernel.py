@@ -1,4 +1,4 @@
-"""The interpreter and the kernel: what they are, and which parts of BPF they have."""
+"""The interpreter and the kernel: their versions, and which parts of BPF they support."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _OPTIONAL = (features.LINK, CONGESTION_VERDICT, DIRECT_PACKET_ACCESS)
 
 
 def config_files() -> list[str]:
-    """Where kernels and distributions keep the configuration that the kernel was built with."""
+    """Return where kernels and distributions keep the kernel's build configuration."""
     release = os.uname().release
     return ["/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"]
 
 
 def configuration() -> Optional[tuple[str, dict[str, str]]]:
-    """The file, and each option that is set; None where no file can be read."""
+    """Return the file and each option that is set; None if no file can be read."""
     for path in config_files():
         try:
             with open(path, "rb") as file:
@@ -81,7 +81,7 @@ def _proc(setup: Setup) -> Result:
 
 
 def _bpf(setup: Setup) -> Result:
-    # An empty map is invalid; that the kernel says so proves that it was asked.
+    # An empty map is invalid; the kernel's refusal proves that the call reached it.
     try:
         syscall.bpf(Cmd.MAP_CREATE, Attr())
     except OSError as error:
@@ -151,7 +151,7 @@ def _helpers(setup: Setup) -> Result:
 
 
 def _helpers_of(name: str) -> Iterator[int]:
-    """Of the programs that a limit needs."""
+    """Yield the helpers of the programs that a limit needs."""
     spec = programs.read(name)
     for program in spec.programs.values():
         if program.type is ProgType.CGROUP_SKB:
@@ -220,7 +220,7 @@ CHECKS = (
     ),
 )
 
-# Asked once it is known that programs can be loaded at all.
+# Checked once it is known that programs can be loaded at all.
 FEATURE_CHECKS = (
     Check(
         "kernel.features",

@@ -1,4 +1,4 @@
-"""The kernel's log, read without dmesg: what it says of BPF, capabilities and denials."""
+"""The kernel's log, read without dmesg: messages on BPF, capabilities and denials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class Line(NamedTuple):
-    """A message, and when it came in seconds since the start of the kernel."""
+    """A message, and its time in seconds since the kernel started."""
 
     at_s: float
     text: str
@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 
 def read() -> list[Line]:
-    """The whole log, oldest first: /dev/kmsg (Linux 3.5), or syslog(2). Raises OSError."""
+    """Return the whole log, oldest first: /dev/kmsg (Linux 3.5) or syslog(2). Raises OSError."""
     with suppress(OSError):
         lines = list(_from_device())
         if lines:  # containers often have /dev/null in its place
@@ -44,7 +44,7 @@ def read() -> list[Line]:
 
 
 def telling(lines: list[Line]) -> list[Line]:
-    """Those about BPF, capabilities and denials, newest first."""
+    """Return the lines about BPF, capabilities and denials, newest first."""
     return [line for line in reversed(lines) if _TELLING.search(line.text)]
 
 
@@ -56,7 +56,7 @@ def _from_device() -> Iterator[Line]:
                 record = os.read(fd, _RECORD_BYTES)
             except BlockingIOError:
                 return
-            except BrokenPipeError:  # overwritten in between
+            except BrokenPipeError:  # overwritten meanwhile
                 continue
             if not record:
                 return
@@ -68,7 +68,7 @@ def _from_device() -> Iterator[Line]:
 
 
 def parse_record(record: bytes) -> Optional[Line]:
-    """``priority,sequence,microseconds,flags;message`` (Documentation/ABI/testing/dev-kmsg)."""
+    """Parse ``priority,sequence,microseconds,flags;message`` (ABI/testing/dev-kmsg)."""
     head, _, message = record.decode(errors="replace").partition(";")
     try:
         at_us = int(head.split(",")[2])

@@ -1,4 +1,4 @@
-"""An examination as plain text, as JSON, and as a file that a bug report may have attached."""
+"""An examination as plain text, as JSON, and as a file to attach to a bug report."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def write(path: str, examination: Examination) -> None:
 
 
 def lines(examination: Examination, *, evidence: bool) -> Iterator[str]:
-    """Plain text for people: each section, the path through the tree, the conclusion.
+    """Yield plain text for people: each section, the path through the tree, the conclusion.
 
-    What is not as it should be has its evidence and remedy; with ``evidence`` all that passed has
-    its evidence too.
+    Checks that did not pass come with evidence and remedy; with ``evidence`` those that passed
+    come with their evidence too.
     """
     for section, results in examination.sections().items():
         yield section
@@ -54,12 +54,12 @@ def lines(examination: Examination, *, evidence: bool) -> Iterator[str]:
 
 
 def headline(check: Check, result: Result) -> str:
-    """Mark, title and finding."""
+    """Return a check's mark, title and finding."""
     return printable(f"{MARKS[result.outcome]} {check.title}: {result.text}")
 
 
 def details(check: Check, result: Result, *, evidence: bool) -> Iterator[str]:
-    """What stands below a headline."""
+    """Yield the lines below a headline."""
     trouble = result.outcome in (Outcome.WARN, Outcome.FAIL)
     if evidence or trouble:
         yield from map(printable, result.evidence)
@@ -68,7 +68,7 @@ def details(check: Check, result: Result, *, evidence: bool) -> Iterator[str]:
 
 
 def steps(path: list[Step]) -> Iterator[tuple[str, str]]:
-    """Each question with its answer, and what the other answer would have led to."""
+    """Yield each question with its answer, and where the other answer would have led."""
     for number, (question, answer) in enumerate(path):
         branch = "╰" if number == len(path) - 1 else "├"
         others = decision.conclusions(question.no if answer else question.yes)
@@ -78,7 +78,7 @@ def steps(path: list[Step]) -> Iterator[tuple[str, str]]:
 
 
 def conclusion_lines(examination: Examination) -> Iterator[str]:
-    """The one conclusion, with its symptoms, cause and remedy."""
+    """Yield the conclusion with its symptoms, cause and remedy."""
     conclusion = examination.conclusion
     yield f"{'✓' if conclusion.works else '✗'} {conclusion.title} ({_name(conclusion)})"
     for label, text in (
@@ -97,9 +97,9 @@ def _name(conclusion: Conclusion) -> str:
 
 
 def to_json(examination: Examination) -> dict[str, Any]:
-    """The examination for programs.
+    """Return the examination for programs.
 
-    Fields and values may be added below one ``schema`` number; none is changed or taken away.
+    Within one ``schema`` number, fields and values may be added, but not changed or removed.
     """
     conclusion = examination.conclusion
     fields = ("id", "scenario", "title", "symptoms", "cause", "remedy")
@@ -131,13 +131,13 @@ def to_json(examination: Examination) -> dict[str, Any]:
 
 
 def for_bug_report(examination: Examination) -> str:
-    """Everything, without user names, the name of the host, and addresses."""
+    """Return everything except user names, the host name and addresses."""
     text = "\n".join(lines(examination, evidence=True))
     return redact(f"pybpfthrottle {__version__} verify-setup\n\n{text}\n")
 
 
 def redact(text: str) -> str:
-    """Take out what tells whose machine it is."""
+    """Remove whatever identifies the machine or its users."""
     for name in sorted(_user_names(), key=len, reverse=True):
         text = _without(text, name, "<user>")
     host = os.uname().nodename
@@ -149,14 +149,14 @@ def redact(text: str) -> str:
 
 
 def _without(text: str, name: str, placeholder: str) -> str:
-    """Also as a part of another name: user-alice.slice."""
+    """Replace a name, even as part of another one: user-alice.slice."""
     if not name:
         return text
     return re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", placeholder, text)
 
 
 def _without_address(found: re.Match[str]) -> str:
-    """The longest part from the beginning on that is an address: a port may stand behind it."""
+    """Replace the longest prefix that is an address: a port may follow it."""
     candidate, rest = found[0], ""
     while candidate:
         try:

@@ -18,7 +18,7 @@ from pybpfthrottle.errors import SettingsError
 from pybpfthrottle.linux import process, sockets
 
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS)
-# Without these nothing can be limited; the others have a substitute, or are for looking only.
+# Nothing can be limited without these; the others have a substitute, or are only for looking.
 ESSENTIAL = (Cmd.MAP_CREATE, Cmd.MAP_UPDATE_ELEM, Cmd.MAP_LOOKUP_ELEM, Cmd.PROG_LOAD)
 _TRIED = (*ESSENTIAL, Cmd.PROG_ATTACH, Cmd.PROG_DETACH, Cmd.LINK_CREATE, Cmd.PROG_QUERY)
 _NO_FD = (1 << 31) - 1
@@ -97,9 +97,9 @@ def _commands(setup: Setup) -> Result:
 
 
 def _answers() -> Iterator[tuple[Cmd, int]]:
-    """Each command without valid arguments: the kernel objects to those, a filter to the command.
+    """Yield the error of each command with invalid arguments: a filter refuses the command itself.
 
-    Kernels without a command say EINVAL.
+    The kernel refuses the arguments, with EINVAL for commands that it does not have.
     """
     for cmd in _TRIED:
         attr = Attr()
@@ -119,7 +119,7 @@ def _answers() -> Iterator[tuple[Cmd, int]]:
 
 
 def _borrowing(setup: Setup) -> Result:
-    """Borrow a socket of a child, as a limit for processes does with those that are open."""
+    """Borrow a child's socket, as a limit on processes does with open sockets."""
     reading, writing = os.pipe()
     with ExitStack() as stack:
         own = stack.enter_context(socket.socket())

@@ -19,12 +19,12 @@ _TARGETS = ("bpfel", "bpfeb")
 
 
 def names() -> list[str]:
-    """Those that this kernel would be given."""
+    """Return the objects that would be loaded on this kernel."""
     return list(dict.fromkeys(("throttle", programs.object_for(Scope.ALL))))
 
 
 def loadable(name: str) -> list[str]:
-    """The programs of an object that a limit needs, as far as this kernel has what they are for."""
+    """Return an object's programs that a limit needs, as far as this kernel has their hooks."""
     return [
         program.name
         for program in programs.of_object(name)
@@ -33,7 +33,7 @@ def loadable(name: str) -> list[str]:
 
 
 def shaping(name: str) -> list[str]:
-    """The programs of an object that make limits smooth, which older kernels do without."""
+    """Return an object's programs that make limits smooth; older kernels do without them."""
     return [
         program.name
         for program in programs.of_object(name)

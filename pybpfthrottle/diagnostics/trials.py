@@ -35,7 +35,7 @@ _HOOKS = {
     "egress": AttachType.CGROUP_INET_EGRESS,
 }
 _DATAGRAM_BYTES = 1000
-# More than the burst, so that some of them are over any limit.
+# More than the burst, so that some datagrams exceed any limit.
 _DATAGRAMS = 3 * BURST_BYTES // _DATAGRAM_BYTES
 _PATIENCE_S = 5.0
 
@@ -43,7 +43,7 @@ Attach = Callable[[Program, int, AttachType], Attachment]
 
 
 def _minimal(hook: AttachType) -> Program:
-    """Lets every packet pass; made of two instructions, from no object."""
+    """Return a program of two instructions that lets every packet pass; it needs no object."""
     return programs.load(
         asm.return_imm(1),
         type=ProgType.CGROUP_SKB,
@@ -74,7 +74,7 @@ def _log_of(error: BpfError) -> list[str]:
 
 
 def _attach(cgroup: Cgroup, attach: Attach) -> Result:
-    """Attach to both directions of a cgroup, and take it away again."""
+    """Attach to both directions of a cgroup, and detach again."""
     fd = cgroup.open()
     try:
         for name, hook in _HOOKS.items():
@@ -105,7 +105,7 @@ def _link(setup: Setup) -> Result:
 
 
 def _legacy(setup: Setup) -> Result:
-    """Before Linux 4.15 one program is alone on a cgroup; on one of our own that does no harm."""
+    """Try the legacy call; before Linux 4.15 as the only program, harmless on our own cgroup."""
     found = _at_scratch(links.attach_legacy)(setup)
     if found.cause != "EINVAL" or features.QUERY.available():
         return found
@@ -151,7 +151,7 @@ def _at_target(setup: Setup) -> Result:
 
 
 def _by_either_way(cgroup: Cgroup) -> Result:
-    """By link; where that is refused by the legacy call, if the settings let it stand in."""
+    """Attach by link; if that is refused, by the legacy call where the settings allow it."""
     try:
         by_link = _attach(cgroup, links.create_link)
         if not by_link.cause:
@@ -244,7 +244,7 @@ def _marks(setup: Setup) -> Result:
 
 
 def _following(setup: Setup) -> Result:
-    """Load and attach what follows processes, for a moment: no process is in their map."""
+    """Load and briefly attach the programs that follow processes; their map is empty."""
     wanted = table.with_role(Role.FOLLOW)
     try:
         with ExitStack() as stack:
@@ -294,12 +294,12 @@ def _judge(sent: int, received: int, counters: Counters) -> Result:
 
 
 def _exchange(cgroup: Cgroup) -> tuple[int, int]:
-    """Have a process in the cgroup send itself datagrams: how many it sent, and received."""
+    """Have a process in the cgroup send itself datagrams; return how many it sent and received."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            # A socket belongs to the cgroup that it is made in.
+            # A socket belongs to the cgroup in which it is created.
             cgroup.move_in(0)
             sent, received = _talk_to_itself()
             os.write(writing, b"%d %d" % (sent, received))
@@ -332,7 +332,7 @@ def _talk_to_itself() -> tuple[int, int]:
             return 0, 0
         own.setblocking(False)
         for _ in range(_DATAGRAMS):
-            # The egress verdict may tell that a datagram was dropped; it was sent all the same.
+            # The egress verdict may report a datagram as dropped; count it as sent anyway.
             with suppress(PermissionError, BlockingIOError, ConnectionRefusedError):
                 own.send(bytes(_DATAGRAM_BYTES))
             sent += 1

@@ -1,1 +1,1 @@
-"""What Linux says of processes, cgroups, sockets and networks, without BPF."""
+"""Processes, cgroups, sockets and networks as Linux shows them, without BPF."""

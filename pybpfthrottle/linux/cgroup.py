@@ -21,7 +21,7 @@ from pybpfthrottle.linux import libc
 
 log = logging.getLogger(__name__)
 
-# Nobody who plans and attaches takes that long.
+# Planning and attaching never take that long.
 _PATIENCE_S = 5.0
 # kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
 _ROOT_ID = 1
@@ -29,7 +29,7 @@ _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
 class Mount(NamedTuple):
-    """A line of /proc/self/mountinfo: what of the file system is visible, and where."""
+    """A line of /proc/self/mountinfo: the visible part of a file system, and where it is."""
 
     device: str
     root: str
@@ -54,7 +54,7 @@ class Cgroup:
         return _reach(self.path)
 
     def open(self) -> int:
-        """A descriptor of its directory; the caller closes it."""
+        """Return a descriptor of the directory; the caller closes it."""
         try:
             return os.open(self.reach, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -65,24 +65,24 @@ class Cgroup:
         return os.path.isdir(self.reach)
 
     def is_still(self, cgroup_id: int) -> bool:
-        """Whether it is there, and is the one with this id: a path may be given to another one."""
+        """Whether the cgroup exists with this id: its path may be reused for another one."""
         try:
             return self.id == cgroup_id
         except OSError:
             return False
 
     def pids(self) -> list[int]:
-        """The processes in it, not those in cgroups below it. 0 stands for one not visible here."""
+        """Return the processes in this cgroup, not its descendants; 0 is one not visible here."""
         try:
             return [int(line) for line in self._read("cgroup.procs").split()]
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-        # In a threaded cgroup only the threads can be listed.
+        # In a threaded cgroup only threads can be listed.
         return sorted({_leader(int(line)) for line in self._read("cgroup.threads").split()})
 
     def pids_below(self) -> list[int]:
-        """The processes in it and in all cgroups below it."""
+        """Return the processes in this cgroup and its descendants."""
         found = []
         for cgroup in walk(self):
             # One may vanish in between.
@@ -91,7 +91,7 @@ class Cgroup:
         return found
 
     def ids_below(self) -> set[int]:
-        """Return its id, and those of all cgroups below it."""
+        """Return the ids of this cgroup and its descendants."""
         found = set()
         for cgroup in walk(self):
             with suppress(FileNotFoundError):
@@ -99,7 +99,7 @@ class Cgroup:
         return found
 
     def populated(self) -> bool:
-        """Whether a process is in it or below it."""
+        """Whether a process is in this cgroup or a descendant."""
         return "populated 1" in self._read("cgroup.events")
 
     def is_root(self) -> bool:
@@ -109,7 +109,7 @@ class Cgroup:
         return False
 
     def with_ancestors(self) -> Iterator[Cgroup]:
-        """Itself and those above it, as far as they are visible."""
+        """Yield this cgroup and its visible ancestors."""
         top = root()
         cgroup = self
         while cgroup in top:
@@ -117,7 +117,7 @@ class Cgroup:
             cgroup = Cgroup(os.path.dirname(cgroup.path))
 
     def create_child(self, name: str) -> Cgroup:
-        """Make a cgroup below this one. Raises OSError."""
+        """Create a child cgroup. Raises OSError."""
         child = Cgroup(os.path.join(self.path, name))
         os.mkdir(child.reach)
         return child
@@ -132,9 +132,9 @@ class Cgroup:
             os.close(fd)
 
     def remove(self, *, patience_s: float = 0.0) -> None:
-        """Remove it; it must be empty (EBUSY). Raises OSError; none if it is gone already.
+        """Remove the cgroup, unless it is gone already. Raises OSError: EBUSY if it is not empty.
 
-        A process that has just ended may hold it a moment longer: so long it is tried again.
+        A process that has just ended may hold it a moment longer: retry for ``patience_s``.
         """
         deadline = time.monotonic() + patience_s
         while True:
@@ -179,7 +179,7 @@ def _leader(tid: int) -> int:
 
 
 def mounts() -> list[Mount]:
-    """The mount table of this process."""
+    """Return the mount table of this process."""
     try:
         return _mounts_of("self")
     except OSError as error:
@@ -192,7 +192,7 @@ def _mounts_of(process: str) -> list[Mount]:
 
 
 def parse_mount(line: str) -> Mount:
-    """A line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
+    """Parse a line of mountinfo (man 5 proc): optional fields end at a lone hyphen."""
     fields = line.rstrip("\n").split(" ")
     separator = fields.index("-", 6)
     return Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), fields[separator + 1])
@@ -205,7 +205,7 @@ def _unescape(text: str) -> str:
 
 
 def mount() -> Mount:
-    """Where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
+    """Return where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
 
     Raises CgroupError with what to do.
     """
@@ -307,16 +307,16 @@ def descriptors() -> list[int]:
 
 
 def root() -> Cgroup:
-    """The top of what is visible."""
+    """Return the topmost visible cgroup."""
     return Cgroup(mount().path)
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Have no other process be within ``locked`` at the same time.
+    """Keep other processes out of ``locked`` for the duration of the context.
 
-    It is a lock on the directory of the top cgroup, which all mount namespaces share. Anybody may
-    hold it: after a while it goes on without. Within this process it may be nested.
+    The lock is on the directory of the top cgroup, which all mount namespaces share. Anybody can
+    hold it, so after a while the context is entered without it. It may be nested in this process.
     """
     if _lock.held:
         yield
@@ -337,7 +337,7 @@ def locked() -> Iterator[None]:
 
 @contextmanager
 def locked_if_free() -> Iterator[bool]:
-    """Have no other process be within ``locked``, and tell so; False at once if one is."""
+    """Like ``locked``, but without waiting: yield False if another process holds the lock."""
     fd = -1
     with suppress(OSError, CgroupError):
         fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -373,7 +373,7 @@ def _take(fd: int) -> None:
 
 
 def from_path(path: str) -> Cgroup:
-    """The cgroup v2 at a path. Raises CgroupError for anything else, with what it is."""
+    """Return the cgroup v2 at a path. Raises CgroupError that says what else is there."""
     if not path:
         raise CgroupError("the path of a cgroup is empty")
     real = os.path.realpath(path)
@@ -429,7 +429,7 @@ def known_as(path: str, number: Optional[int]) -> Optional[Cgroup]:
 
 
 def from_pid(pid: int) -> Cgroup:
-    """The cgroup of a process. Raises ProcessError or CgroupError."""
+    """Return the cgroup of a process. Raises ProcessError or CgroupError."""
     try:
         with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
             lines = file.read().splitlines()
@@ -446,9 +446,9 @@ def from_pid(pid: int) -> Cgroup:
 
 
 def _visible(inside: str, pid: int) -> str:
-    """The path in the file system of a path as /proc/PID/cgroup gives it."""
+    """Return the file system path for a path from /proc/PID/cgroup."""
     where = mount()
-    # Paths outside of a cgroup namespace begin with "/..": nothing may normalise them away.
+    # Paths outside a cgroup namespace begin with "/..", which must not be normalised away.
     parts = [part for part in inside.split("/") if part]
     above = [part for part in where.root.split("/") if part]
     if parts[: len(above)] == above and ".." not in parts[len(above) :]:
@@ -476,9 +476,9 @@ def _holding(pid: int, parts: Sequence[str]) -> Optional[Cgroup]:
 
 
 def from_unit(name: str) -> Cgroup:
-    """The cgroup of a systemd unit, without asking systemd: its directory has the unit's name.
+    """Return the cgroup of a systemd unit without asking systemd: the directory is named after it.
 
-    Raises CgroupError if there is none, or more than one (as with the units of several users).
+    Raises CgroupError if there is none, or more than one (as with units of several users).
     """
     if not name:
         raise CgroupError("the name of a unit is empty")
@@ -500,14 +500,14 @@ def from_unit(name: str) -> Cgroup:
 
 
 def _has_units() -> bool:
-    """Whether there are units: systemd runs here, or there are cgroups of an outer one's."""
+    """Whether there are units: systemd runs here, or an outer one's cgroups are visible."""
     return os.path.isdir("/run/systemd/system") or any(
         one.path.endswith((".service", ".scope", ".slice")) for one in walk()
     )
 
 
 def unit_name(name: str) -> str:
-    """Return the whole name of a unit: without a suffix it is a service, as for systemctl."""
+    """Return the full name of a unit: as for systemctl, the default suffix is ``.service``."""
     return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
 
 

@@ -1,8 +1,7 @@
-"""The kernel's clocks. A time namespace (Linux 5.6) shows its processes shifted ones.
+"""The kernel's clocks. In a time namespace (Linux 5.6) processes see shifted ones.
 
-BPF programs and the start of a process know only the clocks of the first time namespace; so do all
-records that instances in several time namespaces share. Whatever is compared with these is read
-here.
+BPF programs and process start times use the clocks of the initial time namespace, and so do all
+records shared by instances in different time namespaces. Times to compare with these are read here.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ _NS_PER_S = 1_000_000_000
 
 
 class Offsets(NamedTuple):
-    """How far the clocks of a time namespace are ahead of the first one's, in nanoseconds."""
+    """How far a time namespace's clocks are ahead of the initial one's, in nanoseconds."""
 
     monotonic_ns: int = 0
     boottime_ns: int = 0
 
 
 def monotonic_ns() -> int:
-    """Return CLOCK_MONOTONIC as bpf_ktime_get_ns has it."""
+    """Return CLOCK_MONOTONIC as bpf_ktime_get_ns reads it."""
     return time.monotonic_ns() - offsets().monotonic_ns
 
 
 def boottime_ns() -> int:
-    """Return CLOCK_BOOTTIME as bpf_ktime_get_boot_ns and the load times of programs have it."""
+    """Return CLOCK_BOOTTIME as in bpf_ktime_get_boot_ns and the load times of programs."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - offsets().boottime_ns
 
 
@@ -41,13 +40,13 @@ def boot_time_s() -> float:
 
 @cache
 def offsets() -> Offsets:
-    """Return by how much this process's clocks are ahead."""
+    """Return how far this process's clocks are ahead."""
     own = _namespace("self", "time")
     if own in (None, _FIRST_TIME_NAMESPACE):
         return Offsets()
     for who in _relatives():
-        # The file tells of the namespace that the children of a process get: after unshare(2) that
-        # is not the one that it is in.
+        # The file describes the namespace for a process's children, which after unshare(2) is not
+        # its own.
         if _namespace(who, "time_for_children") == own:
             with suppress(OSError, ValueError), open(f"/proc/{who}/timens_offsets") as file:
                 return parse(file.read())
@@ -55,7 +54,7 @@ def offsets() -> Offsets:
 
 
 def parse(text: str) -> Offsets:
-    """Read /proc/PID/timens_offsets: a line a clock, by name (Linux 5.7) or number."""
+    """Parse /proc/PID/timens_offsets: a line per clock, by name (Linux 5.7) or number."""
     found: dict[str, int] = {}
     for line in text.splitlines():
         clock, seconds, nanoseconds = line.split()
@@ -66,7 +65,7 @@ def parse(text: str) -> Offsets:
 
 
 def _relatives() -> Iterator[str]:
-    """Return the processes to ask, the likely ones first: one tells of the namespace it is in."""
+    """Yield the processes to ask, likely ones first: one of them tells the namespace it is in."""
     yield "self"
     yield str(os.getppid())
     yield from filter(str.isdigit, os.listdir("/proc"))
@@ -75,5 +74,5 @@ def _relatives() -> Iterator[str]:
 def _namespace(who: str, kind: str) -> Optional[int]:
     try:
         return os.stat(f"/proc/{who}/ns/{kind}").st_ino
-    except OSError:  # before Linux 5.6, or one that this process may not look at
+    except OSError:  # before Linux 5.6, or not permitted
         return None

@@ -11,11 +11,11 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 T = TypeVar("T")
 
-# include/uapi/asm-generic/socket.h (that of all machines that bpf(2) can be called on)
+# include/uapi/asm-generic/socket.h (which all machines use that support bpf(2))
 _SO_TYPE, _SO_PROTOCOL, _SO_DOMAIN = 3, 38, 39
 _IPPROTO_MPTCP = 262
 
-# include/linux/socket.h; Python has not all of them in all versions.
+# include/linux/socket.h; some Python versions lack some of them.
 _FAMILIES = {
     1: "unix", 2: "inet", 10: "inet6", 15: "key", 16: "netlink", 17: "packet", 21: "rds",
     29: "can", 30: "tipc", 31: "bluetooth", 38: "alg", 39: "nfc", 40: "vsock", 43: "smc",
@@ -33,12 +33,12 @@ _STATES = (
 )  # fmt: skip
 
 IP_FAMILIES = ("inet", "inet6")
-# What is sent by them goes past the hooks of cgroups.
+# Their packets bypass the cgroup hooks.
 PACKET_FAMILIES = ("packet", "xdp")
 
 
 class Endpoint(NamedTuple):
-    """An address: of IP with a port (0: none), a path or another name without (None)."""
+    """An address: IP with a port (0: none), or a path or other name without a port (None)."""
 
     address: str
     port: Optional[int] = None
@@ -50,12 +50,12 @@ class Endpoint(NamedTuple):
         return f"{host}:{self.port or '*'}"
 
     def is_loopback(self) -> bool:
-        """Whether it is an IP address of the loopback device."""
+        """Whether this is an IP address of the loopback device."""
         address = self.ip()
         return address is not None and address.is_loopback
 
     def ip(self) -> Any:
-        """The IP address, the IPv4 one where IPv6 maps it; None if it is none."""
+        """The IP address (as IPv4 if it is IPv4-mapped); None for other families."""
         if self.port is None:
             return None
         address = ipaddress.ip_address(self.address.partition("%")[0])
@@ -63,7 +63,7 @@ class Endpoint(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a socket is, by the kernel's numbers. None: not known."""
+    """What a socket is, in the kernel's numbers. None: unknown."""
 
     family: Optional[int] = None
     type: Optional[int] = None
@@ -81,22 +81,22 @@ class Kind(NamedTuple):
 
     @property
     def protocol_name(self) -> Optional[str]:
-        """As ``tcp``; None where the family has no protocols, or but one."""
+        """As ``tcp``; None if the family has no protocols, or only one."""
         if self.family_name not in IP_FAMILIES:
             return None
         return _name(_PROTOCOLS, self.protocol)
 
     def is_ip(self) -> bool:
-        """Whether IP packets pass it."""
+        """Whether the socket carries IP packets."""
         return self.family_name in IP_FAMILIES
 
     def is_mptcp(self) -> bool:
-        """Whether other sockets, which the kernel has opened, carry its data."""
+        """Whether other sockets, opened by the kernel, carry its data."""
         return self.is_ip() and self.protocol == _IPPROTO_MPTCP
 
 
 class Description(NamedTuple):
-    """What one socket is. ``state`` is that of TCP."""
+    """What one socket is. ``state`` is its TCP state."""
 
     kind: Kind
     local: Optional[Endpoint] = None
@@ -105,11 +105,11 @@ class Description(NamedTuple):
 
 
 def describe(descriptor: int) -> Description:
-    """What the socket behind a descriptor of this process is. Raises OSError if it is none.
+    """Describe the socket behind a descriptor of this process. Raises OSError if it is no socket.
 
-    It tells the same of sockets of other network namespaces.
+    Works for sockets of other network namespaces too.
     """
-    # The true family is not known yet, and asking for options needs none.
+    # The family is not known yet, and reading options does not need it.
     kind = _with_socket(descriptor, Kind(socket.AF_UNIX, socket.SOCK_STREAM, 0), _kind)
     return _with_socket(descriptor, kind, lambda own: _description(own, kind))
 
@@ -144,32 +144,32 @@ def _endpoint(ask: Callable[[], Any], kind: Kind) -> Optional[Endpoint]:
     try:
         found = ask()
     except OSError as error:
-        # Not connected, no such question for this family, or closed by the other side meanwhile.
+        # Not connected, not supported by this family, or closed by the peer meanwhile.
         if error.errno in (errno.ENOTSOCK, errno.EBADF):
             raise
         return None
     if kind.is_ip():
         host, port, *more = found
         scope = f"%{more[1]}" if more and more[1] and "%" not in host else ""
-        # Raw sockets have the protocol there.
+        # For raw sockets this is the protocol.
         return _ip_endpoint(host + scope, 0 if kind.type == socket.SOCK_RAW else port)
     name = _NAMES.get(kind.family_name, lambda _: "")(found)
     return Endpoint(name) if name else None
 
 
 def _ip_endpoint(address: str, port: int) -> Optional[Endpoint]:
-    """None for that of a socket that is not bound."""
+    """Return an endpoint; None if the socket is not bound."""
     found = Endpoint(address, port)
     return None if not port and found.ip().is_unspecified else found
 
 
 def _unix_name(found: Any) -> str:
-    if isinstance(found, bytes):  # an abstract one begins with a zero byte
+    if isinstance(found, bytes):  # an abstract name begins with a zero byte
         return "@" + found[1:].decode("utf-8", "replace") if found else ""
     return str(found)
 
 
-# How Python tells addresses: https://docs.python.org/3/library/socket.html
+# Python's address formats: https://docs.python.org/3/library/socket.html
 _NAMES: dict[str, Callable[[Any], str]] = {
     "unix": _unix_name,
     "netlink": lambda found: str(found[0]) if found[0] else "",
@@ -200,14 +200,14 @@ _TABLES = {
     "raw": Kind(2, 3, 255),
     "raw6": Kind(10, 3, 255),
 }
-# Of these the family, and in which column the inode is.
+# The family of each table, and the column of the inode.
 _OTHER_TABLES = {"unix": (1, 6), "netlink": (16, -1), "packet": (17, -1)}
 
 
 def listed_in_proc(pid: int) -> dict[int, Description]:
-    """What /proc/PID/net tells of the sockets of a process's network namespace, by inode.
+    """Return the sockets in /proc/PID/net of a process's network namespace, by inode.
 
-    For those that cannot be borrowed. Sockets that are neither bound nor connected are not listed.
+    For sockets that cannot be borrowed. Those neither bound nor connected are not listed.
     """
     found: dict[int, Description] = {}
     for table, kind in _TABLES.items():
@@ -226,12 +226,12 @@ def _lines(pid: int, table: str) -> list[str]:
     try:
         with open(f"/proc/{pid}/net/{table}", errors="replace") as file:
             return file.read().splitlines()[1:]
-    except OSError:  # a kernel without the protocol
+    except OSError:  # the kernel lacks the protocol
         return []
 
 
 def _from_hex(text: str) -> Optional[Endpoint]:
-    """An address as these tables have it: 32-bit numbers in the byte order of the machine."""
+    """Parse an address of these tables: 32-bit numbers in the machine's byte order."""
     address, _, port = text.partition(":")
     words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
     ip = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))

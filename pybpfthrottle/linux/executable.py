@@ -1,4 +1,4 @@
-"""Executables, and which processes run the one that is meant by a path."""
+"""Executables, and which processes run the one at a path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROC = re.compile(r"/proc/(\d+)/")
 
 
 class _File(NamedTuple):
-    """What tells a file from others; its inode's number may be used again once it is deleted."""
+    """What identifies a file; its inode number may be reused once it is deleted."""
 
     device: int
     inode: int
@@ -25,21 +25,21 @@ class _File(NamedTuple):
 
     @classmethod
     def of(cls, path: str) -> _File:
-        """Return what is at a path. Raises OSError."""
+        """Return the file at a path. Raises OSError."""
         found = os.stat(path)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
     def is_inode(self, other: _File) -> bool:
-        """Whether both are the same, if both are there."""
+        """Whether both are the same inode, provided that both files exist."""
         return (self.device, self.inode) == (other.device, other.inode)
 
 
 class Executable:
-    """A file that processes execute, by the path that was given.
+    """A file that processes execute, given by its path.
 
-    Files are compared, not paths: a process in a container has other ones at the same paths, and
-    the same ones at others. What an update has put at the path is meant as well as what was there
-    before. A path below /proc/PID is one of that process, and means the same when it has ended.
+    Files are compared, not paths: in a container the same path may lead to another file, and
+    another path to the same file. If an update replaces the file, both the new and the old one
+    match. A path below /proc/PID keeps its meaning when that process has ended.
     """
 
     def __init__(self, path: str) -> None:
@@ -74,11 +74,11 @@ class Executable:
                 or self._was(pid, theirs, os.readlink(link))
                 or (self._is_appimage and self._has_mounted(pid, os.readlink(link)))
             )
-        except OSError:  # it is gone, or may not be looked at
+        except OSError:  # it is gone, or not permitted
             return False
 
     def _is(self, theirs: _File) -> bool:
-        """Whether a file is the one at the path; if that led through a process, also after it."""
+        """Whether a file is the one at the path, even if that led through an ended process."""
         with suppress(OSError):
             if self._through is None or self._through.alive():
                 self._file = _File.of(self.path)
@@ -86,21 +86,21 @@ class Executable:
         return self._through is not None and self._file == theirs
 
     def _was(self, pid: int, theirs: _File, name: str) -> bool:
-        """Whether a process executes what was at the path until it was deleted or replaced.
+        """Whether a process executes a file that was at the path until deleted or replaced.
 
-        The kernel tells by a word behind its name, which is also a name that a file may have.
+        The kernel appends a word to the name then, but a file may really be named so.
         """
         if name != self._name + _DELETED:
             return False
         root, mounts = _view(str(pid))
         if mounts != self._mounts and not os.path.samestat(root, self._root):
-            return False  # it is a path of another tree
+            return False  # the path is of another tree
         with suppress(OSError):
             return not _File.of(f"/proc/{pid}/root{name}").is_inode(theirs)
         return True
 
     def _has_mounted(self, pid: int, name: str) -> bool:
-        """Whether a process executes what is inside of this AppImage: each start mounts it anew."""
+        """Whether a process executes a file inside this AppImage, which each start mounts anew."""
         with open(f"/proc/{pid}/environ", "rb") as file:
             variables = dict(one.partition(b"=")[::2] for one in file.read().split(b"\0"))
         image, directory = variables.get(b"APPIMAGE"), variables.get(b"APPDIR")
@@ -122,7 +122,7 @@ class Executable:
 
 
 def _name(path: str) -> str:
-    """Return the path of a file as the links of /proc show it, whatever tree it is in."""
+    """Return a file's path as the links in /proc show it, whatever tree it is in."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         name = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -132,7 +132,7 @@ def _name(path: str) -> str:
 
 
 def _view(pid: str) -> tuple[os.stat_result, Optional[str]]:
-    """Return the root of a process, and its mount namespace. Raises OSError."""
+    """Return the root directory and the mount namespace of a process. Raises OSError."""
     mounts = None
     with suppress(OSError):
         mounts = os.readlink(f"/proc/{pid}/ns/mnt")

@@ -1,4 +1,4 @@
-"""Start a command as another user if need be, held back until its limit is in force."""
+"""Start a command, if need be as another user, held back until its limit is in force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pybpfthrottle.errors import LaunchError, ProcessError
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
 _OURS = 125
-_MAX_ID = (1 << 32) - 2  # the next one means "leave it"
+_MAX_ID = (1 << 32) - 2  # the next id means "unchanged"
 
 
 class User(NamedTuple):
@@ -50,10 +50,10 @@ def _is_number(text: str) -> bool:
 
 
 class Command:
-    """A forked child that waits to be let go; without, it ends with this process."""
+    """A forked child process that waits for ``let_go``; until then it ends with this process."""
 
     def __init__(self, argv: Sequence[str], *, user: Optional[User] = None) -> None:
-        """Fork. The child has the signals that this process got from its parent."""
+        """Fork. The child gets the signal settings that this process inherited."""
         self.argv = list(argv)
         go_read, self._go = os.pipe()
         self._report, report_write = os.pipe()
@@ -66,7 +66,7 @@ class Command:
         os.close(report_write)
 
     def let_go(self) -> None:
-        """Execute the command. Raises LaunchError where that fails; the child is gone then."""
+        """Execute the command. Raises LaunchError if that fails; then the child is gone."""
         os.write(self._go, b"g")
         os.close(self._go)
         self._go = -1
@@ -81,7 +81,7 @@ class Command:
             raise LaunchError(message, status=int(status))
 
     def poll(self) -> Optional[int]:
-        """The exit status of the command if it has ended: 128 + the signal that ended it."""
+        """Return the command's exit status (128 + N for signal N); None while it runs."""
         pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
@@ -90,7 +90,7 @@ class Command:
         return os.WEXITSTATUS(wait_status)
 
     def abandon(self) -> None:
-        """End the child without having let it go."""
+        """End the child without executing the command."""
         if self._go >= 0:
             os.close(self._go)
             os.close(self._report)
@@ -126,7 +126,7 @@ def _restore_signals() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    # Python ignores these for itself.
+    # Python ignores these signals.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
 

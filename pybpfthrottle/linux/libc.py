@@ -1,4 +1,4 @@
-"""The one door to system calls that Python does not have, other than bpf(2)."""
+"""The one door to system calls that Python lacks, other than bpf(2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pidfd_open(pid: int, flags: int = 0) -> int:
 
 
 def pidfd_getfd(pidfd: int, number: int) -> int:
-    """Return a descriptor of what another process has open as ``number``. Linux 5.6.
+    """Return a copy of another process's descriptor ``number``. Linux 5.6.
 
     Raises OSError.
     """
@@ -34,13 +34,13 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
 
 
 def setns(namespace: int, kind: int) -> None:
-    """Move this thread into a namespace, given by a descriptor. Raises OSError."""
+    """Move this thread into the namespace behind a descriptor. Raises OSError."""
     if _function("setns")(namespace, kind):
         raise _error("setns")
 
 
 def signalfd(numbers: Iterable[int]) -> int:
-    """Return a descriptor of which blocked signals are read; the caller closes it. Linux 2.6.27.
+    """Return a descriptor to read blocked signals from; the caller closes it. Linux 2.6.27.
 
     Raises OSError.
     """
@@ -53,13 +53,13 @@ def signalfd(numbers: Iterable[int]) -> int:
 
 
 def prctl(option: int, value: int) -> None:
-    """Change something of this process or thread (man 2 prctl). Raises OSError."""
+    """Set an attribute of this process or thread (man 2 prctl). Raises OSError."""
     if _function("prctl")(option, ctypes.c_ulong(value), 0, 0, 0):
         raise _error("prctl")
 
 
 def timerfd_create() -> int:
-    """Return a timer's descriptor, on CLOCK_MONOTONIC; the caller closes it. Raises OSError."""
+    """Return a timer descriptor on CLOCK_MONOTONIC; the caller closes it. Raises OSError."""
     fd = int(_function("timerfd_create")(_CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
     if fd < 0:
         raise _error("timerfd_create")
@@ -67,7 +67,7 @@ def timerfd_create() -> int:
 
 
 def timerfd_settime(fd: int, wait_ns: int) -> None:
-    """Have a timer's descriptor be readable after a time; 0: never. Raises OSError."""
+    """Make a timer descriptor readable after a time; 0: never. Raises OSError."""
     value = _TIMER.pack(0, 0, *divmod(wait_ns, 1_000_000_000))
     if _function("timerfd_settime")(fd, 0, value, None):
         raise _error("timerfd_settime")
@@ -90,7 +90,7 @@ def mount_nowhere(kind: str) -> int:
 
 
 def klogctl(kind: int, buffer: Any, size: int) -> int:
-    """Read or ask about the kernel's log (man 2 syslog). Raises OSError."""
+    """Read or query the kernel's log (man 2 syslog). Raises OSError."""
     result = int(_function("klogctl")(kind, buffer, size))
     if result < 0:
         raise _error("klogctl")
@@ -98,7 +98,7 @@ def klogctl(kind: int, buffer: Any, size: int) -> int:
 
 
 def inotify_init(flags: int = 0) -> int:
-    """Return a descriptor that tells of changes in directories; the caller closes it.
+    """Return a descriptor that reports changes in directories; the caller closes it.
 
     Raises OSError.
     """
@@ -106,7 +106,7 @@ def inotify_init(flags: int = 0) -> int:
 
 
 def inotify_add_watch(descriptor: int, path: str, events: int) -> int:
-    """Have it tell of these events; for a directory that it knows, of these from now on.
+    """Watch a path for these events; for a watched directory they replace the earlier ones.
 
     Raises OSError.
     """
@@ -122,7 +122,7 @@ def _libc() -> Any:
 def _function(name: str) -> Any:
     try:
         return getattr(_libc(), name)
-    except AttributeError:  # as in a Python that is linked statically
+    except AttributeError:  # as in a statically linked Python
         raise OSError(errno.ENOSYS, "the C library has no such function", name) from None
 
 

@@ -1,7 +1,7 @@
-"""The login that this process is typed on: what serves its terminal, and the sockets it needs.
+"""The login session of this process: what serves its terminal, and the sockets it needs.
 
-A session may have left the processes below which it began, as in tmux and screen: then its
-terminal leads to those that it is shown by.
+A session may have left the processes that started it, as in tmux and screen: then its terminal
+leads to the processes that display it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Iterable, Iterator, NamedTuple
 from pybpfthrottle.linux import netns, process
 from pybpfthrottle.linux.sockets import descriptors
 
-_FIRST = 1  # the init system, which holds sockets of all services
+_FIRST = 1  # the init system, which holds the sockets of all services
 _ESTABLISHED, _LISTEN = 1, 10  # include/net/tcp_states.h
 _KINDS = [
     (family, protocol)
@@ -30,16 +30,16 @@ _VARIABLE = b"SSH_CONNECTION="  # man 1 ssh: address and port of the client, and
 
 
 class Carrier(NamedTuple):
-    """A socket that a login may need: who has it open, and the id of the cgroup it is of."""
+    """A socket that a login may need: who has it open, and the id of its cgroup."""
 
     pid: int
     cgroup_id: int
 
 
 def processes() -> list[int]:
-    """Return this process and what it runs below, and the same of what serves its terminals.
+    """Return this process, whatever serves its terminals, and the ancestors of all these.
 
-    tmux and screen have the terminals open at which they are shown, sshd the other ends of these.
+    tmux and screen have the terminals open that display them; sshd has the terminals' other ends.
     """
     found: dict[int, None] = {}
     pending = list(process.ancestors(os.getpid()))
@@ -59,9 +59,9 @@ def processes() -> list[int]:
 def carriers(pids: Iterable[int]) -> list[Carrier]:
     """Return the IP sockets that these processes have open, and those of their SSH_CONNECTION.
 
-    That variable may be of a login that has ended: its connection is not there any more.
+    That variable may stem from a login that has ended; then its connection is gone.
 
-    Linux 5.8; before, and where nothing tells, there are none.
+    Empty before Linux 5.8, and if the kernel does not say.
     """
     found: list[Carrier] = []
     listed: dict[int, list[netns.Listed]] = {}
@@ -82,7 +82,7 @@ def carriers(pids: Iterable[int]) -> list[Carrier]:
 
 
 def _terminals(pid: int) -> Iterator[int]:
-    """Yield the numbers of the pseudo terminals that a process uses: its own, and open ones."""
+    """Yield the numbers of a process's pseudo terminals: the controlling one, and open ones."""
     device = process.terminal_of(pid)
     if os.major(device) in _SLAVE_MAJORS:
         yield os.minor(device)
@@ -93,7 +93,7 @@ def _terminals(pid: int) -> Iterator[int]:
 
 
 def _servers() -> dict[int, list[int]]:
-    """Return who has the other end of each pseudo terminal open. Linux 4.14."""
+    """Return the processes that have the other end of each pseudo terminal open. Linux 4.14."""
     found: dict[int, list[int]] = {}
     for pid in process.running():
         for number, path in _open_files(pid):
@@ -113,7 +113,7 @@ def _open_files(pid: int) -> Iterator[tuple[str, str]]:
 
 
 def _listed(pid: int, known: dict[int, list[netns.Listed]]) -> list[netns.Listed]:
-    """Return the sockets of a process's network namespace, each of which is asked once."""
+    """Return the sockets of a process's network namespace; each namespace is queried once."""
     path = f"/proc/{pid}/ns/net"
     namespace = os.stat(path).st_ino
     if namespace not in known:
@@ -127,7 +127,7 @@ def _listed(pid: int, known: dict[int, list[netns.Listed]]) -> list[netns.Listed
 
 
 def _connection(pid: int) -> tuple[tuple[str, int], ...]:
-    """Return both ends of the connection that sshd told a process of, the server's first."""
+    """Return both ends of a process's SSH_CONNECTION, the server's first."""
     with suppress(OSError, ValueError), open(f"/proc/{pid}/environ", "rb") as file:
         for one in file.read().split(b"\0"):
             if one.startswith(_VARIABLE):
@@ -137,7 +137,7 @@ def _connection(pid: int) -> tuple[tuple[str, int], ...]:
 
 
 def _plain(text: str) -> str:
-    """Return an address as the other kind where it is of IPv4 behind a socket of IPv6."""
+    """Return an address, as IPv4 if it is IPv4-mapped IPv6."""
     address = ip_address(text.partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         return str(address.ipv4_mapped)

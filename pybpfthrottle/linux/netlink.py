@@ -1,4 +1,4 @@
-"""Asking the kernel's networking by netlink what is configured, without ip, tc or nft.
+"""Query the kernel's network configuration by netlink, without ip, tc or nft.
 
 Source: man 7 netlink; include/uapi/linux/netlink.h.
 """
@@ -20,7 +20,7 @@ _PATIENCE_S = 2.0
 
 
 def dump(protocol: int, message_type: int, header: bytes) -> Iterator[bytes]:
-    """The body of each message that answers a dump request. Raises OSError."""
+    """Yield the body of each message that answers a dump request. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as own:
         own.settimeout(_PATIENCE_S)
         own.bind((0, 0))
@@ -46,7 +46,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes behind a message's fixed part, by type."""
+    """Return the attributes after a message's fixed part, by type."""
     found = {}
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)

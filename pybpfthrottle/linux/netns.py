@@ -1,4 +1,4 @@
-"""What a network namespace tells of its sockets and addresses, also one of other processes."""
+"""The sockets and addresses of a network namespace, this process's or another's."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Ends(NamedTuple):
 
 
 def of_socket(descriptor: int) -> int:
-    """A descriptor of the network namespace that a socket is in; the caller closes it.
+    """Return a descriptor of a socket's network namespace; the caller closes it.
 
     Linux 4.10; needs CAP_NET_ADMIN there. Raises OSError.
     """
@@ -68,10 +68,10 @@ def of_socket(descriptor: int) -> int:
 
 
 def inside(namespace: int, work: Callable[[], T]) -> T:
-    """What ``work`` answers in a network namespace, given by a descriptor.
+    """Return the result of ``work`` in the network namespace behind a descriptor.
 
-    A thread of its own goes there, so that the rest of this process stays where it is. Needs
-    CAP_SYS_ADMIN, unless it is the own namespace. Raises OSError.
+    A separate thread enters it, so that the rest of this process stays where it is. Needs
+    CAP_SYS_ADMIN, except for this process's own namespace. Raises OSError.
     """
 
     def enter() -> T:
@@ -80,7 +80,7 @@ def inside(namespace: int, work: Callable[[], T]) -> T:
 
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
         return work()
-    # Not while this program may be ending already: it registers to be told of that.
+    # Imported late: the import registers an exit handler, which fails while the program is ending.
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as thread:
@@ -100,19 +100,19 @@ class Listed(NamedTuple):
 
 
 def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """The id of the cgroup that each socket was created in, by the socket's inode.
+    """Return the id of the cgroup in which each socket was created, by the socket's inode.
 
     ``kinds`` has the families and protocols to ask for. Sockets that are neither bound nor
-    connected are not listed. Linux 5.8 with CONFIG_SOCK_CGROUP_DATA: before, and for protocols
-    that the kernel cannot list, there are none. Raises OSError.
+    connected are not listed. Needs Linux 5.8 with CONFIG_SOCK_CGROUP_DATA; empty before that, and
+    for protocols that the kernel cannot list. Raises OSError.
     """
     return {one.inode: one.cgroup_id for one in listed(kinds)}
 
 
 def listed(kinds: Iterable[tuple[int, int]]) -> Iterator[Listed]:
-    """Return the sockets whose cgroups the kernel tells, as ``cgroup_ids`` does."""
+    """Yield the sockets whose cgroups the kernel reports, as for ``cgroup_ids``."""
     for family, protocol in kinds:
-        # MPTCP's number does not fit into the byte that protocols had.
+        # MPTCP's number does not fit into the one byte for the protocol.
         more = struct.pack("=HHI", 8, _INET_DIAG_REQ_PROTOCOL, protocol) if protocol > 255 else b""
         request = _REQUEST.pack(family, protocol & 0xFF, 0, _ALL_STATES, bytes(48)) + more
         try:
@@ -128,7 +128,7 @@ def listed(kinds: Iterable[tuple[int, int]]) -> Iterator[Listed]:
 
 
 def _both_ends(answer: bytes) -> tuple[tuple[str, int], ...]:
-    """Return the addresses and ports of a socket; IPv4 behind IPv6 as IPv4."""
+    """Return the addresses and ports of a socket; IPv4-mapped IPv6 as IPv4."""
     ports = _PORTS.unpack_from(answer, _PORTS_OFFSET)
     size = 4 if answer[0] == socket.AF_INET else 16
     found = []
@@ -141,9 +141,9 @@ def _both_ends(answer: bytes) -> tuple[tuple[str, int], ...]:
 
 
 def unix_peers() -> dict[int, int]:
-    """The inode of the other end of each Unix socket that is connected, by its inode.
+    """Return the inode of the peer of each connected Unix socket, by the socket's inode.
 
-    None where the kernel lacks CONFIG_UNIX_DIAG. Raises OSError.
+    Empty if the kernel lacks CONFIG_UNIX_DIAG. Raises OSError.
     """
     found = {}
     request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, _ALL_STATES, 0, _UDIAG_SHOW_PEER, bytes(8))
@@ -159,12 +159,12 @@ def unix_peers() -> dict[int, int]:
 
 
 def own_addresses() -> set[str]:
-    """The IP addresses of this namespace, as ``ipaddress`` spells them. Raises OSError."""
+    """Return the IP addresses of this namespace, as ``ipaddress`` spells them. Raises OSError."""
     found = set()
     request = _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
     for answer in netlink.dump(socket.NETLINK_ROUTE, _RTM_GETADDR, request):
         attributes = netlink.attributes(answer[_IFADDRMSG.size :])
-        # Of a point-to-point device IFA_ADDRESS is that of the other end.
+        # For a point-to-point device IFA_ADDRESS is the peer's address.
         own = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
         if own is not None:
             found.add(str(ipaddress.ip_address(own)))
@@ -172,10 +172,9 @@ def own_addresses() -> set[str]:
 
 
 def translations() -> Optional[dict[Ends, tuple[str, int]]]:
-    """The address and port that packets really go to, where netfilter translates them (NAT).
+    """Return the real destinations of connections translated by netfilter (NAT), by their ends.
 
-    By what a socket says of itself. None where there may be some, and they cannot be told. Needs
-    CAP_NET_ADMIN.
+    None if there may be translations that cannot be read. Needs CAP_NET_ADMIN.
     """
     found = {}
     try:
@@ -191,17 +190,17 @@ def translations() -> Optional[dict[Ends, tuple[str, int]]]:
 
 
 def _translated(attributes: Mapping[int, bytes]) -> tuple[Ends, tuple[str, int]]:
-    """What was sent to where, and who answers. Raises KeyError for a protocol without ports."""
+    """Return the original ends, and who answers. Raises KeyError for a protocol without ports."""
     sent, reply = (_ends(attributes[way]) for way in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY))
     return sent, (reply.source, reply.source_port)
 
 
 def _ends(data: bytes) -> Ends:
-    """A tuple of conntrack. Raises KeyError for a protocol without ports."""
+    """Parse a conntrack tuple. Raises KeyError for a protocol without ports."""
     parts = netlink.attributes(data)
     addresses = netlink.attributes(parts[_CTA_TUPLE_IP])
     ports = netlink.attributes(parts[_CTA_TUPLE_PROTO])
-    # CTA_IP_V4_SRC, CTA_IP_V4_DST, or those of IPv6, in this order.
+    # CTA_IP_V4_SRC and CTA_IP_V4_DST, or their IPv6 counterparts, in this order.
     source, destination = (str(ipaddress.ip_address(addresses[key])) for key in sorted(addresses))
     source_port, destination_port = (
         int.from_bytes(ports[key], "big") for key in (_CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)
@@ -210,7 +209,7 @@ def _ends(data: bytes) -> Ends:
 
 
 def _has_conntrack() -> bool:
-    """Whether connections are followed here."""
+    """Whether connection tracking is active here."""
     with suppress(OSError, ValueError), open(_CONNTRACK_COUNT) as file:
         return int(file.read()) > 0
     return False

@@ -1,6 +1,6 @@
-"""Cgroups that this program makes: for a command, and for processes that are moved for a while.
+"""Cgroups that this program creates: for a command, and for processes moved temporarily.
 
-Their names tell who made them, so that the next start can remove what a crash has left.
+Their names tell who created them, so that the next start can remove the leftovers of a crash.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ MOVED_PREFIX = PREFIX + "moved-"
 _TRIES = 100
 # The owner's pid and start time, its pid namespace unless that is the first, and a number.
 _NAME = re.compile(rf"{PREFIX}(?:moved-)?(\d+)-(\d+)(?:-(\d+))?-\d+")
-# Those that this process made, and has not given up.
+# The cgroups that this process created and has not given up.
 _held: set[str] = set()
 
 
 def is_ours(cgroup: Cgroup) -> bool:
-    """Whether its name says that an instance of this program made it."""
+    """Whether the name says that an instance of this program created the cgroup."""
     return _NAME.fullmatch(os.path.basename(cgroup.path)) is not None
 
 
 def is_held(cgroup: Cgroup) -> bool:
-    """Whether this process made it, and has not given it up."""
+    """Whether this process created the cgroup and has not given it up."""
     return cgroup.path in _held
 
 
@@ -43,7 +43,7 @@ class OwnCgroup:
         self.cgroup = cgroup
 
     def remove(self) -> bool:
-        """Remove it; False if processes are still in it: then a later start removes it."""
+        """Remove it; return False if it still has processes: then a later start removes it."""
         _held.discard(self.cgroup.path)
         try:
             self.cgroup.remove(patience_s=0.5)
@@ -147,13 +147,13 @@ def _accept_processes(parent: Cgroup, child: Cgroup) -> None:
 
 
 class Moved:
-    """Processes in cgroups that were made for them, below those that they were in.
+    """Processes in cgroups created for them, below their original ones.
 
-    ``back`` or ``with`` ends it; after a crash the next start does so.
+    ``back`` or ``with`` moves them back; after a crash the next start does so.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
-        """Make the cgroups; ``move`` fills them. Raises CgroupError or ProcessError."""
+        """Create the cgroups; ``move`` fills them. Raises CgroupError or ProcessError."""
         self._pids = list(pids)
         self._own: dict[Cgroup, OwnCgroup] = {}
         try:
@@ -174,7 +174,7 @@ class Moved:
         return [own.cgroup for own in self._own.values()]
 
     def move(self) -> None:
-        """Move the processes, and what they have started, as far as it is in the same cgroups.
+        """Move the processes, and their children that are in the same cgroups.
 
         Raises CgroupError.
         """
@@ -184,7 +184,7 @@ class Moved:
             for pid in pending:
                 with suppress(ProcessError, ProcessLookupError):
                     self._move(pid)
-            # One that was started meanwhile is where its parent was then.
+            # A child started meanwhile is where its parent was then.
             families = process.families()
             pending = {child for pid in moved for child in families.get(pid, ())}
 
@@ -200,11 +200,11 @@ class Moved:
             raise CgroupError(f"cannot move process {pid}: {error.strerror}") from error
 
     def populated(self) -> bool:
-        """Whether a process is in one of them."""
+        """Whether a process is in one of the cgroups."""
         return any(cgroup.exists() and cgroup.populated() for cgroup in self.cgroups)
 
     def back(self) -> None:
-        """Move what is in them to where it came from, and remove them."""
+        """Move all processes back to where they came from, and remove the cgroups."""
         with ExitStack() as stack:
             for origin, own in self._own.items():
                 stack.callback(own.remove)
@@ -219,7 +219,7 @@ class Moved:
 
 
 def _move_out(cgroup: Cgroup, into: Cgroup) -> None:
-    """Move all processes; what is started meanwhile, too."""
+    """Move all processes, including children started meanwhile."""
     while True:
         with suppress(FileNotFoundError):
             pids = cgroup.pids()
@@ -232,21 +232,21 @@ def _move_out(cgroup: Cgroup, into: Cgroup) -> None:
 
 
 def remove_abandoned() -> list[Cgroup]:
-    """Remove the cgroups of crashed runs of ours that no process is in any more.
+    """Remove the cgroups left behind by our crashed runs; return those removed.
 
-    Those that were moved into one go back to where they came from.
+    Processes that were moved into one go back to where they came from.
     """
     return abandoned(remove=True)
 
 
 def abandoned(*, remove: bool = False) -> list[Cgroup]:
-    """Return the cgroups of crashed runs of ours that no process is in any more."""
+    """Return the empty cgroups left behind by our crashed runs."""
     found = []
-    # From below: who was moved twice goes back twice.
+    # From the bottom up: what was moved twice goes back twice.
     for cgroup in reversed(list(cgroups.walk())):
         if not _is_abandoned(cgroup):
             continue
-        with suppress(OSError):  # it is gone meanwhile, or may not be removed
+        with suppress(OSError):  # gone meanwhile, or removal is not permitted
             moved = os.path.basename(cgroup.path).startswith(MOVED_PREFIX)
             if moved and remove:
                 _move_out(cgroup, Cgroup(os.path.dirname(cgroup.path)))
@@ -258,7 +258,7 @@ def abandoned(*, remove: bool = False) -> list[Cgroup]:
 
 
 def _is_abandoned(cgroup: Cgroup) -> bool:
-    """Whether a cgroup is ours, and who made it has ended or given it up."""
+    """Whether a cgroup is ours, and its creator has ended or given it up."""
     named = _NAME.fullmatch(os.path.basename(cgroup.path))
     if named is None:
         return False

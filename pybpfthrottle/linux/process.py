@@ -1,4 +1,4 @@
-"""What /proc says of a process, and waiting for its end."""
+"""Processes as /proc shows them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ALL_USERS = (1 << 32) - 1
 
 
 class Identity(NamedTuple):
-    """What tells a process from all others of this boot, since a pid may be used again.
+    """What identifies a process uniquely during this boot, since a pid may be reused.
 
-    ``start_ticks`` is the time of its start since the boot, in clock ticks, as the first time
-    namespace has it, whichever one it was read in.
+    ``start_ticks`` is its start time since boot, in clock ticks of the initial time namespace,
+    whichever namespace it was read in.
     """
 
     pid: int
@@ -39,7 +39,7 @@ def identity() -> Identity:
 
 
 def is_gone(owner: Identity) -> bool:
-    """Whether a process has ended; false for one of another pid namespace, which is not visible."""
+    """Whether a process has ended; False for another pid namespace, which is not visible."""
     if owner.pid_namespace != _pid_namespace():
         return False
     stat = _stat(owner.pid)
@@ -49,15 +49,15 @@ def is_gone(owner: Identity) -> bool:
 
 
 def same(one: Identity, other: Identity) -> bool:
-    """Whether two identities are of one process, which may have been read in two time namespaces.
+    """Whether two identities mean one process, even if read in different time namespaces.
 
-    The kernel rounds a shifted time to whole ticks: then it may be one more or less.
+    The kernel rounds a shifted start time to whole ticks, so it may differ by one.
     """
     return one[:2] == other[:2] and abs(one.start_ticks - other.start_ticks) <= 1
 
 
 def _start_ticks(stat: list[str]) -> int:
-    """When a process was started: /proc shows it as this time namespace has it."""
+    """Return a process's start time; /proc shows it on the clock of this time namespace."""
     return int(stat[19]) - _in_ticks(clock.offsets().boottime_ns)
 
 
@@ -73,7 +73,7 @@ def _pid_namespace() -> int:
 
 
 class Process:
-    """A process that was alive when this was made; its start time guards against a reused pid."""
+    """A process that was alive on construction; its start time guards against a reused pid."""
 
     def __init__(self, pid: int) -> None:
         """Raises ProcessError if there is no such process, or if it is a kernel thread."""
@@ -97,12 +97,12 @@ class Process:
 
 
 def _has_ended(stat: list[str]) -> bool:
-    """Whether all of a process has: its first thread may be a zombie while others go on."""
+    """Whether all threads have ended: the first may be a zombie while others still run."""
     return stat[0] in _ENDED and int(stat[17]) <= 1
 
 
 def _stat(pid: int) -> Optional[list[str]]:
-    """The fields of /proc/PID/stat from the third (the state) on; the name may hold anything."""
+    """Return the fields of /proc/PID/stat after the name, which may contain anything."""
     try:
         with open(f"/proc/{pid}/stat", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
@@ -119,18 +119,18 @@ def _name(pid: int) -> str:
 
 
 def running() -> Iterator[int]:
-    """The ids of all processes that are visible, those that have ended and wait included."""
+    """Yield the ids of all visible processes, zombies included."""
     return (int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
 def has_ended(pid: int) -> bool:
-    """Whether no thread of a process runs any more."""
+    """Whether all threads of a process have ended."""
     stat = _stat(pid)
     return stat is None or _has_ended(stat)
 
 
 def families() -> dict[int, list[int]]:
-    """The children of each process that has some, but for those that have ended."""
+    """Return the running children of each process that has any."""
     found: dict[int, list[int]] = {}
     for pid in running():
         stat = _stat(pid)
@@ -145,7 +145,7 @@ def in_first_namespace() -> bool:
 
 
 def own_status() -> dict[str, str]:
-    """Return what /proc/self/status says; nothing where it cannot be read."""
+    """Return the fields of /proc/self/status; empty if it cannot be read."""
     try:
         with open("/proc/self/status") as file:
             pairs = (line.partition(":") for line in file)
@@ -155,7 +155,7 @@ def own_status() -> dict[str, str]:
 
 
 def in_own_user_namespace() -> bool:
-    """Whether this process is in another user namespace than the first."""
+    """Whether this process is outside the initial user namespace."""
     try:
         with open("/proc/self/uid_map") as file:
             return file.read().split() != ["0", "0", str(_ALL_USERS)]
@@ -164,24 +164,24 @@ def in_own_user_namespace() -> bool:
 
 
 def is_kernel_thread(pid: int) -> bool:
-    """Whether a process is one of the kernel's own; false if it is gone."""
+    """Whether a process is a kernel thread; False if it is gone."""
     stat = _stat(pid)
     return stat is not None and bool(int(stat[6]) & _PF_KTHREAD)
 
 
 def name_of(pid: int) -> str:
-    """The name of a process, or ``?`` if it is gone."""
+    """Return the name of a process, or ``?`` if it is gone."""
     return _name(pid)
 
 
 def listed(pids: Sequence[int], *, most: int = 5) -> str:
-    """Processes by pid and name, for people: ``12 (curl), 14 (sh) and 3 more``."""
+    """Return processes by pid and name, for people: ``12 (curl), 14 (sh) and 3 more``."""
     text = ", ".join(f"{pid} ({name_of(pid)})" for pid in pids[:most])
     return text if len(pids) <= most else f"{text} and {len(pids) - most} more"
 
 
 def ancestors(pid: int) -> Iterator[int]:
-    """A process and its parents, up to the first."""
+    """Yield a process and its ancestors, up to the first."""
     while pid > 0:
         yield pid
         stat = _stat(pid)
@@ -197,5 +197,5 @@ def terminal_of(pid: int) -> int:
 
 
 def own_session() -> list[int]:
-    """The pids of this process and what it runs below: the shell, the terminal, the sshd."""
+    """Return the pids of this process and its ancestors: the shell, the terminal, sshd."""
     return list(ancestors(os.getpid()))

@@ -1,4 +1,4 @@
-"""Signals as a queue that can be waited for, instead of interruptions anywhere."""
+"""Signals as a queue to wait on, instead of interruptions anywhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pybpfthrottle.linux import libc
 
 # struct signalfd_siginfo: the number, an error, and the code, in 128 bytes.
 _SIGINFO = struct.Struct("=Iii116x")
-_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h: of the terminal, among others
+_SI_KERNEL = 0x80  # include/uapi/asm-generic/siginfo.h: from the terminal, among others
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals come after it: what is made is also registered, what is begun is also ended."""
+    """Hold signals back for the duration of the context, so that nothing in it is interrupted."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -27,10 +27,10 @@ def held_back() -> Iterator[None]:
 
 
 class SignalQueue:
-    """While it is entered, these signals are queued.
+    """Queues these signals within its context.
 
-    One that was ignored before stays ignored, but for SIGCHLD: without it no child's status can
-    be had.
+    Signals that were ignored before stay ignored, except SIGCHLD: while that is ignored, no
+    child's status is available.
     """
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
@@ -57,26 +57,26 @@ class SignalQueue:
         os.close(self._write)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when a signal has come."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._read
 
     def run(self) -> None:
-        """Take in the signals that have come, for ``take``."""
+        """Read the signals that have arrived, for ``take``."""
         with suppress(BlockingIOError):
             came = (signal.Signals(number) for number in os.read(self._read, 4096))
             self._came += [number for number in came if number in self._before]
 
     def take(self) -> list[signal.Signals]:
-        """Return the signals that have come since it was asked last, in order."""
+        """Return the signals that have arrived since the last call, in order."""
         came, self._came = self._came, []
         return came
 
 
 class SentSignals:
-    """While it is entered, these signals are queued if a process has sent them.
+    """Queues these signals within its context, if a process has sent them.
 
-    What the terminal sends it drops: the whole process group has got that. One that was ignored
-    before stays ignored. They are blocked in this thread, and in those that it starts.
+    Signals from the terminal are dropped: the whole process group has got them. Signals that were
+    ignored before stay ignored. All are blocked in this thread and the threads that it starts.
     """
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
@@ -92,16 +92,16 @@ class SentSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run()  # what is pending is not to come when they are let through again
+        self.run()  # pending signals must not arrive once unblocked
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
         os.close(self._fd)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when a signal has come."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._fd
 
     def run(self) -> None:
-        """Take in the signals that have come, for ``take``."""
+        """Read the signals that have arrived, for ``take``."""
         with suppress(BlockingIOError):
             while True:
                 number, _, code = _SIGINFO.unpack(os.read(self._fd, _SIGINFO.size))
@@ -109,6 +109,6 @@ class SentSignals:
                     self._came.append(signal.Signals(number))
 
     def take(self) -> list[signal.Signals]:
-        """Return the signals that have come since it was asked last, in order."""
+        """Return the signals that have arrived since the last call, in order."""
         came, self._came = self._came, []
         return came

@@ -25,14 +25,14 @@ _SENDING = (1, 4, 8, 9, 11)
 
 
 class Refusal(NamedTuple):
-    """Why a process may not be looked into; ``capability`` says that CAP_SYS_PTRACE would do."""
+    """Why a process may not be inspected; ``capability``: CAP_SYS_PTRACE would suffice."""
 
     text: str
     capability: bool = False
 
 
 def why_refused(error: OSError) -> Refusal:
-    """Return what is behind the EPERM or EACCES of a look into a process.
+    """Return the reason for an EPERM or EACCES when inspecting a process.
 
     Sources: man 2 ptrace, "Ptrace access mode checking"; Documentation/admin-guide/LSM/Yama.rst.
     """
@@ -55,19 +55,19 @@ def why_refused(error: OSError) -> Refusal:
 
 
 def may_borrow_all() -> bool:
-    """Whether this process has CAP_SYS_PTRACE; without, it may borrow from its own user alone."""
+    """Whether this process has CAP_SYS_PTRACE; without it, it may only borrow from its own user."""
     return bool(int(process.own_status().get("CapEff", "0"), 16) >> _CAP_SYS_PTRACE & 1)
 
 
 class Descriptor(NamedTuple):
-    """A descriptor of another process that is a socket, and the socket's inode."""
+    """Another process's descriptor of a socket, and the socket's inode."""
 
     number: int
     inode: int
 
 
 class Place(NamedTuple):
-    """Where a socket is open: a descriptor of a process, and what tells it from all others."""
+    """Where a socket is open: a process's descriptor, and what identifies the socket."""
 
     pid: int
     number: int
@@ -78,7 +78,7 @@ _TCP_INFO = struct.Struct("=B43xI72xQ104xI")
 
 
 class TcpInfo(NamedTuple):
-    """The part of struct tcp_info that we ask for. Linux 4.6."""
+    """The part of struct tcp_info that we read. Linux 4.6."""
 
     state: int
     last_data_sent_ms: int
@@ -87,16 +87,16 @@ class TcpInfo(NamedTuple):
 
     @property
     def sends(self) -> bool:
-        """Whether it is connected, and not closed for sending for good.
+        """Whether the connection is established and can still send.
 
-        No listener: what that has is inherited. No SYN_SENT: programs are told when it is
-        established.
+        Not for a listener: accepted sockets inherit its settings. Not for SYN_SENT: programs are
+        notified once it is established.
         """
         return self.state in _SENDING
 
     @classmethod
     def of(cls, own: socket.socket) -> TcpInfo:
-        """That of a TCP connection. Raises OSError."""
+        """Return the state of a TCP connection. Raises OSError."""
         data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         return cls(*_TCP_INFO.unpack(data.ljust(_TCP_INFO.size, b"\0")))
 
@@ -113,7 +113,7 @@ class Lender:
         self._pidfd = _open_thread(pid, _holder(pid))
 
     def borrow(self, number: int) -> int:
-        """An own descriptor of what ``number`` is there; the caller closes it. Linux 5.6.
+        """Return a copy of the process's descriptor ``number``; the caller closes it. Linux 5.6.
 
         Needs CAP_SYS_PTRACE for processes of other users. Raises OSError: EBADF if it was closed
         meanwhile, ESRCH if the process has ended.
@@ -134,7 +134,7 @@ class Lender:
 
 
 def _holder(pid: int) -> int:
-    """The thread that has a process's descriptors: the first, or one that goes on after that."""
+    """Return the thread with a process's descriptors: the first, or one that outlives it."""
     with suppress(OSError):
         for thread in (pid, *map(int, os.listdir(f"/proc/{pid}/task"))):
             with os.scandir(f"/proc/{pid}/task/{thread}/fd") as entries:
@@ -156,7 +156,7 @@ def _open_thread(pid: int, thread: int) -> int:
 
 
 def descriptors(pid: int) -> list[Descriptor]:
-    """Those of a process that are sockets. Raises OSError where it may not be looked into."""
+    """Return the descriptors of a process's sockets. Raises OSError if it may not be inspected."""
     directory = f"/proc/{pid}/task/{_holder(pid)}/fd"
     found = []
     for name in os.listdir(directory):
@@ -168,10 +168,10 @@ def descriptors(pid: int) -> list[Descriptor]:
 
 
 class Scan:
-    """Looks through processes again and again, and lends each of their sockets once.
+    """Scans processes repeatedly, and lends each of their sockets once.
 
-    ``refused`` holds why processes could not be looked into in the last pass (CAP_SYS_PTRACE is
-    needed for those of other users).
+    ``refused`` holds why processes could not be inspected in the last pass (other users'
+    processes need CAP_SYS_PTRACE).
     """
 
     def __init__(self) -> None:
@@ -179,9 +179,9 @@ class Scan:
         self.refused: dict[int, OSError] = {}
 
     def new(self, pids: Iterable[int]) -> Iterator[Borrowed]:
-        """The sockets that earlier passes did not meet, each until the next is asked for.
+        """Yield the sockets that earlier passes did not meet, each open until the next request.
 
-        What ends in between is passed over.
+        Sockets and processes that end meanwhile are skipped.
         """
         met: set[int] = set()
         self.refused = {}
@@ -206,7 +206,7 @@ class Scan:
             raise
         try:
             own = socket.socket(fileno=fd)
-        except OSError:  # another file has its number meanwhile, or it is of a family like AF_XDP
+        except OSError:  # the number was reused for another file, or the family is one like AF_XDP
             os.close(fd)
             return
         with own:
@@ -214,24 +214,24 @@ class Scan:
 
 
 class Borrowed(NamedTuple):
-    """A socket of another process: the same one, by a descriptor of ours for the moment."""
+    """A socket of another process, through a temporary descriptor of ours."""
 
     socket: socket.socket
     place: Place
 
     @property
     def is_ip(self) -> bool:
-        """Whether it is of TCP, UDP or another protocol above IP."""
+        """Whether the socket is TCP, UDP or another protocol on IP."""
         return self.socket.family in (socket.AF_INET, socket.AF_INET6)
 
     @property
     def is_tcp(self) -> bool:
-        """Whether it is of TCP."""
+        """Whether the socket is TCP."""
         return self.is_ip and self.socket.proto == socket.IPPROTO_TCP
 
     @property
     def is_local(self) -> bool:
-        """Whether it is connected, and by that does not leave the machine."""
+        """Whether the socket is connected to this machine itself."""
         try:
             remote = ip_address(self.socket.getpeername()[0].partition("%")[0])
         except OSError:
@@ -241,7 +241,7 @@ class Borrowed(NamedTuple):
 
 
 def places(pids: Iterable[int]) -> dict[int, Place]:
-    """Where each socket of some processes is open, of whatever kind, by its inode."""
+    """Return where each socket of some processes is open, whatever its kind, by inode."""
     found: dict[int, Place] = {}
     for pid in pids:
         with suppress(OSError):
@@ -251,9 +251,9 @@ def places(pids: Iterable[int]) -> dict[int, Place]:
 
 
 def borrow(place: Place) -> socket.socket:
-    """The socket at a place, to be closed soon: while it is open its owner cannot end it.
+    """Return the socket at a place. Close it soon: until then its owner cannot end it.
 
-    Raises OSError if it is not there any more.
+    Raises OSError if it is gone.
     """
     with Lender(place.pid) as lender:
         fd = lender.borrow(place.number)
@@ -264,9 +264,9 @@ def borrow(place: Place) -> socket.socket:
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:
-    """Each TCP socket that some processes have open, once, until the next is asked for.
+    """Yield each TCP socket of some processes once, open until the next is requested.
 
-    Needs CAP_SYS_PTRACE for processes of other users; those that may not be looked into, and what
-    ends in between, are passed over.
+    Needs CAP_SYS_PTRACE for processes of other users. Processes that may not be inspected, and
+    whatever ends meanwhile, are skipped.
     """
     return (found.socket for found in Scan().new(pids) if found.is_tcp)

@@ -1,4 +1,4 @@
-"""Whether processes have sent or received anything, as the devices and their connections tell."""
+"""Whether processes have sent or received anything, judged by devices and connections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Iterable, NamedTuple, Optional
 
 from pybpfthrottle.linux import process, sockets
 
-# Routers and addresses are looked for on a new device, without anybody sending.
+# On a new device the kernel itself looks for routers and addresses.
 _NOISE_BYTES = 2048
 # How long ago data was sent and received (ms), and how many bytes were acknowledged and received.
 # Linux 4.1.
@@ -18,14 +18,14 @@ _TCP_INFO = struct.Struct("=44xI4xI64xQQ")
 
 
 class DeviceBytes(NamedTuple):
-    """What the devices of a network namespace have carried, in both directions."""
+    """The bytes that a network namespace's devices have carried, in both directions."""
 
     loopback: int
     others: int
 
 
 def device_bytes(pid: int) -> Optional[DeviceBytes]:
-    """Return the counters of the network namespace of a process; None if it is gone."""
+    """Return the counters of a process's network namespace; None if the process is gone."""
     try:
         with open(f"/proc/{pid}/net/dev") as file:
             return parse(file.read())
@@ -34,7 +34,7 @@ def device_bytes(pid: int) -> Optional[DeviceBytes]:
 
 
 def parse(text: str) -> DeviceBytes:
-    """Read /proc/PID/net/dev: two headings, and then a line a device."""
+    """Parse /proc/PID/net/dev: two headings, then a line per device."""
     carried = {"lo": 0, "others": 0}
     for line in text.splitlines()[2:]:
         name, _, numbers = line.rpartition(":")
@@ -44,14 +44,14 @@ def parse(text: str) -> DeviceBytes:
 
 
 def differ(before: Optional[DeviceBytes], after: Optional[DeviceBytes]) -> bool:
-    """Whether more has passed in between than the kernel sends by itself."""
+    """Whether more was carried in between than the kernel sends by itself."""
     if before is None or after is None:
         return False
     return after.loopback > before.loopback or after.others - before.others > _NOISE_BYTES
 
 
 def share_network(pids: Iterable[int]) -> bool:
-    """Whether others than these, and this session, are in the network namespace of the first."""
+    """Whether the first one's network namespace has processes besides these and this session."""
     known = {*pids, *process.own_session()}
     own = next((found for found in map(_namespace, pids) if found), None)
     return any(_namespace(pid) == own for pid in process.running() if pid not in known)
@@ -64,14 +64,14 @@ def _namespace(pid: int) -> Optional[int]:
 
 
 def tcp_moved(pids: Iterable[int], within_s: float) -> bool:
-    """Whether a TCP connection of some processes has carried data in the last seconds."""
+    """Whether a TCP connection of some processes carried data within the last seconds."""
     for own in sockets.tcp_of(pids):
         with suppress(OSError):
             data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
             sent_ms, received_ms, acked, received = _TCP_INFO.unpack(
                 data.ljust(_TCP_INFO.size, b"\0")
             )
-            # One byte that is acknowledged stands for the SYN.
+            # One acknowledged byte is the SYN.
             if (acked > 1 and sent_ms < within_s * 1000) or (
                 received and received_ms < within_s * 1000
             ):

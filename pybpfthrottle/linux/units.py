@@ -1,4 +1,4 @@
-"""Systemd units while they are stopped and started: each time with another cgroup."""
+"""Systemd units across restarts, each of which creates a new cgroup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import libc
 from pybpfthrottle.linux.cgroup import Cgroup
 
-# How soon one is found that comes back in another slice, or where nothing tells of new cgroups.
+# How soon a unit is found that restarts in another slice, or without inotify.
 _PERIOD_S = 1.0
 
 # include/uapi/linux/inotify.h
@@ -24,7 +24,7 @@ _EVENTS_BYTES = 1 << 16
 
 @dataclass
 class Unit:
-    """A unit by its name, and the cgroup that it has, or had last."""
+    """A unit's name, and its present or last cgroup."""
 
     name: str
     cgroup: Cgroup
@@ -32,10 +32,10 @@ class Unit:
 
 
 class Comings:
-    """Units that are waited for, as a chore: a new cgroup is noticed when it is made.
+    """A chore that waits for units to start: it notices a new cgroup at its creation.
 
-    ``moved`` is called with a unit and its new cgroup; if it returns false, it is called again.
-    ``stopped`` is called with a unit that was looked for, and does not run. ``close`` ends it.
+    ``moved`` is called with a unit and its new cgroup, and again if it returns False. ``stopped``
+    is called with a unit that turns out not to run. ``close`` ends the chore.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class Comings:
         self._units = list(units)
         self._moved = moved
         self._stopped = stopped
-        # At once: it may have been started again before anybody looked.
+        # Check immediately: a unit may have been restarted already.
         self.due_s = -math.inf
         self._inotify = -1
-        with suppress(OSError):  # there may be too many of this user (fs.inotify)
+        with suppress(OSError):  # the user may have reached the limit in fs.inotify
             self._inotify = libc.inotify_init(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when a cgroup was made near one of the units."""
+        """Return a descriptor that is readable when a cgroup was created near one of the units."""
         return self._inotify
 
     def run(self) -> None:
-        """See whether units have come back."""
+        """Check whether units have started again."""
         searches = time.monotonic() >= self.due_s
         if searches:
             self.due_s = time.monotonic() + _PERIOD_S
@@ -70,15 +70,15 @@ class Comings:
             self._look(unit, searches)
 
     def close(self) -> None:
-        """Wait no more."""
+        """Stop waiting."""
         if self._inotify >= 0:
             descriptor, self._inotify = self._inotify, -1
             os.close(descriptor)
 
     def _watch(self, unit: Unit) -> None:
-        """Be told of what is made in the slices of a unit, which may go with it.
+        """Watch the slices of a unit, which may vanish with it.
 
-        From the top down, and before the look: nothing is made in between that nobody tells of.
+        From the top down, and before the check, so that no creation goes unnoticed.
         """
         above = list(Cgroup(os.path.dirname(unit.cgroup.path)).with_ancestors())
         if self._inotify >= 0:
@@ -98,7 +98,7 @@ class Comings:
             if searches:
                 self._stopped(unit)
             return
-        # Before it is limited: if it is another one by then, the next look sees that.
+        # Set before limiting it: if the unit is restarted meanwhile, the next check sees that.
         with suppress(FileNotFoundError):
             cgroup_id = found.id
             if self._moved(unit, found):

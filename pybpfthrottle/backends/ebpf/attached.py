@@ -33,7 +33,7 @@ class Links:
 
     @cached_property
     def by_program(self) -> dict[int, list[LinkInfo]]:
-        """Those of cgroups, by the program that they attach."""
+        """Return the links of cgroups, by the program that they attach."""
         found: dict[int, list[LinkInfo]] = {}
         with suppress(OSError):  # they may not be listed here (CAP_SYS_ADMIN, Linux 5.8)
             for link in links.all_infos():
@@ -51,7 +51,7 @@ class Links:
 
 
 class HeldLink(NamedTuple):
-    """A link, and the processes that have a descriptor of it, as far as they are visible."""
+    """A link, and the visible processes that have a descriptor of it."""
 
     id: int
     pids: tuple[int, ...]

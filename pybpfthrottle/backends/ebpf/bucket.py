@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 _MS = 1_000_000
 _NS_PER_S = 1_000_000_000
 
-# One packet as large as they come, at least.
+# At least one packet of the largest size.
 BURST_BYTES = 64 * 1024
-# How much longer small packets pass: a ping is not caught behind a bulk transfer.
+# How much longer small packets pass: a bulk transfer does not hold up a ping.
 SMALL_NS = 20 * _MS
-# Small windows keep the kernel from merging packets: beyond this, the window costs more than the
-# policer's retransmissions do.
+# Small windows keep the kernel from merging packets: beyond this rate, they cost more than the
+# policer's retransmissions.
 MOST_FOR_WINDOW = Rate(25_000_000)
-# The gate's keeper works for every acknowledgement, of which there are more at higher rates.
+# The keeper's work grows with the rate: it handles every acknowledgement.
 MOST_FOR_GATE = Rate(100_000_000)
-# The policer's burst is 250 ms, which is longer than TCP's shortest retransmission timeout (200
-# ms): with less, a flow that waits for it loses bandwidth for good (0.72 of the limit was measured
-# with 150 ms). 40 % of it may be owed. It is also the burst at the start, where there is no credit
-# yet: it makes up for the slow start of TCP in the first seconds. Behind a receive window nobody
-# waits for a timeout. What shaped connections may owe beyond it the shaper itself adds.
+# The policer's burst is 250 ms, longer than TCP's shortest retransmission timeout (200 ms): with
+# less, a flow that waits for the timeout loses bandwidth for good (with 150 ms, 0.72 of the limit
+# was measured). 40 % of the burst may be owed. That is also the burst at the start, where there is
+# no credit yet: it makes up for TCP's slow start in the first seconds. Flows limited by a receive
+# window wait for no timeout. The shaper itself adds what shaped connections may owe beyond this.
 _POLICED = (150 * _MS, 100 * _MS)
 _WINDOW = (50 * _MS, 20 * _MS)
 _BURSTS = {"police": _POLICED, "pace": _POLICED, "window": _WINDOW, "gate": _WINDOW}
@@ -50,7 +50,7 @@ _FLAGS = {
     "window": ThrottleFlags.WINDOW,
     "gate": ThrottleFlags.WINDOW | ThrottleFlags.GATE,
 }
-# The better one first.
+# The best first.
 _METHODS = {Direction.UPLOAD: ("pace",), Direction.DOWNLOAD: ("gate", "window")}
 _MOST = {
     "window": (MOST_FOR_WINDOW, "the receive window costs too much CPU"),
@@ -59,7 +59,7 @@ _MOST = {
 
 
 class Shaping(NamedTuple):
-    """How a direction is kept to its limit, one of settings.SHAPES but auto, and why so."""
+    """How a direction is kept to its limit (one of settings.SHAPES except auto), and why."""
 
     method: str
     reason: str
@@ -71,12 +71,12 @@ class Shaping(NamedTuple):
 
     @property
     def debt_ns(self) -> int:
-        """How far it may run ahead before packets are dropped."""
+        """How far the bucket may run ahead of the clock before packets are dropped."""
         return _BURSTS[self.method][1]
 
     @property
     def burst_ns(self) -> int:
-        """Both together."""
+        """Credit and debt together."""
         return self.credit_ns + self.debt_ns
 
     @property
@@ -95,9 +95,9 @@ def shaping_for(
     *,
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Shaping:
-    """Return the method for a direction; ``refused`` tells of methods why they are not to be had.
+    """Return the method for a direction; ``refused`` says why methods are unavailable.
 
-    Where the wanted one is refused, it is the next best.
+    If the wanted method is refused, the next best is returned.
     """
     methods = _METHODS[direction]
     if wanted not in ("auto", *methods):
@@ -122,9 +122,9 @@ def config_for(
     shaping: Shaping = POLICE,
     owner: Optional[Identity] = None,
 ) -> ThrottleConfig:
-    """Return the record for a rate, in units that spare the program each division.
+    """Return the record for a rate, in units that spare the program every division.
 
-    ``owner`` is the process that keeps the throttle: this one, if it is not given.
+    ``owner`` is the process that keeps the throttle, by default this one.
     """
     owner = owner or process.identity()
     config = ThrottleConfig(
@@ -151,8 +151,8 @@ def config_for(
 class Seen(NamedTuple):
     """What the programs know of uploads.
 
-    ``owed_ns`` is the time for which the limit is used up already, ``passed`` how many bytes
-    there were, and ``flows`` how many connections the programs shape.
+    ``owed_ns`` is the time for which the limit is used up already, ``passed`` the bytes sent so
+    far, and ``flows`` the number of connections that the programs shape.
     """
 
     owed_ns: int
@@ -172,7 +172,7 @@ class Bucket:
         shapes: Mapping[Direction, str],
         owner: Identity,
     ) -> None:
-        """``shapes`` has one of settings.SHAPES for a direction, where it is not auto."""
+        """``shapes`` has one of settings.SHAPES for each direction that is not auto."""
         self._maps = maps
         self._loopback = loopback
         self._shapes = shapes
@@ -191,13 +191,13 @@ class Bucket:
         )
 
     def begin(self, refused: Mapping[str, str]) -> None:
-        """Put all rates in force. ``refused`` tells of methods why they are not to be had."""
+        """Put all rates in force. ``refused`` says why methods are unavailable."""
         self.refused = dict(refused)
         for direction, rate in self.rates.items():
             self.set_rate(direction, rate)
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
-        """Change a rate at once; the programs scale the time of what is owed, in bytes.
+        """Change a rate immediately; the programs rescale the debt, which is constant in bytes.
 
         Raises ThrottleError for a direction that the throttle does not have.
         """
@@ -213,7 +213,7 @@ class Bucket:
         log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
 
     def lift(self) -> None:
-        """Let all packets pass, and have the programs shape nothing any more."""
+        """Let all packets pass, and stop shaping."""
         for direction in self.rates:
             self._configs[direction] = config_for(None, loopback=False, owner=self._owner)
 
@@ -225,7 +225,7 @@ class Bucket:
         return shaping
 
     def shapes_not_kept(self) -> list[str]:
-        """Return what was asked for by name and cannot be done, a line each."""
+        """Return the methods asked for by name that cannot be used, a line each."""
         return [
             f"--shape {wanted} does not work here, and the {direction} is kept by"
             f" {shaping.method}: {shaping.reason}"
@@ -235,7 +235,7 @@ class Bucket:
         ]
 
     def flags(self, direction: Direction) -> int:
-        """Return what the programs do at present, as enum throttle_flags."""
+        """Return what the programs do now, as enum throttle_flags."""
         return int(self._configs[direction].flags & ~self._buckets[direction].refused)
 
     def paces(self, direction: Direction) -> bool:
@@ -243,7 +243,7 @@ class Bucket:
         return self._shapings[direction].method == "pace"
 
     def leave_room(self, direction: Direction, slack_ns: int = 0) -> None:
-        """Let connections that nothing else slows down owe more: as in the policer's own burst."""
+        """Allow as much debt as the policer does, for connections that nothing else slows down."""
         slack_ns = slack_ns or POLICE.burst_ns - self._shapings[direction].burst_ns
         config = self._configs[direction]
         config.slack_ns = max(config.slack_ns, slack_ns)

@@ -1,6 +1,6 @@
-"""Who carries the data of processes that own no connection: a limit on these does nothing.
+"""Who carries the data of processes without connections of their own: limiting these is useless.
 
-Such are rsync and git over ssh, a client of a local proxy, a virtual machine with a tap device.
+Examples: rsync and git over ssh, a client of a local proxy, a virtual machine with a tap device.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Open(NamedTuple):
 
 
 def notes(pids: Sequence[int], *, loopback: bool) -> Iterator[str]:
-    """Say who has the connection, where none of these processes has one that leaves the machine.
+    """Yield who has the connection, if none of these processes has one that leaves the machine.
 
-    ``loopback``: what goes over the loopback device is limited too.
+    ``loopback``: traffic over the loopback device is limited too.
     """
     opened = {pid: _open_of(pid) for pid in pids}
     tables = _Tables()
@@ -93,7 +93,7 @@ def _open_of(pid: int) -> _Open:
     found: dict[str, set[int]] = defaultdict(set)
     devices = []
     directory = f"/proc/{pid}/fd"
-    with suppress(OSError):  # it has ended, or may not be looked into
+    with suppress(OSError):  # it has ended, or may not be inspected
         for name in os.listdir(directory):
             with suppress(OSError):
                 target = os.readlink(f"{directory}/{name}")
@@ -119,7 +119,7 @@ class _Table:
     def __init__(self, pid: int) -> None:
         self._found = endpoints.listed_in_proc(pid)
         self._addresses: set[str] = set()
-        # A Unix socket may have been made in another namespace, and inherited: most often in ours.
+        # A Unix socket may have been inherited from another namespace, most often from ours.
         self.unix_peers: dict[int, int] = {}
         with suppress(OSError):
             self.unix_peers.update(netns.unix_peers())
@@ -136,16 +136,16 @@ class _Table:
         }
 
     def leaves(self, inode: int) -> bool:
-        """Whether it is a socket of IP whose packets leave the machine, or may."""
+        """Whether an inode is an IP socket whose packets leave the machine, or may."""
         one = self._found.get(inode)
         return one is not None and one.kind.is_ip() and not self._is_local(one)
 
     def sends(self, inode: int) -> bool:
-        """The same, but for listeners: those do not send themselves."""
+        """The same, except for listeners, which do not send themselves."""
         return self.leaves(inode) and self._found[inode].state != "listen"
 
     def is_connected(self, inode: int) -> bool:
-        """Whether it is a connection that leaves the machine."""
+        """Whether an inode is a connection that leaves the machine."""
         return self.leaves(inode) and self._found[inode].remote is not None
 
     def peers(self, inode: int) -> list[int]:
@@ -162,26 +162,26 @@ class _Table:
 
     def _is_local(self, one: Description) -> bool:
         end = one.remote or one.local
-        if end is None or end.is_loopback():  # it is not bound, or does not leave
+        if end is None or end.is_loopback():  # not bound, or does not leave
             return True
         return one.remote is not None and str(one.remote.ip()) in self._addresses
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two ends are the same; IPv6 may have mapped one of them."""
+    """Whether two ends are the same; one may be an IPv4-mapped IPv6 address."""
     if isinstance(one, endpoints.Endpoint) and isinstance(other, endpoints.Endpoint):
         return one.port == other.port and one.ip() == other.ip()
     return False
 
 
 class _Tables:
-    """Those of the network namespaces of processes, read when they are asked for."""
+    """The socket tables of processes' network namespaces, read on demand."""
 
     def __init__(self) -> None:
         self._found: dict[int, _Table] = {}
 
     def at(self, pid: int) -> _Table:
-        """Return that of a process."""
+        """Return the table of a process."""
         try:
             namespace = os.stat(f"/proc/{pid}/ns/net").st_ino
         except OSError:  # it has ended

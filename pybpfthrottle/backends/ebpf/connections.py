@@ -1,4 +1,4 @@
-"""TCP connections that were open before a limit: adopted, paced or policed, and all restored."""
+"""TCP connections that were open before a limit: adopt, pace or police, and restore them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pybpfthrottle.supervisor import Chore
 
 log = logging.getLogger(__name__)
 
-# The map of the socket storage; by a descriptor of a socket it has a ThrottleSocket.
+# The socket storage map: from a socket's descriptor to its ThrottleSocket.
 SOCKETS = "SOCKETS"
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -43,9 +43,9 @@ Pids = Callable[[], Iterable[int]]
 class Connections:
     """The connections of a throttle that were open when it began.
 
-    The kernel adopts them (Linux 6.12). Where it does not, their uploads are paced from user space
-    (Linux 5.10), and their downloads are policed. ``limited`` returns the processes whose sockets
-    are limited, ``holders`` all that may have one of those open: it may be handed over.
+    The kernel adopts them (Linux 6.12). Otherwise their uploads are paced from user space (Linux
+    5.10), and their downloads are policed. ``limited`` returns the processes whose sockets are
+    limited, ``holders`` all that may have one of these sockets open, as they may be handed over.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Connections:
     def adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]
     ) -> Iterator[Callable[[Borrowed], None]]:
-        """Have each connection shaped that what this returns is called with, if it can be."""
+        """Yield a function that shapes the connection it is called with, if possible."""
         spec = programs.read(programs.object_for(scope))
         with ExitStack() as stack:
             adoption = _Adoption(
@@ -85,7 +85,7 @@ class Connections:
             self._make_do()
 
     def _make_do(self) -> None:
-        """Pace uploads, and let what nothing slows down owe as much as the policer allows."""
+        """Pace uploads; where nothing slows connections down, allow as much debt as the policer."""
         for direction in self._bucket.rates:
             paced = direction is Direction.UPLOAD
             if paced and self._bucket.paces(direction):
@@ -94,11 +94,11 @@ class Connections:
             log.info("%s: of open connections %s", direction, self.describe(direction))
 
     def set_rate(self, rate: Optional[Rate]) -> None:
-        """Pace uploads at another rate; None gives connections back what they had."""
+        """Pace uploads at another rate; None restores the connections."""
         self._pacer.set_rate(rate)
 
     def describe(self, direction: Direction) -> Optional[str]:
-        """Return what is done about those that the kernel did not adopt; None if it adopted all."""
+        """Return how the connections not adopted by the kernel are limited; None without any."""
         if not self._unadopted:
             return None
         if direction is Direction.UPLOAD and self._bucket.paces(direction):
@@ -106,16 +106,16 @@ class Connections:
         return f"{self._unadopted} policed"
 
     def chores(self) -> Sequence[Chore]:
-        """Return the next round of pacing, if any is paced."""
+        """Return the pacer's chore, if connections are paced."""
         return [self._pacer] if len(self._pacer) else []
 
     def restore(self) -> None:
-        """Give all connections that are shaped back what they had."""
+        """Restore the pacing and window of all shaped connections."""
         restore(self._holders(), self._maps[SOCKETS])
 
 
 class _Adoption:
-    """Has connections shaped, by the first program at the setsockopt hook that works.
+    """Shapes connections by the first program that works at the setsockopt hook.
 
     ``attach_program`` returns what detaches it again. ``unadopted`` counts the connections whose
     downloads, at least, are policed; ``refused`` says what kept a program from being attached.
@@ -136,8 +136,8 @@ class _Adoption:
         self.refused: Optional[AttachError] = None
 
     def __call__(self, found: Borrowed) -> None:
-        """Have a socket shaped, if it is a connection."""
-        with suppress(OSError):  # it is none any more
+        """Shape a socket if it is a connection."""
+        with suppress(OSError):  # no longer connected
             if found.is_tcp and (info := TcpInfo.of(found.socket)).sends:
                 self._shape(found, info.receive_window)
 
@@ -150,7 +150,7 @@ class _Adoption:
                 if answer:
                     self._pacer.take(found)
                     break
-                return  # the shaper has it
+                return  # the shaper has adopted it
             if answer:
                 return
             self._detach()
@@ -179,7 +179,7 @@ def _attach(
     policy: AttachPolicy,
     stack: ExitStack,
 ) -> Callable[[], None]:
-    """Load a program for a moment; ``stack`` detaches it, or what is returned does."""
+    """Load and attach a program temporarily; ``stack`` or the returned function detaches it."""
     with ExitStack() as undo:
         loaded = undo.enter_context(loader.load(spec, [program.name], maps=maps))
         for target in cgroups:
@@ -192,12 +192,13 @@ def _attach(
 
 
 def _ask(own: socket.socket, window: int) -> Optional[bool]:
-    """Return what the program at the setsockopt hook says of a connection with a receive window.
+    """Ask the program at the setsockopt hook to adopt a connection; return whether it did.
 
-    None if no program answers: it belongs to another cgroup, and is neither limited nor shaped.
+    ``window`` is the receive window. None if no program answers: the socket belongs to another
+    cgroup, and is neither limited nor shaped.
     """
     try:
-        # It may move before the program has it in hand.
+        # The window may move before the program sees it.
         own.setsockopt(ThrottleLevel.ADOPT, window + window // 4, 0)
     except OSError as error:
         return False if error.errno == errno.EPERM else None
@@ -207,7 +208,7 @@ def _ask(own: socket.socket, window: int) -> Optional[bool]:
 def restore(pids: Iterable[int], shaped: Map[Any, Any]) -> None:
     """Give the connections of processes back the pacing and window they had.
 
-    ``shaped`` is the map SOCKETS, by descriptor. What nobody has open any more needs nothing.
+    ``shaped`` is the map SOCKETS, by descriptor. Closed sockets need no restoring.
     """
     records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
     for own in sockets.tcp_of(pids):
@@ -224,21 +225,21 @@ def _restore(own: socket.socket, record: ThrottleSocket) -> None:
 
 
 def pids(cgroups: Iterable[Cgroup]) -> list[int]:
-    """Return the processes in cgroups and below them, but for this one."""
+    """Return the processes in cgroups and their descendants, except this process."""
     found: set[int] = set()
     for cgroup in cgroups:
         with suppress(OSError):
             found.update(cgroup.pids_below())
-    # 0 stands for a process of another pid namespace; our own sockets are nobody's traffic.
+    # 0 stands for a process of another pid namespace; our own sockets carry no user traffic.
     return sorted(found - {0, os.getpid()})
 
 
 class Guard:
-    """A process that gives connections back what they had when this one is killed.
+    """A child process that restores connections if this process is killed.
 
-    The kernel detaches programs whose link ends with its holder, but a pacing rate that was set
-    stays with its socket. It waits in a child for the end of this process; ``end`` sends it away.
-    It holds the map of the record too: so others see that a throttle is still cleared up.
+    When a process dies the kernel detaches its links, but a pacing rate stays with the socket.
+    The child waits for the end of this process; ``end`` dismisses it. It also holds the map of the
+    record, so that others see that the throttle is still being cleared up.
     """
 
     def __init__(self, holders: Pids, maps: Mapping[str, Map[Any, Any]], record: str) -> None:
@@ -253,7 +254,7 @@ class Guard:
         os.close(reading)
 
     def end(self) -> None:
-        """It is not needed any more."""
+        """Dismiss the child: it is no longer needed."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self._writing)

@@ -1,4 +1,4 @@
-"""A throttle that somebody else keeps, taken in hand: read, changed, taken away."""
+"""A throttle that another process keeps, opened here to read, change or remove it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore
 
-# How long the owner of a throttle may take to attach it in another way.
+# How long the owner of a throttle may take to attach it by another method.
 _PATIENCE_S = 5.0
 _STEP_S = 0.02
 
@@ -37,7 +37,7 @@ _SHAPES = (
 
 
 class FoundThrottle:
-    """A throttle of another process. What it has open it closes by ``close`` or ``remove``."""
+    """A throttle of another process. ``close`` or ``remove`` closes its descriptors."""
 
     def __init__(
         self, record: Record, live: dict[str, Map[Any, Any]], resources: ExitStack
@@ -136,7 +136,7 @@ class FoundThrottle:
         }
 
     def processes(self) -> list[int]:
-        """Return the processes that are limited now, by their ids in the first namespace."""
+        """Return the processes that are limited now, as ids in the initial pid namespace."""
         return registry.processes(self._found)
 
     def notes(self) -> Sequence[str]:
@@ -148,12 +148,12 @@ class FoundThrottle:
         return ()
 
     def removed_by_others(self) -> bool:
-        """Whether it was taken away meanwhile."""
+        """Whether the throttle was removed meanwhile."""
         entry = self._entry()
         return entry is not None and entry.removed
 
     def remove(self) -> None:
-        """Take the limit away, and have its owner end. Doing so twice is no error."""
+        """Remove the limit, and make its owner exit. Doing so twice is no error."""
         with self._resources.pop_all():
             if not self._maps:
                 return
@@ -167,7 +167,7 @@ class FoundThrottle:
             self._maps = {}
 
     def close(self) -> None:
-        """Let it go, in force as it is."""
+        """Close it, and leave it in force."""
         self._resources.close()
 
     def _entry(self) -> Optional[Entry]:

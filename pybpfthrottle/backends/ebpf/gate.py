@@ -1,4 +1,4 @@
-"""The gate of a throttle: the program that takes acknowledgements away, and its keeper."""
+"""The gate of a throttle: the program that diverts acknowledgements, and its keeper."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAPS = (GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
 _READY_S, _END_S = 1.0, 2.0
 _MOST_STARTS = 5
 _KEEPER = "from pybpfthrottle.backends.ebpf import keeper; keeper.main(%d)"
-# Where this package is; the keeper needs no other one.
+# Where this package is; the keeper needs no other package.
 _ROOT = os.path.abspath(__file__)
 for _ in ("gate.py", "ebpf", "backends", "pybpfthrottle"):
     _ROOT = os.path.dirname(_ROOT)
@@ -35,44 +35,44 @@ Pids = Callable[[], Iterable[int]]
 
 
 class Gate:
-    """A keeper process, and what it is given. ``close`` ends it; nothing is held up by then.
+    """A keeper process and what it works on. ``close`` opens all windows and ends it.
 
-    As a chore it starts another keeper if one has died, and gives it sockets in the network
-    namespaces that connections have begun in.
+    As a chore it replaces a keeper that has died, and gives the keeper sockets in each network
+    namespace where connections have begun.
     """
 
     def __init__(self, pids: Pids) -> None:
-        """Begin to start the keeper. Raises OSError if there can be none."""
+        """Begin to start the keeper. Raises OSError if that is impossible."""
         self._pids = pids
         self._maps: Mapping[str, Map[Any, Any]] = {}
         self._starts = self._ungated = 0
         self._ended: Optional[str] = None
         self._networks: set[int] = set()
         self.due_s = math.inf
-        for one in _raw_sockets():  # who may not have them learns it now
+        for one in _raw_sockets():  # fail now if raw sockets are not permitted
             one.close()
         self._start()
 
     def open(self, maps: Mapping[str, Map[Any, Any]]) -> None:
-        """Have the keeper serve it; ``maps`` are those of the throttle and of the gate."""
+        """Have the keeper serve the gate; ``maps`` are the throttle's and the gate's."""
         self._maps = maps
         self._serve()
 
     def wait(self) -> None:
-        """Wait until the keeper serves it: connections that begin before would be nobody's."""
+        """Wait until the keeper serves the gate; connections that begin earlier would stall."""
         select.select([self._socket], [], [], _READY_S)
 
     def fileno(self) -> int:
-        """Return the socket on which the keeper tells what it has to."""
+        """Return the descriptor of the socket that the keeper reports on."""
         return self._socket.fileno() if self._ended is None else -1
 
     def run(self) -> None:
-        """Do what the keeper asks for, or start another one."""
+        """Do what the keeper asks for, or replace it if it has died."""
         if self._ended is None and not self._listen():
             self._restart()
 
     def notes(self) -> list[str]:
-        """Return which connections it does not have, a line each."""
+        """Return which connections the gate does not cover, a line each."""
         found = []
         if self._ended is not None:
             found.append(f"downloads are policed, as the gate's keeper has ended: {self._ended}")
@@ -85,7 +85,7 @@ class Gate:
         return found
 
     def close(self) -> None:
-        """Have the keeper open all windows, and end it."""
+        """Have the keeper open all windows, then end it."""
         if self._ended is None:
             self._end_keeper()
             self._ended = "the limit has ended"
@@ -135,7 +135,7 @@ class Gate:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        # It has done so itself, if it was able to.
+        # The keeper has done so itself if it could.
         if self._maps:
             records = self._maps[GATE].typed(U32, StructureCodec(ThrottleGate))
             shared = records[0]
@@ -145,7 +145,7 @@ class Gate:
         return self._process.returncode
 
     def _listen(self) -> bool:
-        """Take in what the keeper has to say; False if it is gone."""
+        """Read the keeper's messages; return False if it is gone."""
         with suppress(BlockingIOError):
             while True:
                 try:
@@ -164,7 +164,7 @@ class Gate:
         """Give the keeper sockets in the namespaces of limited processes, and of this one."""
         for pid in [os.getpid(), *self._pids()]:
             path = f"/proc/{pid}/ns/net"
-            # It has ended, or nobody may go to where it is: its connections are not the gate's.
+            # It has ended, or may not be looked into: the gate does not cover its connections.
             with suppress(OSError):
                 inode = os.stat(path).st_ino
                 is_full = len(self._networks) == ThrottleGateBounds.GATE_NAMESPACES
@@ -182,12 +182,12 @@ class Gate:
                     self._tell({"network": inode}, [one.fileno() for one in opened])
 
     def _tell(self, message: Mapping[str, int], fds: Iterable[int]) -> None:
-        with suppress(ConnectionError):  # it has died: the next look starts another one
+        with suppress(ConnectionError):  # it has died: the next run replaces it
             socket.send_fds(self._socket, [json.dumps(message).encode()], list(fds))
 
 
 def _raw_sockets() -> list[socket.socket]:
-    """Return sockets that send whole IP packets; that of IPv6 is missing where there is none."""
+    """Return raw sockets for whole IP packets: IPv4, and IPv6 if the kernel has it."""
     found = [socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)]
     with suppress(OSError):
         found.append(socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW))

@@ -1,15 +1,15 @@
-"""The gate's keeper: a process that sends acknowledgements of downloads on.
+"""The gate's keeper: a process that forwards the acknowledgements of downloads.
 
-The program of gate.bpf.c takes them away from the kernel. Each goes on at once, with a receive
-window that says what the sender may send at this moment: what it was told before, or more, if the
-limit allows it. Where it does not yet, the connection waits in a queue, and gets its next window
-when it is its turn. So a sender is told to wait while all that it has sent is acknowledged: nothing
-is lost or sent once more, however short the round trip is.
+The program of gate.bpf.c diverts them from the kernel. The keeper forwards each at once, with an
+advertised window that says what the sender may send now: what it was granted before, or more if
+the limit allows. If the limit does not allow more yet, the connection queues for its next window.
+So a sender is made to wait with all of its data acknowledged: nothing is lost or retransmitted,
+however short the round trip is.
 
-It is a process of its own since it has to be quick: 5 ms of data are in a window. Its owner tells
-it by messages on a Unix socket what to keep, and where; it ends when the owner closes that.
+The keeper is a separate process because it has to be quick: a window holds 5 ms of data. Its owner
+tells it what to keep, and where, by messages on a Unix socket; it ends when the owner closes that.
 
-All sequence numbers are of 32 bits, and compared by their difference as a signed number.
+Sequence numbers have 32 bits, and are compared by their difference as a signed number.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _PAGE = mmap.PAGESIZE
 _DOWNLOAD = 0
 _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 
-# A window lasts so long, and two round trips more: short enough for a small flow beside it to be
-# served in between, long enough for Python (200 windows a second for each throttle, at any rate).
+# A window lasts this long, plus two round trips: short enough to serve a small flow in between,
+# long enough for Python (200 windows a second for each throttle, at any rate).
 CHUNK_NS = 5 * _MS
-# On longer ways a sender gets its next window before it has used up the last one.
+# On longer paths a sender gets its next window before it has used up the last one.
 SHORT_WAY_NS = _MS
 _MOST_WAY_NS = 100 * _MS
-# An answer to a window may be lost like any packet: without another one its sender waits for its
-# own timer, 200 ms.
+# A window update may be lost like any packet. Unless it is repeated, the sender waits for its own
+# timer, 200 ms.
 _REPEAT_NS, _REPEATS = 20 * _MS, 4
-# Who does not answer a window has nothing to send, and leaves the limit to others.
+# A sender that does not answer a window has nothing to send: its share goes to the others.
 _SILENT_NS = 60 * _MS
 _SHORTEST_WAIT_NS = 50_000
 _SHORTEST_MEMORY_NS = 60_000 * _MS
-# A connection that none of so many windows has reached is left to the kernel.
+# After this many unanswered windows a connection is left to the kernel.
 _MOST_UNANSWERED = 2
 
 _PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
@@ -67,14 +67,14 @@ _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
 _TIMESTAMP, _SACK = 8, 5
 _ACK = struct.Struct("=QQIIIIIBBB5x")  # struct throttle_ack without its packet
-# Data sequence signals of MPTCP, whose window is another one's, and signatures.
+# Signatures, and MPTCP's data sequence signals (the window there is the whole connection's).
 _FOREIGN_OPTIONS = {19, 29, 30}
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def signed(difference: int) -> int:
-    """Return a difference of sequence numbers as what it means."""
+    """Return a difference of sequence numbers as a signed number."""
     return ((difference + 0x80000000) & 0xFFFFFFFF) - 0x80000000
 
 
@@ -92,7 +92,7 @@ class Ring:
         self._heads = self._data.cast("I")
 
     def records(self) -> Iterator[memoryview]:
-        """Yield what has come; each is gone when the next is asked for."""
+        """Yield the new records; each is valid until the next is requested."""
         position = self._consumed[0]
         while position != self._produced[0]:
             at = position % self._size
@@ -107,7 +107,7 @@ class Ring:
 
 
 class Element:
-    """One element of an array map, read by bpf(2) with as little as possible around it."""
+    """One element of an array map, read by bpf(2) with minimal overhead."""
 
     def __init__(self, fd: int, key: int, kind: Any) -> None:
         self.value = kind()
@@ -118,7 +118,7 @@ class Element:
         self._attr.map_elem.value = ctypes.addressof(self.value)
 
     def read(self) -> Any:
-        """Return it as it is now, in the same structure each time."""
+        """Return the current value, in the same structure each time."""
         syscall.bpf(Cmd.MAP_LOOKUP_ELEM, self._attr)
         return self.value
 
@@ -132,7 +132,7 @@ class Network:
 
 
 class Flow:
-    """One connection: the newest acknowledgement, and what its sender was told."""
+    """One connection: its newest acknowledgement, and what its sender was granted."""
 
     __slots__ = (
         *("cookie", "packet", "at", "scale", "segment", "mark", "network", "target"),
@@ -144,28 +144,28 @@ class Flow:
     def __init__(self, cookie: int, number: int, edge: int, promised: int) -> None:
         self.cookie = cookie
         self.packet = bytearray()
-        self.at = 0  # where TCP begins in it
+        self.at = 0  # offset of the TCP header
         self.scale = self.segment = self.mark = self.network = 0
         self.target: tuple[str, int] = ("", 0)
         self.number = number  # what is acknowledged
-        self.edge = edge  # up to where the sender may send, as far as it was told
-        self.promised = promised  # up to where the kernel takes data
+        self.edge = edge  # up to where the sender was told it may send
+        self.promised = promised  # up to where the kernel accepts data
         self.fresh = self.queued = self.answered = False
         self.taken_ns = self.last_ns = 0
-        self.out = 0  # what was granted, and has not come
+        self.out = 0  # bytes granted that have not arrived
         self.granted_ns = self.granted_from = 0
         self.way_ns = 0
         self.unanswered = self.repeats = self.repeat_ns = 0
-        self.base = 0  # of the checksum, without the window and the timestamp
+        self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
         self.last_stamp: Optional[int] = None
 
     def rest(self) -> int:
-        """Return how much its sender may send still."""
+        """Return how many bytes its sender may still send."""
         return signed(self.edge - self.number)
 
     def usable(self) -> int:
-        """Return the same, but for less than a segment, which is not sent."""
+        """Return ``rest``, or 0 if it is less than a segment: that is not sent."""
         rest = self.rest()
         return rest if rest >= self.segment else 0
 
@@ -181,13 +181,13 @@ class Gate:
         self._config = Element(configs, _DOWNLOAD, ThrottleConfig)
         self.flows: dict[int, Flow] = {}
         self._queue: deque[Flow] = deque()
-        self._granted: dict[int, Flow] = {}  # those that may still use a window, or repeat it
+        self._granted: dict[int, Flow] = {}  # may still use a window, or need it repeated
         self._forget_ns = 0
         self._rate = self._inverse = 0
         self._even_at_ns = 0
 
     def look(self) -> None:
-        """Take in how much is owed at present, and the rate."""
+        """Read the rate, and how much is owed at present."""
         self._even_at_ns = self._bucket.read().even_at_ns
         config = self._config.read()
         if config.rate_bytes_per_s != self._rate:
@@ -196,7 +196,7 @@ class Gate:
                 self.open_all()
 
     def take(self, record: memoryview, now: int) -> Optional[Flow]:
-        """Take in one acknowledgement; return its flow if it has to be decided on."""
+        """Record one acknowledgement; return its flow if ``decide`` has to be called for it."""
         fields = _ACK.unpack_from(record)
         cookie, at_ns, edge, payload, mark, network, segment, length, scale, passed = fields
         if not length:
@@ -212,7 +212,7 @@ class Gate:
             self._forget(now)
             flow = self.flows[cookie] = Flow(cookie, number, edge, promised)
         elif not passed and number == flow.number and flow.fresh:
-            self.decide(flow, now)  # the same once more tells its sender of a loss
+            self.decide(flow, now)  # a duplicate tells its sender of a loss
         if signed(number - flow.number) < 0:
             return None
         is_repeated = not is_new and not passed and number == flow.number
@@ -246,7 +246,7 @@ class Gate:
         return flow
 
     def decide(self, flow: Flow, now: int) -> None:
-        """Send its acknowledgement on: with another window, or with what is left of the last."""
+        """Forward its acknowledgement: with a new window, or with what is left of the last."""
         flow.fresh, flow.last_ns = False, now
         flow.out = min(flow.out, flow.usable())
         if not self._rate:
@@ -262,7 +262,7 @@ class Gate:
         self._send(flow, flow.edge, now)
 
     def serve(self, now: int) -> int:
-        """Open the windows whose turn it is; return when the next one is due, 0 for none."""
+        """Open the windows that are due; return when the next one is, 0 for none."""
         due = 0
         while self._queue:
             flow = self._queue[0]
@@ -284,7 +284,7 @@ class Gate:
         return due
 
     def open_all(self) -> None:
-        """Tell all senders what the kernel takes: nothing is limited here any more."""
+        """Advertise the kernel's own window to all senders: nothing is limited here any more."""
         now = clock.monotonic_ns()
         self._queue.clear()
         for flow in list(self.flows.values()):
@@ -298,7 +298,7 @@ class Gate:
         self.open_all()
 
     def _forget(self, now: int) -> None:
-        """Forget connections that have not been heard of for long, now and then."""
+        """Now and then, forget connections that have long been silent."""
         if now < self._forget_ns:
             return
         self._forget_ns = now + _SHORTEST_MEMORY_NS // 10
@@ -307,7 +307,7 @@ class Gate:
                 del self.flows[cookie]
 
     def _measure(self, flow: Flow, number: int, at_ns: int) -> None:
-        """Take the time from a window to the first data beyond the last one."""
+        """Measure the time from a window to the first data beyond the previous one."""
         if not flow.granted_ns or signed(number - flow.granted_from) <= 0:
             return
         took = at_ns - flow.granted_ns
@@ -317,24 +317,24 @@ class Gate:
         self.shared.round_trip_ns = max(each.way_ns for each in (flow, *self._granted.values()))
 
     def _chunk(self, flow: Flow) -> int:
-        """Return the bytes of a window."""
+        """Return the size of a window in bytes."""
         way_ns = min(flow.way_ns, _MOST_WAY_NS)
         chunk = self._rate * (CHUNK_NS + 2 * way_ns) // 1_000_000_000
         return max(chunk, 2 * flow.segment + 128)
 
     def _low(self, flow: Flow) -> int:
-        """Return what a sender has left when it gets its next window."""
+        """Return how many bytes a sender has left when it gets its next window."""
         least = 2 * flow.segment
         return max(least, self._chunk(flow) // 2) if flow.way_ns > SHORT_WAY_NS else least
 
     def _early(self, flow: Flow) -> int:
-        """Return by how many nanoseconds a window is opened ahead of its time."""
+        """Return how many nanoseconds ahead of its time a window is opened."""
         if flow.way_ns <= SHORT_WAY_NS:
             return 0
         return self._chunk(flow) // 2 * self._inverse >> _SHIFT
 
     def _owed(self, now: int) -> int:
-        """Return for how many nanoseconds the limit is used up, windows that are open included."""
+        """Return for how many nanoseconds the limit is used up, open windows included."""
         out = 0
         for flow in list(self._granted.values()):
             if now > flow.last_ns + _SILENT_NS + 4 * flow.way_ns:
@@ -348,7 +348,7 @@ class Gate:
         edge = (flow.number + self._chunk(flow)) & 0xFFFFFFFF
         if signed(edge - flow.promised) > 0:
             edge = flow.promised
-        # Where much is left, the answer does not tell how long the way is.
+        # If much of the last window is left, the answer does not measure the round trip.
         flow.granted_ns = now if flow.rest() < 2 * flow.segment else 0
         flow.granted_from, flow.last_ns = flow.edge, now
         self._send(flow, edge, now)
@@ -358,7 +358,7 @@ class Gate:
         flow.repeat_ns = now + _REPEAT_NS + 4 * flow.way_ns
 
     def _repeat(self, flow: Flow, now: int) -> None:
-        """Tell it once more: the window, or its answer, may have been lost."""
+        """Repeat a window: it, or the answer to it, may have been lost."""
         self._send(flow, flow.edge, now)
         flow.repeats += 1
         if flow.repeats < _REPEATS:
@@ -391,7 +391,7 @@ class Gate:
         total = flow.base + window
         struct.pack_into("!H", packet, at + 14, window)
         if flow.stamp_at:
-            # The sender's clock goes on: an old timestamp would look like an old packet.
+            # The timestamp advances with the clock: an old one would look like an old packet.
             stamp = (flow.stamp + (now - flow.taken_ns) // _MS) & 0xFFFFFFFF
             if flow.last_stamp is not None and signed(stamp - flow.last_stamp) < 0:
                 stamp = flow.last_stamp
@@ -409,9 +409,9 @@ class Gate:
 
 
 def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) -> Optional[bool]:
-    """Make an acknowledgement the flow's template; whether it has SACK blocks.
+    """Make an acknowledgement the flow's template; return whether it has SACK blocks.
 
-    None if it has options that nobody but the kernel may send.
+    None if it has options that only the kernel may send.
     """
     length = len(packet)
     stamp_at, has_sack = 0, False
@@ -447,7 +447,7 @@ def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) 
 
 
 def _options(packet: bytearray, at: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the kind and the offset in TCP's header of each of its options."""
+    """Yield the kind of each TCP option, and its offset in the TCP header."""
     offset = 20
     while at + offset < length:
         kind = packet[at + offset]
@@ -463,7 +463,7 @@ def _options(packet: bytearray, at: int, length: int) -> Iterator[tuple[int, int
 
 
 class Keeper:
-    """The loop: messages of the owner, acknowledgements, and the clock."""
+    """The loop over the owner's messages, acknowledgements and the clock."""
 
     def __init__(self, owner: socket.socket) -> None:
         self._owner = owner
@@ -505,7 +505,7 @@ class Keeper:
                 own.sendmsg([flow.packet], ancillary, socket.MSG_DONTWAIT, flow.target)
             else:
                 own.sendto(flow.packet, socket.MSG_DONTWAIT, flow.target)
-        except BlockingIOError:  # as good as lost: it is told once more
+        except BlockingIOError:  # as good as lost: the window is repeated
             return True
         except OSError:
             return False
@@ -534,7 +534,7 @@ class Keeper:
             self._armed = due
 
     def _listen(self) -> bool:
-        """Take what the owner gives; False if it is gone."""
+        """Handle the owner's messages; return False if it is gone."""
         data, fds, _, _ = socket.recv_fds(self._owner, 4096, 8)
         if not data:
             return False
@@ -561,12 +561,12 @@ def main(fd: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     name = ctypes.create_string_buffer(b"pybpft-keeper")
     libc.prctl(_PR_SET_NAME, ctypes.addressof(name))
-    # The kernel may put timers together within 50 us; and whoever computes may wait.
+    # By default the kernel coalesces timers within 50 us. Busy processes can wait.
     with suppress(OSError):
         libc.prctl(_PR_SET_TIMERSLACK, 1000)
     with suppress(OSError):
         os.nice(-20)
-    # Where a session has its share of the CPU as a whole, that of the keeper's own one counts.
+    # With autogroup the CPU is shared by session: the niceness of the keeper's session counts.
     with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
         autogroup.write("-20")
     keeper = Keeper(socket.socket(fileno=fd))

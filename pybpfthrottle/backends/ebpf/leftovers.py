@@ -1,4 +1,4 @@
-"""What a crash has left: programs of ours, attached by the legacy call, whose owner is gone."""
+"""Leftovers of a crash: our programs, attached by the legacy call, whose owner is gone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Leftover(NamedTuple):
-    """A program without an owner. ``cgroup`` is None where its cgroup was removed.
+    """A program without an owner. ``cgroup`` is None if it was removed.
 
     Before Linux 4.15 programs cannot be told apart: it is found by the map of its limits,
     ``configs_id``, and ``program_id`` is None.
@@ -59,7 +59,7 @@ class Leftover(NamedTuple):
 
 
 def find() -> list[Leftover]:
-    """All of them on this machine. Needs CAP_SYS_ADMIN; without it there seem to be none."""
+    """Return all leftovers on this machine; none without CAP_SYS_ADMIN."""
     ours = {
         info.id: (info, program.attach_type, owner)
         for info in our_programs()
@@ -105,7 +105,7 @@ def _unnamed() -> Iterator[Leftover]:
 
 
 def _armed_without_name(configs_id: int) -> list[Direction]:
-    """The directions that a map without a name limits."""
+    """Return the directions that a map without a name limits."""
     with suppress(OSError), maps.open_by_id(configs_id) as found:
         if not found.spec.name:
             heads = found.typed(U32, RAW).items()
@@ -167,7 +167,7 @@ def remove_all() -> list[Leftover]:
 
 
 def _owner(info: ProgramInfo) -> Optional[Identity]:
-    """Who made the program; None if it is not ours, or disarmed already."""
+    """Return the creator of a program; None if it is not ours, or disarmed already."""
     configs = configs_of(info.map_ids)
     if configs is None:  # it limits nothing by itself, as the gate
         entry = _entry(info)
@@ -181,7 +181,7 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
 
 
 def _is_kept(info: ProgramInfo) -> bool:
-    """Whether the throttle of a program is to stay without its owner."""
+    """Whether a program's throttle is to stay without its owner."""
     entry = _entry(info)
     return entry is not None and entry.kept
 

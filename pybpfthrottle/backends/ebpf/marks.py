@@ -1,7 +1,8 @@
-"""Marks on the sockets of selected processes: those that they have, and those that come.
+"""Marks on the sockets of selected processes, present and future.
 
-The kernel marks what a process makes or accepts once its id is in the map PROCESSES. What it had
-before, and what others hand over to it, is found by looking through its descriptors.
+Once a process id is in the map PROCESSES, the kernel marks each socket that the process creates or
+accepts. Sockets that it had before, or that others hand over to it, are found by scanning its
+descriptors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
-# Looking through processes takes no more than this part of one CPU's time.
+# Scanning processes takes at most this fraction of one CPU's time.
 _MOST_OF_TIME = 0.01
 _IPPROTO_MPTCP = 262
 _MARK = b"\0\0\0\0"
@@ -39,7 +40,7 @@ _OTHER_NAMESPACE = (
     "process ids of this pid namespace (of a container) are not those that the kernel compares"
 )
 
-# Has a connection that was open before shaped; only while the context lasts.
+# Shapes a connection that was open before; only valid within the context.
 Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
 
 
@@ -53,7 +54,7 @@ class Marks:
         adopting: Adopting,
         spares: Callable[[Borrowed], bool] = lambda found: False,
     ) -> None:
-        """``spares`` tells which sockets are limited otherwise, and get no mark."""
+        """``spares`` tells which sockets are limited by other means, and get no mark."""
         self._selection = selection
         self._maps = maps
         self._marks = maps[MARKS].elements
@@ -64,18 +65,18 @@ class Marks:
         self._spares = spares
         self._scan = Scan()
         self._inodes: set[int] = set()
-        # Who seemed to share sockets at the first look, which a cleanup may do for a moment.
+        # Processes that shared sockets at the first check; a cleanup does so for a moment.
         self._suspects: Optional[list[int]] = None
         self.due_s = time.monotonic()
         self._tracing: Optional[Tracing] = None
-        # Whether the kernel takes in whatever those in the map start from now on.
+        # Whether the kernel adds all new children of processes in the map.
         self._all_followed = False
         self._notes: dict[str, None] = {}
 
     def follow(self) -> None:
-        """Have what is started from now on followed, whoever its parent is by then.
+        """Follow the children started from now on, even if their parent ends.
 
-        Raises NoMarksError where the kernel knows processes by other ids.
+        Raises NoMarksError if the kernel uses other process ids than this namespace.
         """
         if self._selection.new_sockets:
             if not process.in_first_namespace():
@@ -83,9 +84,9 @@ class Marks:
             self._trace()
 
     def begin(self, selection: Selection) -> None:
-        """Mark all that is there. The programs have to be attached, and processes followed.
+        """Mark all existing sockets. Requires attached programs, and ``follow``.
 
-        Raises ProcessError for a process that has ended, or that may not be looked into.
+        Raises ProcessError for a process that has ended or may not be inspected.
         """
         self._selection = selection
         chosen = [one.pid for one in self._selection.processes]
@@ -93,12 +94,12 @@ class Marks:
         for one in self._selection.processes:
             if not one.alive():
                 raise ProcessError(f"process {one.pid} ({one.name}) has ended")
-        # What appears while the first pass is under way belongs to it.
+        # Sockets that appear during the first pass count as part of it.
         while self._mark_new():
             pass
         for pid in chosen:
             refused = self._scan.refused.get(pid)
-            # What more rights would not change is no error: what can be limited is.
+            # An error only if more rights would help; otherwise limit what can be limited.
             if isinstance(refused, PermissionError) and why_refused(refused).capability:
                 raise ProcessError(
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
@@ -115,7 +116,7 @@ class Marks:
         return -1 if self._tracing is None else self._tracing.fileno()
 
     def run(self) -> None:
-        """Take in what has begun to match; and once in a while, look through all of them again."""
+        """Limit processes that have begun to match; now and then, scan all of them again."""
         begin_s = time.thread_time()
         if self._tracing is not None:
             self._started(self._tracing.executed())
@@ -123,17 +124,17 @@ class Marks:
             return
         self.due_s = time.monotonic() + PERIOD_S
         self._pass()
-        # A pass that had to wait for the CPU does not put off the next one.
+        # A pass that had to wait for the CPU does not delay the next one.
         pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
         self.due_s = time.monotonic() + max(PERIOD_S, pause_s)
         self._look_for_sharing()
 
     def pids(self) -> list[int]:
-        """The processes that are limited now."""
+        """Return the processes that are limited now."""
         return [pid for pid in self._processes if not process.has_ended(pid)]
 
     def notes(self) -> tuple[str, ...]:
-        """What was found that the user should know, a line each; more may come."""
+        """Return what the user should know, a line each; more may come."""
         return tuple(self._notes)
 
     def close(self) -> None:
@@ -153,14 +154,14 @@ class Marks:
                 )
 
     def _started(self, executed: Iterable[int]) -> None:
-        """Take in what matches of the processes that have executed a program."""
+        """Limit the matching ones among processes that have executed a program."""
         found = [pid for pid in set(executed) if self._selection.matches(pid)]
         if found:
             self._take_in(found)
             self._mark_new()
 
     def _pass(self) -> None:
-        """Once more: what has ended, what matches now, and what it has open."""
+        """Scan again: which processes have ended, which match now, and their sockets."""
         for pid in list(self._processes):
             if process.has_ended(pid):
                 self._processes.pop(pid, None)
@@ -168,7 +169,7 @@ class Marks:
         self._mark_new()
 
     def _take_in(self, pids: Iterable[int]) -> None:
-        """These, and what they have started; without tracing also what those before have."""
+        """Limit processes and their children; without tracing, also earlier ones' new children."""
         known = set(self._processes)
         new = set(pids) - known
         parents = new if self._all_followed else known | new
@@ -176,19 +177,19 @@ class Marks:
         while new or parents:
             for pid in new:
                 self._processes[pid] = value
-                if process.has_ended(pid):  # before it was in the map: nobody else takes it out
+                if process.has_ended(pid):  # before it was in the map: nobody else removes it
                     self._processes.pop(pid, None)
             known |= new
             if not self._selection.children:
                 return
-            # Once its parent is in the map the kernel takes a process in; those before are here.
+            # The kernel adds children started once their parent is in the map; these are earlier.
             families = process.families()
             new = {child for pid in parents for child in families.get(pid, ())} - known
             parents = new
         self._all_followed = self._tracing is not None
 
     def _mark_new(self) -> int:
-        """Mark the sockets that have none; how many there were."""
+        """Mark the sockets that have no mark; return how many there were."""
         count = 0
         with self._adopting() as adopt:
             for found in self._scan.new(self._processes):
@@ -204,13 +205,13 @@ class Marks:
         return count
 
     def mark(self, found: Borrowed) -> None:
-        """Mark a socket, and have it shaped."""
+        """Mark a socket and shape it."""
         with self._adopting() as adopt:
             if self._mark(found):
                 adopt(found)
 
     def _mark(self, found: Borrowed) -> bool:
-        """Whether it had no mark and has one now."""
+        """Mark a socket; return whether the mark is new."""
         owner = found.place.pid
         if not found.is_ip:
             if found.socket.family == socket.AF_PACKET:
@@ -236,9 +237,9 @@ class Marks:
         return True
 
     def _look_for_sharing(self) -> None:
-        """Say who else uses marked sockets: a mark belongs to a socket, whoever uses it.
+        """Note which other processes use marked sockets: a mark applies to all users of a socket.
 
-        After the first pass, and once more for those who did.
+        Checked after the first pass, and again for the processes found then.
         """
         if self._suspects is None:
             self._suspects = self._sharing(process.running())
@@ -253,7 +254,7 @@ class Marks:
             self._inodes.clear()
 
     def _sharing(self, pids: Iterable[int]) -> list[int]:
-        """Those that have a marked socket open, and are not limited."""
+        """Return the processes that have a marked socket open and are not limited."""
         found = []
         for pid in pids:
             if pid != os.getpid() and pid not in self._processes:
@@ -274,9 +275,9 @@ def _why_not_looked_at(error: OSError) -> str:
 
 
 class Tracing:
-    """Keeps the map PROCESSES: a child of what is in it comes in, and what has ended goes.
+    """Keeps the map PROCESSES up to date: adds children, removes processes that have ended.
 
-    These are programs at the kernel's tracepoints of fork, exit and, with ``executions``, exec.
+    Programs at the kernel's tracepoints for fork, exit and, with ``executions``, exec do so.
     """
 
     def __init__(self, executed: Optional[RingBuffer], attached: ExitStack) -> None:
@@ -289,8 +290,8 @@ class Tracing:
     ) -> Tracing:
         """Attach the programs, which share the throttle's ``maps``.
 
-        With ``executions`` they also tell of each process that executes a program, without
-        ``processes`` they do nothing else. Linux 5.8, with the kernel's BTF; needs CAP_PERFMON.
+        With ``executions`` they also report each process that executes a program; without
+        ``processes`` they do only that. Linux 5.8, with the kernel's BTF; needs CAP_PERFMON.
         Raises BpfError, ObjectFileError or OSError.
         """
         hooks = {
@@ -313,7 +314,7 @@ class Tracing:
         return -1 if self._executed is None else self._executed.fileno()
 
     def executed(self) -> Iterator[int]:
-        """Return the processes that have executed a program since it was asked last."""
+        """Return the processes that have executed a program since the last call."""
         return iter(()) if self._executed is None else self._executed.read(0)
 
     def close(self) -> None:

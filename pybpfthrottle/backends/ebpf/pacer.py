@@ -24,7 +24,7 @@ from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
 from pybpfthrottle.model import Rate
 
 _PERIOD_S = 0.25
-# At most so much of the time is spent on it, however many connections there are.
+# Pacing takes at most this fraction of the time, however many connections there are.
 _MOST_BUSY = 0.05
 _RECENT_MS = 1000
 # A smaller share would not be one: TCP waits between two segments, whatever is set meanwhile.
@@ -86,7 +86,7 @@ class Pacer:
         self.due_s = math.inf
 
     def __len__(self) -> int:
-        """How many connections there are still."""
+        """Return how many connections are left."""
         return len(self._flows)
 
     def take(self, found: Borrowed) -> None:
@@ -102,12 +102,12 @@ class Pacer:
         self._flows[found.place.inode] = flow
 
     def set_rate(self, rate: Optional[Rate]) -> None:
-        """Share another rate from now on; None gives connections back what they had."""
+        """Share another rate from now on; None restores the connections."""
         self._rate = rate
         self.run()
 
     def fileno(self) -> int:
-        """Return -1: it has no descriptor."""
+        """Return -1: there is no descriptor."""
         return -1
 
     def run(self) -> None:
@@ -152,7 +152,7 @@ class Pacer:
         return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)
 
     def _visit(self, flow: _Flow, pacing: int) -> bool:
-        """Pace one, and see what it took; false if it is gone."""
+        """Pace a connection and measure what it took; return False if it is gone."""
         with suppress(OSError), sockets.borrow(flow.place) as own:
             info = TcpInfo.of(own)
             if not info.sends:

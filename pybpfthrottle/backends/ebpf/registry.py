@@ -1,7 +1,7 @@
-"""What the kernel knows of throttles of ours, whoever made them.
+"""Our throttles as the kernel knows them, whoever made them.
 
-Each throttle has a small map with what it is for. All of its programs refer to it, so it is there
-as long as they are. What older versions made has no such map, and is known by its programs.
+Each throttle has a small map that records its purpose. All of its programs refer to that map, so
+it exists as long as they do. Throttles of older versions lack it, and are known by their programs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 CONFIGS = "CGROUP_CONFIGS"
 MARKS, PROCESSES = "MARKS", "PROCESSES"
-# Fields of a record: by which method its owner is asked to attach, and why it could not.
+# Fields of a record: the attach method requested of its owner, and why that failed.
 ASKED, ANSWER = "asked", "answer"
 _TRIES = 10
 _OF_SOCKMAPS = (ProgType.SK_SKB, ProgType.SK_MSG)
@@ -49,7 +49,7 @@ _MOST_BYTES = ThrottleRecord.text.size
 
 
 class Entry(NamedTuple):
-    """What a throttle's map says. ``generation`` grows with each change."""
+    """The content of a throttle's record map. ``generation`` grows with each change."""
 
     generation: int
     flags: int
@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 
     @property
     def removed(self) -> bool:
-        """Whether somebody has taken the limit away, while its owner still runs."""
+        """Whether somebody has removed the limit while its owner still runs."""
         return bool(self.flags & ThrottleRecordFlags.REMOVED)
 
     @property
@@ -67,18 +67,18 @@ class Entry(NamedTuple):
 
 
 class RecordMap:
-    """The map of one throttle. To be written under the lock of all throttles."""
+    """The record map of one throttle. Write it only under the lock of all throttles."""
 
     def __init__(self, record: Map[Any, Any]) -> None:
         self._map: Map[int, ThrottleRecord] = record.typed(U32, StructureCodec(ThrottleRecord))
 
     def read(self) -> Optional[Entry]:
-        """Return what it says; None if nothing was written yet, or another version wrote it."""
+        """Return the record; None if none was written yet, or by another version."""
         for _ in range(_TRIES):
             record = self._map[0]
             if record.magic != ThrottleFormat.MAGIC:
                 return None
-            # An update is no single step: it is whole if nothing was written meanwhile.
+            # Updates are not atomic: the value is consistent if nothing was written meanwhile.
             if record.generation % 2 == 0 and self._map[0].generation == record.generation:
                 with suppress(ValueError):
                     fields = json.loads(record.text[: record.length])
@@ -87,7 +87,7 @@ class RecordMap:
         return None
 
     def write(self, fields: Mapping[str, Any], *, flags: int = 0) -> int:
-        """Say something else; return the new generation."""
+        """Replace the fields; return the new generation."""
         text = _fitting(fields)
         before = self._map[0].generation
         record = ThrottleRecord(
@@ -127,7 +127,7 @@ def _fitting(fields: Mapping[str, Any]) -> bytes:
 
 
 def in_force() -> Iterator[Record]:
-    """Return the throttles of this machine, the leftovers of a crash and removed ones included.
+    """Return the throttles of this machine, including leftovers of a crash and removed ones.
 
     Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError without.
     """
@@ -139,12 +139,12 @@ def in_force() -> Iterator[Record]:
 
 
 def _recorded(known: set[int], nameless: set[int]) -> Iterator[Record]:
-    """Return those with a record, and add their maps to ``known``.
+    """Return the throttles with a record, and add their maps to ``known``.
 
-    To ``nameless`` goes each map of configurations that has no name.
+    Each configuration map without a name is added to ``nameless``.
     """
     for map_id in maps.all_ids():
-        with suppress(OSError, KeyError, TypeError, ValueError):  # it may end in between
+        with suppress(OSError, KeyError, TypeError, ValueError):  # it may end meanwhile
             with maps.open_by_id(map_id) as live:
                 name = name_of(live)
                 if name == CONFIGS and not live.spec.name:
@@ -160,9 +160,9 @@ def _recorded(known: set[int], nameless: set[int]) -> Iterator[Record]:
 
 
 def name_of(live: Map[Any, Any]) -> str:
-    """Return the name of a map. Before Linux 4.15, which keeps none, that of ours that it is like.
+    """Return the name of a map. Raises OSError.
 
-    Raises OSError.
+    Before Linux 4.15 maps have no names: then return the name of our map that it resembles.
     """
     spec = live.spec
     if spec.name or spec.type != MapType.ARRAY or spec.key_size != 4 or spec.max_entries > 2:
@@ -191,7 +191,7 @@ def refuse_to_replace(cgroup: Cgroup) -> None:
 
 
 def record_of(entry: Entry, map_id: int) -> Record:
-    """Return what an entry says. Raises KeyError, TypeError or ValueError for another version's."""
+    """Return an entry as a record. Raises KeyError, TypeError or ValueError for other versions."""
     fields = entry.fields
     return Record(
         id=str(fields["id"]),
@@ -211,7 +211,7 @@ def record_of(entry: Entry, map_id: int) -> Record:
 
 
 def _without_record(known: set[int]) -> Iterator[Record]:
-    """Return the throttles of older versions: what can be told by their programs."""
+    """Return the throttles of older versions, as far as their programs reveal them."""
     found: dict[int, Record] = {}
     for info in our_programs():
         with suppress(OSError, KeyError):
@@ -235,7 +235,7 @@ def _without_record(known: set[int]) -> Iterator[Record]:
 
 
 def _by_configs(nameless: Iterable[int]) -> Iterator[Record]:
-    """Return what has no record, on a kernel that names nothing: all that is left is a map."""
+    """Return throttles without a record where maps have no names: from their configurations."""
     for map_id in nameless:
         with suppress(OSError, KeyError):
             limits, owner = _limits_of(map_id)
@@ -268,30 +268,30 @@ def _limits_of(configs_id: int) -> tuple[dict[Direction, Optional[Rate]], Option
 
 
 class Head(ctypes.Structure):
-    """The owner and the rate, which never move: all that may be relied on in any version."""
+    """The owner and the rate: the only fields with the same offset in every version."""
 
     _fields_ = ThrottleConfig._fields_[:6]
 
     @property
     def owner(self) -> Identity:
-        """The process that the throttle is of."""
+        """The process that owns the throttle."""
         return Identity(self.owner_pid, self.owner_pid_namespace, self.owner_start_ticks)
 
 
 def our_programs() -> Iterator[ProgramInfo]:
-    """Return all programs of ours on this machine; without CAP_SYS_ADMIN there seem to be none."""
+    """Return all of our programs on this machine; none without CAP_SYS_ADMIN."""
     return (info for info in _all_programs() if info.name.startswith(shipped.PREFIX))
 
 
 def _all_programs() -> Iterator[ProgramInfo]:
     with suppress(OSError):  # they may not be seen
         for program_id in programs.all_ids():
-            with suppress(OSError):  # it may end in between
+            with suppress(OSError):  # it may end meanwhile
                 yield programs.info_by_id(program_id)
 
 
 def programs_of(map_id: int) -> dict[int, shipped.Shipped]:
-    """Return the programs of a throttle, given by the id of one of its maps; by their ids."""
+    """Return the programs, by id, of the throttle that has the map with this id."""
     return {
         info.id: program
         for info in our_programs()
@@ -310,7 +310,7 @@ def map_ids(info: ProgramInfo) -> dict[str, int]:
 
 
 def open_map(ids: Iterable[int], name: str) -> Optional[Map[Any, Any]]:
-    """Return the map that has this name, if any of these has; the caller closes it."""
+    """Return the map with this name among these ids, if any; the caller closes it."""
     for map_id in ids:
         with suppress(OSError):
             found = maps.open_by_id(map_id)
@@ -321,7 +321,7 @@ def open_map(ids: Iterable[int], name: str) -> Optional[Map[Any, Any]]:
 
 
 def configs_of(ids: Iterable[int]) -> Optional[Map[int, bytes]]:
-    """Return the map of configurations, whose records another version may have made longer."""
+    """Return the configuration map; its records may be longer in another version."""
     found = open_map(ids, CONFIGS)
     if found is None:
         return None
@@ -332,7 +332,7 @@ def configs_of(ids: Iterable[int]) -> Optional[Map[int, bytes]]:
 
 
 def processes(record: Record) -> list[int]:
-    """Return the processes whose sockets a throttle limits, by their ids in the first namespace."""
+    """Return the processes whose sockets a throttle limits, as ids in the initial pid namespace."""
     map_id = record.handles.get("maps", {}).get(PROCESSES)
     if map_id is None:
         return []
@@ -344,9 +344,9 @@ def processes(record: Record) -> list[int]:
 
 
 class Rule(NamedTuple):
-    """A program that limits a direction: of all sockets, or of those in the map ``marks_id``.
+    """A program that limits one direction of all sockets, or of those marked in map ``marks_id``.
 
-    ``multipath``: the packets of MPTCP sockets too.
+    ``multipath``: it limits packets of MPTCP sockets too.
     """
 
     program_id: int
@@ -358,24 +358,24 @@ class Rule(NamedTuple):
 
 
 class Rules:
-    """Those of all throttles of this machine; ``close`` or ``with`` ends it."""
+    """The rules of all throttles on this machine; ``close`` or ``with`` releases them."""
 
     def __init__(self) -> None:
         """Linux 4.15. Needs CAP_SYS_ADMIN; raises OSError without."""
         self._resources = ExitStack()
         self._marks: dict[int, Map[int, bytes]] = {}
         self._passed: dict[Cgroup, frozenset[int]] = {}
-        next(programs.all_ids(), None)  # it tells what is refused
-        # Whether data may go from socket to socket, without packets.
+        next(programs.all_ids(), None)  # raises if this is not permitted
+        # Whether data may pass from socket to socket without packets.
         self.has_sockmaps = any(info.type in _OF_SOCKMAPS for info in _all_programs())
         self.all = [rule for info in our_programs() for rule in self._read(info)]
 
     def marks_of(self, descriptor: int) -> frozenset[int]:
-        """The ids of the maps that have a mark of a socket, given by a descriptor."""
+        """Return the ids of the maps that hold a mark of the socket behind a descriptor."""
         return frozenset(map_id for map_id, marks in self._marks.items() if descriptor in marks)
 
     def passed_in(self, cgroup: Cgroup) -> frozenset[int]:
-        """The ids of the programs that packets pass whose sockets are of a cgroup.
+        """Return the ids of the programs that packets pass if their sockets belong to a cgroup.
 
         Needs CAP_NET_ADMIN. Raises OSError, or CgroupError if it is gone.
         """
@@ -418,7 +418,7 @@ class Rules:
             yield rule._replace(marks_id=marks_id, multipath=program.multipath)
 
     def _open_marks(self, info: ProgramInfo) -> Optional[int]:
-        """The id of its map of marks; both directions of a throttle have the same."""
+        """Return the id of a program's map of marks, which both directions of a throttle share."""
         known = self._marks.keys() & set(info.map_ids)
         if known:
             return known.pop()
@@ -432,7 +432,7 @@ class Rules:
 
 
 def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]:
-    """The record of a direction; what another version's does not have is 0."""
+    """Return the configuration of a direction; fields unknown to the writer's version are 0."""
     with suppress(OSError, KeyError):  # it may end meanwhile
         configs = configs_of(info.map_ids)
         if configs is not None:

@@ -1,9 +1,9 @@
-"""What belongs to limited cgroups, and is not seen by the programs that are attached to them.
+"""Traffic of limited cgroups that the programs attached to them do not see.
 
-A socket belongs for ever to the cgroup that it was created in, and what a listener accepts to the
-listener's. So sockets that others have made (socket activation, a service that was moved) escape
-the limit of a unit; and so does a command that has itself moved (flatpak, snap, podman, a scope of
-systemd). Both are limited by marks, from the same bucket.
+A socket belongs forever to the cgroup in which it was created, and an accepted socket to that of
+its listener. So sockets created elsewhere (socket activation, a service that was moved) escape a
+unit's limit, and so does a command that moves itself to another cgroup (flatpak, snap, podman, a
+systemd scope). Both are limited by marks, from the same token bucket.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pybpfthrottle.linux.sockets import Borrowed, Place
 log = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
-# A command that leaves its cgroup does so when it begins.
+# A command that leaves its cgroup does so when it starts.
 _SOON_S, _SOON_PERIOD_S = 5.0, 0.25
-# Looking takes no more than this part of one CPU's time.
+# Scanning takes at most this fraction of one CPU's time.
 _MOST_OF_TIME = 0.01
-# So long the kernel's answer is good enough for sockets that it does not list.
+# How long a socket list is trusted for sockets that it does not contain.
 _FRESH_S = 0.2
 _IPPROTO_MPTCP = 262
 _KINDS = tuple(
@@ -47,18 +47,18 @@ class Limiter(Protocol):
         """Limit a socket. Raises Error or OSError."""
 
     def follow(self, pids: Sequence[int]) -> None:
-        """Limit processes: their sockets that are not of the cgroups. Raises Error or OSError."""
+        """Limit the sockets of processes that are outside the cgroups. Raises Error or OSError."""
 
 
 class _Stray(NamedTuple):
-    """A socket of a process in the cgroups, and the id of the cgroup that it was created in."""
+    """A socket of a process in the cgroups, and the id of the cgroup it was created in."""
 
     place: Place
     cgroup_id: int
 
 
 class Strays:
-    """A chore: looks for them time and again, and has them limited."""
+    """A chore that keeps looking for stray sockets and processes, and limits them."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Strays:
         limiter: Limiter,
         command: Optional[Process] = None,
     ) -> None:
-        """``command`` is followed wherever it goes, with what it starts."""
+        """``command`` is followed wherever it goes, with its children."""
         self._cgroups = cgroups
         self._pids_of = pids_of
         self._limiter = limiter
-        # Of the command, as long as they run; and who of them has left.
+        # The command and its children while they run, and which of them have left.
         self._family = {command.pid: command} if command is not None else {}
         self._command = command
         self._left: set[int] = set()
@@ -85,7 +85,7 @@ class Strays:
         return -1
 
     def run(self) -> None:
-        """Look, and set when to look again."""
+        """Look for strays, and set when to look again."""
         begin_s = time.thread_time()
         self._look_for_sockets()
         if self._command is not None:
@@ -107,12 +107,12 @@ class Strays:
             return
         session = sockets.places(process.own_session())
         for stray in list(self._strays(pids, places)):
-            # Nobody should lose the connection that they type on by accident.
+            # Nobody should accidentally lose the connection they are typing on.
             if stray.place.inode not in session:
                 self._limit(stray)
 
     def _strays(self, pids: Sequence[int], places: dict[int, Place]) -> Iterator[_Stray]:
-        """The sockets that the kernel lists under another cgroup, once each."""
+        """Yield the sockets that the kernel lists under another cgroup, once each."""
         own = ids_below(self._cgroups())
         for pid in _one_for_each_namespace(pids):
             for inode, cgroup_id in _cgroup_ids_at(pid).items():
@@ -135,7 +135,7 @@ class Strays:
             self._note(f"sockets of {who} that were made in another cgroup ({where}) are limited")
 
     def _look_for_processes(self) -> None:
-        """Limit those of the command that are in another cgroup now."""
+        """Limit the command's processes that are now in another cgroup."""
         self._meet()
         new: dict[int, Cgroup] = {}
         for pid in self._family.keys() - self._left:
@@ -157,7 +157,7 @@ class Strays:
             self._note(f"{process.listed([pid])} has left for {where.path}, {advice}")
 
     def _meet(self) -> None:
-        """Take in who the command has started, and forget who has ended."""
+        """Add the command's new children, and forget those that have ended."""
         self._family = {pid: one for pid, one in self._family.items() if one.alive()}
         self._left &= self._family.keys()
         families = process.families()
@@ -176,14 +176,14 @@ class Strays:
 
 
 class OfCgroups:
-    """Whether sockets were created in cgroups, as far as the kernel tells."""
+    """Tells whether a socket was created in certain cgroups, as far as the kernel reveals it."""
 
     def __init__(self, cgroups: Callable[[], Sequence[Cgroup]]) -> None:
         self._cgroups = cgroups
         self._answers: dict[tuple[int, int, int], tuple[float, dict[int, int]]] = {}
 
     def __call__(self, found: Borrowed) -> bool:
-        """False where it is not told: before Linux 5.8, and of what is not bound."""
+        """False if the kernel does not say: before Linux 5.8, and for unbound sockets."""
         with suppress(OSError):
             cgroup_id = self._ids(found).get(found.place.inode)
             return cgroup_id is not None and cgroup_id in ids_below(self._cgroups())
@@ -204,7 +204,7 @@ class OfCgroups:
 
 
 def ids_below(cgroups: Iterable[Cgroup]) -> set[int]:
-    """Return the ids of cgroups, and of those below them."""
+    """Return the ids of cgroups and their descendants."""
     found = set()
     for cgroup in cgroups:
         for below in cgroups_v2.walk(cgroup):
@@ -222,7 +222,7 @@ def _one_for_each_namespace(pids: Iterable[int]) -> list[int]:
 
 
 def _cgroup_ids_at(pid: int) -> dict[int, int]:
-    """Return what the network namespace of a process tells; nothing if it may not be asked."""
+    """Return the cgroup id of each socket in a process's network namespace; empty if denied."""
     with suppress(OSError):
         namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:

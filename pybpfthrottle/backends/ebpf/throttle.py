@@ -47,14 +47,14 @@ from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
 
-# How soon it is noticed that somebody else has changed or removed the throttle.
+# How often to check whether somebody else has changed or removed the throttle.
 _NOTICE_S = 0.25
 # How soon it is noticed that another tool's program above does not run since this one does.
 _LOOK_ABOVE_S = 1.0
 
 
 class EbpfThrottle:
-    """What one order has put in force. ``put_in_force`` does it, ``remove`` ends it."""
+    """The limits of one order. ``put_in_force`` attaches them, ``remove`` ends them."""
 
     def __init__(self, order: Order, throttle_id: str) -> None:
         self._id = throttle_id
@@ -80,7 +80,7 @@ class EbpfThrottle:
         self._fields: dict[str, Any] = {}
         self._bucket: Bucket
         self._record: RecordMap
-        # What is to be undone, in the order in which it is: whatever raises, the rest is too.
+        # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
         self._loaded, self._followed, self._attached, self._guarded = (
             self._undo.enter_context(ExitStack()) for _ in range(4)
@@ -106,12 +106,15 @@ class EbpfThrottle:
         return self
 
     def prepare(self) -> None:
-        """Load once, and follow processes. Raises BpfError or ThrottleError; then all is undone."""
+        """Load the programs and follow processes, once.
+
+        Raises BpfError or ThrottleError; then all is undone.
+        """
         with self._all_or_nothing():
             self._prepare()
 
     def put_in_force(self) -> None:
-        """Prepare what is not yet, and attach to each target.
+        """Prepare, unless that is done already, and attach to each target.
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
@@ -156,10 +159,10 @@ class EbpfThrottle:
                 ) from error
         if not self._maps:
             raise ThrottleError("no target was given")
-        # First: it may be needed as soon as something is shaped, and is to be forked before there
-        # is a thread.
+        # First: the guard may be needed as soon as something is shaped, and has to be forked
+        # before there is a thread.
         if self._options.guard and SOCKETS in self._maps:
-            # By the time that it is needed something may have left the cgroups.
+            # By the time the guard acts, processes may have left the cgroups.
             guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._maps, RECORD)
             self._guarded.callback(guard.end)
             self._fields["guard"] = list(process.Process(guard.pid).identity)
@@ -170,7 +173,7 @@ class EbpfThrottle:
             self._marks.follow()
 
     def _log(self, direction: Direction) -> None:
-        """Log in one line what is attached how, and at what rate."""
+        """Log in one line what is attached, how, and at what rate."""
         how = self.describe(direction)
         log.info(
             "%s: limited to %s, attached by %s to %s; %s, since %s",
@@ -183,9 +186,9 @@ class EbpfThrottle:
         )
 
     def _load(self, scope: Scope) -> None:
-        """Load the programs for a scope, with the shaper if it is wanted and this kernel takes it.
+        """Load the programs for a scope, and the shaper if wanted and supported by this kernel.
 
-        They share the maps of what is loaded already.
+        They share the maps of the programs loaded already.
         """
         policers = {
             direction: programs.policer(scope, direction, self._options.egress_verdict)
@@ -236,7 +239,7 @@ class EbpfThrottle:
                 shapes=self._options.shape,
                 owner=process.identity(),
             )
-        # Without its keeper a gate would have nothing open: it comes last.
+        # The gate comes last: until its keeper serves it, it opens no window.
         self._bucket.begin(refused or {"gate": "it is not open yet"})
 
     # Attaching.
@@ -250,7 +253,7 @@ class EbpfThrottle:
                     adopt(found)
 
     def _limit_processes(self, selection: Selection) -> None:
-        """Limit the packets of the sockets that processes have, and make.
+        """Limit the packets of the sockets that processes have or create.
 
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
@@ -271,7 +274,7 @@ class EbpfThrottle:
             marks.mark(Borrowed(own, place))
 
     def follow(self, pids: Sequence[int]) -> None:
-        """Limit processes in other cgroups, with what they start.
+        """Limit processes in other cgroups, and their children.
 
         Raises BpfError, AttachError, ProcessError or OSError.
         """
@@ -292,7 +295,7 @@ class EbpfThrottle:
         self._marks = marks
 
     def _look_at_marks(self) -> None:
-        """Limit marked sockets besides, wherever they are. Raises BpfError or AttachError."""
+        """Limit marked sockets too, wherever they are. Raises BpfError or AttachError."""
         if self._marked_at:
             return
         if MARKS not in self._maps:
@@ -306,7 +309,7 @@ class EbpfThrottle:
             self._note_down()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
-        """Attach at the top, where each socket is seen; or else at the cgroups of the processes."""
+        """Attach at the root, which sees each socket, or else at the cgroups of the processes."""
         top = cgroups_v2.root()
         try:
             self._placed.attach(self._for_marks(selection, [top]))
@@ -324,7 +327,7 @@ class EbpfThrottle:
         return [top]
 
     def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
-        """Attach the shaper. Where another tool's program refuses it, the policer is left."""
+        """Attach the shaper. If another tool's program prevents that, the policer remains."""
         loaded = [
             program
             for program in programs.with_role(Role.SHAPE, scope)
@@ -351,7 +354,7 @@ class EbpfThrottle:
         return True
 
     def _start_gate(self) -> None:
-        """Begin to start the gate's keeper, where downloads are to go by it: it takes a while."""
+        """Begin to start the keeper, which takes a while, if downloads go through the gate."""
         download = Direction.DOWNLOAD
         if download not in self._order.limits or self._wanted(download).method != "gate":
             return
@@ -382,7 +385,7 @@ class EbpfThrottle:
         self._gate.open(self._maps)
 
     def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
-        """Attach the gate. Without it the receive window is moved by the kernel alone."""
+        """Attach the gate. Without it only the kernel moves the receive window."""
         if self._gate is not None:
             (program,) = programs.with_role(Role.GATE)
             try:
@@ -418,9 +421,9 @@ class EbpfThrottle:
         return self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
-        """Limit one cgroup instead of another that was removed.
+        """Limit the cgroup ``come`` instead of ``gone``, which was removed.
 
-        Raises AttachError or CgroupError; then it is limited no more than before.
+        Raises AttachError or CgroupError; then ``come`` is limited no more than before.
         """
         self._placed.replace(gone, lambda: self._limit_cgroups([come]))
         cgroups = [come if one == gone else one for one in self._order.cgroups]
@@ -434,7 +437,7 @@ class EbpfThrottle:
     def _adopting(
         self, scope: Scope, cgroups: Sequence[Cgroup]
     ) -> ContextManager[Callable[[Borrowed], None]]:
-        """Have connections that were open before shaped, where anything is."""
+        """Shape connections that were open before, if anything is shaped."""
         if self._connections is None or not cgroups:
             return nullcontext(lambda found: None)
         return self._connections.adopting(scope, cgroups)
@@ -442,7 +445,7 @@ class EbpfThrottle:
     # The record of it in the kernel.
 
     def _register(self) -> None:
-        """Say what it is, once it is in force."""
+        """Create the record, once the throttle is in force."""
         self._record = RecordMap(self._maps[RECORD])
         self._fields.update(
             id=self._id,
@@ -455,7 +458,7 @@ class EbpfThrottle:
         self._note_down()
 
     def _note_down(self) -> None:
-        """Say what it is now."""
+        """Update the record."""
         spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
         cgroups = self._order.cgroups or self._placed.targets()
         self._fields.update(
@@ -468,14 +471,14 @@ class EbpfThrottle:
         self._generation = self._record.write(self._fields)
 
     def _note_if_free(self) -> None:
-        """Say what has changed, if nobody has the lock; what comes next may not wait for it."""
+        """Update the record if the lock is free; the caller must not wait for it."""
         with locked_if_free() as is_free:
             if is_free:
                 self._note_down()
                 self._is_noted = True
 
     def _notice(self) -> None:
-        """See whether somebody else has changed the throttle, or asks for a change."""
+        """Check whether somebody else has changed the throttle, or asks for a change."""
         self._look_at_record()
         if not self._is_noted:
             self._note_if_free()
@@ -501,7 +504,7 @@ class EbpfThrottle:
         self._notes += [note for note in self._placed.switching_off() if note not in self._notes]
 
     def _answer(self, method: str) -> None:
-        """Attach by the method that somebody asks for, and say how that went."""
+        """Attach by the method that somebody asks for, and record the outcome."""
         try:
             self._placed.switch(method)
             self._fields.pop(ANSWER, None)
@@ -521,7 +524,7 @@ class EbpfThrottle:
         return self._bucket.burst_bytes(direction)
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
-        """Change the limit of a direction at once; None lifts it. Raises ThrottleError."""
+        """Change the limit of a direction immediately; None lifts it. Raises ThrottleError."""
         self._change_rate(direction, rate)
         with locked():
             self._note_down()
@@ -554,11 +557,11 @@ class EbpfThrottle:
         return how
 
     def processes(self) -> list[int]:
-        """Return the selected processes that are limited now, and those that they have started."""
+        """Return the selected processes that are limited now, and their children."""
         return [] if self._marks is None else self._marks.pids()
 
     def notes(self) -> list[str]:
-        """Return what is not covered, or covered besides, a line each."""
+        """Return what is not covered, or covered in addition, a line each."""
         found = [*self._notes, *self._bucket.shapes_not_kept()]
         found += self._connections.notes if self._connections is not None else ()
         for one in (self._strays, self._marks, self._gate):
@@ -566,7 +569,7 @@ class EbpfThrottle:
         return found
 
     def chores(self) -> Sequence[Chore]:
-        """Return what keeps it up to date."""
+        """Return the chores that keep the throttle up to date."""
         found: list[Chore] = [self._noticing]
         if any(not target.is_root() for target in self._placed.targets()):
             found.append(self._looking_above)
@@ -582,19 +585,19 @@ class EbpfThrottle:
         return found
 
     def removed_by_others(self) -> bool:
-        """Whether somebody else has taken the limit away."""
+        """Whether somebody else has removed the limit."""
         return self._removed_by_others
 
     def remove(self) -> None:
-        """Give connections back what they had, detach everything, and close what was loaded."""
+        """Restore connections, detach everything, and close what was loaded."""
         self._undo.close()
 
     def close(self) -> None:
-        """The same: what this process keeps ends with it."""
+        """Remove the throttle: what this process holds ends with it."""
         self.remove()
 
     def _say_removed(self) -> None:
-        """The kernel takes a moment to forget programs, and their maps: nobody is to list them."""
+        """Mark the record as removed: the kernel takes a moment to free programs and maps."""
         if self._generation:
             self._record.write(self._fields, flags=ThrottleRecordFlags.REMOVED)
 
@@ -609,7 +612,7 @@ class EbpfThrottle:
         return sorted({*connections.pids(self._order.cgroups), *self.processes()})
 
     def _holders(self) -> list[int]:
-        """Return all that may have a socket that was shaped: one with a mark may be handed over."""
+        """Return all processes that may hold a shaped socket: a marked one may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)
 
