@@ -29,7 +29,7 @@ _MOST_BUSY = 0.05
 _RECENT_MS = 1000
 # A smaller share is no use: TCP waits out the gap between two segments, whatever is set meanwhile.
 _LEAST = 1024
-# The whole is so many times what is given besides, and so many times the least.
+# 1/N of a fair share: the extra on top of it, and the least that is left of it.
 _EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
 _LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
