@@ -146,7 +146,7 @@ class Activity:
     def total(self) -> _Span:
         """Return the active seconds, and what passed in them."""
         edges = [span for span in (self._first, self._last) if span.seconds]
-        # The longer one if there is none in between: the other may last only a moment.
+        # Without samples in between, use the longer edge: the other may last only a moment.
         rate = self._inner.rate or max(edges, default=_Span()).rate
         found = self._done.plus(self._inner)
         for span in edges:

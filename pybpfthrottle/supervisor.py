@@ -101,7 +101,7 @@ class Supervisor:
         return min((chore.due_s for chore, _ in self._chores()), default=math.inf)
 
     def step(self, until_s: float = -math.inf) -> None:
-        """Wait until a chore is due or ``until_s`` (on time.monotonic()), and do what is due."""
+        """Wait for a due chore, at most until ``until_s`` (on time.monotonic()); do what is due."""
         chores = self._chores()
         self._register(chore.fileno() for chore, _ in chores)
         wait_s = min([until_s, *(chore.due_s for chore, _ in chores)]) - time.monotonic()

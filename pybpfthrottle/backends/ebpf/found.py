@@ -184,7 +184,7 @@ class FoundThrottle:
     def _restore(self) -> None:
         if SOCKETS in self._maps:
             where = self._found.visible_cgroups()
-            if self._found.match is Match.MARKS:  # a marked socket may be passed on
+            if self._found.match is Match.MARKS:  # processes may hand sockets over
                 where = [cgroups_v2.root()]
             connections.restore(connections.pids(where), self._maps[SOCKETS])
 

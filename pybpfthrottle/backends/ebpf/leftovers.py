@@ -86,7 +86,7 @@ def _is_gate(info: ProgramInfo) -> bool:
 
 
 def _unnamed() -> Iterator[Leftover]:
-    """Find leftovers by their maps, before Linux 4.15, which names neither programs nor maps."""
+    """Find leftovers by their maps if the kernel names no programs or maps (before Linux 4.15)."""
     if features.QUERY.available():
         return
     with suppress(OSError):  # seeing them may not be permitted

@@ -41,7 +41,7 @@ class Scope(Enum):
 
 
 class Needs(NamedTuple):
-    """The first Linux release that accepts a program, and the feature that makes it do so."""
+    """The first Linux release that accepts a program, and the kernel feature it needs."""
 
     release: str
     feature: str
@@ -200,7 +200,7 @@ def _best(same: Iterable[Shipped]) -> Shipped:
 
 
 def is_for_this_kernel(program: Shipped) -> bool:
-    """Whether this kernel has what one of several programs for the same purpose needs."""
+    """Whether this kernel supports a program, one of several for the same purpose."""
     if program.multipath and not features.MPTCP_SOCKET.available():
         return False
     return program.verdict != _TELL or features.CONGESTION_VERDICT.available()
