@@ -1,4 +1,4 @@
-"""Which running throttles cover the sockets of a process, and why they do not cover the others."""
+"""Which running throttles cover a process's sockets, and why they do not cover the others."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ MARK, CGROUP = "mark", "cgroup"
 
 
 class Remark(NamedTuple):
-    """What is to be known of a socket: a code, which stays the same, and a text."""
+    """A fact about a socket: a stable code, and a text."""
 
     code: str
     text: str
 
     def about(self, **what: Any) -> Remark:
-        """The same with what its text leaves open."""
+        """Return a copy with the placeholders in its text filled in."""
         return self._replace(text=self.text.format(**what))
 
 
-# Why a socket is not covered; where there are several reasons, the first of these.
+# Why a socket is not covered; if there are several reasons, the first of these.
 NOT_IP = Remark("not-ip", "no IP traffic")
 PACKET = Remark("packet", "its packets go past the hooks of cgroups")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
@@ -55,7 +55,7 @@ UNTOLD_NAT = Remark(
     "nat-unknown", "not known: netfilter may send its packets elsewhere, and does not tell"
 )
 
-# Notes on others.
+# Notes on other sockets.
 TRANSLATED = Remark("translated", "its packets really go to {end} (NAT)")
 LISTENS = Remark("listens", "what it accepts is limited as well")
 SHARED = Remark("shared", "limited for these too: {processes}")
@@ -71,11 +71,11 @@ class Cover(NamedTuple):
 
 
 class OpenSocket(NamedTuple):
-    """A descriptor of a process that is a socket, and which throttles cover it.
+    """A process's descriptor for a socket, and which throttles cover the socket.
 
-    ``covered`` is None where that is not known; ``reason`` tells why it is not True. ``cgroup`` is
-    that of the socket, or of the process where ``cgroup_assumed``. ``shared_with`` are the other
-    processes that have it open, as far as they may be looked into.
+    ``covered`` is None if unknown; ``reason`` says why it is not True. ``cgroup`` is the socket's,
+    or the process's if ``cgroup_assumed``. ``shared_with`` lists the other processes that have the
+    socket open, as far as inspecting them is permitted.
     """
 
     fd: int
@@ -91,7 +91,7 @@ class OpenSocket(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The sockets of a process, by descriptor. ``unknown`` tells why coverage is not known."""
+    """The sockets of a process, by descriptor. ``unknown`` says why coverage is not known."""
 
     process: Process
     cgroup: Optional[Cgroup]
@@ -105,23 +105,23 @@ class Coverage:
     def __init__(self) -> None:
         """Linux 4.15. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
 
-        Without them ``unknown`` says so, and reports tell what can be told.
+        Without them ``unknown`` says so, and reports contain what is available.
         """
         self.unknown: Optional[str] = None
         self._rules: Optional[Rules] = None
         try:
             self._rules = Rules()
-            self._rules.passed_in(cgroups_v2.root())  # it tells what is refused
+            self._rules.passed_in(cgroups_v2.root())  # raises what the kernel refuses
         except CgroupError as error:
             self.unknown = str(error)
         except OSError as error:
             self.unknown = _why_unknown(error)
 
     def report(self, pid: int) -> Report:
-        """The sockets that a process has open. Linux 5.6 tells whether they are covered.
+        """Report the sockets that a process has open. Whether they are covered needs Linux 5.6.
 
-        What is opened and closed meanwhile may be among them or not. Raises ProcessError if there
-        is no such process, if it ends, or if it may not be looked into.
+        Sockets opened or closed meanwhile may be missing or included. Raises ProcessError if there
+        is no such process, if it ends, or if inspecting it is not permitted.
         """
         target = Process(pid)
         try:
@@ -145,7 +145,7 @@ class Coverage:
         return Report(target, where, tuple(found), unknown)
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open descriptors."""
         if self._rules is not None:
             self._rules.close()
 
@@ -158,7 +158,7 @@ class Coverage:
     def _covered(
         self, target: Process, where: Optional[Cgroup], listed: Sequence[sockets.Descriptor]
     ) -> list[OpenSocket]:
-        """Raises OSError where sockets may not be borrowed, or rules not be asked for."""
+        """Raises OSError if borrowing sockets or querying rules is not permitted."""
         with sockets.Lender(target.pid) as lender, _Namespaces() as namespaces:
             borrowed = list(_borrow(lender, listed, self._rules, namespaces))
             if self._rules is None or self.unknown is not None:
@@ -183,7 +183,7 @@ class Coverage:
 
     @cached_property
     def _users(self) -> dict[int, list[int]]:
-        """The processes that have a socket open, by its inode."""
+        """Return the processes that have each socket open, by its inode."""
         found: dict[int, list[int]] = {}
         for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
             with suppress(OSError):
@@ -193,7 +193,7 @@ class Coverage:
 
 
 class _Borrowed(NamedTuple):
-    """What a socket tells while it is borrowed. ``namespace`` is an inode; 0: not told."""
+    """What a borrowed socket reveals. ``namespace`` is an inode, or 0 if unknown."""
 
     fd: int
     inode: int
@@ -203,9 +203,9 @@ class _Borrowed(NamedTuple):
 
 
 class _Surroundings(NamedTuple):
-    """What a network namespace tells: its sockets' cgroups by inode, and its addresses.
+    """What a network namespace reveals: its sockets' cgroups by inode, and its addresses.
 
-    ``translations`` are those of connections, or None where they cannot be told.
+    ``translations`` are the connections' address translations, or None if unknown.
     """
 
     cgroup_ids: dict[int, int]
@@ -213,7 +213,7 @@ class _Surroundings(NamedTuple):
     translations: Optional[dict[netns.Ends, tuple[str, int]]]
 
     def real_end(self, description: Description) -> Optional[Endpoint]:
-        """Where its packets really go to, if they are translated."""
+        """Return where a socket's packets really go, if they are translated."""
         local, remote = description.local, description.remote
         if not self.translations or local is None or remote is None:
             return None
@@ -225,7 +225,7 @@ class _Surroundings(NamedTuple):
         return None if real is None else Endpoint(*real)
 
     def on_loopback(self, description: Description) -> bool:
-        """Whether its packets pass the loopback device, as those to an own address do."""
+        """Whether a socket's packets pass the loopback device, as packets to a local address do."""
         local, remote = description.local, description.remote
         real = self.real_end(description)
         if real is not None:
@@ -249,7 +249,7 @@ class _Namespaces(ExitStack):
         self._open: dict[int, int] = {}
 
     def of(self, descriptor: int) -> int:
-        """The inode of that of a socket; 0 where it is not told."""
+        """Return the inode of a socket's namespace, or 0 if unknown."""
         try:
             namespace = netns.of_socket(descriptor)
         except OSError:
@@ -263,7 +263,7 @@ class _Namespaces(ExitStack):
         return inode
 
     def surroundings(self, borrowed: Sequence[_Borrowed]) -> dict[int, _Surroundings]:
-        """What each of them tells, as far as it does."""
+        """Return what each namespace reveals, as far as it does."""
         found = {}
         for inode, namespace in self._open.items():
             kinds = {one.description.kind for one in borrowed if one.namespace == inode}
@@ -274,7 +274,7 @@ class _Namespaces(ExitStack):
 
 def _surroundings(kinds: set[Kind]) -> _Surroundings:
     asked = {
-        # All raw sockets are listed as one protocol, whatever theirs is.
+        # All raw sockets are listed under one protocol, whatever their own is.
         (kind.family or 0, IPPROTO_RAW if kind.type == SOCK_RAW else kind.protocol or 0)
         for kind in kinds
     }
@@ -291,11 +291,11 @@ def _borrow(
         try:
             own = lender.borrow(number)
         except OSError as error:
-            if error.errno in (errno.EBADF, errno.ESRCH):  # it ended meanwhile
+            if error.errno in (errno.EBADF, errno.ESRCH):  # it has ended
                 continue
             raise
         try:
-            with suppress(OSError):  # another file has its number meanwhile
+            with suppress(OSError):  # its number may now be another file's
                 description = endpoints.describe(own)
                 found = _Borrowed(number, os.fstat(own).st_ino, description)
                 if rules is not None and description.kind.is_ip():
@@ -307,12 +307,12 @@ def _borrow(
 
 
 class _Judge:
-    """Finds out which rules cover the sockets of a process, which is in the cgroup ``now``."""
+    """Finds out which rules cover the sockets of a process in the cgroup ``now``."""
 
     def __init__(
         self, pid: int, now: Optional[Cgroup], rules: Rules, marked: frozenset[int]
     ) -> None:
-        """``marked`` has the ids of the maps in which any socket of the process has a mark."""
+        """``marked`` has the ids of the maps that mark any of the process's sockets."""
         self._pid = pid
         self._now = now
         self._rules = rules
@@ -321,7 +321,7 @@ class _Judge:
         self._rules_near: dict[Cgroup, list[Rule]] = {}
 
     def judged(self, own: OpenSocket, marks: frozenset[int], around: _Surroundings) -> OpenSocket:
-        """The socket with its covers, or the reason why there are none. Raises OSError."""
+        """Return the socket with its covers, or why there are none. Raises OSError."""
         if not own.description.kind.is_ip():
             return _undecided(own)
         number = around.cgroup_ids.get(own.inode)
@@ -350,7 +350,7 @@ class _Judge:
         return self._as_far_as_known(own, around)
 
     def _as_far_as_known(self, own: OpenSocket, around: _Surroundings) -> OpenSocket:
-        """The same with its notes; not known where its data may go another way."""
+        """Return the socket with its notes; ``covered`` is None if data may take another path."""
         doubt = None
         if own.description.state == "established" and self._rules.has_sockmaps:
             doubt = SOCKMAP
@@ -363,7 +363,7 @@ class _Judge:
         return own._replace(notes=(*translated, *_notes(own)))
 
     def _near(self, where: Cgroup, passed: frozenset[int]) -> list[Rule]:
-        """The rules that have to do with this process, of many on the machine."""
+        """Return the rules that concern this process, out of many on the machine."""
         if where not in self._rules_near:
             around = passed | (self._passed_in(self._now) or frozenset())
             self._rules_near[where] = [
@@ -376,7 +376,7 @@ class _Judge:
     def _escapes(
         self, own: OpenSocket, where: Cgroup, is_passed: bool, marks: frozenset[int], rule: Rule
     ) -> Optional[Remark]:
-        """Why a rule does not hold for a socket of the cgroup ``where``; None if it does."""
+        """Return why a rule does not apply to a socket of the cgroup ``where``; None if it does."""
         if rule.marks_id is None:
             if is_passed:
                 return None
@@ -390,14 +390,14 @@ class _Judge:
         return MPTCP if own.description.kind.is_mptcp() and not rule.multipath else None
 
     def _passed_in(self, where: Optional[Cgroup]) -> Optional[frozenset[int]]:
-        """None for a cgroup that was removed."""
+        """Return None for a removed cgroup."""
         with suppress(OSError, CgroupError):
             return self._rules.passed_in(where) if where else None
         return None
 
 
 class _Cgroups:
-    """Cgroups by their ids. Most sockets are of the one that their process is in."""
+    """Cgroups by id. Most sockets belong to the cgroup that their process is in."""
 
     def __init__(self, usual: Optional[Cgroup]) -> None:
         self._found: dict[int, Cgroup] = {}
@@ -407,11 +407,11 @@ class _Cgroups:
                 self._found[usual.id] = usual
 
     def by_id(self, number: int) -> Optional[Cgroup]:
-        """None for one that was removed, or that is not visible here."""
+        """Return None for a cgroup that was removed, or is not visible here."""
         if number not in self._found and not self._complete:
             self._complete = True
             for each in cgroups_v2.walk():
-                with suppress(OSError):  # it may vanish meanwhile
+                with suppress(OSError):  # it may have vanished
                     self._found[each.id] = each
         return self._found.get(number)
 
@@ -441,7 +441,7 @@ def _rank(reason: Remark) -> int:
 
 
 def _undecided(own: OpenSocket) -> OpenSocket:
-    """What is known of a socket without knowing the throttles."""
+    """Return what is known about a socket regardless of the throttles."""
     kind = own.description.kind
     if kind.is_ip() or kind.family is None:
         return own._replace(reason=UNKNOWN)
@@ -460,7 +460,7 @@ def _cannot_look(target: Process, error: OSError) -> ProcessError:
 
 
 def _why_unknown(error: OSError) -> str:
-    """Why it cannot be told whether sockets are covered."""
+    """Return why it is unknown whether sockets are covered."""
     asked = str(error.filename or "").startswith("BPF_")
     if asked and not isinstance(error, PermissionError):
         return privileges.why_refused(error, str(error.filename))

@@ -24,8 +24,8 @@
     ├── NamespaceError                 the network namespaces of the demo cannot be made
     └── DemoError                      a transfer of the demo that failed
 
-System calls that fail raise plain ``OSError``; the errors above are raised from it where more is
-known about what it means. ``pybpfthrottle.bpf.errors`` defines those of the toolkit.
+System calls that fail raise plain ``OSError``; the errors above are raised from it if more is known
+about its meaning. ``pybpfthrottle.bpf.errors`` defines the toolkit's errors.
 
 """
 
@@ -95,11 +95,11 @@ class ThrottleError(Error):
 
 
 class NoMarksError(ThrottleError):
-    """Sockets cannot be marked here, and so single processes not be limited; cgroups can."""
+    """Sockets cannot be marked here, so single processes cannot be limited; cgroups can."""
 
 
 class LaunchError(Error):
-    """A command that could not be started. ``status`` is the exit status as shells have it."""
+    """A command that could not be started. ``status`` is the exit status, as in shells."""
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 # One, or several.
 Some = Union[T, Iterable[T]]
-# A text as on the command line, bytes per second, or a Rate.
+# A string as on the command line, bytes per second, or a Rate.
 Limit = Union[str, int, Rate]
 
 
@@ -39,22 +39,21 @@ def limit(
 ) -> Throttle:
     """Limit processes, cgroups or systemd units, which share the limit; return the throttle.
 
-    Processes are given by ``pid``, or match by ``name``, ``exe`` and ``user``: one of each that is
-    given, now and later. With ``children`` what they start is limited too. ``cgroup`` is the path
-    of a cgroup v2. ``download`` and ``upload`` are limits as on the command line ("1M", "8mbit"),
-    or in bytes per second. ``label`` is a name for others to choose it by. ``wish`` says how it is
-    to be put in force.
+    Processes are given by ``pid``, or match one each of the given ``name``, ``exe`` and ``user``,
+    now or later. With ``children`` the processes that they start are limited too. ``cgroup`` is a
+    cgroup v2 path. ``download`` and ``upload`` are limits as on the command line ("1M", "8mbit"),
+    or in bytes per second. ``label`` is a name to choose the throttle by. ``wish`` says how to put
+    the limit in force.
 
     The limit is in force when this returns, and ends with the ``with`` or ``async with`` block, by
-    ``remove``, or with this process. Later processes and open connections need somebody to look
-    after them: a background thread, which all throttles of this process share; within
-    ``async with`` the event loop; and without ``supervise`` the caller, who does what ``chores``
-    returns.
+    ``remove``, or with this process. Later processes and open connections need looking after: by a
+    background thread, which all throttles of this process share; within ``async with`` by the event
+    loop; and without ``supervise`` by the caller, who has to run what ``chores`` returns.
 
     Raises LimitError for a limit that cannot be read, ProcessError or CgroupError for a target
-    that does not exist or may not be limited, ThrottleError where another process limits it
-    already or nothing can limit here, and BpfError for what the kernel refuses. Then nothing stays
-    attached. Needs root, or CAP_BPF and CAP_NET_ADMIN; Linux 4.10, processes 5.10.
+    that does not exist or may not be limited, ThrottleError if another process limits it already
+    or nothing can limit here, and BpfError for what the kernel refuses. Then nothing stays
+    attached. Needs root, or CAP_BPF and CAP_NET_ADMIN; Linux 4.10, for processes 5.10.
     """
     limits = {
         direction: rate
@@ -90,23 +89,23 @@ def _some(given: Some[Any]) -> tuple[Any, ...]:
 
 
 class RunningThrottle(NamedTuple):
-    """A throttle that is in force, whoever made it."""
+    """A throttle in force, whoever made it."""
 
     record: Record
 
     @property
     def id(self) -> str:
-        """Its id, by which the command line chooses it."""
+        """The id by which the command line chooses it."""
         return self.record.id
 
     @property
     def name(self) -> str:
-        """The name that it was given, or an empty string."""
+        """The name that it was given, or the empty string."""
         return self.record.spec.name
 
     @property
     def target(self) -> Target:
-        """What it limits, as it was asked for."""
+        """What it limits, as requested."""
         return self.record.spec.target
 
     @property
@@ -131,11 +130,11 @@ class RunningThrottle(NamedTuple):
 
     @property
     def kept(self) -> bool:
-        """Whether it stays in force after that process."""
+        """Whether it stays in force after its owner ends."""
         return self.record.kept
 
     def open(self) -> Throttle:
-        """Return it in hand, to be read, changed or removed; ``close`` lets it go again.
+        """Open the throttle, to read, change or remove it; ``close`` leaves it in force.
 
         Raises ThrottleError if it is gone.
         """
@@ -143,8 +142,8 @@ class RunningThrottle(NamedTuple):
 
 
 def throttles() -> list[RunningThrottle]:
-    """Return the throttles in force on this machine, whoever made them, the oldest first.
+    """Return the throttles in force on this machine, whoever made them, oldest first.
 
-    Needs CAP_SYS_ADMIN; raises OSError without. Linux 4.13.
+    Needs CAP_SYS_ADMIN, or raises OSError. Linux 4.13.
     """
     return [RunningThrottle(record) for record in registry.records()]

@@ -16,9 +16,9 @@ from pybpfthrottle.model import (
 )
 from pybpfthrottle.throttle import Throttle
 
-# The rate is the mean over so many samples: TCP comes in bursts.
+# The rate is the mean over this many samples: TCP sends in bursts.
 _WINDOW_SAMPLES = 3
-# Less than this share of a limit is what connections say to stay alive.
+# Less than this share of a limit is just keep-alive traffic.
 _IDLE_SHARE = 0.01
 _LARGEST_PACKET = 64 * 1024
 
@@ -30,21 +30,21 @@ class Reading(NamedTuple):
     limit: Optional[Rate]
     actual_bytes_per_s: float
     counters: Counters
-    # What the burst may have added to the actual rate.
+    # How much the burst may have added to the actual rate.
     spare_bytes_per_s: float = 0.0
-    # Packets, in the time that the rate is of.
+    # Packets, in the time that the rate covers.
     dropped: int = 0
-    # Of a whole time: the seconds in which something came, which the rate is of.
+    # For a whole run: the active seconds, which the rate covers.
     active_s: Optional[float] = None
 
     @property
     def ratio(self) -> Optional[float]:
-        """Actual to limit; None where there is no limit."""
+        """The actual rate divided by the limit; None if there is no limit."""
         return self.actual_bytes_per_s / self.limit.bytes_per_s if self.limit else None
 
     @property
     def verdict(self) -> Optional[Verdict]:
-        """None where there is no limit."""
+        """None if there is no limit."""
         if not self.limit:
             return None
         steady = max(self.actual_bytes_per_s - self.spare_bytes_per_s, 0.0)
@@ -55,7 +55,7 @@ class Reading(NamedTuple):
         )
 
     def record(self) -> dict[str, Any]:
-        """For JSON; rates in bytes per second."""
+        """Return it for JSON; rates are in bytes per second."""
         ratio = self.ratio
         active = {} if self.active_s is None else {"active_s": round(self.active_s, 3)}
         return {
@@ -91,7 +91,7 @@ class Reading(NamedTuple):
         return f"{arrow}{actual}" + ("" if self.ratio is None else f" {self.ratio:.2f}x")
 
     def summary(self, elapsed_s: float) -> str:
-        """The line, with how much there was in all."""
+        """Return the line, with the total amount."""
         share = self.counters.packets_dropped / max(1, self.counters.packets_total)
         active_s = elapsed_s if self.active_s is None else self.active_s
         idle = f"{active_s:.1f} of " if 0 < active_s < elapsed_s - 1 else ""
@@ -116,10 +116,10 @@ class _Span(NamedTuple):
 
 
 class Activity:
-    """The time of one direction in which something came: what idle seconds are left out of.
+    """The active time of one direction, without its idle seconds.
 
-    A transfer begins and ends somewhere within a sample. So much of the first and the last one is
-    counted as it takes at the rate of those in between.
+    A transfer begins and ends somewhere within a sample. The first and the last sample count for
+    as long as their bytes take at the rate of the samples in between.
     """
 
     def __init__(self) -> None:
@@ -129,11 +129,11 @@ class Activity:
         self._pause_s = 0.0
 
     def add(self, seconds: float, passed: int, *, came: int, limit: Optional[Rate]) -> None:
-        """Take in a sample: what ``passed``, and what ``came`` with what was dropped."""
+        """Add a sample: what ``passed``, and what ``came``, which includes what was dropped."""
         if came <= (limit.bytes_per_s * seconds * _IDLE_SHARE if limit else 0):
             self._pause_s += seconds
             return
-        # At a low limit one packet takes long: the limit itself makes such pauses.
+        # At a low limit one packet takes long: the limit itself causes such pauses.
         if self._pause_s > (_LARGEST_PACKET / limit.bytes_per_s if limit else 0.0):
             self._end()
         if self._first.seconds:
@@ -144,9 +144,9 @@ class Activity:
         self._pause_s = 0.0
 
     def total(self) -> _Span:
-        """Return the seconds in which something came, and what passed in them."""
+        """Return the active seconds, and what passed in them."""
         edges = [span for span in (self._first, self._last) if span.seconds]
-        # The longer one, where there is none in between: the other may be of a moment.
+        # Without samples in between, use the longer edge: the other may last only a moment.
         rate = self._inner.rate or max(edges, default=_Span()).rate
         found = self._done.plus(self._inner)
         for span in edges:
@@ -162,7 +162,7 @@ class Activity:
 
 
 class Meter:
-    """Turns the counters of a throttle into rates."""
+    """Turns a throttle's counters into rates."""
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
@@ -172,11 +172,11 @@ class Meter:
 
     @property
     def elapsed_s(self) -> float:
-        """From when the meter was made to the last look at the counters."""
+        """The seconds from the meter's creation to the last reading of the counters."""
         return self._history[-1][0] - self._start[0]
 
     def sample(self) -> list[Reading]:
-        """The rates over the last few samples."""
+        """Return the rates over the last few samples."""
         self._look()
         first, last = self._history[0], self._history[-1]
         elapsed = max(last[0] - first[0], 1e-6)
@@ -193,7 +193,7 @@ class Meter:
         ]
 
     def total(self) -> list[Reading]:
-        """The rates since the start, over the time in which something came."""
+        """Return the rates since the start, over the active time."""
         self._look()
         return [
             self._total(direction, counters) for direction, counters in self._history[-1][1].items()
@@ -214,7 +214,7 @@ class Meter:
     def _total(self, direction: Direction, counters: Counters) -> Reading:
         activity = self._activities[direction]
         active = activity.total()
-        # Too little for any second of it to count: it is a mean over all.
+        # Too little for any second to count as active: use the mean over the whole time.
         passed = active if active.seconds else _Span(self.elapsed_s, counters.bytes_passed)
         seconds = max(passed.seconds, 1e-6)
         return Reading(

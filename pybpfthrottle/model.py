@@ -1,4 +1,4 @@
-"""The vocabulary: what is limited, to what, and how it went. Pure; to and from JSON."""
+"""The vocabulary: what is limited, to what rate, with what result. Pure; to and from JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ACCEPTED = (
 
 
 class Direction(IntEnum):
-    """Which way the packets go, seen from the process. The values are the keys of the BPF maps."""
+    """The direction of packets, seen from the process. The values are keys of the BPF maps."""
 
     DOWNLOAD = 0
     UPLOAD = 1
@@ -50,7 +50,7 @@ class Rate(NamedTuple):
         written = match.group() if match else ""
         unit = _unit(given[len(written) :].strip())
         known = unit in _BYTE_UNITS or unit in _BIT_UNITS
-        # Other scripts have digits as well, and a K that becomes one of ours in lower case.
+        # Unicode has other digits too, and a K that becomes an ASCII one in lower case.
         if not (whole + fraction and known and text.isascii()):
             raise LimitError(_refusal(text, written, unit))
         if len(whole + fraction) > _MAX_DIGITS:
@@ -63,7 +63,7 @@ class Rate(NamedTuple):
 
     @classmethod
     def of(cls, bytes_per_s: int, text: Optional[str] = None) -> Rate:
-        """A rate in range, or LimitError that names ``text``."""
+        """Return a rate in range. Raises LimitError, which quotes ``text``."""
         if not MIN_RATE.bytes_per_s <= bytes_per_s <= MAX_RATE.bytes_per_s:
             raise LimitError(f"{text or bytes_per_s} is out of range: {RANGE}")
         return cls(bytes_per_s)
@@ -73,7 +73,7 @@ class Rate(NamedTuple):
 
 
 def _unit(given: str) -> str:
-    """Return a unit in lower case, without ``/s`` where it cannot mean bits: 8mb/s may."""
+    """Return a unit in lower case, without ``/s`` if it cannot mean bits: 8mb/s might."""
     unit = given.lower()
     if not unit.endswith("/s"):
         return unit
@@ -99,7 +99,7 @@ RANGE = "a limit is between 1000 B/s and 100 GB/s"
 
 
 def printable(text: str) -> str:
-    """Return a text as one line: whatever is no text in it, as in names, is shown escaped."""
+    """Return a text, such as a name, as one line with unprintable characters escaped."""
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
@@ -120,10 +120,10 @@ def format_rate(bytes_per_s: float) -> str:
 
 
 class Counters(NamedTuple):
-    """What a direction's program counted, since the throttle was made.
+    """What a direction's program has counted since the throttle was made.
 
-    Bytes are billed bytes: TCP payload, or the IP length of all else. The totals include what was
-    dropped, and leave out what the limit is not for (loopback, unless it is limited).
+    Bytes are billed bytes: TCP payload, or the IP length of anything else. The totals include
+    dropped packets, and exclude traffic that is not limited (loopback, by default).
     """
 
     program_calls: int = 0
@@ -134,7 +134,7 @@ class Counters(NamedTuple):
 
     @property
     def bytes_passed(self) -> int:
-        """The bytes that went through."""
+        """The bytes that passed."""
         return self.bytes_total - self.bytes_dropped
 
     def __str__(self) -> str:
@@ -147,7 +147,7 @@ class Counters(NamedTuple):
 
 
 class Verdict(Enum):
-    """What the actual rate says of a limit."""
+    """What the actual rate says about a limit."""
 
     IDLE = "idle"
     BELOW = "below the limit"
@@ -170,7 +170,7 @@ class Verdict(Enum):
 
     @classmethod
     def of(cls, ratio: float) -> Verdict:
-        """On a ratio of actual to limit, the burst taken off: over above 1.1, failed above 1.5."""
+        """Judge a ratio of actual to limit, without the burst: over above 1.1, failed above 1.5."""
         if ratio <= 0:
             return cls.IDLE
         if ratio > 1.5:
@@ -179,11 +179,12 @@ class Verdict(Enum):
 
     @classmethod
     def judge(cls, ratio: float, steady: float, *, dropped: bool) -> Verdict:
-        """On a ratio, and on what the burst leaves of it, ``steady``.
+        """Judge a ratio, and ``steady``, the ratio without the burst.
 
-        Below the limit nothing held it: it is less than 0.9 of it, and nothing was ``dropped``.
+        Below the limit means that nothing was held back: the ratio is under 0.9, and nothing was
+        ``dropped``.
         """
-        # Where anything came at all it is not idle, however small the rest.
+        # If anything came at all it is not idle, however small the rest.
         found = cls.of(steady or min(ratio, 1e-9))
         if found is not cls.THROTTLED:
             return found
@@ -192,17 +193,17 @@ class Verdict(Enum):
         return cls.BELOW if ratio < 0.9 and not dropped else cls.THROTTLED
 
 
-# None: unlimited, but counted.
+# None means unlimited, but counted.
 Limits = Mapping[Direction, Optional[Rate]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a limit is for: processes, cgroups, systemd units or a command.
+    """What is limited: processes, cgroups, systemd units or a command.
 
-    Processes are given by id (``pids``), or match by name, executable and user: one of each that is
-    given. With ``children`` the processes that they start are limited too. ``cgroups`` are paths of
-    version 2, ``units`` names, ``command`` an argument vector that is run with the limit.
+    Processes are given by id (``pids``), or match one each of the given names, executables and
+    users. With ``children`` the processes that they start are limited too. ``cgroups`` are cgroup
+    v2 paths, ``units`` are names, and ``command`` is an argument vector to run with the limit.
     """
 
     pids: tuple[int, ...] = ()
@@ -216,16 +217,16 @@ class Target:
 
     @property
     def matches(self) -> bool:
-        """Whether processes are chosen by what they are: then a later one may match."""
+        """Whether processes are chosen by their properties, so that later ones may match."""
         return bool(self.names or self.executables or self.users)
 
     @property
     def processes(self) -> bool:
-        """Whether it is processes that are limited, wherever they are."""
+        """Whether processes are limited, whatever cgroup they are in."""
         return bool(self.pids) or self.matches
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that say something, for JSON."""
+        """Return the fields that are set, for JSON."""
         record: dict[str, Any] = {
             name: list(value)
             for name, value in vars(self).items()
@@ -237,7 +238,7 @@ class Target:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Target:
-        """Return the target that ``to_json`` wrote; fields of later versions are left out."""
+        """Return the target that ``to_json`` wrote; fields of later versions are ignored."""
         known: dict[str, Any] = {
             name: tuple(record[name]) if isinstance(record[name], list) else record[name]
             for name in cls.__dataclass_fields__
@@ -255,7 +256,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ThrottleSpec:
-    """A throttle as it is asked for: by the command line, by Python, or as the kernel has it."""
+    """A throttle as requested by the command line or Python, or as the kernel has it."""
 
     target: Target
     limits: Limits
@@ -263,7 +264,7 @@ class ThrottleSpec:
     name: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it for JSON; limits in bytes per second, null where there is none."""
+        """Return it for JSON; limits are in bytes per second, null if there is none."""
         return {
             "name": self.name,
             "target": self.target.to_json(),

@@ -1,4 +1,4 @@
-"""Command line > environment > config files > default, as one frozen value that is handed down."""
+"""Command line > environment > config files > default, as one frozen value that is passed down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = ("auto", "pace", "gate", "window", "police")
 EGRESS_VERDICTS = ("auto", "congestion", "deny")
 BACKENDS = ("auto", "ebpf")
 
-# The predecessor's names are honoured behind ours.
+# The predecessor's names are honoured too, after ours.
 _PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")
 _USE_LEGACY = "USE_LEGACY_ATTACH"
 _METHOD = "BPF_ATTACH_METHOD"
@@ -37,10 +37,10 @@ _ALLOWED = {
 class AttachPolicy(NamedTuple):
     """How programs are attached.
 
-    ``method`` is one of ATTACH_METHODS. With auto an errno of ``fallback_errnos`` leads from link
-    to legacy. ``exclusive`` allows, on kernels before 4.15 alone, an attachment that may replace
-    another tool's program. ``override_others`` allows one below another tool's program that was
-    attached with BPF_F_ALLOW_OVERRIDE, and runs no more for what is below.
+    ``method`` is one of ATTACH_METHODS. With auto an errno in ``fallback_errnos`` leads from link
+    to legacy. ``exclusive`` allows an attachment that may replace another tool's program, only on
+    kernels before 4.15. ``override_others`` allows an attachment below another tool's program that
+    was attached with BPF_F_ALLOW_OVERRIDE, and then no longer runs there.
     """
 
     method: str = "auto"
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """All that can be set, for each direction; ``origins`` is for people."""
+    """All settings, for each direction; ``origins`` is for people."""
 
     attach: Mapping[Direction, AttachPolicy]
     shape: Mapping[Direction, str]
@@ -75,7 +75,7 @@ def load(
     environment: Optional[Mapping[str, str]] = None,
     files: Optional[Sequence[str]] = None,
 ) -> Settings:
-    """Find every setting. ``method`` and ``shape`` are the command line's. Raises SettingsError."""
+    """Find all settings; ``method`` and ``shape`` are the command line's. Raises SettingsError."""
     environment = os.environ if environment is None else environment
     found = _from_files(config_files(environment) if files is None else files)
     warnings: list[str] = []
@@ -116,9 +116,9 @@ def load(
 
 
 def config_files(environment: Mapping[str, str]) -> list[str]:
-    """The files that are read where they exist; the later one goes over the earlier, key by key."""
+    """Return the files to read if they exist; later files override earlier ones, key by key."""
     files = [_SYSTEM_FILE]
-    # A relative path is to be ignored: XDG Base Directory Specification.
+    # Relative paths must be ignored: XDG Base Directory Specification.
     home = environment.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(home):
         home = os.path.join(environment.get("HOME", ""), ".config")
@@ -154,7 +154,7 @@ def _from_environment(
 
 
 def _from_files(files: Sequence[str]) -> dict[str, tuple[Any, str]]:
-    """The value and the file of each key."""
+    """Return the value of each key, and the file that it came from."""
     found: dict[str, tuple[Any, str]] = {}
     for path in files:
         text = _read(path)
@@ -164,8 +164,8 @@ def _from_files(files: Sequence[str]) -> dict[str, tuple[Any, str]]:
 
 
 def _read(path: str) -> Optional[str]:
-    """The text of a config file, None if there is none; as root only one that is root's own."""
-    # One in a directory that may not be searched, as HOME of another user, is none of ours.
+    """Return a config file's text, None if there is none; root reads only files of its own."""
+    # Ignore a file in a directory that may not be searched, such as another user's HOME.
     if not os.path.lexists(path):
         return None
     try:
@@ -193,7 +193,7 @@ def _refuse_untrusted(path: str, status: os.stat_result) -> None:
 
 
 def _parse(path: str, text: str) -> dict[str, Any]:
-    """The keys of a file, dotted; raises SettingsError with file, line and what is allowed."""
+    """Return a file's dotted keys. Raises SettingsError with file, line and what is allowed."""
     toml = _toml(path)
     try:
         tree = toml.loads(text)
@@ -210,7 +210,7 @@ def _parse(path: str, text: str) -> dict[str, Any]:
 
 
 def _toml(path: str) -> Any:
-    # Python has it since 3.11; tomli is the same for older ones.
+    # In the standard library since Python 3.11; tomli is the same for older versions.
     for name in ("tomllib", "tomli"):
         with suppress(ImportError):
             return import_module(name)
@@ -238,7 +238,7 @@ def _is_allowed(key: str, value: Any) -> bool:
 
 
 def _line_of(text: str, key: str) -> int:
-    """The line that sets a dotted key: the parser does not tell."""
+    """Return the line that sets a dotted key: the parser does not say."""
     table, _, name = key.rpartition(".")
     current = ""
     for number, line in enumerate(text.splitlines(), 1):

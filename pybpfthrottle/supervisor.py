@@ -1,8 +1,8 @@
-"""One loop for all that has to be done while limits are in force.
+"""One loop for everything that has to be done while limits are in force.
 
-Limits have chores: the next look for processes, the next round of pacing, a sample of the rates.
-A supervisor does each when it is due, or when its descriptor is readable, one after the other: in
-the caller's own loop by ``step``, in a background thread, or on an asyncio event loop.
+Limits have chores: looking for processes, pacing connections, sampling the rates. A supervisor runs
+each chore when it is due or its descriptor is readable, one after the other: in the caller's own
+loop by ``step``, in a background thread, or on an asyncio event loop.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ T = TypeVar("T")
 
 
 class Chore(Protocol):
-    """Something that has to be done for a limit, time and again."""
+    """Something that has to be done repeatedly for a limit."""
 
     def fileno(self) -> int:
-        """Return a descriptor; when it is readable the chore is due. -1: none."""
+        """Return a descriptor whose being readable makes the chore due, or -1 for none."""
 
     @property
     def due_s(self) -> float:
-        """When it is due in any case, on time.monotonic(); infinite: never."""
+        """When the chore is due in any case, on time.monotonic(); infinite means never."""
 
     def run(self) -> None:
-        """Do it, and move ``due_s``. Errors of this package and OSError are logged."""
+        """Do the chore, and advance ``due_s``. Errors of this package and OSError are logged."""
 
 
-# Where the chores of a limit come from: it may have other ones each time that it is asked.
+# Where a limit's chores come from: each call may return different ones.
 Source = Callable[[], Iterable[Chore]]
 
 
 class Periodic:
-    """A chore that is done time and again; times that were missed are left out."""
+    """A chore that is done at regular intervals; missed times are skipped."""
 
     def __init__(self, period_s: float, work: Callable[[], object]) -> None:
         self._period_s = period_s
@@ -59,10 +59,10 @@ class Periodic:
         return -1
 
     def run(self) -> None:
-        """Do it."""
+        """Do the work, and set when it is due again."""
         now = time.monotonic()
         self.due_s += self._period_s
-        if self.due_s <= now:  # it was stopped meanwhile
+        if self.due_s <= now:  # the process was stopped meanwhile
             self.due_s = now + self._period_s
         self._work()
 
@@ -85,11 +85,11 @@ class Supervisor:
         self._thread: Optional[int] = None
 
     def add(self, source: Source, *, strict: bool = False) -> None:
-        """Do the chores of a source from now on; with ``strict`` ``step`` raises their errors."""
+        """Do a source's chores from now on; if ``strict``, ``step`` raises their errors."""
         self._sources.append((source, strict))
 
     def discard(self, source: Source) -> None:
-        """Do them no more."""
+        """Stop doing a source's chores."""
         self._sources = [one for one in self._sources if one[0] != source]
 
     def fileno(self) -> int:
@@ -101,7 +101,7 @@ class Supervisor:
         return min((chore.due_s for chore, _ in self._chores()), default=math.inf)
 
     def step(self, until_s: float = -math.inf) -> None:
-        """Wait until something is due or ``until_s`` (on time.monotonic()), and do what is due."""
+        """Wait for a due chore, at most until ``until_s`` (on time.monotonic()); do what is due."""
         chores = self._chores()
         self._register(chore.fileno() for chore, _ in chores)
         wait_s = min([until_s, *(chore.due_s for chore, _ in chores)]) - time.monotonic()
@@ -120,15 +120,15 @@ class Supervisor:
             while not self._stopped:
                 try:
                     self.step(math.inf)
-                except Exception:  # of one limit: the others go on
+                except Exception:  # from one limit: the others go on
                     log.exception("A chore of a limit has failed")
 
     def stop(self) -> None:
-        """Have ``serve`` end; to be called by ``call``."""
+        """Have ``serve`` end. Use ``call`` to call this."""
         self._stopped = True
 
     def call(self, function: Callable[[], T]) -> T:
-        """Have ``serve`` call a function between two chores, and return what it returns."""
+        """Have ``serve`` call a function between two chores; return its result."""
         if self._thread == threading.get_ident():
             return function()
         result: Future[T] = Future()
@@ -144,7 +144,7 @@ class Supervisor:
         return result.result()
 
     def close(self) -> None:
-        """Close what it has open; what is limited stays so."""
+        """Close the descriptors; limits stay in force."""
         self._resources.close()
 
     def __enter__(self) -> Supervisor:
@@ -159,8 +159,8 @@ class Supervisor:
     def _register(self, descriptors: Iterable[int]) -> None:
         """Wait for these descriptors, and no others.
 
-        A descriptor that was closed has left the epoll by itself, and its number may be used anew:
-        so all are registered again each time. They are few.
+        A closed descriptor leaves the epoll instance by itself, and its number may be reused: so
+        all are registered again each time. They are few.
         """
         for fd in self._registered:
             with suppress(OSError):
@@ -182,18 +182,18 @@ def _do(chore: Chore, strict: bool) -> None:
     except (Error, OSError) as error:
         if strict:
             raise
-        # A limit stays in force when a look at a process fails; the next one may not.
+        # A limit stays in force if looking at a process fails: the next look may succeed.
         log.warning("A look at what is limited has failed: %s", error)
 
 
 class Driver(Protocol):
-    """What has the chores of a limit done; changes of the limit go through it."""
+    """Runs the chores of a limit; changes to the limit go through it."""
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call a function where chores are done, so that nothing happens at the same time."""
+        """Call a function where chores are done, so that none runs at the same time."""
 
     def release(self) -> None:
-        """Have them done no more."""
+        """Stop running the chores."""
 
 
 class InThread:
@@ -218,11 +218,11 @@ class InThread:
         self._supervisor.call(lambda: self._supervisor.add(source))
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call a function in the thread, and return what it returns."""
+        """Call a function in the thread; return its result."""
         return self._supervisor.call(function)
 
     def release(self) -> None:
-        """Leave the thread, which ends with the last one that does."""
+        """Leave the thread, which ends when the last limit leaves it."""
         self._supervisor.call(lambda: self._supervisor.discard(self._source))
         with self._lock:
             InThread._users -= 1
@@ -249,7 +249,7 @@ class OnEventLoop:
         self._step()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call it: the event loop's thread is the one that does the chores."""
+        """Call a function here: the event loop's thread does the chores."""
         return function()
 
     def release(self) -> None:

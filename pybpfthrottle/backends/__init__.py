@@ -1,8 +1,7 @@
-"""Mechanisms that limit: a room each, behind one small protocol.
+"""Mechanisms that limit: a package each, behind one small protocol.
 
 A backend makes an offer for a direction and a way of matching packets, puts limits in force as a
-``Part`` of a throttle, finds the parts that are in force whoever made them, and takes such a one in
-hand.
+``Part`` of a throttle, finds the parts in force, whoever made them, and opens them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pybpfthrottle.settings import BACKENDS
 from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.targets import Selection
 
-# Where each backend of settings.BACKENDS is. Imported when it is needed: most starts need one.
+# The module of each backend in settings.BACKENDS, imported on demand: most starts need only one.
 _HOMES = {"ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend")}
 
 
@@ -34,7 +33,7 @@ class Priority(IntEnum):
 
 
 class Match(Enum):
-    """How the packets of a target are told from all others."""
+    """How a target's packets are told from all others."""
 
     MARKS = "marks"
     CGROUP = "cgroup"
@@ -44,8 +43,7 @@ class Match(Enum):
 class Offer:
     """What a backend can do for one direction and way of matching.
 
-    ``refused`` is why it cannot, or None; ``loses`` are the things that it would leave out, a
-    sentence each.
+    ``refused`` is why it cannot, or None; ``loses`` lists what it would leave out, a sentence each.
     """
 
     backend: str
@@ -57,10 +55,10 @@ class Offer:
 
 
 class Order(NamedTuple):
-    """What one backend is to put in force: all packets of cgroups, or of the sockets of processes.
+    """What one backend has to limit: all packets of cgroups, or of processes' sockets.
 
-    With both, the sockets of the cgroups must not be the processes' as well: then ``new_sockets``
-    of the selection is false. ``command`` is limited with what it starts even if it leaves the
+    With both, no socket may belong to a cgroup and a process alike: then the selection's
+    ``new_sockets`` is false. ``command`` is limited, with what it starts, even if it leaves the
     cgroups. ``options`` are the backend's own, or None.
     """
 
@@ -81,11 +79,11 @@ class Order(NamedTuple):
 class Record:
     """A throttle in force, as it is registered: this process's own, or another's.
 
-    ``owner`` is the process that keeps it, ``kept`` whether it stays after that. ``since_ns`` is
-    the time of its start on CLOCK_BOOTTIME. ``removed`` tells that the limit was taken away while
-    its owner still runs. ``clears_up`` is a process that restores connections when the owner is
-    killed. ``handles`` is what the backend finds it by. ``cgroups`` are paths as its owner sees
-    them; an older version did not tell their ids.
+    ``owner`` is the process that keeps it, ``kept`` whether it outlives that process. ``since_ns``
+    is its start time on CLOCK_BOOTTIME. ``removed`` says that the limit was removed while the owner
+    still runs. ``clears_up`` is a process that restores connections if the owner is killed. The
+    backend finds it by ``handles``. ``cgroups`` are paths as the owner sees them; older versions
+    did not record their ids.
     """
 
     id: str
@@ -103,35 +101,35 @@ class Record:
     handles: Mapping[str, Any] = field(default_factory=dict)
 
     def visible_cgroups(self) -> list[Cgroup]:
-        """Return the cgroups that it is on, as this process sees them, if it does."""
+        """Return the cgroups that it is on, as this process sees them, if it can."""
         ids = [*self.cgroup_ids, *[None] * len(self.cgroups)]
         found = [known_as(path, number) for path, number in zip(self.cgroups, ids)]
         return [cgroup for cgroup in found if cgroup is not None]
 
 
 class Part(Protocol):
-    """A limit that is in force on some directions, by one backend."""
+    """A limit in force on some directions, by one backend."""
 
     @property
     def limits(self) -> Limits:
         """The limit of each direction."""
 
     def counters(self) -> dict[Direction, Counters]:
-        """Return what each direction counted."""
+        """Return each direction's counters."""
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change the limit of a direction; None lifts it."""
 
     def burst_bytes(self, direction: Direction) -> int:
-        """Return what may pass at once after an idle time, beyond the rate."""
+        """Return how much may pass at once after an idle time, beyond the rate."""
 
     def switch(self, method: str) -> None:
-        """Attach by another method, without a moment without a limit. Raises ThrottleError."""
+        """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
-        """Limit one cgroup instead of another that was removed; the counters go on.
+        """Limit one cgroup in place of a removed one; the counters continue.
 
-        Raises an error of this package; then it is limited no more than before.
+        Raises an error of this package; then the new cgroup is limited no more than before.
         """
 
     def remove(self) -> None:
@@ -141,26 +139,26 @@ class Part(Protocol):
         """Return how a direction is limited, for people and for JSON."""
 
     def processes(self) -> list[int]:
-        """Return the selected processes that are limited now, and those that they have started."""
+        """Return the selected processes that are limited now, and their descendants."""
 
     def notes(self) -> Sequence[str]:
-        """Return what the user should know of what is covered and what not, a line each."""
+        """Return what the user should know about what is and is not covered, a line each."""
 
     def chores(self) -> Sequence[Chore]:
-        """Return what has to be done while it is in force."""
+        """Return what has to be done while the limit is in force."""
 
     def removed_by_others(self) -> bool:
-        """Whether somebody else has taken the limit away."""
+        """Whether somebody else has removed the limit."""
 
     def close(self) -> None:
-        """Let it go, in force as it is: for one that was taken in hand by ``open``."""
+        """Close a limit opened by ``open``, leaving it in force as it is."""
 
 
 class Ready(Protocol):
-    """Limits that are prepared as far as that is possible before it is known for which process."""
+    """Limits prepared as far as possible before the process is known."""
 
     def apply(self, order: Order, throttle_id: str) -> Part:
-        """Put them in force, and register them; they are those of the order that it was made for.
+        """Put the limits of the order that this was prepared for in force, and register them.
 
         Raises an error of this package; then all is undone.
         """
@@ -170,16 +168,16 @@ class Ready(Protocol):
 
 
 class Executions(Protocol):
-    """Tells of each process of this machine that executes a program."""
+    """Reports each process on this machine that executes a program."""
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program."""
 
     def executed(self) -> Iterator[int]:
-        """Return the processes that have executed a program since it was asked last."""
+        """Return the processes that have executed a program since the last call."""
 
     def close(self) -> None:
-        """Tell no more."""
+        """Stop reporting."""
 
 
 class Backend(Protocol):
@@ -192,16 +190,16 @@ class Backend(Protocol):
         """Return why it cannot limit this direction here, or None."""
 
     def offer(self, direction: Direction, match: Match) -> Offer:
-        """Return what it can do for a direction and a way of matching; tried, not guessed."""
+        """Return what it can do for a direction and a way of matching; probed, not guessed."""
 
     def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
-        """Return what handles the packets of one cgroup and not those of another, for people."""
+        """Return what handles one cgroup's packets but not another's, for people."""
 
     def prepare(self) -> None:
-        """Do what takes time and can be done before the target is known."""
+        """Do the slow work that can be done before the target is known."""
 
     def apply(self, order: Order, throttle_id: str) -> Part:
-        """Put limits, shared by all of the target, in force, and register them.
+        """Put limits in force, shared by the whole target, and register them.
 
         Raises an error of this package; then all is undone.
         """
@@ -210,23 +208,23 @@ class Backend(Protocol):
         """Prepare limits for processes that come later. Raises an error of this package."""
 
     def executions(self) -> Executions:
-        """Begin to tell of executions. Raises an error of this package, or OSError."""
+        """Begin to report executions. Raises an error of this package, or OSError."""
 
     def in_force(self) -> Iterator[Record]:
         """Return what is in force on this machine, whoever made it. Raises OSError."""
 
     def open(self, record: Record) -> Part:
-        """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""
+        """Open a limit that another process keeps. Raises ThrottleError if it is gone."""
 
     def tidy_up(self) -> None:
-        """Remove what a crash has left."""
+        """Remove the leftovers of a crash."""
 
     def processes(self, record: Record) -> list[int]:
-        """Return the processes whose sockets one limits, by their id in the first namespace."""
+        """Return the processes whose sockets it limits, as ids in the initial pid namespace."""
 
 
 def get(name: str) -> Backend:
-    """Return the backend of this name. Raises ThrottleError if there is none."""
+    """Return the backend with this name. Raises ThrottleError if there is none."""
     if name not in _HOMES:
         known = ", ".join(name for name in BACKENDS if name != "auto")
         raise ThrottleError(f"no backend {name!r} (known: {known})")
@@ -236,5 +234,5 @@ def get(name: str) -> Backend:
 
 
 def all_backends() -> list[Backend]:
-    """Return all backends, the best first."""
+    """Return all backends, best first."""
     return sorted(map(get, _HOMES), key=lambda backend: -backend.priority)

@@ -160,7 +160,7 @@ def _options_of(command: click.Command) -> set[str]:
 
 
 def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
-    """Return what to say of an option that another command has, or None."""
+    """Return what to say about an option that another command has, or None."""
     option, ctx = error.option_name, error.ctx
     if ctx is None or not option.startswith("--"):
         return None
@@ -239,7 +239,7 @@ def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool)
 
 
 def _parse_change(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Any:
-    """Return a limit, None for ``none``, or ... where nothing is given."""
+    """Return a limit, None for ``none``, or ... if nothing is given."""
     if text is None:
         return ...
     if text.lower() in ("none", "off"):
@@ -251,7 +251,7 @@ def _parse_change(ctx: click.Context, param: click.Parameter, text: Optional[str
 
 
 def _which_options(function: Any) -> Any:
-    """Add the ways to choose throttles."""
+    """Add the options that choose throttles."""
     for option in (
         click.option("--unit", metavar="NAME", help="Choose those on a systemd unit."),
         click.option("--cgroup", metavar="PATH", help="Choose those on a cgroup."),
@@ -524,7 +524,7 @@ def _list_backends() -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:
-    """One clear line for what went wrong; a bug keeps its traceback."""
+    """Run the command line and exit: a failure is one clear line, a bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -534,7 +534,7 @@ def main(argv: Optional[list[str]] = None) -> NoReturn:
             if stream is not None:  # it was closed
                 stream.flush()
         except OSError as error:
-            # Python would fail once more at its end, with status 120.
+            # Otherwise Python would fail again at exit, with status 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if not isinstance(error, BrokenPipeError):
                 say(f"error: cannot write: {error.strerror}")

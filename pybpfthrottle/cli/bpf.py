@@ -12,7 +12,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _one_or_more(function: F) -> F:
-    """What says which object of the system is meant."""
+    """Add the argument and the option that choose objects of the system."""
     option = click.option("--name", help="What has this name, instead of an id or a path.")
     argument = click.argument("target", metavar="[ID|PATH]", required=False)
     decorated: F = argument(option(function))

@@ -33,7 +33,7 @@ def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) 
 def parse_duration(
     ctx: click.Context, param: click.Parameter, text: Optional[str]
 ) -> Optional[float]:
-    """Return seconds, more than 0: of ``5``, ``0.5``, ``90s``, ``2h`` or ``1h30m``."""
+    """Return ``5``, ``0.5``, ``90s``, ``2h`` or ``1h30m`` in seconds; more than 0."""
     if text is None:
         return None
     seconds = _seconds(text.strip())
@@ -46,7 +46,7 @@ def parse_duration(
 
 
 def _seconds(text: str) -> float:
-    """Return the seconds of a duration; not a number where it is none."""
+    """Return a duration in seconds, or NaN if it is not a duration."""
     parts = re.findall(r"([0-9.]+)([smhd])", text.lower(), re.ASCII)
     if parts and "".join(map("".join, parts)) != text.lower():
         return math.nan
@@ -58,7 +58,7 @@ def _seconds(text: str) -> float:
 
 
 class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read click
-    """The id of a process; where there is none it says so, as for ``--pid "$(pgrep x)"``."""
+    """The id of a process, with clear errors for what ``--pid "$(pgrep x)"`` may give instead."""
 
     def __init__(self) -> None:
         super().__init__(min=1)
@@ -80,7 +80,7 @@ class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read cli
 
 
 def limit_options(function: F) -> F:
-    """Add the limits, and how they are put in force."""
+    """Add the options for limits, and for how they are put in force."""
     for option in reversed(
         (
             click.option(
@@ -158,7 +158,7 @@ def limit_options(function: F) -> F:
 
 
 class Request(NamedTuple):
-    """What the shared options ask for. ``backends`` and ``options`` are those of a plan.Wish."""
+    """What the shared options ask for. ``backends`` and ``options`` are as in plan.Wish."""
 
     limits: Limits
     traffic: Traffic
@@ -170,12 +170,12 @@ class Request(NamedTuple):
     quiet: bool
 
     def spec(self, target: Target) -> ThrottleSpec:
-        """Return the throttle that is asked for, for a target."""
+        """Return the requested throttle for a target."""
         return ThrottleSpec(target, self.limits, self.traffic, self.label)
 
 
 def request_from(given: dict[str, Any]) -> Request:
-    """Take the shared options out of those of a command; a usage error if there is no limit."""
+    """Take the shared options out of a command's options; a usage error if there is no limit."""
     from pybpfthrottle import settings
     from pybpfthrottle.backends.ebpf.options import Options
 
@@ -222,7 +222,7 @@ def request_from(given: dict[str, Any]) -> Request:
 
 
 def start_logging(verbose: int) -> None:
-    """Log to standard error: with -v what is done, with -vv how; without, errors are one line."""
+    """Log to standard error: -v says what is done, -vv how; without, errors are one line."""
     from pybpfthrottle.cli import logs
 
     logs.start(verbose)

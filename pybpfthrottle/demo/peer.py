@@ -24,30 +24,30 @@ _CHUNK = bytes(1 << 16)
 
 
 class Timeline:
-    """How many bytes came in each step of time since this was made."""
+    """How many bytes arrived in each time step since this was made."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
         self.steps: list[int] = []
 
     def add(self, count: int) -> None:
-        """Some bytes came now."""
+        """Count bytes that have just arrived."""
         step = int((time.monotonic() - self._begin) / STEP_S)
         self.steps.extend([0] * (step + 1 - len(self.steps)))
         self.steps[step] += count
 
     def print(self) -> None:
-        """One JSON object on standard output."""
+        """Print one JSON object to standard output."""
         print(json.dumps({"bytes": sum(self.steps), "timeline": self.steps}), flush=True)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET sends zeros for as long as the client reads; PUT counts what comes."""
+    """GET sends zeros for as long as the client reads; PUT counts what arrives."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """Send."""
+        """Send zeros until the client stops reading."""
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def do_PUT(self) -> None:
-        """Count, and print."""
+        """Count what arrives, and print the result."""
         timeline = Timeline()
         try:
             while chunk := self.connection.recv(1 << 18):
@@ -69,11 +69,11 @@ class Handler(BaseHTTPRequestHandler):
         timeline.print()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Standard error belongs to the demo."""
+        """Print nothing: standard error belongs to the demo."""
 
 
 class Server(ThreadingHTTPServer):
-    """IPv4 or IPv6, as the address is."""
+    """A server on IPv4 or IPv6, according to the address."""
 
     daemon_threads = True
 
@@ -83,7 +83,7 @@ class Server(ThreadingHTTPServer):
 
 
 def get(url: str, seconds: float) -> None:
-    """Download for so long."""
+    """Download for this many seconds."""
     connection, path = _connect(url)
     connection.request("GET", path)
     response = connection.getresponse()
@@ -96,7 +96,7 @@ def get(url: str, seconds: float) -> None:
 
 
 def put(url: str, seconds: float) -> None:
-    """Upload for so long."""
+    """Upload for this many seconds."""
     connection, path = _connect(url)
     connection.putrequest("PUT", path)
     connection.endheaders()
@@ -107,7 +107,7 @@ def put(url: str, seconds: float) -> None:
             connection.sock.send(_CHUNK)
     except OSError:
         pass
-    # What still waits in the socket's buffer is no part of the measurement.
+    # Data still in the socket's buffer is not part of the measurement.
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connection.close()
 
@@ -118,11 +118,11 @@ def _connect(url: str) -> tuple[HTTPConnection, str]:
 
 
 def main(argv: list[str]) -> None:
-    """One of the three commands of this module."""
+    """Run one of this module's three commands."""
     if argv[0] == "serve":
         server = Server(argv[1])
         print(READY, flush=True)
-        # Whoever started it holds the other end: it ends with them, however they end.
+        # The parent holds the other end: the server ends with the parent, however that ends.
         threading.Thread(target=server.serve_forever, daemon=True).start()
         sys.stdin.read()
     elif argv[0] == "get":

@@ -29,11 +29,11 @@ class Namespace:
         )
 
     def inside(self, *command: str) -> list[str]:
-        """The command line that runs a command in this namespace."""
+        """Return the command line that runs a command in this namespace."""
         return ["nsenter", f"--net=/proc/{self.process.pid}/ns/net", "--", *command]
 
     def wait(self) -> None:
-        """Until the holder is in a namespace of its own."""
+        """Wait until the holder is in a namespace of its own."""
         deadline = time.monotonic() + _PATIENCE_S
         own = os.readlink("/proc/self/ns/net")
         while self.process.poll() is None and time.monotonic() < deadline:
@@ -75,7 +75,7 @@ class Wire:
         return self
 
     def join(self) -> None:
-        """Make the device in both namespaces, joined. Raises NamespaceError."""
+        """Create the veth pair, one end in each namespace. Raises NamespaceError."""
         _ip(
             None,
             f"link add {DEVICE} netns {self.client.process.pid} type veth"
@@ -97,7 +97,7 @@ class Wire:
 
 
 def _wait_for_link(namespace: Namespace) -> None:
-    """Until both ends know that they are up, which may take a second: IPv6 waits for it."""
+    """Wait until both ends are up, which may take a second: IPv6 does not work earlier."""
     deadline = time.monotonic() + _PATIENCE_S
     while "state UP" not in _ip(namespace, f"link show {DEVICE}") and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The ladder: attach by link, or by the legacy call; and why the kernel refuses to."""
+"""The ladder: attach by link, else by the legacy call; and explain why the kernel refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
 log = logging.getLogger(__name__)
-# What is logged is shown where somebody asked for it, and nowhere else.
+# Log records are shown only if somebody asked for them.
 logging.getLogger("pybpfthrottle").addHandler(logging.NullHandler())
 
 ATTACH_TYPES = {
@@ -59,11 +59,11 @@ def attach(
     before_replacing: Callable[[Cgroup], None] = lambda _: None,
     repeats: bool = False,
 ) -> Attachment:
-    """Attach by the policy's method: auto is a link, and after some errors the legacy call.
+    """Attach by the policy's method: auto is a link, or after certain errors the legacy call.
 
-    ``before_replacing`` is asked where this may switch off another program (before Linux 4.15),
-    and raises what speaks against it. With ``repeats`` it is one of several programs, or cgroups,
-    and is logged for debugging only. Raises CgroupError, or AttachError with the cause.
+    ``before_replacing`` is called where this may switch off another program (before Linux 4.15),
+    and raises to object. ``repeats`` marks one of several programs or cgroups, which is logged for
+    debugging only. Raises CgroupError, or AttachError with the cause.
     """
     if policy.method not in ATTACH_METHODS:
         known = ", ".join(ATTACH_METHODS)
@@ -91,10 +91,10 @@ def attach(
 def refuse_to_override(
     program: Program, cgroup: Cgroup, attach_type: AttachType, policy: AttachPolicy
 ) -> None:
-    """Raise AttachError where another tool's program would run no more for a cgroup.
+    """Raise AttachError if another tool's program would no longer run for a cgroup.
 
-    Whatever is attached below one that was attached with BPF_F_ALLOW_OVERRIDE replaces it there.
-    To be asked before anything is attached; ``policy`` may allow it.
+    A program attached with BPF_F_ALLOW_OVERRIDE is replaced by any program attached below it.
+    Call this before attaching anything; ``policy`` may allow overriding.
     """
     if policy.override_others:
         return
@@ -102,7 +102,7 @@ def refuse_to_override(
     if found:
         raise _overriding(program, cgroup, found)
     hidden = attached.from_above(cgroup, attach_type)
-    # A link never may be overridden.
+    # A link can never be overridden.
     if not all(one.links for one in hidden):
         _try_below(program, cgroup, attach_type, hidden)
 
@@ -110,9 +110,9 @@ def refuse_to_override(
 def _try_below(
     program: Program, cgroup: Cgroup, attach_type: AttachType, hidden: Sequence[Attached]
 ) -> None:
-    """Find out whether programs may be overridden that are attached above what is visible.
+    """Find out whether programs attached above the visible cgroups may be overridden.
 
-    The kernel does not tell their mode; but in a new cgroup, where nobody is, it can be tried.
+    The kernel does not report their mode, but an empty new cgroup allows probing for it.
     """
     try:
         with held_back():
@@ -125,7 +125,7 @@ def _try_below(
         ) from error
     try:
         remaining = _remaining(program, trial.cgroup, attach_type)
-    except OSError:  # the kernel will say so again
+    except OSError:  # the kernel will report it again
         return
     finally:
         trial.remove()
@@ -135,7 +135,7 @@ def _try_below(
 
 
 def _remaining(program: Program, trial: Cgroup, attach_type: AttachType) -> frozenset[int]:
-    """Return the ids of what runs in a cgroup once a program is attached to it; for a moment."""
+    """Attach a program to a cgroup for a moment; return the ids of the programs that then run."""
     fd = trial.open()
     try:
         attachment = links.attach_legacy(program, fd, attach_type, AttachMode.ALLOW_MULTIPLE)
@@ -197,7 +197,7 @@ def _attach_legacy(
     alone: Callable[[], Attachment],
     level: int,
 ) -> Attachment:
-    """Multiple; on a kernel without it as the only program."""
+    """Attach as multiple, or as the only program on a kernel without multiple."""
     try:
         attachment: Attachment = links.attach_legacy(
             program, fd, attach_type, AttachMode.ALLOW_MULTIPLE
@@ -218,10 +218,10 @@ def _alone(
     policy: AttachPolicy,
     before_replacing: Callable[[Cgroup], None],
 ) -> Attachment:
-    """Attach as the only program (before Linux 4.15), where that cannot, or may, replace another.
+    """Attach as the only program (before Linux 4.15) if that cannot, or may, replace another.
 
-    Nobody else uses a cgroup that this process made; in single mode nobody can attach below it
-    either, which would end the limit there. Raises OSError, or what ``before_replacing`` raises.
+    Nobody else uses a cgroup that this process made; single mode also keeps others from attaching
+    below it, which would end the limit there. Raises OSError, or what ``before_replacing`` raises.
     """
     own = own_cgroups.is_held(cgroup)
     if not (own or policy.exclusive) or _has_query(fd, attach_type):
@@ -234,14 +234,14 @@ def _alone(
     try:
         return links.attach_legacy(program, fd, attach_type, modes[0])
     except OSError:
-        # Below another program, or (override) before Linux 4.12.
+        # Below another program, or (in override mode) before Linux 4.12.
         if len(modes) == 1:
             raise
     return links.attach_legacy(program, fd, attach_type, modes[1])
 
 
 def rung(attachment: Attachment) -> str:
-    """Return how a program is attached: link, legacy, or legacy with the mode if not multiple."""
+    """Return how a program is attached: link, or legacy, with its mode unless it is multiple."""
     if isinstance(attachment, Link):
         return "link"
     if attachment.mode is AttachMode.ALLOW_MULTIPLE:
@@ -259,7 +259,7 @@ def _has_query(fd: int, attach_type: AttachType) -> bool:
 
 
 def find_errno(error: BaseException, *wanted: int) -> Optional[int]:
-    """The first of these errnos anywhere in a chain of wrapped exceptions."""
+    """Return the first of these errnos anywhere in a chain of wrapped exceptions."""
     for link in _chain(error):
         number = getattr(link, "errno", None)
         if number in wanted:
@@ -286,7 +286,7 @@ def _explain(
     attach_type: AttachType,
     policy: AttachPolicy,
 ) -> str:
-    """The cause of a refusal by the kernel, and what to do."""
+    """Return why the kernel refused, and what to do."""
     command = str(error.filename or "the attachment")
     if error.errno == errno.ENOENT or not cgroup.exists():
         return "the cgroup was removed"
@@ -352,7 +352,7 @@ def _invalid(
 
 
 def exclusive_program(cgroup: Cgroup, attach_type: AttachType) -> Optional[str]:
-    """The program that allows no other at a cgroup: its own, or one of an ancestor."""
+    """Return the program that excludes others at a cgroup: the cgroup's own, or an ancestor's."""
     found = attached.blocking(cgroup, attach_type)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""What programs are attached to cgroups, with their flags and owners, whoever attached them."""
+"""Which programs are attached to cgroups, with their flags and owners, whoever attached them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ CGROUP_TYPES = tuple(
     for attach_type in AttachType
     if attach_type.name.startswith("CGROUP_") or attach_type is AttachType.LSM_CGROUP
 )
-# An attach type that this kernel does not have.
+# The kernel does not have this attach type.
 _NO_HOOK = (errno.EINVAL, errno.ENOTSUP, ENOTSUPP)
 
 
 class Links:
-    """The links of the machine, and who holds them: listed once, when first asked for."""
+    """The links of the machine, and who holds them: listed only once, on first use."""
 
     @cached_property
     def by_program(self) -> dict[int, list[LinkInfo]]:
-        """Return the links of cgroups, by the program that they attach."""
+        """Return the links to cgroups, by the program that they attach."""
         found: dict[int, list[LinkInfo]] = {}
-        with suppress(OSError):  # they may not be listed here (CAP_SYS_ADMIN, Linux 5.8)
+        with suppress(OSError):  # listing may not be permitted (CAP_SYS_ADMIN, Linux 5.8)
             for link in links.all_infos():
                 if link.type == LinkType.CGROUP:
                     found.setdefault(link.program_id, []).append(link)
@@ -46,12 +46,12 @@ class Links:
         return holders_of_links()
 
     def held(self, link: LinkInfo) -> HeldLink:
-        """A link with the processes that hold it."""
+        """Return a link with the processes that hold it."""
         return HeldLink(link.id, tuple(self._holders.get(link.id, ())))
 
 
 class HeldLink(NamedTuple):
-    """A link, and the visible processes that have a descriptor of it."""
+    """A link, and the visible processes that have a descriptor for it."""
 
     id: int
     pids: tuple[int, ...]
@@ -60,8 +60,8 @@ class HeldLink(NamedTuple):
 class Attached(NamedTuple):
     """A program at one hook of a cgroup.
 
-    ``mode`` is None among the effective ones, where the kernel does not tell it; ``info`` where
-    this process may not look the program up (CAP_SYS_ADMIN).
+    ``mode`` is None for effective programs, whose mode the kernel does not report; ``info`` is None
+    if this process may not look the program up (CAP_SYS_ADMIN).
     """
 
     cgroup: Cgroup
@@ -88,10 +88,10 @@ def at(
     effective: bool = False,
     known: Optional[Links] = None,
 ) -> Iterator[Attached]:
-    """What is attached to a cgroup; with ``effective`` also what its ancestors pass on.
+    """Return what is attached to a cgroup; with ``effective`` also what it inherits.
 
-    Who asks for many cgroups gives ``known``, so that links are listed once. Linux 4.15. Raises
-    CgroupError, and OSError where the kernel refuses to tell.
+    For many cgroups, pass ``known``, so that links are listed only once. Linux 4.15. Raises
+    CgroupError, and OSError if the kernel refuses to say.
     """
     known = known or Links()
     fd = cgroup.open()
@@ -116,10 +116,10 @@ def at(
 
 
 def blocking(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
-    """The programs that allow none of ours at a hook of a cgroup: its own, or an ancestor's.
+    """Return the programs that block ours at a cgroup's hook: the cgroup's own, or an ancestor's.
 
-    One that may be overridden stands in the way in its own cgroup alone. Where the kernel does
-    not tell (before Linux 4.15, or without privileges) there seem to be none.
+    A program that may be overridden blocks only in its own cgroup. If the kernel does not say
+    (before Linux 4.15, or without privileges), returns none.
     """
     for where in cgroup.with_ancestors():
         with suppress(OSError, CgroupError):
@@ -135,16 +135,16 @@ def blocking(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
 
 
 def overridden(cgroup: Cgroup, hook: AttachType, *, but: Collection[int] = ()) -> list[Attached]:
-    """The programs that run no more for a cgroup once anything is attached to it at a hook.
+    """Return the programs that stop running for a cgroup once anything is attached at a hook.
 
-    These are an ancestor's that may be overridden, if nothing between has overridden them already.
-    ``but`` are the ids of programs at the cgroup that do not count, since they are asked about. Of
-    ancestors that are not visible (above a cgroup namespace) see ``from_above``. Where the kernel
-    does not tell (before Linux 4.15, or without privileges) there seem to be none.
+    These are an ancestor's that may be overridden, unless something in between already overrides
+    them. ``but`` has the ids of the cgroup's own programs to ignore, as the question is about them.
+    For ancestors that are not visible (above a cgroup namespace) see ``from_above``. If the kernel
+    does not say (before Linux 4.15, or without privileges), returns none.
     """
     with suppress(OSError, CgroupError):
         for where in cgroup.with_ancestors():
-            # What an ancestor has is asked for its mode first: there may be many to describe.
+            # Check the mode first: an ancestor may have many programs to describe.
             found = [one for one in _ids_at(where, hook) if one not in but or where != cgroup]
             if found:
                 there = list(at(where, [hook])) if where != cgroup else []
@@ -153,9 +153,9 @@ def overridden(cgroup: Cgroup, hook: AttachType, *, but: Collection[int] = ()) -
 
 
 def from_above(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
-    """The programs that run for a cgroup and are attached to ancestors that are not visible.
+    """Return the programs that run for a cgroup and are attached to invisible ancestors.
 
-    Only where neither it nor an ancestor that is visible has any: then one of them may be
+    Only if neither the cgroup nor a visible ancestor has any: only then might one of them be
     overridden.
     """
     with suppress(OSError, CgroupError):
@@ -166,9 +166,9 @@ def from_above(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
 
 
 def silenced(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
-    """The programs of visible ancestors that do not run for a cgroup, since others override them.
+    """Return the programs of visible ancestors that are overridden for a cgroup.
 
-    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    Linux 4.15. Raises CgroupError, and OSError if the kernel refuses to say.
     """
     found: list[Attached] = []
     overriding = False
@@ -181,9 +181,9 @@ def silenced(cgroup: Cgroup, hook: AttachType) -> list[Attached]:
 
 
 def left(origin: Cgroup, other: Cgroup) -> list[Attached]:
-    """The programs that run for one cgroup, and not for another one, at any hook.
+    """Return the programs that run for one cgroup but not for another, at any hook.
 
-    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    Linux 4.15. Raises CgroupError, and OSError if the kernel refuses to say.
     """
     if other == origin:
         return []
@@ -199,9 +199,9 @@ def left(origin: Cgroup, other: Cgroup) -> list[Attached]:
 
 
 def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:
-    """The ids of the programs that run at a hook of a cgroup; none where the kernel has no hook.
+    """Return the ids of the programs that run at a cgroup's hook; none if the kernel lacks it.
 
-    Linux 4.15. Raises CgroupError, and OSError where the kernel refuses to tell.
+    Linux 4.15. Raises CgroupError, and OSError if the kernel refuses to say.
     """
     return frozenset(_ids_at(cgroup, hook, effective=True))
 
@@ -219,7 +219,7 @@ def _ids_at(cgroup: Cgroup, hook: AttachType, *, effective: bool = False) -> tup
 
 
 def _info(program_id: int) -> Optional[ProgramInfo]:
-    with suppress(OSError):  # it may be gone, or may not be looked at
+    with suppress(OSError):  # it may be gone, or looking may not be permitted
         return programs.info_by_id(program_id)
     return None
 
@@ -247,7 +247,7 @@ def _ago(seconds: float) -> str:
 
 
 def links_of(pid: int) -> set[int]:
-    """The ids of the BPF links that a process has a descriptor of, as far as this one may look."""
+    """Return the ids of the BPF links that a process has open, if this one may look."""
     found = set()
     with suppress(OSError):
         for descriptor in os.listdir(f"/proc/{pid}/fdinfo"):
@@ -259,7 +259,7 @@ def links_of(pid: int) -> set[int]:
 
 
 def holders_of_links() -> dict[int, list[int]]:
-    """For each BPF link the processes that have a descriptor of it. It looks at all processes."""
+    """Return the processes that have each BPF link open. Scans all processes."""
     found: dict[int, list[int]] = {}
     for pid in process.running():
         for link_id in links_of(pid):

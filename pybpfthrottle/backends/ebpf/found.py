@@ -1,4 +1,4 @@
-"""A throttle that another process keeps, opened here to read, change or remove it."""
+"""A throttle that another process keeps, opened here to be read, changed or removed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore
 
-# How long the owner of a throttle may take to attach it by another method.
+# How long a throttle's owner may take to attach it by another method.
 _PATIENCE_S = 5.0
 _STEP_S = 0.02
 
@@ -60,7 +60,7 @@ class FoundThrottle:
 
     @classmethod
     def open(cls, record: Record) -> FoundThrottle:
-        """Open its maps. Needs CAP_SYS_ADMIN. Raises ThrottleError if it is gone."""
+        """Open the throttle's maps. Needs CAP_SYS_ADMIN. Raises ThrottleError if it is gone."""
         with ExitStack() as undo:
             try:
                 live = {
@@ -79,11 +79,11 @@ class FoundThrottle:
         return self._bucket.rates
 
     def counters(self) -> dict[Direction, Counters]:
-        """Return what each direction counted, over all CPUs."""
+        """Return each direction's counters, summed over all CPUs."""
         return self._bucket.counters()
 
     def burst_bytes(self, direction: Direction) -> int:
-        """Return what may pass at once after an idle time, beyond the rate."""
+        """Return how much may pass at once after an idle time, beyond the rate."""
         return self._bucket.burst_bytes(direction)
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
@@ -97,10 +97,10 @@ class FoundThrottle:
                 self._write({**entry.fields, "spec": spec.to_json()}, entry.flags)
 
     def switch(self, method: str) -> None:
-        """Have its owner attach it by another method, and wait until it has.
+        """Have the owner attach the throttle by another method, and wait until that is done.
 
-        A link ends with the process that made it: so its owner has to. Raises AttachError if it
-        cannot, ThrottleError if it does not.
+        Only the owner can do this, as a link ends with the process that made it. Raises AttachError
+        if the owner cannot, ThrottleError if it does not.
         """
         with locked():
             entry = self._entry()
@@ -122,11 +122,11 @@ class FoundThrottle:
         )
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
-        """Raise ThrottleError: it is its owner that follows units."""
+        """Raise ThrottleError: only the owner follows units."""
         raise ThrottleError(f"process {self._found.owner.pid} has to move {gone.path}")
 
     def describe(self, direction: Direction) -> dict[str, str]:
-        """Return how it is attached and shaped, as far as its maps tell."""
+        """Return how it is attached and shaped, as far as its maps show."""
         flags = self._bucket.flags(direction)
         shape = next((name for flag, name in _SHAPES if flags & flag), "police")
         return {
@@ -140,15 +140,15 @@ class FoundThrottle:
         return registry.processes(self._found)
 
     def notes(self) -> Sequence[str]:
-        """Return nothing: its owner knows more."""
+        """Return nothing: only the owner knows."""
         return ()
 
     def chores(self) -> Sequence[Chore]:
-        """Return nothing: its owner does them."""
+        """Return nothing: the owner does the chores."""
         return ()
 
     def removed_by_others(self) -> bool:
-        """Whether the throttle was removed meanwhile."""
+        """Whether the throttle has been removed in the meantime."""
         entry = self._entry()
         return entry is not None and entry.removed
 
@@ -158,8 +158,8 @@ class FoundThrottle:
             if not self._maps:
                 return
             with locked(), ExitStack() as steps:
-                # In reverse: the programs let all pass, connections get back what they had, and
-                # then nothing is attached any more; whatever fails, the rest is done.
+                # Runs in reverse order: let all packets pass, restore connections, then detach.
+                # If one step fails, the rest still run.
                 steps.callback(self._mark_removed)
                 steps.callback(self._detach)
                 steps.callback(self._restore)
@@ -167,7 +167,7 @@ class FoundThrottle:
             self._maps = {}
 
     def close(self) -> None:
-        """Close it, and leave it in force."""
+        """Close the descriptors, and leave the throttle in force."""
         self._resources.close()
 
     def _entry(self) -> Optional[Entry]:
@@ -184,19 +184,19 @@ class FoundThrottle:
     def _restore(self) -> None:
         if SOCKETS in self._maps:
             where = self._found.visible_cgroups()
-            if self._found.match is Match.MARKS:  # a marked socket may be handed over
+            if self._found.match is Match.MARKS:  # processes may hand sockets over
                 where = [cgroups_v2.root()]
             connections.restore(connections.pids(where), self._maps[SOCKETS])
 
     def _detach(self) -> None:
-        """Detach its programs from cgroups. Those at tracepoints end with its owner."""
+        """Detach the programs from cgroups. Programs at tracepoints end with the owner."""
         ids = _map_ids(self._found)
-        # All of them hold the record; before there was one, there was but one object.
+        # All of them hold the record; versions without a record had only one object.
         ours = registry.programs_of(ids.get(RECORD) or next(iter(ids.values())))
         with suppress(OSError):  # before Linux 5.8 they cannot be listed
             for link in links.all_infos():
                 if link.program_id in ours and link.type == LinkType.CGROUP:
-                    # Linux 5.9; before, the programs stay and let all pass.
+                    # Linux 5.9; on older kernels the programs stay, and let all packets pass.
                     with suppress(OSError), links.open_by_id(link.id) as open_link:
                         open_link.force_detach()
         for cgroup in self._found.visible_cgroups():

@@ -1,4 +1,4 @@
-"""Leftovers of a crash: our programs, attached by the legacy call, whose owner is gone."""
+"""Leftovers of a crash: our legacy-attached programs whose owner is gone."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class Leftover(NamedTuple):
-    """A program without an owner. ``cgroup`` is None if it was removed.
+    """A program without an owner. ``cgroup`` is None if the cgroup was removed.
 
-    Before Linux 4.15 programs cannot be told apart: it is found by the map of its limits,
+    Before Linux 4.15 programs cannot be told apart: a leftover is found by the map of its limits,
     ``configs_id``, and ``program_id`` is None.
     """
 
@@ -75,7 +75,7 @@ def find() -> list[Leftover]:
     return unnamed + [
         Leftover(program_id, info.name, hook, owner.pid, places.get(program_id))
         for program_id, (info, hook, owner) in ours.items()
-        # Where a gate cannot be detached there is nothing to disarm: without its keeper all pass.
+        # A gate that cannot be detached needs no disarming: without its keeper all packets pass.
         if program_id in places or not _is_gate(info)
     ]
 
@@ -86,10 +86,10 @@ def _is_gate(info: ProgramInfo) -> bool:
 
 
 def _unnamed() -> Iterator[Leftover]:
-    """Those of a kernel that names neither programs nor maps (before Linux 4.15), by their maps."""
+    """Find leftovers by their maps if the kernel names no programs or maps (before Linux 4.15)."""
     if features.QUERY.available():
         return
-    with suppress(OSError):  # they may not be seen
+    with suppress(OSError):  # seeing them may not be permitted
         for record in in_force():
             configs_id = record.handles.get("maps", {}).get(CONFIGS)
             if configs_id is None or record.kept or not process.is_gone(record.owner):
@@ -105,7 +105,7 @@ def _unnamed() -> Iterator[Leftover]:
 
 
 def _armed_without_name(configs_id: int) -> list[Direction]:
-    """Return the directions that a map without a name limits."""
+    """Return the directions that an unnamed map limits."""
     with suppress(OSError), maps.open_by_id(configs_id) as found:
         if not found.spec.name:
             heads = found.typed(U32, RAW).items()
@@ -118,9 +118,9 @@ def _armed_without_name(configs_id: int) -> list[Direction]:
 
 
 def remove(leftover: Leftover) -> None:
-    """Detach it; disarm it where that cannot be done, as on a removed cgroup.
+    """Detach a leftover, or disarm it if that is impossible, as on a removed cgroup.
 
-    Connections that it shaped get back what they had.
+    Connections that it shaped are restored.
     """
     if leftover.program_id is None:
         _remove_unnamed(leftover)
@@ -130,9 +130,9 @@ def remove(leftover: Leftover) -> None:
 
 
 def _remove_unnamed(leftover: Leftover) -> None:
-    """Detach whatever is on a cgroup of ours; on another one it may be somebody else's by now.
+    """Detach whatever is on a cgroup of ours; on any other it may be somebody else's by now.
 
-    There it stays until the cgroup is removed, and lets all packets pass.
+    There the leftover stays until the cgroup is removed, and lets all packets pass.
     """
     if leftover.cgroup is not None and own_cgroups.is_ours(leftover.cgroup):
         fd = leftover.cgroup.open()
@@ -157,7 +157,7 @@ def _remove_program(leftover: Leftover, program_id: int) -> None:
 
 
 def remove_all() -> list[Leftover]:
-    """Find and remove; what cannot be removed is left."""
+    """Find and remove leftovers; leave those that cannot be removed."""
     removed = []
     for leftover in find():
         with suppress(OSError, CgroupError):
@@ -167,9 +167,9 @@ def remove_all() -> list[Leftover]:
 
 
 def _owner(info: ProgramInfo) -> Optional[Identity]:
-    """Return the creator of a program; None if it is not ours, or disarmed already."""
+    """Return a program's creator; None if the program is not ours, or is disarmed already."""
     configs = configs_of(info.map_ids)
-    if configs is None:  # it limits nothing by itself, as the gate
+    if configs is None:  # like the gate, it limits nothing by itself
         entry = _entry(info)
         return Identity(*entry.fields["owner"]) if entry is not None else None
     with configs:
@@ -181,13 +181,13 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
 
 
 def _is_kept(info: ProgramInfo) -> bool:
-    """Whether a program's throttle is to stay without its owner."""
+    """Whether a program's throttle should outlive its owner."""
     entry = _entry(info)
     return entry is not None and entry.kept
 
 
 def _entry(info: ProgramInfo) -> Optional[Entry]:
-    """Return what the record says of the throttle that a program is of."""
+    """Return what the record says about a program's throttle."""
     record = open_map(info.map_ids, RECORD)
     if record is None:
         return None
@@ -210,7 +210,7 @@ def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
 
 
 def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
-    """Whether it could be detached: a link that a child has inherited cannot."""
+    """Detach a leftover; return whether that worked: a link inherited by a child stays."""
     cgroup_fd = cgroup.open()
     try:
         with programs.open_by_id(program_id) as program:
@@ -225,7 +225,7 @@ def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
 
 
 def _disarm(map_ids: Sequence[int]) -> None:
-    """Unlimited, by its map: the program then lets all packets pass."""
+    """Lift the limit in the program's map, so that it lets all packets pass."""
     configs = configs_of(map_ids)
     if configs is not None:
         with configs:

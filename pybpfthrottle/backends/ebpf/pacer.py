@@ -1,8 +1,8 @@
-"""Uploads of connections that were open before the limit, paced from user space.
+"""Pace, from user space, uploads of connections that were open before the limit.
 
-Before Linux 6.12 no program can be told of them: here a chore does what the shaper does for all
-others (ebpf_src/shape.h). It looks four times a second, so it divides the rate from the start,
-where the shaper lets each connection try how much there is.
+Before Linux 6.12 these cannot be handed to a program: a chore does for them what the shaper does
+for all others (ebpf_src/shape.h). It runs only four times a second, so it divides the rate from
+the start, whereas the shaper lets each connection find out how much there is.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
 from pybpfthrottle.model import Rate
 
 _PERIOD_S = 0.25
-# Pacing takes at most this fraction of the time, however many connections there are.
+# Pacing takes at most this fraction of one CPU's time, however many connections there are.
 _MOST_BUSY = 0.05
 _RECENT_MS = 1000
-# A smaller share would not be one: TCP waits between two segments, whatever is set meanwhile.
+# A smaller share is no use: TCP waits out the gap between two segments, whatever is set meanwhile.
 _LEAST = 1024
-# The whole is so many times what is given besides, and so many times the least.
+# 1/N of a fair share: the extra on top of it, and the least that is left of it.
 _EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
 _LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
@@ -43,7 +43,7 @@ class _Usage:
     bytes_per_s: Optional[float] = None
 
     def look(self, count: int) -> Optional[float]:
-        """Bytes a second, with this count taken into account; None if the last one is too new."""
+        """Add a count; return bytes per second, or None if the last count is too recent."""
         now = time.monotonic()
         elapsed = now - self.at_s
         if elapsed < _PERIOD_S / 2:
@@ -56,7 +56,7 @@ class _Usage:
 
 @dataclass
 class _Flow:
-    """A connection. ``wants`` is what it takes, or infinite where that is about what it may."""
+    """A connection. ``wants`` is what it uses, or infinite if it uses about all it may."""
 
     place: Place
     original: int
@@ -66,11 +66,11 @@ class _Flow:
 
 
 class Pacer:
-    """Paces the connections that it is given; they are given back by ``set_rate(None)``.
+    """Paces the connections that it is given; ``set_rate(None)`` restores them.
 
-    What it changes it notes in ``shaped``, the map SOCKETS, first: so whoever has that map can
-    restore connections, as ``connections.restore`` does. A descriptor is borrowed for the moment
-    alone, lest its owner's close has no effect. Linux 5.6.
+    It first records each change in ``shaped``, the map SOCKETS, so that whoever has that map can
+    restore the connections, as ``connections.restore`` does. A descriptor is borrowed only for a
+    moment, lest its owner's close have no effect. Linux 5.6.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Pacer:
         return len(self._flows)
 
     def take(self, found: Borrowed) -> None:
-        """Pace one more, from the next round on. Raises OSError."""
+        """Pace one more connection, from the next round on. Raises OSError."""
         info = TcpInfo.of(found.socket)
         original = found.socket.getsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, 4)
         flow = _Flow(
@@ -102,23 +102,23 @@ class Pacer:
         self._flows[found.place.inode] = flow
 
     def set_rate(self, rate: Optional[Rate]) -> None:
-        """Share another rate from now on; None restores the connections."""
+        """Share a new rate from now on; None restores the connections."""
         self._rate = rate
         self.run()
 
     def fileno(self) -> int:
-        """Return -1: there is no descriptor."""
+        """Return -1: it has no descriptor."""
         return -1
 
     def run(self) -> None:
-        """See what the connections do, and share the rate accordingly."""
+        """Measure the connections, and share the rate accordingly."""
         begin = time.monotonic()
         self._round()
         end = time.monotonic()
         self.due_s = end + max(_PERIOD_S, (end - begin) / _MOST_BUSY)
 
     def _round(self) -> None:
-        """Visit all; those that are not where they were are looked for, or forgotten."""
+        """Visit all connections; look for those that have moved, and forget those not found."""
         pacing = self._share()
         lost = [flow for flow in self._flows.values() if not self._visit(flow, pacing)]
         if not lost:
@@ -131,10 +131,10 @@ class Pacer:
                 del self._flows[inode]
 
     def _share(self) -> int:
-        """What each may send, in bytes a second; 0 where nothing is limited.
+        """Return what each may send, in bytes per second; 0 if nothing is limited.
 
-        A fair share of the rate, a little more while next to nothing is owed (TCP paces its
-        headers too), and less while much is.
+        This is a fair share of the rate: a little more while next to nothing is owed (TCP paces
+        its headers too), and less while much is owed.
         """
         if self._rate is None:
             return 0
@@ -142,7 +142,7 @@ class Pacer:
         wants = [flow.wants for flow in self._flows.values()]
         self._passed.look(seen.passed)
         if seen.flows:
-            # Those of the shaper have what passed beside ours.
+            # The shaper's connections have whatever passed besides ours.
             ours = sum(flow.usage.bytes_per_s or 0 for flow in self._flows.values())
             each = max(0, (self._passed.bytes_per_s or 0) - ours) / seen.flows
             wants += [each if 2 * each < self._level else math.inf] * seen.flows
@@ -174,7 +174,7 @@ class Pacer:
 
 
 def fair_share(rate: float, wants: Iterable[float]) -> float:
-    """The most that each may have, where those that want less leave the rest to the others."""
+    """Return the most that each may have if those that want less leave the rest to the others."""
     share = rate
     ascending = sorted(wants)
     for count, want in zip(range(len(ascending), 0, -1), ascending):

@@ -1,4 +1,4 @@
-"""Where the programs of one throttle are attached, and how."""
+"""Where and how the programs of one throttle are attached."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import AttachPolicy
 
-# A program, the cgroup to attach it to, and how.
+# A program, the cgroup to attach it to, and how to attach it.
 Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
 
 
 @dataclass
 class Placed:
-    """A program where it is attached; ``attachment`` is another one after a switch."""
+    """An attached program; a switch replaces ``attachment``."""
 
     program: Shipped
     live: Program
@@ -31,13 +31,13 @@ class Placed:
     attachment: Attachment
 
     def detach(self) -> None:
-        """Take it away."""
+        """Detach the program."""
         self.attachment.detach()
 
     def switch(self, method: str) -> None:
-        """Attach it by another method first, then end the old attachment. Raises AttachError.
+        """Attach by another method, then end the old attachment. Raises AttachError.
 
-        Before Linux 4.15, where there is one program alone, there is also one method alone.
+        Before Linux 4.15, with only one program per hook, there is also only one method.
         """
         if rung(self.attachment).partition(" ")[0] == method:
             return
@@ -48,20 +48,20 @@ class Placed:
 
 
 class Placements:
-    """The attached programs of one throttle. ``detach`` takes all of them away."""
+    """The attached programs of one throttle. ``detach`` detaches them all."""
 
     def __init__(self, programs: Mapping[str, Program]) -> None:
-        """``programs`` are those that are loaded, by name; more may come."""
+        """``programs`` has the loaded programs by name; more may be added later."""
         self._programs = programs
         self._placed: list[Placed] = []
-        # On cgroups that were removed: what their sockets still have to send is limited too.
+        # On removed cgroups: what their sockets still have to send is limited too.
         self._outlived: list[Placed] = []
 
     def __bool__(self) -> bool:
         return bool(self._placed)
 
     def attach(self, wanted: Iterable[Wanted]) -> None:
-        """Attach programs: all, or none. Raises AttachError or CgroupError."""
+        """Attach all programs or none. Raises AttachError or CgroupError."""
         wanted = list(wanted)
         for program, target, policy in wanted:
             live = self._programs[program.name]
@@ -76,7 +76,7 @@ class Placements:
                     program.attach_type,
                     policy,
                     before_replacing=refuse_to_replace,
-                    # One line a direction is enough; the others are the same.
+                    # One line per direction is enough; the others are the same.
                     repeats=program.direction is None
                     or any(program.direction is one.program.direction for one in placed),
                 )
@@ -87,7 +87,7 @@ class Placements:
         self._placed += placed
 
     def attach_once_each_path(self, wanted: Iterable[Wanted]) -> None:
-        """Attach one program so that a packet passes it once: not below where it is already.
+        """Attach one program, but not below itself, so that a packet passes it only once.
 
         Raises AttachError or CgroupError.
         """
@@ -101,7 +101,7 @@ class Placements:
                 one.detach()
 
     def replace(self, gone: Cgroup, attach_to_new: Callable[[], object]) -> None:
-        """Have programs attached instead of those at a cgroup that was removed.
+        """Attach programs to replace the ones at a removed cgroup.
 
         Raises what ``attach_to_new`` raises; then nothing has changed.
         """
@@ -119,24 +119,24 @@ class Placements:
         _detach(outlived)
 
     def switch(self, method: str) -> None:
-        """Attach by another method. Raises AttachError; what was attached before still is."""
+        """Attach by another method. Raises AttachError; then the old attachments remain."""
         for one in self._placed:
             one.switch(method)
 
     def detach(self) -> None:
-        """Detach all, the last first; whatever raises, the rest is too."""
+        """Detach all programs, last first, even if detaching one raises."""
         _detach([*self._outlived, *self._placed])
 
     def attached_by(self, direction: Optional[Direction] = None) -> str:
-        """Return how they are attached, such as "link"; of one direction, or of all."""
+        """Return how one direction's programs, or all, are attached, such as "link"."""
         return "+".join(sorted({rung(one.attachment) for one in self._of(direction)}))
 
     def targets(self, direction: Optional[Direction] = None) -> list[Cgroup]:
-        """Return the cgroups that they are attached to; for one direction, or all."""
+        """Return the cgroups that one direction's programs, or all, are attached to."""
         return list(dict.fromkeys(one.target for one in self._of(direction)))
 
     def switching_off(self) -> Iterator[str]:
-        """Return which programs of others, attached above later, do not run because of these."""
+        """Return others' programs, attached later and above, that these keep from running."""
         for one in self._placed:
             with suppress(OSError):
                 for other in attached.overridden(

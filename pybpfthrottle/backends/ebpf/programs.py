@@ -1,4 +1,4 @@
-"""The shipped programs: one table of what each of them is for, and the objects that have them."""
+"""The shipped programs: one table of what each is for, and the objects that contain them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
 from pybpfthrottle.model import Direction
 
-# The name of each program begins with it, in the kernel too.
+# The prefix of every program's name, in the kernel too.
 PREFIX = "pybpft_"
 
 
@@ -34,20 +34,20 @@ class Role(Enum):
 
 
 class Scope(Enum):
-    """Whose packets a program is for."""
+    """Whose packets a program handles."""
 
     ALL = "all packets of a cgroup"
     MARKED = "the packets of marked sockets"
 
 
 class Needs(NamedTuple):
-    """The first release of Linux that takes a program, and what it has for it."""
+    """The first Linux release that accepts a program, and the kernel feature it needs."""
 
     release: str
     feature: str
 
     def why_refused(self, error: BpfError) -> str:
-        """Return what is missing where that is why the kernel has refused programs."""
+        """Return what is missing, if that is why the kernel refused programs."""
         if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOMEM):
             return str(error)
         return f"{self.feature} (Linux {self.release}): {error}"
@@ -57,10 +57,10 @@ class Needs(NamedTuple):
 class Shipped:
     """One program.
 
-    ``hook`` is an attach type of cgroups, or the name of a raw tracepoint. ``direction`` is None
-    for a program that serves both, ``scope`` for one that sees no packets, and ``verdict`` (one of
-    EGRESS_VERDICTS) for one that drops none. ``multipath``: it knows the connections of MPTCP
-    sockets by these, and takes the place of one that does not.
+    ``hook`` is a cgroup attach type, or the name of a raw tracepoint. ``direction`` is None if the
+    program serves both, ``scope`` if it sees no packets, and ``verdict`` (one of EGRESS_VERDICTS)
+    if it drops none. A ``multipath`` program recognises the connections of MPTCP sockets, and
+    replaces one that does not.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Shipped:
 
     @property
     def attach_type(self) -> AttachType:
-        """The hook of a program that is attached to cgroups. Raises TypeError for another one."""
+        """The hook of a program that is attached to cgroups. Raises TypeError for any other."""
         if isinstance(self.hook, str):
             raise TypeError(f"{self.name} is attached to the tracepoint {self.hook}")
         return self.hook
@@ -105,8 +105,8 @@ _ASKING = Needs("5.3", "programs for setsockopt(2)")
 _GATE = Needs("5.10", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
 _TRACING = Needs("5.8", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
 
-# In the order in which those of a throttle are attached: who follows processes has to see their
-# ends before it sees new ones.
+# In the order in which a throttle's programs are attached: the programs that follow processes
+# have to see processes end before they see new ones.
 PROGRAMS = (
     Shipped("pybpft_ingress", _CGROUP, _INGRESS, _POLICE, _PACKETS, _ALL, _DOWNLOAD, _DENY),
     Shipped("pybpft_egress", _CGROUP, _EGRESS, _POLICE, _PACKETS, _ALL, _UPLOAD, _DENY),
@@ -136,19 +136,19 @@ PROGRAMS = (
 )
 _BY_NAME = {program.name: program for program in PROGRAMS}
 OBJECTS = tuple(dict.fromkeys(name for program in PROGRAMS for name in program.objects))
-# Where programs of a throttle are attached to cgroups.
+# Where a throttle's programs are attached to cgroups.
 HOOKS = tuple(
     dict.fromkeys(program.attach_type for program in PROGRAMS if program.role is not Role.FOLLOW)
 )
 
 
 def by_name(name: str) -> Optional[Shipped]:
-    """Return the program with a name, or None if none is shipped."""
+    """Return the program with this name, or None if none is shipped."""
     return _BY_NAME.get(name)
 
 
 def of_object(name: str) -> tuple[Shipped, ...]:
-    """Return the programs that an object has."""
+    """Return the programs that an object contains."""
     return tuple(program for program in PROGRAMS if name in program.objects)
 
 
@@ -162,8 +162,8 @@ def with_role(role: Role, scope: Optional[Scope] = None) -> tuple[Shipped, ...]:
 def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
     """Return the program that drops packets; ``verdict`` is one of EGRESS_VERDICTS.
 
-    Raises ProgramLoadError for one that this kernel does not have: where its program is not
-    refused, the verdict is taken for another one.
+    Raises ProgramLoadError for a verdict that this kernel lacks: even if the kernel accepted the
+    program, it would mistake the verdict for another one.
     """
     if direction is Direction.DOWNLOAD:
         verdict = _DENY
@@ -192,7 +192,7 @@ def shaper(scope: Scope) -> Shipped:
 
 
 def _best(same: Iterable[Shipped]) -> Shipped:
-    """Return the one of two that knows MPTCP, where this kernel takes that."""
+    """Return the one of two programs that supports MPTCP, if this kernel accepts it."""
     by_multipath = {program.multipath: program for program in same}
     if len(by_multipath) > 1 and features.MPTCP_SOCKET.available():
         return by_multipath[True]
@@ -200,14 +200,14 @@ def _best(same: Iterable[Shipped]) -> Shipped:
 
 
 def is_for_this_kernel(program: Shipped) -> bool:
-    """Whether this kernel has what one needs of several for the same purpose."""
+    """Whether this kernel supports a program, one of several for the same purpose."""
     if program.multipath and not features.MPTCP_SOCKET.available():
         return False
     return program.verdict != _TELL or features.CONGESTION_VERDICT.available()
 
 
 def object_for(scope: Scope) -> str:
-    """Return the name of the object for a scope: the faster one, where this kernel takes it."""
+    """Return the name of the object for a scope: the faster one if this kernel accepts it."""
     if scope is Scope.MARKED:
         return "throttle-marked"
     return "throttle-direct" if features.DIRECT_PACKET_ACCESS.available() else "throttle"
@@ -215,10 +215,9 @@ def object_for(scope: Scope) -> str:
 
 @cache
 def read(name: str) -> ObjectSpec:
-    """Read the object with this name for the byte order of this machine, such as "throttle".
+    """Read the object with this name, such as "throttle", for this machine's byte order.
 
-    It is read once, so that who changes what it returns changes it for all. Raises
-    ObjectFileError.
+    The result is cached and shared by all callers: do not change it. Raises ObjectFileError.
     """
     target = "bpfel" if sys.byteorder == "little" else "bpfeb"
     return elf.read_object(data(f"{name}.{target}.o"), name=name)
@@ -231,7 +230,7 @@ def data(file_name: str) -> bytes:
     package = os.path.abspath(__file__)
     for _ in ("programs.py", "ebpf", "backends"):
         package = os.path.dirname(package)
-    # In a wheel prebuilt/ is inside of the package, in a checkout beside it.
+    # In a wheel prebuilt/ is inside the package, in a checkout beside it.
     for directory in (package, os.path.dirname(package)):
         try:
             found: bytes = loader.get_data(os.path.join(directory, "prebuilt", file_name))

@@ -1,8 +1,8 @@
 """The records and constants of ebpf_src/throttle.h.
 
-Names are those of C: struct throttle_config is ThrottleConfig, THROTTLE_PACE of enum throttle_flags
-is ThrottleFlags.PACE, and enum throttle_direction is model.Direction. A test compares all with the
-objects' BTF.
+Names follow the C ones: struct throttle_config is ThrottleConfig, THROTTLE_PACE in enum
+throttle_flags is ThrottleFlags.PACE, and enum throttle_direction is model.Direction. A test
+compares them all with the objects' BTF.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from enum import IntEnum, IntFlag
 
 from pybpfthrottle.model import Direction
 
-# The map that all programs of a throttle refer to; its one element is a ThrottleRecord.
+# The map that all programs of a throttle share; its only element is a ThrottleRecord.
 RECORD = "THROTTLE"
 
 
 class ThrottleFlags(IntFlag):
-    """enum throttle_flags: what the programs are to do."""
+    """enum throttle_flags: what the programs have to do."""
 
     LOOPBACK = 1
     PACE = 2
@@ -34,7 +34,7 @@ class ThrottleFormat(IntEnum):
 
 
 class ThrottleLevel(IntEnum):
-    """enum throttle_level: the level of setsockopt(2) that programs answer."""
+    """enum throttle_level: the setsockopt(2) level that the programs handle."""
 
     ADOPT = 0x54425059
 
@@ -47,14 +47,14 @@ class ThrottleShift(IntEnum):
 
 
 class ThrottleSlack(IntEnum):
-    """enum throttle_slack: what connections may owe beyond the debt."""
+    """enum throttle_slack: how much connections may owe beyond the debt."""
 
     PACING_SLACK_NS = 300_000_000
     POLICE_SLACK_NS = 180_000_000
 
 
 class ThrottleGateBounds(IntEnum):
-    """enum throttle_gate_bounds: sizes of what the gate and its keeper share."""
+    """enum throttle_gate_bounds: sizes of the data that the gate and its keeper share."""
 
     GATE_NAMESPACES = 8
     GATE_UNGATED = 64
@@ -73,7 +73,7 @@ class ThrottleGateState(IntEnum):
 
 
 class ThrottlePacing(IntEnum):
-    """enum throttle_pacing: the law by which uploads are paced."""
+    """enum throttle_pacing: the rules for pacing uploads."""
 
     PACING_TARGET_NS = 60_000_000
     PACING_EXTRA_SHIFT = 3
@@ -82,13 +82,13 @@ class ThrottlePacing(IntEnum):
 
 
 class ThrottlePacingRate(IntEnum):
-    """enum throttle_pacing_rate: SO_MAX_PACING_RATE where nothing is paced."""
+    """enum throttle_pacing_rate: SO_MAX_PACING_RATE of a connection that is not paced."""
 
     UNLIMITED = 0xFFFFFFFF
 
 
 class ThrottleRecordFlags(IntFlag):
-    """enum throttle_record_flags: what is to become of a throttle."""
+    """enum throttle_record_flags: what is to happen to a throttle."""
 
     KEPT = 1
     REMOVED = 2
@@ -187,7 +187,7 @@ class ThrottleGate(ctypes.Structure):
 
 
 class ThrottleAck(ctypes.Structure):
-    """struct throttle_ack: an acknowledgement as the keeper gets it."""
+    """struct throttle_ack: an acknowledgement as the keeper receives it."""
 
     _fields_ = (
         ("cookie", c_uint64),
@@ -224,7 +224,7 @@ class ThrottleStats(ctypes.Structure):
 
 
 class ThrottleRecord(ctypes.Structure):
-    """struct throttle_record: written by user space; the generation is odd meanwhile."""
+    """struct throttle_record: written by user space; the generation is odd during a write."""
 
     _fields_ = (
         ("magic", c_uint32),
