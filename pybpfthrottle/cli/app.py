@@ -74,7 +74,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.option(
     "--no-children", is_flag=True, help="Leave out what these processes start, unless it matches."
 )
-@click.option("--each", is_flag=True, help="Give each process the limit for itself.")
+@click.option("--each", is_flag=True, help="Give each process the limit to itself.")
 @click.option(
     "--move-cgroup",
     is_flag=True,
@@ -115,9 +115,9 @@ or 125 failed, 126 cannot be executed, 127 not found.
 def cli(ctx: click.Context, /, **options: Any) -> None:
     """Limit the bandwidth of running programs, or of cgroups (version 2).
 
-    Runs until Ctrl-C, SIGTERM, SIGHUP, the end of --duration or of all that is limited, and then
-    removes the limit. With --name, --exe or --user it also waits for processes that are started
-    later.
+    Runs until Ctrl-C, SIGTERM, SIGHUP or the end of --duration, or until everything limited has
+    ended, and then removes the limit. With --name, --exe or --user it also waits for processes
+    that are started later.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options_in_front(ctx)
