@@ -37,11 +37,13 @@ class Remark(NamedTuple):
 NOT_IP = Remark("not-ip", "no IP traffic")
 PACKET = Remark("packet", "its packets go past the hooks of cgroups")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
-LOOPBACK = Remark("loopback", "loopback traffic, limited with --loopback alone")
-MPTCP = Remark("mptcp", "MPTCP, whose packets marks do not tell here; --whole-cgroup covers it")
+LOOPBACK = Remark("loopback", "loopback traffic, limited only with --loopback")
+MPTCP = Remark("mptcp", "MPTCP, whose packets marks do not identify here; --whole-cgroup covers it")
 OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
 OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before the move to the limited {now}")
-NOT_MARKED = Remark("not-marked", "not marked; one handed over by another process is in a second")
+NOT_MARKED = Remark(
+    "not-marked", "not marked; a socket handed over by another process is marked within a second"
+)
 NO_THROTTLE = Remark("no-throttle", "outside of all throttles; --pid {pid} would cover it")
 _REASONS = (
     *(NOT_IP, PACKET, CGROUP_REMOVED, LOOPBACK, MPTCP, OUT_OF_REACH, OTHER_CGROUP, NOT_MARKED),
@@ -52,7 +54,7 @@ SOCKMAP = Remark(
     "sockmap", "not known: a program of a sockmap may hand its data over past the hooks of cgroups"
 )
 UNTOLD_NAT = Remark(
-    "nat-unknown", "not known: netfilter may send its packets elsewhere, and does not tell"
+    "nat-unknown", "not known: netfilter may send its packets elsewhere, and does not say so"
 )
 
 # Notes on other sockets.
@@ -473,7 +475,7 @@ def _why_unknown(error: OSError) -> str:
         )
     if error.errno == errno.EPERM:
         return (
-            f"{error.filename} gives EPERM, its sockets cannot be borrowed:"
+            f"{error.filename} gives EPERM, so its sockets cannot be borrowed:"
             f" {sockets.why_refused(error).text}"
         )
     return f"its sockets cannot be borrowed: {error.strerror}"

@@ -179,8 +179,8 @@ def whole_cgroups(selection: Selection) -> list[Cgroup]:
     for cgroup in chosen:
         if cgroup.is_root():
             raise ProcessError(
-                f"{cgroup.path} is the root cgroup, which holds whatever is in no other one:"
-                " leave --whole-cgroup out, to limit the process alone"
+                f"{cgroup.path} is the root cgroup, which holds everything that is in no other"
+                " cgroup: leave out --whole-cgroup to limit only the process"
             )
     _refuse_own_session(chosen, "give --cgroup {path} --whole-cgroup")
     return chosen
@@ -211,7 +211,7 @@ def _refuse_nested(chosen: Sequence[Cgroup]) -> None:
         for other in chosen:
             if one is not other and other in one:
                 raise CgroupError(
-                    f"{other.path} is inside of {one.path}: its packets would be charged twice"
+                    f"{other.path} is inside {one.path}: its packets would be charged twice"
                 )
 
 

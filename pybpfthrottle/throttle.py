@@ -279,7 +279,7 @@ class Throttle:
     def _says_gone(self, cgroup: Cgroup) -> str:
         text = f"the cgroup {cgroup.path} was removed while it was limited"
         if cgroup.exists():
-            text += "; another one was made at its path, which is not limited"
+            text += "; a new one at the same path is not limited"
         return text
 
     def _do(self, function: Callable[[], T]) -> T:
@@ -566,7 +566,7 @@ def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -
     except (NoMarksError, BpfError) as error:
         log.info("The sockets of the command cannot be limited either: %s", error)
         raise why from error
-    throttle.plan_notes = (f"the sockets of the command are limited, and no cgroup: {why}",)
+    throttle.plan_notes = (f"the sockets of the command are limited, not a cgroup: {why}",)
     return throttle
 
 

@@ -51,8 +51,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "pids",
     type=ProcessId(),
     multiple=True,
-    help="Limit this process and what it starts. May be repeated: all that is named shares the"
-    " limit.",
+    help="Limit this process and what it starts. May be repeated: all of them share the limit.",
 )
 @click.option(
     "--name", "names", multiple=True, metavar="NAME", help="All processes with this name."
@@ -70,12 +69,12 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "users",
     multiple=True,
     metavar="USER",
-    help="All processes of this user. With --name or --exe: those alone that match both.",
+    help="All processes of this user. With --name or --exe: only those that match both.",
 )
 @click.option(
-    "--no-children", is_flag=True, help="Not what these processes start, unless it matches."
+    "--no-children", is_flag=True, help="Leave out what these processes start, unless it matches."
 )
-@click.option("--each", is_flag=True, help="Each of the processes gets the limit for itself.")
+@click.option("--each", is_flag=True, help="Give each process the limit to itself.")
 @click.option(
     "--move-cgroup",
     is_flag=True,
@@ -99,7 +98,7 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.option(
     "--whole-cgroup",
     is_flag=True,
-    help="With --pid: limit all of the cgroup that the process is in. With --cgroup and --unit:"
+    help="With --pid: limit the whole cgroup that the process is in. With --cgroup and --unit:"
     " even if this session is in it.",
 )
 @click.option("--stack", is_flag=True, help="Limit what another pybpfthrottle limits as well.")
@@ -110,15 +109,15 @@ or 125 failed, 126 cannot be executed, 127 not found.
 )
 @limit_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-@click.option("--list-backends", is_flag=True, help="Print what can limit here, and leave.")
+@click.option("--list-backends", is_flag=True, help="List the available backends and exit.")
 @click.version_option(__version__, prog_name="pybpfthrottle")
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:
-    """Limit the bandwidth of programs that run, or of cgroups (version 2).
+    """Limit the bandwidth of running programs, or of cgroups (version 2).
 
-    Runs until Ctrl-C, SIGTERM, SIGHUP or --duration, or until what is limited has ended, and takes
-    the limit away at each of them. With --name, --exe or --user it also waits for processes that
-    are started later.
+    Runs until Ctrl-C, SIGTERM, SIGHUP or the end of --duration, or until everything limited has
+    ended, and then removes the limit. With --name, --exe or --user it also waits for processes
+    that are started later.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options_in_front(ctx)
@@ -201,10 +200,10 @@ Examples:
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(**options: Any) -> None:
-    """Run COMMAND with its bandwidth limited, and leave with its exit status.
+    """Run COMMAND with its bandwidth limited, and exit with its exit status.
 
-    The command gets a cgroup of its own. The terminal and standard output are its own as well;
-    the live line and the summary go to standard error.
+    The command gets a cgroup of its own, and has the terminal and standard output to itself; the
+    live line and the summary go to standard error.
     """
     from pybpfthrottle.cli import run as run_command
 
@@ -258,7 +257,7 @@ def _which_options(function: Any) -> Any:
         click.option(
             "--pid",
             type=ProcessId(),
-            help="Choose those that limit a process, or that it keeps.",
+            help="Choose those that limit this process, or that it keeps.",
         ),
         click.argument("name", metavar="[ID]", required=False),
     ):
@@ -385,7 +384,7 @@ Exit status: 0 done, 1 a process could not be looked into, 2 wrong usage.
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sockets(pids: tuple[int, ...], as_json: bool) -> None:
-    """Show the sockets of a process, which running throttles limit them, or why none does."""
+    """Show the sockets of a process, and which running throttles limit each, or why none does."""
     from pybpfthrottle.cli import sockets as sockets_command
 
     sys.exit(sockets_command.sockets(pids, as_json=as_json))
@@ -395,9 +394,9 @@ def sockets(pids: tuple[int, ...], as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cleanup(dry_run: bool, as_json: bool) -> None:
-    """Take away what a crash has left: programs attached by the legacy call, empty cgroups.
+    """Remove what a crash has left: programs attached by the legacy call, empty cgroups.
 
-    Each start of a limit does so as well. Programs of others, and of throttles that live, stay.
+    Each start of a limit does so as well. Programs of others, and of running throttles, stay.
     """
     from pybpfthrottle.cli import cleanup as cleanup_command
 
@@ -434,11 +433,11 @@ python -m pybpfthrottle.diagnostics does the same where click and rich are missi
     help="Write a text file for a bug report; names and addresses are left out.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show the evidence of what passed, too.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status tells.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; only set the exit status.")
 def verify_setup(**options: Any) -> None:
-    """Find out whether this machine can limit, if not exactly why, and what to do.
+    """Check whether limits work on this machine; if not, say why and how to fix it.
 
-    Everything is tried for real where that can be done, and taken away again.
+    Everything that can be tried is tried for real, and removed again.
     """
     from pybpfthrottle.cli import verify
     from pybpfthrottle.diagnostics import command
@@ -455,7 +454,7 @@ def verify_setup(**options: Any) -> None:
 @click.option("--types", "with_types", is_flag=True, help="Show the types as well, as C has them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, with_types: bool, as_json: bool) -> None:
-    """Show what the object file OBJECT has in it, and which kernels have what it needs.
+    """Show what the object file OBJECT contains, and which kernels support what it needs.
 
     Nothing is loaded, and no privileges are needed.
     """
@@ -471,10 +470,10 @@ def cgroup() -> None:
 
 @cgroup.command("show")
 @click.argument("path")
-@click.option("--effective", is_flag=True, help="Also what its ancestors pass on to it.")
+@click.option("--effective", is_flag=True, help="Also show what it inherits from its ancestors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
-    """What is attached to the cgroup PATH, at each hook that cgroups have."""
+    """Show what is attached to the cgroup PATH, at each cgroup hook."""
     from pybpfthrottle.cli import attachments
 
     attachments.show(path, effective=effective, as_json=as_json)
@@ -484,7 +483,7 @@ def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
 @click.argument("path", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_tree(path: Optional[str], as_json: bool) -> None:
-    """What is attached to each cgroup at and below PATH, or to all that are visible."""
+    """Show what is attached to each cgroup at and below PATH, or to all visible cgroups."""
     from pybpfthrottle.cli import attachments
 
     attachments.tree(path, as_json=as_json)
@@ -503,8 +502,8 @@ def config() -> None:
 def show(as_json: bool) -> None:
     """Print each setting, its value, and where it came from.
 
-    The command line goes before PYBPFTHROTTLE_BPF_ATTACH_METHOD, that before the config files
-    (the user's before /etc), and those before the default.
+    The command line overrides PYBPFTHROTTLE_BPF_ATTACH_METHOD, which overrides the config files
+    (the user's before /etc), which override the default.
     """
     from pybpfthrottle.cli import config as config_command
 

@@ -13,7 +13,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 def _one_or_more(function: F) -> F:
     """Add the argument and the option that choose objects of the system."""
-    option = click.option("--name", help="What has this name, instead of an id or a path.")
+    option = click.option("--name", help="Choose by this name, instead of an id or a path.")
     argument = click.argument("target", metavar="[ID|PATH]", required=False)
     decorated: F = argument(option(function))
     return decorated
@@ -23,7 +23,7 @@ def _one_or_more(function: F) -> F:
 def bpf() -> None:
     """Load BPF objects; show the programs, maps and links of the system.
 
-    An object is meant by its id, by the path that it is pinned to, or by --name.
+    Choose an object by its id, by the path that it is pinned to, or by --name.
     """
 
 
@@ -45,14 +45,15 @@ Examples:
 @click.option(
     "--program", "names", metavar="NAME", multiple=True, help="Only this one. May be repeated."
 )
-@click.option("--log", is_flag=True, help="Print the verifier's whole log if it rejects.")
+@click.option("--log", is_flag=True, help="Print the verifier's whole log if it rejects a program.")
 @_json
 def load(
     path: str, directory: Optional[str], names: tuple[str, ...], log: bool, as_json: bool
 ) -> None:
-    """Load the object file OBJECT, as clang builds it, and show what became of it.
+    """Load the object file OBJECT, as built by clang, and show what was loaded.
 
-    Without --pin all of it is gone again afterwards: the kernel takes it, or this tells why not.
+    Without --pin everything is unloaded again: this only shows whether the kernel accepts it, and
+    if not, why.
     """
     from pybpfthrottle.cli import bpf_load
 
@@ -77,7 +78,7 @@ def prog_list(as_json: bool) -> None:
 @_one_or_more
 @_json
 def prog_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """What the kernel says of a program."""
+    """Show what the kernel says of a program."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.PROGRAMS, target, name, as_json=as_json)
@@ -87,7 +88,7 @@ def prog_show(target: Optional[str], name: Optional[str], as_json: bool) -> None
 @_one_or_more
 @_json
 def prog_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """The instructions of a program as text, as the verifier left them."""
+    """Print the instructions of a program as text, as the verifier left them."""
     from pybpfthrottle.cli import bpf_dump
 
     bpf_dump.dump_program(target, name, as_json=as_json)
@@ -111,7 +112,7 @@ def map_list(as_json: bool) -> None:
 @_one_or_more
 @_json
 def map_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """What the kernel says of a map."""
+    """Show what the kernel says of a map."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.MAPS, target, name, as_json=as_json)
@@ -121,7 +122,7 @@ def map_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
 @_one_or_more
 @_json
 def map_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """The elements of a map: by the names of their fields where it has BTF, else in hex."""
+    """Print the elements of a map: by field name where it has BTF, else in hex."""
     from pybpfthrottle.cli import bpf_dump
 
     bpf_dump.dump_map(target, name, as_json=as_json)
@@ -145,7 +146,7 @@ def link_list(as_json: bool) -> None:
 @click.argument("target", metavar="ID|PATH")
 @_json
 def link_show(target: str, as_json: bool) -> None:
-    """What the kernel says of a link."""
+    """Show what the kernel says of a link."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.LINKS, target, None, as_json=as_json)

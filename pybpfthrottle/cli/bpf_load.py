@@ -41,7 +41,7 @@ def _check_names(spec: ObjectSpec, names: Sequence[str]) -> None:
     for name in names:
         if name not in spec.programs:
             known = ", ".join(spec.programs) or "none"
-            raise click.BadParameter(f"the object has no program {name!r}, but: {known}")
+            raise click.BadParameter(f"the object has no program {name!r}; it has: {known}")
 
 
 def _pin(loaded: Object, directory: str) -> dict[Any, str]:

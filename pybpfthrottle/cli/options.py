@@ -110,20 +110,22 @@ def limit_options(function: F) -> F:
             click.option(
                 "--bpf-attach-method",
                 type=click.Choice(ATTACH_METHODS),
-                help="auto (the default) tries a BPF link, and after EINVAL the legacy call.",
+                help="auto (the default) tries a BPF link first, and the legacy call if that"
+                " gives EINVAL.",
             ),
             click.option(
                 "--override-others",
                 is_flag=True,
-                help="Attach even where that switches off another tool's program above, which was"
-                " attached with BPF_F_ALLOW_OVERRIDE.",
+                help="Attach even if that switches off another tool's program that was attached"
+                " above with BPF_F_ALLOW_OVERRIDE.",
             ),
             click.option(
                 "--egress-verdict",
                 type=click.Choice(EGRESS_VERDICTS),
                 default="auto",
                 show_default=True,
-                help="Drop uploads as congestion does (Linux 5.3), or deny them (EPERM).",
+                help="Drop packets over the limit as congestion does (Linux 5.3), or deny the"
+                " upload (EPERM).",
             ),
             click.option(
                 "--shape",

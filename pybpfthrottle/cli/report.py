@@ -73,11 +73,13 @@ def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
     ``marked``: the limit was for the sockets of processes, not for a cgroup.
     """
     why = (
-        "   Packets have passed, but none of a socket with a mark: pybpfthrottle sockets --pid N"
-        " shows\n   which sockets of a process can be limited; verify-setup tells of other causes."
+        "   Packets have passed, but none from a marked socket: pybpfthrottle sockets --pid N"
+        " shows\n   which sockets of a process can be limited; verify-setup tells of other"
+        " causes."
         if marked
-        else "   Packets have passed, but none of a socket of this cgroup: a socket belongs to the"
-        "\n   cgroup that it was created in, so a connection that was opened before the process"
-        "\n   came into this cgroup is not limited here; verify-setup tells of other causes."
+        else "   Packets have passed, but none from a socket of this cgroup: a socket belongs to"
+        " the\n   cgroup that it was created in, so a connection that was opened before the"
+        " process\n   came into this cgroup is not limited here; verify-setup tells of"
+        " other causes."
     )
     return f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n{why}"

@@ -120,13 +120,13 @@ def _handed_over(argv: Sequence[str]) -> Optional[str]:
     name = os.path.basename(argv[0])
     if name == "systemd-run" and "--scope" not in argv:
         return (
-            "systemd-run has systemd start the command, where it is not limited: give systemd-run"
+            "systemd-run has systemd start the command, outside of this limit: give systemd-run"
             " the option --scope, or limit the unit by --unit"
         )
     if name in _ASK_A_DAEMON:
         return (
-            f"{name} asks a daemon, and what that does is not limited: limit its unit or container"
-            " by --unit, --cgroup or --pid"
+            f"{name} asks a daemon to do the work, and the daemon is not limited: limit its unit"
+            " or container by --unit, --cgroup or --pid"
         )
     return None
 

@@ -111,7 +111,7 @@ def switch(pid: int, method: str) -> None:
     ]
     if not records:
         raise ProcessError(
-            f"process {pid} ({owner.name}) is no pybpfthrottle that limits something"
+            f"process {pid} ({owner.name}) is not a pybpfthrottle that limits something"
         )
     for record in records:
         _change(record, {}, method)

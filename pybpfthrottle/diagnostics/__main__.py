@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     """Return a parser with the options of pybpfthrottle verify-setup."""
     parser = argparse.ArgumentParser(
         prog="python -m pybpfthrottle.diagnostics",
-        description="Find out whether this machine can limit, if not exactly why, and what to do.",
+        description="Check whether limits work on this machine; if not, say why and how to fix it.",
     )
     add = parser.add_argument
     add("--pid", type=_pid, help="examine the cgroup of this process")

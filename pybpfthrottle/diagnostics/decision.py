@@ -153,7 +153,7 @@ _USER_NAMESPACE = Conclusion(
     "P",
     "Root of a user namespace is not root to bpf(2)",
     "the capabilities are there, and yet every command gives EPERM",
-    "capabilities of another than the first user namespace do not count",
+    "only capabilities in the first user namespace count",
     "run it outside of the rootless container",
     ("rights.user_namespace", "rights.commands"),
 )
@@ -254,8 +254,8 @@ _OVERRIDABLE = Conclusion(
     "A limit would switch another program off",
     "a program above the target stops running for it as soon as anything is attached to the target",
     "it was attached with BPF_F_ALLOW_OVERRIDE, as older systemds and some firewalls do",
-    "limit processes (--pid, --name, --user), or have its owner attach it with BPF_F_ALLOW_MULTI;"
-    " --override-others insists",
+    "limit processes (--pid, --name, --user), or have its owner attach it with"
+    " BPF_F_ALLOW_MULTI; --override-others attaches all the same",
     ("trial.target", "attached.programs"),
 )
 _TOO_MANY = Conclusion(
@@ -270,9 +270,9 @@ _TOO_MANY = Conclusion(
 _LINKS_REFUSED = Conclusion(
     "links-refused",
     "P",
-    "Links alone are refused",
+    "Only links are refused",
     "BPF_LINK_CREATE gives EPERM, EACCES or ENOSYS, the legacy call works",
-    "a seccomp filter or a security module refuses the one command",
+    "a seccomp filter or a security module refuses this one command",
     'use --bpf-attach-method legacy, or put fallback_errnos = ["EINVAL", "EPERM"] below [bpf] in'
     " the config file",
     ("rights.commands", "trial.target"),
@@ -290,7 +290,7 @@ _KERNEL_ATTACH = Conclusion(
     "kernel-refuses-attachment",
     "C",
     "The kernel refuses every attachment",
-    "programs can be loaded, but attached to no cgroup by either way",
+    "programs can be loaded, but neither method attaches them to any cgroup",
     "a fault or a regression of this kernel",
     "try another kernel; report it with --report FILE",
     ("trial.target", "trial.legacy", "kernel.log"),
@@ -344,7 +344,7 @@ _VERIFIER = Conclusion(
 _LOADER = Conclusion(
     "loader",
     "D",
-    "The loader does not get along with this kernel",
+    "The loader does not work with this kernel",
     "the minimal program can be loaded, the shipped objects cannot",
     "our loader does something that this kernel does not know",
     "report it with --report FILE",
@@ -390,9 +390,9 @@ _UNPROVED = Conclusion(
 _ALONE = Conclusion(
     "one-program-alone",
     "A",
-    "The kernel runs one program alone for a cgroup",
-    "--cgroup and --unit ask for --exclusive, and in a cgroup of its own nothing could be tried",
-    "several programs on a cgroup came with Linux 4.15, and so did the question which are there",
+    "The kernel runs only one program for a cgroup",
+    "--cgroup and --unit need --exclusive, and nothing could be tried in a cgroup of its own",
+    "several programs on a cgroup, and asking which are attached, need Linux 4.15",
     "make cgroup v2 writable, end what another tool has attached above, and use pybpfthrottle run;"
     " or add --exclusive, which may switch another tool's program off",
     ("trial.target", "trial.legacy", "cgroup.scratch"),
@@ -402,8 +402,8 @@ _WORKS_ALONE = Conclusion(
     "W",
     "This machine can limit, in cgroups of its own",
     "packets over the limit are dropped, in both directions; a limit within a limit is refused",
-    "this kernel (before Linux 4.15) runs one program alone for a cgroup: pybpfthrottle run and"
-    " --move-cgroup make one; --cgroup and --unit ask for --exclusive, which may switch another"
+    "this kernel (before Linux 4.15) runs only one program for a cgroup: pybpfthrottle run and"
+    " --move-cgroup make one; --cgroup and --unit need --exclusive, which may switch another"
     " tool's program off",
     "",
     ("trial.target", "trial.legacy"),

@@ -31,7 +31,7 @@ def _capabilities(setup: Setup) -> Result:
     if missing:
         return failed(f"{' and '.join(missing)} missing", f"CapEff: {held}", cause="capabilities")
     if missing_capabilities(refused=True):
-        text = "CAP_NET_ADMIN is missing; CAP_SYS_ADMIN stands in for it on newer kernels alone"
+        text = "CAP_NET_ADMIN is missing; CAP_SYS_ADMIN replaces it only on newer kernels"
         return warned(text, f"CapEff: {held}", cause="net-admin")
     return passed("all that loading and attaching needs", f"CapEff: {held}")
 
@@ -147,7 +147,7 @@ def _not_borrowed(error: OSError) -> Result:
     else:
         why = sockets.why_refused(error).text
     return warned(
-        f"a limit for processes covers new ones alone: {why}",
+        f"a limit for processes covers only new sockets: {why}",
         f"{error.filename}: {syscall.errno_name(error.errno or 0)}",
         cause="no-borrowing",
     )

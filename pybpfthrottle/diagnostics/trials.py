@@ -132,7 +132,7 @@ def _link_flags(setup: Setup) -> Result:
             except OSError as error:
                 return passed(
                     "with flags 0 links can be made; a loader that passes BPF_F_ALLOW_MULTI gets"
-                    f" {syscall.errno_name(error.errno or 0)}, whatever the machine"
+                    f" {syscall.errno_name(error.errno or 0)} on every machine"
                 )
     finally:
         os.close(fd)
@@ -162,8 +162,8 @@ def _by_either_way(cgroup: Cgroup) -> Result:
     evidence = [f"by link: {by_link.text}", f"by the legacy call: {by_call.text}"]
     if by_call.cause == "EINVAL" and not features.QUERY.available():
         return warned(
-            f"this kernel (before Linux 4.15) runs one program alone for {cgroup.path}, and does"
-            " not tell whether there is one: not tried, since it might switch another one off",
+            f"this kernel (before Linux 4.15) runs only one program for {cgroup.path}, and does"
+            " not say whether there is one: not tried, since it might switch another one off",
             *evidence,
             cause="alone",
         )

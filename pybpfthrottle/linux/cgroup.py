@@ -271,8 +271,8 @@ def _elsewhere(table: Sequence[Mount]) -> Mount:
             fd = libc.mount_nowhere("cgroup2")
         except OSError as error:
             raise CgroupError(
-                "cgroup v2 is not mounted here, since a new /sys was mounted, as ip netns exec"
-                " does it. Enter the network namespace alone: nsenter --net=/run/netns/NAME"
+                "cgroup v2 is not mounted here, because a new /sys was mounted, as ip netns exec"
+                " does. Enter only the network namespace: nsenter --net=/run/netns/NAME"
                 f" pybpfthrottle ...; or mount it: {usual} ({error})"
             ) from error
         number = os.fstat(fd).st_dev
@@ -458,8 +458,8 @@ def _visible(inside: str, pid: int) -> str:
     found = _holding(pid, parts) if ".." in above else None
     if found is None:
         raise CgroupError(
-            f"the cgroup of process {pid}, {inside}, is outside of what is mounted at {where.path}:"
-            " it belongs to another cgroup namespace"
+            f"the cgroup of process {pid}, {inside}, is not below the mount at {where.path}: it"
+            " belongs to another cgroup namespace"
         )
     return found.path
 

@@ -42,7 +42,7 @@ def why_refused(error: OSError) -> Refusal:
     with suppress(OSError), open(_PTRACE_SCOPE) as file:
         if int(file.read()) == _NO_ATTACH and call == "pidfd_getfd":
             return Refusal(
-                "kernel.yama.ptrace_scope is 3, which forbids it to all until the next boot"
+                "kernel.yama.ptrace_scope is 3, which forbids this to everyone until the next boot"
             )
     if not may_borrow_all():
         return Refusal("CAP_SYS_PTRACE is needed", capability=True)
@@ -151,7 +151,7 @@ def _open_thread(pid: int, thread: int) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        reason = "its first thread has ended, and to borrow from another takes Linux 6.9"
+        reason = "its first thread has ended, and borrowing from another thread needs Linux 6.9"
         raise OSError(errno.EOPNOTSUPP, reason) from error
 
 

@@ -113,7 +113,7 @@ def test_another_program_is_not_sent_the_signal(tool, scratch):
     child = scratch.process(scratch.cgroup(), "sleep", "60")
     result = tool.run("switch", str(child.pid), "legacy")
     assert result.status == 1
-    assert "is no pybpfthrottle" in result.complaint
+    assert "is not a pybpfthrottle" in result.complaint
     assert child.poll() is None
 
 

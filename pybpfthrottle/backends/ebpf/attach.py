@@ -40,7 +40,7 @@ _HOOK_NAMES = {
 }
 _NO_OVERRIDE = (
     "Ask its owner to attach it with BPF_F_ALLOW_MULTI; --pid, --name, --exe and --user limit"
-    " processes without that; --override-others insists"
+    " processes without that; --override-others attaches all the same"
 )
 
 _MODES = {
@@ -120,8 +120,8 @@ def _try_below(
     except OSError as error:
         raise AttachError(
             f"cannot attach {program.name!r} to {cgroup.path}: that may switch off"
-            f" {', '.join(map(str, hidden))}, attached above what is visible here; whether it"
-            f" does cannot be tried in a new cgroup ({error.strerror}). {_NO_OVERRIDE}"
+            f" {', '.join(map(str, hidden))}, attached above what is visible here; this cannot be"
+            f" tested in a new cgroup ({error.strerror}). {_NO_OVERRIDE}"
         ) from error
     try:
         remaining = _remaining(program, trial.cgroup, attach_type)
@@ -311,8 +311,8 @@ def _not_permitted(
         return exclusive
     if command == "BPF_PROG_ATTACH" and not features.QUERY.available():
         return (
-            "another program is attached there or above, and this kernel (before Linux 4.15) runs"
-            " one alone for a cgroup, and does not tell which. End it first, or limit a cgroup"
+            "another program is attached there or above, and this kernel (before Linux 4.15)"
+            " runs only one for a cgroup, and does not say which. End it first, or limit a cgroup"
             " elsewhere; pybpfthrottle list names limits"
         )
     text = privileges.why_not_permitted(command)
@@ -344,9 +344,9 @@ def _invalid(
     except OSError as error:
         if error.errno == errno.EINVAL and not policy.exclusive:
             return (
-                "this kernel (before Linux 4.15) lets one program alone be attached to a cgroup,"
-                " and does not tell whether there is one; --exclusive attaches all the same,"
-                " and may replace another tool's program"
+                "this kernel (before Linux 4.15) lets only one program be attached to a cgroup,"
+                " and does not say whether there is one; --exclusive attaches all the same, and"
+                " may replace another tool's program"
             )
     return None
 

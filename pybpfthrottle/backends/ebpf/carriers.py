@@ -36,8 +36,9 @@ def notes(pids: Sequence[int], *, loopback: bool) -> Iterator[str]:
     for pid, own in opened.items():
         if own.devices and not any(map(tables.at(pid).sends, own.sockets)):
             yield (
-                f"{process.listed([pid])} has the device {', '.join(own.devices)}: packets that go"
-                " through it belong to no socket, and are not limited. Limit the device, as by tc"
+                f"{process.listed([pid])} has the device {', '.join(own.devices)}: packets that"
+                " go through it belong to no socket, and are not limited. Limit the device"
+                " itself, for example with tc"
             )
     if not any(
         tables.at(pid).leaves(inode) for pid, own in opened.items() for inode in own.sockets
@@ -75,8 +76,8 @@ def _carried(opened: Mapping[int, _Open], tables: _Tables, loopback: bool) -> It
             over_pipes.append(pid)
     if over_loopback and not loopback:
         yield (
-            f"all connections of {who} go over the loopback device, which is limited only with"
-            f" --loopback, to {process.listed(over_loopback)}: {_instead(over_loopback)}"
+            f"all connections of {who} go over the loopback device (limited only with --loopback)"
+            f" to {process.listed(over_loopback)}: {_instead(over_loopback)}"
         )
     if over_pipes:
         yield (

@@ -75,7 +75,9 @@ class Gate:
         """Return which connections the gate does not cover, a line each."""
         found = []
         if self._ended is not None:
-            found.append(f"downloads are policed, as the gate's keeper has ended: {self._ended}")
+            found.append(
+                f"downloads are policed, because the gate's keeper has ended: {self._ended}"
+            )
         if self._ungated:
             found.append(
                 f"{self._ungated} connections were left to the policer: acknowledgements that the"

@@ -37,7 +37,7 @@ _MARK = b"\0\0\0\0"
 _EXECUTION = "sched_process_exec"
 
 _OTHER_NAMESPACE = (
-    "process ids of this pid namespace (of a container) are not those that the kernel compares"
+    "the kernel does not compare the process ids of this pid namespace (of a container)"
 )
 
 # Shapes a connection that was open before; only valid within the context.
@@ -103,7 +103,7 @@ class Marks:
             if isinstance(refused, PermissionError) and why_refused(refused).capability:
                 raise ProcessError(
                     f"may not look into process {process.listed([pid])}: {refused.strerror};"
-                    " for the sockets that it has open already CAP_SYS_PTRACE is needed"
+                    " CAP_SYS_PTRACE is needed for the sockets that it has open already"
                 )
 
     def take_in(self, pids: Iterable[int]) -> None:
@@ -198,8 +198,8 @@ class Marks:
                     adopt(found)
         for pid, error in self._scan.refused.items():
             self._note(
-                f"the sockets that {process.listed([pid])} had open before are not limited,"
-                " nor what they accept: they cannot be looked at"
+                f"the sockets that {process.listed([pid])} had open before are not limited, and"
+                " neither is what they accept: they cannot be examined"
                 f" ({_why_not_looked_at(error)}). A limit of its whole cgroup covers them"
             )
         return count
@@ -247,7 +247,7 @@ class Marks:
             for pid in self._sharing(self._suspects):
                 self._note(
                     f"{process.listed([pid])} uses some of the sockets too: these are limited for"
-                    " all who do"
+                    " it as well"
                 )
             self._suspects = []
         if not self._suspects:

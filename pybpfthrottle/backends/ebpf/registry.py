@@ -185,8 +185,8 @@ def refuse_to_replace(cgroup: Cgroup) -> None:
                 if cgroup in limited or limited in cgroup:
                     raise AttachError(
                         f"{limited.path} is limited already, by process {record.owner.pid}, and"
-                        f" this kernel (before Linux 4.15) runs one program alone for a cgroup:"
-                        f" a limit on {cgroup.path} would switch the other off. End that first"
+                        " this kernel (before Linux 4.15) runs only one program for a cgroup: a"
+                        f" limit on {cgroup.path} would switch the other off. End that first"
                     )
 
 

@@ -128,8 +128,8 @@ class Strays:
             self._limiter.mark(stray.place)
         except (Error, OSError) as error:
             self._note(
-                f"a socket of {who} was made in another cgroup ({where}), and is not limited with"
-                f" what it accepts: {error}"
+                f"a socket of {who} was made in another cgroup ({where}), and neither it nor what"
+                f" it accepts is limited: {error}"
             )
         else:
             self._note(f"sockets of {who} that were made in another cgroup ({where}) are limited")

@@ -320,7 +320,7 @@ class EbpfThrottle:
                 raise
             self._placed.attach(self._for_marks(selection, below))
             self._notes.append(
-                f"sockets that were made in other cgroups than"
+                "sockets that were made in cgroups other than"
                 f" {', '.join(one.path for one in below)} are not limited: {error}"
             )
             return below

@@ -176,7 +176,7 @@ def test_run_below_a_firewall_is_limited_all_the_same(scratch: Cgroup, child: Cg
         )
         assert done.returncode == 0
         assert int(done.stdout) < 200
-        assert "the sockets of the command are limited, and no cgroup" in done.stderr
+        assert "the sockets of the command are limited, not a cgroup" in done.stderr
 
 
 def test_run_leaves_no_firewall_for_the_root_cgroup(scratch: Cgroup, child: Cgroup) -> None:

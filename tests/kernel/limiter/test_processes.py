@@ -248,7 +248,7 @@ def test_a_forked_server_shares_its_limit_and_that_is_said(own: Target, scratch:
     with limited(worker, children=False) as live, target(scratch) as peer:
         eventually(
             lambda: any(
-                f"{own.pid} (" in note and "limited for all who do" in note for note in live.notes()
+                f"{own.pid} (" in note and "limited for it as well" in note for note in live.notes()
             ),
             within_s=NEXT_PASS_S,
         )
