@@ -140,6 +140,14 @@ static void (*bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;
 static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
 static struct tcp_sock *(*bpf_skc_to_tcp_sock)(void *sk) = (void *)137;
 
+/* The limits, which tell whose the throttle is as well. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, THROTTLE_DIRECTIONS);
+	__type(key, __u32);
+	__type(value, struct throttle_config);
+} CGROUP_CONFIGS SEC(".maps");
+
 /* Acknowledgements on their way to the keeper. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -288,7 +296,8 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 
 SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 {
-	__u32 zero = 0, at, headers, payload, number, edge, kept;
+	__u32 zero = 0, down = THROTTLE_DOWNLOAD, at, headers, payload, number, edge, kept;
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_socket *socket;
 	struct bpf_sock *sk = skb->sk;
@@ -299,7 +308,7 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	int passes;
 
 	HOLD_RECORD();
-	if (!gate || !sk)
+	if (!gate || !config || !sk)
 		return PASS;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
@@ -326,12 +335,13 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	edge = number + ((__u32)(tcp[14] << 8 | tcp[15]) << socket->window_scale);
 	payload = skb->len - headers;
 	now = bpf_ktime_get_ns();
-	passes = tcp[13] & TCP_FIN_SYN_RST || payload || !socket->gated || is_stale(gate, now);
+	passes = tcp[13] & TCP_FIN_SYN_RST || payload || !socket->gated ||
+		 !config->rate_bytes_per_s || is_stale(gate, now);
 	if (passes) {
 		if (!socket->edge_known || (__s32)(edge - socket->edge) > 0)
 			socket->edge = edge;
 		socket->edge_known = 1;
-		if (!socket->gated || !(tcp[13] & TCP_ACK))
+		if (!socket->gated || !config->rate_bytes_per_s || !(tcp[13] & TCP_ACK))
 			return PASS;
 	}
 	number = bpf_get_socket_cookie(skb) & (GATE_UNGATED - 1);

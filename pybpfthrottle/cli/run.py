@@ -120,7 +120,7 @@ def _handed_over(argv: Sequence[str]) -> Optional[str]:
     name = os.path.basename(argv[0])
     if name == "systemd-run" and "--scope" not in argv:
         return (
-            "systemd-run has systemd start the command, outside of this limit: give systemd-run"
+            "systemd-run has systemd start the command, which is not limited then: give systemd-run"
             " the option --scope, or limit the unit by --unit"
         )
     if name in _ASK_A_DAEMON:

@@ -160,7 +160,7 @@ def test_a_path_that_is_another_cgroup_is_noticed(tool, scratch):
     result = tool.finish(started)
     assert result.status == 1
     assert f"{cgroup.path} was removed while it was limited" in result.complaint
-    assert "another" in result.complaint
+    assert "a new one at the same path" in result.complaint
 
 
 def test_one_of_two_paths_that_is_another_cgroup_is_said(tool, scratch, attached):
@@ -170,7 +170,7 @@ def test_one_of_two_paths_that_is_another_cgroup_is_said(tool, scratch, attached
     before = attached(other)
     cgroup.remove()
     scratch.cgroup(name=name_of(cgroup))
-    assert "another" in event(started, "note", cgroup.path)["text"]
+    assert "a new one at the same path" in event(started, "note", cgroup.path)["text"]
     assert attached(other) == before
     end(tool, started)
 

@@ -174,7 +174,7 @@ MAPS_OF = {
     "throttle": {*_CGROUP, records.RECORD},
     "throttle-direct": {*_CGROUP, records.RECORD},
     "throttle-marked": {*_CGROUP, "MARKS", "PROCESSES", records.RECORD},
-    "gate": {"GATE", "GATE_RING", "SOCKETS", records.RECORD},
+    "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
 }
 
