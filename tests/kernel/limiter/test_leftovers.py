@@ -50,7 +50,7 @@ def running(cgroup: Cgroup, method: str) -> Iterator[subprocess.Popen[bytes]]:
         [*command, "--bpf-attach-method", method], stdout=subprocess.DEVNULL, env=ENVIRONMENT
     ) as process:
         try:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 30
             while len(attached(cgroup)) < 2:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
