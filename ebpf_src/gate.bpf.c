@@ -76,20 +76,7 @@ struct __sk_buff {
 	struct bpf_sock *sk;
 };
 
-struct bpf_sock {
-	__u32 bound_dev_if;
-	__u32 family;
-	__u32 type;
-	__u32 protocol;
-	__u32 mark;
-	__u32 priority;
-	__u32 src_ip4;
-	__u32 src_ip6[4];
-	__u32 src_port;
-	__u32 dst_port;
-	__u32 dst_ip4;
-	__u32 dst_ip6[4];
-};
+#include "bpf_sock.h"
 
 /* What is read of the kernel's own structures; where they have it is found when this is loaded. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -140,13 +127,7 @@ static void (*bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;
 static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
 static struct tcp_sock *(*bpf_skc_to_tcp_sock)(void *sk) = (void *)137;
 
-/* The limits, which tell whose the throttle is as well. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, THROTTLE_DIRECTIONS);
-	__type(key, __u32);
-	__type(value, struct throttle_config);
-} CGROUP_CONFIGS SEC(".maps");
+#include "configs.h"
 
 /* Acknowledgements on their way to the keeper. */
 struct {

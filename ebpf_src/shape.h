@@ -570,21 +570,7 @@ always_inline int shape_but_multipath(struct bpf_sock_ops *ctx)
 	return shape(ctx);
 }
 
-/* As in linux/bpf.h. */
-struct bpf_sock {
-	__u32 bound_dev_if;
-	__u32 family;
-	__u32 type;
-	__u32 protocol;
-	__u32 mark;
-	__u32 priority;
-	__u32 src_ip4;
-	__u32 src_ip6[4];
-	__u32 src_port;
-	__u32 dst_port;
-	__u32 dst_ip4;
-	__u32 dst_ip6[4];
-};
+#include "bpf_sock.h"
 
 /* The start of the context of setsockopt(2), as in linux/bpf.h. */
 struct bpf_sockopt {
