@@ -6,7 +6,7 @@ import os
 from typing import Any, Iterable, NamedTuple, Optional, TypeVar, Union
 
 from pybpfthrottle import registry
-from pybpfthrottle.backends import Record
+from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic

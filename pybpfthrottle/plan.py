@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Iterator, Mapping, Sequence
 
-from pybpfthrottle.backends import Match, Offer
+from pybpfthrottle.backends.protocol import Match, Offer
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.model import Direction
 

@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 from typing import Optional, Sequence
 
-from pybpfthrottle import backends
-from pybpfthrottle.backends import Match, Record
+from pybpfthrottle.backends.protocol import Match, Record, all_backends
+from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups, process
@@ -48,7 +48,7 @@ def records() -> list[Record]:
 
 
 def _known() -> list[Record]:
-    return [record for backend in backends.all_backends() for record in backend.in_force()]
+    return [record for backend in all_backends() for record in backend.in_force()]
 
 
 def _is_in_force(record: Record) -> bool:
@@ -58,7 +58,7 @@ def _is_in_force(record: Record) -> bool:
 
 def tidy_up() -> None:
     """Remove the leftovers of a crash, as far as possible here."""
-    for backend in backends.all_backends():
+    for backend in all_backends():
         with suppress(Error, OSError):
             backend.tidy_up()
     with suppress(Error, OSError):
@@ -88,7 +88,7 @@ def _is_for(record: Record, pid: int) -> bool:
     return (
         pid == record.owner.pid
         or pid in record.spec.target.pids
-        or pid in backends.get(record.backend).processes(record)
+        or pid in get_backend(record.backend).processes(record)
     )
 
 
@@ -165,7 +165,7 @@ def _refuse_among_processes(
     own: Sequence[Process], chosen: Sequence[Cgroup], record: Record
 ) -> None:
     """Refuse if ``record``, which limits processes' sockets, covers some of the target."""
-    limited = set(backends.get(record.backend).processes(record))
+    limited = set(get_backend(record.backend).processes(record))
     for one in own:
         if one.pid in limited:
             whose = "" if one.pid in record.spec.target.pids else ", with its parents"

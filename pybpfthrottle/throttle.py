@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
 
 from pybpfthrottle import registry, targets
-from pybpfthrottle.backends import (
+from pybpfthrottle.backends.protocol import (
     Backend,
     Executions,
     Match,
@@ -24,7 +24,7 @@ from pybpfthrottle.backends import (
     Record,
     all_backends,
 )
-from pybpfthrottle.backends import get as get_backend
+from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import (
     AttachError,
     BpfError,

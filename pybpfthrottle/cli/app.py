@@ -511,7 +511,7 @@ def show(as_json: bool) -> None:
 
 
 def _list_backends() -> None:
-    from pybpfthrottle.backends import all_backends
+    from pybpfthrottle.backends.protocol import all_backends
 
     for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
         echo(f"{str(direction).capitalize()} Backends:")

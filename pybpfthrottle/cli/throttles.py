@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import registry
-from pybpfthrottle.backends import Record
+from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo
 from pybpfthrottle.errors import ProcessError, ThrottleError

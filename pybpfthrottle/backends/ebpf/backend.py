@@ -6,7 +6,6 @@ import errno
 from contextlib import suppress
 from typing import Iterator, Optional
 
-from pybpfthrottle.backends import Executions, Match, Offer, Order, Part, Priority, Ready, Record
 from pybpfthrottle.backends.ebpf import (
     attached,
     features,
@@ -19,6 +18,16 @@ from pybpfthrottle.backends.ebpf.found import FoundThrottle
 from pybpfthrottle.backends.ebpf.marks import Tracing
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
+from pybpfthrottle.backends.protocol import (
+    Executions,
+    Match,
+    Offer,
+    Order,
+    Part,
+    Priority,
+    Ready,
+    Record,
+)
 from pybpfthrottle.errors import CgroupError, Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup

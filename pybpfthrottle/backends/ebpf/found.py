@@ -8,13 +8,13 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any, Optional, Sequence
 
-from pybpfthrottle.backends import Match, Record
 from pybpfthrottle.backends.ebpf import connections, registry
 from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFlags, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap, record_of
+from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import LinkType
 from pybpfthrottle.bpf.maps import Map

@@ -14,7 +14,6 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
 
-from pybpfthrottle.backends import Match, Record
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
@@ -26,6 +25,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleRecord,
     ThrottleRecordFlags,
 )
+from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec

@@ -15,7 +15,6 @@ from typing import (
     Sequence,
 )
 
-from pybpfthrottle.backends import Match, Order
 from pybpfthrottle.backends.ebpf import carriers, connections, programs
 from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
@@ -32,6 +31,7 @@ from pybpfthrottle.backends.ebpf.registry import (
     record_of,
 )
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
+from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program

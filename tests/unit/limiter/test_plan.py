@@ -6,7 +6,7 @@ from typing import Optional
 
 import pytest
 
-from pybpfthrottle.backends import Match, Offer, Priority
+from pybpfthrottle.backends.protocol import Match, Offer, Priority
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.model import Direction
 from pybpfthrottle.plan import Place, Situation, Wish, plans

@@ -1,0 +1,238 @@
+"""The protocol of backends: what one offers, puts in force, finds and opens.
+
+A backend makes an offer for a direction and a way of matching packets, puts limits in force as a
+``Part`` of a throttle, finds the parts in force, whoever made them, and opens them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from importlib import import_module
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
+
+from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.linux.cgroup import Cgroup, known_as
+from pybpfthrottle.linux.process import Identity, Process
+from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
+from pybpfthrottle.settings import BACKENDS
+from pybpfthrottle.supervisor import Chore
+from pybpfthrottle.targets import Selection
+
+# The module of each backend in settings.BACKENDS, imported on demand: most starts need only one.
+_HOMES = {"ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend")}
+
+
+class Priority(IntEnum):
+    """How good a mechanism is; the best available one is chosen."""
+
+    FALLBACK = 1
+    GOOD = 2
+    BETTER = 3
+    BEST = 4
+
+
+class Match(Enum):
+    """How a target's packets are told from all others."""
+
+    MARKS = "marks"
+    CGROUP = "cgroup"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a backend can do for one direction and way of matching.
+
+    ``refused`` is why it cannot, or None; ``loses`` lists what it would leave out, a sentence each.
+    """
+
+    backend: str
+    priority: Priority
+    direction: Direction
+    match: Match
+    refused: Optional[str] = None
+    loses: tuple[str, ...] = ()
+
+
+class Order(NamedTuple):
+    """What one backend has to limit: all packets of cgroups, or of processes' sockets.
+
+    With both, no socket may belong to a cgroup and a process alike: then the selection's
+    ``new_sockets`` is false. ``command`` is limited, with what it starts, even if it leaves the
+    cgroups. ``options`` are the backend's own, or None.
+    """
+
+    spec: ThrottleSpec
+    limits: Limits
+    cgroups: Sequence[Cgroup] = ()
+    processes: Optional[Selection] = None
+    options: Any = None
+    command: Optional[Process] = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """Which packets are limited."""
+        return self.spec.traffic
+
+
+@dataclass(frozen=True)
+class Record:
+    """A throttle in force, as it is registered: this process's own, or another's.
+
+    ``owner`` is the process that keeps it, ``kept`` whether it outlives that process. ``since_ns``
+    is its start time on CLOCK_BOOTTIME. ``removed`` says that the limit was removed while the owner
+    still runs. ``clears_up`` is a process that restores connections if the owner is killed. The
+    backend finds it by ``handles``. ``cgroups`` are paths as the owner sees them; older versions
+    did not record their ids.
+    """
+
+    id: str
+    spec: ThrottleSpec
+    owner: Identity
+    backend: str
+    match: Match
+    cgroups: tuple[str, ...] = ()
+    cgroup_ids: tuple[int, ...] = ()
+    kept: bool = False
+    since_ns: int = 0
+    removed: bool = False
+    clears_up: Optional[Identity] = None
+    attached_by: str = ""
+    handles: Mapping[str, Any] = field(default_factory=dict)
+
+    def visible_cgroups(self) -> list[Cgroup]:
+        """Return the cgroups that it is on, as this process sees them, if it can."""
+        ids = [*self.cgroup_ids, *[None] * len(self.cgroups)]
+        found = [known_as(path, number) for path, number in zip(self.cgroups, ids)]
+        return [cgroup for cgroup in found if cgroup is not None]
+
+
+class Part(Protocol):
+    """A limit in force on some directions, by one backend."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return each direction's counters."""
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction; None lifts it."""
+
+    def burst_bytes(self, direction: Direction) -> int:
+        """Return how much may pass at once after an idle time, beyond the rate."""
+
+    def switch(self, method: str) -> None:
+        """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit one cgroup in place of a removed one; the counters continue.
+
+        Raises an error of this package; then the new cgroup is limited no more than before.
+        """
+
+    def remove(self) -> None:
+        """Take everything away. Doing so twice is no error."""
+
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """Return how a direction is limited, for people and for JSON."""
+
+    def processes(self) -> list[int]:
+        """Return the selected processes that are limited now, and their descendants."""
+
+    def notes(self) -> Sequence[str]:
+        """Return what the user should know about what is and is not covered, a line each."""
+
+    def chores(self) -> Sequence[Chore]:
+        """Return what has to be done while the limit is in force."""
+
+    def removed_by_others(self) -> bool:
+        """Whether somebody else has removed the limit."""
+
+    def close(self) -> None:
+        """Close a limit opened by ``open``, leaving it in force as it is."""
+
+
+class Ready(Protocol):
+    """Limits prepared as far as possible before the process is known."""
+
+    def apply(self, order: Order, throttle_id: str) -> Part:
+        """Put the limits of the order that this was prepared for in force, and register them.
+
+        Raises an error of this package; then all is undone.
+        """
+
+    def remove(self) -> None:
+        """Take everything away. Doing so twice is no error."""
+
+
+class Executions(Protocol):
+    """Reports each process on this machine that executes a program."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program."""
+
+    def executed(self) -> Iterator[int]:
+        """Return the processes that have executed a program since the last call."""
+
+    def close(self) -> None:
+        """Stop reporting."""
+
+
+class Backend(Protocol):
+    """A mechanism."""
+
+    name: str
+    priority: Priority
+
+    def unavailable(self, direction: Direction) -> Optional[str]:
+        """Return why it cannot limit this direction here, or None."""
+
+    def offer(self, direction: Direction, match: Match) -> Offer:
+        """Return what it can do for a direction and a way of matching; probed, not guessed."""
+
+    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
+        """Return what handles one cgroup's packets but not another's, for people."""
+
+    def prepare(self) -> None:
+        """Do the slow work that can be done before the target is known."""
+
+    def apply(self, order: Order, throttle_id: str) -> Part:
+        """Put limits in force, shared by the whole target, and register them.
+
+        Raises an error of this package; then all is undone.
+        """
+
+    def make_ready(self, order: Order) -> Ready:
+        """Prepare limits for processes that come later. Raises an error of this package."""
+
+    def executions(self) -> Executions:
+        """Begin to report executions. Raises an error of this package, or OSError."""
+
+    def in_force(self) -> Iterator[Record]:
+        """Return what is in force on this machine, whoever made it. Raises OSError."""
+
+    def open(self, record: Record) -> Part:
+        """Open a limit that another process keeps. Raises ThrottleError if it is gone."""
+
+    def tidy_up(self) -> None:
+        """Remove the leftovers of a crash."""
+
+    def processes(self, record: Record) -> list[int]:
+        """Return the processes whose sockets it limits, as ids in the initial pid namespace."""
+
+
+def get(name: str) -> Backend:
+    """Return the backend with this name. Raises ThrottleError if there is none."""
+    if name not in _HOMES:
+        known = ", ".join(name for name in BACKENDS if name != "auto")
+        raise ThrottleError(f"no backend {name!r} (known: {known})")
+    module, kind = _HOMES[name]
+    backend: Backend = getattr(import_module(module), kind)()
+    return backend
+
+
+def all_backends() -> list[Backend]:
+    """Return all backends, best first."""
+    return sorted(map(get, _HOMES), key=lambda backend: -backend.priority)
