@@ -100,11 +100,18 @@ struct sock {
 	struct sock_common __sk_common;
 };
 
+struct inet_connection_sock {
+	struct {
+		unsigned short rcv_mss;
+	} icsk_ack;
+};
+
 struct tcp_options_received {
 	unsigned short rcv_wscale : 4;
 };
 
 struct tcp_sock {
+	struct inet_connection_sock inet_conn;
 	struct tcp_options_received rx_opt;
 };
 #pragma clang attribute pop
@@ -182,14 +189,28 @@ always_inline __u32 scale_of(struct tcp_sock *tcp)
 	return value >> info(tcp->rx_opt.rcv_wscale, FIELD_RSHIFT_U64);
 }
 
+/*
+ * The largest segment that its sender may send: at first as large as its own, and more if one came.
+ * Nothing is sent into a window of less.
+ */
+always_inline __u32 segment_of(struct bpf_sock *sk, struct throttle_socket *socket)
+{
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+
+	if (tcp && tcp->inet_conn.icsk_ack.rcv_mss > socket->segment)
+		socket->segment = tcp->inet_conn.icsk_ack.rcv_mss;
+	return socket->segment;
+}
+
 /* Tell the keeper of a namespace that it cannot send in yet. */
-always_inline void ask_for(__u32 network)
+always_inline void ask_for(struct throttle_gate *gate, __u32 network)
 {
 	struct throttle_ack *ack = bpf_ringbuf_reserve(&GATE_RING, sizeof(*ack), 0);
 
 	if (!ack)
 		return;
 	ack->length = 0;
+	ack->gate = gate->id;
 	ack->network = network;
 	bpf_ringbuf_submit(ack, BPF_RB_FORCE_WAKEUP);
 }
@@ -215,13 +236,14 @@ always_inline __u32 state_of(struct bpf_sock *sk, struct throttle_socket *socket
 		socket->gate = GATE_READY;
 	} else if (socket->gate == GATE_UNKNOWN) {
 		socket->gate = GATE_ASKED;
-		ask_for(socket->network);
+		ask_for(gate, socket->network);
 	}
 	return socket->gate;
 }
 
 /* The ends of a connection as its socket has them. */
 struct ends {
+	__u32 device; /* that the socket is bound to, or 0 */
 	__u32 source_port, target_port; /* the second in network byte order */
 	__u32 source4, target4;
 	__u32 source6[4], target6[4];
@@ -232,6 +254,7 @@ always_inline void read_ends(struct ends *ends, struct bpf_sock *sk)
 {
 	volatile struct bpf_sock *own = sk;
 
+	ends->device = own->bound_dev_if;
 	ends->source_port = own->src_port;
 	ends->target_port = own->dst_port;
 	ends->source4 = own->src_ip4;
@@ -277,7 +300,8 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 
 SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 {
-	__u32 zero = 0, down = THROTTLE_DOWNLOAD, at, headers, payload, number, edge, kept;
+	__u32 zero = 0, down = THROTTLE_DOWNLOAD, at, headers, payload, number, edge;
+	__u32 kept, segment;
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_socket *socket;
@@ -331,16 +355,19 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	if (headers < LEAST_HEADER_BYTES || headers > GATE_PACKET_BYTES)
 		return PASS;
 	read_ends(&ends, sk);
+	segment = segment_of(sk, socket);
 	ack = bpf_ringbuf_reserve(&GATE_RING, sizeof(*ack), 0);
 	if (!ack)
 		return PASS;
 	ack->cookie = bpf_get_socket_cookie(skb);
 	ack->at_ns = now;
+	ack->gate = gate->id;
+	ack->device = ends.device;
 	ack->edge = socket->edge;
 	ack->payload = payload;
 	ack->mark = skb->mark;
 	ack->network = socket->network;
-	ack->segment = socket->segment;
+	ack->segment = segment;
 	ack->length = headers;
 	ack->window_scale = socket->window_scale;
 	ack->passed = passes;

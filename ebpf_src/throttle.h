@@ -153,13 +153,13 @@ struct throttle_socket {
 };
 
 /*
- * The gate of one throttle. Written by its keeper, but for the last two: `taken` is the programs',
- * and both set `oldest_ns`, since when an acknowledgement waits for the keeper: the programs where it
+ * The gate of one throttle. Written by its keeper, but for `id` and the last two: `taken` is the
+ * programs', and both set `oldest_ns`, since when an acknowledgement waits for the keeper: the programs where it
  * is 0, the keeper to 0 when it looks.
  */
 struct throttle_gate {
 	__u32 alive; /* whether the keeper serves it */
-	__u32 reserved;
+	__u32 id;    /* by which the keeper tells it from others */
 	__u64 next_due_ns;   /* when the keeper is going to open a window; 0: none waits */
 	__u64 round_trip_ns; /* the longest that it has seen */
 	__u32 namespaces[GATE_NAMESPACES]; /* the inodes of those that it can send in */
@@ -172,6 +172,8 @@ struct throttle_gate {
 struct throttle_ack {
 	__u64 cookie; /* of the socket */
 	__u64 at_ns;
+	__u32 gate;    /* struct throttle_gate's id */
+	__u32 device;  /* the index of the device that its socket is bound to, or 0 */
 	__u32 edge;    /* struct throttle_socket's */
 	__u32 payload; /* bytes of data that it was sent with */
 	__u32 mark;
@@ -180,7 +182,7 @@ struct throttle_ack {
 	__u8 length; /* of its headers in bytes */
 	__u8 window_scale;
 	__u8 passed; /* it has left by itself, and is only to be known */
-	__u8 reserved[5];
+	__u8 reserved;
 	__u8 packet[GATE_PACKET_BYTES]; /* its headers, with the socket's own addresses */
 };
 

@@ -154,7 +154,11 @@ class Supervisor:
         self.close()
 
     def _chores(self) -> list[tuple[Chore, bool]]:
-        return [(chore, strict) for source, strict in self._sources for chore in source()]
+        # Limits may share a chore.
+        found = {
+            id(chore): (chore, strict) for source, strict in self._sources for chore in source()
+        }
+        return list(found.values())
 
     def _register(self, descriptors: Iterable[int]) -> None:
         """Wait for these descriptors, and no others.

@@ -206,7 +206,6 @@ def request_from(given: dict[str, Any]) -> Request:
                 egress_verdict=verdict,
                 shape=found.shape,
                 guard=True,
-                keeper=not given.get("each"),
             )
         },
         duration_s=given.pop("duration"),

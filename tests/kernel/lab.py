@@ -98,15 +98,19 @@ class Lab:
 
 @contextmanager
 def lab(
-    *, ipv6: bool = False, round_trip_s: float = 0.0, fastest: Optional[Rate] = FASTEST
+    *,
+    ipv6: bool = False,
+    round_trip_s: float = 0.0,
+    fastest: Optional[Rate] = FASTEST,
+    listen: str = "",
 ) -> Iterator[Lab]:
     """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards.
 
-    The server sends no connection more than ``fastest``.
+    The server sends no connection more than ``fastest``. It has the wire's address, or ``listen``.
     """
     with DelayLine(LineSpec(round_trip_s / 2)) if round_trip_s else Wire() as wire:
         address = wire.server.address6 if ipv6 else wire.server.address
-        server = start_server(wire.server.inside, address)
+        server = start_server(wire.server.inside, listen or address)
         if fastest is not None:
             pace(server.pid, fastest)
         try:

@@ -26,7 +26,7 @@ import struct
 import sys
 from collections import deque
 from contextlib import suppress
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
@@ -61,12 +61,13 @@ _SHORTEST_MEMORY_NS = 60_000 * _MS
 _MOST_UNANSWERED = 2
 
 _PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
-_SO_MARK = 36
+_SO_MARK, _IP_PKTINFO = 36, 8
 _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
 _TIMESTAMP, _SACK = 8, 5
-_ACK = struct.Struct("=QQIIIIIBBB5x")  # struct throttle_ack without its packet
+_GATE_OF_ACK = struct.Struct("=I")
+_ACK = struct.Struct("=QQIIIIIIIBBBx")  # struct throttle_ack without its packet
 # Signatures, and MPTCP's data sequence signals (the window there is the whole connection's).
 _FOREIGN_OPTIONS = {19, 29, 30}
 
@@ -110,6 +111,7 @@ class Element:
     """One element of an array map, read by bpf(2) with minimal overhead."""
 
     def __init__(self, fd: int, key: int, kind: Any) -> None:
+        self._fd = fd
         self.value = kind()
         self._key = ctypes.c_uint32(key)
         self._attr = Attr()
@@ -121,6 +123,10 @@ class Element:
         """Return the current value, in the same structure each time."""
         syscall.bpf(Cmd.MAP_LOOKUP_ELEM, self._attr)
         return self.value
+
+    def close(self) -> None:
+        """Close the map."""
+        os.close(self._fd)
 
 
 class Network:
@@ -135,7 +141,7 @@ class Flow:
     """One connection: its newest acknowledgement, and what its sender was granted."""
 
     __slots__ = (
-        *("cookie", "packet", "at", "scale", "segment", "mark", "network", "target"),
+        *("cookie", "packet", "at", "scale", "segment", "mark", "network", "device", "target"),
         *("number", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
         *("out", "granted_ns", "granted_from", "way_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp"),
@@ -145,8 +151,8 @@ class Flow:
         self.cookie = cookie
         self.packet = bytearray()
         self.at = 0  # offset of the TCP header
-        self.scale = self.segment = self.mark = self.network = 0
-        self.target: tuple[str, int] = ("", 0)
+        self.scale = self.segment = self.mark = self.network = self.device = 0
+        self.target: tuple[Any, ...] = ("", 0)
         self.number = number  # what is acknowledged
         self.edge = edge  # up to where the sender was told it may send
         self.promised = promised  # up to where the kernel accepts data
@@ -173,12 +179,17 @@ class Flow:
 class Gate:
     """The connections of one throttle."""
 
-    def __init__(self, keeper: Keeper, gate: int, buckets: int, configs: int) -> None:
+    def __init__(self, keeper: Keeper, number: int, maps: Sequence[int]) -> None:
+        gate, buckets, configs = maps
         self._keeper = keeper
-        self._memory = mmap.mmap(gate, _PAGE)
-        self.shared = ThrottleGate.from_buffer(self._memory)
+        self.number = number
+        memory = mmap.mmap(gate, _PAGE)
+        os.close(gate)
+        self.shared = ThrottleGate.from_buffer(memory)
+        self.due_ns = 0
         self._bucket = Element(buckets, _DOWNLOAD, ThrottleBucket)
         self._config = Element(configs, _DOWNLOAD, ThrottleConfig)
+        self.fresh: dict[int, Flow] = {}  # in this turn
         self.flows: dict[int, Flow] = {}
         self._queue: deque[Flow] = deque()
         self._granted: dict[int, Flow] = {}  # may still use a window, or need it repeated
@@ -186,8 +197,9 @@ class Gate:
         self._rate = self._inverse = 0
         self._even_at_ns = 0
 
-    def look(self) -> None:
+    def begin_turn(self) -> None:
         """Read the rate, and how much is owed at present."""
+        self.shared.oldest_ns = 0
         self._even_at_ns = self._bucket.read().even_at_ns
         config = self._config.read()
         if config.rate_bytes_per_s != self._rate:
@@ -195,13 +207,21 @@ class Gate:
             if not self._rate:
                 self.open_all()
 
-    def take(self, record: memoryview, now: int) -> Optional[Flow]:
-        """Record one acknowledgement; return its flow if ``decide`` has to be called for it."""
-        fields = _ACK.unpack_from(record)
-        cookie, at_ns, edge, payload, mark, network, segment, length, scale, passed = fields
+    def end_turn(self, now: int) -> None:
+        """Forward the newest acknowledgements, and open the windows that are due."""
+        for flow in self.fresh.values():
+            if flow.fresh:
+                self.decide(flow, now)
+        self.fresh.clear()
+        self.due_ns = self.serve(now)
+
+    def take(self, record: memoryview, now: int) -> None:
+        """Record one acknowledgement, or forward it at once if its sender needs each."""
+        cookie, at_ns, _, device, edge, payload, mark, network, *rest = _ACK.unpack_from(record)
+        segment, length, scale, passed = rest
         if not length:
-            self._keeper.tell(unserved=network)
-            return None
+            self._keeper.tell(self, unserved=network)
+            return
         packet = bytearray(record[_ACK.size : _ACK.size + length])
         at = 20 if packet[0] >> 4 == 4 else 40
         sequence, number, _, _, window = _TCP.unpack_from(packet, at + 4)
@@ -214,11 +234,13 @@ class Gate:
         elif not passed and number == flow.number and flow.fresh:
             self.decide(flow, now)  # a duplicate tells its sender of a loss
         if signed(number - flow.number) < 0:
-            return None
+            return
         is_repeated = not is_new and not passed and number == flow.number
         has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
         flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
-        flow.segment = segment
+        flow.segment, flow.device = segment, device
+        if flow.device and at == 40:  # a link-local address is one of a device
+            flow.target = (*flow.target, 0, flow.device)
         if signed(edge - flow.edge) > 0:
             flow.edge = edge
         self._measure(flow, number, at_ns)
@@ -231,19 +253,19 @@ class Gate:
             flow.promised = promised
         if has_sack is None:
             self._leave(flow)
-            return None
+            return
         if passed:
             flow.out, flow.last_ns, flow.fresh = min(flow.out, flow.usable()), now, False
-            return None
+            return
         if is_repeated or has_sack:
             if flow.rest() < self._low(flow):
                 self.decide(flow, now)
             else:
                 self._send(flow, flow.edge, now)
                 flow.fresh = False
-            return None
+            return
         flow.fresh = True
-        return flow
+        self.fresh[cookie] = flow
 
     def decide(self, flow: Flow, now: int) -> None:
         """Forward its acknowledgement: with a new window, or with what is left of the last."""
@@ -296,6 +318,8 @@ class Gate:
         """Leave its connections to the kernel."""
         self.shared.alive = 0
         self.open_all()
+        self._bucket.close()
+        self._config.close()
 
     def _forget(self, now: int) -> None:
         """Now and then, forget connections that have long been silent."""
@@ -381,7 +405,7 @@ class Gate:
         self.shared.ungated[flow.cookie % ThrottleGateBounds.GATE_UNGATED] = flow.cookie
         with suppress(ValueError):
             self._queue.remove(flow)
-        self._keeper.tell(ungated=flow.cookie)
+        self._keeper.tell(self, ungated=flow.cookie)
 
     def _send(self, flow: Flow, edge: int, now: int) -> None:
         """Send its acknowledgement with the window up to an edge."""
@@ -467,9 +491,9 @@ class Keeper:
 
     def __init__(self, owner: socket.socket) -> None:
         self._owner = owner
-        self._gate: Optional[Gate] = None
+        self._gates: dict[int, Gate] = {}
         self._networks: dict[int, Network] = {}
-        self._ring: Ring
+        self._ring: Optional[Ring] = None
         self._timer = libc.timerfd_create()
         self._armed = 0
         self._epoll = select.epoll()
@@ -486,11 +510,10 @@ class Keeper:
                 if self._timer in ready:
                     with suppress(BlockingIOError):
                         os.read(self._timer, 8)
-                if self._gate is not None:
-                    self._turn(self._gate)
+                self._turn()
         finally:
-            if self._gate is not None:
-                self._gate.close()
+            for gate in self._gates.values():
+                gate.close()
 
     def send(self, flow: Flow) -> bool:
         """Send a flow's packet in its namespace; False if that cannot be done."""
@@ -498,10 +521,16 @@ class Keeper:
         own = network and (network.ipv4 if flow.at == 20 else network.ipv6)
         if not own:
             return False
+        ancillary = []
+        if flow.mark:
+            ancillary.append((socket.SOL_SOCKET, _SO_MARK, struct.pack("=I", flow.mark)))
+        if flow.device and flow.at == 20:
+            ancillary.append((socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=I8x", flow.device)))
+        elif flow.device:
+            device = struct.pack("=16xI", flow.device)
+            ancillary.append((socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, device))
         try:
-            if flow.mark:
-                mark = struct.pack("=I", flow.mark)
-                ancillary = [(socket.SOL_SOCKET, _SO_MARK, mark)]
+            if ancillary:
                 own.sendmsg([flow.packet], ancillary, socket.MSG_DONTWAIT, flow.target)
             else:
                 own.sendto(flow.packet, socket.MSG_DONTWAIT, flow.target)
@@ -511,30 +540,39 @@ class Keeper:
             return False
         return True
 
-    def tell(self, **what: Any) -> None:
-        """Tell the owner something."""
+    def tell(self, gate: Gate, **what: Any) -> None:
+        """Tell the owner something of a gate."""
         with suppress(OSError):
-            self._owner.send(json.dumps(what).encode(), socket.MSG_DONTWAIT)
+            message = json.dumps({"gate": gate.number, **what})
+            self._owner.send(message.encode(), socket.MSG_DONTWAIT)
 
-    def _turn(self, gate: Gate) -> None:
+    def _turn(self) -> None:
         now = clock.monotonic_ns()
-        gate.shared.oldest_ns = 0
-        gate.look()
-        fresh = {}
-        for record in self._ring.records():
-            flow = gate.take(record, now)
-            if flow is not None:
-                fresh[flow.cookie] = flow
-        for flow in fresh.values():
-            if flow.fresh:
-                gate.decide(flow, now)
-        due = gate.serve(now)
+        turn: dict[int, Gate] = {}
+        for record in self._ring.records() if self._ring is not None else ():
+            number = _GATE_OF_ACK.unpack_from(record, 16)[0]
+            gate = turn.get(number) or self._begin_turn(number, turn)
+            if gate is not None:
+                gate.take(record, now)
+        for number, gate in self._gates.items():
+            if gate.due_ns and gate.due_ns <= now and number not in turn:
+                self._begin_turn(number, turn)
+        for gate in turn.values():
+            gate.end_turn(now)
+        due = min((gate.due_ns for gate in self._gates.values() if gate.due_ns), default=0)
         if due != self._armed:
             libc.timerfd_settime(self._timer, max(due - clock.monotonic_ns(), 1) if due else 0)
             self._armed = due
 
+    def _begin_turn(self, number: int, turn: dict[int, Gate]) -> Optional[Gate]:
+        gate = self._gates.get(number)
+        if gate is not None:
+            turn[number] = gate
+            gate.begin_turn()
+        return gate
+
     def _listen(self) -> bool:
-        """Handle the owner's messages; return False if it is gone."""
+        """Handle one of the owner's messages; return False if it is gone."""
         data, fds, _, _ = socket.recv_fds(self._owner, 4096, 8)
         if not data:
             return False
@@ -542,17 +580,24 @@ class Keeper:
         if "network" in message:
             own = [socket.socket(fileno=fd) for fd in fds]
             self._networks[message["network"]] = Network(own[0], own[1] if len(own) > 1 else None)
+        elif "ring" in message:
+            self._ring = Ring(fds[0], message["ring"])
+            self._epoll.register(fds[0], select.EPOLLIN)
+        elif "close" in message:
+            gate = self._gates.pop(message["close"], None)
+            if gate is not None:
+                gate.close()
+        elif "networks" in message:
+            self._serve(self._gates[message["gate"]], message["networks"])
         else:
-            ring, *maps = fds
-            self._ring = Ring(ring, message["ring"])
-            self._epoll.register(ring, select.EPOLLIN)
-            self._gate = Gate(self, *maps)
-        if self._gate is not None:
-            for index, inode in enumerate(self._networks):
-                self._gate.shared.namespaces[index] = inode
-            self._gate.shared.alive = 1
-            self.tell(serves=len(self._networks))
+            self._gates[message["gate"]] = Gate(self, message["gate"], fds)
         return True
+
+    def _serve(self, gate: Gate, networks: Sequence[int]) -> None:
+        for index, inode in enumerate(networks):
+            gate.shared.namespaces[index] = inode
+        gate.shared.alive = 1
+        self.tell(gate, serves=len(networks))
 
 
 def main(fd: int) -> None:

@@ -15,12 +15,10 @@ class Options(NamedTuple):
     ``attach`` tells for a direction how programs are attached; ``egress_verdict`` is one of
     settings.EGRESS_VERDICTS: how an upload's packet is dropped, as if by congestion (Linux 5.3) or
     denied (EPERM for the send of a UDP program). ``shape`` is one of settings.SHAPES for a
-    direction. ``guard`` has a child process restore connections if this process is killed, and
-    ``keeper`` lets auto choose the gate, whose keeper is a process of some 15 MB.
+    direction. ``guard`` has a child process restore connections if this process is killed.
     """
 
     attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
     egress_verdict: str = "auto"
     shape: Mapping[Direction, str] = MappingProxyType({})
     guard: bool = False
-    keeper: bool = True

@@ -176,7 +176,7 @@ class ThrottleGate(ctypes.Structure):
 
     _fields_ = (
         ("alive", c_uint32),
-        ("reserved", c_uint32),
+        ("id", c_uint32),
         ("next_due_ns", c_uint64),
         ("round_trip_ns", c_uint64),
         ("namespaces", c_uint32 * ThrottleGateBounds.GATE_NAMESPACES),
@@ -192,6 +192,8 @@ class ThrottleAck(ctypes.Structure):
     _fields_ = (
         ("cookie", c_uint64),
         ("at_ns", c_uint64),
+        ("gate", c_uint32),
+        ("device", c_uint32),
         ("edge", c_uint32),
         ("payload", c_uint32),
         ("mark", c_uint32),
@@ -200,7 +202,7 @@ class ThrottleAck(ctypes.Structure):
         ("length", c_uint8),
         ("window_scale", c_uint8),
         ("passed", c_uint8),
-        ("reserved", c_uint8 * 5),
+        ("reserved", c_uint8),
         ("packet", c_uint8 * ThrottleGateBounds.GATE_PACKET_BYTES),
     )
 

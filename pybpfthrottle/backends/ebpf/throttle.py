@@ -21,24 +21,20 @@ from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.own_record import OwnRecord
 from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
-from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
-from pybpfthrottle.backends.ebpf.registry import (
-    ANSWER,
-    ASKED,
-    RecordMap,
-    record_of,
-)
+from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
+from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
-from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
+from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
@@ -47,8 +43,6 @@ from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
 
-# How often to check whether somebody else has changed or removed the throttle.
-_NOTICE_S = 0.25
 # How soon it is noticed that another tool's program above does not run since this one does.
 _LOOK_ABOVE_S = 1.0
 
@@ -68,18 +62,13 @@ class EbpfThrottle:
         # Where connections of processes are shaped.
         self._marked_cgroups: Sequence[Cgroup] = ()
         self._connections: Optional[Connections] = None
-        self._gate: Optional[Gate] = None
-        self._no_gate = "it was not asked for"
+        self._gate: Gate
         self._strays: Optional[Strays] = None
         # Where marks are looked at.
         self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
-        self._removed_by_others = False
-        self._is_noted = True
-        self._generation = 0
-        self._fields: dict[str, Any] = {}
         self._bucket: Bucket
-        self._record: RecordMap
+        self._record = OwnRecord(self)
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
         self._loaded, self._followed, self._attached, self._guarded = (
@@ -87,8 +76,7 @@ class EbpfThrottle:
         )
         self._attached.callback(self._placed.detach)
         self._undo.callback(self._restore)
-        self._undo.callback(self._say_removed)
-        self._noticing = Periodic(_NOTICE_S, self._notice)
+        self._undo.callback(self._record.say_removed)
         self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above)
 
     @property
@@ -121,8 +109,7 @@ class EbpfThrottle:
         with self._all_or_nothing():
             if not self._maps:
                 self._prepare()
-            if self._gate is not None:
-                self._gate.wait()
+            self._gate.wait()
             if self._order.cgroups:
                 self._limit_cgroups(self._order.cgroups)
             if self._order.processes is not None:
@@ -146,7 +133,8 @@ class EbpfThrottle:
 
     def _prepare(self) -> None:
         order = self._order
-        self._start_gate()
+        self._gate = Gate(self._pids, self._why_no_gate())
+        self._guarded.callback(self._gate.close)
         if order.cgroups:
             self._load(Scope.ALL)
         if order.processes is not None:
@@ -165,8 +153,10 @@ class EbpfThrottle:
             # By the time the guard acts, processes may have left the cgroups.
             guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._maps, RECORD)
             self._guarded.callback(guard.end)
-            self._fields["guard"] = list(process.Process(guard.pid).identity)
-        self._load_gate()
+            self._record.add(guard=list(process.Process(guard.pid).identity))
+        gate = self._gate.load(self._maps)
+        if gate is not None:
+            self._keep(gate)
         if order.processes is not None:
             self._marks = Marks(order.processes, self._maps, self._adopting_marked)
             self._followed.callback(self._marks.close)
@@ -210,9 +200,7 @@ class EbpfThrottle:
                 refused = shaper.needs.why_refused(error)
                 log.debug("This kernel does not take %s: %s", shaper.name, error)
         loaded = loaded or loader.load(spec, names, maps=self._maps)
-        self._loaded.callback(loaded.close)
-        self._programs.update(loaded.programs)
-        self._maps.update(loaded.maps)
+        self._keep(loaded)
         self._object_name = self._object_name or spec.name
         for direction, program in policers.items():
             log.debug(
@@ -221,6 +209,12 @@ class EbpfThrottle:
                 "Ingress" if direction is Direction.DOWNLOAD else "Egress",
             )
         self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
+
+    def _keep(self, loaded: Object) -> None:
+        """Have loaded programs, and close them in the end."""
+        self._loaded.callback(loaded.close)
+        self._programs.update(loaded.programs)
+        self._maps.update(loaded.maps)
 
     def _wants_shaping(self) -> bool:
         return any(self._wanted(direction).flags for direction in self._order.limits)
@@ -304,9 +298,8 @@ class EbpfThrottle:
         self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
-        self._fields["maps"] = {name: live.info().id for name, live in self._maps.items()}
-        with locked():
-            self._note_down()
+        self._record.add(maps=self._map_ids())
+        self._record.update()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the root, which sees each socket, or else at the cgroups of the processes."""
@@ -353,53 +346,22 @@ class EbpfThrottle:
         self._open_gate(cgroups)
         return True
 
-    def _start_gate(self) -> None:
-        """Begin to start the keeper, which takes a while, if downloads go through the gate."""
+    def _why_no_gate(self) -> Optional[str]:
+        """Return why downloads do not go through the gate, or None if they are to."""
         download = Direction.DOWNLOAD
-        if download not in self._order.limits or self._wanted(download).method != "gate":
-            return
-        if not self._options.keeper and self._options.shape.get(download, "auto") == "auto":
-            self._no_gate = "a keeper for each of many limits would cost too much"
-            return
-        try:
-            self._gate = Gate(self._pids)
-            self._guarded.callback(self._gate.close)
-        except OSError as error:
-            self._no_gate = f"its keeper cannot be started: {error}"
-
-    def _load_gate(self) -> None:
-        """Load the gate, and have its keeper serve it."""
-        if self._gate is None:
-            return
-        (program,) = programs.with_role(Role.GATE)
-        try:
-            if SOCKETS not in self._maps:
-                raise ThrottleError("nothing is shaped")
-            loaded = loader.load(programs.read("gate"), [program.name], maps=self._maps)
-        except Error as error:
-            self._end_gate(str(error))
-            return
-        self._loaded.callback(loaded.close)
-        self._programs.update(loaded.programs)
-        self._maps.update(loaded.maps)
-        self._gate.open(self._maps)
+        if download not in self._order.limits:
+            return "downloads are not limited"
+        return None if self._wanted(download).method == "gate" else "it was not asked for"
 
     def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
         """Attach the gate. Without it only the kernel moves the receive window."""
-        if self._gate is not None:
-            (program,) = programs.with_role(Role.GATE)
+        if self._gate.refused is None:
             try:
                 # An acknowledgement is to pass it once.
-                self._placed.attach_once_each_path(self._everywhere(program, cgroups))
+                self._placed.attach_once_each_path(self._everywhere(self._gate.program, cgroups))
             except AttachError as error:
-                self._end_gate(str(error))
-        self._bucket.begin({} if self._gate is not None else {"gate": self._no_gate})
-
-    def _end_gate(self, why: str) -> None:
-        if self._gate is not None:
-            self._gate.close()
-            self._gate = None
-        self._no_gate = why
+                self._gate.refuse(str(error))
+        self._bucket.begin({} if self._gate.refused is None else {"gate": self._gate.refused})
 
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
         yield from self._policers(Scope.MARKED, cgroups)
@@ -428,8 +390,7 @@ class EbpfThrottle:
         self._placed.replace(gone, lambda: self._limit_cgroups([come]))
         cgroups = [come if one == gone else one for one in self._order.cgroups]
         self._order = self._order._replace(cgroups=cgroups)
-        self._is_noted = False
-        self._note_if_free()
+        self._record.update_soon()
 
     def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
         return self._adopting(Scope.MARKED, self._marked_cgroups)
@@ -446,72 +407,34 @@ class EbpfThrottle:
 
     def _register(self) -> None:
         """Create the record, once the throttle is in force."""
-        self._record = RecordMap(self._maps[RECORD])
-        self._fields.update(
+        self._record.add(
             id=self._id,
             owner=list(process.identity()),
             since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
-            maps={name: live.info().id for name, live in self._maps.items()},
+            maps=self._map_ids(),
         )
-        self._note_down()
+        self._record.create(self._maps)
 
-    def _note_down(self) -> None:
-        """Update the record."""
+    def recorded(self) -> Mapping[str, Any]:
+        """Return the fields of the record that change while the throttle is in force."""
         spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
         cgroups = self._order.cgroups or self._placed.targets()
-        self._fields.update(
-            spec=spec.to_json(),
-            cgroups=[cgroup.path for cgroup in cgroups],
-            cgroup_ids=_ids(cgroups),
-            attached_by=self._placed.attached_by(),
-            refused=self._bucket.refused,
-        )
-        self._generation = self._record.write(self._fields)
+        return {
+            "spec": spec.to_json(),
+            "cgroups": [cgroup.path for cgroup in cgroups],
+            "cgroup_ids": _ids(cgroups),
+            "attached_by": self._placed.attached_by(),
+            "refused": self._bucket.refused,
+        }
 
-    def _note_if_free(self) -> None:
-        """Update the record if the lock is free; the caller must not wait for it."""
-        with locked_if_free() as is_free:
-            if is_free:
-                self._note_down()
-                self._is_noted = True
-
-    def _notice(self) -> None:
-        """Check whether somebody else has changed the throttle, or asks for a change."""
-        self._look_at_record()
-        if not self._is_noted:
-            self._note_if_free()
-
-    def _look_at_record(self) -> None:
-        if self._removed_by_others:
-            return
-        entry = self._record.read()
-        if entry is None or entry.generation == self._generation:
-            return
-        self._generation = entry.generation
-        if entry.removed:
-            self._removed_by_others = True
-            return
-        for direction, rate in record_of(entry, 0).spec.limits.items():
-            if self._bucket.rates.get(direction) != rate:
-                self._change_rate(direction, rate)
-        if entry.fields.get(ASKED):
-            self._answer(str(entry.fields[ASKED]))
+    def _map_ids(self) -> dict[str, int]:
+        return {name: live.info().id for name, live in self._maps.items()}
 
     def _look_above(self) -> None:
         """Say what was attached above later, and does not run because of what is attached here."""
         self._notes += [note for note in self._placed.switching_off() if note not in self._notes]
-
-    def _answer(self, method: str) -> None:
-        """Attach by the method that somebody asks for, and record the outcome."""
-        try:
-            self._placed.switch(method)
-            self._fields.pop(ANSWER, None)
-        except AttachError as error:
-            self._fields[ANSWER] = str(error)
-        with locked():
-            self._note_down()
 
     # What others do with it.
 
@@ -525,11 +448,11 @@ class EbpfThrottle:
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change the limit of a direction immediately; None lifts it. Raises ThrottleError."""
-        self._change_rate(direction, rate)
-        with locked():
-            self._note_down()
+        self.change_rate(direction, rate)
+        self._record.update()
 
-    def _change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change a limit, and leave it to the caller to record that. Raises ThrottleError."""
         self._bucket.set_rate(direction, rate)
         self._log(direction)
         if self._connections is not None and direction is Direction.UPLOAD:
@@ -537,9 +460,12 @@ class EbpfThrottle:
 
     def switch(self, method: str) -> None:
         """Attach by another method. Raises AttachError; then what was attached before still is."""
+        self.attach_by(method)
+        self._record.update()
+
+    def attach_by(self, method: str) -> None:
+        """Attach by another method, and leave it to the caller to record that."""
         self._placed.switch(method)
-        with locked():
-            self._note_down()
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how it is attached and shaped, and which of the shipped objects it comes from."""
@@ -564,13 +490,14 @@ class EbpfThrottle:
         """Return what is not covered, or covered in addition, a line each."""
         found = [*self._notes, *self._bucket.shapes_not_kept()]
         found += self._connections.notes if self._connections is not None else ()
-        for one in (self._strays, self._marks, self._gate):
+        found += self._gate.notes()
+        for one in (self._strays, self._marks):
             found += one.notes() if one is not None else ()
         return found
 
     def chores(self) -> Sequence[Chore]:
         """Return the chores that keep the throttle up to date."""
-        found: list[Chore] = [self._noticing]
+        found: list[Chore] = [self._record.chore, *self._gate.chores()]
         if any(not target.is_root() for target in self._placed.targets()):
             found.append(self._looking_above)
         if self._strays is not None:
@@ -580,13 +507,11 @@ class EbpfThrottle:
             found.append(self._marks)
         if self._connections is not None:
             found += self._connections.chores()
-        if self._gate is not None:
-            found.append(self._gate)
         return found
 
     def removed_by_others(self) -> bool:
         """Whether somebody else has removed the limit."""
-        return self._removed_by_others
+        return self._record.removed_by_others
 
     def remove(self) -> None:
         """Restore connections, detach everything, and close what was loaded."""
@@ -595,11 +520,6 @@ class EbpfThrottle:
     def close(self) -> None:
         """Remove the throttle: what this process holds ends with it."""
         self.remove()
-
-    def _say_removed(self) -> None:
-        """Mark the record as removed: the kernel takes a moment to free programs and maps."""
-        if self._generation:
-            self._record.write(self._fields, flags=ThrottleRecordFlags.REMOVED)
 
     def _restore(self) -> None:
         if self._placed and SOCKETS in self._maps:

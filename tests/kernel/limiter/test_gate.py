@@ -19,6 +19,7 @@ from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleGate
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.demo.wire import DEVICE
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle
@@ -58,10 +59,12 @@ def gated(cgroup: Cgroup, rate: Rate = RATE) -> Throttle:
 
 @contextmanager
 def downloads(
-    own: Lab, cgroup: Cgroup, count: int = 1, *, url: str = "", user: int = 0
+    own: Lab, cgroup: Cgroup, count: int = 1, *, url: str = "", user: int = 0, device: str = ""
 ) -> Iterator[None]:
     """So many downloads in a cgroup, which go on meanwhile."""
     command = ["curl", "--globoff", "-sN", "--max-time", "60", url or own.url]
+    if device:
+        command += ["--interface", device]
     if user:
         command = ["setpriv", f"--reuid={user}", "--clear-groups", *command]
     with ExitStack() as ending:
@@ -200,6 +203,52 @@ def test_a_namespace_that_is_new_is_served_too(scratch: Cgroup) -> None:
         before = sent_twice(own)
         assert 0.94 <= ratio(live, 2) <= 1.06
         assert sent_twice(own) - before <= 5
+
+
+def test_limits_of_one_process_share_a_keeper(scratch: Cgroup) -> None:
+    """Each is kept by itself, and goes on when another one ends."""
+    with lab() as own, ExitStack() as ending:
+        halves = [scratch.create_child(name) for name in ("one", "two")]
+        for half in halves:
+            ending.callback(half.remove)
+        with gated(halves[1]) as second:
+            with gated(halves[0], Rate.parse("1M")) as first:
+                first_keeper = keeper()
+                with downloads(own, halves[0]), downloads(own, halves[1], 2):
+                    time.sleep(1)
+                    assert 0.94 <= ratio(first, 1.5, Rate.parse("1M")) <= 1.06
+                    assert 0.94 <= ratio(second, 1.5) <= 1.06
+            with downloads(own, halves[1], 2):
+                time.sleep(0.5)
+                before = sent_twice(own)
+                assert 0.94 <= ratio(second, 1.5) <= 1.06
+                assert sent_twice(own) - before <= 5
+                assert keeper() == first_keeper
+        assert not Path(f"/proc/{first_keeper}").exists()
+
+
+@pytest.mark.parametrize("address", ["10.99.0.2", "fe80::2"])
+def test_a_connection_that_is_bound_to_a_device_is_served_there(
+    scratch: Cgroup, address: str
+) -> None:
+    """As those of link-local addresses are, and those that no route leads to the device."""
+    with lab(ipv6=":" in address, listen="::") as own:
+        port = own.url.rstrip("/").rpartition(":")[2]
+        if ":" in address:
+            far = own.wire.server.inside(*f"ip address add {address}/64 dev {DEVICE} nodad".split())
+            subprocess.run(far, check=True)
+            url = f"http://[{address}%25{DEVICE}]:{port}/"
+        else:
+            in_client(own, f"ip route add {address}/32 dev lo")
+            url = own.url
+        with limited(own, scratch) as live:
+            with downloads(own, scratch, 2, url=url, device=DEVICE):
+                time.sleep(1)
+                before = sent_twice(own)
+                assert 0.94 <= ratio(live, 2) <= 1.06
+                assert taken() > 0
+                assert sent_twice(own) - before <= 5
+            assert not live.notes()
 
 
 def test_translated_connections_go_by_the_gate_too(scratch: Cgroup) -> None:

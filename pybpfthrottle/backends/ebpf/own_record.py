@@ -1,0 +1,115 @@
+"""The record in the kernel of a throttle that this process keeps, and what others write into it."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Optional, Protocol
+
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
+from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, record_of
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.errors import AttachError
+from pybpfthrottle.linux.cgroup import locked, locked_if_free
+from pybpfthrottle.model import Direction, Limits, Rate
+from pybpfthrottle.supervisor import Periodic
+
+# How often to check whether somebody else has changed or removed the throttle.
+_NOTICE_S = 0.25
+
+
+class Recorded(Protocol):
+    """The throttle that a record tells of."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+
+    def recorded(self) -> Mapping[str, Any]:
+        """Return the fields of the record that change while the throttle is in force."""
+
+    def change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change a limit that is recorded already."""
+
+    def attach_by(self, method: str) -> None:
+        """Attach by another method. Raises AttachError."""
+
+
+class OwnRecord:
+    """The record of a throttle; before ``create`` there is none.
+
+    Its chore does what others ask for by changing the record.
+    """
+
+    def __init__(self, throttle: Recorded) -> None:
+        self._throttle = throttle
+        self._map: Optional[RecordMap] = None
+        self._fields: dict[str, Any] = {}
+        self._generation = 0
+        self._is_current = True
+        self.removed_by_others = False
+        self.chore = Periodic(_NOTICE_S, self._notice)
+
+    def create(self, maps: Mapping[str, Map[Any, Any]]) -> None:
+        """Write the record for the first time, into one of the throttle's maps."""
+        self._map = RecordMap(maps[RECORD])
+        self._write()
+
+    def add(self, **fields: Any) -> None:
+        """Add fields that stay as they are; the next update writes them."""
+        self._fields.update(fields)
+
+    def update(self) -> None:
+        """Write what has changed."""
+        with locked():
+            self._write()
+
+    def update_soon(self) -> None:
+        """Write what has changed, now or when the lock is free: the caller must not wait for it."""
+        self._is_current = False
+        self._update_if_free()
+
+    def say_removed(self) -> None:
+        """Mark the throttle as removed: the kernel takes a moment to free programs and maps."""
+        if self._map is not None:
+            self._map.write(self._fields, flags=ThrottleRecordFlags.REMOVED)
+
+    def _write(self) -> None:
+        if self._map is not None:
+            self._fields.update(self._throttle.recorded())
+            self._generation = self._map.write(self._fields)
+
+    def _update_if_free(self) -> None:
+        with locked_if_free() as is_free:
+            if is_free:
+                self._write()
+                self._is_current = True
+
+    def _notice(self) -> None:
+        """Check whether somebody else has changed the throttle, or asks for a change."""
+        self._look()
+        if not self._is_current:
+            self._update_if_free()
+
+    def _look(self) -> None:
+        if self.removed_by_others or self._map is None:
+            return
+        entry = self._map.read()
+        if entry is None or entry.generation == self._generation:
+            return
+        self._generation = entry.generation
+        if entry.removed:
+            self.removed_by_others = True
+            return
+        for direction, rate in record_of(entry, 0).spec.limits.items():
+            if self._throttle.limits.get(direction) != rate:
+                self._throttle.change_rate(direction, rate)
+        if entry.fields.get(ASKED):
+            self._answer(str(entry.fields[ASKED]))
+
+    def _answer(self, method: str) -> None:
+        """Attach by the method that somebody asks for, and record the outcome."""
+        try:
+            self._throttle.attach_by(method)
+            self._fields.pop(ANSWER, None)
+        except AttachError as error:
+            self._fields[ANSWER] = str(error)
+        self.update()
