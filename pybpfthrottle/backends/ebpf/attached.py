@@ -42,19 +42,21 @@ class Links:
         return found
 
     @cached_property
-    def _holders(self) -> dict[int, list[int]]:
+    def holders(self) -> dict[int, list[int]]:
+        """Return the processes that have each link open. Scans all processes."""
         return holders_of_links()
-
-    def held(self, link: LinkInfo) -> HeldLink:
-        """Return a link with the processes that hold it."""
-        return HeldLink(link.id, tuple(self._holders.get(link.id, ())))
 
 
 class HeldLink(NamedTuple):
-    """A link, and the visible processes that have a descriptor for it."""
+    """A link, and who holds it."""
 
     id: int
-    pids: tuple[int, ...]
+    links: Links
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The visible processes that have a descriptor for it."""
+        return tuple(self.links.holders.get(self.id, ()))
 
 
 class Attached(NamedTuple):
@@ -106,7 +108,7 @@ def at(
             mode = None if effective else AttachMode(found.attach_flags)
             for program_id in found.program_ids:
                 own = tuple(
-                    known.held(link)
+                    HeldLink(link.id, known)
                     for link in known.by_program.get(program_id, ())
                     if link.attach_type == hook and (effective or link.cgroup_id == cgroup.id)
                 )

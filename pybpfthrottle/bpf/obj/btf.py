@@ -171,6 +171,7 @@ class Btf:
             raise self._bad("a type is cut off", types_bytes // 4)
         self._words = words_of(types, self.byteorder)
         self._starts, self._names = self._scan()
+        self._found: dict[tuple[str, bool], list[int]] = {}
 
     def _scan(self) -> tuple[array[int], bytes]:
         """Return the word at which each type begins, and all offsets of names as four bytes."""
@@ -292,12 +293,19 @@ class Btf:
         """
         if self.base:
             yield from self.base.named(name, flavours=flavours)
-        for index in sorted(
-            index
-            for offset in self._string_offsets(name.encode(), flavours)
-            for index in self._indexes_named(offset)
-        ):
+        for index in self._indexes(name, flavours):
             yield self.type(self._first_id + index)
+
+    def _indexes(self, name: str, flavours: bool) -> list[int]:
+        # Each load asks for the same names, and the kernel's strings are megabytes.
+        found = self._found.get((name, flavours))
+        if found is None:
+            found = self._found[name, flavours] = sorted(
+                index
+                for offset in self._string_offsets(name.encode(), flavours)
+                for index in self._indexes_named(offset)
+            )
+        return found
 
     def _string_offsets(self, name: bytes, flavours: bool) -> Iterator[int]:
         if self.base:
