@@ -109,6 +109,7 @@ class Supervisor:
         ready = {fd for fd, _ in self._epoll.poll(timeout)}
         if self._wake_read in ready:
             self._answer()
+            chores = self._chores()  # a call may have ended a limit
         for chore, strict in chores:
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
                 _do(chore, strict)

@@ -48,17 +48,17 @@ _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 # long enough for Python (200 windows a second for each throttle, at any rate).
 CHUNK_NS = 5 * _MS
 # On longer paths a sender gets its next window before it has used up the last one.
-SHORT_WAY_NS = _MS
-_MOST_WAY_NS = 100 * _MS
+SHORT_ROUND_TRIP_NS = _MS
+_MAX_ROUND_TRIP_NS = 100 * _MS
 # A window update may be lost like any packet. Unless it is repeated, the sender waits for its own
 # timer, 200 ms.
-_REPEAT_NS, _REPEATS = 20 * _MS, 4
+_REPEAT_NS, _MAX_REPEATS = 20 * _MS, 4
 # A sender that does not answer a window has nothing to send: its share goes to the others.
 _SILENT_NS = 60 * _MS
 _SHORTEST_WAIT_NS = 50_000
 _SHORTEST_MEMORY_NS = 60_000 * _MS
 # After this many unanswered windows a connection is left to the kernel.
-_MOST_UNANSWERED = 2
+_MAX_UNANSWERED = 2
 
 _PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
 _SO_MARK, _IP_PKTINFO = 36, 8
@@ -142,38 +142,38 @@ class Flow:
 
     __slots__ = (
         *("cookie", "packet", "at", "scale", "segment", "mark", "network", "device", "target"),
-        *("number", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
-        *("out", "granted_ns", "granted_from", "way_ns", "answered", "unanswered"),
+        *("acked", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
+        *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp"),
     )
 
-    def __init__(self, cookie: int, number: int, edge: int, promised: int) -> None:
+    def __init__(self, cookie: int, acked: int, edge: int, promised: int) -> None:
         self.cookie = cookie
         self.packet = bytearray()
         self.at = 0  # offset of the TCP header
         self.scale = self.segment = self.mark = self.network = self.device = 0
         self.target: tuple[Any, ...] = ("", 0)
-        self.number = number  # what is acknowledged
+        self.acked = acked  # up to where data is acknowledged
         self.edge = edge  # up to where the sender was told it may send
         self.promised = promised  # up to where the kernel accepts data
         self.fresh = self.queued = self.answered = False
         self.taken_ns = self.last_ns = 0
-        self.out = 0  # bytes granted that have not arrived
+        self.outstanding = 0  # bytes granted that have not arrived
         self.granted_ns = self.granted_from = 0
-        self.way_ns = 0
+        self.round_trip_ns = 0
         self.unanswered = self.repeats = self.repeat_ns = 0
         self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
         self.last_stamp: Optional[int] = None
 
-    def rest(self) -> int:
+    def remaining(self) -> int:
         """Return how many bytes its sender may still send."""
-        return signed(self.edge - self.number)
+        return signed(self.edge - self.acked)
 
     def usable(self) -> int:
-        """Return ``rest``, or 0 if it is less than a segment: that is not sent."""
-        rest = self.rest()
-        return rest if rest >= self.segment else 0
+        """Return ``remaining``, or 0 if it is less than a segment: that is not sent."""
+        remaining = self.remaining()
+        return remaining if remaining >= self.segment else 0
 
 
 class Gate:
@@ -224,18 +224,18 @@ class Gate:
             return
         packet = bytearray(record[_ACK.size : _ACK.size + length])
         at = 20 if packet[0] >> 4 == 4 else 40
-        sequence, number, _, _, window = _TCP.unpack_from(packet, at + 4)
-        promised = (number + (window << scale)) & 0xFFFFFFFF
+        sequence, acked, _, _, window = _TCP.unpack_from(packet, at + 4)
+        promised = (acked + (window << scale)) & 0xFFFFFFFF
         flow = self.flows.get(cookie)
         is_new = flow is None
         if flow is None:
             self._forget(now)
-            flow = self.flows[cookie] = Flow(cookie, number, edge, promised)
-        elif not passed and number == flow.number and flow.fresh:
+            flow = self.flows[cookie] = Flow(cookie, acked, edge, promised)
+        elif not passed and acked == flow.acked and flow.fresh:
             self.decide(flow, now)  # a duplicate tells its sender of a loss
-        if signed(number - flow.number) < 0:
+        if signed(acked - flow.acked) < 0:
             return
-        is_repeated = not is_new and not passed and number == flow.number
+        is_repeated = not is_new and not passed and acked == flow.acked
         has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
         flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
         flow.segment, flow.device = segment, device
@@ -243,22 +243,26 @@ class Gate:
             flow.target = (*flow.target, 0, flow.device)
         if signed(edge - flow.edge) > 0:
             flow.edge = edge
-        self._measure(flow, number, at_ns)
-        if number != flow.number or passed:
+        self._measure(flow, acked, at_ns)
+        if acked != flow.acked or passed:
             flow.repeat_ns = 0
-        if number != flow.number:
+        if acked != flow.acked:
             flow.answered, flow.unanswered = True, 0
-        flow.number = number
+        flow.acked = acked
         if signed(promised - flow.promised) > 0:
             flow.promised = promised
         if has_sack is None:
             self._leave(flow)
             return
         if passed:
-            flow.out, flow.last_ns, flow.fresh = min(flow.out, flow.usable()), now, False
+            flow.outstanding, flow.last_ns, flow.fresh = (
+                min(flow.outstanding, flow.usable()),
+                now,
+                False,
+            )
             return
         if is_repeated or has_sack:
-            if flow.rest() < self._low(flow):
+            if flow.remaining() < self._low(flow):
                 self.decide(flow, now)
             else:
                 self._send(flow, flow.edge, now)
@@ -270,11 +274,11 @@ class Gate:
     def decide(self, flow: Flow, now: int) -> None:
         """Forward its acknowledgement: with a new window, or with what is left of the last."""
         flow.fresh, flow.last_ns = False, now
-        flow.out = min(flow.out, flow.usable())
+        flow.outstanding = min(flow.outstanding, flow.usable())
         if not self._rate:
             self._send(flow, flow.promised, now)
             return
-        if flow.rest() < self._low(flow):
+        if flow.remaining() < self._low(flow):
             if not self._queue and self._owed(now) <= self._early(flow):
                 self._grant(flow, now)
                 return
@@ -288,14 +292,14 @@ class Gate:
         due = 0
         while self._queue:
             flow = self._queue[0]
-            if flow.rest() < self._low(flow):
+            if flow.remaining() < self._low(flow):
                 wait = self._owed(now) - self._early(flow)
                 if wait > 0:
                     due = now + max(wait, _SHORTEST_WAIT_NS)
                     break
             flow.queued = False
             self._queue.popleft()
-            if flow.rest() < self._low(flow):
+            if flow.remaining() < self._low(flow):
                 self._grant(flow, now)
         self.shared.next_due_ns = due
         for flow in list(self._granted.values()):
@@ -330,67 +334,75 @@ class Gate:
             if now > flow.taken_ns + _SHORTEST_MEMORY_NS and not flow.queued:
                 del self.flows[cookie]
 
-    def _measure(self, flow: Flow, number: int, at_ns: int) -> None:
+    def _measure(self, flow: Flow, acked: int, at_ns: int) -> None:
         """Measure the time from a window to the first data beyond the previous one."""
-        if not flow.granted_ns or signed(number - flow.granted_from) <= 0:
+        if not flow.granted_ns or signed(acked - flow.granted_from) <= 0:
             return
         took = at_ns - flow.granted_ns
-        shorter = not flow.way_ns or took < flow.way_ns
-        flow.way_ns = took if shorter else flow.way_ns + (took - flow.way_ns) // 64
+        shorter = not flow.round_trip_ns or took < flow.round_trip_ns
+        flow.round_trip_ns = (
+            took if shorter else flow.round_trip_ns + (took - flow.round_trip_ns) // 64
+        )
         flow.granted_ns = 0
-        self.shared.round_trip_ns = max(each.way_ns for each in (flow, *self._granted.values()))
+        self.shared.round_trip_ns = max(
+            each.round_trip_ns for each in (flow, *self._granted.values())
+        )
 
     def _chunk(self, flow: Flow) -> int:
         """Return the size of a window in bytes."""
-        way_ns = min(flow.way_ns, _MOST_WAY_NS)
-        chunk = self._rate * (CHUNK_NS + 2 * way_ns) // 1_000_000_000
+        round_trip_ns = min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS)
+        chunk = self._rate * (CHUNK_NS + 2 * round_trip_ns) // 1_000_000_000
         return max(chunk, 2 * flow.segment + 128)
 
     def _low(self, flow: Flow) -> int:
         """Return how many bytes a sender has left when it gets its next window."""
         least = 2 * flow.segment
-        return max(least, self._chunk(flow) // 2) if flow.way_ns > SHORT_WAY_NS else least
+        return (
+            max(least, self._chunk(flow) // 2)
+            if flow.round_trip_ns > SHORT_ROUND_TRIP_NS
+            else least
+        )
 
     def _early(self, flow: Flow) -> int:
         """Return how many nanoseconds ahead of its time a window is opened."""
-        if flow.way_ns <= SHORT_WAY_NS:
+        if flow.round_trip_ns <= SHORT_ROUND_TRIP_NS:
             return 0
         return self._chunk(flow) // 2 * self._inverse >> _SHIFT
 
     def _owed(self, now: int) -> int:
         """Return for how many nanoseconds the limit is used up, open windows included."""
-        out = 0
+        outstanding = 0
         for flow in list(self._granted.values()):
-            if now > flow.last_ns + _SILENT_NS + 4 * flow.way_ns:
-                flow.out = 0
-            out += max(flow.out, 0)
-            if flow.out <= 0 and not flow.repeat_ns:
+            if now > flow.last_ns + _SILENT_NS + 4 * flow.round_trip_ns:
+                flow.outstanding = 0
+            outstanding += max(flow.outstanding, 0)
+            if flow.outstanding <= 0 and not flow.repeat_ns:
                 del self._granted[flow.cookie]
-        return self._even_at_ns - now + (out * self._inverse >> _SHIFT)
+        return self._even_at_ns - now + (outstanding * self._inverse >> _SHIFT)
 
     def _grant(self, flow: Flow, now: int) -> None:
-        edge = (flow.number + self._chunk(flow)) & 0xFFFFFFFF
+        edge = (flow.acked + self._chunk(flow)) & 0xFFFFFFFF
         if signed(edge - flow.promised) > 0:
             edge = flow.promised
         # If much of the last window is left, the answer does not measure the round trip.
-        flow.granted_ns = now if flow.rest() < 2 * flow.segment else 0
+        flow.granted_ns = now if flow.remaining() < 2 * flow.segment else 0
         flow.granted_from, flow.last_ns = flow.edge, now
         self._send(flow, edge, now)
-        flow.out = flow.usable()
+        flow.outstanding = flow.usable()
         flow.repeats = 0
         self._granted[flow.cookie] = flow
-        flow.repeat_ns = now + _REPEAT_NS + 4 * flow.way_ns
+        flow.repeat_ns = now + _REPEAT_NS + 4 * flow.round_trip_ns
 
     def _repeat(self, flow: Flow, now: int) -> None:
         """Repeat a window: it, or the answer to it, may have been lost."""
         self._send(flow, flow.edge, now)
         flow.repeats += 1
-        if flow.repeats < _REPEATS:
-            flow.repeat_ns = now + (_REPEAT_NS + 4 * flow.way_ns << flow.repeats)
+        if flow.repeats < _MAX_REPEATS:
+            flow.repeat_ns = now + (_REPEAT_NS + 4 * flow.round_trip_ns << flow.repeats)
             return
         flow.repeat_ns = 0
         flow.unanswered += 1
-        if not flow.answered and flow.unanswered >= _MOST_UNANSWERED:
+        if not flow.answered and flow.unanswered >= _MAX_UNANSWERED:
             self._leave(flow)
 
     def _leave(self, flow: Flow) -> None:
@@ -409,7 +421,7 @@ class Gate:
 
     def _send(self, flow: Flow, edge: int, now: int) -> None:
         """Send its acknowledgement with the window up to an edge."""
-        window = signed(edge - flow.number) >> flow.scale
+        window = signed(edge - flow.acked) >> flow.scale
         window = min(max(window, 0), 0xFFFF)
         packet, at = flow.packet, flow.at
         total = flow.base + window
@@ -427,7 +439,7 @@ class Gate:
         struct.pack_into("!H", packet, at + 16, ~total & 0xFFFF)
         if not self._keeper.send(flow):
             self._give_up(flow)
-        told = (flow.number + (window << flow.scale)) & 0xFFFFFFFF
+        told = (flow.acked + (window << flow.scale)) & 0xFFFFFFFF
         if signed(told - flow.edge) > 0:
             flow.edge = told
 

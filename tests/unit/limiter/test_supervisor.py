@@ -65,6 +65,26 @@ def test_a_chore_is_done_when_it_is_due_and_not_before(supervisor):
     assert all(at - begin >= 0.05 * count for count, at in enumerate(done, start=1))
 
 
+def test_a_chore_that_a_call_has_ended_is_not_done_any_more(supervisor):
+    """Not even if it was due when the call came: what it looks at is closed."""
+    done = []
+    chore = Periodic(0, lambda: done.append(True))
+
+    def source():
+        return [chore]
+
+    supervisor.add(source)
+    caller = threading.Thread(
+        target=supervisor.call, args=[lambda: supervisor.discard(source)], daemon=True
+    )
+    caller.start()
+    time.sleep(0.1)
+    supervisor.step()
+    caller.join(5)
+    assert not caller.is_alive()
+    assert done == []
+
+
 def test_times_that_were_missed_are_left_out(supervisor):
     """After a stop the next one comes at once, and then in its usual time."""
     done = []
