@@ -78,20 +78,20 @@ _CHOICES: dict[int, str] = {
     _P.SCHED_CLS: "AttachType.TCX_INGRESS or TCX_EGRESS (Linux 6.6)",
     _P.SK_SKB: "AttachType.SK_SKB_VERDICT, SK_SKB_STREAM_PARSER or SK_SKB_STREAM_VERDICT",
 }
-_PERF_EVENT = "open a perf event, and hand it program.fd by ioctl(PERF_EVENT_IOC_SET_BPF)"
+_PERF_EVENT = "open a perf event, and pass program.fd to ioctl(PERF_EVENT_IOC_SET_BPF)"
 _ROUTE = "pin it, and name the pin in 'ip route add ... encap bpf'"
 # What to do with programs that no link attaches, or not yet.
 _OTHERS: dict[int, str] = {
-    _P.SOCKET_FILTER: "hand program.fd to a socket by setsockopt(SO_ATTACH_BPF)",
-    _P.SK_REUSEPORT: "hand program.fd to a socket by setsockopt(SO_ATTACH_REUSEPORT_EBPF)",
+    _P.SOCKET_FILTER: "pass program.fd to setsockopt(SO_ATTACH_BPF)",
+    _P.SK_REUSEPORT: "pass program.fd to setsockopt(SO_ATTACH_REUSEPORT_EBPF)",
     _P.KPROBE: f"{_PERF_EVENT}, or use fentry or fexit",
     _P.TRACEPOINT: f"{_PERF_EVENT}, or use raw_tp or tp_btf",
     _P.PERF_EVENT: _PERF_EVENT,
     _P.SCHED_ACT: "pin it, and name the pin in 'tc action add action bpf'",
     **dict.fromkeys((_P.LWT_IN, _P.LWT_OUT, _P.LWT_XMIT, _P.LWT_SEG6LOCAL), _ROUTE),
-    _P.LIRC_MODE2: "it is attached to an infrared device by BPF_PROG_ATTACH",
-    _P.SYSCALL: "it is run by program.test_run()",
-    _P.STRUCT_OPS: "it is a part of a map of type STRUCT_OPS",
+    _P.LIRC_MODE2: "attach it to an infrared device with BPF_PROG_ATTACH",
+    _P.SYSCALL: "run it with program.test_run()",
+    _P.STRUCT_OPS: "it belongs in a map of type STRUCT_OPS",
     _P.EXT: "it replaces a function of another program",
     _P.NETFILTER: "use cgroup_skb or tcx",
 }
@@ -150,7 +150,7 @@ def _argument(program: Program, attach_type: Optional[AttachType]) -> str:
     choices = _CHOICES.get(program.type)
     if choices:
         raise TypeError(
-            f"{program.name!r} does not say as what it is to be attached: attach_type={choices}"
+            f"{program.name!r} does not say its attach type: give attach_type={choices}"
         )
     remedy = _OTHERS.get(program.type)
     if attach_type in _IN_MAPS:
@@ -166,9 +166,10 @@ def _only(program: Program, argument: str, places: dict[str, Any]) -> Any:
     given = {name: place for name, place in places.items() if place is not None}
     place = given.pop(argument, program.attach_to if argument == "tracepoint" else None)
     if given:
-        raise TypeError(f"{program.name!r} takes no {', no '.join(f'{name}=' for name in given)}")
+        names = ", ".join(f"{name}=" for name in given)
+        raise TypeError(f"{program.name!r} cannot be attached by {names}")
     if place is None and argument != _NOWHERE:
-        raise TypeError(f"{program.name!r} needs {argument}=, to which it is to be attached")
+        raise TypeError(f"{program.name!r} needs {argument}=, where it is attached")
     return place
 
 
@@ -215,5 +216,5 @@ def _why(error: OSError, program: Program, attach_type: Optional[AttachType], ar
     if error.errno != errno.EINVAL:
         return str(error)
     release = _SINCE[argument] if attach_type is None else _SINCE.get(attach_type, _SINCE[argument])
-    older = "; links.attach_legacy needs none" if argument == "cgroup" else ""
-    return f"{error} (such links are there since Linux {release}{older})"
+    older = "; before that, use links.attach_legacy" if argument == "cgroup" else ""
+    return f"{error} (links of this kind need Linux {release}{older})"

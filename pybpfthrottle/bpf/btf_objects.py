@@ -123,7 +123,7 @@ def open_module(name: str) -> int:
         for btf_id in all_ids():
             if info_by_id(btf_id).name == name:
                 return descriptors.by_id(Cmd.BTF_GET_FD_BY_ID, btf_id)
-    raise ExternError(f"the types of module {name!r} cannot be opened; that needs CAP_SYS_ADMIN")
+    raise ExternError(f"cannot open the types of module {name!r}: this needs CAP_SYS_ADMIN")
 
 
 class BtfInfo(NamedTuple):

@@ -207,7 +207,7 @@ class PerCpuCodec(Generic[T]):
     def encode(self, value: list[T]) -> bytes:
         """Return the bytes of a value."""
         if len(value) != self._cpus:
-            raise ValueError(f"{self._cpus} values are needed, one a CPU, not {len(value)}")
+            raise ValueError(f"expected {self._cpus} values, one per CPU, got {len(value)}")
         return b"".join(self._codec.encode(item).ljust(self._stride, b"\0") for item in value)
 
     def decode(self, data: bytes) -> list[T]:
@@ -241,4 +241,7 @@ def codec_for(wanted: CodecLike, size: int) -> Codec[Any]:
         return StructureCodec(wanted)
     if dataclasses.is_dataclass(wanted):
         return DataclassCodec(wanted)
-    raise TypeError(f"{wanted.__name__} is no codec, ctypes.Structure, dataclass, bytes or int")
+    raise TypeError(
+        f"cannot convert to {wanted.__name__}: give a codec, a ctypes.Structure, a dataclass,"
+        " bytes or int"
+    )

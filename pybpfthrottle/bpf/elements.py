@@ -99,7 +99,7 @@ def _buffer(data: bytes, size: int, what: str) -> Any:
 
 def _check(data: bytes, size: int, what: str) -> None:
     if len(data) != size:
-        raise ValueError(f"{len(data)} bytes do not make a {what} of {size}")
+        raise ValueError(f"a {what} of this map has {size} bytes, not {len(data)}")
 
 
 def items(elements: Elements) -> Iterator[Pair]:

@@ -200,7 +200,7 @@ def _naming_what_is_newer(spec: ObjectSpec, needed: _Needed) -> Iterator[None]:
         newer = _newer(spec, needed) if error.errno in _OF_OLD_KERNELS else []
         if newer:
             release = os.uname().release
-            told = f"{error}; needed, and newer than this kernel ({release}): {', '.join(newer)}"
+            told = f"{error}; this kernel ({release}) is too old for: {', '.join(newer)}"
             error.args = (told,)
         raise
 
@@ -227,7 +227,7 @@ def _fitting(given: Map[Any, Any], spec: MapSpec) -> Map[Any, Any]:
     different = pins.differences(given.fd, spec)
     if different:
         raise MapCreateError(
-            f"the map that was given is not {spec.name!r}: its {', its '.join(different)}"
+            f"the given map does not match {spec.name!r}: its {', its '.join(different)}"
         )
     return given
 
@@ -241,8 +241,8 @@ def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) ->
 def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
     if program.type == ProgType.UNSPEC:
         raise ObjectFileError(
-            f"the name tells no program type (such as cgroup_skb/ingress); set that of"
-            f" spec.programs[{program.name!r}]",
+            "the section's name does not give the program type (cgroup_skb/ingress would);"
+            f" set spec.programs[{program.name!r}].type",
             section=program.section,
             offset=program.function.key.offset,
         )

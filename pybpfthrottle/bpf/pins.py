@@ -36,7 +36,7 @@ def open_or_create(spec: MapSpec, directory: descriptors.Path, *, btf_fd: int = 
     except OSError as error:
         raise MapCreateError(
             f"cannot pin the map {spec.name!r} at {path}: {error};"
-            " the directory has to be in a mounted bpf file system (mount -t bpf)",
+            " the directory must be in a mounted bpf file system (mount -t bpf)",
             errno=error.errno or 0,
         ) from error
 
@@ -54,7 +54,7 @@ def _open(spec: MapSpec, path: str) -> Map[Any, Any]:
         different = differences(fd, wanted)
         if different:
             raise MapCreateError(
-                f"the map that is pinned at {path} is not {spec.name!r}: its"
+                f"the map pinned at {path} does not match {spec.name!r}: its"
                 f" {', its '.join(different)}; unlink it, or pin under another directory"
             )
         return maps.adopt(fd, wanted)

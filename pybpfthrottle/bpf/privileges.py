@@ -105,8 +105,8 @@ def why_not_permitted(command: str, needed: Optional[Iterable[Capability]] = Non
             " run it as root (sudo), or give it these capabilities"
         )
     text = (
-        f"the capabilities are there, so a seccomp filter (containers have one), a security module"
-        f" or kernel lockdown refuses {command}"
+        "this process has the capabilities, so a seccomp filter (as in containers), a security"
+        f" module or kernel lockdown refuses {command}"
     )
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if not may_raise_memlock(hard) and memlock_is_charged():
@@ -163,7 +163,7 @@ def why_refused(error: OSError, command: str, needed: Optional[Iterable[Capabili
         from pybpfthrottle.bpf.obj import releases
 
         if command in releases.COMMANDS:
-            return f"this kernel does not have {command} (Linux {releases.COMMANDS[command]})"
+            return f"this kernel does not support {command} (Linux {releases.COMMANDS[command]})"
     return str(error)
 
 

@@ -356,8 +356,8 @@ def _unresolved(
     if reached.local_type:
         reason = (
             f"it needs {reached.access} ({reached.question} of the local type"
-            f" {reached.local_type!r}), which this kernel does not have or has in a form that the"
-            " instruction cannot read; ask with bpf_core_field_exists before it is reached"
+            f" {reached.local_type!r}), which this kernel does not have, or has in a form that the"
+            " instruction cannot read; check with bpf_core_field_exists first"
         )
     else:
         reason = f"it calls {reached.access}, which this kernel does not have"

@@ -62,7 +62,7 @@ def _version_of_vdso() -> int:
         entries = dict(struct.iter_unpack("@NN", file.read()))
     base = entries.get(_AT_SYSINFO_EHDR)
     if not base or struct.calcsize("P") != 8:
-        raise ValueError("no vDSO of 64 bits")
+        raise ValueError("no 64-bit vDSO")
     with open("/proc/self/mem", "rb") as memory:
         memory.seek(base)
         image = memory.read(_MAX_NOTES_BYTES)
@@ -144,7 +144,7 @@ class RunningKernel:
             raise ExternError(f"the kernel has {len(addresses)} symbols called {name!r}")
         if addresses == {0}:
             raise ExternError(
-                f"the address of {name!r} may not be seen: that needs CAP_SYSLOG,"
+                f"cannot read the address of {name!r}: this needs CAP_SYSLOG,"
                 " and sysctl kernel.kptr_restrict below 2"
             )
         return addresses.pop() if addresses else None
@@ -178,8 +178,8 @@ class RunningKernel:
             return Kernel(_own_types() if is_own else _types(path), lambda: self.modules)
         except OSError as error:
             raise ExternError(
-                f"the kernel's types cannot be read ({error}); they need CONFIG_DEBUG_INFO_BTF,"
-                " or a file with the types of this very kernel"
+                f"cannot read the kernel's types ({error}): this needs a kernel with"
+                " CONFIG_DEBUG_INFO_BTF, or a file with the types of exactly this kernel"
             ) from error
 
     @cached_property

@@ -54,7 +54,7 @@ def parse(btf: Btf, relocation: CoreRelocation) -> Access:
     except ValueError:
         numbers = [-1]
     if min(numbers) < 0 or len(numbers) > _MAX_STEPS:
-        raise bad(f"no access: {relocation.access!r}")
+        raise bad(f"not a field access: {relocation.access!r}")
     if relocation.kind in FIELDS:
         return _parse_field(btf, relocation.type, numbers)
     if relocation.kind in ENUM_VALUES:
@@ -83,7 +83,7 @@ def _parse_field(btf: Btf, root: int, numbers: list[int]) -> Access:
             bit_offset += number * btf.size(element) * 8
             steps.append(Step("", number, element))
         else:
-            raise bad(f"{btf_type.kind.name} {btf_type.name!r} has nothing at {number}")
+            raise bad(f"{btf_type.kind.name} {btf_type.name!r} has no member {number}")
     return Access(btf, root, tuple(steps), bit_offset)
 
 

@@ -166,7 +166,7 @@ class Btf:
         self._types_at = header + types_at
         types = data[self._types_at : self._types_at + types_bytes]
         if len(types) != types_bytes:
-            raise self._bad("the types end past the section", 0)
+            raise self._bad("the types go past the end of the section", 0)
         if types_bytes % 4:
             raise self._bad("a type is cut off", types_bytes // 4)
         self._words = words_of(types, self.byteorder)
@@ -236,7 +236,7 @@ class Btf:
             return self.base.string(offset)
         begin = offset - self._first_string + 1
         if begin >= len(self._strings) or not self._terminated:
-            raise ObjectFileError(f"a name lies outside of the strings: {offset}", section=_SECTION)
+            raise ObjectFileError(f"a name is outside the string table: {offset}", section=_SECTION)
         text = self._strings[begin : begin + _MAX_STRING_BYTES].partition(b"\0")[0]
         return text.decode("utf-8", "replace")
 

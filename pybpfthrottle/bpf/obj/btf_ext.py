@@ -169,7 +169,7 @@ class _Part:
         self._begin = begin
         self._btf = btf
         if begin % 4 or size % 4 or begin + size > len(data):
-            raise self._bad(f"a table of {size} bytes does not fit in", 0)
+            raise self._bad(f"a table of {size} bytes goes past the end of the section", 0)
         self._words = words_of(data[begin : begin + size], btf.byteorder)
 
     def _bad(self, reason: str, word: int) -> ObjectFileError:
@@ -201,7 +201,7 @@ class _Part:
             return 1
         record_bytes = self._words[0]
         if record_bytes % 4 or not 4 * wanted <= record_bytes <= _MAX_RECORD_BYTES:
-            raise self._bad(f"records of {record_bytes} bytes", 0)
+            raise self._bad(f"a record cannot have {record_bytes} bytes", 0)
         return record_bytes // 4
 
     def _tables(self, record_words: int) -> Iterator[tuple[str, int, int]]:

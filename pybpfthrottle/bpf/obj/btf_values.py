@@ -52,7 +52,7 @@ class BtfCodec:
     def decode(self, data: bytes) -> Any:
         """Return the value of bytes."""
         if len(data) < self._size:
-            raise ValueError(f"{len(data)} bytes do not make a value of {self._size}")
+            raise ValueError(f"expected {self._size} bytes, got {len(data)} bytes")
         return self._read(self._type_id, data, 0, 0)
 
     def _weight(self, type_id: int, depth: int) -> int:
@@ -223,7 +223,7 @@ class BtfCodec:
         if isinstance(value, str):
             named = {e.name: e.value for e in self._enumerators(btf_type)}
             if value not in named:
-                raise ValueError(f"{value!r} is none of {', '.join(named) or 'its numbers'}")
+                raise ValueError(f"{value!r} is not one of {', '.join(named) or 'its numbers'}")
             value = named[value]
         signed = btf_type.kind == Kind.INT and self._btf.integer(btf_type).signed
         low = -(1 << bits - 1) if signed or btf_type.kind in (Kind.ENUM, Kind.ENUM64) else 0

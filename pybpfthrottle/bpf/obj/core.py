@@ -81,11 +81,11 @@ class _Place(NamedTuple):
         if not last.bits:
             return cls(offset, size, offset * 8, size * 8)
         if not 1 <= size <= 8:
-            raise bad(f"a bit field of {size} bytes")
+            raise bad(f"a bit field cannot have {size} bytes")
         offset = access.bit_offset // 8 // size * size
         while access.bit_offset + last.bits - offset * 8 > size * 8:
             if size >= 8:
-                raise bad("a bit field that no load of eight bytes reaches")
+                raise bad("a bit field does not fit in a load of eight bytes")
             size *= 2
             offset = access.bit_offset // 8 // size * size
         return cls(offset, size, access.bit_offset, last.bits)

@@ -152,7 +152,7 @@ def disassemble(
 ) -> Iterator[Line]:
     """Return each instruction of some code as text, such as ``(b7) r0 = 1``."""
     for insn in decoded(code, byteorder):
-        text = _CLASSES[insn.kind](insn, names) or "is no instruction"
+        text = _CLASSES[insn.kind](insn, names) or "is not an instruction"
         yield Line(insn.at, f"({insn.code:02x}) {text}")
 
 

@@ -67,7 +67,7 @@ def file_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         elffile.refuse_other_files(file.read(4))
         if status.st_size > _MAX_FILE_BYTES:
-            raise ObjectFileError(f"{status.st_size >> 20} MB are too much for an object for BPF")
+            raise ObjectFileError(f"{status.st_size >> 20} MB are too many for a BPF object file")
         file.seek(0)
         return file.read(_MAX_FILE_BYTES)
 
@@ -126,7 +126,7 @@ class _Reading:
     def _add_map(self, spec: MapSpec, section: int, offset: int) -> None:
         if spec.name in self.spec.maps:
             raise ObjectFileError(
-                f"a second map {spec.name!r}",
+                f"the map {spec.name!r} is defined twice",
                 section=self._elf.sections[section].name,
                 offset=offset,
             )
@@ -153,7 +153,7 @@ class _Reading:
             key = function.spec.key
             if self.spec.functions.setdefault(key, function.spec) is not function.spec:
                 raise ObjectFileError(
-                    "a second section of this name", section=section.name, offset=key.offset
+                    "two sections have this name", section=section.name, offset=key.offset
                 )
 
     def _add_programs(
@@ -169,7 +169,9 @@ class _Reading:
                 continue
             if function.name in self.spec.programs:
                 raise ObjectFileError(
-                    f"a second program {function.name!r}", section=section.name, offset=key.offset
+                    f"the program {function.name!r} is defined twice",
+                    section=section.name,
+                    offset=key.offset,
                 )
             self.spec.programs[function.name] = ProgramSpec(
                 *(function.name, section.name, kind.type, kind.attach_type, function.spec),

@@ -112,7 +112,7 @@ def stored_section(path: Union[str, os.PathLike[str]], name: str) -> Optional[by
         except OSError:
             raise
         except Exception as error:
-            raise ObjectFileError(f"{os.fspath(path)} is no sound ELF file: {error}") from error
+            raise ObjectFileError(f"{os.fspath(path)} is not a valid ELF file: {error}") from error
 
 
 def read(data: bytes) -> Elf:
@@ -130,7 +130,7 @@ def read(data: bytes) -> Elf:
     # pyelftools meets broken input with whatever comes first: its own errors, construct's,
     # AssertionError, IndexError, UnicodeDecodeError.
     except Exception as error:
-        raise ObjectFileError(f"not a sound ELF file, perhaps truncated: {error}") from error
+        raise ObjectFileError(f"not a valid ELF file, perhaps truncated: {error}") from error
 
 
 def refuse_other_files(data: bytes) -> None:
@@ -197,7 +197,7 @@ class _Reader:
         if not offset:
             return []
         if size != layout.sizeof():
-            raise ObjectFileError(f"section headers of {size} bytes")
+            raise ObjectFileError(f"section headers of {size} bytes are not supported")
         first = self._parse(layout, offset)
         # Where the numbers do not fit, the first header holds them.
         count = file["e_shnum"] or first["sh_size"]
@@ -205,7 +205,9 @@ class _Reader:
         if names_index == _SHN_XINDEX:
             names_index = first["sh_link"]
         if offset + count * size > len(self._data):
-            raise ObjectFileError(f"truncated: the table of {count} sections ends past the file")
+            raise ObjectFileError(
+                f"truncated: the table of {count} sections goes past the end of the file"
+            )
         headers = [self._parse(layout, offset + size * index) for index in range(count)]
         names = self._contents("of section names", headers[names_index])
         return [(_string(names, header["sh_name"]), header) for header in headers]
@@ -219,8 +221,8 @@ class _Reader:
         )
         if total > len(self._data):
             raise ObjectFileError(
-                f"truncated, or its sections overlap: they have {total} bytes,"
-                f" the whole file {len(self._data)}"
+                f"truncated, or its sections overlap: they add up to {total} bytes,"
+                f" but the file has {len(self._data)}"
             )
 
     def _section(self, index: int, name: str, header: Any) -> Section:
@@ -233,7 +235,7 @@ class _Reader:
         if not tables:
             return []
         if len(tables) > 1:
-            raise ObjectFileError("a second table of symbols", section=tables[1][0])
+            raise ObjectFileError("the file has two symbol tables", section=tables[1][0])
         name, header = tables[0]
         names = self._contents(name, headers[header["sh_link"]][1])
         return [
@@ -254,12 +256,12 @@ class _Reader:
             if target is None or not (target.executable or target.name == ".maps"):
                 continue
             if header["sh_type"] == "SHT_RELA":
-                raise ObjectFileError("relocations with addends are not BPF's", section=name)
+                raise ObjectFileError("RELA relocations are not supported", section=name)
             for record in self._records(name, header, self._layouts.Elf_Rel):
                 number = record["r_info_sym"]
                 if number >= len(symbols):
                     raise ObjectFileError(
-                        f"a relocation against symbol {number}, which is not there",
+                        f"a relocation refers to symbol {number}, which does not exist",
                         section=target.name,
                         offset=record["r_offset"],
                     )
@@ -272,7 +274,7 @@ class _Reader:
         contents = self._data[begin : begin + size]
         if len(contents) != size:
             raise ObjectFileError(
-                f"truncated: {size} bytes are promised, {len(contents)} are there", section=name
+                f"truncated: expected {size} bytes, found {len(contents)}", section=name
             )
         return contents
 
@@ -303,5 +305,5 @@ def _symbol(symbol: Any, names: bytes) -> Symbol:
 def _string(strings: bytes, offset: int) -> str:
     end = strings.find(b"\0", offset, offset + _MAX_NAME_BYTES)
     if end < 0 and len(strings) - offset >= _MAX_NAME_BYTES:
-        raise ObjectFileError(f"a name of more than {_MAX_NAME_BYTES} bytes, at {offset:#x}")
+        raise ObjectFileError(f"the name at {offset:#x} is longer than {_MAX_NAME_BYTES} bytes")
     return strings[offset : end if end >= 0 else None].decode("utf-8", "replace")

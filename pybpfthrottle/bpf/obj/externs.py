@@ -59,7 +59,7 @@ def kconfig_layout(btf: Btf, wanted: dict[str, Extern]) -> SectionLayout:
             places[name] = place
             end = place.offset + place.size
         if end > _MAX_SETTINGS_BYTES:
-            raise ObjectFileError("the settings are too large", section=KCONFIG)
+            raise ObjectFileError("the declared settings need too much memory", section=KCONFIG)
     return SectionLayout(end, places)
 
 
@@ -102,7 +102,7 @@ def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
     size = btf.size(type_id)
     if btf_type.kind == Kind.ARRAY:
         if text[:1] != '"' or btf.size(btf.array(btf_type)[0]) != 1 or not size:
-            raise ExternError(f"{name} is {text}, and no char array")
+            raise ExternError(f"{name} is {text}, but it is declared as an array")
         inside = re.sub(r"\\(.)", r"\1", text.strip('"')).encode()
         return inside[: size - 1].ljust(size, b"\0")
     value = _number(btf, btf_type, text)
@@ -113,7 +113,7 @@ def encode_setting(btf: Btf, type_id: int, name: str, text: str) -> bytes:
             return value.to_bytes(size, order, signed=signed)  # type: ignore[arg-type]
         except OverflowError:
             pass
-    raise ExternError(f"{name} is {text}, which does not go into the type that it is declared with")
+    raise ExternError(f"{name} is {text}, which does not fit its declared type")
 
 
 def _number(btf: Btf, btf_type: Type, text: str) -> Optional[int]:
@@ -186,7 +186,7 @@ class Symbols:
         for btf, btf_type in self._candidates(extern.name, kind):
             local = extern.declared.size_or_type
             if not types_compatible(self._btf, local, btf, btf_type.size_or_type):
-                raise ExternError(f"{extern.name!r} is declared otherwise than in this kernel")
+                raise ExternError(f"{extern.name!r} has another type in this kernel")
             return KernelId(btf_type.id, btf)
         return None
 

@@ -211,7 +211,7 @@ class _Program:
         for reference in self._linked.extern_references:
             extern = self._fitting.externs.get(reference.name)
             if extern is None:
-                raise self._bad(reference.offset, f"{reference.name!r} is declared nowhere")
+                raise self._bad(reference.offset, f"{reference.name!r} is not declared")
             try:
                 self._put(reference, extern)
             except PatchError as error:

@@ -81,7 +81,7 @@ def _function_symbols(elf: Elf, section: Section) -> list[Symbol]:
         and not (symbol.local and symbol.name.startswith("LBB"))
     ]
     if not functions:
-        raise ObjectFileError("it has code, but no function", section=section.name, offset=0)
+        raise ObjectFileError("it has code but no function", section=section.name, offset=0)
     return functions
 
 
@@ -96,7 +96,7 @@ def _extents(section: Section, symbols: list[Symbol]) -> Iterator[tuple[Symbol, 
         is_inside = symbol.value < end <= min(limit, size)
         if not is_inside or symbol.value % INSN_BYTES or end % INSN_BYTES:
             raise ObjectFileError(
-                f"function {symbol.name!r} of {symbol.size} bytes does not fit in",
+                f"function {symbol.name!r} of {symbol.size} bytes does not fit in its section",
                 section=section.name,
                 offset=symbol.value,
             )
@@ -134,7 +134,7 @@ class _Reader:
         wide = opcode == LD_IMM64
         if at % INSN_BYTES or (wide and not self._instructions.is_wide(at)):
             raise ObjectFileError(
-                "a relocation inside of an instruction",
+                "a relocation points into the middle of an instruction",
                 section=self._section.name,
                 offset=relocation.offset,
             )

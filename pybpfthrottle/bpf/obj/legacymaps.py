@@ -101,12 +101,12 @@ class _Definitions:
         raw = data[symbol.value : end]
         shortest = ctypes.sizeof(self._layouts[0])
         if len(raw) < shortest:
-            raise self._bad(symbol, f"{shortest} bytes are needed, {len(raw)} are there")
+            raise self._bad(symbol, f"expected at least {shortest} bytes, found {len(raw)}")
         for layout in self._layouts:
             size = ctypes.sizeof(layout)
             if len(raw) >= size and not any(raw[size:]):
                 return layout.from_buffer_copy(raw)
-        raise self._bad(symbol, "it has fields that are not known", at=shortest)
+        raise self._bad(symbol, "it has unknown fields", at=shortest)
 
     def _spec(self, symbol: Symbol, define: Any) -> MapSpec:
         spec = MapSpec(

@@ -79,7 +79,7 @@ class Instructions:
         elif self._code.is_wide(at):
             self._put_imm64(at, answer, answer.target)
         else:
-            raise PatchError(f"no answer goes into an instruction of opcode {opcode:#x}")
+            raise PatchError(f"an instruction of opcode {opcode:#x} cannot be relocated")
         return True
 
     def poison(self, at: int, number: int) -> None:
@@ -93,14 +93,14 @@ class Instructions:
         """Set the value of a 64-bit load, and what it means. Raises PatchError."""
         self._opcode(at)
         if not self._code.is_wide(at):
-            raise PatchError("no 64-bit load")
+            raise PatchError("the instruction is not a 64-bit load")
         self._code.set_source(at, source)
         self._code.set_imm64(at, value)
 
     def call_kernel(self, at: int, function: int, descriptor: int) -> None:
         """Make a call one of a kernel function, of the module at that place of fd_array."""
         if self._opcode(at) != CALL:
-            raise PatchError("no call")
+            raise PatchError("the instruction is not a call")
         self._code.set_source(at, BPF_PSEUDO_KFUNC_CALL)
         self._code.set_off(at, descriptor)
         self._code.set_imm(at, function)
@@ -135,4 +135,4 @@ class Instructions:
 
 def _check(answer: Answer, value: int) -> None:
     if answer.checked and value != answer.local:
-        raise PatchError(f"{answer.local} is expected in the instruction, not {value}")
+        raise PatchError(f"the instruction should contain {answer.local}, not {value}")

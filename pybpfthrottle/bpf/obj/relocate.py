@@ -121,8 +121,8 @@ def _callee(spec: ObjectSpec, caller: FunctionSpec, call: CallReference) -> Func
     callee = spec.functions.get(call.target)
     if callee is None:
         raise ObjectFileError(
-            f"{caller.name!r} calls what is no function:"
-            f" {call.target.section!r} + {call.target.offset:#x}",
+            f"{caller.name!r} calls {call.target.section!r} + {call.target.offset:#x},"
+            " which is not a function",
             section=caller.key.section,
             offset=caller.key.offset + call.offset,
         )
@@ -134,7 +134,7 @@ def resolve(linked: LinkedProgram, map_fds: Mapping[str, int]) -> bytes:
     for at, extern, _ in linked.extern_references:
         origin = linked.origin(at)
         raise ObjectFileError(
-            f"{extern!r} is to be found in the kernel, which is not known here",
+            f"{extern!r} must come from a running kernel; load the object to resolve it",
             section=origin.section,
             offset=origin.offset,
         )

@@ -179,7 +179,7 @@ class VariableSpec:
         if isinstance(value, int):
             return self._encode_int(value)
         if len(value) != self.size:
-            raise ValueError(f"{len(value)} bytes do not make {self.name!r} of {self.size}")
+            raise ValueError(f"{self.name!r} has {self.size} bytes, not {len(value)}")
         return bytes(value)
 
     def decode(self, data: bytes) -> Union[int, bytes]:
@@ -196,8 +196,8 @@ class VariableSpec:
             return value.to_bytes(self.size, order, signed=signed)
         except OverflowError:
             raise ValueError(
-                f"{value} does not fit into {self.name!r}, {self.size} bytes"
-                f" {'with' if signed else 'without'} a sign"
+                f"{value} does not fit into {self.name!r}"
+                f" ({self.size} bytes, {'signed' if signed else 'unsigned'})"
             ) from None
 
 

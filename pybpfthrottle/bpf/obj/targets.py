@@ -67,6 +67,6 @@ def find(program: ProgramSpec, kernel: Kernel) -> Target:
             if btf_type is not None:
                 return Target(btf_type.id, module)
     raise ExternError(
-        f"{program.name!r} is to be attached to {program.attach_to!r}, but this kernel has no such"
-        f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'} with types"
+        f"cannot attach {program.name!r} to {program.attach_to!r}: this kernel's types have no such"
+        f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'}"
     )

@@ -79,7 +79,7 @@ class TypedMaps:
             symbol = symbols.get(var.name)
             if symbol is None:
                 raise ObjectFileError(
-                    f"map {var.name!r} is nowhere in it", section=SECTION, offset=0
+                    f"map {var.name!r} is not in the section", section=SECTION, offset=0
                 )
             reader = _Reader(btf, var.name, symbol.value)
             spec = reader.read(var.size_or_type)
@@ -99,7 +99,7 @@ class TypedMaps:
             if outer is None or name is None or not self._put(outer, relocation.offset, name):
                 raise ObjectFileError(
                     f"a relocation (type {relocation.type}) against"
-                    f" {relocation.symbol.name or 'a section'!r} is no value of a map",
+                    f" {relocation.symbol.name or 'a section'!r} does not set a map's value",
                     section=SECTION,
                     offset=relocation.offset,
                 )
@@ -166,13 +166,13 @@ class _Reader:
         seen = set()
         for member in self._btf.members(define):
             if member.name in seen:
-                raise self._bad(f"{member.name!r} is there twice")
+                raise self._bad(f"{member.name!r} is given twice")
             seen.add(member.name)
             self._take(member)
         if not self._spec.type:
             raise self._bad("it has no type")
         if self._spec.inner is not None and self._spec.type not in abi.MAPS_OF_MAPS:
-            raise self._bad("it has inner maps, but is no map of maps")
+            raise self._bad("it has inner maps, but is not a map of maps")
         return self._spec
 
     def _take(self, member: Member) -> None:
@@ -195,17 +195,17 @@ class _Reader:
         try:
             return self._btf.size(type_id)
         except ObjectFileError as error:
-            raise self._bad(f"how large its {what} is cannot be told: {error}") from error
+            raise self._bad(f"cannot tell the size of its {what}: {error}") from error
 
     def _set_size(self, what: str, size: int) -> None:
         before = getattr(self._spec, f"{what}_size")
         if before not in (0, size):
-            raise self._bad(f"its {what} has {before} bytes, and also {size}")
+            raise self._bad(f"its {what} has two sizes: {before} and {size} bytes")
         setattr(self._spec, f"{what}_size", size)
 
     def _take_pinning(self, how: int) -> None:
         if how not in (LIBBPF_PIN_NONE, LIBBPF_PIN_BY_NAME):
-            raise self._bad(f"pinning {how} is not known")
+            raise self._bad(f"pinning {how} is not supported")
         if how and self._nested:
             raise self._bad("an inner map cannot be pinned")
         self._spec.pinned = bool(how)

@@ -147,7 +147,7 @@ def test_a_missing_function_is_named_when_it_is_reached(spec):
         ("no_such_function", "no function 'strong_and_missing'"),
         ("no_such_symbol", "no symbol 'symbol_strong_and_missing'"),
         pytest.param(
-            *("declared_otherwise", "'bpf_task_acquire' is declared otherwise"),
+            *("declared_otherwise", "'bpf_task_acquire' has another type"),
             marks=since("6.2"),
         ),
     ],

@@ -213,14 +213,14 @@ def test_what_is_attached_cannot_be_told(kernel, target, look, monkeypatch) -> N
     device = os.stat(target.path).st_dev
     mount = cgroups_v2.mounts()[0]._replace(device=f"{os.major(device)}:{os.minor(device)}")
     monkeypatch.setattr(cgroups_v2, "mounts", lambda: [mount])
-    with pytest.raises(CgroupError, match=r"does not have BPF_PROG_QUERY \(Linux 4\.15\)"):
+    with pytest.raises(CgroupError, match=r"does not support BPF_PROG_QUERY \(Linux 4\.15\)"):
         look(target.path)
 
 
 def test_sockets_does_not_ask_root_for_root(kernel) -> None:
     """Which throttles cover a socket is not known, for want of the kernel."""
     with Coverage() as coverage:
-        assert coverage.unknown == "this kernel does not have BPF_PROG_QUERY (Linux 4.15)"
+        assert coverage.unknown == "this kernel does not support BPF_PROG_QUERY (Linux 4.15)"
 
 
 def tried(own: Cgroup, target: Cgroup) -> dict[str, Result]:

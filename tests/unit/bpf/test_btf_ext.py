@@ -92,12 +92,12 @@ def test_old_compilers_know_no_relocations(strings):
         (section(magic=1), "magic"),
         (section(table(8, 1, 2, 0, 7)), "cut off"),
         (section(table(8, 1)), "cut off"),
-        (section(table(4, 1, 1, 0)), "records of 4 bytes"),
-        (section(table(9, 1, 1, 0)), "records of 9 bytes"),
-        (section(table(1 << 20, 1, 1, 0)), "records of"),
-        (section(table(8, 999, 0)), "name lies outside"),
+        (section(table(4, 1, 1, 0)), "cannot have 4 bytes"),
+        (section(table(9, 1, 1, 0)), "cannot have 9 bytes"),
+        (section(table(1 << 20, 1, 1, 0)), "a record cannot have"),
+        (section(table(8, 999, 0)), "name is outside"),
         (section(b"", b"", table(16, 1, 1, 8, 2, 5, 13)), "CO-RE relocation 13"),
-        (section(table(8, 1, 1, 0, 7))[:-1], "does not fit"),
+        (section(table(8, 1, 1, 0, 7))[:-1], "goes past the end"),
     ],
 )
 def test_what_is_wrong_is_named(strings, data, match):

@@ -87,7 +87,7 @@ def test_an_enum_is_a_name(types):
         7,
     ]
     assert codec.encode(1) == codec.encode("ONE")
-    with pytest.raises(ValueError, match="'TWO' is none of ONE, MINUS"):
+    with pytest.raises(ValueError, match="'TWO' is not one of ONE, MINUS"):
         codec.encode("TWO")
 
 

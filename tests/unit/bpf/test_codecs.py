@@ -55,7 +55,7 @@ def test_each_description_has_its_codec(wanted, kind):
 
 def test_another_type_is_refused():
     """A class that is no description is a TypeError with its name."""
-    with pytest.raises(TypeError, match="dict is no codec"):
+    with pytest.raises(TypeError, match="cannot convert to dict"):
         codec_for(dict, 8)
 
 

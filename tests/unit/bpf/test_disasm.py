@@ -113,7 +113,7 @@ def test_an_objects_code_names_maps_and_functions():
         (asm.insn(0x85, imm=9999), "(85) call unknown#9999"),
         (asm.insn(0x8D, dst=3), "(8d) callx r3"),
         (asm.insn(0xBF, dst=1, src=2, off=1, imm=1 << 16), "(bf) r1 = addr_space_cast(r2, 1, 0)"),
-        (asm.insn(0xFF), "(ff) is no instruction"),
+        (asm.insn(0xFF), "(ff) is not an instruction"),
         (asm.insn(0x18), "(18) r0 = 0x0"),
     ],
 )

@@ -397,9 +397,9 @@ def test_maps_by_their_types(builder):
     ("members", "reason"),
     [
         ({"max_entries": 9}, "no type"),
-        ({"type": 1, "pinning": 2}, "pinning 2 is not known"),
+        ({"type": 1, "pinning": 2}, "pinning 2 is not supported"),
         ({"type": 1, "colour": 1}, "'colour' is not supported"),
-        ({"type": 1, "key": None, "key_size": 8}, "its key has 4 bytes, and also 8"),
+        ({"type": 1, "key": None, "key_size": 8}, "its key has two sizes: 4 and 8 bytes"),
         ({"type": None}, "'type' is not a number"),
     ],
 )

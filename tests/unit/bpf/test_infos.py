@@ -84,7 +84,7 @@ def test_a_kernel_that_cannot_list_says_since_when_it_can(kernel, command, cmd, 
     done = CliRunner().invoke(bpf, command)
     assert str(done.exception) == (
         f"cannot show a {'link' if command[0] == 'link' else 'program'}:"
-        f" this kernel does not have BPF_{cmd.name} (Linux {since})"
+        f" this kernel does not support BPF_{cmd.name} (Linux {since})"
     )
 
 

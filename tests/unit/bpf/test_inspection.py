@@ -177,7 +177,7 @@ def test_only_regular_files_are_read(tmp_path) -> None:
             elf.read_file(path)
     with open(sparse, "r+b") as file:
         file.write(b"\x7fELF")
-    with pytest.raises(ObjectFileError, match="10240 MB are too much"):
+    with pytest.raises(ObjectFileError, match="10240 MB are too many"):
         elf.read_file(sparse)
 
 

@@ -109,7 +109,7 @@ def test_per_cpu_values_read_back_the_same(size, cpus, random):
 @pytest.mark.parametrize("count", [0, 3, 5])
 def test_a_value_for_each_cpu_is_needed(count):
     """A list with too few or too many values is refused."""
-    with pytest.raises(ValueError, match="4 values are needed"):
+    with pytest.raises(ValueError, match="expected 4 values"):
         PerCpuCodec(U32, 4, 4).encode([0] * count)
 
 
@@ -189,7 +189,7 @@ def test_clearing_a_map_ends(counts):
 def test_a_key_of_another_size_is_refused(kernel):
     """A key of other than the map's size never reaches the kernel."""
     found = Map(3, MapSpec("m", MapType.HASH, 4, 8, 1), RAW, RAW)
-    with pytest.raises(ValueError, match="3 bytes do not make a key of 4"):
+    with pytest.raises(ValueError, match="a key of this map has 4 bytes, not 3"):
         found[b"abc"]
     assert kernel.calls == []
 
@@ -198,7 +198,7 @@ def test_a_key_of_another_size_is_refused(kernel):
 def test_a_value_of_another_size_is_refused(kernel, value):
     """A value of other than the map's size never reaches the kernel, which would read past it."""
     found = Map(3, MapSpec("m", MapType.HASH, 4, 8, 1), U32, RAW)
-    with pytest.raises(ValueError, match="do not make a value of 8"):
+    with pytest.raises(ValueError, match="a value of this map has 8 bytes"):
         found[0] = value
     assert kernel.calls == []
 

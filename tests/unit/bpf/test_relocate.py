@@ -140,7 +140,7 @@ def test_mutual_calls_end(functions):
 def test_a_call_of_no_function_is_refused(functions):
     """A call into the middle of nowhere is refused with its place."""
     functions.add("main", "missing")
-    with pytest.raises(ObjectFileError, match="'main' calls what is no function") as caught:
+    with pytest.raises(ObjectFileError, match="which is not a function") as caught:
         functions.link("main")
     assert (caught.value.section, caught.value.offset) == ("main", 0)
 
@@ -306,7 +306,7 @@ def test_an_address_of_no_function_is_refused(builder):
     index = builder.code("xdp", builder.load(imm=8) + builder.returns(), "main")
     builder.relocation(index, 0, builder.symbol("", text, type=3, bind=0), R_BPF_64_64)
     spec = elf.read_object(builder.build())
-    with pytest.raises(ObjectFileError, match="what is no function") as caught:
+    with pytest.raises(ObjectFileError, match="which is not a function") as caught:
         relocate.link(spec, spec.programs["main"])
     assert (caught.value.section, caught.value.offset) == ("xdp", 0)
 

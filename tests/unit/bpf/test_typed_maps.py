@@ -112,15 +112,15 @@ def test_a_value_in_a_definition_is_refused(define):
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        (lambda d: (("type", d.number(1)), ("type", d.number(1))), "'type' is there twice"),
+        (lambda d: (("type", d.number(1)), ("type", d.number(1))), "'type' is given twice"),
         (lambda d: (("type", d.number(0)),), "it has no type"),
-        (lambda d: hash_(d, ("value", d.pointer(d.prototype))), "how large its value is"),
+        (lambda d: hash_(d, ("value", d.pointer(d.prototype))), "size of its value"),
         (lambda d: hash_(d, ("values", d.number(3))), "not an array of pointers"),
         (lambda d: hash_(d, ("values", d.array(1))), "not an array of pointers"),
         (lambda d: hash_(d, ("values", d.array(d.pointer(1)))), "neither maps nor programs"),
         (
             lambda d: hash_(d, ("values", d.array(d.pointer(d.struct(*hash_(d)))))),
-            "is no map of maps",
+            "is not a map of maps",
         ),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_map_without_a_symbol_is_refused(define):
     define.add("ghost", *hash_(define))
     define.names.clear()
     define.finish()
-    assert "'ghost' is nowhere" in str(define.refused())
+    assert "'ghost' is not in the section" in str(define.refused())
 
 
 def code(define):
