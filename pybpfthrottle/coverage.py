@@ -35,33 +35,33 @@ class Remark(NamedTuple):
 
 # Why a socket is not covered; if there are several reasons, the first of these.
 NOT_IP = Remark("not-ip", "no IP traffic")
-PACKET = Remark("packet", "its packets go past the hooks of cgroups")
+PACKET = Remark("packet", "its packets bypass the cgroup hooks")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
 LOOPBACK = Remark("loopback", "loopback traffic, limited only with --loopback")
-MPTCP = Remark("mptcp", "MPTCP, whose packets marks do not identify here; --whole-cgroup covers it")
+MPTCP = Remark("mptcp", "MPTCP, whose packets show no mark here; --whole-cgroup covers it")
 OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
-OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before the move to the limited {now}")
+OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before its process moved to {now}")
 NOT_MARKED = Remark(
-    "not-marked", "not marked; a socket handed over by another process is marked within a second"
+    "not-marked", "not marked; a socket passed on by another process is marked within a second"
 )
-NO_THROTTLE = Remark("no-throttle", "outside of all throttles; --pid {pid} would cover it")
+NO_THROTTLE = Remark("no-throttle", "no throttle covers it; use --pid {pid}")
 _REASONS = (
     *(NOT_IP, PACKET, CGROUP_REMOVED, LOOPBACK, MPTCP, OUT_OF_REACH, OTHER_CGROUP, NOT_MARKED),
     NO_THROTTLE,
 )
 UNKNOWN = Remark("unknown", "not known")
 SOCKMAP = Remark(
-    "sockmap", "not known: a program of a sockmap may hand its data over past the hooks of cgroups"
+    "sockmap", "not known: a sockmap program may redirect its data past the cgroup hooks"
 )
 UNTOLD_NAT = Remark(
-    "nat-unknown", "not known: netfilter may send its packets elsewhere, and does not say so"
+    "nat-unknown", "not known: netfilter may redirect its packets, and does not report it"
 )
 
 # Notes on other sockets.
-TRANSLATED = Remark("translated", "its packets really go to {end} (NAT)")
-LISTENS = Remark("listens", "what it accepts is limited as well")
+TRANSLATED = Remark("translated", "its packets actually go to {end} (NAT)")
+LISTENS = Remark("listens", "connections it accepts are limited too")
 SHARED = Remark("shared", "limited for these too: {processes}")
-CGROUP_ASSUMED = Remark("cgroup-assumed", "if it was created in the present cgroup of the process")
+CGROUP_ASSUMED = Remark("cgroup-assumed", "if it was created in the process's current cgroup")
 
 
 class Cover(NamedTuple):
@@ -455,7 +455,7 @@ def _undecided(own: OpenSocket) -> OpenSocket:
 def _cannot_look(target: Process, error: OSError) -> ProcessError:
     if isinstance(error, PermissionError):
         return ProcessError(
-            f"process {target.pid} ({target.name}) may not be looked into:"
+            f"cannot inspect process {target.pid} ({target.name}):"
             f" {sockets.why_refused(error).text}"
         )
     return ProcessError(f"process {target.pid} ({target.name}) has ended")
@@ -467,11 +467,11 @@ def _why_unknown(error: OSError) -> str:
     if asked and not isinstance(error, PermissionError):
         return privileges.why_refused(error, str(error.filename))
     if error.errno == errno.ENOSYS:
-        return "the kernel has no pidfd_getfd (Linux 5.6), or a filter refuses it"
+        return "this kernel does not support pidfd_getfd (Linux 5.6), or a filter refuses it"
     if asked:
         return (
-            f"{error.filename} gives {errno.errorcode.get(error.errno or 0)}: to see throttles"
-            " needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+            f"{error.filename} gives {errno.errorcode.get(error.errno or 0)}: seeing throttles"
+            " requires root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
         )
     if error.errno == errno.EPERM:
         return (

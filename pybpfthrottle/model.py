@@ -21,8 +21,8 @@ _NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
 _MAX_DIGITS = 30
 
 ACCEPTED = (
-    "a number of bytes per second, with K, M or G (1024-based: 500K, 1.5M, 2GB, 1MB/s),"
-    " or of bits with kbit, mbit or gbit (1000-based: 8mbit)"
+    "bytes per second with K, M or G (1024-based: 500K, 1.5M, 2GB, 1MB/s),"
+    " or bits per second with kbit, mbit or gbit (1000-based: 8mbit)"
 )
 
 
@@ -90,7 +90,7 @@ def _refusal(text: str, number: str, unit: str) -> str:
             f"{text!r} may mean bits or bytes: write {number}{letter}bit for bits"
             f" or {number}{letter.upper()}B for bytes per second"
         )
-    return f"{text!r} is no limit: give {ACCEPTED}"
+    return f"{text!r} is not a limit: give {ACCEPTED}"
 
 
 MIN_RATE = Rate(1000)

@@ -73,9 +73,9 @@ class Plan:
 
 # The note if the previous row has failed.
 _NO_MARKS = "Single sockets cannot be limited here: {why}."
-_ALONE = "Nobody else is in the cgroup of the processes: all of it is limited."
-_MOVED = "The processes are moved into a cgroup of their own until the end."
-_ONLY_NEW = "Connections that are open already are not limited: {why}"
+_ALONE = "The processes are alone in their cgroup, so all of it is limited."
+_MOVED = "The processes are moved into a cgroup of their own until the limit ends."
+_ONLY_NEW = "Connections that are already open are not limited: {why}"
 
 
 def plans(

@@ -27,7 +27,7 @@ _ID_CHARACTERS = 6
 # How long clearing up after a killed instance may take.
 _PATIENCE_S = 2.0
 
-_TWICE = "packets would be charged to both limits. If you mean both, add --stack"
+_TWICE = "packets would be charged to both limits. If you want both, add --stack"
 
 
 def new_id() -> str:
@@ -157,7 +157,7 @@ def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record:
     for limited in record.visible_cgroups():
         if any(each in limited or (each in chosen and limited in each) for each in wanted):
             raise CgroupError(
-                f"{limited.path} is limited already, by process {record.owner.pid}: {_TWICE}"
+                f"{limited.path} is already limited by process {record.owner.pid}: {_TWICE}"
             )
 
 
@@ -168,14 +168,14 @@ def _refuse_among_processes(
     limited = set(get_backend(record.backend).processes(record))
     for one in own:
         if one.pid in limited:
-            whose = "" if one.pid in record.spec.target.pids else ", with its parents"
+            whose = "" if one.pid in record.spec.target.pids else ", with its parents,"
             raise ProcessError(
-                f"process {one.pid} ({one.name}) is limited already{whose}, by process"
+                f"process {one.pid} ({one.name}) is already limited{whose} by process"
                 f" {record.owner.pid}: its {_TWICE}"
             )
     for cgroup in chosen if limited else ():
         for pid in limited.intersection(cgroup.pids_below()):
             raise CgroupError(
-                f"process {process.listed([pid])} in {cgroup.path} is limited already,"
-                f" by process {record.owner.pid}. If you mean both limits, add --stack"
+                f"process {process.listed([pid])} in {cgroup.path} is already limited by process"
+                f" {record.owner.pid}. If you want both limits, add --stack"
             )

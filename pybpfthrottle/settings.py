@@ -30,7 +30,7 @@ _ALLOWED = {
     "bpf.download.attach_method": "one of " + ", ".join(f'"{m}"' for m in ATTACH_METHODS),
     "bpf.upload.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
     "bpf.download.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
-    "bpf.fallback_errnos": 'a list of names of errors, such as ["EINVAL", "EPERM"]',
+    "bpf.fallback_errnos": 'a list of error names, such as ["EINVAL", "EPERM"]',
 }
 
 
@@ -182,14 +182,14 @@ def _read(path: str) -> Optional[str]:
 
 def _refuse_untrusted(path: str, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise SettingsError(f"{path} is no regular file")
+        raise SettingsError(f"{path} is not a regular file")
     if os.geteuid() == 0 and status.st_uid != 0:
         raise SettingsError(
-            f"{path} belongs to another user (uid {status.st_uid}), who could so decide what"
-            f" root does: chown root {path}"
+            f"{path} belongs to another user (uid {status.st_uid}), and root will not use it:"
+            f" chown root {path}"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise SettingsError(f"{path} can be written by others: chmod go-w {path}")
+        raise SettingsError(f"{path} is writable by other users: chmod go-w {path}")
 
 
 def _parse(path: str, text: str) -> dict[str, Any]:
@@ -198,14 +198,14 @@ def _parse(path: str, text: str) -> dict[str, Any]:
     try:
         tree = toml.loads(text)
     except toml.TOMLDecodeError as error:
-        raise SettingsError(f"{path} is not TOML: {error}") from error
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
     flat = dict(_flatten(tree, ""))
     for key, value in flat.items():
         where = f"{path}, line {_line_of(text, key)}"
         if key not in _ALLOWED:
-            raise SettingsError(f"{where}: {key} is not known (known: {', '.join(_ALLOWED)})")
+            raise SettingsError(f"{where}: unknown key {key} (known: {', '.join(_ALLOWED)})")
         if not _is_allowed(key, value):
-            raise SettingsError(f"{where}: {key} is {value!r}; allowed is {_ALLOWED[key]}")
+            raise SettingsError(f"{where}: {key} is {value!r}; it must be {_ALLOWED[key]}")
     return flat
 
 
@@ -215,7 +215,7 @@ def _toml(path: str) -> Any:
         with suppress(ImportError):
             return import_module(name)
     raise SettingsError(
-        f"cannot read {path}: this Python needs the package tomli for it"
+        f"cannot read {path}: this Python needs the package tomli"
         " (pip install 'pybpfthrottle[config]')"
     )
 

@@ -122,7 +122,7 @@ class Supervisor:
                 try:
                     self.step(math.inf)
                 except Exception:  # from one limit: the others go on
-                    log.exception("A chore of a limit has failed")
+                    log.exception("A limit's chore failed")
 
     def stop(self) -> None:
         """Have ``serve`` end. Use ``call`` to call this."""
@@ -188,7 +188,7 @@ def _do(chore: Chore, strict: bool) -> None:
         if strict:
             raise
         # A limit stays in force if looking at a process fails: the next look may succeed.
-        log.warning("A look at what is limited has failed: %s", error)
+        log.warning("Cannot check what is limited: %s", error)
 
 
 class Driver(Protocol):

@@ -179,8 +179,8 @@ def whole_cgroups(selection: Selection) -> list[Cgroup]:
     for cgroup in chosen:
         if cgroup.is_root():
             raise ProcessError(
-                f"{cgroup.path} is the root cgroup, which holds everything that is in no other"
-                " cgroup: leave out --whole-cgroup to limit only the process"
+                f"{cgroup.path} is the root cgroup, which holds everything outside other cgroups:"
+                " omit --whole-cgroup to limit only the process"
             )
     _refuse_own_session(chosen, "give --cgroup {path} --whole-cgroup")
     return chosen
@@ -232,9 +232,8 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
             if where in cgroup:
                 raise ProcessError(
                     f"{cgroup.path} holds this session too (process"
-                    f" {process.listed([pid])}): the limit would be for the terminal or the"
-                    f" remote login that you work on. If you mean that,"
-                    f" {insist.format(path=cgroup.path)}"
+                    f" {process.listed([pid])}): the limit would slow down your own terminal or"
+                    f" remote login. If you want that, {insist.format(path=cgroup.path)}"
                 )
     carriers = login.carriers(pids)
     for cgroup in chosen if carriers else ():
@@ -243,6 +242,6 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
             if carrier.cgroup_id in below:
                 raise ProcessError(
                     f"{cgroup.path} has a connection of this session (of process"
-                    f" {process.listed([carrier.pid])}): the limit would be for the remote login"
-                    f" that you work on. If you mean that, {insist.format(path=cgroup.path)}"
+                    f" {process.listed([carrier.pid])}): the limit would slow down your own remote"
+                    f" login. If you want that, {insist.format(path=cgroup.path)}"
                 )

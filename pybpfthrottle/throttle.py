@@ -113,7 +113,7 @@ class Throttle:
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
         if direction not in self._parts:
-            raise ThrottleError(f"this throttle was made without a limit for {direction}")
+            raise ThrottleError(f"this throttle has no {direction} limit to change; start another")
         self._do(lambda: self._parts[direction].set_rate(direction, rate))
 
     def set(self, **limits: Any) -> None:
@@ -252,7 +252,7 @@ class Throttle:
             for part in self._distinct_parts():
                 part.move(unit.cgroup, cgroup)
         except Error as error:
-            self._say(f"{unit.name} was restarted, and is not limited: {error}")
+            self._say(f"{unit.name} was restarted and is no longer limited: {error}")
             return False
         self.cgroups = tuple(cgroup if one == unit.cgroup else one for one in self.cgroups)
         self._say(f"{unit.name} was restarted: it is limited again")
@@ -564,9 +564,9 @@ def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -
     try:
         throttle = _apply_wish(spec, wish, [], selection=targets.select(Target(pids=(pid,))))
     except (NoMarksError, BpfError) as error:
-        log.info("The sockets of the command cannot be limited either: %s", error)
+        log.info("Cannot limit the command's sockets either: %s", error)
         raise why from error
-    throttle.plan_notes = (f"the sockets of the command are limited, not a cgroup: {why}",)
+    throttle.plan_notes = (f"the command's sockets are limited, not a cgroup: {why}",)
     return throttle
 
 
@@ -660,7 +660,7 @@ class Each:
             try:
                 self._make_ready()
             except (Error, OSError) as error:  # later processes have to wait longer
-                log.info("Nothing can be loaded ahead: %s", error)
+                log.info("Cannot load programs in advance: %s", error)
                 self.due_s = self._look_s
                 return
         self._set_due()
@@ -682,8 +682,8 @@ class Each:
             self._executions = backend.executions()
         except (Error, OSError) as error:
             self._notes[
-                f"processes that are started from now on are looked for every {self._PERIOD_S:g} s"
-                f" and not limited at once, since the kernel refused that: {error}"
+                f"new processes are limited within {self._PERIOD_S:g} s, not at once, because the"
+                f" kernel does not report when they start: {error}"
             ] = None
 
     def _make_ready(self) -> None:
@@ -711,7 +711,7 @@ class Each:
                 else:
                     self.begun(self._begin(pid))
             except ProcessError as error:  # it has ended, or another instance limits it
-                log.info("%d gets no limit: %s", pid, error)
+                log.info("Process %d is not limited: %s", pid, error)
             except Error as error:
                 self._notes[f"a process that matches is not limited: {error}"] = None
 
@@ -775,7 +775,7 @@ class Each:
                         registry.refuse_limited(throttle.selection, [])
                     self.begun(throttle)
                 except ProcessError as error:
-                    log.info("%s gets no limit: %s", throttle.what, error)
+                    log.info("Not limited: %s: %s", throttle.what, error)
                     self.end(throttle)
 
     def _put_in_force(self, pid: int) -> Throttle:

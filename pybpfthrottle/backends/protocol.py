@@ -227,7 +227,7 @@ def get(name: str) -> Backend:
     """Return the backend with this name. Raises ThrottleError if there is none."""
     if name not in _HOMES:
         known = ", ".join(name for name in BACKENDS if name != "auto")
-        raise ThrottleError(f"no backend {name!r} (known: {known})")
+        raise ThrottleError(f"unknown backend {name!r}; choose from {known}")
     module, kind = _HOMES[name]
     backend: Backend = getattr(import_module(module), kind)()
     return backend

@@ -369,13 +369,13 @@ def _take(fd: int) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(0.005)
-    log.warning("Another process has held the lock for %g s: going on without it", _PATIENCE_S)
+    log.warning("Another process has held the lock for %g s; continuing without it", _PATIENCE_S)
 
 
 def from_path(path: str) -> Cgroup:
     """Return the cgroup v2 at a path. Raises CgroupError that says what else is there."""
     if not path:
-        raise CgroupError("the path of a cgroup is empty")
+        raise CgroupError("the cgroup path is empty")
     real = os.path.realpath(path)
     table = mounts()
     with suppress(CgroupError):
@@ -439,7 +439,7 @@ def from_pid(pid: int) -> Cgroup:
         raise ProcessError(f"cannot read the cgroup of process {pid}: {error.strerror}") from error
     inside = next((line[3:] for line in lines if line.startswith("0::")), None)
     if inside is None:
-        raise CgroupError(f"process {pid} is in no cgroup of version 2; is it mounted?")
+        raise CgroupError(f"process {pid} is not in a cgroup of version 2; is cgroup v2 mounted?")
     if inside.endswith(" (deleted)"):
         raise CgroupError(f"the cgroup of process {pid} was removed: {inside}")
     return Cgroup(_visible(inside, pid))
@@ -458,7 +458,7 @@ def _visible(inside: str, pid: int) -> str:
     found = _holding(pid, parts) if ".." in above else None
     if found is None:
         raise CgroupError(
-            f"the cgroup of process {pid}, {inside}, is not below the mount at {where.path}: it"
+            f"the cgroup of process {pid}, {inside}, is not visible below {where.path}: it"
             " belongs to another cgroup namespace"
         )
     return found.path
@@ -481,18 +481,18 @@ def from_unit(name: str) -> Cgroup:
     Raises CgroupError if there is none, or more than one (as with units of several users).
     """
     if not name:
-        raise CgroupError("the name of a unit is empty")
+        raise CgroupError("the unit name is empty")
     wanted = unit_name(name)
     if "/" in wanted:
-        raise CgroupError(f"{name!r} is no unit name; give a path with --cgroup")
+        raise CgroupError(f"{name!r} is not a unit name; for a path use --cgroup")
     found = [c for c in walk() if os.path.basename(c.path) == wanted]
     if not found:
         if not _has_units():
             raise NoCgroupError(
-                f"no cgroup of a unit {wanted!r}: this machine runs no systemd; use --cgroup PATH,"
+                f"the unit {wanted!r} has no cgroup: systemd does not run here; use --cgroup PATH,"
                 " or --name for processes"
             )
-        raise NoCgroupError(f"no cgroup of a unit {wanted!r}; is it running? (systemctl status)")
+        raise NoCgroupError(f"the unit {wanted!r} has no cgroup; is it running? (systemctl status)")
     if len(found) > 1:
         paths = ", ".join(c.path for c in found)
         raise CgroupError(f"{wanted!r} is ambiguous: give one of these with --cgroup: {paths}")

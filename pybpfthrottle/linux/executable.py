@@ -49,7 +49,7 @@ class Executable:
         try:
             self._file = _File.of(path)
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ProcessError(f"{path} is no file")
+                raise ProcessError(f"{path} is not a regular file")
             self._name = _name(path)
             self._root, self._mounts = _view(through[1] if through else "self")
         except OSError as error:
@@ -59,8 +59,8 @@ class Executable:
             begin = file.read(11)
             if begin.startswith(b"#!"):
                 raise ProcessError(
-                    f"{path} is a script: its processes run the interpreter. Choose them by --name,"
-                    " or by --exe with the interpreter"
+                    f"{path} is a script, so its processes run the interpreter. Use --name, or give"
+                    " --exe the interpreter"
                 )
             self._is_appimage = begin[8:10] == b"AI"  # appimage.github.io, "Image format"
 

@@ -73,9 +73,9 @@ def create_for(pid: int, *, escapes: Callable[[Cgroup], str] = lambda parent: ""
             reasons.append(f"{parent.path}: {error.strerror}")
             numbers.add(error.errno)
     if numbers & {errno.EACCES, errno.EPERM}:
-        remedy = "this needs root, and cgroup v2 writable"
+        remedy = "this needs root and a writable cgroup v2"
     else:
-        remedy = without_one("start the command by itself, and limit it by --pid PID")
+        remedy = without_one("start the command yourself, and limit it with --pid PID")
     raise CgroupError(f"cannot make a cgroup ({'; '.join(reasons)}): {remedy}")
 
 
@@ -91,7 +91,7 @@ def without_one(otherwise: str) -> str:
         own = cgroups.from_pid(os.getpid())
         if not own.is_root():
             return f"limit all of this container: --cgroup {own.path} --whole-cgroup"
-    return "limit it from outside of this container, by --pid or --cgroup"
+    return "limit it from outside this container, with --pid or --cgroup"
 
 
 def _usual_parents(pid: int) -> list[Cgroup]:
@@ -162,9 +162,9 @@ class Moved:
         except BaseException as error:
             self.back()
             if isinstance(error, OSError):
-                remedy = without_one("--pid without --move-cgroup needs none")
+                remedy = without_one("use --pid without --move-cgroup")
                 raise CgroupError(
-                    f"cannot make a cgroup to move into ({error.strerror}): {remedy}"
+                    f"cannot make a cgroup to move the process into ({error.strerror}): {remedy}"
                 ) from error
             raise
 

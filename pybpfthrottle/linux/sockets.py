@@ -37,7 +37,7 @@ def why_refused(error: OSError) -> Refusal:
     Sources: man 2 ptrace, "Ptrace access mode checking"; Documentation/admin-guide/LSM/Yama.rst.
     """
     call = str(error.filename or "")
-    call = call if call.startswith("pidfd_") else "a look at its descriptors"
+    call = call if call.startswith("pidfd_") else "access to its descriptors"
     status = process.own_status()
     with suppress(OSError), open(_PTRACE_SCOPE) as file:
         if int(file.read()) == _NO_ATTACH and call == "pidfd_getfd":
@@ -45,13 +45,13 @@ def why_refused(error: OSError) -> Refusal:
                 "kernel.yama.ptrace_scope is 3, which forbids this to everyone until the next boot"
             )
     if not may_borrow_all():
-        return Refusal("CAP_SYS_PTRACE is needed", capability=True)
-    held = "though CAP_SYS_PTRACE is held"
+        return Refusal("this needs CAP_SYS_PTRACE", capability=True)
+    held = "although this process has CAP_SYS_PTRACE"
     if status.get("Seccomp", "0") != "0" and call.startswith("pidfd_"):
         return Refusal(f"a seccomp filter, such as a container's, refuses {call}, {held}")
     if process.in_own_user_namespace():
-        return Refusal("CAP_SYS_PTRACE is held in this user namespace, not in that of the process")
-    return Refusal(f"a security module refuses {call}, {held}; the kernel's log may name it")
+        return Refusal("CAP_SYS_PTRACE is held in this user namespace, not in the process's own")
+    return Refusal(f"a security module refuses {call}, {held}; the kernel log may name it")
 
 
 def may_borrow_all() -> bool:

@@ -210,7 +210,7 @@ def test_a_process_that_sent_by_another_cgroup_s_socket_is_not_called_idle(tool,
     finally:
         child.kill()
         child.communicate()
-    assert any("made in another cgroup" in line for line in lines)
+    assert any("created in another cgroup" in line for line in lines)
     assert NOTHING.strip() not in lines
 
 
@@ -230,7 +230,7 @@ def test_devices_that_nobody_else_uses_tell_of_datagrams(tool, scratch, running)
     finally:
         child.kill()
         child.communicate()
-    assert any("made in another cgroup" in line for line in lines)
+    assert any("created in another cgroup" in line for line in lines)
     assert NOTHING.strip() not in lines
 
 

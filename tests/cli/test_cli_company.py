@@ -46,7 +46,7 @@ def test_a_limit_above_or_below_is_refused_too(tool, scratch, limiting, above):
     first = limiting(taken)
     result = tool.run("--cgroup", wanted.path, *LIMIT)
     assert result.status == 1
-    assert f"{taken.path} is limited already, by process {first.pid}" in result.complaint
+    assert f"{taken.path} is already limited by process {first.pid}" in result.complaint
     first.terminate()
     assert tool.finish(first).status == 0
 

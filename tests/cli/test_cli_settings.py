@@ -91,7 +91,7 @@ def test_a_config_file_that_is_none_is_refused(tool, tmp_path):
     variables = {"XDG_CONFIG_HOME": str(tmp_path)}
     os.mkfifo(path)
     complaint = tool.run("config", "show", environment=variables)
-    assert "is no regular file" in complaint.err
+    assert "is not a regular file" in complaint.err
     path.unlink()
     path.symlink_to(path)
     complaint = tool.run("config", "show", environment=variables)

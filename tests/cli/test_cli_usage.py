@@ -266,5 +266,5 @@ def test_a_unit_without_systemd_says_what_to_use(tool):
         ],
     )
     assert result.status == 1
-    assert "runs no systemd" in result.complaint
+    assert "systemd does not run here" in result.complaint
     assert "--cgroup PATH" in result.complaint

@@ -39,8 +39,8 @@ _HOOK_NAMES = {
     AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
 }
 _NO_OVERRIDE = (
-    "Ask its owner to attach it with BPF_F_ALLOW_MULTI; --pid, --name, --exe and --user limit"
-    " processes without that; --override-others attaches all the same"
+    "Ask its owner to attach it with BPF_F_ALLOW_MULTI, or limit processes with --pid, --name,"
+    " --exe or --user; --override-others attaches anyway"
 )
 
 _MODES = {
@@ -67,7 +67,7 @@ def attach(
     """
     if policy.method not in ATTACH_METHODS:
         known = ", ".join(ATTACH_METHODS)
-        raise ValueError(f"no attach method {policy.method!r} (known: {known})")
+        raise ValueError(f"unknown attach method {policy.method!r}; choose from {known}")
     level = logging.DEBUG if repeats else logging.INFO
     fd = cgroup.open()
     try:
@@ -120,8 +120,8 @@ def _try_below(
     except OSError as error:
         raise AttachError(
             f"cannot attach {program.name!r} to {cgroup.path}: that may switch off"
-            f" {', '.join(map(str, hidden))}, attached above what is visible here; this cannot be"
-            f" tested in a new cgroup ({error.strerror}). {_NO_OVERRIDE}"
+            f" {', '.join(map(str, hidden))}, attached above the cgroups visible here, and no new"
+            f" cgroup can be made to test it ({error.strerror}). {_NO_OVERRIDE}"
         ) from error
     try:
         remaining = _remaining(program, trial.cgroup, attach_type)
@@ -149,10 +149,10 @@ def _remaining(program: Program, trial: Cgroup, attach_type: AttachType) -> froz
 
 def _overriding(program: Program, cgroup: Cgroup, found: Sequence[Attached]) -> AttachError:
     where = found[0].cgroup
-    place = "above what is visible here" if where == cgroup else f"to {where.path}, above it,"
+    place = "above the cgroups visible here" if where == cgroup else f"to {where.path}, above it,"
     return AttachError(
-        f"cannot attach {program.name!r} to {cgroup.path}: that would switch off another program"
-        f" there, which is attached {place} with BPF_F_ALLOW_OVERRIDE:"
+        f"cannot attach {program.name!r} to {cgroup.path}: that would switch off a program"
+        f" attached {place} with BPF_F_ALLOW_OVERRIDE:"
         f" {', '.join(map(str, found))}. {_NO_OVERRIDE}"
     )
 
@@ -291,9 +291,9 @@ def _explain(
     if error.errno == errno.ENOENT or not cgroup.exists():
         return "the cgroup was removed"
     if error.errno == errno.EBADF:
-        return "this is no cgroup of version 2"
+        return "this is not a cgroup of version 2"
     if error.errno == errno.E2BIG:
-        return f"{_MOST_PROGRAMS} programs are attached there, the most that the kernel takes"
+        return f"{_MOST_PROGRAMS} programs are attached there, the most that the kernel allows"
     if error.errno in (errno.EPERM, errno.EACCES):
         return _not_permitted(error, cgroup, attach_type, policy, command)
     if error.errno == errno.EINVAL:
@@ -311,16 +311,16 @@ def _not_permitted(
         return exclusive
     if command == "BPF_PROG_ATTACH" and not features.QUERY.available():
         return (
-            "another program is attached there or above, and this kernel (before Linux 4.15)"
-            " runs only one for a cgroup, and does not say which. End it first, or limit a cgroup"
-            " elsewhere; pybpfthrottle list names limits"
+            "another program is attached there or above. This kernel (before Linux 4.15) runs only"
+            " one program per cgroup, and does not report which. Detach it first, or limit another"
+            " cgroup; pybpfthrottle list shows the limits"
         )
     text = privileges.why_not_permitted(command)
     if command == "BPF_LINK_CREATE" and policy.method == "auto":
         name = errno.errorcode[error.errno or 0]
         text += (
-            "; if links alone are refused, use --bpf-attach-method legacy, or put"
-            f' fallback_errnos = ["EINVAL", "{name}"] below [bpf] in the config file'
+            "; if only links are refused, use --bpf-attach-method legacy, or put"
+            f' fallback_errnos = ["EINVAL", "{name}"] under [bpf] in the config file'
         )
     return text
 
@@ -333,20 +333,23 @@ def _invalid(
         return privileges.why_not_permitted("the attachment")
     if program.expected_attach_type not in (None, attach_type):
         return (
-            f"the program is for {program.expected_attach_type!r}, and cannot be attached"
+            f"the program is for {program.expected_attach_type!r}, so it cannot be attached"
             f" to {attach_type!r}"
         )
     if policy.method == "link" and not features.LINK.available():
-        return "this kernel has no BPF links (Linux 5.7): use --bpf-attach-method auto or legacy"
+        return (
+            "this kernel does not support BPF links (Linux 5.7):"
+            " use --bpf-attach-method auto or legacy"
+        )
     try:
         if program.info().id in links.query(fd, attach_type).program_ids:
-            return "this program is attached there already"
+            return "this program is already attached there"
     except OSError as error:
         if error.errno == errno.EINVAL and not policy.exclusive:
             return (
-                "this kernel (before Linux 4.15) lets only one program be attached to a cgroup,"
-                " and does not say whether there is one; --exclusive attaches all the same, and"
-                " may replace another tool's program"
+                "this kernel (before Linux 4.15) allows only one program per cgroup, and does not"
+                " report whether there is one; --exclusive attaches anyway, and may replace another"
+                " tool's program"
             )
     return None
 
@@ -359,6 +362,6 @@ def exclusive_program(cgroup: Cgroup, attach_type: AttachType) -> Optional[str]:
     where = found[0].cgroup
     place = "there" if where == cgroup else f"to {where.path}, above it,"
     return (
-        f"another program is attached {place} in a mode that allows none beside it:"
+        f"another program is attached {place} in a mode that allows no others:"
         f" {', '.join(map(str, found))}. Ask its owner to attach it with BPF_F_ALLOW_MULTI"
     )

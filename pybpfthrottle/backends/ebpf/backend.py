@@ -51,7 +51,7 @@ class EbpfBackend:
             return None
         if isinstance(refused, OSError) and refused.errno in (errno.EPERM, errno.ENOSYS):
             return privileges.why_refused(refused, "BPF_PROG_LOAD")
-        return f"this kernel does not take cgroup_skb programs (CONFIG_CGROUP_BPF): {refused}"
+        return f"this kernel does not accept cgroup_skb programs (CONFIG_CGROUP_BPF): {refused}"
 
     def offer(self, direction: Direction, match: Match) -> Offer:
         """Return what it can do for a direction and a way of matching.

@@ -36,8 +36,8 @@ def notes(pids: Sequence[int], *, loopback: bool) -> Iterator[str]:
     for pid, own in opened.items():
         if own.devices and not any(map(tables.at(pid).sends, own.sockets)):
             yield (
-                f"{process.listed([pid])} has the device {', '.join(own.devices)}: packets that"
-                " go through it belong to no socket, and are not limited. Limit the device"
+                f"{process.listed([pid])} uses the device {', '.join(own.devices)}. Packets that"
+                " pass through it belong to no socket, and are not limited. Limit the device"
                 " itself, for example with tc"
             )
     if not any(
@@ -81,8 +81,8 @@ def _carried(opened: Mapping[int, _Open], tables: _Tables, loopback: bool) -> It
         )
     if over_pipes:
         yield (
-            f"{who} has no connection that leaves the machine; {process.listed(over_pipes)} has,"
-            f" by a pipe or a Unix socket to it: {_instead(over_pipes)}"
+            f"{who} has no connection that leaves the machine. {process.listed(over_pipes)} has"
+            f" one, and talks to it over a pipe or a Unix socket: {_instead(over_pipes)}"
         )
 
 

@@ -105,7 +105,7 @@ class FoundThrottle:
         with locked():
             entry = self._entry()
             if entry is None:
-                raise ThrottleError(f"the throttle {self._found.id} is of an older version")
+                raise ThrottleError(f"the throttle {self._found.id} was made by an older version")
             fields = {name: value for name, value in entry.fields.items() if name != ANSWER}
             generation = self._write({**fields, ASKED: method}, entry.flags)
         deadline = time.monotonic() + _PATIENCE_S
@@ -118,12 +118,14 @@ class FoundThrottle:
             time.sleep(_STEP_S)
         raise ThrottleError(
             f"process {self._found.owner.pid} did not switch within {_PATIENCE_S:g} s;"
-            " it may be stopped, or have ended"
+            " it may be stopped or gone"
         )
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Raise ThrottleError: only the owner follows units."""
-        raise ThrottleError(f"process {self._found.owner.pid} has to move {gone.path}")
+        raise ThrottleError(
+            f"only process {self._found.owner.pid} can move its limit from {gone.path}"
+        )
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how it is attached and shaped, as far as its maps show."""

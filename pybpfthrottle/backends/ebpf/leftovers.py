@@ -126,7 +126,7 @@ def remove(leftover: Leftover) -> None:
         _remove_unnamed(leftover)
     else:
         _remove_program(leftover, leftover.program_id)
-    log.info("Removed %s, which a crash has left", leftover)
+    log.info("Removed %s, left by a crash", leftover)
 
 
 def _remove_unnamed(leftover: Leftover) -> None:

@@ -184,9 +184,9 @@ def refuse_to_replace(cgroup: Cgroup) -> None:
             for limited in map(Cgroup, record.cgroups):
                 if cgroup in limited or limited in cgroup:
                     raise AttachError(
-                        f"{limited.path} is limited already, by process {record.owner.pid}, and"
-                        " this kernel (before Linux 4.15) runs only one program for a cgroup: a"
-                        f" limit on {cgroup.path} would switch the other off. End that first"
+                        f"{limited.path} is already limited by process {record.owner.pid}. This"
+                        " kernel (before Linux 4.15) runs only one program per cgroup: a limit on"
+                        f" {cgroup.path} would switch that one off. Remove it first"
                     )
 
 

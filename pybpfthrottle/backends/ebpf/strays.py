@@ -128,11 +128,11 @@ class Strays:
             self._limiter.mark(stray.place)
         except (Error, OSError) as error:
             self._note(
-                f"a socket of {who} was made in another cgroup ({where}), and neither it nor what"
-                f" it accepts is limited: {error}"
+                f"a socket of {who} was created in another cgroup ({where}). Neither it nor the"
+                f" connections it accepts are limited: {error}"
             )
         else:
-            self._note(f"sockets of {who} that were made in another cgroup ({where}) are limited")
+            self._note(f"limited sockets of {who} that were created in another cgroup ({where})")
 
     def _look_for_processes(self) -> None:
         """Limit the command's processes that are now in another cgroup."""
@@ -151,10 +151,10 @@ class Strays:
         except (Error, OSError) as error:
             outcome = f"and is not limited there: {error}. {{advice}} limits it"
         else:
-            outcome = "and is limited there too, as by --pid, from now on"
+            outcome = "and is limited there too, as with --pid"
         for pid, where in new.items():
             advice = outcome.format(advice=_advice(where))
-            self._note(f"{process.listed([pid])} has left for {where.path}, {advice}")
+            self._note(f"{process.listed([pid])} has moved to {where.path}, {advice}")
 
     def _meet(self) -> None:
         """Add the command's new children, and forget those that have ended."""
@@ -237,7 +237,7 @@ def _path_of(cgroup_id: int) -> str:
         with suppress(OSError):  # it is gone
             if cgroup.id == cgroup_id:
                 return cgroup.path
-    return "one that was removed"
+    return "now removed"
 
 
 def _advice(where: Cgroup) -> str:

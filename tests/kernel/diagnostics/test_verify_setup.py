@@ -542,7 +542,7 @@ def available(number: int) -> bool:
         ([*REFUSING, f"pidfd_getfd={errno.EPERM}", "--"], "warn", "a seccomp filter"),
         ([*REFUSING, f"pidfd_open={errno.EPERM}", "--"], "warn", "refuses pidfd_open"),
         ([*REFUSING, f"pidfd_getfd={errno.ENOSYS}", "--"], "warn", "Linux 5.6"),
-        (["setpriv", "--bounding-set=-sys_ptrace"], "warn", "CAP_SYS_PTRACE is needed"),
+        (["setpriv", "--bounding-set=-sys_ptrace"], "warn", "this needs CAP_SYS_PTRACE"),
     ],
 )
 def test_what_open_sockets_lack_is_said(prefix: list[str], outcome: str, words: str) -> None:

@@ -197,7 +197,7 @@ def test_what_another_process_limits_is_refused(own: Target) -> None:
     ) as other:
         assert other.stdout
         assert other.stdout.readline()
-        with pytest.raises(ProcessError, match=f"limited already, by process {other.pid}"):
+        with pytest.raises(ProcessError, match=f"already limited by process {other.pid}"):
             pybpfthrottle.limit(pid=own.pid, upload="1M")
         wish = pybpfthrottle.Wish(stack=True)
         pybpfthrottle.limit(pid=own.pid, upload="1M", wish=wish).remove()

@@ -137,7 +137,7 @@ def test_limits_of_outside_are_found(
     try:
         with throttle.apply([other], {Direction.UPLOAD: Rate.parse("1M")}) as live:
             done = tool("--cgroup", path, *LIMITS, namespace=namespace, inside=inner)
-            assert f"{path} is limited already" in done.stderr
+            assert f"{path} is already limited" in done.stderr
             done = tool("show", "--cgroup", path, "--json", namespace=namespace, inside=inner)
             assert [one["id"] for one in json.loads(done.stdout)["throttles"]] == [live.id]
     finally:

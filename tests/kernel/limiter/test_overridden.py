@@ -176,7 +176,7 @@ def test_run_below_a_firewall_is_limited_all_the_same(scratch: Cgroup, child: Cg
         )
         assert done.returncode == 0
         assert int(done.stdout) < 200
-        assert "the sockets of the command are limited, not a cgroup" in done.stderr
+        assert "the command's sockets are limited, not a cgroup" in done.stderr
 
 
 def test_run_leaves_no_firewall_for_the_root_cgroup(scratch: Cgroup, child: Cgroup) -> None:
@@ -298,7 +298,7 @@ def test_one_above_what_is_visible_stays_in_force(
         assert done.returncode == (how == "ALLOW_OVERRIDE"), done.stderr
         if how == "ALLOW_OVERRIDE":
             assert f"theirs (id {theirs.info().id}" in done.stderr
-            assert "above what is visible here" in done.stderr
+            assert "above the cgroups visible here" in done.stderr
 
 
 def show(*arguments: str) -> Any:

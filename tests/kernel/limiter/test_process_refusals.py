@@ -136,7 +136,7 @@ def test_without_tracepoints_each_is_looked_for(own: Target, tmp_path: Path) -> 
     prefix = refusing(f"{Cmd.RAW_TRACEPOINT_OPEN:d}={errno.EPERM}")
     arguments = ("--each", "--exe", program, "--pid", str(own.pid))
     with tool(*arguments, prefix=prefix) as (running, _):
-        assert "every 1 s" in note(running, "and not limited at once")
+        assert "within 1 s" in note(running, "not at once")
         with subprocess.Popen([program, "60"]) as later:
             assert running.stdout
             events = (json.loads(line) for line in running.stdout)
@@ -233,7 +233,7 @@ def test_without_marks_a_cgroup_of_its_own_is_limited(own: Target, scratch: Cgro
         lines = lines_until_it_limits(running)
         assert len(lines) == 2
         assert lines[0].startswith("Single sockets cannot be limited here: ")
-        assert lines[1].startswith("Nobody else is in the cgroup")
+        assert lines[1].startswith("The processes are alone in their cgroup")
         assert set(attached(scratch)) <= programs_of(running.pid)
         assert attached(scratch)
     assert attached(scratch) == []
@@ -245,7 +245,7 @@ def test_without_marks_a_process_in_company_is_moved(own: Target, scratch: Cgrou
         lines = lines_until_it_limits(running)
         assert lines[0].startswith("Single sockets cannot be limited here: ")
         assert lines[1].startswith("The processes are moved")
-        assert lines[2].startswith("Connections that are open already are not limited: ")
+        assert lines[2].startswith("Connections that are already open are not limited: ")
         [made] = [each for each in cgroup.walk() if each in scratch and each != scratch]
         assert (made.pids(), scratch.pids()) == ([own.pid], [other.pid])
         assert attached(made)

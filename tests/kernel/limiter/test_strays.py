@@ -209,7 +209,7 @@ def test_a_command_that_leaves_its_cgroup_is_limited(
         leaving(wire, server, elsewhere, way, "--wait") as (_, events),
     ):
         assert events[-1]["event"] == "note"
-        assert f"has left for {elsewhere.path}" in events[-1]["text"]
+        assert f"has moved to {elsewhere.path}" in events[-1]["text"]
         time.sleep(1.5)
         pids = elsewhere.pids()
         begin, before = time.monotonic(), received(pids)

@@ -377,7 +377,7 @@ def test_no_kernel_with_multi_is_given_another_mode(release, boot, target):
     """Where another tool allows none beside it, its program is never replaced, and it is named."""
     kernel = boot(release)
     kernel.attach_foreign(target.path, 0, "OVERRIDE")
-    with pytest.raises(AttachError, match="in a mode that allows none beside it"):
+    with pytest.raises(AttachError, match="in a mode that allows no others"):
         apply(target)
     assert kernel.standing() == [(0, "OVERRIDE", "foreign")]
     assert not any("SINGLE" in line or "OVERRIDE" in line for line in kernel.told)

@@ -119,7 +119,7 @@ def test_no_limit_replaces_another_one(kernel, target, tmp_path, where: str) -> 
         "above": (below, target),
     }[where]
     with apply(first, exclusive=True):
-        with pytest.raises(AttachError, match=f"{first.path} is limited already, by process"):
+        with pytest.raises(AttachError, match=f"{first.path} is already limited by process"):
             apply(second, exclusive=True)
         assert kernel.standing() == standing("OVERRIDE")
 

@@ -13,9 +13,9 @@ from pybpfthrottle.plan import Place, Situation, Wish, plans
 
 BOTH = list(Direction)
 NO_MARKS = "Single sockets cannot be limited here: {why}."
-ALONE = "Nobody else is in the cgroup of the processes: all of it is limited."
-MOVED = "The processes are moved into a cgroup of their own until the end."
-ONLY_NEW = "Connections that are open already are not limited: {why}"
+ALONE = "The processes are alone in their cgroup, so all of it is limited."
+MOVED = "The processes are moved into a cgroup of their own until the limit ends."
+ONLY_NEW = "Connections that are already open are not limited: {why}"
 
 
 def offers(

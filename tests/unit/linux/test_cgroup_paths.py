@@ -195,7 +195,7 @@ def test_a_path_with_colons_stays_whole(mounted, files):
 def test_a_process_without_version_2_is_told_so(files):
     """A process that is in version 1 hierarchies only has no cgroup to limit."""
     files["/proc/7/cgroup"] = b"2:memory:/a\n"
-    with pytest.raises(CgroupError, match="no cgroup of version 2"):
+    with pytest.raises(CgroupError, match="not in a cgroup of version 2"):
         cgroup.from_pid(7)
 
 
@@ -270,7 +270,7 @@ def test_units_of_other_kinds_have_their_suffix(tree, name):
 def test_a_unit_that_does_not_run_is_told_so(tree):
     """A unit without a cgroup is refused by its whole name."""
     tree("system.slice")
-    with pytest.raises(CgroupError, match=r"'ssh\.service'; is it running"):
+    with pytest.raises(CgroupError, match=r"'ssh\.service' has no cgroup; is it running"):
         cgroup.from_unit("ssh")
 
 
