@@ -18,7 +18,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         from pybpfthrottle.diagnostics import command
         from pybpfthrottle.model import printable
     except ImportError as error:
-        print(f"✗ This Python lacks what the examination needs: {error}", file=sys.stderr)
+        print(f"✗ This Python lacks what the checks need: {error}", file=sys.stderr)
         print("  Remedy: use a Python with ctypes, such as your distribution's", file=sys.stderr)
         return 1
     options = command.Options(**vars(arguments))
@@ -47,18 +47,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--pid", type=_pid, help="examine the cgroup of this process")
     add("--cgroup", metavar="PATH", help="examine this cgroup")
     add("--unit", metavar="NAME", help="examine the cgroup of this systemd unit")
-    add("--root-cgroup", action="store_true", help="try the root cgroup as well")
+    add("--root-cgroup", action="store_true", help="also try the root cgroup")
     add("--json", action="store_true", dest="as_json", help="print JSON")
     add("--report", metavar="FILE", help="write a text file for a bug report, without names")
-    add("-v", "--verbose", action="store_true", help="print the evidence of what passed, too")
-    add("-q", "--quiet", action="store_true", help="print nothing; the exit status tells")
+    add(
+        "-v", "--verbose", action="store_true", help="also print the evidence of checks that passed"
+    )
+    add("-q", "--quiet", action="store_true", help="print nothing; only set the exit status")
     return parser
 
 
 def _pid(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is no process id")
+        raise argparse.ArgumentTypeError(f"{number} is not a process id")
     return number
 
 

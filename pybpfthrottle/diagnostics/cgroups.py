@@ -67,14 +67,14 @@ def _target(setup: Setup) -> Result:
     facts = _facts(setup.target)
     if setup.named:
         return passed(setup.target.path, *facts)
-    return passed(f"{setup.target.path}, of this process; --pid names another", *facts)
+    return passed(f"{setup.target.path}, of this process; use --pid for another", *facts)
 
 
 def _without_target(setup: Setup, error: Error, cause: str) -> Result:
     """Return a failure only if a target was named: this process's own cgroup may be invisible."""
     if setup.named:
         return failed(str(error), cause=cause)
-    return skipped(f"none was named, and this process's own is of no use: {error}")
+    return skipped(f"no target was given, and this process's own cgroup cannot be used: {error}")
 
 
 def _find(setup: Setup) -> Cgroup:
@@ -99,12 +99,12 @@ def _facts(cgroup: Cgroup) -> list[str]:
 def _user(setup: Setup) -> Result:
     uid = int(os.environ.get("SUDO_UID", os.getuid()))
     if uid == 0:
-        return skipped("root has none of its own", cause="root")
+        return skipped("root has no cgroup of its own", cause="root")
     path = os.path.join(
         cgroups_v2.root().reach, "user.slice", f"user-{uid}.slice", f"user@{uid}.service"
     )
     if not os.path.isdir(path):
-        return skipped("there is none; systemd makes it where it manages users", path)
+        return skipped("there is none; systemd creates one where it manages users", path)
     owner = os.stat(path).st_uid
     told = "delegated to the user" if owner == uid else f"not delegated: it belongs to user {owner}"
     return passed(told, path)
@@ -131,12 +131,12 @@ def _root(setup: Setup) -> Result:
     top = cgroups_v2.root()
     os.close(top.open())
     if os.statvfs(top.reach).f_flag & os.ST_RDONLY:
-        remedy = own_cgroups.without_one("--pid needs none")
+        remedy = own_cgroups.without_one("--pid works without one")
         return warned(
             f"{top.path} is mounted read-only: no cgroup can be made for a command; {remedy}"
         )
     if not os.access(top.reach, os.W_OK):
-        return warned(f"this process may not write {top.path}: it can make no cgroup there")
+        return warned(f"this process may not write to {top.path}, so it cannot make a cgroup there")
     return passed(f"{top.path} can be opened and written")
 
 
@@ -144,7 +144,7 @@ def _bpf_file_system(setup: Setup) -> Result:
     found = [m.path for m in _mounts() if m.type == "bpf"]
     if found:
         return passed(f"mounted at {found[0]}")
-    return passed("not mounted; limits do without, only pinning needs it")
+    return passed("not mounted; only pinning needs it, limits do not")
 
 
 def _programs(setup: Setup) -> Result:
@@ -167,18 +167,18 @@ def _programs(setup: Setup) -> Result:
         stand = attached.blocking(target, hook)
         if stand:
             where = "the target" if stand[0].cgroup == target else f"{stand[0].cgroup.path}, above"
-            text = f"{stand[0]} is attached to {where} in a mode that allows none beside it"
+            text = f"{stand[0]} is attached to {where} in a mode that allows no others"
             return failed(text, *evidence, cause="exclusive")
         below = attached.overridden(target, hook)
         if below:
             text = (
-                f"{below[0]} is attached to {below[0].cgroup.path}, above, and may be overridden:"
-                " whatever is attached to the target would switch it off there"
+                f"{below[0]} is attached above, to {below[0].cgroup.path}, and may be overridden:"
+                " any program attached to the target would switch it off there"
             )
             return failed(text, *evidence, cause="overridable")
         same = [one for one in there if one.cgroup == target and one.attach_type == hook]
         if len(same) >= _MOST_PROGRAMS:
-            text = f"{len(same)} programs are attached at one hook, the most that the kernel takes"
+            text = f"{len(same)} programs are attached at one hook, the most that the kernel allows"
             return failed(text, *evidence, cause="too-many")
     optional = [one for hook in HOOKS for one in attached.overridden(target, hook)]
     if optional:
@@ -187,7 +187,7 @@ def _programs(setup: Setup) -> Result:
         return warned(text, *evidence, cause="left-out")
     if not there:
         return passed("nothing is attached to the target or above it")
-    return passed("what is attached lets others attach beside it", *evidence)
+    return passed("the attached programs allow others", *evidence)
 
 
 CHECKS = (
@@ -213,7 +213,7 @@ CHECKS = (
         "Cgroups",
         "the user's cgroup",
         "where systemd keeps a user's programs",
-        "nothing has to be done: root attaches to it as well",
+        "nothing to do: root can attach to it too",
         _user,
         ("cgroup.v2",),
     ),
@@ -230,7 +230,7 @@ CHECKS = (
         "cgroup.scratch",
         "Cgroups",
         "a cgroup for trials",
-        "what is tried is tried on a cgroup that nobody else uses",
+        "tests run in a cgroup that nothing else uses",
         "make cgroup v2 writable; this needs root",
         _scratch,
         ("cgroup.v2", "rights.capabilities"),
@@ -247,7 +247,7 @@ CHECKS = (
         "attached.programs",
         "What is there already",
         "programs on the target and above it",
-        "a program without BPF_F_ALLOW_MULTI shuts others out, or is switched off by them",
+        "a program without BPF_F_ALLOW_MULTI blocks others, or is switched off by them",
         "ask its owner to attach it with BPF_F_ALLOW_MULTI",
         _programs,
         ("cgroup.target", "rights.commands"),

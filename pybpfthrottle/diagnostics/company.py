@@ -55,12 +55,12 @@ def _qdiscs(setup: Setup) -> Result:
     try:
         found = list(_list_qdiscs())
     except OSError as error:
-        return skipped(f"the kernel does not tell them: {error.strerror}")
+        return skipped(f"the kernel does not report them: {error.strerror}")
     special = [f"{device}: {kind}" for device, kind in found if kind not in _DEFAULT_QDISCS]
     if special:
-        text = "a packet passes the limit and these; the lower rate wins"
+        text = "packets pass both the limit and these; the lower rate wins"
         return passed(text, *special)
-    return passed("interfaces have their default ones", *(f"{d}: {k}" for d, k in found))
+    return passed("all interfaces have the default ones", *(f"{d}: {k}" for d, k in found))
 
 
 def _list_qdiscs() -> Iterator[tuple[str, str]]:
@@ -77,7 +77,9 @@ def _tables(setup: Setup) -> Result:
     try:
         found = list(_list_tables())
     except OSError as error:
-        return passed("this kernel has no nftables, or does not tell", error.strerror or "")
+        return passed(
+            "this kernel has no nftables, or does not report tables", error.strerror or ""
+        )
     if not found:
         return passed("no tables")
     return passed("they see packets before or after the limit, and do not conflict", *found)
@@ -95,7 +97,7 @@ def _firewalls(setup: Setup) -> Result:
     found = [name for name, path in _FIREWALLS.items() if _is_active(path)]
     if not found:
         return passed("none is visible")
-    return passed("what they drop never counts towards a limit; they do not conflict", *found)
+    return passed("packets they drop never count towards a limit; they do not conflict", *found)
 
 
 def _is_active(path: str) -> bool:
@@ -134,9 +136,9 @@ def _systemd(setup: Setup) -> Result:
             if name in _OF_SYSTEMD:
                 found.setdefault(f"{name} ({_OF_SYSTEMD[name]})", []).append(cgroup.path)
     if not found:
-        return passed("no program of systemd's is attached to a cgroup")
+        return passed("systemd has attached no programs to cgroups")
     evidence = [f"{name}: {', '.join(paths)}" for name, paths in found.items()]
-    return passed("its programs let others attach beside them", *evidence)
+    return passed("its programs allow others", *evidence)
 
 
 CHECKS = (
@@ -144,7 +146,7 @@ CHECKS = (
         "company.systemd",
         _SECTION,
         "BPF programs of systemd",
-        "IPAddressAllow=, IPAccounting= and others are BPF programs on cgroups",
+        "IPAddressAllow=, IPAccounting= and others attach BPF programs to cgroups",
         "",
         _systemd,
         ("cgroup.v2", "rights.commands"),

@@ -89,9 +89,9 @@ _NO_SYSCALL = Conclusion(
     "python-without-ctypes",
     "D",
     "This Python cannot call the kernel",
-    "nothing that needs bpf(2) can be tried",
-    "the interpreter lacks what bpf(2) is called through",
-    "use the Python of your distribution, or one that was built with libffi and shared libraries",
+    "nothing that needs bpf(2) can be tested",
+    "the interpreter lacks a working ctypes, which calls bpf(2)",
+    "use your distribution's Python, or build one with libffi and shared libraries",
     ("python",),
 )
 _NO_PYELFTOOLS = Conclusion(
@@ -118,16 +118,16 @@ _SETTINGS = Conclusion(
     "The settings cannot be used",
     "every command stops with the same error",
     "a config file or an environment variable is wrong",
-    "correct what the error names; pybpfthrottle config show tells where settings come from",
+    "correct what the error names; pybpfthrottle config show lists where each setting comes from",
     ("settings",),
 )
 _SECCOMP_ALL = Conclusion(
     "bpf-refused",
     "P",
-    "bpf(2) is refused to this process as a whole",
+    "This process may not call bpf(2) at all",
     "every command gives ENOSYS, EPERM or EACCES, whatever its arguments",
-    "a seccomp filter, as containers have one, or a security module",
-    "allow bpf in the container's seccomp profile or the module's policy, or run it outside",
+    "a seccomp filter, as in containers, or a security module",
+    "allow bpf in the container's seccomp profile or the module's policy, or run outside of it",
     ("kernel.bpf", "rights.commands", "rights.seccomp", "rights.lsm"),
 )
 _NO_BPF = Conclusion(
@@ -151,9 +151,9 @@ _NO_RIGHTS = Conclusion(
 _USER_NAMESPACE = Conclusion(
     "user-namespace",
     "P",
-    "Root of a user namespace is not root to bpf(2)",
-    "the capabilities are there, and yet every command gives EPERM",
-    "only capabilities in the first user namespace count",
+    "Root in a user namespace is not root for bpf(2)",
+    "this process has the capabilities, but every command gives EPERM",
+    "only capabilities in the initial user namespace count",
     "run it outside of the rootless container",
     ("rights.user_namespace", "rights.commands"),
 )
@@ -161,8 +161,8 @@ _LOCKDOWN = Conclusion(
     "lockdown",
     "P",
     "The kernel is locked down",
-    "the capabilities are there, and yet commands give EPERM",
-    "lockdown, by secure boot or the kernel's command line, refuses BPF on this kernel",
+    "this process has the capabilities, but commands give EPERM",
+    "lockdown refuses BPF on this kernel; secure boot or the kernel command line turns it on",
     "boot without lockdown, or with lockdown=integrity on a kernel of Linux 5.4 or later",
     ("kernel.lockdown", "rights.commands"),
 )
@@ -170,16 +170,16 @@ _COMMANDS = Conclusion(
     "commands-refused",
     "P",
     "Some commands of bpf(2) are refused",
-    "the capabilities are there, and yet these commands give EPERM, EACCES or ENOSYS",
+    "this process has the capabilities, but these commands give EPERM, EACCES or ENOSYS",
     "a seccomp filter or a security module refuses them",
-    "allow them in the seccomp profile or the policy; the kernel's log has the denials",
+    "allow them in the seccomp profile or the policy; the kernel log shows the denials",
     ("rights.commands", "rights.seccomp", "rights.lsm"),
 )
 _MEMLOCK = Conclusion(
     "memlock",
     "P",
     "Too little locked memory",
-    "creating maps or loading programs gives EPERM, with all capabilities",
+    "creating maps or loading programs gives EPERM despite all capabilities",
     "kernels before 5.11 charge BPF to RLIMIT_MEMLOCK",
     "ulimit -l unlimited, or LimitMEMLOCK=infinity in the systemd unit",
     ("rights.memlock", "trial.load"),
@@ -189,7 +189,7 @@ _V1_ONLY = Conclusion(
     "B",
     "Only cgroup v1 is mounted",
     "there is no cgroup that a program could be attached to",
-    "the system was started with cgroup v1 alone",
+    "the system was started with cgroup v1 only",
     "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2; for good, boot with"
     " systemd.unified_cgroup_hierarchy=1",
     ("cgroup.v2",),
@@ -215,7 +215,7 @@ _GONE = Conclusion(
 _WRONG = Conclusion(
     "target-wrong",
     "A",
-    "The target is no cgroup of version 2",
+    "The target is not a cgroup of version 2",
     "programs cannot be attached to it",
     "the path, unit or process leads elsewhere",
     "use what the error names; pybpfthrottle cgroup tree lists cgroups",
@@ -233,19 +233,19 @@ _NO_CGROUP_BPF = Conclusion(
 _KERNEL_LOAD = Conclusion(
     "kernel-refuses-program",
     "C",
-    "The kernel refuses a program that it should take",
-    "a program of two instructions cannot be loaded, and nothing explains it",
-    "a fault of this kernel, or a security module that does not say so",
+    "The kernel refuses a program that it should accept",
+    "a program of two instructions cannot be loaded, and no known cause applies",
+    "a bug in this kernel, or a security module that does not report its refusals",
     "try another kernel; report it with --report FILE",
     ("trial.load", "kernel.log"),
 )
 _EXCLUSIVE = Conclusion(
     "exclusive-program",
     "O",
-    "Another program shuts all others out",
-    "attaching gives EPERM, with all capabilities",
+    "Another program allows no others",
+    "attaching gives EPERM despite all capabilities",
     "it was attached without BPF_F_ALLOW_MULTI, to the target or above it",
-    "ask its owner to attach it with BPF_F_ALLOW_MULTI or by a link; or limit a cgroup elsewhere",
+    "ask its owner to attach it with BPF_F_ALLOW_MULTI or a link; or limit a cgroup elsewhere",
     ("attached.programs", "trial.target"),
 )
 _OVERRIDABLE = Conclusion(
@@ -253,9 +253,9 @@ _OVERRIDABLE = Conclusion(
     "O",
     "A limit would switch another program off",
     "a program above the target stops running for it as soon as anything is attached to the target",
-    "it was attached with BPF_F_ALLOW_OVERRIDE, as older systemds and some firewalls do",
+    "it was attached with BPF_F_ALLOW_OVERRIDE, as by old versions of systemd and some firewalls",
     "limit processes (--pid, --name, --user), or have its owner attach it with"
-    " BPF_F_ALLOW_MULTI; --override-others attaches all the same",
+    " BPF_F_ALLOW_MULTI; --override-others attaches anyway",
     ("trial.target", "attached.programs"),
 )
 _TOO_MANY = Conclusion(
@@ -263,15 +263,15 @@ _TOO_MANY = Conclusion(
     "O",
     "64 programs are attached already",
     "attaching gives E2BIG",
-    "a cgroup takes 64 programs at each hook",
-    "take some away; pybpfthrottle cgroup show PATH names them",
+    "a cgroup allows 64 programs at each hook",
+    "detach some; pybpfthrottle cgroup show PATH lists them",
     ("attached.programs", "trial.target"),
 )
 _LINKS_REFUSED = Conclusion(
     "links-refused",
     "P",
     "Only links are refused",
-    "BPF_LINK_CREATE gives EPERM, EACCES or ENOSYS, the legacy call works",
+    "BPF_LINK_CREATE gives EPERM, EACCES or ENOSYS, but the legacy call works",
     "a seccomp filter or a security module refuses this one command",
     'use --bpf-attach-method legacy, or put fallback_errnos = ["EINVAL", "EPERM"] below [bpf] in'
     " the config file",
@@ -280,9 +280,9 @@ _LINKS_REFUSED = Conclusion(
 _USER_CGROUP = Conclusion(
     "user-cgroup",
     "A",
-    "The target's cgroup refuses what others take",
-    "attaching works on a new cgroup, and fails on this one",
-    "something about this cgroup; what is attached there does not explain it",
+    "The target's cgroup refuses what other cgroups accept",
+    "attaching works on a new cgroup, but fails on this one",
+    "unknown; what is attached to this cgroup does not explain it",
     "limit its parent (--cgroup), or start the program with pybpfthrottle run",
     ("trial.target", "attached.programs"),
 )
@@ -291,7 +291,7 @@ _KERNEL_ATTACH = Conclusion(
     "C",
     "The kernel refuses every attachment",
     "programs can be loaded, but neither method attaches them to any cgroup",
-    "a fault or a regression of this kernel",
+    "a bug or a regression in this kernel",
     "try another kernel; report it with --report FILE",
     ("trial.target", "trial.legacy", "kernel.log"),
 )
@@ -299,8 +299,8 @@ _MISSING = Conclusion(
     "objects-missing",
     "E",
     "This installation is incomplete",
-    "the shipped objects are not there",
-    "files of the package are missing",
+    "the shipped objects are missing",
+    "the package was not installed completely",
     "reinstall pybpfthrottle",
     ("objects",),
 )
@@ -309,7 +309,7 @@ _TRUNCATED = Conclusion(
     "E",
     "A shipped object is damaged",
     "it cannot be read",
-    "the file is not what was shipped",
+    "the file differs from the one that was shipped",
     "reinstall pybpfthrottle",
     ("objects",),
 )
@@ -326,9 +326,9 @@ _SECTIONS = Conclusion(
 _STALE = Conclusion(
     "objects-stale",
     "E",
-    "A shipped object is not current",
-    "its hash is not the one that was recorded",
-    "it, or what it was built from, has changed since",
+    "A shipped object is out of date",
+    "its hash differs from the recorded one",
+    "the object or its source has changed since the build",
     "reinstall pybpfthrottle; in a checkout, run tools/build_prebuilt",
     ("objects",),
 )
@@ -337,8 +337,8 @@ _VERIFIER = Conclusion(
     "E",
     "The kernel rejects a shipped program",
     "the minimal program can be loaded, the shipped one cannot",
-    "the verifier of this kernel does not accept its instructions",
-    "report it with --report FILE: the verifier's line is in it",
+    "this kernel's verifier does not accept its instructions",
+    "report it with --report FILE, which includes the verifier's message",
     ("trial.objects", "kernel.version"),
 )
 _LOADER = Conclusion(
@@ -346,7 +346,7 @@ _LOADER = Conclusion(
     "D",
     "The loader does not work with this kernel",
     "the minimal program can be loaded, the shipped objects cannot",
-    "our loader does something that this kernel does not know",
+    "our loader does something that this kernel does not support",
     "report it with --report FILE",
     ("trial.objects", "kernel.version"),
 )
@@ -354,8 +354,8 @@ _NEVER_RAN = Conclusion(
     "packets-not-seen",
     "C",
     "The program is attached, but packets do not reach it",
-    "packets were sent, and its counters stayed below them",
-    "a fault of this kernel, or packets that bypass cgroups",
+    "more packets were sent than the program counted",
+    "a bug in this kernel, or packets that bypass cgroups",
     "report it with --report FILE",
     ("trial.upload", "trial.download"),
 )
@@ -363,8 +363,8 @@ _NOT_DROPPED = Conclusion(
     "limit-without-effect",
     "C",
     "The limit has no effect",
-    "packets are counted, and those over the limit arrive all the same",
-    "a fault of this kernel, or another program that overrides the verdict",
+    "packets are counted, but those over the limit still arrive",
+    "a bug in this kernel, or another program that overrides the verdict",
     "report it with --report FILE",
     ("trial.upload", "trial.download"),
 )
@@ -372,7 +372,7 @@ _NO_OWN_CGROUP = Conclusion(
     "no-own-cgroup",
     "A",
     "No cgroup can be made for a command",
-    "pybpfthrottle run fails; limits on cgroups that are there work",
+    "pybpfthrottle run fails; limits on existing cgroups work",
     "cgroup v2 is read-only here, or this process may not write to it",
     "mount it writable and run it as root; or limit what is there already, as told below",
     ("cgroup.scratch", "cgroup.root", "trial.marks"),
@@ -380,9 +380,9 @@ _NO_OWN_CGROUP = Conclusion(
 _UNPROVED = Conclusion(
     "works-unproved",
     "W",
-    "This machine can limit, as far as could be tried",
-    "programs can be attached to the target; that packets are dropped could not be tried",
-    "no cgroup could be made for a trial, or the loopback device is down",
+    "This machine can limit, as far as could be tested",
+    "programs can be attached to the target; whether packets are dropped could not be tested",
+    "no cgroup could be made for the test, or the loopback device is down",
     "",
     ("cgroup.scratch", "trial.upload", "trial.download"),
     works=True,
@@ -390,10 +390,10 @@ _UNPROVED = Conclusion(
 _ALONE = Conclusion(
     "one-program-alone",
     "A",
-    "The kernel runs only one program for a cgroup",
-    "--cgroup and --unit need --exclusive, and nothing could be tried in a cgroup of its own",
+    "The kernel runs only one program per cgroup",
+    "--cgroup and --unit need --exclusive, and nothing could be tested in a cgroup of its own",
     "several programs on a cgroup, and asking which are attached, need Linux 4.15",
-    "make cgroup v2 writable, end what another tool has attached above, and use pybpfthrottle run;"
+    "make cgroup v2 writable, detach any other tool's program above, and use pybpfthrottle run;"
     " or add --exclusive, which may switch another tool's program off",
     ("trial.target", "trial.legacy", "cgroup.scratch"),
 )
@@ -414,7 +414,7 @@ _WORKS_LEGACY = Conclusion(
     "W",
     "This machine can limit, by the legacy call",
     "packets over the limit are dropped, in both directions",
-    "this kernel has no links, so that what a crash leaves is removed at the next start",
+    "this kernel does not support links, so leftovers of a crash are removed at the next start",
     "",
     ("trial.target",),
     works=True,
@@ -455,7 +455,7 @@ _TRAFFIC = Question(
         "Does it drop those over the limit?",
         lambda results: not _traffic_cause("not-dropped")(results),
         Question(
-            "Could both directions be tried?",
+            "Could both directions be tested?",
             _traffic_proved,
             Question(
                 "By link?",
@@ -472,7 +472,7 @@ _TRAFFIC = Question(
                 "Would it be attached beside other programs?",
                 _beside_others,
                 Question(
-                    "Is a cgroup for commands all that lacks?",
+                    "Is a cgroup for commands all that is missing?",
                     _cause("cgroup.scratch", "no-own-cgroup"),
                     _NO_OWN_CGROUP,
                     _UNPROVED,
@@ -485,10 +485,10 @@ _TRAFFIC = Question(
     _NEVER_RAN,
 )
 _OBJECTS = Question(
-    "Are the shipped objects whole and current?",
+    "Are the shipped objects complete and up to date?",
     _ok("objects"),
     Question(
-        "Does the kernel take them?",
+        "Does the kernel accept them?",
         _ok("trial.objects"),
         _TRAFFIC,
         Question(
@@ -499,7 +499,7 @@ _OBJECTS = Question(
         ),
     ),
     Question(
-        "Are all of them there?",
+        "Are all of them present?",
         lambda results: results["objects"].cause != "missing",
         Question(
             "Can they be read?",
@@ -528,7 +528,7 @@ _REFUSED_WITH_RIGHTS = Question(
             _cause("attached.programs", "too-many"),
             _TOO_MANY,
             Question(
-                "Are links alone refused?",
+                "Are only links refused?",
                 _cause("trial.target", "links-refused"),
                 _LINKS_REFUSED,
                 Question(
@@ -555,14 +555,14 @@ _ATTACH = Question(
     _ok("trial.target"),
     _OBJECTS,
     Question(
-        "Is it there no more?",
+        "Has it disappeared?",
         _cause("trial.target", "target-gone"),
         _GONE,
         _REFUSED_AT_TARGET,
     ),
 )
 _LOAD = Question(
-    "Does the kernel take a minimal program?",
+    "Does the kernel accept a minimal program?",
     _ok("trial.load"),
     _ATTACH,
     Question(
@@ -586,7 +586,7 @@ _TARGET = Question(
         _LOAD,
         Question("Is it gone?", _cause("cgroup.target", "target-gone"), _GONE, _WRONG),
     ),
-    Question("Is cgroup v1?", _cause("cgroup.v2", "v1-only"), _V1_ONLY, _NO_CGROUP2),
+    Question("Is cgroup v1 mounted?", _cause("cgroup.v2", "v1-only"), _V1_ONLY, _NO_CGROUP2),
 )
 _REFUSED = Question(
     "Is it in a user namespace of its own?",
@@ -605,7 +605,7 @@ _REFUSED = Question(
     ),
 )
 _RIGHTS = Question(
-    "Are the capabilities there?",
+    "Does this process have the capabilities?",
     _ok("rights.capabilities"),
     Question(
         "Does the kernel answer bpf(2)'s commands?", _ok("rights.commands"), _TARGET, _REFUSED
@@ -619,11 +619,11 @@ _PROC = Question(
         "Can the settings be used?",
         _ok("settings"),
         Question(
-            "Is bpf(2) there?",
+            "Does bpf(2) exist?",
             _ok("kernel.bpf"),
             _RIGHTS,
             Question(
-                "Is it filtered, or in the kernel's configuration?",
+                "Is it refused rather than missing?",
                 lambda results: (
                     results["rights.seccomp"].cause == "seccomp" or _config_has_it(results)
                 ),
@@ -640,7 +640,7 @@ TREE = Question(
     _ok("python"),
     _PROC,
     Question(
-        "Is it pyelftools that is missing?",
+        "Is pyelftools missing?",
         _cause("python", "no-pyelftools"),
         _NO_PYELFTOOLS,
         _NO_SYSCALL,

@@ -61,11 +61,11 @@ def _python(setup: Setup) -> Result:
     for name in ("elftools", "click", "rich"):
         try:
             import_module(name)
-            packages.append(f"{name} is there")
+            packages.append(f"{name} is installed")
         except ImportError as error:
             if name == "elftools":
                 return failed(f"{found} lacks pyelftools", str(error), cause="no-pyelftools")
-            packages.append(f"{name} is not there; the command line needs it, nothing else does")
+            packages.append(f"{name} is missing; only the command line needs it")
     return passed(found, *packages)
 
 
@@ -88,8 +88,8 @@ def _bpf(setup: Setup) -> Result:
         evidence = f"BPF_MAP_CREATE of nothing: {syscall.errno_name(error.errno or 0)}"
         if error.errno == errno.ENOSYS:
             return failed("the kernel answers as if it had no bpf(2)", evidence, cause="enosys")
-        return passed("bpf(2) is there", evidence)
-    return passed("bpf(2) is there")
+        return passed("bpf(2) works", evidence)
+    return passed("bpf(2) works")
 
 
 def _config(setup: Setup) -> Result:
@@ -102,7 +102,7 @@ def _config(setup: Setup) -> Result:
     lacking = [name for name in _REQUIRED_OPTIONS if options.get(name, "n") == "n"]
     if lacking:
         return failed(f"{path} lacks {', '.join(lacking)}", *values, cause="config")
-    return passed(f"{path} has all that is needed", *values)
+    return passed(f"{path} has all required options", *values)
 
 
 def _jit(setup: Setup) -> Result:
@@ -113,7 +113,7 @@ def _jit(setup: Setup) -> Result:
     except FileNotFoundError:
         return warned("this kernel has no BPF JIT compiler: each packet costs more", path)
     except PermissionError:
-        return skipped("only root may read whether BPF is compiled", path)
+        return skipped("only root can see whether BPF is compiled", path)
     if value == "0":
         return warned("BPF programs are interpreted: each packet costs more", f"{path}: 0")
     return passed("BPF programs are compiled", f"{path}: {value}")
@@ -137,8 +137,8 @@ def _features(setup: Setup) -> Result:
         told = "available" if missing is None else f"not available: {missing}"
         evidence.append(f"{feature.name} (Linux {feature.since}): {told}")
     if all(feature.available() for feature in _OPTIONAL):
-        return passed("all that is optional is available", *evidence)
-    return warned("something optional is not available, and is done without", *evidence)
+        return passed("all optional features are available", *evidence)
+    return warned("some optional features are missing; limits work without them", *evidence)
 
 
 def _helpers(setup: Setup) -> Result:
@@ -173,7 +173,7 @@ CHECKS = (
         "kernel.version",
         "Kernel",
         "kernel version",
-        "for the report; what the kernel can do is tried, not read from its version",
+        "for the report; features are tested, not guessed from the version",
         "",
         _version,
     ),
@@ -181,7 +181,7 @@ CHECKS = (
         "kernel.proc",
         "Kernel",
         "the file system /proc",
-        "it tells of processes, mounts and privileges",
+        "it shows processes, mounts and privileges",
         "mount -t proc proc /proc",
         _proc,
     ),
@@ -190,7 +190,7 @@ CHECKS = (
         "Kernel",
         "the bpf(2) system call",
         "everything here goes through it",
-        "use a kernel with CONFIG_BPF_SYSCALL=y, as those of all distributions have it",
+        "use a kernel with CONFIG_BPF_SYSCALL=y, as in all distributions",
         _bpf,
         ("python",),
     ),
@@ -198,15 +198,15 @@ CHECKS = (
         "kernel.config",
         "Kernel",
         "BPF kernel configuration",
-        "it explains why a try failed; it decides nothing by itself",
-        "use a kernel that has these options, as those of all distributions do",
+        "it explains why a test failed; it decides nothing by itself",
+        "use a kernel with these options, as in all distributions",
         _config,
     ),
     Check(
         "kernel.jit",
         "Kernel",
         "BPF JIT compiler",
-        "compiled programs cost a packet a few dozen nanoseconds",
+        "a compiled program takes a few dozen nanoseconds per packet",
         "sysctl net.core.bpf_jit_enable=1",
         _jit,
     ),
@@ -226,7 +226,7 @@ FEATURE_CHECKS = (
         "kernel.features",
         "Kernel",
         "optional BPF features",
-        "they make limits cheaper or end them more safely; without, there is another way",
+        "they make limits cheaper or safer to end; each has a fallback",
         "a newer kernel has them",
         _features,
         ("trial.load",),

@@ -105,8 +105,8 @@ CHECKS = (
         "kernel.log",
         "Kernel log",
         "lines about BPF, capabilities and denials",
-        "the kernel and security modules tell there what they refused",
-        "run it as root; kernel.dmesg_restrict=1 keeps it from others",
+        "the kernel and security modules log what they refused",
+        "run it as root; kernel.dmesg_restrict=1 hides it from other users",
         _log,
     ),
 )

@@ -33,7 +33,7 @@ def _capabilities(setup: Setup) -> Result:
     if missing_capabilities(refused=True):
         text = "CAP_NET_ADMIN is missing; CAP_SYS_ADMIN replaces it only on newer kernels"
         return warned(text, f"CapEff: {held}", cause="net-admin")
-    return passed("all that loading and attaching needs", f"CapEff: {held}")
+    return passed("enough to load and attach", f"CapEff: {held}")
 
 
 def _user_namespace(setup: Setup) -> Result:
@@ -44,9 +44,9 @@ def _user_namespace(setup: Setup) -> Result:
         return skipped(f"/proc/self/uid_map cannot be read: {error.strerror}")
     evidence = [f"/proc/self/uid_map: {' '.join(fields)}" for fields in lines]
     if lines == [["0", "0", str(_WHOLE_RANGE)]]:
-        return passed("none but the first", *evidence)
+        return passed("only the initial one", *evidence)
     return warned(
-        "this process is in one of its own, where capabilities do not count for bpf(2)",
+        "this process is in another one, where capabilities do not count for bpf(2)",
         *evidence,
         cause="user-namespace",
     )
@@ -84,7 +84,7 @@ def _commands(setup: Setup) -> Result:
     refused = [cmd for cmd, number in answers.items() if number in _REFUSALS]
     evidence = [f"{cmd.name}: {syscall.errno_name(number)}" for cmd, number in answers.items()]
     if not refused:
-        return passed("the kernel itself answers each of them", *evidence)
+        return passed("none of them is blocked", *evidence)
     names = ", ".join(cmd.name for cmd in refused)
     if len(refused) == len(answers):
         return failed("all of them are refused", *evidence, cause="all")
@@ -137,17 +137,19 @@ def _borrowing(setup: Setup) -> Result:
         except OSError as error:
             return _not_borrowed(error)
     if not sockets.may_borrow_all():
-        return warned("those of other users' processes cannot: CAP_SYS_PTRACE is needed")
-    return passed("those that a process has open can be limited, too")
+        return warned(
+            "sockets of other users' processes cannot be limited: this needs CAP_SYS_PTRACE"
+        )
+    return passed("a process's open sockets can be limited too")
 
 
 def _not_borrowed(error: OSError) -> Result:
     if error.errno == errno.ENOSYS:
-        why = f"{error.filename} is missing (Linux 5.6), or refused by a filter"
+        why = f"{error.filename} is not supported (Linux 5.6), or a filter refuses it"
     else:
         why = sockets.why_refused(error).text
     return warned(
-        f"a limit for processes covers only new sockets: {why}",
+        f"a limit on processes covers only new sockets: {why}",
         f"{error.filename}: {syscall.errno_name(error.errno or 0)}",
         cause="no-borrowing",
     )
@@ -161,8 +163,10 @@ def _memlock(setup: Setup) -> Result:
     if privileges.may_raise_memlock(hard):
         return passed("BPF is charged to locked memory, and the limit can be raised", evidence)
     if hard < 1 << 20:
-        return warned("BPF is charged to locked memory, which is short", evidence, cause="memlock")
-    return passed("BPF is charged to locked memory, which is enough", evidence)
+        return warned(
+            "BPF is charged to locked memory, and the limit is low", evidence, cause="memlock"
+        )
+    return passed("BPF is charged to locked memory, and the limit is high enough", evidence)
 
 
 def _size(limit: int) -> str:
@@ -186,14 +190,14 @@ CHECKS = (
         "Privileges",
         "settings",
         "config files and the environment decide how programs are attached",
-        "pybpfthrottle config show tells where each setting comes from",
+        "pybpfthrottle config show lists where each setting comes from",
         _settings,
     ),
     Check(
         "rights.capabilities",
         "Privileges",
         "capabilities",
-        "CAP_BPF (CAP_SYS_ADMIN before Linux 5.8) loads, CAP_NET_ADMIN attaches",
+        "loading needs CAP_BPF (CAP_SYS_ADMIN before Linux 5.8), attaching needs CAP_NET_ADMIN",
         "run it as root: sudo pybpfthrottle ...",
         _capabilities,
     ),
@@ -201,7 +205,7 @@ CHECKS = (
         "rights.user_namespace",
         "Privileges",
         "user namespace",
-        "bpf(2) asks for the capabilities of the first user namespace",
+        "bpf(2) checks capabilities in the initial user namespace",
         "run it outside of the container, or in a privileged one",
         _user_namespace,
     ),
@@ -209,8 +213,8 @@ CHECKS = (
         "rights.seccomp",
         "Privileges",
         "seccomp filter",
-        "a filter may refuse bpf(2), whole or in part",
-        "let the container's seccomp profile allow bpf",
+        "a filter may refuse all or some commands of bpf(2)",
+        "allow bpf in the container's seccomp profile",
         _seccomp,
     ),
     Check(
@@ -218,7 +222,7 @@ CHECKS = (
         "Privileges",
         "security modules",
         "AppArmor, SELinux and others may refuse BPF to root",
-        "allow it in the policy of the module; its denials are in the kernel's log",
+        "allow it in the module's policy; the kernel log shows its denials",
         _security_modules,
     ),
     Check(
@@ -243,9 +247,9 @@ CHECKS = (
         "rights.borrowing",
         "Privileges",
         "open sockets",
-        "limits for processes borrow the sockets that those have open (pidfd_getfd)",
-        "allow it: CAP_SYS_PTRACE, the container's seccomp profile, kernel.yama.ptrace_scope below"
-        " 3; or limit a whole cgroup, for which nothing is borrowed",
+        "a limit on processes borrows their open sockets (pidfd_getfd)",
+        "allow it with CAP_SYS_PTRACE, the container's seccomp profile, and"
+        " kernel.yama.ptrace_scope below 3; or limit a whole cgroup, which borrows nothing",
         _borrowing,
     ),
 )

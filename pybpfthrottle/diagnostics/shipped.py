@@ -67,11 +67,11 @@ def _files(setup: Setup) -> Result:
                 for one in spec.programs.values()
             ]
         if hashlib.sha256(data).hexdigest() != hashes[name]:
-            return failed(f"{name} is not the one that MANIFEST.json describes", cause="stale")
+            return failed(f"{name} does not match MANIFEST.json", cause="stale")
     stale = _stale_sources(manifest.get("sources", {}))
     if stale:
         return failed(f"{', '.join(stale)} changed since the objects were built", cause="stale")
-    return passed(f"{len(hashes)} objects are whole and current", *evidence)
+    return passed(f"{len(hashes)} objects are complete and up to date", *evidence)
 
 
 def _attach_type(program: ProgramSpec) -> str:
@@ -99,7 +99,7 @@ CHECKS = (
         "objects",
         "Shipped objects",
         "sections, attach types and freshness",
-        "what a limit loads comes from these files, and not from a compiler",
+        "a limit loads these files, and needs no compiler",
         "reinstall pybpfthrottle; in a checkout, run tools/build_prebuilt",
         _files,
         ("python",),

@@ -60,7 +60,7 @@ def _load(setup: Setup) -> Result:
     except BpfError as error:
         cause = "memlock" if _is_memlock(setup, error) else syscall.errno_name(error.errno)
         return failed(str(error), *_log_of(error), cause=cause)
-    return passed("the kernel takes a minimal program for both directions")
+    return passed("the kernel accepts a minimal program for both directions")
 
 
 def _is_memlock(setup: Setup, error: BpfError) -> bool:
@@ -100,7 +100,9 @@ def _at_scratch(attach: Attach) -> Callable[[Setup], Result]:
 def _link(setup: Setup) -> Result:
     found = _at_scratch(links.create_link)(setup)
     if found.cause and not features.LINK.available():
-        return warned(f"this kernel has no links (Linux 5.7): {found.text}", cause="no-links")
+        return warned(
+            f"this kernel does not support links (Linux 5.7): {found.text}", cause="no-links"
+        )
     return found
 
 
@@ -112,13 +114,13 @@ def _legacy(setup: Setup) -> Result:
     single = _at_scratch(partial(links.attach_legacy, mode=AttachMode.SINGLE))(setup)
     if single.cause:
         return replace(single, evidence=(found.text,))
-    return warned(f"as the only program alone: {single.text}", found.text, cause="alone")
+    return warned(f"only as the cgroup's single program: {single.text}", found.text, cause="alone")
 
 
 def _link_flags(setup: Setup) -> Result:
     """Some loaders pass BPF_F_ALLOW_MULTI to BPF_LINK_CREATE, and never learn why that fails."""
     if not features.LINK.available():
-        return skipped("this kernel has no links (Linux 5.7)", cause="no-links")
+        return skipped("this kernel does not support links (Linux 5.7)", cause="no-links")
     assert setup.scratch is not None  # noqa: S101 - the check needs cgroup.scratch
     hook = AttachType.CGROUP_INET_EGRESS
     fd = setup.scratch.open()
@@ -131,12 +133,12 @@ def _link_flags(setup: Setup) -> Result:
                 os.close(syscall.bpf(Cmd.LINK_CREATE, attr))
             except OSError as error:
                 return passed(
-                    "with flags 0 links can be made; a loader that passes BPF_F_ALLOW_MULTI gets"
+                    "links work with flags 0; a loader that passes BPF_F_ALLOW_MULTI gets"
                     f" {syscall.errno_name(error.errno or 0)} on every machine"
                 )
     finally:
         os.close(fd)
-    return passed("links can be made, with BPF_F_ALLOW_MULTI as well")
+    return passed("links work, even with BPF_F_ALLOW_MULTI")
 
 
 def _at_target(setup: Setup) -> Result:
@@ -162,15 +164,15 @@ def _by_either_way(cgroup: Cgroup) -> Result:
     evidence = [f"by link: {by_link.text}", f"by the legacy call: {by_call.text}"]
     if by_call.cause == "EINVAL" and not features.QUERY.available():
         return warned(
-            f"this kernel (before Linux 4.15) runs only one program for {cgroup.path}, and does"
-            " not say whether there is one: not tried, since it might switch another one off",
+            f"not tested: this kernel (before Linux 4.15) runs only one program on {cgroup.path},"
+            " and does not report whether there is one, so a test might switch it off",
             *evidence,
             cause="alone",
         )
     if by_call.cause:
         return failed(by_link.text, *evidence, cause=by_link.cause)
     if all(_stands_in(policy, by_link.cause) for policy in settings.load().attach.values()):
-        return warned("by the legacy call alone", *evidence, cause="legacy")
+        return warned("only by the legacy call", *evidence, cause="legacy")
     return failed(by_link.text, *evidence, cause="links-refused")
 
 
@@ -199,7 +201,7 @@ def _objects(setup: Setup) -> Result:
             return failed(f"{name}: {error}", error.reason, cause="verifier")
         except Error as error:
             return failed(f"{name}: {error}", cause="loader")
-    return passed("the kernel takes the programs of each", *loaded)
+    return passed("the kernel accepts the programs of each", *loaded)
 
 
 def _shaping(setup: Setup) -> Result:
@@ -211,17 +213,17 @@ def _shaping(setup: Setup) -> Result:
         except Error as error:
             refused.append(str(error))
     if refused:
-        return warned("this kernel does not take all that shapes", *refused)
-    return passed("uploads can be paced, downloads moved at their receive window")
+        return warned("this kernel does not accept all shaping programs", *refused)
+    return passed("uploads can be paced, and downloads slowed by their receive window")
 
 
 def _marks(setup: Setup) -> Result:
     """Load what limits the sockets of processes, with the kernel's own map of marks."""
     if not process.in_first_namespace():
         return warned(
-            "this pid namespace has process ids of its own, which the kernel does not compare:"
-            " --pid limits the whole cgroup, or moves the process into one of its own where cgroup"
-            " v2 is writable; --name, --exe and --user work outside of this container",
+            "this pid namespace has its own process ids, which BPF programs do not see: --pid"
+            " limits the whole cgroup, or moves the process into one of its own where cgroup v2 is"
+            " writable; --name, --exe and --user work only outside this container",
             cause="no-marks",
         )
     name = table.object_for(Scope.MARKED)
@@ -235,8 +237,8 @@ def _marks(setup: Setup) -> Result:
     except Error as error:
         needs = wanted[0].needs
         return warned(
-            f"this kernel does not take {needs.feature} (Linux {needs.release}): --pid limits the"
-            " whole cgroup, or moves the process into one of its own",
+            f"this kernel does not support {needs.feature} (Linux {needs.release}): --pid limits"
+            " the whole cgroup, or moves the process into one of its own",
             str(error),
             cause="no-marks",
         )
@@ -257,12 +259,12 @@ def _following(setup: Setup) -> Result:
     except (Error, OSError) as error:
         needs = wanted[0].needs
         return warned(
-            f"processes cannot be followed ({needs.feature}, Linux {needs.release}): those that"
-            " are started later are looked for once a second",
+            f"processes cannot be followed ({needs.feature}, Linux {needs.release}): new ones are"
+            " found by a scan once a second",
             str(error),
             cause="no-tracing",
         )
-    return passed("what limited processes start is limited from its first packet")
+    return passed("children of limited processes are limited from their first packet")
 
 
 def _traffic(direction: Direction) -> Callable[[Setup], Result]:
@@ -283,7 +285,7 @@ def _traffic(direction: Direction) -> Callable[[Setup], Result]:
 def _judge(sent: int, received: int, counters: Counters) -> Result:
     evidence = (f"{sent} datagrams sent, {received} received", str(counters))
     if not sent:
-        return skipped("nothing can be sent over the loopback device; is it up?", cause="no-lo")
+        return skipped("cannot send over the loopback device; is it up?", cause="no-lo")
     if not counters.program_calls:
         return failed("the program is attached, but never ran", *evidence, cause="never-ran")
     if counters.packets_total < sent:
@@ -350,7 +352,7 @@ LOAD_CHECKS = (
         "trial.load",
         _SECTION,
         "a minimal program",
-        "two instructions, from no object and no compiler: what cannot be loaded is the kernel's",
+        "two instructions, without object file or compiler: if this fails, the kernel refuses it",
         "see the kernel's configuration, capabilities, locked memory and security modules",
         _load,
         ("rights.commands",),
@@ -362,7 +364,7 @@ CHECKS = (
         "trial.link",
         _SECTION,
         "attach by link",
-        "the kernel takes a link away with the process that holds it",
+        "the kernel detaches a link when the process that holds it ends",
         "use --bpf-attach-method legacy",
         _link,
         _ON_SCRATCH,
@@ -371,7 +373,7 @@ CHECKS = (
         "trial.legacy",
         _SECTION,
         "attach by the legacy call",
-        "the way of kernels before 5.7, and where links are refused",
+        "for kernels before 5.7, and where links are refused",
         "use --bpf-attach-method link",
         _legacy,
         _ON_SCRATCH,
@@ -389,7 +391,7 @@ CHECKS = (
         "trial.target",
         _SECTION,
         "attach to the target",
-        "what works on a new cgroup may be refused on this one",
+        "what works on a new cgroup may fail on this one",
         "see what is attached there already",
         _at_target,
         ("trial.load", "cgroup.target"),
@@ -398,7 +400,7 @@ CHECKS = (
         "trial.root",
         _SECTION,
         "attach to the root cgroup",
-        "it tells a fault of the kernel from one of the target",
+        "it tells a kernel bug from a problem with the target",
         "see what is attached there already",
         _at_root,
         ("trial.load", "cgroup.v2"),
@@ -416,8 +418,8 @@ CHECKS = (
         "trial.shaping",
         _SECTION,
         "shaping",
-        "TCP is slowed down before packets have to be dropped",
-        "nothing has to be done: what cannot be shaped is policed",
+        "it slows TCP down before packets have to be dropped",
+        "nothing to do: what cannot be shaped is policed",
         _shaping,
         ("trial.objects",),
     ),
@@ -426,7 +428,7 @@ CHECKS = (
         _SECTION,
         "single processes",
         "--pid, --name, --exe and --user limit the sockets of processes, not cgroups",
-        "use --cgroup or --unit where all of a cgroup may be limited",
+        "use --cgroup or --unit to limit a whole cgroup",
         _marks,
         ("trial.objects",),
     ),
@@ -434,7 +436,7 @@ CHECKS = (
         "trial.following",
         _SECTION,
         "following processes",
-        "what a limited process starts belongs to it",
+        "a limit on a process covers its children",
         "see the kernel's types (CONFIG_DEBUG_INFO_BTF) and CAP_PERFMON",
         _following,
         ("trial.marks",),

@@ -405,7 +405,7 @@ def test_a_python_without_ctypes_is_named() -> None:
     """One line says so, one what to do."""
     done = without("_ctypes")
     assert done.returncode == 1
-    assert "✗ This Python lacks what the examination needs" in done.stdout
+    assert "✗ This Python lacks what the checks need" in done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -538,7 +538,7 @@ def available(number: int) -> bool:
 @pytest.mark.parametrize(
     ("prefix", "outcome", "words"),
     [
-        ([], "pass", "can be limited, too"),
+        ([], "pass", "can be limited too"),
         ([*REFUSING, f"pidfd_getfd={errno.EPERM}", "--"], "warn", "a seccomp filter"),
         ([*REFUSING, f"pidfd_open={errno.EPERM}", "--"], "warn", "refuses pidfd_open"),
         ([*REFUSING, f"pidfd_getfd={errno.ENOSYS}", "--"], "warn", "Linux 5.6"),
