@@ -36,7 +36,7 @@ Examples:
   pybpfthrottle demo
 
 \b
-Exit status: 0 done, 1 failed, 2 wrong usage; of run, that of the command,
+Exit status: 0 done, 1 failed, 2 wrong usage. run exits with the status of its command,
 or 125 failed, 126 cannot be executed, 127 not found.
 """
 
@@ -51,10 +51,10 @@ or 125 failed, 126 cannot be executed, 127 not found.
     "pids",
     type=ProcessId(),
     multiple=True,
-    help="Limit this process and what it starts. May be repeated: all of them share the limit.",
+    help="Limit this process and its children. Repeat it to share the limit among several.",
 )
 @click.option(
-    "--name", "names", multiple=True, metavar="NAME", help="All processes with this name."
+    "--name", "names", multiple=True, metavar="NAME", help="Limit all processes with this name."
 )
 @click.option(
     "--exe",
@@ -62,53 +62,55 @@ or 125 failed, 126 cannot be executed, 127 not found.
     multiple=True,
     metavar="PATH",
     type=click.Path(exists=True, dir_okay=False),
-    help="All processes that run this executable.",
+    help="Limit all processes that run this executable.",
 )
 @click.option(
     "--user",
     "users",
     multiple=True,
     metavar="USER",
-    help="All processes of this user. With --name or --exe: only those that match both.",
+    help="Limit all processes of this user. With --name or --exe: only those that match both.",
 )
 @click.option(
-    "--no-children", is_flag=True, help="Leave out what these processes start, unless it matches."
+    "--no-children",
+    is_flag=True,
+    help="Do not limit children of the processes, unless they match too.",
 )
-@click.option("--each", is_flag=True, help="Give each process the limit to itself.")
+@click.option("--each", is_flag=True, help="Give each process a limit of its own.")
 @click.option(
     "--move-cgroup",
     is_flag=True,
-    help="With --pid: move the processes into a cgroup below their own until the end. This covers"
-    " whatever they start.",
+    help="With --pid: move the processes into a cgroup below their own until the limit ends. This"
+    " also covers their children.",
 )
 @click.option(
     "--cgroup",
     "cgroups",
     multiple=True,
     metavar="PATH",
-    help="Limit a cgroup (v2) and those below it. May be repeated: they share the limit.",
+    help="Limit a cgroup (v2) and those below it. Repeat it to share the limit among several.",
 )
 @click.option(
     "--unit",
     "units",
     multiple=True,
     metavar="NAME",
-    help="Limit a systemd unit, also after it is restarted.",
+    help="Limit a systemd unit, even after it restarts.",
 )
 @click.option(
     "--whole-cgroup",
     is_flag=True,
-    help="With --pid: limit the whole cgroup that the process is in. With --cgroup and --unit:"
-    " even if this session is in it.",
+    help="With --pid: limit the whole cgroup of the process. With --cgroup and --unit: limit the"
+    " cgroup even if this session is in it.",
 )
-@click.option("--stack", is_flag=True, help="Limit what another pybpfthrottle limits as well.")
+@click.option("--stack", is_flag=True, help="Also limit what another pybpfthrottle already limits.")
 @click.option(
     "--exclusive",
     is_flag=True,
     help="Before Linux 4.15: attach even if that may replace another tool's program.",
 )
 @limit_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--list-backends", is_flag=True, help="List the available backends and exit.")
 @click.version_option(__version__, prog_name="pybpfthrottle")
 @click.pass_context
@@ -116,8 +118,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     """Limit the bandwidth of running programs, or of cgroups (version 2).
 
     Runs until Ctrl-C, SIGTERM, SIGHUP or the end of --duration, or until everything limited has
-    ended, and then removes the limit. With --name, --exe or --user it also waits for processes
-    that are started later.
+    ended, and then removes the limit. With --name, --exe or --user it also limits processes that
+    start later.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options_in_front(ctx)
@@ -145,8 +147,8 @@ def _refuse_options_in_front(ctx: click.Context) -> None:
         if option in _options_of(command):
             raise click.UsageError(f"{option} must come after {name!r}")
         raise click.UsageError(
-            f"{option} is an option of the bare command (pybpfthrottle {option} ...);"
-            f" {name!r} does not have it"
+            f"{name!r} does not accept {option}; it is an option of the bare command"
+            f" (pybpfthrottle {option} ...)"
         )
 
 
@@ -166,8 +168,8 @@ def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
     if ctx.command is not cli and option in _options_of(cli):
         instead = "; use --json-file FILE" if (ctx.info_name, option) == ("run", "--json") else ""
         return (
-            f"{option} is an option of the bare command (pybpfthrottle {option} ...);"
-            f" {ctx.info_name!r} does not have it{instead}"
+            f"{ctx.info_name!r} does not accept {option}; it is an option of the bare command"
+            f" (pybpfthrottle {option} ...){instead}"
         )
     found = [name for name, command in cli.commands.items() if option in _options_of(command)]
     if not found or (ctx.parent is not None and ctx.parent.command is not cli):
@@ -191,12 +193,12 @@ Examples:
     "--user", metavar="NAME[:GROUP]", help="Run the command as this user instead of this one."
 )
 @click.option(
-    "--wait", is_flag=True, help="Keep the limit until processes that outlive the command end."
+    "--wait", is_flag=True, help="Keep the limit while processes of the command outlive it."
 )
 @click.option(
     "--json-file",
     type=click.File("w", lazy=False),
-    help="Write one JSON object a line to this file.",
+    help="Write one JSON object per line to this file.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(**options: Any) -> None:
@@ -224,11 +226,11 @@ def run(**options: Any) -> None:
     type=click.IntRange(2, 60),
     default=4,
     show_default=True,
-    help="The time of each limited transfer.",
+    help="How long each limited transfer takes.",
 )
-@click.option("--loopback", is_flag=True, help="Use the loopback device, no namespaces.")
+@click.option("--loopback", is_flag=True, help="Use the loopback device instead of namespaces.")
 def demo(download_limit: Rate, upload_limit: Rate, seconds: int, loopback: bool) -> None:
-    """Limit real transfers between two network namespaces of this machine, and show them.
+    """Show real transfers with and without a limit, between two network namespaces.
 
     The exit status is 0 only if the limits held.
     """
@@ -252,12 +254,12 @@ def _parse_change(ctx: click.Context, param: click.Parameter, text: Optional[str
 def _which_options(function: Any) -> Any:
     """Add the options that choose throttles."""
     for option in (
-        click.option("--unit", metavar="NAME", help="Choose those on a systemd unit."),
-        click.option("--cgroup", metavar="PATH", help="Choose those on a cgroup."),
+        click.option("--unit", metavar="NAME", help="Choose the throttles of a systemd unit."),
+        click.option("--cgroup", metavar="PATH", help="Choose the throttles of a cgroup."),
         click.option(
             "--pid",
             type=ProcessId(),
-            help="Choose those that limit this process, or that it keeps.",
+            help="Choose the throttles that limit this process, or that it keeps in force.",
         ),
         click.argument("name", metavar="[ID]", required=False),
     ):
@@ -299,13 +301,19 @@ Examples:
 )
 @_which_options
 @click.option(
-    "-d", "--download-limit", metavar="RATE|none", callback=_parse_change, help="Change it."
+    *("-d", "--download-limit"),
+    metavar="RATE|none",
+    callback=_parse_change,
+    help="Change the download limit, or lift it.",
 )
 @click.option(
-    "-u", "--upload-limit", metavar="RATE|none", callback=_parse_change, help="Change it."
+    *("-u", "--upload-limit"),
+    metavar="RATE|none",
+    callback=_parse_change,
+    help="Change the upload limit, or lift it.",
 )
 @click.option(
-    "--bpf-attach-method", type=click.Choice(["link", "legacy"]), help="Attach it in this way."
+    "--bpf-attach-method", type=click.Choice(["link", "legacy"]), help="Attach it by this method."
 )
 def set_throttle(
     download_limit: Any, upload_limit: Any, bpf_attach_method: Optional[str], **which: Any
@@ -327,9 +335,9 @@ def set_throttle(
 
 @cli.command("remove")
 @_which_options
-@click.option("--all", "all_of_them", is_flag=True, help="Remove all.")
+@click.option("--all", "all_of_them", is_flag=True, help="Remove all throttles.")
 def remove_throttle(all_of_them: bool, **which: Any) -> None:
-    """Remove a throttle, whoever made it; its pybpfthrottle ends.
+    """Remove a throttle, whoever made it. The pybpfthrottle that keeps it ends.
 
     ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
     """
@@ -354,7 +362,7 @@ def _which(given: dict[str, Any], all_of_them: Optional[bool] = None) -> Any:
 def switch(pid: int, method: str) -> None:
     """Switch the running instance PID to METHOD.
 
-    The limit is in force all the time; for a moment, packets are charged twice. The same as
+    The limit stays in force; for a moment, packets are charged twice. This does the same as
     pybpfthrottle set --pid PID --bpf-attach-method METHOD.
     """
     from pybpfthrottle.cli import throttles
@@ -371,7 +379,7 @@ Examples:
   sudo pybpfthrottle sockets --pid 1234 --json | jq '.processes[].sockets[] | select(.covered)'
 
 \b
-Exit status: 0 done, 1 a process could not be looked into, 2 wrong usage.
+Exit status: 0 done, 1 a process could not be inspected, 2 wrong usage.
 """,
 )
 @click.option(
@@ -380,23 +388,23 @@ Exit status: 0 done, 1 a process could not be looked into, 2 wrong usage.
     type=ProcessId(),
     multiple=True,
     required=True,
-    help="The process. May be repeated.",
+    help="Inspect this process. May be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sockets(pids: tuple[int, ...], as_json: bool) -> None:
-    """Show the sockets of a process, and which running throttles limit each, or why none does."""
+    """Show a process's sockets, and which throttles limit each one, or why none does."""
     from pybpfthrottle.cli import sockets as sockets_command
 
     sys.exit(sockets_command.sockets(pids, as_json=as_json))
 
 
 @cli.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cleanup(dry_run: bool, as_json: bool) -> None:
-    """Remove what a crash has left: programs attached by the legacy call, empty cgroups.
+    """Remove leftovers of a crash: programs attached by the legacy call, and empty cgroups.
 
-    Each start of a limit does so as well. Programs of others, and of running throttles, stay.
+    Starting a limit does this too. It leaves other tools' programs and running throttles alone.
     """
     from pybpfthrottle.cli import cleanup as cleanup_command
 
@@ -424,20 +432,20 @@ python -m pybpfthrottle.diagnostics does the same where click and rich are missi
 @click.option(
     "--root-cgroup",
     is_flag=True,
-    help="Try to attach to the root cgroup as well (also PYBPFTHROTTLE_TEST_ROOT_CGROUP=1).",
+    help="Also try to attach to the root cgroup (or set PYBPFTHROTTLE_TEST_ROOT_CGROUP=1).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--report",
     metavar="FILE",
-    help="Write a text file for a bug report; names and addresses are left out.",
+    help="Write a text file for a bug report, without names and addresses.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Show the evidence of what passed, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Also show the evidence of checks that passed.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; only set the exit status.")
 def verify_setup(**options: Any) -> None:
     """Check whether limits work on this machine; if not, say why and how to fix it.
 
-    Everything that can be tried is tried for real, and removed again.
+    It tests everything for real, and then removes it again.
     """
     from pybpfthrottle.cli import verify
     from pybpfthrottle.diagnostics import command
@@ -451,12 +459,12 @@ def verify_setup(**options: Any) -> None:
 
 @cli.command()
 @click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
-@click.option("--types", "with_types", is_flag=True, help="Show the types as well, as C has them.")
+@click.option("--types", "with_types", is_flag=True, help="Also show the types, as C declarations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: str, with_types: bool, as_json: bool) -> None:
-    """Show what the object file OBJECT contains, and which kernels support what it needs.
+    """Show what the object file OBJECT contains, and which kernels support it.
 
-    Nothing is loaded, and no privileges are needed.
+    It loads nothing, and needs no privileges.
     """
     from pybpfthrottle.cli import inspect as inspect_command
 
@@ -465,12 +473,12 @@ def inspect(path: str, with_types: bool, as_json: bool) -> None:
 
 @cli.group()
 def cgroup() -> None:
-    """Show what BPF programs are attached to cgroups, whoever attached them."""
+    """Show which BPF programs are attached to cgroups, whoever attached them."""
 
 
 @cgroup.command("show")
 @click.argument("path")
-@click.option("--effective", is_flag=True, help="Also show what it inherits from its ancestors.")
+@click.option("--effective", is_flag=True, help="Also show programs inherited from its ancestors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
     """Show what is attached to the cgroup PATH, at each cgroup hook."""
@@ -483,7 +491,7 @@ def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
 @click.argument("path", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_tree(path: Optional[str], as_json: bool) -> None:
-    """Show what is attached to each cgroup at and below PATH, or to all visible cgroups."""
+    """Show what is attached at and below PATH, or to all visible cgroups."""
     from pybpfthrottle.cli import attachments
 
     attachments.tree(path, as_json=as_json)

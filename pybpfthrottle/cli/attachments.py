@@ -44,13 +44,13 @@ def _overriding(cgroup: Cgroup) -> Iterator[str]:
     for hook in attached.CGROUP_TYPES:
         for one in attached.overridden(cgroup, hook):
             yield (
-                f"Whatever is attached to it at {hook.name.lower()} would switch off {one} for it,"
-                f" attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
+                f"Any program attached to it at {hook.name.lower()} would switch off {one} for it,"
+                f" which is attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
             )
         for one in _switched_off(cgroup, hook):
             yield (
-                f"What is attached at {hook.name.lower()} has switched off {one} for it,"
-                f" attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
+                f"A program attached at {hook.name.lower()} has switched off {one} for it,"
+                f" which is attached to {one.cgroup.path} with BPF_F_ALLOW_OVERRIDE."
             )
 
 
@@ -96,7 +96,7 @@ def _records(cgroup: Cgroup, known: Links, *, effective: bool) -> list[dict[str,
         return [_record(one, cgroup, effective=effective) for one in found]
     except OSError as error:
         raise CgroupError(
-            f"cannot ask what is attached to {cgroup.path}:"
+            f"cannot query the programs attached to {cgroup.path}:"
             f" {privileges.why_refused(error, 'BPF_PROG_QUERY')}"
         ) from error
 

@@ -13,7 +13,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 def _one_or_more(function: F) -> F:
     """Add the argument and the option that choose objects of the system."""
-    option = click.option("--name", help="Choose by this name, instead of an id or a path.")
+    option = click.option("--name", help="Choose by this name instead of by id or path.")
     argument = click.argument("target", metavar="[ID|PATH]", required=False)
     decorated: F = argument(option(function))
     return decorated
@@ -40,20 +40,24 @@ Examples:
     "--pin",
     "directory",
     metavar="DIR",
-    help="Pin the programs below this directory of a bpf file system, and the maps in DIR/maps.",
+    help="Pin the programs in this directory of a bpf file system, and the maps in DIR/maps.",
 )
 @click.option(
-    "--program", "names", metavar="NAME", multiple=True, help="Only this one. May be repeated."
+    "--program",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="Load only this program. May be repeated.",
 )
-@click.option("--log", is_flag=True, help="Print the verifier's whole log if it rejects a program.")
+@click.option("--log", is_flag=True, help="Print the verifier's full log if it rejects a program.")
 @_json
 def load(
     path: str, directory: Optional[str], names: tuple[str, ...], log: bool, as_json: bool
 ) -> None:
     """Load the object file OBJECT, as built by clang, and show what was loaded.
 
-    Without --pin everything is unloaded again: this only shows whether the kernel accepts it, and
-    if not, why.
+    Without --pin everything is unloaded again: this only shows whether the kernel accepts the
+    object, and if not, why.
     """
     from pybpfthrottle.cli import bpf_load
 
@@ -68,7 +72,7 @@ def prog() -> None:
 @prog.command("list")
 @_json
 def prog_list(as_json: bool) -> None:
-    """All programs of the system."""
+    """List all programs of the system."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.PROGRAMS, None, None, as_json=as_json)
@@ -78,7 +82,7 @@ def prog_list(as_json: bool) -> None:
 @_one_or_more
 @_json
 def prog_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """Show what the kernel says of a program."""
+    """Show what the kernel reports about a program."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.PROGRAMS, target, name, as_json=as_json)
@@ -88,7 +92,7 @@ def prog_show(target: Optional[str], name: Optional[str], as_json: bool) -> None
 @_one_or_more
 @_json
 def prog_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """Print the instructions of a program as text, as the verifier left them."""
+    """Print a program's instructions as text, as the verifier rewrote them."""
     from pybpfthrottle.cli import bpf_dump
 
     bpf_dump.dump_program(target, name, as_json=as_json)
@@ -102,7 +106,7 @@ def map_() -> None:
 @map_.command("list")
 @_json
 def map_list(as_json: bool) -> None:
-    """All maps of the system."""
+    """List all maps of the system."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.MAPS, None, None, as_json=as_json)
@@ -112,7 +116,7 @@ def map_list(as_json: bool) -> None:
 @_one_or_more
 @_json
 def map_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """Show what the kernel says of a map."""
+    """Show what the kernel reports about a map."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.MAPS, target, name, as_json=as_json)
@@ -122,7 +126,7 @@ def map_show(target: Optional[str], name: Optional[str], as_json: bool) -> None:
 @_one_or_more
 @_json
 def map_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
-    """Print the elements of a map: by field name where it has BTF, else in hex."""
+    """Print a map's elements: by field name where it has BTF, else in hex."""
     from pybpfthrottle.cli import bpf_dump
 
     bpf_dump.dump_map(target, name, as_json=as_json)
@@ -136,7 +140,7 @@ def link() -> None:
 @link.command("list")
 @_json
 def link_list(as_json: bool) -> None:
-    """All links of the system."""
+    """List all links of the system."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.LINKS, None, None, as_json=as_json)
@@ -146,7 +150,7 @@ def link_list(as_json: bool) -> None:
 @click.argument("target", metavar="ID|PATH")
 @_json
 def link_show(target: str, as_json: bool) -> None:
-    """Show what the kernel says of a link."""
+    """Show what the kernel reports about a link."""
     from pybpfthrottle.cli import bpf_show
 
     bpf_show.show(bpf_show.LINKS, target, None, as_json=as_json)

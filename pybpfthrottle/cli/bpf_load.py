@@ -74,7 +74,7 @@ def _pin_one(own: Union[Program, Map[Any, Any]], path: str) -> None:
     except PermissionError as error:
         parent = os.path.dirname(path)
         raise BpfError(
-            f"cannot pin to {path}: {parent} may be in no bpf file system"
+            f"cannot pin to {path}: {parent} must be in a bpf file system"
             " (mount -t bpf bpf /sys/fs/bpf)",
             errno=error.errno or 0,
         ) from error

@@ -32,11 +32,11 @@ def show(*, as_json: bool) -> None:
     for setting in found.origins:
         echo(f"{setting.name:<{width}} = {setting.value}  ({setting.source})")
     for path in files:
-        echo(f"{path}: {'read' if os.path.exists(path) else 'not there'}")
+        echo(f"{path}: {'read' if os.path.exists(path) else 'not found'}")
     user = os.environ.get("SUDO_USER")
     if user:
         echo(
-            f"sudo drops most of the environment: variables that {user} has set do not count,"
-            f" and the files are those of {os.environ.get('USER', 'root')}."
+            f"sudo drops most of the environment: {user}'s variables are ignored, and the config"
+            f" files are those of {os.environ.get('USER', 'root')}."
             " Use sudo NAME=VALUE pybpfthrottle ..., or the command line."
         )

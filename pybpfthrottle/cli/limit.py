@@ -54,19 +54,19 @@ class Wanted(NamedTuple):
             return "no target: give --pid, --name, --exe, --user, --cgroup or --unit"
         if processes and (self.cgroups or self.units):
             first = "--pid" if self.pids else "--name, --exe and --user"
-            return f"{first} goes with neither --cgroup nor --unit"
+            return f"{first} cannot be combined with --cgroup or --unit"
         if not processes and (self.no_children or self.each or self.move_cgroup):
             option = "--each" if self.each else "--no-children"
             option = "--move-cgroup" if self.move_cgroup else option
-            return f"{option} goes with --pid" + (", --name, --exe and --user" * (not alone))
+            return f"{option} needs --pid" + (", --name, --exe or --user" * (not alone))
         if matching and alone:
             option = "--move-cgroup" if self.move_cgroup else "--whole-cgroup"
-            return f"{option} goes with --pid, not with --name, --exe and --user"
+            return f"{option} works only with --pid, not with --name, --exe or --user"
         if self.move_cgroup and self.whole_cgroup:
-            return "--move-cgroup and --whole-cgroup exclude each other"
+            return "--move-cgroup and --whole-cgroup cannot be combined"
         if alone and processes and (self.no_children or self.each):
             option = "--each" if self.each else "--no-children"
-            return f"{option} goes with neither --move-cgroup nor --whole-cgroup"
+            return f"{option} cannot be combined with --move-cgroup or --whole-cgroup"
         return None
 
     def target(self) -> Target:
@@ -164,7 +164,7 @@ class _Command:
         self._say(f"Limiting {throttle.what}: {rates}. Ctrl-C ends it.")
         self._say_notes()
         if throttle.selection is not None and not throttle.processes():
-            self._say("No process matches yet; those that are started will.")
+            self._say("No process matches yet; waiting for one to start.")
 
     def until_the_end(self, supervisor: Supervisor, signals: SignalQueue) -> None:
         """Wait for a signal, the duration, or the end of all that is limited.

@@ -39,8 +39,8 @@ def parse_duration(
     seconds = _seconds(text.strip())
     if not 0 < seconds <= _MAX_DURATION_S:
         raise click.BadParameter(
-            f"{text!r}: give a number of seconds above 0 and up to ten years, such as 5 or 0.5,"
-            " or one with a unit: 90s, 1m, 2h, 1d"
+            f"{text!r} is not a duration: give seconds above 0 and up to ten years, such as 5 or"
+            " 0.5, or use a unit: 90s, 1m, 2h, 1d"
         )
     return seconds
 
@@ -69,13 +69,11 @@ class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read cli
         """Return the number."""
         text = str(value).strip()
         if not text:
-            self.fail(
-                "a process id is missing: the value is empty (a pgrep there has found nothing)"
-            )
+            self.fail("a process id is missing: the value is empty (did pgrep find nothing?)")
         if len(text.split()) > 1:
-            self.fail(f"{text!r} is several process ids: give the option once for each")
+            self.fail(f"{text!r} is several process ids; repeat the option for each")
         if re.match(r"-+[A-Za-z]", text):
-            self.fail(f"a process id is missing in front of {text}")
+            self.fail(f"a process id is missing before {text}")
         return super().convert(text, param, ctx)
 
 
@@ -88,14 +86,15 @@ def limit_options(function: F) -> F:
                 "--download-limit",
                 metavar="RATE",
                 callback=parse_rate,
-                help="Bytes per second: 500K, 1.5M, 1G (1024-based), or bits: 8mbit.",
+                help="Limit downloads: bytes per second as 500K, 1.5M, 1G (1024-based), or bits per"
+                " second as 8mbit.",
             ),
             click.option(
                 "-u",
                 "--upload-limit",
                 metavar="RATE",
                 callback=parse_rate,
-                help="The same for uploads.",
+                help="Limit uploads, with the same units.",
             ),
             click.option(
                 "--duration",
@@ -104,35 +103,34 @@ def limit_options(function: F) -> F:
                 help="Remove the limit after this time: seconds, or 90s, 5m, 2h, 1d.",
             ),
             click.option(
-                "--label", metavar="NAME", default="", help="Name it, for set and remove."
+                "--label", metavar="NAME", default="", help="Name the limit, for set and remove."
             ),
-            click.option("--loopback", is_flag=True, help="Limit the loopback device too."),
+            click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
             click.option(
                 "--bpf-attach-method",
                 type=click.Choice(ATTACH_METHODS),
-                help="auto (the default) tries a BPF link first, and the legacy call if that"
-                " gives EINVAL.",
+                help="auto (the default) tries a BPF link, and after EINVAL the legacy call.",
             ),
             click.option(
                 "--override-others",
                 is_flag=True,
-                help="Attach even if that switches off another tool's program that was attached"
-                " above with BPF_F_ALLOW_OVERRIDE.",
+                help="Attach even if that switches off another tool's program, attached above with"
+                " BPF_F_ALLOW_OVERRIDE.",
             ),
             click.option(
                 "--egress-verdict",
                 type=click.Choice(EGRESS_VERDICTS),
                 default="auto",
                 show_default=True,
-                help="Drop packets over the limit as congestion does (Linux 5.3), or deny the"
-                " upload (EPERM).",
+                help="How to drop uploads over the limit: like congestion (Linux 5.3), or deny them"
+                " with EPERM.",
             ),
             click.option(
                 "--shape",
                 type=click.Choice(SHAPES),
-                help="Keep TCP to a limit by pacing uploads, by the receive window of downloads"
-                " (opened by a process: gate; by the kernel alone: window), or by dropping packets"
-                " (police). auto (the default) chooses.",
+                help="How to keep TCP to the limit. pace: pace uploads. gate, window: hold the"
+                " receive window of downloads (gate by a process, window by the kernel only)."
+                " police: drop packets. auto (the default) chooses.",
             ),
             click.option(
                 "--download-backend",
@@ -152,7 +150,7 @@ def limit_options(function: F) -> F:
                 count=True,
                 help="Log what is done (-v), and how (-vv), to standard error.",
             ),
-            click.option("-q", "--quiet", is_flag=True, help="No live line and no summary."),
+            click.option("-q", "--quiet", is_flag=True, help="Show no live line and no summary."),
         )
     ):
         function = option(function)
@@ -216,9 +214,9 @@ def request_from(given: dict[str, Any]) -> Request:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
     for direction in Direction:
         if direction not in limits and request.backends[direction] != "auto":
-            raise click.UsageError(f"--{direction}-backend goes with --{direction}-limit")
+            raise click.UsageError(f"--{direction}-backend needs --{direction}-limit")
     if Direction.UPLOAD not in limits and verdict != "auto":
-        raise click.UsageError("--egress-verdict goes with --upload-limit")
+        raise click.UsageError("--egress-verdict needs --upload-limit")
     return request
 
 

@@ -57,7 +57,7 @@ class JsonLines:
         except OSError as error:
             # A full disk must not end the limit, nor the limited command.
             self.failed = True
-            say(f"cannot write to {self._file.name}: {error.strerror}; no more JSON lines")
+            say(f"cannot write to {self._file.name}: {error.strerror}; JSON lines end here")
 
 
 def _by_direction(readings: list[Reading]) -> dict[str, Any]:
@@ -74,12 +74,12 @@ def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
     """
     why = (
         "   Packets have passed, but none from a marked socket: pybpfthrottle sockets --pid N"
-        " shows\n   which sockets of a process can be limited; verify-setup tells of other"
+        " shows\n   which sockets of a process can be limited; verify-setup looks for other"
         " causes."
         if marked
         else "   Packets have passed, but none from a socket of this cgroup: a socket belongs to"
         " the\n   cgroup that it was created in, so a connection that was opened before the"
-        " process\n   came into this cgroup is not limited here; verify-setup tells of"
+        " process\n   entered this cgroup is not limited here; verify-setup looks for"
         " other causes."
     )
     return f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n{why}"

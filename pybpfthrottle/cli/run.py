@@ -104,7 +104,7 @@ def _end(live: Throttle, own: Optional[OwnCgroup]) -> None:
 
 def _say_who_goes_on(pids: Sequence[int], more: str = "") -> None:
     say(
-        f"{len(pids)} of the command's processes go on without a limit:"
+        f"{len(pids)} of the command's processes continue without a limit:"
         f" {process.listed(pids)} (--wait keeps it){more}"
     )
 
@@ -120,13 +120,13 @@ def _handed_over(argv: Sequence[str]) -> Optional[str]:
     name = os.path.basename(argv[0])
     if name == "systemd-run" and "--scope" not in argv:
         return (
-            "systemd-run has systemd start the command, which is not limited then: give systemd-run"
-            " the option --scope, or limit the unit by --unit"
+            "systemd-run lets systemd start the command, so it is not limited: add --scope to"
+            " systemd-run, or limit the unit with --unit"
         )
     if name in _ASK_A_DAEMON:
         return (
             f"{name} asks a daemon to do the work, and the daemon is not limited: limit its unit"
-            " or container by --unit, --cgroup or --pid"
+            " or container with --unit, --cgroup or --pid"
         )
     return None
 
@@ -177,7 +177,7 @@ class _Run:
             self._say_notes()
             self._watch.sample()
             if self._live.ended() == "removed":
-                self._watch.note("The limit was removed; the command goes on without it.")
+                self._watch.note("The limit was removed; the command continues without it.")
                 self._lift("removed")
 
     def _say_notes(self) -> None:

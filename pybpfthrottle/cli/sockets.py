@@ -31,7 +31,7 @@ def sockets(pids: Sequence[int], *, as_json: bool) -> int:
         for report in reports:
             _show(report)
         for reason in dict.fromkeys(report.unknown for report in reports if report.unknown):
-            say(f"which throttles limit these is not known: {reason}")
+            say(f"cannot tell which throttles limit these: {reason}")
     for failed in errors:
         say(f"error: {failed['text']}")
     return 1 if errors else 0

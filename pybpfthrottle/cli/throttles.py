@@ -32,7 +32,7 @@ class Which(NamedTuple):
         if given == 1:
             return None
         more = "" if all_of_them is None else ", or --all"
-        return f"give one of ID, --pid, --cgroup and --unit{more}"
+        return f"give exactly one of ID, --pid, --cgroup, --unit{more}"
 
     def records(self) -> list[Record]:
         """Return the throttles meant. Raises ThrottleError if there are none."""
@@ -43,7 +43,9 @@ class Which(NamedTuple):
                 for option, value in zip(("", "--pid ", "--cgroup ", "--unit "), self)
                 if value is not None
             )
-            raise ThrottleError(f"there is no throttle {what}; pybpfthrottle list shows all")
+            raise ThrottleError(
+                f"there is no throttle {what}; pybpfthrottle list shows all throttles"
+            )
         return found
 
 
@@ -51,13 +53,13 @@ def _all(find: Callable[[], list[Record]]) -> list[Record]:
     try:
         return find()
     except OSError as error:
-        raise ThrottleError(f"cannot see the throttles of this machine: {_why(error)}") from error
+        raise ThrottleError(f"cannot list the throttles of this machine: {_why(error)}") from error
 
 
 def _why(error: OSError) -> str:
     from pybpfthrottle.backends.ebpf import privileges
 
-    return privileges.why_refused(error, str(error.filename or "the look"))
+    return privileges.why_refused(error, str(error.filename or "the query"))
 
 
 def show_all(*, as_json: bool) -> None:
@@ -111,7 +113,7 @@ def switch(pid: int, method: str) -> None:
     ]
     if not records:
         raise ProcessError(
-            f"process {pid} ({owner.name}) is not a pybpfthrottle that limits something"
+            f"process {pid} ({owner.name}) is not a pybpfthrottle that keeps a limit"
         )
     for record in records:
         _change(record, {}, method)

@@ -109,7 +109,7 @@ def test_commands_that_look(text, tool, named):
     assert f"l{pid}{SHOWN}" in shown
     assert COMM_SHOWN in text("show", label)
     assert COMM_SHOWN in text("sockets", "--pid", str(pid))
-    assert "limited already" in text("--pid", str(pid), *LIMIT)
+    assert "already limited" in text("--pid", str(pid), *LIMIT)
     text("set", label, "--upload-limit", "2M")
     text("cgroup", "show", cgroup.path)
     assert "\\u202e" in text("cgroup", "tree")

@@ -73,8 +73,8 @@ def test_an_unknown_backend_is_wrong_usage(tool):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--upload-backend", "ebpf"], "--upload-backend goes with --upload-limit"),
-        (["--egress-verdict", "deny"], "--egress-verdict goes with --upload-limit"),
+        (["--upload-backend", "ebpf"], "--upload-backend needs --upload-limit"),
+        (["--egress-verdict", "deny"], "--egress-verdict needs --upload-limit"),
     ],
 )
 def test_an_option_of_the_other_direction_is_refused(tool, options, message):

@@ -40,7 +40,7 @@ def test_config_show_tells_each_value_and_its_source(tool, config):
 def test_under_sudo_it_says_what_sudo_has_dropped(tool):
     """Variables of the user who called sudo do not count: config show says so."""
     text = tool.run("config", "show", environment={"SUDO_USER": "somebody"}).text
-    assert "sudo drops most of the environment: variables that somebody has set" in text
+    assert "sudo drops most of the environment: somebody's variables are ignored" in text
 
 
 def test_the_file_decides_how_a_limit_is_attached(tool, config):

@@ -200,8 +200,8 @@ def test_what_does_not_exist_is_one_clear_line(tool, command):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["show"], "give one of ID, --pid, --cgroup and --unit"),
-        (["show", "x", "--pid", "1"], "give one of ID"),
+        (["show"], "give exactly one of ID, --pid, --cgroup, --unit"),
+        (["show", "x", "--pid", "1"], "give exactly one of ID"),
         (["set", "x"], "nothing to change"),
         (["set", "x", "--download-limit", "much"], "none to lift"),
         (["remove", "x", "--all"], "--all"),
@@ -217,7 +217,7 @@ def test_an_ordinary_user_is_told_why(tool, anybody):
     """Who may not look is not told that there is nothing."""
     result = tool.run("list", prefix=anybody)
     assert result.status == 1
-    assert "cannot see the throttles of this machine" in result.complaint
+    assert "cannot list the throttles of this machine" in result.complaint
 
 
 def test_a_stopped_owner_does_not_keep_a_limit_from_being_changed_or_removed(

@@ -83,7 +83,7 @@ def test_a_limit_of_another_time_namespace_is_no_debris(
     assert json.loads(tool.run("cleanup", "--json", **other).text)["programs"] == []
     assert tool.run("run", "-q", *LIMIT, "--", "true", **other).status == 0
     assert attached(cgroup) == programs
-    assert "limited already" in tool.run("--cgroup", cgroup.path, *LIMIT, **other).complaint
+    assert "already limited" in tool.run("--cgroup", cgroup.path, *LIMIT, **other).complaint
     assert "2.0 MB/s" in tool.run("set", throttle_id, "--upload-limit", "2M", **other).text
     assert "by link" in tool.run("switch", str(process.pid), "link", **other).text
 

@@ -221,7 +221,7 @@ def test_short_options_and_durations_are_taken(tool, scratch):
         ("", "a process id is missing"),
         (" ", "a process id is missing"),
         ("12\n13", "several process ids"),
-        ("--download-limit", "a process id is missing in front of --download-limit"),
+        ("--download-limit", "a process id is missing before --download-limit"),
     ],
 )
 @pytest.mark.parametrize("command", [(), ("sockets",), ("show",), ("verify-setup",)])
@@ -233,15 +233,15 @@ def test_a_process_id_that_is_missing_is_said(tool, pid, said, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("run", "--pid", "1", "-d", "1M", "--", "true"), "--pid is an option of the bare command"),
+        (("run", "--pid", "1", "-d", "1M", "--", "true"), "'run' does not accept --pid"),
         (("run", "--cgroup", "x", "-d", "1M", "true"), "pybpfthrottle --cgroup ..."),
         (("run", "-d", "1M", "--json", "--", "true"), "--json-file FILE"),
         (("--wait", "-d", "1M", "--pid", "1"), "pybpfthrottle run --wait ..."),
         (("--json-file", "x", "run", "-d", "1M", "true"), "an option of 'run'"),
         (("--dry-run",), "pybpfthrottle cleanup --dry-run"),
         (("-d", "1M", "run", "true"), "--download-limit must come after 'run'"),
-        (("--pid", "1", "run", "-d", "1M", "true"), "'run' does not have it"),
-        (("list", "--pid", "1"), "'list' does not have it"),
+        (("--pid", "1", "run", "-d", "1M", "true"), "'run' does not accept --pid"),
+        (("list", "--pid", "1"), "'list' does not accept --pid"),
     ],
 )
 def test_an_option_of_another_command_says_where_it_goes(tool, arguments, said):

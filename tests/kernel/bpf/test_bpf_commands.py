@@ -275,7 +275,9 @@ def test_load_pins_all_or_nothing(object_file: Path, bpffs: Path) -> None:
 def test_load_says_that_a_directory_is_elsewhere(object_file: Path, tmp_path: Path) -> None:
     """Pinning into another file system tells what is missing, and leaves no directory."""
     other = tmp_path / "other"
-    assert "no bpf file system" in complaint(run("load", str(object_file), "--pin", str(other)))
+    assert "must be in a bpf file system" in complaint(
+        run("load", str(object_file), "--pin", str(other))
+    )
     assert not other.exists()
 
 

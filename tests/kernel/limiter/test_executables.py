@@ -167,7 +167,7 @@ def test_what_cannot_be_meant_is_refused(contained: int, tmp_path: Path) -> None
     """Nothing there, no file, and a script; a script of another tree is read there."""
     inside(contained, SLEEP).with_name("script").write_text("#!/bin/sh\n")
     script = inside(contained, SLEEP).with_name("script")
-    for path, word in ((script, "script"), (tmp_path, "no file"), (tmp_path / "x", "No such")):
+    for path, word in ((script, "script"), (tmp_path, "regular file"), (tmp_path / "x", "No such")):
         with pytest.raises(ProcessError, match=word):
             Executable(str(path))
 
