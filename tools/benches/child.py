@@ -56,7 +56,7 @@ class Child:
             elif ready and beside:
                 raise TransferError(beside.reason())
             elif not ready:
-                raise TransferError(f"nothing came in {timeout_s:.0f} s")
+                raise TransferError(f"no output within {timeout_s:.0f} s")
         line, _, self._data = self._data.partition(b"\n")
         return line
 

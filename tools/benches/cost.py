@@ -1,4 +1,4 @@
-"""ns a packet of each program, by BPF_PROG_TEST_RUN."""
+"""Time per packet of each program in ns, by BPF_PROG_TEST_RUN."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def measure(rounds: int) -> dict[str, Any]:
             names.append("throttle-direct")
         else:
             print(
-                "throttle-direct is left out: this kernel's test runs show no packet, and it"
-                " would return at once",
+                "throttle-direct is left out: this kernel's test runs have no packet to read, so"
+                " it would return at once",
                 file=sys.stderr,
             )
     for name in names:

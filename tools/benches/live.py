@@ -1,7 +1,7 @@
-"""ns a packet of the programs at work, and what many throttles on one machine cost.
+"""Time per packet of live programs in ns, and the cost of many throttles on one machine.
 
-The times are those of BPF statistics (Linux 5.8), which add some 20 ns of their own. Memory is
-what the kernel tells of a throttle's maps and programs, without their machine code.
+Times come from BPF statistics (Linux 5.8), which add some 20 ns of their own. Memory is what the
+kernel reports for a throttle's maps and programs, without their machine code.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""From process start to a loaded object, and the peak memory, beside bpftool and BCC.
+"""Time from process start to a loaded object, and peak memory, next to bpftool and BCC.
 
-The shipped object; one that asks for the kernel's types (CO-RE), beside its like that does not; and
-a large one. Without clang-14 only the shipped one is loaded.
+Loads the shipped object, one with CO-RE relocations and the same one without, and a large one.
+Without clang-14 it loads only the shipped one.
 
-BCC compiles the like of the shipped object when it loads it. Debian 12 has it as python3-bpfcc, and
-the kernel headers that it needs as linux-headers-amd64; where these are not the running kernel's,
-BCC_KERNEL_SOURCE=/usr/src/linux-headers-... names them. bpftool's memory is not measured.
+BCC compiles a program like the shipped one when it loads it. On Debian 12, install python3-bpfcc
+and linux-headers-amd64; if the headers are not the running kernel's, set
+BCC_KERNEL_SOURCE=/usr/src/linux-headers-.... bpftool's memory is not measured.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _ways(directory: Path) -> dict[str, list[str]]:
 def _compiled(directory: Path) -> dict[str, str]:
     """The objects that are made for this."""
     if shutil.which(_CLANG[0]) is None:
-        _left_out("all but the shipped object", "there is no clang-14 (apt-get install clang-14)")
+        _left_out("all but the shipped object", "clang-14 is missing (apt-get install clang-14)")
         return {}
     steps = "".join(f"    sum = sum * {2 * n + 3} ^ sum >> {n % 31 + 1};\n" for n in range(_STEPS))
     large = "".join(_LARGE % (number, steps) for number in range(_PROGRAMS))
@@ -159,7 +159,7 @@ def _compiled(directory: Path) -> dict[str, str]:
 def _has_bcc() -> bool:
     done = subprocess.run([_SYSTEM_PYTHON, "-c", _BCC], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it does not run"]
+        lines = done.stderr.strip().splitlines() or ["it failed"]
         _left_out("BCC", f"{lines[-1]} (see --help)")
     return not done.returncode
 

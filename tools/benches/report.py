@@ -19,7 +19,7 @@ _HEADER: tuple[str, ...] = (
     "ratio",
     "UDP",
     "1 s windows",
-    "sent twice",
+    "retransmitted",
     "ping inside, ms",
     "ping outside, ms",
     "fairness",
@@ -29,12 +29,12 @@ _HEADER: tuple[str, ...] = (
 _NONE = "-"
 _HIGH_RATIO = 10
 _LEGEND = """\
-ratio and windows: TCP payload received over the limit, from the first byte on, and in the least
-and the largest whole second after the second one (tc bills headers too: 0.956 is exact for it).
-UDP: the same of a UDP flow beside. sent twice: retransmitted of what was sent. ping: 64 bytes there
-and back, p50 / p95 / max, by a flow under the limit and by one that is not limited. fairness:
-Jain's index. CPU: of the whole machine, with both ends and a delay line's process, where there was
-enough traffic to tell.
+ratio: TCP payload received from the first byte on, divided by the limit (tc also counts headers:
+0.956 is exact for it).
+1 s windows: the same ratio in the lowest and the highest second, from the third second on.
+UDP: the same ratio for the UDP flow. retransmitted: the share of TCP data sent again.
+ping: round trip of 64 bytes, p50 / p95 / max, inside and outside the limit. fairness: Jain's index.
+CPU: the whole machine, including both ends and the delay line, if there was enough traffic.
 """
 
 
@@ -67,7 +67,7 @@ def machine() -> str:
 def markdown(result: Result) -> str:
     """A table for each cell."""
     rounds = f"medians of {result.rounds}" if result.rounds > 1 else "one round"
-    parts = [f"{machine()}; {result.seconds:g} s a transfer, {rounds}\n", _LEGEND]
+    parts = [f"{machine()}; {result.seconds:g} s per transfer, {rounds}\n", _LEGEND]
     parts += [_table(cell) for cell in result.cells if cell.rounds or cell.failures]
     used = {name for cell in result.cells for name in cell.rounds}
     parts.append("".join(f"- {m.name}: {m.about}\n" for m in METHODS if m.name in used))

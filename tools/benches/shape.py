@@ -1,8 +1,8 @@
-"""Real transfers below each kind of limit: how accurate, how smooth, how costly.
+"""Real transfers under each kind of limit: how accurate, how smooth, how costly.
 
-Each cell of the matrix is one limit, direction, number of flows, congestion control and path; in
-it all methods take turns, round by round, in network namespaces of their own. Ctrl-C ends it with
-what was measured so far.
+Each cell of the matrix is one limit, direction, number of flows, congestion control and path.
+All methods take turns in it, round by round, in their own network namespaces. Ctrl-C ends the
+bench and writes what was measured so far.
 """
 
 from __future__ import annotations
@@ -49,16 +49,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     names = ",".join(method.name for method in METHODS)
     add = parser.add_argument
-    add("--limits", metavar="RATES", help=f"as run's options take them ({USUAL.limits})")
-    add("--flows", metavar="NUMBERS", help=f"TCP flows side by side ({USUAL.flows})")
+    add("--limits", metavar="RATES", help=f"limits, as for run's options ({USUAL.limits})")
+    add("--flows", metavar="NUMBERS", help=f"numbers of parallel TCP flows ({USUAL.flows})")
     add("--cc", metavar="NAMES", help=f"congestion controls of the sender ({USUAL.cc})")
-    add("--delays", metavar="MS", help=f"round trips; 0: a veth pair ({USUAL.delays})")
-    add("--bottleneck", metavar="RATE:BYTES", help="of each path, with its queue: 12M:256K")
-    add("--udp", type=int, default=0, metavar="PERCENT", help="of the limit, offered beside by UDP")
+    add("--delays", metavar="MS", help=f"round-trip times; 0 is a veth pair ({USUAL.delays})")
+    add(
+        "--bottleneck", metavar="RATE:BYTES", help="bottleneck of each path and its queue: 12M:256K"
+    )
+    add(
+        "--udp",
+        type=int,
+        default=0,
+        metavar="PERCENT",
+        help="add a UDP flow at this share of the limit",
+    )
     add("--directions", default="download,upload", metavar="NAMES")
     add("--methods", default=names, metavar="NAMES", help=names)
-    add("--seconds", type=float, help=f"of each transfer ({USUAL.seconds:g})")
-    add("--rounds", type=int, help=f"of which the median counts ({USUAL.rounds})")
+    add("--seconds", type=float, help=f"length of each transfer ({USUAL.seconds:g})")
+    add("--rounds", type=int, help=f"rounds; the median counts ({USUAL.rounds})")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--quick",
@@ -66,18 +74,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=QUICK,
         default=USUAL,
-        help="a minute or two instead of the usual hour",
+        help="take a minute or two instead of the usual hour",
     )
     size.add_argument(
         "--full",
         dest="preset",
         action="store_const",
         const=FULL,
-        help="the whole matrix: half a day",
+        help="measure the whole matrix: half a day",
     )
-    add("--markdown", type=Path, metavar="FILE", help="the tables; else they go to the output")
-    add("--json", type=Path, metavar="FILE", help="everything, also of each round")
-    add("--picture", type=Path, metavar="FILE", help="rate over time, .svg or .png")
+    add(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="write the tables to FILE, not to standard output",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all figures of each round")
+    add("--picture", type=Path, metavar="FILE", help="draw rates over time, as .svg or .png")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -116,9 +129,9 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     arguments.directions = _values("--directions", arguments.directions, _direction)
     arguments.methods = _values("--methods", arguments.methods, _method)
     if arguments.seconds < 1 or arguments.rounds < 1:
-        raise argparse.ArgumentTypeError("--seconds and --rounds: at least 1")
+        raise argparse.ArgumentTypeError("--seconds and --rounds must be at least 1")
     if not 0 <= arguments.udp <= 1000:
-        raise argparse.ArgumentTypeError(f"--udp {arguments.udp}: between 0 and 1000 per cent")
+        raise argparse.ArgumentTypeError(f"--udp {arguments.udp}: give 0 to 1000 percent")
     if arguments.bottleneck is not None:
         (arguments.bottleneck,) = _values("--bottleneck", arguments.bottleneck, _bottleneck)
 
@@ -132,13 +145,13 @@ def _values(option: str, text: str, parse: Callable[[str], T]) -> list[T]:
 
 def _positive(text: str) -> int:
     if int(text) < 1:
-        raise ValueError("at least 1")
+        raise ValueError("give at least 1")
     return int(text)
 
 
 def _milliseconds(text: str) -> float:
     if not 0 <= float(text) <= 10_000:
-        raise ValueError("between 0 and 10000 ms")
+        raise ValueError("give 0 to 10000 ms")
     return float(text)
 
 
@@ -159,7 +172,7 @@ def _method(text: str) -> Method:
 def _bottleneck(text: str) -> Bottleneck:
     rate, colon, queue = text.partition(":")
     if not colon:
-        raise ValueError("give a rate and the bytes of its queue, such as 12M:256K")
+        raise ValueError("give a rate and a queue in bytes, such as 12M:256K")
     return Bottleneck(Rate.parse(rate), Rate.parse(queue).bytes_per_s)
 
 

@@ -1,4 +1,4 @@
-"""From process start to both directions attached, and the peak memory."""
+"""Time from process start to both directions attached, and peak memory."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ from typing import Any
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--rounds", type=int, default=9, help="of which the best or median counts")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="rounds; the best or the median counts"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def show(table: dict[str, dict[str, Any]], *, as_json: bool) -> int:

@@ -92,7 +92,7 @@ def transfer(cell: Cell, method: Method, seconds: float) -> Outcome:
         reports = _collect(_start(stack, wire, cell, method, seconds), seconds)
         dropped = wire.dropped() if isinstance(wire, DelayLine) else 0
     if not any(map(any, reports.received.bins)):
-        raise TransferError("not one byte came through")
+        raise TransferError("no data arrived")
     return Outcome(
         judge(cell.rate, reports),
         _steps(figures.total(reports.received.bins)),
