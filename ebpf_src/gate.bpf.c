@@ -113,6 +113,9 @@ struct tcp_options_received {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	struct tcp_options_received rx_opt;
+	struct {
+		__u32 rtt_us;
+	} rcv_rtt_est;
 };
 #pragma clang attribute pop
 
@@ -191,15 +194,17 @@ always_inline __u32 scale_of(struct tcp_sock *tcp)
 
 /*
  * The largest segment that its sender may send: at first as large as its own, and more if one came.
- * Nothing is sent into a window of less.
+ * Nothing is sent into a window of less. The round trip is eight times what it says.
  */
-always_inline __u32 segment_of(struct bpf_sock *sk, struct throttle_socket *socket)
+always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 {
 	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
 
-	if (tcp && tcp->inet_conn.icsk_ack.rcv_mss > socket->segment)
+	if (!tcp)
+		return 0;
+	if (tcp->inet_conn.icsk_ack.rcv_mss > socket->segment)
 		socket->segment = tcp->inet_conn.icsk_ack.rcv_mss;
-	return socket->segment;
+	return tcp->rcv_rtt_est.rtt_us >> 3;
 }
 
 /* Tell the keeper of a namespace that it cannot send in yet. */
@@ -301,7 +306,7 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 {
 	__u32 zero = 0, down = THROTTLE_DOWNLOAD, at, headers, payload, number, edge;
-	__u32 kept, segment;
+	__u32 kept, round_trip_us;
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_socket *socket;
@@ -355,7 +360,7 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	if (headers < LEAST_HEADER_BYTES || headers > GATE_PACKET_BYTES)
 		return PASS;
 	read_ends(&ends, sk);
-	segment = segment_of(sk, socket);
+	round_trip_us = look_at(sk, socket);
 	ack = bpf_ringbuf_reserve(&GATE_RING, sizeof(*ack), 0);
 	if (!ack)
 		return PASS;
@@ -367,7 +372,8 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	ack->payload = payload;
 	ack->mark = skb->mark;
 	ack->network = socket->network;
-	ack->segment = segment;
+	ack->segment = socket->segment;
+	ack->round_trip_us = round_trip_us;
 	ack->length = headers;
 	ack->window_scale = socket->window_scale;
 	ack->passed = passes;

@@ -64,6 +64,8 @@
 #define GATE_AFTER_BYTES 6000 /* in an epoch: small flows never meet the keeper */
 #define LEAST_GATE_BYTES 256
 #define GATE_SLACK_NS (330 * MS)
+#define SLOW_START_ROUND_TRIPS 4
+#define MOST_SLOW_START_NS (400 * MS)
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
 
 /* The start of the context, as in linux/bpf.h. */
@@ -309,7 +311,7 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	__u32 zero = 0, value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
-	__u64 bytes, least, way_us;
+	__u64 bytes, least, way_us, credit;
 	int gated;
 
 	if (!gate || !gate->alive)
@@ -343,6 +345,12 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	/* What was asked for is on its way, and to drop it would only make it come twice. */
 	if (gated && bucket->slack_ns < GATE_SLACK_NS)
 		bucket->slack_ns = GATE_SLACK_NS;
+	/* What a slow start leaves out may be made up for, as far as it is usual on such a way. */
+	credit = way_us * SLOW_START_ROUND_TRIPS * 1000;
+	if (credit > MOST_SLOW_START_NS)
+		credit = MOST_SLOW_START_NS;
+	if (gated && bucket->credit_ns < credit)
+		bucket->credit_ns = credit;
 	return 1;
 }
 

@@ -229,14 +229,17 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	__u64 charged_at = *(volatile __u64 *)&bucket->inverse_rate;
 	__u64 inverse_rate = config->inverse_rate;
 	__u64 slack = config->slack_ns, seen_slack = bucket->slack_ns;
+	__u64 credit = config->credit_ns, seen_credit = bucket->credit_ns;
 	__u64 limit = config->debt_ns + (slack > seen_slack ? slack : seen_slack);
 
 	if (unlikely(charged_at != inverse_rate))
 		even_at = charge_anew(bucket, even_at, charged_at, inverse_rate, now);
+	if (seen_credit > credit)
+		credit = seen_credit;
 	if (unlikely(!even_at)) {
 		bucket->even_at_ns = even_at = now;
-	} else if ((__s64)(now - even_at) > (__s64)config->credit_ns) {
-		bucket->even_at_ns = even_at = now - config->credit_ns;
+	} else if ((__s64)(now - even_at) > (__s64)credit) {
+		bucket->even_at_ns = even_at = now - credit;
 	}
 	if (billed < SMALL_PACKET_BYTES)
 		limit += config->small_ns;

@@ -111,6 +111,7 @@ struct throttle_bucket {
 	__u64 inverse_rate; /* the one that what is owed was charged at; 0: not charged yet */
 	__u32 refused;      /* enum throttle_flags: what this kernel has refused to do */
 	__u32 reserved;
+	__u64 credit_ns; /* how far it may lag behind the clock instead, for a slow start far away */
 };
 
 /*
@@ -179,6 +180,7 @@ struct throttle_ack {
 	__u32 mark;
 	__u32 network; /* the inode of its network namespace */
 	__u32 segment;
+	__u32 round_trip_us; /* as the kernel estimates it from data that has come; 0: not yet */
 	__u8 length; /* of its headers in bytes */
 	__u8 window_scale;
 	__u8 passed; /* it has left by itself, and is only to be known */

@@ -93,10 +93,10 @@ class Kernel(FakeKernel):
         self.programs[0] = "foreign"
         self._standing.append(Standing(os.stat(path).st_ino, attach_type, mode, 0))
 
-    def map_of(self, value_size: int) -> FakeMap:
-        """The map with values of a size: on 4.14 maps have no names."""
+    def map_of(self, value_size: int, map_type: MapType = MapType.ARRAY) -> FakeMap:
+        """The map of a type with values of a size: on 4.14 maps have no names."""
         live = (self.maps[inode] for inode in self._live(self.maps))
-        (found,) = (one for one in live if one.value_size == value_size)
+        (found,) = (one for one in live if (one.type, one.value_size) == (map_type, value_size))
         return found
 
     def asked(self, *commands: str) -> list[str]:

@@ -265,8 +265,9 @@ class Bucket:
         if rate is None:
             return 0
         config = self._configs[direction]
-        time_ns: int = config.credit_ns + config.debt_ns + config.small_ns
-        time_ns += max(config.slack_ns, self._buckets[direction].slack_ns)
+        bucket = self._buckets[direction]
+        time_ns: int = max(config.credit_ns, bucket.credit_ns) + config.debt_ns + config.small_ns
+        time_ns += max(config.slack_ns, bucket.slack_ns)
         return rate.bytes_per_s * time_ns // _NS_PER_S + BURST_BYTES
 
     def seen(self) -> Seen:

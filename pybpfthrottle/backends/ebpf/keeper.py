@@ -49,7 +49,13 @@ _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 CHUNK_NS = 5 * _MS
 # On longer paths a sender gets its next window before it has used up the last one.
 SHORT_ROUND_TRIP_NS = _MS
-_MAX_ROUND_TRIP_NS = 100 * _MS
+_MAX_ROUND_TRIP_NS = 200 * _MS
+# The round trip is the shortest of so many: the others wait for a busy sender too.
+_ROUND_TRIPS = 8
+# What the kernel's clock for timestamps, of milliseconds, can tell.
+_ESTIMATED_NS = 2 * _MS
+# After a window was closed on data that is on its way, for so long nothing tells of the round trip.
+_CLOSING_NS = 500 * _MS
 # A window update may be lost like any packet. Unless it is repeated, the sender waits for its own
 # timer, 200 ms.
 _REPEAT_NS, _MAX_REPEATS = 20 * _MS, 4
@@ -67,7 +73,7 @@ _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
 _TIMESTAMP, _SACK = 8, 5
 _GATE_OF_ACK = struct.Struct("=I")
-_ACK = struct.Struct("=QQIIIIIIIBBBx")  # struct throttle_ack without its packet
+_ACK = struct.Struct("=QQIIIIIIIIBBBx")  # struct throttle_ack without its packet
 # Signatures, and MPTCP's data sequence signals (the window there is the whole connection's).
 _FOREIGN_OPTIONS = {19, 29, 30}
 
@@ -144,7 +150,8 @@ class Flow:
         *("cookie", "packet", "at", "scale", "segment", "mark", "network", "device", "target"),
         *("acked", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
-        *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp"),
+        *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
+        *("own_ns", "shortest_ns", "measured", "measurable_ns", "estimate_ns"),
     )
 
     def __init__(self, cookie: int, acked: int, edge: int, promised: int) -> None:
@@ -155,12 +162,14 @@ class Flow:
         self.target: tuple[Any, ...] = ("", 0)
         self.acked = acked  # up to where data is acknowledged
         self.edge = edge  # up to where the sender was told it may send
+        self.passed_edge = edge  # what the kernel has told it without the keeper
         self.promised = promised  # up to where the kernel accepts data
         self.fresh = self.queued = self.answered = False
         self.taken_ns = self.last_ns = 0
         self.outstanding = 0  # bytes granted that have not arrived
         self.granted_ns = self.granted_from = 0
-        self.round_trip_ns = 0
+        self.round_trip_ns = self.estimate_ns = 0
+        self.own_ns = self.shortest_ns = self.measured = self.measurable_ns = 0
         self.unanswered = self.repeats = self.repeat_ns = 0
         self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
@@ -218,7 +227,7 @@ class Gate:
     def take(self, record: memoryview, now: int) -> None:
         """Record one acknowledgement, or forward it at once if its sender needs each."""
         cookie, at_ns, _, device, edge, payload, mark, network, *rest = _ACK.unpack_from(record)
-        segment, length, scale, passed = rest
+        segment, round_trip_us, length, scale, passed = rest
         if not length:
             self._keeper.tell(self, unserved=network)
             return
@@ -238,12 +247,16 @@ class Gate:
         is_repeated = not is_new and not passed and acked == flow.acked
         has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
         flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
-        flow.segment, flow.device = segment, device
+        flow.segment, flow.device, flow.estimate_ns = segment, device, 1000 * round_trip_us
         if flow.device and at == 40:  # a link-local address is one of a device
             flow.target = (*flow.target, 0, flow.device)
-        if signed(edge - flow.edge) > 0:
-            flow.edge = edge
+        if edge != flow.passed_edge:
+            flow.passed_edge = edge
+            flow.edge = edge if signed(edge - flow.edge) > 0 else flow.edge
+        if has_sack or signed(acked - flow.edge) > 0:
+            flow.granted_ns = 0  # what is acknowledged had been sent before
         self._measure(flow, acked, at_ns)
+        self._know_round_trip(flow)
         if acked != flow.acked or passed:
             flow.repeat_ns = 0
         if acked != flow.acked:
@@ -255,12 +268,11 @@ class Gate:
             self._leave(flow)
             return
         if passed:
-            flow.outstanding, flow.last_ns, flow.fresh = (
-                min(flow.outstanding, flow.usable()),
-                now,
-                False,
-            )
+            flow.outstanding = min(flow.outstanding, flow.usable())
+            flow.last_ns, flow.fresh = now, False
             return
+        if self._rate and flow.remaining() > 2 * self._chunk(flow):
+            self._close(flow, now)
         if is_repeated or has_sack:
             if flow.remaining() < self._low(flow):
                 self.decide(flow, now)
@@ -270,6 +282,12 @@ class Gate:
             return
         flow.fresh = True
         self.fresh[cookie] = flow
+
+    def _close(self, flow: Flow, now: int) -> None:
+        """Take back a window from before the limit; its sender has to be prepared (RFC 9293)."""
+        flow.edge = flow.acked
+        flow.granted_ns = 0
+        flow.measurable_ns = now + _CLOSING_NS
 
     def decide(self, flow: Flow, now: int) -> None:
         """Forward its acknowledgement: with a new window, or with what is left of the last."""
@@ -339,14 +357,28 @@ class Gate:
         if not flow.granted_ns or signed(acked - flow.granted_from) <= 0:
             return
         took = at_ns - flow.granted_ns
-        shorter = not flow.round_trip_ns or took < flow.round_trip_ns
-        flow.round_trip_ns = (
-            took if shorter else flow.round_trip_ns + (took - flow.round_trip_ns) // 64
-        )
         flow.granted_ns = 0
-        self.shared.round_trip_ns = max(
-            each.round_trip_ns for each in (flow, *self._granted.values())
-        )
+        flow.measured += 1
+        flow.shortest_ns = min(flow.shortest_ns or took, took)
+        if flow.measured == _ROUND_TRIPS or not flow.own_ns or took < flow.own_ns:
+            flow.own_ns = flow.shortest_ns
+        if flow.measured == _ROUND_TRIPS:
+            flow.measured = flow.shortest_ns = 0
+
+    def _know_round_trip(self, flow: Flow) -> None:
+        """Set the round trip: the kernel's estimate, or if that is short what was measured here.
+
+        With timestamps the kernel knows it from each segment, in milliseconds. Here it is measured
+        only where windows are not opened ahead of time, and not while data is sent once more.
+        """
+        before, flow.round_trip_ns = flow.round_trip_ns, flow.own_ns
+        if flow.stamp_at and flow.estimate_ns:
+            is_short = flow.estimate_ns <= _ESTIMATED_NS and flow.own_ns
+            flow.round_trip_ns = flow.own_ns if is_short else flow.estimate_ns
+        if flow.round_trip_ns != before:
+            self.shared.round_trip_ns = max(
+                each.round_trip_ns for each in (flow, *self._granted.values())
+            )
 
     def _chunk(self, flow: Flow) -> int:
         """Return the size of a window in bytes."""
@@ -385,7 +417,8 @@ class Gate:
         if signed(edge - flow.promised) > 0:
             edge = flow.promised
         # If much of the last window is left, the answer does not measure the round trip.
-        flow.granted_ns = now if flow.remaining() < 2 * flow.segment else 0
+        is_used_up = flow.remaining() < 2 * flow.segment and now > flow.measurable_ns
+        flow.granted_ns = now if is_used_up else 0
         flow.granted_from, flow.last_ns = flow.edge, now
         self._send(flow, edge, now)
         flow.outstanding = flow.usable()

@@ -123,6 +123,7 @@ class ThrottleBucket(ctypes.Structure):
         ("inverse_rate", c_uint64),
         ("refused", c_uint32),
         ("reserved", c_uint32),
+        ("credit_ns", c_uint64),
     )
 
 
@@ -199,6 +200,7 @@ class ThrottleAck(ctypes.Structure):
         ("mark", c_uint32),
         ("network", c_uint32),
         ("segment", c_uint32),
+        ("round_trip_us", c_uint32),
         ("length", c_uint8),
         ("window_scale", c_uint8),
         ("passed", c_uint8),

@@ -156,6 +156,23 @@ def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:
         assert 0.9 <= ratio(live, 2) <= 1.06
 
 
+@pytest.mark.parametrize("round_trip_s", [0, 0.02])
+def test_a_download_that_was_open_has_to_slow_down_at_once(
+    scratch: Cgroup, round_trip_s: float
+) -> None:
+    """Its window of megabytes is taken back; what was on its way is all that is dropped."""
+    rate = Rate.parse("500K")
+    with lab(round_trip_s=round_trip_s) as own, downloads(own, scratch):
+        time.sleep(2)
+        with gated(scratch, rate) as live:
+            time.sleep(2)
+            before = live.counters()[DOWNLOAD].bytes_dropped
+            if not before:
+                needs_release("6.12", "connections that are open are not adopted")
+            assert 0.94 <= ratio(live, 3, rate) <= 1.06
+            assert live.counters()[DOWNLOAD].bytes_dropped - before <= rate.bytes_per_s * 0.03
+
+
 def test_another_rate_takes_hold(scratch: Cgroup) -> None:
     """Faster or slower, at once."""
     with lab() as own, limited(own, scratch) as live, downloads(own, scratch, 2):

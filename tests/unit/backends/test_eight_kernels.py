@@ -19,6 +19,7 @@ from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleConfig, ThrottleStats
 from pybpfthrottle.bpf import maps, privileges
+from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.features import LINK
 from pybpfthrottle.errors import AttachError, MapCreateError, NoMarksError, ProgramLoadError
@@ -265,7 +266,7 @@ def test_counters_are_summed_over_the_cpus(release, boot, target):
     cpus = maps.possible_cpus()
     with apply(target) as limits:
         assert set(limits.counters().values()) == {Counters()}
-        kernel.map_of(40).contents[key(UPLOAD)] = b"".join(
+        kernel.map_of(40, MapType.PERCPU_ARRAY).contents[key(UPLOAD)] = b"".join(
             bytes(ThrottleStats(1, 2, 3, cpu, 5)) for cpu in range(cpus)
         )
         dropped = sum(range(cpus))
