@@ -21,6 +21,7 @@
 #define AF_INET6 10
 
 #define SOL_SOCKET 1
+#define SO_RCVLOWAT 18
 #define SO_MAX_PACING_RATE 47
 #define SOL_TCP 6
 #define TCP_WINDOW_CLAMP 10
@@ -63,6 +64,7 @@
 #define MOST_GATE_WAY_US 200000
 #define GATE_AFTER_BYTES 6000 /* in an epoch: small flows never meet the keeper */
 #define LEAST_GATE_BYTES 256
+#define LEAST_ROOM_BYTES 65536
 #define GATE_SLACK_NS (330 * MS)
 #define SLOW_START_ROUND_TRIPS 4
 #define MOST_SLOW_START_NS (400 * MS)
@@ -300,6 +302,24 @@ always_inline void hurry_acknowledgements(struct bpf_sock_ops *ctx)
 }
 
 /*
+ * TCP's own autotuning takes what comes in bursts for the work of a slow reader (Linux 6.18), and a
+ * window for a long way would stay small. To ask for so much data at once enlarges the buffer, and
+ * leaves it to autotuning; nobody sees it, as the socket is locked.
+ */
+always_inline void make_room(struct bpf_sock_ops *ctx, struct throttle_socket *socket, __u32 bytes)
+{
+	__u32 before, wanted = bytes;
+
+	if (bytes <= socket->room || bytes < LEAST_ROOM_BYTES)
+		return;
+	socket->room = bytes;
+	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &before, sizeof(before)))
+		return;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof(wanted));
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &before, sizeof(before));
+}
+
+/*
  * Where the gate's keeper opens the window, the kernel has only to keep from promising much by
  * itself: with data that is sent, and until the keeper has a connection in hand. Always the same
  * promise, so that TCP's autotuning has nothing to recover from.
@@ -342,6 +362,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	}
 	socket->clamp = value;
 	socket->gated = gated;
+	if (gated)
+		make_room(ctx, socket, value);
 	/* What was asked for is on its way, and to drop it would only make it come twice. */
 	if (gated && bucket->slack_ns < GATE_SLACK_NS)
 		bucket->slack_ns = GATE_SLACK_NS;

@@ -151,6 +151,8 @@ struct throttle_socket {
 	__u32 edge_known;
 	__u32 edge; /* the sequence number up to which its sender may send, as told by the kernel */
 	__u32 network; /* the inode of its network namespace */
+	__u32 room;    /* the window in bytes that its buffer was made large enough for */
+	__u32 reserved;
 };
 
 /*

@@ -40,6 +40,7 @@ from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.linux import clock, libc
 
 _MS = 1_000_000
+_SECOND_NS = 1000 * _MS
 _PAGE = mmap.PAGESIZE
 _DOWNLOAD = 0
 _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
@@ -271,10 +272,10 @@ class Gate:
             flow.outstanding = min(flow.outstanding, flow.usable())
             flow.last_ns, flow.fresh = now, False
             return
-        if self._rate and flow.remaining() > 2 * self._chunk(flow):
+        if self._rate and flow.remaining() > 2 * self._most(flow):
             self._close(flow, now)
         if is_repeated or has_sack:
-            if flow.remaining() < self._low(flow):
+            if self._wants(flow):
                 self.decide(flow, now)
             else:
                 self._send(flow, flow.edge, now)
@@ -296,29 +297,31 @@ class Gate:
         if not self._rate:
             self._send(flow, flow.promised, now)
             return
-        if flow.remaining() < self._low(flow):
-            if not self._queue and self._owed(now) <= self._early(flow):
-                self._grant(flow, now)
-                return
-            if not flow.queued:
-                flow.queued = True
-                self._queue.append(flow)
-        self._send(flow, flow.edge, now)
+        granted = False
+        if self._wants(flow) and not self._queue and self._wait(flow, now) <= 0:
+            granted = True
+            self._grant(flow, now)
+        if self._wants(flow) and not flow.queued:
+            flow.queued = True
+            self._queue.append(flow)
+        if not granted:
+            self._send(flow, flow.edge, now)
 
     def serve(self, now: int) -> int:
         """Open the windows that are due; return when the next one is, 0 for none."""
         due = 0
         while self._queue:
             flow = self._queue[0]
-            if flow.remaining() < self._low(flow):
-                wait = self._owed(now) - self._early(flow)
+            if self._wants(flow):
+                wait = self._wait(flow, now)
                 if wait > 0:
                     due = now + max(wait, _SHORTEST_WAIT_NS)
                     break
-            flow.queued = False
-            self._queue.popleft()
-            if flow.remaining() < self._low(flow):
                 self._grant(flow, now)
+            self._queue.popleft()
+            flow.queued = self._wants(flow)
+            if flow.queued:
+                self._queue.append(flow)
         self.shared.next_due_ns = due
         for flow in list(self._granted.values()):
             if flow.repeat_ns and now >= flow.repeat_ns:
@@ -380,47 +383,57 @@ class Gate:
                 each.round_trip_ns for each in (flow, *self._granted.values())
             )
 
-    def _chunk(self, flow: Flow) -> int:
-        """Return the size of a window in bytes."""
+    def _step(self, flow: Flow) -> int:
+        """Return by how many bytes a window is opened at a time."""
+        return max(self._rate * CHUNK_NS // _SECOND_NS, 2 * flow.segment + 128)
+
+    def _most(self, flow: Flow) -> int:
+        """Return the size of the largest window in bytes: what a sender needs to go on sending."""
         round_trip_ns = min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS)
-        chunk = self._rate * (CHUNK_NS + 2 * round_trip_ns) // 1_000_000_000
-        return max(chunk, 2 * flow.segment + 128)
+        return self._step(flow) + 2 * round_trip_ns * self._rate // _SECOND_NS
 
-    def _low(self, flow: Flow) -> int:
-        """Return how many bytes a sender has left when it gets its next window."""
-        least = 2 * flow.segment
-        return (
-            max(least, self._chunk(flow) // 2)
-            if flow.round_trip_ns > SHORT_ROUND_TRIP_NS
-            else least
-        )
+    def _wants(self, flow: Flow) -> bool:
+        """Whether a sender is to have more: before it has used up what it has, if it is far."""
+        more = signed(self._next_edge(flow) - flow.edge)
+        is_used_up = flow.remaining() < 2 * flow.segment
+        is_far = flow.round_trip_ns > SHORT_ROUND_TRIP_NS
+        return more > 0 and (is_used_up or (is_far and more >= 2 * flow.segment))
 
-    def _early(self, flow: Flow) -> int:
-        """Return how many nanoseconds ahead of its time a window is opened."""
+    def _next_edge(self, flow: Flow) -> int:
+        most = min(max(flow.remaining(), 0) + self._step(flow), self._most(flow))
+        most = min(most, signed(flow.promised - flow.acked))
+        return (flow.acked + most) & 0xFFFFFFFF
+
+    def _wait(self, flow: Flow, now: int) -> int:
+        """Return in how many nanoseconds the limit allows more.
+
+        What far senders were granted arrives a round trip later, and by then the limit allows more.
+        """
+        near = far = weighted = 0
+        for each in list(self._granted.values()):
+            if now > each.last_ns + _SILENT_NS + 4 * each.round_trip_ns:
+                each.outstanding = 0
+            outstanding = max(each.outstanding, 0)
+            if each.round_trip_ns <= SHORT_ROUND_TRIP_NS:
+                near += outstanding
+            else:
+                far += outstanding
+                weighted += outstanding * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
+            if not outstanding and not each.repeat_ns:
+                del self._granted[each.cookie]
+        owed = self._even_at_ns - now + (near * self._inverse >> _SHIFT)
         if flow.round_trip_ns <= SHORT_ROUND_TRIP_NS:
-            return 0
-        return self._chunk(flow) // 2 * self._inverse >> _SHIFT
-
-    def _owed(self, now: int) -> int:
-        """Return for how many nanoseconds the limit is used up, open windows included."""
-        outstanding = 0
-        for flow in list(self._granted.values()):
-            if now > flow.last_ns + _SILENT_NS + 4 * flow.round_trip_ns:
-                flow.outstanding = 0
-            outstanding += max(flow.outstanding, 0)
-            if flow.outstanding <= 0 and not flow.repeat_ns:
-                del self._granted[flow.cookie]
-        return self._even_at_ns - now + (outstanding * self._inverse >> _SHIFT)
+            return owed
+        ahead = weighted // far if far else 0
+        ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
+        return owed + (far * self._inverse >> _SHIFT) - ahead
 
     def _grant(self, flow: Flow, now: int) -> None:
-        edge = (flow.acked + self._chunk(flow)) & 0xFFFFFFFF
-        if signed(edge - flow.promised) > 0:
-            edge = flow.promised
         # If much of the last window is left, the answer does not measure the round trip.
         is_used_up = flow.remaining() < 2 * flow.segment and now > flow.measurable_ns
         flow.granted_ns = now if is_used_up else 0
         flow.granted_from, flow.last_ns = flow.edge, now
-        self._send(flow, edge, now)
+        self._send(flow, self._next_edge(flow), now)
         flow.outstanding = flow.usable()
         flow.repeats = 0
         self._granted[flow.cookie] = flow

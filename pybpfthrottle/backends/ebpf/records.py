@@ -169,6 +169,8 @@ class ThrottleSocket(ctypes.Structure):
         ("edge_known", c_uint32),
         ("edge", c_uint32),
         ("network", c_uint32),
+        ("room", c_uint32),
+        ("reserved", c_uint32),
     )
 
 
