@@ -56,16 +56,18 @@
 #define LEAST_SHARE_SHIFT 6    /* a 64th of the limit */
 #define MOST_SHARE_NS (200 * MS)
 #define LEAST_FIRST_PACKETS 2
+#define MANY_BEGINNINGS 32 /* in an epoch: then a download begins with one packet */
 #define MOST_FIRST_PACKETS 10
 #define FIRST_PACKET_SHARE 72500 /* so that it is 20 ms' worth */
 
 #define TCP_BPF_DELACK_MAX 1003
 #define GATE_WINDOW_US 8000 /* what the kernel may promise beyond two round trips */
 #define MOST_GATE_WAY_US 200000
-#define GATE_AFTER_BYTES 6000 /* in an epoch: small flows never meet the keeper */
+#define GATE_AFTER_BYTES 6000 /* in an epoch: while nothing is owed, small flows never meet the keeper */
 #define LEAST_GATE_BYTES 256
 #define LEAST_ROOM_BYTES 65536
 #define GATE_SLACK_NS (330 * MS)
+#define MOST_GATE_SLACK_NS (1000 * MS)
 #define SLOW_START_ROUND_TRIPS 4
 #define MOST_SLOW_START_NS (400 * MS)
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
@@ -189,7 +191,9 @@ always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now, int be
 		packets /= flows->begun;
 	}
 	if (packets < LEAST_FIRST_PACKETS)
-		return LEAST_FIRST_PACKETS;
+		return flows && direction == THROTTLE_DOWNLOAD && flows->begun > MANY_BEGINNINGS
+			       ? 1
+			       : LEAST_FIRST_PACKETS;
 	return packets < MOST_FIRST_PACKETS ? packets : MOST_FIRST_PACKETS;
 }
 
@@ -331,7 +335,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	__u32 zero = 0, value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
-	__u64 bytes, least, way_us, credit;
+	__u64 bytes, least, way_us, credit, slack;
+	struct throttle_flows *flows;
 	int gated;
 
 	if (!gate || !gate->alive)
@@ -345,7 +350,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	}
 	count_flows(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s, now);
 	gated = socket->gated || (socket->gate == GATE_READY &&
-				  ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES);
+				  (debt_of(bucket, now) > 0 ||
+				   ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES));
 	way_us = gate->round_trip_ns / 1000;
 	if (way_us > MOST_GATE_WAY_US)
 		way_us = MOST_GATE_WAY_US;
@@ -365,8 +371,15 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	if (gated)
 		make_room(ctx, socket, value);
 	/* What was asked for is on its way, and to drop it would only make it come twice. */
-	if (gated && bucket->slack_ns < GATE_SLACK_NS)
-		bucket->slack_ns = GATE_SLACK_NS;
+	slack = GATE_SLACK_NS;
+	flows = flows_of(THROTTLE_DOWNLOAD, now >> EPOCH_SHIFT);
+	if (flows)
+		slack += (__u64)flows->begun * socket->first * socket->segment * config->inverse_rate >>
+			 INVERSE_RATE_SHIFT;
+	if (slack > MOST_GATE_SLACK_NS)
+		slack = MOST_GATE_SLACK_NS;
+	if (bucket->slack_ns < slack)
+		bucket->slack_ns = slack;
 	/* What a slow start leaves out may be made up for, as far as it is usual on such a way. */
 	credit = way_us * SLOW_START_ROUND_TRIPS * 1000;
 	if (credit > MOST_SLOW_START_NS)
