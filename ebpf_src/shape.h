@@ -131,7 +131,6 @@ struct {
 } CGROUP_FLOWS SEC(".maps");
 
 #include "sockets.h"
-#include "gate.h"
 
 /* The counts of an epoch, which begins when it is asked for first. */
 always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)

@@ -9,7 +9,7 @@
  *
  * It has to load on Linux 4.14, so: the first instruction set (-mcpu=v1), no loops, no calls, only
  * helpers and context fields of that kernel. DIRECT_PACKET_ACCESS makes a second object of it, for
- * Linux 5.0 and later, which reads headers without a helper call each, and needs CAP_PERFMON for
+ * Linux 5.1 and later, which reads headers without a helper call each, and needs CAP_PERFMON for
  * it. MARKED makes one that limits the sockets of some processes alone.
  *
  * It includes no system headers, so that the objects are the same wherever they are built.
@@ -221,17 +221,22 @@ always_inline __u64 charge_anew(struct throttle_bucket *bucket, __u64 even_at, _
 
 /* Takes the packet's price from the bucket, or returns 0 where the bucket has run too far ahead. */
 always_inline int pay(struct throttle_bucket *bucket, const struct throttle_config *config,
-		      __u32 billed)
+		      __u32 billed, __u64 slack)
 {
 	__u64 now = bpf_ktime_get_ns();
 	/* In this order: what was scaled already is not taken for the old rate's. */
 	__u64 even_at = *(volatile __u64 *)&bucket->even_at_ns;
 	__u64 charged_at = *(volatile __u64 *)&bucket->inverse_rate;
 	__u64 inverse_rate = config->inverse_rate;
-	__u64 slack = config->slack_ns, seen_slack = bucket->slack_ns;
+	__u64 given_slack = config->slack_ns, seen_slack = bucket->slack_ns;
 	__u64 credit = config->credit_ns, seen_credit = bucket->credit_ns;
-	__u64 limit = config->debt_ns + (slack > seen_slack ? slack : seen_slack);
+	__u64 limit;
 
+	if (slack < given_slack)
+		slack = given_slack;
+	if (slack < seen_slack)
+		slack = seen_slack;
+	limit = config->debt_ns + slack;
 	if (unlikely(charged_at != inverse_rate))
 		even_at = charge_anew(bucket, even_at, charged_at, inverse_rate, now);
 	if (seen_credit > credit)
@@ -248,6 +253,15 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	__sync_fetch_and_add(&bucket->even_at_ns, billed * inverse_rate >> INVERSE_RATE_SHIFT);
 	return 1;
 }
+
+#include "gate.h"
+#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
+#include "others.h"
+#else
+/* Linux 4.14 does without. */
+#define OTHERS_SLACK_NS 0
+#define is_early(skb, bucket, config, direction, billed) 0
+#endif
 
 always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 {
@@ -266,8 +280,16 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	stats->packets_total++;
 	stats->bytes_total += billed;
 	/* A pure acknowledgement is free: dropping it would only make its sender repeat data. */
-	if (!billed || !config->rate_bytes_per_s || pay(bucket, config, billed))
+	if (!billed || !config->rate_bytes_per_s)
 		return PASS;
+	/* TCP's headers are free, where they are found. */
+	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
+		if (!is_early(skb, bucket, config, direction, billed) &&
+		    pay(bucket, config, billed, OTHERS_SLACK_NS))
+			return PASS;
+	} else if (pay(bucket, config, billed, 0)) {
+		return PASS;
+	}
 	stats->packets_dropped++;
 	stats->bytes_dropped += billed;
 	return drop;

@@ -112,6 +112,12 @@ struct throttle_bucket {
 	__u32 refused;      /* enum throttle_flags: what this kernel has refused to do */
 	__u32 reserved;
 	__u64 credit_ns; /* how far it may lag behind the clock instead, for a slow start far away */
+	__u64 early_at_ns;   /* when the share of packets to drop early was found, */
+	__u32 early_owed;    /* and the least that was owed before, in 1024 ns; */
+	__u32 early_least;   /* the least since then */
+	__u32 early_root;    /* its root, in 65536ths */
+	__u32 early_sum;     /* how much of a packet is due to be dropped, in 65536ths */
+	__u64 half_at_ns;    /* even_at_ns of what is not TCP alone, at half of the limit */
 };
 
 /*

@@ -203,10 +203,11 @@ class Kernel(FakeKernel):
 
     def _verified(self, code: bytes, attach_type: int) -> int:
         if self.release < (5, 0):
-            if list(too_new(code)):
-                return errno.EINVAL
+            # The verifier goes through the code in order; ours reads the packet before it calls.
             if context_accesses(code):
                 return errno.EACCES
+            if list(too_new(code)):
+                return errno.EINVAL
         called = (one.imm for one in decoded(code) if one.code == CALL and not one.src)
         if any(releases.order(releases.of_helper(number)) > self.release for number in called):
             return errno.EINVAL

@@ -15,6 +15,7 @@ _DATA_OFFSET = 76
 _DATA_END_OFFSET = 80
 _SK_OFFSET = 168
 
+_SKB_ECN_SET_CE = 97  # bpf_skb_ecn_set_ce
 _SKC_TO_MPTCP_SOCK = 196  # bpf_skc_to_mptcp_sock
 
 _LDX_W = insn.BPF_LDX | insn.BPF_MEM | insn.BPF_W
@@ -45,6 +46,7 @@ def _probe_direct_packet_access() -> None:
         + asm.insn(_LDX_W, dst=3, src=1, off=_LEN_OFFSET)
         + asm.insn(_AND_IMM, dst=3, imm=63)
         + asm.insn(_ADD, dst=2, src=3)
+        + asm.call(_SKB_ECN_SET_CE)
         + asm.return_imm(1)
     )
     _load(code)
@@ -80,7 +82,7 @@ def _probe_test_run_packet() -> None:
 CGROUP_SKB = Feature("cgroup_skb programs", "4.10", _probe_cgroup_skb)
 CONGESTION_VERDICT = Feature("egress verdict 2 (congestion)", "5.3", _probe_congestion_verdict)
 DIRECT_PACKET_ACCESS = Feature(
-    "direct packet access in cgroup_skb", "5.0", _probe_direct_packet_access
+    "direct packet access and ECN marks in cgroup_skb", "5.1", _probe_direct_packet_access
 )
 MPTCP_SOCKET = Feature("the MPTCP socket of a packet", "5.19", _probe_mptcp_socket)
 # Measured: 6.12 does not have it, 6.18 has. A packet that is not a test's is always seen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
@@ -9,12 +10,15 @@ from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.keeping import RING, KeeperProcess, Kept, Pids
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import Error
 from pybpfthrottle.supervisor import Chore
 
-_MAPS = ("GATE", "CGROUP_BUCKETS", "CGROUP_CONFIGS")
+_GATE = "GATE"
+_MAPS = (_GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
 
 
 class Gate:
@@ -34,8 +38,23 @@ class Gate:
         if refused is None:
             try:
                 self._keeper = KeeperProcess.join()
+                self._keeper.ring()
             except OSError as error:
                 self.refused = f"its keeper cannot be started: {error}"
+            except Error as error:
+                self.refuse(str(error))
+
+    def spec(self, name: str) -> ObjectSpec:
+        """Return a shipped object, such as "throttle": with a gate, as its keeper needs it.
+
+        Raises ObjectFileError.
+        """
+        spec = programs.read(name)
+        if self._keeper is None or _GATE not in spec.maps:
+            return spec
+        # The keeper maps it into its memory (Linux 5.5).
+        shared = replace(spec.maps[_GATE], flags=BPF_F_MMAPABLE)
+        return replace(spec, maps={**spec.maps, _GATE: shared})
 
     def load(self, maps: Mapping[str, Map[Any, Any]]) -> Optional[Object]:
         """Load the program with a throttle's maps, and have the keeper serve it.
@@ -49,7 +68,7 @@ class Gate:
             return None
         try:
             used = {**maps, RING: self._keeper.ring()}
-            loaded = loader.load(programs.read("gate"), [self.program.name], maps=used)
+            loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
         except Error as error:
             self.refuse(str(error))
             return None

@@ -124,6 +124,12 @@ class ThrottleBucket(ctypes.Structure):
         ("refused", c_uint32),
         ("reserved", c_uint32),
         ("credit_ns", c_uint64),
+        ("early_at_ns", c_uint64),
+        ("early_owed", c_uint32),
+        ("early_least", c_uint32),
+        ("early_root", c_uint32),
+        ("early_sum", c_uint32),
+        ("half_at_ns", c_uint64),
     )
 
 

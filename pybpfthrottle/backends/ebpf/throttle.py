@@ -107,7 +107,7 @@ class EbpfThrottle:
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
         with self._all_or_nothing():
-            if not self._maps:
+            if not self._programs:
                 self._prepare()
             self._gate.wait()
             if self._order.cgroups:
@@ -145,7 +145,7 @@ class EbpfThrottle:
                 raise NoMarksError(
                     f"the kernel takes no marks on sockets: {needs.why_refused(error)}"
                 ) from error
-        if not self._maps:
+        if not self._programs:
             raise ThrottleError("no target was given")
         # First: the guard may be needed as soon as something is shaped, and has to be forked
         # before there is a thread.
@@ -189,7 +189,7 @@ class EbpfThrottle:
             *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
         ]
         names = [program.name for program in needed]
-        spec = programs.read(programs.object_for(scope))
+        spec = self._gate.spec(programs.object_for(scope))
         loaded = None
         refused = None
         if self._wants_shaping():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from lab import Lab, lab
 from since import needs_command, needs_option, needs_release
 from targets import live_map
+from test_udp import RECEIVER, SENDER
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf.options import Options
@@ -313,6 +316,30 @@ def test_what_cannot_reach_the_sender_is_left_to_the_kernel(scratch: Cgroup) -> 
                 time.sleep(3)
                 assert 0.7 <= ratio(live, 3) <= 1.2
             assert any("did not reach" in note for note in live.notes())
+
+
+def test_downloads_go_on_beside_datagrams_that_never_slow_down(scratch: Cgroup) -> None:
+    """What has no window gets half, however much of it comes."""
+    with lab() as own, limited(own, scratch) as live:
+        receiver = subprocess.Popen(
+            own.inside(sys.executable, "-c", RECEIVER, own.wire.client.address, "4"),
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: scratch.move_in(0),
+        )
+        with receiver, downloads(own, scratch, 4):
+            assert receiver.stdout
+            assert receiver.stdout.readline() == b"ready\n"
+            flood = [own.wire.client.address, str(1.5 * RATE.bytes_per_s), "6"]
+            sender = subprocess.Popen(
+                own.wire.server.inside(sys.executable, "-c", SENDER, *flood),
+                stdout=subprocess.DEVNULL,
+            )
+            time.sleep(0.2)
+            total = ratio(live, 3.5)
+            came = json.loads(receiver.stdout.readline())["count"] * 1228
+            sender.wait(10)
+    assert 0.9 <= total <= 1.06
+    assert 0.35 <= came / 4 / RATE.bytes_per_s <= 0.65
 
 
 def in_client(own: Lab, command: str, given: str = "") -> str:

@@ -60,6 +60,51 @@ while time.monotonic() - begin < seconds:
 print(json.dumps({"count": count}))
 """
 
+# Slows down for a loss or a mark, 20 times a second at most, and otherwise sends more and more.
+ADAPTING = """
+import json, socket, struct, sys, time
+address, tos, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
+s.connect((address, 9999))
+s.setblocking(False)
+rate, number, due, troubles, cut, lost, marked = 300e3, 0, 0.0, 0, 0.0, 0, 0
+begin = last = time.monotonic()
+while (now := time.monotonic()) - begin < seconds:
+    try:
+        while True:
+            highest, count, marked = struct.unpack("!III", s.recv(100))
+            lost = highest + 1 - count
+    except OSError:
+        pass
+    if lost + marked > troubles and now - cut > 0.05:
+        rate, cut = rate * 0.7, now
+    troubles = lost + marked
+    rate, due = rate + 400e3 * (now - last), due + rate * (now - last)
+    last = now
+    while due >= 1228:
+        s.send(struct.pack("!I", number) + bytes(1196))
+        number, due = number + 1, due - 1228
+    time.sleep(0.001)
+print(json.dumps({"sent": number, "lost": lost, "marked": marked}))
+"""
+
+# Tells the sender what has come, and with which marks.
+ANSWERING = """
+import socket, struct, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+s.bind((sys.argv[1], 9999))
+print("ready", flush=True)
+highest = count = marked = 0
+while True:
+    data, ancillary, _, peer = s.recvmsg(2000, 100)
+    highest, count = max(highest, struct.unpack_from("!I", data)[0]), count + 1
+    marked += any(value[0] & 3 == 3 for _, _, value in ancillary)
+    s.sendto(struct.pack("!III", highest, count, marked), peer)
+"""
+
 
 def limited(direction: str, rate: Rate, options: list[str], command: list[str]) -> list[str]:
     """The command below ``pybpfthrottle run``."""
@@ -118,3 +163,30 @@ def test_the_denying_verdict_shows_as_eperm() -> None:
     count, errors = exchange("upload", rate, "--egress-verdict", "deny")
     assert list(errors) == ["1"]
     assert 0.9 <= count * (PAYLOAD + HEADERS[4]) / rate.bytes_per_s / SECONDS <= 1.1
+
+
+@pytest.mark.parametrize("tos", [0, 1, 2], ids=["no ECN", "ECT(1)", "ECT(0)"])
+def test_a_sender_that_slows_down_for_losses_or_marks_uses_its_limit(tos: int) -> None:
+    """Losses come early and apart from each other; who understands marks has none."""
+    rate, seconds = Rate.parse("1M"), 6
+    with Wire() as wire:
+        answer = [sys.executable, "-c", ANSWERING, wire.client.address]
+        with subprocess.Popen(
+            wire.client.inside(*limited("download", rate, [], answer)),
+            stdout=subprocess.PIPE,
+            env=ENVIRONMENT,
+        ) as answering:
+            assert answering.stdout
+            assert answering.stdout.readline() == b"ready\n"
+            send = [sys.executable, "-c", ADAPTING, wire.client.address, str(tos), str(seconds)]
+            sent = subprocess.run(
+                wire.server.inside(*send), stdout=subprocess.PIPE, env=ENVIRONMENT, check=True
+            )
+            answering.terminate()
+    found = json.loads(sent.stdout)
+    if tos == 2 and not found["marked"]:
+        needs_release("5.1", "marks of congestion by cgroup_skb programs")
+    size = PAYLOAD + HEADERS[4]
+    assert 0.85 <= (found["sent"] - found["lost"]) * size / rate.bytes_per_s / seconds <= 1.05
+    assert found["lost"] <= (0 if tos == 2 else 0.03 * found["sent"])
+    assert bool(found["marked"]) == (tos == 2)

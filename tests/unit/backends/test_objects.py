@@ -257,7 +257,11 @@ def test_the_policer_does_without_the_shapers_maps(spec, rows):
     for row in rows:
         if row.role is Role.POLICE:
             wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", records.RECORD}
-            assert relocate.link(spec, spec.programs[row.name]).maps - {"MARKS"} == wanted
+            # An array like the others, though the faster objects alone look at it.
+            assert (spec.maps["GATE"].type, spec.maps["GATE"].flags) == (MapType.ARRAY, 0)
+            used = relocate.link(spec, spec.programs[row.name]).maps - {"MARKS"}
+            assert used - {"GATE"} == wanted
+            assert used == wanted or spec.name != "throttle"
 
 
 def test_the_license_lets_gpl_helpers_be_called(spec):
