@@ -150,6 +150,7 @@ _UP, _DOWN = (Direction.UPLOAD,), (Direction.DOWNLOAD,)
 METHODS = (
     Method("unlimited", "no limit: what the path, and this bench, can do"),
     Method("police", "pybpfthrottle run, without shaping", prefix=_ours("police")),
+    Method("window", "pybpfthrottle run --shape window", _DOWN, prefix=_ours("window")),
     Method("shape", "pybpfthrottle run --shape auto", prefix=_ours("auto")),
     Method("htb", "tc, HTB on the device", _UP, _htb(_PLAIN)),
     Method("htb-codel", "tc, HTB on the device with fq_codel below", _UP, _htb(_CODEL)),

@@ -16,21 +16,18 @@ from typing import (
 )
 
 from pybpfthrottle.backends.ebpf import carriers, connections, programs
-from pybpfthrottle.backends.ebpf.bucket import Bucket, Shaping, shaping_for
+from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
+from pybpfthrottle.backends.ebpf.loaded import Loaded
 from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.own_record import OwnRecord
 from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
-from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
+from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
-from pybpfthrottle.bpf import loader
-from pybpfthrottle.bpf.loader import Object
-from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
@@ -54,10 +51,8 @@ class EbpfThrottle:
         self._id = throttle_id
         self._order = order
         self._options: Options = order.options or Options()
-        self._programs: dict[str, Program] = {}
-        self._maps: dict[str, Map[Any, Any]] = {}
-        self._object_name = ""
-        self._placed = Placements(self._programs)
+        self._loaded = Loaded(order.limits, self._options)
+        self._placed = Placements(self._loaded.programs)
         self._marks: Optional[Marks] = None
         # Where connections of processes are shaped.
         self._marked_cgroups: Sequence[Cgroup] = ()
@@ -71,8 +66,9 @@ class EbpfThrottle:
         self._record = OwnRecord(self)
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
-        self._loaded, self._followed, self._attached, self._guarded = (
-            self._undo.enter_context(ExitStack()) for _ in range(4)
+        self._undo.callback(self._loaded.close)
+        self._followed, self._attached, self._guarded = (
+            self._undo.enter_context(ExitStack()) for _ in range(3)
         )
         self._attached.callback(self._placed.detach)
         self._undo.callback(self._restore)
@@ -107,7 +103,7 @@ class EbpfThrottle:
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
         with self._all_or_nothing():
-            if not self._programs:
+            if not self._loaded.programs:
                 self._prepare()
             self._gate.wait()
             if self._order.cgroups:
@@ -145,20 +141,20 @@ class EbpfThrottle:
                 raise NoMarksError(
                     f"the kernel takes no marks on sockets: {needs.why_refused(error)}"
                 ) from error
-        if not self._programs:
+        if not self._loaded.programs:
             raise ThrottleError("no target was given")
         # First: the guard may be needed as soon as something is shaped, and has to be forked
         # before there is a thread.
-        if self._options.guard and SOCKETS in self._maps:
+        if self._options.guard and SOCKETS in self._loaded.maps:
             # By the time the guard acts, processes may have left the cgroups.
-            guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._maps, RECORD)
+            guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._loaded.maps, RECORD)
             self._guarded.callback(guard.end)
             self._record.add(guard=list(process.Process(guard.pid).identity))
-        gate = self._gate.load(self._maps)
+        gate = self._gate.load(self._loaded.maps)
         if gate is not None:
-            self._keep(gate)
+            self._loaded.add(gate)
         if order.processes is not None:
-            self._marks = Marks(order.processes, self._maps, self._adopting_marked)
+            self._marks = Marks(order.processes, self._loaded.maps, self._adopting_marked)
             self._followed.callback(self._marks.close)
             self._marks.follow()
 
@@ -176,58 +172,15 @@ class EbpfThrottle:
         )
 
     def _load(self, scope: Scope) -> None:
-        """Load the programs for a scope, and the shaper if wanted and supported by this kernel.
-
-        They share the maps of the programs loaded already.
-        """
-        policers = {
-            direction: programs.policer(scope, direction, self._options.egress_verdict)
-            for direction in self._order.limits
-        }
-        needed = [
-            *policers.values(),
-            *(programs.with_role(Role.MARK) if scope is Scope.MARKED else ()),
-        ]
-        names = [program.name for program in needed]
-        spec = self._gate.spec(programs.object_for(scope))
-        loaded = None
-        refused = None
-        if self._wants_shaping():
-            shaper = programs.shaper(scope)
-            try:
-                loaded = loader.load(spec, [*names, shaper.name], maps=self._maps)
-            except BpfError as error:
-                refused = shaper.needs.why_refused(error)
-                log.debug("This kernel does not take %s: %s", shaper.name, error)
-        loaded = loaded or loader.load(spec, names, maps=self._maps)
-        self._keep(loaded)
-        self._object_name = self._object_name or spec.name
-        for direction, program in policers.items():
-            log.debug(
-                "Program '%s' loaded with expected_attach_type: Some(%s)",
-                program.name,
-                "Ingress" if direction is Direction.DOWNLOAD else "Egress",
-            )
+        """Load the programs for a scope, which share the maps of those that are loaded already."""
+        refused = self._loaded.load(scope, self._gate.spec(programs.object_for(scope)))
         self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
-
-    def _keep(self, loaded: Object) -> None:
-        """Have loaded programs, and close them in the end."""
-        self._loaded.callback(loaded.close)
-        self._programs.update(loaded.programs)
-        self._maps.update(loaded.maps)
-
-    def _wants_shaping(self) -> bool:
-        return any(self._wanted(direction).flags for direction in self._order.limits)
-
-    def _wanted(self, direction: Direction) -> Shaping:
-        shape = self._options.shape.get(direction, "auto")
-        return shaping_for(direction, self._order.limits[direction], shape)
 
     def _begin(self, refused: Optional[Mapping[str, str]]) -> None:
         """Put the rates in force, before anything is attached."""
         if not hasattr(self, "_bucket"):
             self._bucket = Bucket(
-                self._maps,
+                self._loaded.maps,
                 self._order.limits,
                 loopback=self._order.traffic.loopback,
                 shapes=self._options.shape,
@@ -240,7 +193,7 @@ class EbpfThrottle:
 
     def _limit_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
         """Limit all packets of cgroups. Raises AttachError or CgroupError."""
-        self._placed.attach(self._policers(Scope.ALL, cgroups))
+        self._placed.attach(self._loaded.policers(Scope.ALL, cgroups))
         if self._shape(Scope.ALL, cgroups):
             with self._adopting(Scope.ALL, cgroups) as adopt:
                 for found in sockets.Scan().new(connections.pids(cgroups)):
@@ -263,7 +216,7 @@ class EbpfThrottle:
     def mark(self, place: Place) -> None:
         """Limit a socket of another cgroup. Raises BpfError, AttachError or OSError."""
         self._look_at_marks()
-        marks = Marks(Selection(new_sockets=False), self._maps, self._adopting_marked)
+        marks = Marks(Selection(new_sockets=False), self._loaded.maps, self._adopting_marked)
         with sockets.borrow(place) as own:
             marks.mark(Borrowed(own, place))
 
@@ -278,7 +231,7 @@ class EbpfThrottle:
             return
         selection = Selection(tuple(map(process.Process, pids)))
         spares = OfCgroups(lambda: self._order.cgroups)
-        marks = Marks(selection, self._maps, self._adopting_marked, spares)
+        marks = Marks(selection, self._loaded.maps, self._adopting_marked, spares)
         try:
             marks.follow()
             marks.begin(selection)
@@ -292,13 +245,13 @@ class EbpfThrottle:
         """Limit marked sockets too, wherever they are. Raises BpfError or AttachError."""
         if self._marked_at:
             return
-        if MARKS not in self._maps:
+        if MARKS not in self._loaded.maps:
             self._load(Scope.MARKED)
         top = [cgroups_v2.root()]
         self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
-        self._record.add(maps=self._map_ids())
+        self._record.add(maps=dict(self._loaded.ids()))
         self._record.update()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
@@ -321,27 +274,23 @@ class EbpfThrottle:
 
     def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
         """Attach the shaper. If another tool's program prevents that, the policer remains."""
-        loaded = [
-            program
-            for program in programs.with_role(Role.SHAPE, scope)
-            if program.name in self._programs
-        ]
-        if not loaded:
+        shaper = self._loaded.shaper(scope)
+        if shaper is None:
             return False
         try:
-            self._placed.attach(self._everywhere(loaded[0], cgroups))
+            self._placed.attach(self._loaded.everywhere(shaper, cgroups))
         except AttachError as error:
             self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
             self._notes.append(f"TCP is not shaped, packets over the limit are dropped: {error}")
             return False
         if self._connections is None:
             self._connections = Connections(
-                self._maps,
+                self._loaded.maps,
                 self._bucket,
                 limited=self._pids,
                 holders=self._holders,
                 # Whatever the method of the limit: it is attached for a moment only.
-                policy=AttachPolicy(override_others=self._policy().override_others),
+                policy=AttachPolicy(override_others=self._loaded.policy().override_others),
             )
         self._open_gate(cgroups)
         return True
@@ -351,36 +300,23 @@ class EbpfThrottle:
         download = Direction.DOWNLOAD
         if download not in self._order.limits:
             return "downloads are not limited"
-        return None if self._wanted(download).method == "gate" else "it was not asked for"
+        return None if self._loaded.shaping(download).method == "gate" else "it was not asked for"
 
     def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
         """Attach the gate. Without it only the kernel moves the receive window."""
         if self._gate.refused is None:
             try:
                 # An acknowledgement is to pass it once.
-                self._placed.attach_once_each_path(self._everywhere(self._gate.program, cgroups))
+                self._placed.attach_once_each_path(
+                    self._loaded.everywhere(self._gate.program, cgroups)
+                )
             except AttachError as error:
                 self._gate.refuse(str(error))
         self._bucket.begin({} if self._gate.refused is None else {"gate": self._gate.refused})
 
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
-        yield from self._policers(Scope.MARKED, cgroups)
-        for marker in programs.with_role(Role.MARK) if selection.new_sockets else ():
-            yield from self._everywhere(marker, cgroups)
-
-    def _policers(self, scope: Scope, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
-        for target in cgroups:
-            for direction in self._order.limits:
-                program = programs.policer(scope, direction, self._options.egress_verdict)
-                yield program, target, self._options.attach.get(direction, AttachPolicy())
-
-    def _everywhere(self, program: Shipped, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
-        for target in cgroups:
-            yield program, target, self._policy()
-
-    def _policy(self) -> AttachPolicy:
-        """Return how what serves both directions is attached."""
-        return self._options.attach.get(next(iter(self._order.limits)), AttachPolicy())
+        yield from self._loaded.policers(Scope.MARKED, cgroups)
+        yield from self._loaded.markers(cgroups) if selection.new_sockets else ()
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Limit the cgroup ``come`` instead of ``gone``, which was removed.
@@ -413,9 +349,9 @@ class EbpfThrottle:
             since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
-            maps=self._map_ids(),
+            maps=dict(self._loaded.ids()),
         )
-        self._record.create(self._maps)
+        self._record.create(self._loaded.maps)
 
     def recorded(self) -> Mapping[str, Any]:
         """Return the fields of the record that change while the throttle is in force."""
@@ -428,9 +364,6 @@ class EbpfThrottle:
             "attached_by": self._placed.attached_by(),
             "refused": self._bucket.refused,
         }
-
-    def _map_ids(self) -> dict[str, int]:
-        return {name: live.info().id for name, live in self._maps.items()}
 
     def _look_above(self) -> None:
         """Say what was attached above later, and does not run because of what is attached here."""
@@ -472,7 +405,7 @@ class EbpfThrottle:
         shaping = self._bucket.shaping(direction)
         how = {
             "backend": "ebpf",
-            "object": self._object_name,
+            "object": self._loaded.object_name,
             "attached_by": self._placed.attached_by(direction),
             "shape": shaping.method,
             "shape_reason": shaping.reason,
@@ -522,10 +455,10 @@ class EbpfThrottle:
         self.remove()
 
     def _restore(self) -> None:
-        if self._placed and SOCKETS in self._maps:
+        if self._placed and SOCKETS in self._loaded.maps:
             # The shaper sets nothing any more.
             self._bucket.lift()
-            connections.restore(self._holders(), self._maps[SOCKETS])
+            connections.restore(self._holders(), self._loaded.maps[SOCKETS])
 
     def _pids(self) -> list[int]:
         """Return the processes whose sockets are limited."""
