@@ -49,6 +49,9 @@ def demo(download: Rate, upload: Rate, seconds: int, *, loopback: bool) -> int:
         for direction, limit in ((Direction.DOWNLOAD, download), (Direction.UPLOAD, upload)):
             _transfer(place, direction, None, _UNLIMITED_S)
             held &= _transfer(place, direction, limit, seconds)
+            if direction is Direction.DOWNLOAD and not place.options:
+                # What only drops shows what shaping is for; how well it holds does not matter.
+                _transfer(place._replace(options=["--shape", "police"]), direction, limit, seconds)
     echo("Both limits held." if held else "A limit did not hold.")
     return 0 if held else 1
 
@@ -100,7 +103,8 @@ def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], second
     if limit is not None:
         limiter = ["run", "--quiet", f"--{direction}-limit", str(limit.bytes_per_s)]
         command = [*_python("pybpfthrottle", *limiter, *place.options), "--", *command]
-        shown = f"pybpfthrottle run --{direction}-limit {_short(limit)} -- {shown}"
+        options = " ".join([f"--{direction}-limit {_short(limit)}", *place.options])
+        shown = f"pybpfthrottle run {options} -- {shown}"
     echo()
     echo(f"$ {shown}")
     client = subprocess.run(
