@@ -47,7 +47,7 @@ s = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.
 s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
 s.bind((address, 9999))
 print("ready", flush=True)
-s.settimeout(10)
+s.settimeout(30)
 count = len(s.recv(65535)) // 1200
 begin = time.monotonic()
 s.settimeout(0.2)
