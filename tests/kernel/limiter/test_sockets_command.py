@@ -288,8 +288,8 @@ def test_each_kind_is_told_with_its_addresses(far: Child, wire: Wire) -> None:
         **dict.fromkeys(("unix", "netlink", "vsock"), "not-ip"),
         "packet": "packet",
     }
-    assert f"--pid {far.pid} would" in one["tcp4"]["reason"]["text"]
-    assert f"--pid {far.pid} --loopback would" in one["listener"]["reason"]["text"]
+    assert f"use --pid {far.pid}" in one["tcp4"]["reason"]["text"]
+    assert f"use --pid {far.pid} --loopback" in one["listener"]["reason"]["text"]
 
 
 def test_a_connection_that_the_peer_closed_is_told(child: Child) -> None:
