@@ -25,7 +25,7 @@
 /* A sender that has halved its rate is to make up for that when it has grown again. */
 #define OTHERS_CREDIT_NS (150 * 1000 * 1000)
 /* Beyond what may be owed anyway: early losses have to have time to be answered. */
-#define OTHERS_SLACK_NS (100 * 1000 * 1000)
+#define OTHERS_SLACK_NS (40 * 1000 * 1000)
 #define OTHERS_HALF_NS (50 * 1000 * 1000)
 
 static long (*bpf_skb_ecn_set_ce)(struct __sk_buff *skb) = (void *)97; /* Linux 5.1 */
@@ -81,20 +81,22 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 			   const struct throttle_config *config, __u32 direction, __u32 billed)
 {
 	__u64 now = bpf_ktime_get_ns(), half_at = bucket->half_at_ns;
-	__u64 root = root_of_share(bucket, bucket->even_at_ns - now, now);
+	__s64 owed = bucket->even_at_ns - now;
+	__u64 root = root_of_share(bucket, owed, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);
 	__u32 zero = 0;
 	struct throttle_gate *gate;
 
 	/* A slow start doubles its rate each round trip: it has to be told at once. */
-	if (root < OTHERS_FIRST / 4 && (__s64)(bucket->even_at_ns - now) > OTHERS_TARGET << 10) {
+	if (root < OTHERS_FIRST / 4 && owed > OTHERS_TARGET << 10) {
 		bucket->early_root = OTHERS_FIRST;
 		sum = OTHERS_ALL + 1;
 	}
 	bucket->early_sum = sum & 0xffff;
 	if (bucket->credit_ns < OTHERS_CREDIT_NS)
 		bucket->credit_ns = OTHERS_CREDIT_NS;
-	if (sum >> 16)
+	/* While nothing is owed the limit has room. */
+	if (sum >> 16 && owed > 0)
 		return !is_marked(skb);
 	if (direction != THROTTLE_DOWNLOAD || !(config->flags & THROTTLE_GATE))
 		return 0;

@@ -54,7 +54,8 @@ def test_two_racing_cpus_lose_and_win_nothing(scratch: Cgroup, limit: str) -> No
     allowed = rate.bytes_per_s * (end - begin)
     accepted = last.bytes_passed - first.bytes_passed
     assert last.packets_dropped > first.packets_dropped, "the floods did not reach the limit"
-    assert 0.99 * allowed <= accepted
+    # Less may be owed at the end than at the beginning.
+    assert 0.99 * allowed - rate.bytes_per_s * POLICE.debt_ns / 1e9 <= accepted
     assert accepted <= allowed + rate.bytes_per_s * (POLICE.burst_ns + SMALL_NS) / 1e9
 
 
