@@ -103,13 +103,18 @@ def lab(
     round_trip_s: float = 0.0,
     fastest: Optional[Rate] = FASTEST,
     listen: str = "",
+    control: str = "",
 ) -> Iterator[Lab]:
     """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards.
 
-    The server sends no connection more than ``fastest``. It has the wire's address, or ``listen``.
+    The server sends no connection more than ``fastest``. It has the wire's address, or ``listen``,
+    and the congestion control ``control``.
     """
     with DelayLine(LineSpec(round_trip_s / 2)) if round_trip_s else Wire() as wire:
         address = wire.server.address6 if ipv6 else wire.server.address
+        if control:
+            chosen = f"net.ipv4.tcp_congestion_control={control}"
+            subprocess.run(wire.server.inside("sysctl", "-qw", chosen), check=True)
         server = start_server(wire.server.inside, listen or address)
         if fastest is not None:
             pace(server.pid, fastest)

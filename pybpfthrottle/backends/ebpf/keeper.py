@@ -26,7 +26,7 @@ import struct
 import sys
 from collections import deque
 from contextlib import suppress
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Protocol, Sequence
 
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
@@ -186,19 +186,39 @@ class Flow:
         return remaining if remaining >= self.segment else 0
 
 
+class Record(Protocol):
+    """An element of a map."""
+
+    def read(self) -> Any:
+        """Return the current value."""
+
+    def close(self) -> None:
+        """Close the map."""
+
+
+class Outlet(Protocol):
+    """Where a gate's packets and messages go."""
+
+    def send(self, flow: Flow) -> bool:
+        """Send a flow's packet in its namespace; False if that cannot be done."""
+
+    def tell(self, gate: Gate, **what: Any) -> None:
+        """Tell the owner something of a gate."""
+
+
 class Gate:
     """The connections of one throttle."""
 
-    def __init__(self, keeper: Keeper, number: int, maps: Sequence[int]) -> None:
-        gate, buckets, configs = maps
+    def __init__(
+        self, keeper: Outlet, number: int, shared: ThrottleGate, bucket: Record, config: Record
+    ) -> None:
+        """``shared`` is what the programs see; ``bucket`` and ``config`` are the download's."""
         self._keeper = keeper
         self.number = number
-        memory = mmap.mmap(gate, _PAGE)
-        os.close(gate)
-        self.shared = ThrottleGate.from_buffer(memory)
+        self.shared = shared
         self.due_ns = 0
-        self._bucket = Element(buckets, _DOWNLOAD, ThrottleBucket)
-        self._config = Element(configs, _DOWNLOAD, ThrottleConfig)
+        self._bucket = bucket
+        self._config = config
         self.fresh: dict[int, Flow] = {}  # in this turn
         self.flows: dict[int, Flow] = {}
         self._queue: deque[Flow] = deque()
@@ -297,31 +317,27 @@ class Gate:
         if not self._rate:
             self._send(flow, flow.promised, now)
             return
-        granted = False
         if self._wants(flow) and not self._queue and self._wait(flow, now) <= 0:
-            granted = True
             self._grant(flow, now)
-        if self._wants(flow) and not flow.queued:
-            flow.queued = True
-            self._queue.append(flow)
-        if not granted:
+        else:
             self._send(flow, flow.edge, now)
+        self._enqueue(flow)
 
     def serve(self, now: int) -> int:
         """Open the windows that are due; return when the next one is, 0 for none."""
         due = 0
         while self._queue:
             flow = self._queue[0]
-            if self._wants(flow):
-                wait = self._wait(flow, now)
-                if wait > 0:
-                    due = now + max(wait, _SHORTEST_WAIT_NS)
-                    break
-                self._grant(flow, now)
+            wants = self._wants(flow)
+            wait = self._wait(flow, now) if wants else 0
+            if wait > 0:
+                due = now + max(wait, _SHORTEST_WAIT_NS)
+                break
             self._queue.popleft()
-            flow.queued = self._wants(flow)
-            if flow.queued:
-                self._queue.append(flow)
+            flow.queued = False
+            if wants:
+                self._grant(flow, now)
+            self._enqueue(flow)
         self.shared.next_due_ns = due
         for flow in list(self._granted.values()):
             if flow.repeat_ns and now >= flow.repeat_ns:
@@ -329,6 +345,12 @@ class Gate:
             if flow.repeat_ns and (not due or flow.repeat_ns < due):
                 due = flow.repeat_ns
         return due
+
+    def _enqueue(self, flow: Flow) -> None:
+        """Let a flow wait for its next window, unless it has enough or was left to the kernel."""
+        if not flow.queued and flow.cookie in self.flows and self._wants(flow):
+            flow.queued = True
+            self._queue.append(flow)
 
     def open_all(self) -> None:
         """Advertise the kernel's own window to all senders: nothing is limited here any more."""
@@ -384,8 +406,12 @@ class Gate:
             )
 
     def _step(self, flow: Flow) -> int:
-        """Return by how many bytes a window is opened at a time."""
-        return max(self._rate * CHUNK_NS // _SECOND_NS, 2 * flow.segment + 128)
+        """Return by how many bytes a window is opened at a time.
+
+        Two segments at least, whatever the window's unit takes off them.
+        """
+        least = 2 * flow.segment + (1 << flow.scale)
+        return max(self._rate * CHUNK_NS // _SECOND_NS, least)
 
     def _most(self, flow: Flow) -> int:
         """Return the size of the largest window in bytes: what a sender needs to go on sending."""
@@ -401,7 +427,7 @@ class Gate:
 
     def _next_edge(self, flow: Flow) -> int:
         most = min(max(flow.remaining(), 0) + self._step(flow), self._most(flow))
-        most = min(most, signed(flow.promised - flow.acked))
+        most = min(most, signed(flow.promised - flow.acked)) >> flow.scale << flow.scale
         return (flow.acked + most) & 0xFFFFFFFF
 
     def _wait(self, flow: Flow, now: int) -> int:
@@ -648,8 +674,16 @@ class Keeper:
         elif "networks" in message:
             self._serve(self._gates[message["gate"]], message["networks"])
         else:
-            self._gates[message["gate"]] = Gate(self, message["gate"], fds)
+            self._open(message["gate"], *fds)
         return True
+
+    def _open(self, number: int, gate: int, buckets: int, configs: int) -> None:
+        memory = mmap.mmap(gate, _PAGE)
+        os.close(gate)
+        shared = ThrottleGate.from_buffer(memory)
+        bucket = Element(buckets, _DOWNLOAD, ThrottleBucket)
+        config = Element(configs, _DOWNLOAD, ThrottleConfig)
+        self._gates[number] = Gate(self, number, shared, bucket, config)
 
     def _serve(self, gate: Gate, networks: Sequence[int]) -> None:
         for index, inode in enumerate(networks):

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.timed
 
 DOWNLOAD = Direction.DOWNLOAD
 RATE = Rate.parse("2M")
+# Those that any network namespace may choose: reno, and the machine's own.
+CONTROLS = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
 
 
 @contextmanager
@@ -159,20 +161,22 @@ def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:
         assert 0.9 <= ratio(live, 2) <= 1.06
 
 
+@pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("round_trip_s", [0, 0.02])
 def test_a_download_that_was_open_has_to_slow_down_at_once(
-    scratch: Cgroup, round_trip_s: float
+    scratch: Cgroup, round_trip_s: float, control: str
 ) -> None:
     """Its window of megabytes is taken back; what was on its way is all that is dropped."""
     rate = Rate.parse("500K")
-    with lab(round_trip_s=round_trip_s) as own, downloads(own, scratch):
+    with lab(round_trip_s=round_trip_s, control=control) as own, downloads(own, scratch):
         time.sleep(2)
         with gated(scratch, rate) as live:
             time.sleep(2)
             before = live.counters()[DOWNLOAD].bytes_dropped
             if not before:
                 needs_release("6.12", "connections that are open are not adopted")
-            assert 0.94 <= ratio(live, 3, rate) <= 1.06
+            # Reno takes its time to send again what was dropped.
+            assert 0.85 <= ratio(live, 3, rate) <= 1.06
             assert live.counters()[DOWNLOAD].bytes_dropped - before <= rate.bytes_per_s * 0.05
 
 

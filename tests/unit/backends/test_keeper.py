@@ -1,0 +1,199 @@
+"""What the gate's keeper grants to whom, and when: its decisions, without a kernel."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from pybpfthrottle.backends.ebpf import keeper
+from pybpfthrottle.backends.ebpf.bucket import config_for
+from pybpfthrottle.backends.ebpf.keeper import Gate
+from pybpfthrottle.backends.ebpf.records import ThrottleAck, ThrottleBucket, ThrottleGate
+from pybpfthrottle.model import Rate
+
+MS = 1_000_000
+RATE = 1_000_000
+SEGMENT = 1448
+# In units of the usual window scale, 7.
+STEP = RATE * 5 // 1000 // 128 * 128
+START = 1_000_000 * MS
+
+
+class Value:
+    """An element of a map."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def read(self):
+        """The value."""
+        return self.value
+
+    def close(self):
+        """Nothing is open."""
+
+
+class World:
+    """A gate, the packets that it sends, and a clock."""
+
+    def __init__(self):
+        self.now = START
+        self.sent = []
+        self.told = []
+        self.unreachable = set()
+        self.bucket = ThrottleBucket(even_at_ns=START)
+        config = config_for(Rate(RATE), loopback=False)
+        self.gate = Gate(self, 1, ThrottleGate(alive=1), Value(self.bucket), Value(config))
+
+    def send(self, flow):
+        """Note the window of a packet, unless its sender cannot be reached."""
+        if flow.cookie in self.unreachable:
+            return False
+        acked, window = struct.unpack_from("!I2xH", flow.packet, 20 + 8)
+        assert len(self.sent) < 1000, "the same is sent again and again"
+        self.sent.append((flow.cookie, (acked + (window << flow.scale)) & 0xFFFFFFFF))
+        return True
+
+    def tell(self, gate, **what):
+        """Note what the owner is told."""
+        self.told.append(what)
+
+    def acknowledge(self, cookie, acked, *, window=60_000, scale=7, round_trip_ms=0, edge=0):
+        """Have the kernel acknowledge data, and the gate decide."""
+        self.gate.begin_turn()
+        packet = record(
+            cookie, acked, window >> scale, scale, round_trip_ms, edge or acked, self.now
+        )
+        self.gate.take(memoryview(packet), self.now)
+        self.gate.end_turn(self.now)
+
+    def turn(self):
+        """Let the gate do what is due."""
+        self.gate.begin_turn()
+        self.gate.end_turn(self.now)
+
+    def edges(self, cookie):
+        """Up to where a sender was told that it may send, each time."""
+        return [edge for one, edge in self.sent if one == cookie]
+
+
+def record(cookie, acked, window, scale, round_trip_ms, edge, now):
+    """An acknowledgement with timestamps as the program hands it over."""
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 52, 0, 0, 64, 6, 0, bytes(4), bytes(4))
+    tcp = struct.pack("!HHIIBBHHH", 1, 2, 1, acked, 8 << 4, 0x10, window, 0, 0)
+    options = struct.pack("!BBBBII", 1, 1, 8, 10, 100, 100)
+    ack = ThrottleAck(
+        cookie=cookie,
+        at_ns=now,
+        gate=1,
+        edge=edge,
+        segment=SEGMENT,
+        round_trip_us=1000 * round_trip_ms,
+        length=52,
+        window_scale=scale,
+    )
+    data = bytearray(bytes(ack))
+    begin = ThrottleAck.packet.offset
+    data[begin : begin + 52] = ip + tcp + options
+    return data
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A gate at work."""
+    made = World()
+    monkeypatch.setattr(keeper.clock, "monotonic_ns", lambda: made.now)
+    return made
+
+
+def test_a_near_sender_has_5_ms_and_then_has_to_wait(world):
+    """Its next window opens when the limit has room for it, and not before."""
+    world.acknowledge(7, 1000)
+    assert world.edges(7) == [1000 + STEP]
+    world.bucket.even_at_ns += 5 * MS
+    world.acknowledge(7, 1000 + STEP)
+    assert world.edges(7)[-1] == 1000 + STEP
+    assert world.gate.due_ns > world.now
+    world.now += 6 * MS
+    world.turn()
+    assert world.edges(7)[-1] == 1000 + 2 * STEP
+
+
+def test_no_window_ends_beyond_the_kernels(world):
+    """The kernel would drop what is sent there."""
+    world.acknowledge(7, 1000, window=4096)
+    assert max(world.edges(7)) <= 1000 + 4096
+
+
+def test_a_far_sender_gets_a_round_trip_in_steps(world):
+    """What is on its way to it and back is not waited for, and nothing more is granted."""
+    world.acknowledge(7, 1000, window=1 << 22, round_trip_ms=100)
+    granted = world.edges(7)[-1] - 1000
+    assert RATE * 0.095 <= granted <= RATE * 0.11
+    assert len(world.edges(7)) >= 10
+
+
+def test_senders_take_turns(world):
+    """Those that wait get one window each, in the order in which they came."""
+    for cookie in (1, 2, 3):
+        world.acknowledge(cookie, 1000)
+    assert world.edges(1)[-1] > 1000
+    assert world.edges(2)[-1] == world.edges(3)[-1] == 1000
+    world.sent.clear()
+    world.bucket.even_at_ns += 5 * MS
+    world.acknowledge(1, 1000 + STEP)
+    world.now += 6 * MS
+    world.turn()
+    assert [cookie for cookie, edge in world.sent if edge > 1000][-1] == 2
+
+
+@pytest.mark.parametrize("scale", [0, 7, 10, 14])
+def test_a_window_is_no_less_than_its_unit(world, scale):
+    """However coarse the unit is, a sender gets on, and the same is not sent for ever."""
+    world.acknowledge(
+        7, 1000, window=60_000 >> scale << scale if scale < 14 else 1 << 16, scale=scale
+    )
+    assert world.edges(7)[-1] >= 1000 + min(STEP // 2, 1 << 14)
+
+
+@pytest.mark.parametrize("scale", [7, 10, 12])
+def test_a_far_sender_is_not_held_back_by_the_windows_unit(world, scale):
+    """A slow limit's steps of two segments add up to what is on its way."""
+    world.gate.begin_turn()
+    world.acknowledge(7, 1000, window=1 << 20, scale=scale, round_trip_ms=50)
+    assert world.edges(7)[-1] - 1000 >= RATE * 0.045
+
+
+def test_a_sender_that_cannot_be_reached_is_left_to_the_kernel(world):
+    """The others do not wait for it, and it is told."""
+    world.unreachable.add(1)
+    for cookie in (1, 2):
+        world.acknowledge(cookie, 1000)
+    world.now += 10 * MS
+    world.turn()
+    assert world.told == [{"ungated": 1}]
+    assert world.edges(2)[-1] > 1000
+    assert list(world.gate.flows) == [2]
+
+
+def test_one_that_waits_and_is_lost_does_not_take_another_with_it(world):
+    """It leaves the queue, and nobody else does."""
+    world.bucket.even_at_ns += 5 * MS
+    for cookie in (1, 2, 3):
+        world.acknowledge(cookie, 1000)
+    world.unreachable.add(1)
+    for _ in range(40):
+        world.now += 6 * MS
+        world.turn()
+    assert {cookie for cookie, edge in world.sent if edge > 1000} == {2, 3}
+
+
+def test_a_window_of_megabytes_is_taken_back(world):
+    """One from before the limit is closed, and opened in steps."""
+    world.bucket.even_at_ns += 5 * MS
+    world.acknowledge(7, 1000, window=1 << 22, edge=1000 + (1 << 22))
+    assert world.edges(7) == [1000]
+    world.now += 6 * MS
+    world.turn()
+    assert world.edges(7)[-1] == 1000 + STEP
