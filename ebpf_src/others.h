@@ -78,9 +78,10 @@ always_inline int is_marked(struct __sk_buff *skb)
 
 /* Whether a packet is to be dropped although the bucket would let it pass. */
 always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket,
-			   const struct throttle_config *config, __u32 direction, __u32 billed)
+			   const struct throttle_config *config, __u32 direction, __u32 billed,
+			   __u64 now)
 {
-	__u64 now = bpf_ktime_get_ns(), half_at = bucket->half_at_ns;
+	__u64 half_at = bucket->half_at_ns;
 	__s64 owed = bucket->even_at_ns - now;
 	__u64 root = root_of_share(bucket, owed, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);

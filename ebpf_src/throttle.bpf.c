@@ -221,9 +221,8 @@ always_inline __u64 charge_anew(struct throttle_bucket *bucket, __u64 even_at, _
 
 /* Takes the packet's price from the bucket, or returns 0 where the bucket has run too far ahead. */
 always_inline int pay(struct throttle_bucket *bucket, const struct throttle_config *config,
-		      __u32 billed, __u64 slack)
+		      __u32 billed, __u64 slack, __u64 now)
 {
-	__u64 now = bpf_ktime_get_ns();
 	/* In this order: what was scaled already is not taken for the old rate's. */
 	__u64 even_at = *(volatile __u64 *)&bucket->even_at_ns;
 	__u64 charged_at = *(volatile __u64 *)&bucket->inverse_rate;
@@ -260,7 +259,7 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 #else
 /* Linux 4.14 does without. */
 #define OTHERS_SLACK_NS 0
-#define is_early(skb, bucket, config, direction, billed) 0
+#define is_early(skb, bucket, config, direction, billed, now) 0
 #endif
 
 always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
@@ -269,6 +268,7 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &direction);
 	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &direction);
 	__u32 billed;
+	__u64 now;
 
 	HOLD_RECORD();
 	if (!config || !stats || !bucket)
@@ -282,12 +282,13 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	/* A pure acknowledgement is free: dropping it would only make its sender repeat data. */
 	if (!billed || !config->rate_bytes_per_s)
 		return PASS;
+	now = bpf_ktime_get_ns();
 	/* TCP's headers are free, where they are found. */
 	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
-		if (!is_early(skb, bucket, config, direction, billed) &&
-		    pay(bucket, config, billed, OTHERS_SLACK_NS))
+		if (!is_early(skb, bucket, config, direction, billed, now) &&
+		    pay(bucket, config, billed, OTHERS_SLACK_NS, now))
 			return PASS;
-	} else if (pay(bucket, config, billed, 0)) {
+	} else if (pay(bucket, config, billed, 0, now)) {
 		return PASS;
 	}
 	stats->packets_dropped++;

@@ -29,6 +29,7 @@ from contextlib import suppress
 from typing import Any, Iterator, Optional, Protocol, Sequence
 
 from pybpfthrottle.backends.ebpf.records import (
+    ThrottleAck,
     ThrottleBucket,
     ThrottleConfig,
     ThrottleGate,
@@ -634,7 +635,7 @@ class Keeper:
         now = clock.monotonic_ns()
         turn: dict[int, Gate] = {}
         for record in self._ring.records() if self._ring is not None else ():
-            number = _GATE_OF_ACK.unpack_from(record, 16)[0]
+            number = _GATE_OF_ACK.unpack_from(record, ThrottleAck.gate.offset)[0]
             gate = turn.get(number) or self._begin_turn(number, turn)
             if gate is not None:
                 gate.take(record, now)

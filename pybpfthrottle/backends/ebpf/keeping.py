@@ -130,10 +130,7 @@ class KeeperProcess:
             return self._ring
 
     def serve(self, gate: Map[Any, Any], limits: Sequence[Map[Any, Any]], pids: Pids) -> Kept:
-        """Have the keeper serve a gate, once that is loaded with the keeper's ring.
-
-        Connections would stall that begin before the keeper is ready: so this waits for it.
-        """
+        """Have the keeper serve a gate, whose program is loaded with the keeper's ring."""
         with self._busy:
             self._numbers += 1
             kept = self._kept[self._numbers] = Kept(self._numbers, gate, limits, pids)

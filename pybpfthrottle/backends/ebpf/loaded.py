@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.bucket import Shaping, shaping_for
@@ -102,7 +102,7 @@ class Loaded:
         """Return how what serves both directions is attached."""
         return self._options.attach.get(next(iter(self._limits)), AttachPolicy())
 
-    def ids(self) -> Mapping[str, int]:
+    def ids(self) -> dict[str, int]:
         """Return the ids of the maps."""
         return {name: live.info().id for name, live in self.maps.items()}
 

@@ -251,7 +251,7 @@ class EbpfThrottle:
         self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
-        self._record.add(maps=dict(self._loaded.ids()))
+        self._record.add(maps=self._loaded.ids())
         self._record.update()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
@@ -349,7 +349,7 @@ class EbpfThrottle:
             since_ns=clock.boottime_ns(),
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
-            maps=dict(self._loaded.ids()),
+            maps=self._loaded.ids(),
         )
         self._record.create(self._loaded.maps)
 
