@@ -257,10 +257,13 @@ def borrow(place: Place) -> socket.socket:
     """
     with Lender(place.pid) as lender:
         fd = lender.borrow(place.number)
-    if os.fstat(fd).st_ino != place.inode:
+    try:
+        if os.fstat(fd).st_ino != place.inode:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
+        return socket.socket(fileno=fd)
+    except OSError:
         os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
-    return socket.socket(fileno=fd)
+        raise
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:

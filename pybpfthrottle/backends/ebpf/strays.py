@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 1.0
 # A command that leaves its cgroup does so when it starts.
 _SOON_S, _SOON_PERIOD_S = 5.0, 0.25
-# Scanning takes at most this fraction of one CPU's time.
+# Scanning takes at most this fraction of one CPU's time, also while a command starts.
 _MOST_OF_TIME = 0.01
 # How long a socket list is trusted for sockets that it does not contain.
 _FRESH_S = 0.2
@@ -93,7 +93,7 @@ class Strays:
         now = time.monotonic()
         soon = self._command is not None and now < self._begin_s + _SOON_S
         pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
-        self.due_s = now + (_SOON_PERIOD_S if soon else max(PERIOD_S, pause_s))
+        self.due_s = now + max(_SOON_PERIOD_S if soon else PERIOD_S, pause_s)
 
     def notes(self) -> tuple[str, ...]:
         """Return what was found, a line each."""
@@ -103,6 +103,9 @@ class Strays:
         pids = list(self._pids_of(self._cgroups()))
         places = sockets.places(pids)
         self._settled &= places.keys()
+        # The kernel's list is long, and never has what is not IP: ask each socket first.
+        new = places.keys() - self._settled
+        self._settled |= {inode for inode in new if not _may_be_ip(places[inode])}
         if not places.keys() - self._settled:
             return
         session = sockets.places(process.own_session())
@@ -211,6 +214,13 @@ def ids_below(cgroups: Iterable[Cgroup]) -> set[int]:
             with suppress(OSError):  # it is gone
                 found.add(below.id)
     return found
+
+
+def _may_be_ip(place: Place) -> bool:
+    """False for a socket that never sends IP packets, such as a Unix socket."""
+    with suppress(OSError), sockets.borrow(place) as own:
+        return Borrowed(own, place).is_ip
+    return True
 
 
 def _one_for_each_namespace(pids: Iterable[int]) -> list[int]:
