@@ -46,7 +46,10 @@
 #define MOST_SLACK_NS (2000 * MS)
 #define PROMISED_SLACK_NS (50 * MS)
 #define LEAST_WINDOW_BYTES 1152
-#define LEAST_SHARE_BYTES 2896 /* two segments */
+#define LEAST_SHARE_BYTES 2896 /* two usual segments */
+#define LEAST_SEGMENT_BYTES 1448
+#define MOST_FIRST_WINDOW_BYTES 65535
+#define MOST_MEASURED_US 200000
 #define LEAST_RTO_US 200000 /* after which TCP sends into a window of less than a segment */
 #define STOP_NS (400 * MS)
 #define FEW_FLOWS 2
@@ -233,7 +236,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 {
 	__u32 flows = count_flows(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
 				  ctx->bytes_acked, config->rate_bytes_per_s, now);
-	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
+	__s64 share = (__u64)flows * 2 * ctx->mss_cache * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* A queue that paces, as fq does, holds two of what TCP sends at once: charged, not sent yet. */
 	__s64 queued = (__u64)ctx->skb_len * 2 * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* TCP sends at least two segments at once, so each connection may owe as many. */
@@ -388,19 +391,89 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	return 1;
 }
 
+/* A limit that was lifted: TCP is as it was before. */
+always_inline void restore_pacing(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
+{
+	if (!socket->pacing)
+		return;
+	socket->pacing = 0;
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->original_pacing, 4);
+}
+
+always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
+{
+	if (!socket->clamp)
+		return;
+	socket->clamp = 0;
+	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
+}
+
+/* The mean of those that came; never less than what is usual, as many are not full. */
+always_inline __u64 segment_bytes(struct bpf_sock_ops *ctx)
+{
+	__u64 mean = ctx->data_segs_in ? ctx->bytes_received / ctx->data_segs_in : ctx->mss_cache;
+
+	return mean < LEAST_SEGMENT_BYTES ? LEAST_SEGMENT_BYTES : mean;
+}
+
+/*
+ * The round trip: from a window that was opened to the first data that was sent because of it. The
+ * handshake alone does not tell, as its first packet may have been lost, or have woken a radio; and
+ * ways change. A sender that has nothing to send seems to be far away, hence the bound.
+ */
+always_inline __u64 measure_way(struct bpf_sock_ops *ctx, struct throttle_socket *socket, __u64 now)
+{
+	__u64 sample, most = ctx->srtt_us / 8, way = socket->way_us;
+
+	if (!way)
+		way = most;
+	if (!socket->asked_ns || ctx->bytes_received <= socket->answer)
+		return way;
+	sample = (now - socket->asked_ns) / 1000;
+	if (most < MOST_MEASURED_US)
+		most = MOST_MEASURED_US;
+	if (sample > most)
+		sample = most;
+	way = sample < way ? sample : way + (sample - way) / 2;
+	socket->asked_ns = 0;
+	socket->way_us = way ? way : 1;
+	return way;
+}
+
+/* Remember that the window was opened, for measure_way. */
+always_inline void opened(struct bpf_sock_ops *ctx, struct throttle_socket *socket, __u64 window,
+			  __u64 segment, __u64 now)
+{
+	__u64 edge = ctx->bytes_received + window;
+
+	if (!socket->opened)
+		socket->opened = ctx->bytes_received + MOST_FIRST_WINDOW_BYTES + socket->promised;
+	/* Who has to stop does not answer at once. */
+	if (window < segment)
+		socket->asked_ns = 0;
+	if (edge <= socket->opened)
+		return;
+	if (!socket->asked_ns && window >= segment) {
+		/* A window is told in coarse units, rounded up. */
+		socket->answer = socket->opened + segment;
+		socket->asked_ns = now;
+	}
+	socket->opened = edge;
+}
+
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
+	__u64 way_us = measure_way(ctx, socket, now), segment = segment_bytes(ctx);
 	__u64 before = socket->share[THROTTLE_DOWNLOAD].bytes;
 	__u64 moved = before ? ctx->bytes_received - before : 0;
 	__u32 flows = count_flows(&socket->share[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD,
 				  ctx->bytes_received, config->rate_bytes_per_s, now);
 	__s64 credit = config->credit_ns;
 	__s64 debt = debt_of(bucket, now);
-	__s64 ahead = (__s64)ctx->srtt_us * 1250 / 8 + WINDOW_TARGET_NS; /* a round trip and more */
-	__s64 share = (__u64)flows * LEAST_SHARE_BYTES * config->inverse_rate >> INVERSE_RATE_SHIFT;
+	__s64 ahead = (__s64)way_us * 1250 + WINDOW_TARGET_NS; /* a round trip and more */
+	__s64 share = (__u64)flows * 2 * segment * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	__s64 slack, lack;
-	__u64 way_us = ctx->srtt_us / 8, segment = ctx->mss_cache;
 	__u64 bytes = 0, fair, least;
 	int few = flows <= FEW_FLOWS;
 	__u32 value;
@@ -410,7 +483,8 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	 * On a short way even the smallest window is more than a small limit, and one of less than two
 	 * segments has its acknowledgements delayed: such a connection is policed.
 	 */
-	if (ctx->srtt_us < SHORT_WAY_US * 8) {
+	if (way_us < SHORT_WAY_US) {
+		restore_clamp(ctx, socket);
 		leave_room(config, bucket);
 		return;
 	}
@@ -436,7 +510,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	 * acknowledgements are delayed, and before Linux 6.18 such a window is slow to grow again.
 	 */
 	fair = config->rate_bytes_per_s / flows * way_us / 1000000;
-	least = fair < LEAST_SHARE_BYTES ? fair : LEAST_SHARE_BYTES;
+	least = fair < 2 * segment ? fair : 2 * segment;
 	if (fair < segment) {
 		lack = (__s64)(segment * flows * config->inverse_rate >> INVERSE_RATE_SHIFT) - ahead;
 		least = segment;
@@ -456,6 +530,8 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 		police_instead(bucket, THROTTLE_WINDOW);
 	else
 		socket->clamp = value;
+	make_room(ctx, socket, value);
+	opened(ctx, socket, value, segment, now);
 }
 
 /*
@@ -485,23 +561,6 @@ always_inline void remember(void *ctx, struct throttle_socket *socket)
 		socket->original_pacing = UNLIMITED;
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4))
 		socket->original_clamp = 0;
-}
-
-/* A limit that was lifted: TCP is as it was before. */
-always_inline void restore_pacing(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
-{
-	if (!socket->pacing)
-		return;
-	socket->pacing = 0;
-	bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->original_pacing, 4);
-}
-
-always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket)
-{
-	if (!socket->clamp)
-		return;
-	socket->clamp = 0;
-	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
 }
 
 /* In packets. */

@@ -158,7 +158,10 @@ struct throttle_socket {
 	__u32 edge; /* the sequence number up to which its sender may send, as told by the kernel */
 	__u32 network; /* the inode of its network namespace */
 	__u32 room;    /* the window in bytes that its buffer was made large enough for */
-	__u32 reserved;
+	__u32 way_us;  /* its round trip, as measured by us; 0: not yet */
+	__u64 opened;  /* the number of the byte up to which its window was opened by us, */
+	__u64 answer;  /* that of one that only comes once the window opened at */
+	__u64 asked_ns; /* this time is known to the sender; 0: nothing is measured */
 };
 
 /*

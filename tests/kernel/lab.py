@@ -104,13 +104,17 @@ def lab(
     fastest: Optional[Rate] = FASTEST,
     listen: str = "",
     control: str = "",
+    later: Sequence[tuple[float, float]] = (),
 ) -> Iterator[Lab]:
     """A lab of its own, with a delay if one is asked for; nothing of it is left afterwards.
 
+    ``later`` has other round trips, and how many seconds after the first packet each begins.
     The server sends no connection more than ``fastest``. It has the wire's address, or ``listen``,
     and the congestion control ``control``.
     """
-    with DelayLine(LineSpec(round_trip_s / 2)) if round_trip_s else Wire() as wire:
+    changes = [(at_s, way_s / 2) for at_s, way_s in later]
+    line = LineSpec(round_trip_s / 2, later=changes)
+    with DelayLine(line) if round_trip_s else Wire() as wire:
         address = wire.server.address6 if ipv6 else wire.server.address
         if control:
             chosen = f"net.ipv4.tcp_congestion_control={control}"

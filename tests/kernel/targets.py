@@ -90,7 +90,8 @@ def target(
             one.end()
             for pid in cgroup.pids_below():
                 if name.encode() in _environment(pid):  # what it has started
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has just ended
+                        os.kill(pid, signal.SIGKILL)
 
 
 def as_user(uid: int, *command: str) -> list[str]:

@@ -156,6 +156,8 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "congestion_control": cell.congestion_control,
         "round_trip_ms": cell.round_trip_ms,
         "udp_percent": cell.udp_percent,
+        "lost_percent": cell.lost_percent,
+        "middle_ms": cell.middle_ms,
         "bottleneck_bytes_per_s": narrow.rate.bytes_per_s if narrow else None,
         "bottleneck_queue_bytes": narrow.queue_bytes if narrow else None,
         "methods": {

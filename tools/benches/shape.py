@@ -56,6 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--bottleneck", metavar="RATE:BYTES", help="bottleneck of each path and its queue: 12M:256K"
     )
+    add("--middle", metavar="MS", help="round-trip time in the middle third of each transfer")
+    add("--loss", default="0", metavar="PERCENT", help="packets that a path loses, each way (0)")
     add(
         "--udp",
         type=int,
@@ -132,6 +134,9 @@ def _fill_in(arguments: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError("--seconds and --rounds must be at least 1")
     if not 0 <= arguments.udp <= 1000:
         raise argparse.ArgumentTypeError(f"--udp {arguments.udp}: give 0 to 1000 percent")
+    (arguments.loss,) = _values("--loss", arguments.loss, _percent)
+    if arguments.middle is not None:
+        (arguments.middle,) = _values("--middle", arguments.middle, _milliseconds)
     if arguments.bottleneck is not None:
         (arguments.bottleneck,) = _values("--bottleneck", arguments.bottleneck, _bottleneck)
 
@@ -152,6 +157,12 @@ def _positive(text: str) -> int:
 def _milliseconds(text: str) -> float:
     if not 0 <= float(text) <= 10_000:
         raise ValueError("give 0 to 10000 ms")
+    return float(text)
+
+
+def _percent(text: str) -> float:
+    if not 0 <= float(text) <= 100:
+        raise ValueError("give 0 to 100")
     return float(text)
 
 
@@ -182,7 +193,17 @@ def measure(arguments: argparse.Namespace) -> Result:
     methods = _available(arguments.methods, arguments.directions, left_out)
     controls = _known_controls(arguments.cc, left_out)
     cells = [
-        Cell(direction, rate, flows, control, delay, arguments.bottleneck, arguments.udp)
+        Cell(
+            direction,
+            rate,
+            flows,
+            control,
+            delay,
+            arguments.bottleneck,
+            arguments.udp,
+            arguments.loss,
+            arguments.middle,
+        )
         for control, delay, rate, flows, direction in product(
             controls, arguments.delays, arguments.limits, arguments.flows, arguments.directions
         )

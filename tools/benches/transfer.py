@@ -40,26 +40,37 @@ class Cell(NamedTuple):
     bottleneck: Optional[Bottleneck] = None
     # What a UDP flow beside them offers, in per cent of the limit.
     udp_percent: int = 0
+    # The packets that are lost, each way, and the round trip in the middle third of a transfer.
+    lost_percent: float = 0.0
+    middle_ms: Optional[float] = None
 
     def __str__(self) -> str:
         path = f"{self.round_trip_ms:g} ms" if self.round_trip_ms else "direct"
         if self.bottleneck:
             path += f" through {self.bottleneck.rate}"
+        if self.middle_ms is not None:
+            path += f", {self.middle_ms:g} ms in the middle"
+        if self.lost_percent:
+            path += f", {self.lost_percent:g} % lost"
         flows = f"{self.flows} flow" + "s" * (self.flows > 1)
         if self.udp_percent:
             flows += f" beside UDP of {self.udp_percent} %"
         return f"{self.rate} {self.direction}, {flows}, {self.congestion_control}, {path}"
 
-    def wire(self) -> Wire:
-        """The two namespaces, joined accordingly."""
-        if not (self.round_trip_ms or self.bottleneck):
+    def wire(self, seconds: float) -> Wire:
+        """The two namespaces, joined accordingly, for a transfer of this length."""
+        changes = self.middle_ms is not None
+        if not (self.round_trip_ms or self.bottleneck or self.lost_percent or changes):
             return Wire()
         narrow = self.bottleneck
+        later = [(seconds / 3, self.middle_ms or 0), (seconds * 2 / 3, self.round_trip_ms)]
         return DelayLine(
             LineSpec(
                 delay_s=self.round_trip_ms / 2000,
                 rate_bytes_per_s=narrow.rate.bytes_per_s if narrow else None,
                 queue_bytes=narrow.queue_bytes if narrow else 0,
+                lost=self.lost_percent / 100,
+                later=[(at_s, ms / 2000) for at_s, ms in later] if changes else [],
             )
         )
 
@@ -87,7 +98,7 @@ class _Ends(NamedTuple):
 def transfer(cell: Cell, method: Method, seconds: float) -> Outcome:
     """Limit, transfer, and judge. Raises TransferError, MethodError or NamespaceError."""
     with ExitStack() as stack:
-        wire = stack.enter_context(cell.wire())
+        wire = stack.enter_context(cell.wire(seconds))
         method.apply(wire.client, cell.direction, cell.rate)
         reports = _collect(_start(stack, wire, cell, method, seconds), seconds)
         dropped = wire.dropped() if isinstance(wire, DelayLine) else 0

@@ -176,7 +176,10 @@ class ThrottleSocket(ctypes.Structure):
         ("edge", c_uint32),
         ("network", c_uint32),
         ("room", c_uint32),
-        ("reserved", c_uint32),
+        ("way_us", c_uint32),
+        ("opened", c_uint64),
+        ("answer", c_uint64),
+        ("asked_ns", c_uint64),
     )
 
 

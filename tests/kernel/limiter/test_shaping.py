@@ -147,6 +147,22 @@ def test_a_shaped_transfer_keeps_to_its_limit(scratch: Cgroup, direction: Direct
         assert counters.bytes_dropped < 0.05 * counters.bytes_total
 
 
+def test_a_window_follows_the_round_trip(scratch: Cgroup) -> None:
+    """It is measured while data comes: of the handshake's, a longer way would get a seventh."""
+    direction = Direction.DOWNLOAD
+    with (
+        lab(round_trip_s=0.02, control="reno", later=[(1.0, 0.15)]) as own,
+        limited(scratch, direction) as live,
+    ):
+        need_shaping(live, direction)
+        with client(own, scratch, direction):
+            need_shaping(live, direction)
+            time.sleep(4)
+            assert 0.9 <= rate_over(scratch, direction, 3) <= 1.05
+            counters = live.counters()[direction]
+    assert counters.bytes_dropped < 0.05 * counters.bytes_total
+
+
 def test_on_a_short_way_a_download_is_policed(scratch: Cgroup) -> None:
     """A window would be too coarse; the limit holds all the same, and the window is left alone."""
     direction = Direction.DOWNLOAD
