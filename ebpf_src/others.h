@@ -37,7 +37,7 @@ static long (*bpf_skb_ecn_set_ce)(struct __sk_buff *skb) = (void *)97; /* Linux 
  */
 always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns, __u64 now)
 {
-	__s64 owed = owed_ns > 0 ? owed_ns >> 10 : 0, before = bucket->early_owed;
+	__s64 owed = larger(owed_ns, 0) >> 10, before = bucket->early_owed;
 	__s64 root = bucket->early_root;
 	__u64 since = now - bucket->early_at_ns;
 
@@ -54,7 +54,7 @@ always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns,
 	/* Once nothing is owed, what a burst has built up is soon forgotten (RFC 8033, 4.2). */
 	if (!owed)
 		root -= root >> OTHERS_DECAY_SHIFT;
-	root = root < 0 ? 0 : root > OTHERS_ALL ? OTHERS_ALL : root;
+	root = smaller(larger(root, 0), OTHERS_ALL);
 	bucket->early_at_ns = now;
 	bucket->early_owed = owed;
 	bucket->early_least = 0xffffffff;
@@ -68,9 +68,10 @@ always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns,
  */
 always_inline int is_marked(struct __sk_buff *skb)
 {
-	__u8 start[2], ecn;
+	__u8 room[2], ecn;
+	const __u8 *start = bytes_at(skb, 0, room, sizeof(room));
 
-	if (load_bytes(skb, 0, start, sizeof(start)))
+	if (!start)
 		return 0;
 	ecn = (start[0] >> 4 == 6 ? start[1] >> 4 : start[1]) & ECN_CE;
 	return ecn == ECN_CE || (ecn == ECN_ECT0 && bpf_skb_ecn_set_ce(skb) == 1);

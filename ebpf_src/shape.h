@@ -46,6 +46,7 @@
 #define MOST_SLACK_NS (2000 * MS)
 #define PROMISED_SLACK_NS (50 * MS)
 #define LEAST_WINDOW_BYTES 1152
+#define MOST_WINDOW_BYTES (1 << 30)
 #define LEAST_SHARE_BYTES 2896 /* two usual segments */
 #define LEAST_SEGMENT_BYTES 1448
 #define MOST_FIRST_WINDOW_BYTES 65535
@@ -126,6 +127,35 @@ static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = 
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
 static void *(*bpf_skc_to_mptcp_sock)(void *sk) = (void *)196; /* Linux 5.19 */
 
+/*
+ * A number on the stack, for a helper to read as four bytes. The verifier takes what a slot held
+ * before for forgotten only where all of its eight bytes are written, and would check all that
+ * follows again for each such rest.
+ */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define ON_STACK(number) ((__u64)(number))
+#define FROM_STACK(cell) ((__u32)(cell))
+#else
+#define ON_STACK(number) ((__u64)(number) << 32)
+#define FROM_STACK(cell) ((__u32)((cell) >> 32))
+#endif
+
+always_inline long set_option(void *ctx, int level, int name, __u32 value)
+{
+	__u64 cell = ON_STACK(value);
+
+	return bpf_setsockopt(ctx, level, name, &cell, sizeof(value));
+}
+
+always_inline long get_option(void *ctx, int level, int name, __u32 *value)
+{
+	__u64 cell = 0;
+	long refused = bpf_getsockopt(ctx, level, name, &cell, sizeof(*value));
+
+	*value = FROM_STACK(cell);
+	return refused;
+}
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, THROTTLE_DIRECTIONS);
@@ -138,7 +168,8 @@ struct {
 /* The counts of an epoch, which begins when it is asked for first. */
 always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
 {
-	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &direction);
+	__u64 key = ON_STACK(direction);
+	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &key);
 
 	if (flows && flows->epoch != epoch) {
 		/* CPUs that race here miscount a flow or two for an epoch. */
@@ -151,19 +182,18 @@ always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
 }
 
 /*
- * How many connections share a limit in a direction, where this one has moved so many bytes so
- * far. One that takes next to nothing does not count.
+ * The counts of a direction, with a connection that has moved so many bytes so far. One that takes
+ * next to nothing does not count.
  */
-always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, __u64 bytes,
-				__u64 rate, __u64 now)
+always_inline struct throttle_flows *count_flow(struct throttle_share *share, __u32 direction,
+						__u64 bytes, __u64 rate, __u64 now)
 {
 	__u64 epoch = now >> EPOCH_SHIFT;
 	struct throttle_flows *flows = flows_of(direction, epoch);
 	__u64 least = share->counted ? rate >> LEAST_SHARE_SHIFT : LEAST_SHARE_BYTES;
-	__u32 count;
 
 	if (!flows)
-		return 1;
+		return 0;
 	if (share->epoch != epoch) {
 		share->epoch = epoch;
 		share->epoch_bytes = share->bytes;
@@ -173,8 +203,13 @@ always_inline __u32 count_flows(struct throttle_share *share, __u32 direction, _
 		share->counted = epoch;
 		__sync_fetch_and_add(&flows->now, 1);
 	}
-	count = flows->now > flows->before ? flows->now : flows->before;
-	return count ? count : 1;
+	return flows;
+}
+
+/* How many connections share a limit. */
+always_inline __u32 sharing(struct throttle_flows *flows)
+{
+	return larger(larger(flows->now, flows->before), 1);
 }
 
 /*
@@ -234,24 +269,25 @@ always_inline void police_instead(struct throttle_bucket *bucket, __u32 flag)
 always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
-	__u32 flows = count_flows(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
-				  ctx->bytes_acked, config->rate_bytes_per_s, now);
+	struct throttle_flows *counts = count_flow(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
+						   ctx->bytes_acked, config->rate_bytes_per_s, now);
+	__u32 flows = counts ? sharing(counts) : 1;
 	__s64 share = (__u64)flows * 2 * ctx->mss_cache * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* A queue that paces, as fq does, holds two of what TCP sends at once: charged, not sent yet. */
 	__s64 queued = (__u64)ctx->skb_len * 2 * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* TCP sends at least two segments at once, so each connection may owe as many. */
-	__s64 target = PACING_TARGET_NS + (share < MOST_PACED_NS ? share : MOST_PACED_NS) +
-		       (queued < MOST_QUEUED_NS ? queued : MOST_QUEUED_NS);
+	__s64 target = PACING_TARGET_NS + smaller(share, MOST_PACED_NS) +
+		       smaller(queued, MOST_QUEUED_NS);
 	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now), target);
-	__u32 value = rate < UNLIMITED ? rate : UNLIMITED;
-	__u32 difference = value > socket->pacing ? value - socket->pacing : socket->pacing - value;
+	__u32 value = smaller(rate, UNLIMITED);
+	__u32 difference = larger(value, socket->pacing) - smaller(value, socket->pacing);
 	__u32 packets;
 
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
 	if (!socket->pacing) {
 		packets = first_packets(THROTTLE_UPLOAD, config->rate_bytes_per_s, now, 1);
 		if (packets < MOST_FIRST_PACKETS)
-			bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, &packets, sizeof(packets));
+			set_option(ctx, SOL_TCP, TCP_BPF_IW, packets);
 	}
 	if (difference <= socket->pacing >> PACING_STEP_SHIFT)
 		return;
@@ -259,7 +295,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	if (!bucket->slack_ns)
 		bucket->slack_ns = PACING_SLACK_NS;
 	/* Four bytes: eight are refused. */
-	if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &value, sizeof(value)))
+	if (set_option(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, value))
 		police_instead(bucket, THROTTLE_PACE);
 	else
 		socket->pacing = value;
@@ -298,13 +334,13 @@ always_inline void hurry_acknowledgements(struct bpf_sock_ops *ctx)
 {
 	__u32 most_us = 2000;
 
-	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us)))
+	if (!set_option(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, most_us))
 		return;
 	most_us = 8000;
-	if (!bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us)))
+	if (!set_option(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, most_us))
 		return;
 	most_us = 20000;
-	bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, &most_us, sizeof(most_us));
+	set_option(ctx, SOL_TCP, TCP_BPF_DELACK_MAX, most_us);
 }
 
 /*
@@ -314,15 +350,15 @@ always_inline void hurry_acknowledgements(struct bpf_sock_ops *ctx)
  */
 always_inline void make_room(struct bpf_sock_ops *ctx, struct throttle_socket *socket, __u32 bytes)
 {
-	__u32 before, wanted = bytes;
+	__u32 before;
 
 	if (bytes <= socket->room || bytes < LEAST_ROOM_BYTES)
 		return;
 	socket->room = bytes;
-	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &before, sizeof(before)))
+	if (get_option(ctx, SOL_SOCKET, SO_RCVLOWAT, &before))
 		return;
-	bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof(wanted));
-	bpf_setsockopt(ctx, SOL_SOCKET, SO_RCVLOWAT, &before, sizeof(before));
+	set_option(ctx, SOL_SOCKET, SO_RCVLOWAT, bytes);
+	set_option(ctx, SOL_SOCKET, SO_RCVLOWAT, before);
 }
 
 /*
@@ -332,13 +368,13 @@ always_inline void make_room(struct bpf_sock_ops *ctx, struct throttle_socket *s
  */
 always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 				 struct throttle_config *config, struct throttle_bucket *bucket,
-				 __u64 now)
+				 struct throttle_flows *flows, __u64 now)
 {
-	__u32 zero = 0, value;
+	__u64 zero = 0;
+	__u32 value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
 	__u64 bytes, least, way_us, credit, slack;
-	struct throttle_flows *flows;
 	int gated;
 
 	if (!gate || !gate->alive)
@@ -350,21 +386,16 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 		socket->first = first_packets(THROTTLE_DOWNLOAD, config->rate_bytes_per_s, now, 0);
 		hurry_acknowledgements(ctx);
 	}
-	count_flows(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s, now);
 	gated = socket->gated || (socket->gate == GATE_READY &&
 				  (debt_of(bucket, now) > 0 ||
 				   ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES));
 	way_us = gate->round_trip_ns / 1000;
-	if (way_us > MOST_GATE_WAY_US)
-		way_us = MOST_GATE_WAY_US;
+	way_us = smaller(way_us, MOST_GATE_WAY_US);
 	bytes = config->rate_bytes_per_s / 1000 * (GATE_WINDOW_US + 2 * way_us) / 1000;
 	least = 2 * socket->segment + LEAST_GATE_BYTES;
-	if (bytes < least)
-		bytes = least;
-	if (!gated)
-		bytes = socket->first * socket->segment;
-	value = bytes < 1 << 30 ? bytes : 1 << 30;
-	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value))) {
+	bytes = gated ? larger(bytes, least) : socket->first * socket->segment;
+	value = smaller(bytes, MOST_WINDOW_BYTES);
+	if (set_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, value)) {
 		socket->gated = 0;
 		return 0;
 	}
@@ -373,19 +404,14 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	if (gated)
 		make_room(ctx, socket, value);
 	/* What was asked for is on its way, and to drop it would only make it come twice. */
-	slack = GATE_SLACK_NS;
-	flows = flows_of(THROTTLE_DOWNLOAD, now >> EPOCH_SHIFT);
-	if (flows)
-		slack += (__u64)flows->begun * socket->first * socket->segment * config->inverse_rate >>
-			 INVERSE_RATE_SHIFT;
-	if (slack > MOST_GATE_SLACK_NS)
-		slack = MOST_GATE_SLACK_NS;
+	slack = GATE_SLACK_NS + ((__u64)flows->begun * socket->first * socket->segment *
+					 config->inverse_rate >>
+				 INVERSE_RATE_SHIFT);
+	slack = smaller(slack, MOST_GATE_SLACK_NS);
 	if (bucket->slack_ns < slack)
 		bucket->slack_ns = slack;
 	/* What a slow start leaves out may be made up for, as far as it is usual on such a way. */
-	credit = way_us * SLOW_START_ROUND_TRIPS * 1000;
-	if (credit > MOST_SLOW_START_NS)
-		credit = MOST_SLOW_START_NS;
+	credit = smaller(way_us * SLOW_START_ROUND_TRIPS * 1000, MOST_SLOW_START_NS);
 	if (gated && bucket->credit_ns < credit)
 		bucket->credit_ns = credit;
 	return 1;
@@ -411,9 +437,7 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 /* The mean of those that came; never less than what is usual, as many are not full. */
 always_inline __u64 segment_bytes(struct bpf_sock_ops *ctx)
 {
-	__u64 mean = ctx->data_segs_in ? ctx->bytes_received / ctx->data_segs_in : ctx->mss_cache;
-
-	return mean < LEAST_SEGMENT_BYTES ? LEAST_SEGMENT_BYTES : mean;
+	return larger(ctx->bytes_received / larger(ctx->data_segs_in, 1), LEAST_SEGMENT_BYTES);
 }
 
 /*
@@ -429,14 +453,11 @@ always_inline __u64 measure_way(struct bpf_sock_ops *ctx, struct throttle_socket
 		way = most;
 	if (!socket->asked_ns || ctx->bytes_received <= socket->answer)
 		return way;
-	sample = (now - socket->asked_ns) / 1000;
-	if (most < MOST_MEASURED_US)
-		most = MOST_MEASURED_US;
-	if (sample > most)
-		sample = most;
-	way = sample < way ? sample : way + (sample - way) / 2;
+	sample = smaller((now - socket->asked_ns) / 1000, larger(most, MOST_MEASURED_US));
+	/* Down at once, and up by halves. */
+	way = larger(smaller(sample, (sample + way) / 2), 1);
 	socket->asked_ns = 0;
-	socket->way_us = way ? way : 1;
+	socket->way_us = way;
 	return way;
 }
 
@@ -462,19 +483,16 @@ always_inline void opened(struct bpf_sock_ops *ctx, struct throttle_socket *sock
 }
 
 always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
-			 struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
+			 struct throttle_config *config, struct throttle_bucket *bucket,
+			 __u32 flows, __u64 moved, __u64 now)
 {
 	__u64 way_us = measure_way(ctx, socket, now), segment = segment_bytes(ctx);
-	__u64 before = socket->share[THROTTLE_DOWNLOAD].bytes;
-	__u64 moved = before ? ctx->bytes_received - before : 0;
-	__u32 flows = count_flows(&socket->share[THROTTLE_DOWNLOAD], THROTTLE_DOWNLOAD,
-				  ctx->bytes_received, config->rate_bytes_per_s, now);
 	__s64 credit = config->credit_ns;
 	__s64 debt = debt_of(bucket, now);
 	__s64 ahead = (__s64)way_us * 1250 + WINDOW_TARGET_NS; /* a round trip and more */
 	__s64 share = (__u64)flows * 2 * segment * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	__s64 slack, lack;
-	__u64 bytes = 0, fair, least;
+	__u64 bytes, fair, least;
 	int few = flows <= FEW_FLOWS;
 	__u32 value;
 
@@ -488,8 +506,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 		leave_room(config, bucket);
 		return;
 	}
-	if (share > MOST_SHARE_NS)
-		share = MOST_SHARE_NS;
+	share = smaller(share, MOST_SHARE_NS);
 	/*
 	 * What is on its way cannot be called back: dropping it would only make it come twice. Nor can
 	 * a window from before the limit, but its sender has to slow down: what it owed by then would
@@ -499,18 +516,15 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	if (slack > (__s64)bucket->slack_ns && slack <= MOST_SLACK_NS)
 		bucket->slack_ns = slack;
 	ahead += share;
-	if (debt < -credit)
-		debt = -credit;
-	ahead -= debt;
+	ahead -= larger(debt, -credit);
 	/* Microseconds: nanoseconds at 100 GB/s would overflow. */
-	if (ahead > 0)
-		bytes = (__u64)ahead / 1000 * (config->rate_bytes_per_s / flows) / 1000000;
+	bytes = (__u64)larger(ahead, 0) / 1000 * (config->rate_bytes_per_s / flows) / 1000000;
 	/*
 	 * Two segments, where they are no more than a fair share of what fits on the way: of less, the
 	 * acknowledgements are delayed, and before Linux 6.18 such a window is slow to grow again.
 	 */
 	fair = config->rate_bytes_per_s / flows * way_us / 1000000;
-	least = fair < 2 * segment ? fair : 2 * segment;
+	least = smaller(fair, 2 * segment);
 	if (fair < segment) {
 		lack = (__s64)(segment * flows * config->inverse_rate >> INVERSE_RATE_SHIFT) - ahead;
 		least = segment;
@@ -522,16 +536,34 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 				bytes = least = LEAST_WINDOW_BYTES;
 		}
 	}
-	if (least < LEAST_WINDOW_BYTES)
-		least = LEAST_WINDOW_BYTES;
-	value = bytes < least ? least : bytes < 1 << 30 ? bytes : 1 << 30;
+	value = smaller(larger(bytes, larger(least, LEAST_WINDOW_BYTES)), MOST_WINDOW_BYTES);
 	/* On every acknowledgement, even if it is the same: TCP's autotuning overwrites it. */
-	if (bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &value, sizeof(value)))
+	if (set_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, value))
 		police_instead(bucket, THROTTLE_WINDOW);
 	else
 		socket->clamp = value;
 	make_room(ctx, socket, value);
 	opened(ctx, socket, value, segment, now);
+}
+
+/* Set the receive window; `gates` says whether the gate's keeper may open it instead. */
+always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
+			       struct throttle_config *config, struct throttle_bucket *bucket,
+			       int gates, __u64 now)
+{
+	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
+	__u64 before = share->bytes, moved = before ? ctx->bytes_received - before : 0;
+	int news = !ctx->skb_len || ctx->bytes_received != before;
+	struct throttle_flows *flows;
+
+	if (!gates && !news)
+		return;
+	flows = count_flow(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s,
+			   now);
+	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
+		return;
+	if (news)
+		clamp(ctx, socket, config, bucket, sharing(flows), moved, now);
 }
 
 /*
@@ -573,10 +605,10 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 	 * more than usual, its unit is 1024 bytes, and none is less than a segment.
 	 */
 	if (rate <= USUAL_CLAMP_RATE &&
-	    !bpf_getsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp)) &&
+	    !get_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp) &&
 	    (!clamp || clamp > USUAL_CLAMP)) {
 		clamp = USUAL_CLAMP;
-		bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp, sizeof(clamp));
+		set_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, clamp);
 	}
 	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns(), 1);
 }
@@ -589,7 +621,7 @@ always_inline __u32 does(struct throttle_config *config, struct throttle_bucket 
 
 always_inline int shape(struct bpf_sock_ops *ctx)
 {
-	__u32 up = THROTTLE_UPLOAD, down = THROTTLE_DOWNLOAD;
+	__u64 up = ON_STACK(THROTTLE_UPLOAD), down = ON_STACK(THROTTLE_DOWNLOAD);
 	struct throttle_config *upload = bpf_map_lookup_elem(&CGROUP_CONFIGS, &up);
 	struct throttle_config *download = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
 	struct throttle_bucket *upload_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &up);
@@ -642,10 +674,8 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 		pace(ctx, socket, upload, upload_bucket, now);
 	if (!moves)
 		restore_clamp(ctx, socket);
-	else if (gates && clamp_for_gate(ctx, socket, download, download_bucket, now))
-		return 1;
-	else if (!ctx->skb_len || ctx->bytes_received != socket->share[THROTTLE_DOWNLOAD].bytes)
-		clamp(ctx, socket, download, download_bucket, now);
+	else
+		move_window(ctx, socket, download, download_bucket, gates, now);
 	return 1;
 }
 
@@ -694,7 +724,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	__u32 direction = THROTTLE_UPLOAD;
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
 	struct throttle_socket *socket;
-	int flags = 0;
+	__u32 flags = 0;
 
 	HOLD_RECORD();
 	if (ctx->level != THROTTLE_ADOPT)
@@ -706,7 +736,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 		ctx->optlen = -1;
 		return 1;
 	}
-	if (bpf_getsockopt(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
+	if (get_option(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags))
 		return 0;
 	flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
 	socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -714,7 +744,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 		return 0;
 	remember(ctx->sk, socket);
 	socket->promised = ctx->optname;
-	if (bpf_setsockopt(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
+	if (set_option(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, flags))
 		return 0;
 	/* The kernel itself is not to see it. */
 	ctx->optlen = -1;

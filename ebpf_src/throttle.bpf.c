@@ -31,6 +31,10 @@
 #define IPPROTO_AH 51
 #define IPPROTO_DSTOPTS 60
 #define IPPROTO_MH 135
+/* Extension headers, but for the mobility header: its number is too large. */
+#define IPV6_EXTENSIONS                                                                            \
+	(1ULL << IPPROTO_HOPOPTS | 1ULL << IPPROTO_ROUTING | 1ULL << IPPROTO_FRAGMENT |            \
+	 1ULL << IPPROTO_AH | 1ULL << IPPROTO_DSTOPTS)
 
 #define PASS 1
 #define DROP 0
@@ -104,20 +108,35 @@ struct {
 
 #include "record.h"
 
-/* Copies bytes of the packet; not 0 where it has not so many. */
-always_inline long load_bytes(struct __sk_buff *skb, __u32 offset, void *to, __u32 len)
+/*
+ * Without a branch: the verifier would follow both ways of each. For numbers below 2^63 that are
+ * less than that apart.
+ */
+always_inline __s64 smaller(__s64 one, __s64 other)
+{
+	__s64 difference = other - one, negative = difference >> 63;
+
+	asm volatile("" : "+r"(negative)); /* or the compiler makes it a branch again */
+	return one + (difference & negative);
+}
+
+always_inline __s64 larger(__s64 one, __s64 other)
+{
+	return one + other - smaller(one, other);
+}
+
+/* Bytes of the packet, copied to `room` where they cannot be read in place; 0 if it has not so many. */
+always_inline const __u8 *bytes_at(struct __sk_buff *skb, __u32 offset, __u8 *room, __u32 len)
 {
 #ifdef DIRECT_PACKET_ACCESS
 	/* The mask shows the verifier a bound; six extension headers of 2 KB stay below it. */
-	const char *from = (const char *)(long)skb->data + (offset & 0x3fff);
+	const __u8 *from = (const __u8 *)(long)skb->data + (offset & 0x3fff);
 
+	(void)room;
 	/* TCP pulls its header into the linear part before it filters, and sends it from there. */
-	if (from + len > (const char *)(long)skb->data_end)
-		return -1;
-	__builtin_memcpy(to, from, len);
-	return 0;
+	return from + len > (const __u8 *)(long)skb->data_end ? 0 : from;
 #else
-	return bpf_skb_load_bytes(skb, offset, to, len);
+	return bpf_skb_load_bytes(skb, offset, room, len) ? 0 : room;
 #endif
 }
 
@@ -131,27 +150,27 @@ always_inline __u32 tcp_payload(__u32 offset, __u8 data_offset, __u32 len)
 
 always_inline __u32 tcp_payload_at(struct __sk_buff *skb, __u32 offset, __u32 len)
 {
-	__u8 data_offset;
+	__u8 room;
+	const __u8 *data_offset = bytes_at(skb, offset + TCP_DATA_OFFSET, &room, 1);
 
-	if (load_bytes(skb, offset + TCP_DATA_OFFSET, &data_offset, 1))
-		return len;
-	return tcp_payload(offset, data_offset, len);
+	return data_offset ? tcp_payload(offset, *data_offset, len) : len;
 }
 
 always_inline __u32 billed_ipv6(struct __sk_buff *skb, __u8 next_header, __u32 len)
 {
 	__u32 offset = IPV6_HEADER_BYTES;
-	__u8 extension[4];
+	const __u8 *extension;
+	__u8 room[4];
 
 #pragma unroll
 	for (int i = 0; i < MAX_IPV6_EXTENSIONS; i++) {
 		if (next_header == IPPROTO_TCP)
 			break;
-		if (next_header != IPPROTO_HOPOPTS && next_header != IPPROTO_ROUTING &&
-		    next_header != IPPROTO_FRAGMENT && next_header != IPPROTO_DSTOPTS &&
-		    next_header != IPPROTO_AH && next_header != IPPROTO_MH)
+		if (next_header != IPPROTO_MH &&
+		    (next_header > IPPROTO_DSTOPTS || !(IPV6_EXTENSIONS >> next_header & 1)))
 			return len;
-		if (load_bytes(skb, offset, extension, sizeof(extension)))
+		extension = bytes_at(skb, offset, room, sizeof(room));
+		if (!extension)
 			return len;
 		if (next_header == IPPROTO_FRAGMENT) {
 			/* Only the first fragment carries the TCP header. */
@@ -173,11 +192,12 @@ always_inline __u32 billed_ipv6(struct __sk_buff *skb, __u8 next_header, __u32 l
 /* What a packet costs in bytes. At these hooks it begins with its IP header. */
 always_inline __u32 billed_bytes(struct __sk_buff *skb, __u32 len)
 {
-	__u8 ip[40]; /* all of IPv6's header; IPv4's and TCP's, where neither has options */
+	__u8 room[40]; /* all of IPv6's header; IPv4's and TCP's, where neither has options */
+	const __u8 *ip = bytes_at(skb, 0, room, sizeof(room));
 	__u32 header_bytes;
 
 	/* Too short for IP and TCP together, so not TCP. */
-	if (load_bytes(skb, 0, ip, sizeof(ip)))
+	if (!ip)
 		return len;
 	if (ip[0] >> 4 == 6)
 		return billed_ipv6(skb, ip[6], len);
@@ -227,19 +247,12 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	__u64 even_at = *(volatile __u64 *)&bucket->even_at_ns;
 	__u64 charged_at = *(volatile __u64 *)&bucket->inverse_rate;
 	__u64 inverse_rate = config->inverse_rate;
-	__u64 given_slack = config->slack_ns, seen_slack = bucket->slack_ns;
-	__u64 credit = config->credit_ns, seen_credit = bucket->credit_ns;
-	__u64 limit;
+	__u64 credit = larger(config->credit_ns, bucket->credit_ns);
+	__u64 limit = config->debt_ns +
+		      larger(slack, larger(config->slack_ns, bucket->slack_ns));
 
-	if (slack < given_slack)
-		slack = given_slack;
-	if (slack < seen_slack)
-		slack = seen_slack;
-	limit = config->debt_ns + slack;
 	if (unlikely(charged_at != inverse_rate))
 		even_at = charge_anew(bucket, even_at, charged_at, inverse_rate, now);
-	if (seen_credit > credit)
-		credit = seen_credit;
 	if (unlikely(!even_at)) {
 		bucket->even_at_ns = even_at = now;
 	} else if ((__s64)(now - even_at) > (__s64)credit) {
