@@ -19,6 +19,7 @@
     ├── ProcessError                   a process that does not exist or cannot be limited
     ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── ThrottleError                  a throttle that was refused, or is gone
+    │   ├── BackendError               what one backend cannot do here; another one may
     │   └── NoMarksError               single processes cannot be limited here, cgroups can
     ├── LaunchError                    a command that could not be started; .status is a shell's
     ├── NamespaceError                 the network namespaces of the demo cannot be made
@@ -48,6 +49,7 @@ from pybpfthrottle.bpf.errors import (
 __all__ = [
     "AmbiguousTypeError",
     "AttachError",
+    "BackendError",
     "BpfError",
     "CgroupError",
     "DemoError",
@@ -92,6 +94,10 @@ class SettingsError(Error):
 
 class ThrottleError(Error):
     """A throttle that was refused, or is gone."""
+
+
+class BackendError(ThrottleError):
+    """A backend other than eBPF, or the program that it runs, has failed; another may work."""
 
 
 class NoMarksError(ThrottleError):
