@@ -64,11 +64,25 @@ class Situation:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to put a throttle in force. ``why`` in a note is why the previous plan failed."""
+    """One way to put a throttle in force.
+
+    ``why`` in a note is why the previous plan failed; without one it is this plan's ``why``: why
+    its backends do not offer to match sockets.
+    """
 
     place: Place
     backends: Mapping[Direction, str]
     notes: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def mechanism(self) -> str:
+        """The names of its backends, for people."""
+        return " and ".join(dict.fromkeys(self.backends.values()))
+
+    def same_as(self, other: Plan) -> bool:
+        """Whether both do the same, whatever is said of it."""
+        return (self.place, self.backends) == (other.place, other.backends)
 
 
 # The note if the previous row has failed.
@@ -87,7 +101,12 @@ def plans(
     """
     rows = list(_places(situation, wish))
     found = [
-        Plan(place, backends, notes)
+        Plan(
+            place,
+            backends,
+            (*notes, *_about(place, backends, wish, offers)),
+            _why_no_marks(backends, offers),
+        )
         for place, notes in rows
         for backends in _backends(place, wish, directions, offers)
     ]
@@ -123,6 +142,38 @@ def _backends(
         return
     for rank in range(max(map(len, usable.values()))):
         yield {direction: names[min(rank, len(names) - 1)] for direction, names in usable.items()}
+
+
+def _about(
+    place: Place, backends: Mapping[Direction, str], wish: Wish, offers: Sequence[Offer]
+) -> Iterator[str]:
+    """Yield why no better backend is used, and what those that are used lose."""
+    for direction, name in backends.items():
+        for offer in offers:
+            better = offer.direction is direction and offer.match in place.matches
+            if offer.backend == name:
+                break
+            if better and offer.refused is not None and wish.backends.get(direction) != name:
+                yield f"{name} limits {direction}s, as {offer.backend} cannot: {offer.refused}"
+    for name in dict.fromkeys(backends.values()):
+        losses = dict.fromkeys(
+            loss for offer in offers if offer.backend == name for loss in offer.loses
+        )
+        if losses:
+            yield f"{name}: {'; '.join(losses)}"
+
+
+def _why_no_marks(backends: Mapping[Direction, str], offers: Sequence[Offer]) -> str:
+    return next(
+        (
+            offer.refused
+            for offer in offers
+            if offer.match is Match.MARKS
+            and offer.refused is not None
+            and backends.get(offer.direction) == offer.backend
+        ),
+        "",
+    )
 
 
 def _usable(place: Place, wish: Wish, direction: Direction, offers: Sequence[Offer]) -> list[str]:

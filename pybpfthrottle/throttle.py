@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence, TypeVar
 
 from pybpfthrottle import registry, targets
 from pybpfthrottle.backends.protocol import (
@@ -27,6 +27,7 @@ from pybpfthrottle.backends.protocol import (
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import (
     AttachError,
+    BackendError,
     BpfError,
     Error,
     NoMarksError,
@@ -323,15 +324,71 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
             matches=spec.target.matches,
             shared=selection is not None and targets.share_cgroups(selection),
         )
-        why: Optional[NoMarksError] = None
-        for plan in plans(situation, wish, list(spec.limits), _offers(spec.limits)):
-            try:
-                return _carry_out(plan, spec, wish, selection, cgroups, why)
-            except NoMarksError as error:
-                why = error
-    if spec.target.matches:
-        raise _no_marks(why) from why
-    raise why or AssertionError("there is at least one plan")
+
+        def carry_out(plan: Plan, why: Optional[NoMarksError]) -> Throttle:
+            return _carry_out(plan, spec, wish, selection, cgroups, why)
+
+        try:
+            return _first_that_works(_plans(situation, wish, list(spec.limits)), carry_out)
+        except NoMarksError as error:
+            if spec.target.matches:
+                raise _no_marks(error) from error
+            raise
+
+
+def _first_that_works(
+    found: Iterable[Plan], carry_out: Callable[[Plan, Optional[NoMarksError]], Throttle]
+) -> Throttle:
+    """Carry out plans until one works; the throttle's notes say which backends have failed.
+
+    A plan is given why sockets could not be marked before. Raises the first error if none works.
+    """
+    why: Optional[NoMarksError] = None
+    failures: list[tuple[Plan, Error]] = []
+    for plan in found:
+        if any(plan.backends == failed.backends for failed, _ in failures):
+            continue
+        try:
+            throttle = carry_out(plan, why)
+        except NoMarksError as error:
+            why = error
+        except (BpfError, BackendError) as error:
+            log.info("Failed by %s: %s", plan.mechanism, error)
+            failures.append((plan, error))
+        else:
+            notes = [f"{failed.mechanism} has failed: {error}" for failed, error in failures]
+            throttle.plan_notes = (*notes, *throttle.plan_notes)
+            return throttle
+    errors = [error for _, error in failures]
+    raise next(iter(errors), why) or AssertionError("there is at least one plan")
+
+
+def _plans(situation: Situation, wish: Wish, directions: Sequence[Direction]) -> Iterator[Plan]:
+    """Yield the plans, the best first. A backend is asked only if no better one has worked.
+
+    Raises ThrottleError with each backend's reason if there is no plan.
+    """
+    for name in {*wish.backends.values()} - {"auto"}:
+        get_backend(name)  # raises if there is none
+    offers: list[Offer] = []
+    yielded: list[Plan] = []
+    refusal: Optional[ThrottleError] = None
+    for backend in all_backends():
+        wanted = {wish.backends.get(direction, "auto") for direction in directions}
+        if not wanted & {"auto", backend.name}:
+            continue
+        offers += [backend.offer(direction, match) for direction in directions for match in Match]
+        try:
+            found = plans(situation, wish, directions, offers)
+        except ThrottleError as error:
+            refusal = error
+            continue
+        for plan in found:
+            if not any(plan.same_as(before) for before in yielded):
+                yielded.append(plan)
+                yield plan
+    if not yielded:
+        raise refusal or AssertionError("there is at least one backend")
 
 
 def _no_marks(why: Optional[NoMarksError]) -> ThrottleError:
@@ -346,15 +403,6 @@ def _whole_cgroups(target: Target, wish: Wish, selection: Optional[Selection]) -
     return targets.whole_cgroups(selection) if wish.matching == "whole-cgroup" else []
 
 
-def _offers(directions: Iterable[Direction]) -> list[Offer]:
-    return [
-        backend.offer(direction, match)
-        for backend in all_backends()
-        for direction in directions
-        for match in Match
-    ]
-
-
 def _carry_out(
     plan: Plan,
     spec: ThrottleSpec,
@@ -364,7 +412,7 @@ def _carry_out(
     why: Optional[NoMarksError],
 ) -> Throttle:
     """Put a throttle in force by one plan. Raises NoMarksError if the next one may work."""
-    notes = [note.format(why=why) for note in plan.notes]
+    notes = [note.format(why=why or plan.why) for note in plan.notes]
     if selection is None:
         throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
         throttle.follow_units()
@@ -422,7 +470,12 @@ def apply(
         target or targets.target_of(processes, cgroups), dict(limits), traffic, name
     )
     chosen = {
-        direction: choose(direction, backends.get(direction, "auto")).name for direction in limits
+        direction: choose(
+            direction,
+            backends.get(direction, "auto"),
+            Match.CGROUP if processes is None else Match.MARKS,
+        ).name
+        for direction in limits
     }
     with ExitStack() as undo:
         throttle = _enforce(
@@ -507,15 +560,15 @@ def prepare() -> None:
         backend.prepare()
 
 
-def choose(direction: Direction, name: str = "auto") -> Backend:
-    """Return the named backend, or the best available one.
+def choose(direction: Direction, name: str = "auto", match: Match = Match.CGROUP) -> Backend:
+    """Return the named backend, or the best available one, for a way of matching.
 
     Raises ThrottleError that says why each backend is unavailable.
     """
     candidates = all_backends() if name == "auto" else [get_backend(name)]
     reasons = []
     for backend in candidates:
-        reason = backend.unavailable(direction)
+        reason = backend.offer(direction, match).refused
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
@@ -535,11 +588,18 @@ def start_command(pid: int, spec: ThrottleSpec, wish: Wish) -> tuple[Throttle, O
     with ExitStack() as undo:
         undo.callback(own.remove)
         undo.callback(_move_back, pid, origin)
-        try:
-            throttle = _apply_wish(spec, wish, [own.cgroup], command=Process(pid))
-        except AttachError as error:
-            throttle = _limit_sockets(pid, spec, wish, error)
-        else:
+
+        def carry_out(plan: Plan, why: Optional[NoMarksError]) -> Throttle:
+            try:
+                throttle = _apply_plan(plan, spec, wish, [own.cgroup], command=Process(pid))
+            except AttachError as error:
+                return _limit_sockets(pid, plan, spec, wish, error)
+            throttle.plan_notes = plan.notes
+            return throttle
+
+        found = _plans(Situation(processes=False), wish, list(spec.limits))
+        throttle = _first_that_works(found, carry_out)
+        if throttle.cgroups:
             undo.pop_all()
             return throttle, own
     return throttle, None
@@ -559,10 +619,13 @@ def _move_back(pid: int, origin: Cgroup) -> None:
         origin.move_in(pid)
 
 
-def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -> Throttle:
+def _limit_sockets(
+    pid: int, plan: Plan, spec: ThrottleSpec, wish: Wish, why: AttachError
+) -> Throttle:
     """Limit a process by marks on its sockets. Raises ``why`` where that is refused as well."""
     try:
-        throttle = _apply_wish(spec, wish, [], selection=targets.select(Target(pids=(pid,))))
+        selection = targets.select(Target(pids=(pid,)))
+        throttle = _apply_plan(plan, spec, wish, [], selection=selection)
     except (NoMarksError, BpfError) as error:
         log.info("Cannot limit the command's sockets either: %s", error)
         raise why from error
@@ -570,7 +633,8 @@ def _limit_sockets(pid: int, spec: ThrottleSpec, wish: Wish, why: AttachError) -
     return throttle
 
 
-def _apply_wish(
+def _apply_plan(
+    plan: Plan,
     spec: ThrottleSpec,
     wish: Wish,
     cgroups: Sequence[Cgroup],
@@ -578,18 +642,12 @@ def _apply_wish(
     selection: Optional[Selection] = None,
     command: Optional[Process] = None,
 ) -> Throttle:
-    with locked():
-        return apply(
-            cgroups,
-            spec.limits,
-            processes=selection,
-            traffic=spec.traffic,
-            options=wish.options.get("ebpf"),
-            backends=wish.backends,
-            target=spec.target,
-            name=spec.name,
-            command=command,
+    with locked(), ExitStack() as undo:
+        throttle = _enforce(
+            *(spec, plan.backends, cgroups, selection, wish.options, undo), command=command
         )
+        undo.pop_all()
+    return throttle
 
 
 class Each:
@@ -609,7 +667,7 @@ class Each:
         self._wish = wish
         self._selection = targets.select(spec.target)
         self._backends = {
-            direction: choose(direction, wish.backends.get(direction, "auto")).name
+            direction: choose(direction, wish.backends.get(direction, "auto"), Match.MARKS).name
             for direction in spec.limits
         }
         self.throttles: list[Throttle] = []

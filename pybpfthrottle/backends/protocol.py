@@ -19,8 +19,10 @@ from pybpfthrottle.settings import BACKENDS
 from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.targets import Selection
 
-# The module of each backend in settings.BACKENDS, imported on demand: most starts need only one.
-_HOMES = {"ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend")}
+# The module of each backend in settings.BACKENDS, imported on demand.
+_HOMES = {
+    "ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend"),
+}
 
 
 class Priority(IntEnum):
@@ -154,6 +156,20 @@ class Part(Protocol):
         """Close a limit opened by ``open``, leaving it in force as it is."""
 
 
+class Leftover(Protocol):
+    """Something that a crash has left in force. As text it is described for people."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, in the plural: ``programs``, ``tables``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+
+    def remove(self) -> None:
+        """Remove it. Raises an error of this package, or OSError."""
+
+
 class Ready(Protocol):
     """Limits prepared as far as possible before the process is known."""
 
@@ -216,8 +232,11 @@ class Backend(Protocol):
     def open(self, record: Record) -> Part:
         """Open a limit that another process keeps. Raises ThrottleError if it is gone."""
 
+    def leftovers(self) -> Sequence[Leftover]:
+        """Return what a crash has left in force."""
+
     def tidy_up(self) -> None:
-        """Remove the leftovers of a crash."""
+        """Remove the leftovers of a crash, as far as possible here."""
 
     def processes(self, record: Record) -> list[int]:
         """Return the processes whose sockets it limits, as ids in the initial pid namespace."""

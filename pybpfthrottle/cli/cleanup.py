@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pybpfthrottle.backends.ebpf import leftovers, privileges
+from pybpfthrottle.backends.ebpf import privileges
+from pybpfthrottle.backends.protocol import Leftover, all_backends
 from pybpfthrottle.cli.say import echo, echo_json
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import own_cgroups
@@ -19,11 +20,11 @@ def cleanup(*, dry_run: bool, as_json: bool) -> None:
         raise ThrottleError(
             f"cannot look for leftovers: {privileges.why_not_permitted('the search')}"
         )
-    found = leftovers.find()
+    found = [leftover for backend in all_backends() for leftover in backend.leftovers()]
     abandoned = own_cgroups.abandoned() if dry_run else []
     if not dry_run:
         for leftover in found:
-            leftovers.remove(leftover)
+            leftover.remove()
         abandoned = own_cgroups.remove_abandoned()
     if as_json:
         echo_json(json.dumps(_record(found, abandoned, dry_run=dry_run), indent=2))
@@ -37,20 +38,8 @@ def cleanup(*, dry_run: bool, as_json: bool) -> None:
         echo("Nothing is left from a crash.")
 
 
-def _record(
-    found: list[leftovers.Leftover], abandoned: list[Cgroup], *, dry_run: bool
-) -> dict[str, Any]:
-    return {
-        "dry_run": dry_run,
-        "programs": [
-            {
-                "id": leftover.program_id,
-                "name": leftover.name,
-                "hook": leftover.hook.name.lower(),
-                "owner_pid": leftover.owner_pid,
-                "cgroup": leftover.cgroup.path if leftover.cgroup else None,
-            }
-            for leftover in found
-        ],
-        "cgroups": [cgroup.path for cgroup in abandoned],
-    }
+def _record(found: list[Leftover], abandoned: list[Cgroup], *, dry_run: bool) -> dict[str, Any]:
+    kinds: dict[str, list[dict[str, Any]]] = {"programs": []}
+    for leftover in found:
+        kinds.setdefault(leftover.kind, []).append(leftover.to_json())
+    return {"dry_run": dry_run, **kinds, "cgroups": [cgroup.path for cgroup in abandoned]}

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 from pybpfthrottle.linux import libc
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
 # kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
 _ROOT_ID = 1
+_FIRST_CGROUP_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO of include/linux/proc_ns.h
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -372,6 +373,22 @@ def _take(fd: int) -> None:
     log.warning("Another process has held the lock for %g s; continuing without it", _PATIENCE_S)
 
 
+def depth(cgroup: Cgroup) -> int:
+    """Return how far a cgroup is below the root of all cgroups; 0 for that.
+
+    Raises CgroupError in a cgroup namespace, where nothing tells how deep its own root is.
+    """
+    with suppress(OSError):
+        if os.stat("/proc/self/ns/cgroup").st_ino != _FIRST_CGROUP_NAMESPACE:
+            raise CgroupError(
+                "this process is in a cgroup namespace, as in a container, and cannot tell how"
+                " deep in the tree a cgroup is"
+            )
+    where = mount()
+    parts = os.path.relpath(cgroup.path, where.path).split("/")
+    return len([part for part in [*where.root.split("/"), *parts] if part not in ("", ".")])
+
+
 def from_path(path: str) -> Cgroup:
     """Return the cgroup v2 at a path. Raises CgroupError that says what else is there."""
     if not path:
@@ -426,6 +443,16 @@ def known_as(path: str, number: Optional[int]) -> Optional[Cgroup]:
         if cgroup.id == number and cgroup in root():
             return cgroup
     return by_id(number)
+
+
+def ids(cgroups: Iterable[Cgroup]) -> list[int]:
+    """Return the ids of cgroups; 0 for one that is gone already."""
+    found = []
+    for cgroup in cgroups:
+        found.append(0)
+        with suppress(OSError):
+            found[-1] = cgroup.id
+    return found
 
 
 def from_pid(pid: int) -> Cgroup:

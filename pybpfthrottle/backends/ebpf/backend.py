@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import suppress
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import (
     attached,
@@ -20,6 +20,7 @@ from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
 from pybpfthrottle.backends.protocol import (
     Executions,
+    Leftover,
     Match,
     Offer,
     Order,
@@ -104,6 +105,10 @@ class EbpfBackend:
     def open(self, record: Record) -> Part:
         """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""
         return FoundThrottle.open(record)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """Return the programs that a crash has left attached."""
+        return leftovers.find()
 
     def tidy_up(self) -> None:
         """Remove the programs that a crash has left attached."""

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from contextlib import nullcontext, suppress
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -56,6 +56,25 @@ class Leftover(NamedTuple):
         where = self.cgroup.path if self.cgroup else "a cgroup that was removed"
         number = "" if self.program_id is None else f" (id {self.program_id})"
         return f"{self.name}{number} on {where}, of process {self.owner_pid}"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in the plural."""
+        return "programs"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "id": self.program_id,
+            "name": self.name,
+            "hook": self.hook.name.lower(),
+            "owner_pid": self.owner_pid,
+            "cgroup": self.cgroup.path if self.cgroup else None,
+        }
+
+    def remove(self) -> None:
+        """Detach it, or disarm it. Raises OSError or CgroupError."""
+        remove(self)
 
 
 def find() -> list[Leftover]:

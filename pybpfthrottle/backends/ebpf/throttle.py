@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import (
     Any,
     Callable,
@@ -360,7 +360,7 @@ class EbpfThrottle:
         return {
             "spec": spec.to_json(),
             "cgroups": [cgroup.path for cgroup in cgroups],
-            "cgroup_ids": _ids(cgroups),
+            "cgroup_ids": cgroups_v2.ids(cgroups),
             "attached_by": self._placed.attached_by(),
             "refused": self._bucket.refused,
         }
@@ -468,12 +468,3 @@ class EbpfThrottle:
         """Return all processes that may hold a shaped socket: a marked one may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)
-
-
-def _ids(cgroups: Sequence[Cgroup]) -> list[int]:
-    """Return the ids of cgroups; 0 for one that is gone already."""
-    found = [0] * len(cgroups)
-    for index, cgroup in enumerate(cgroups):
-        with suppress(OSError):
-            found[index] = cgroup.id
-    return found

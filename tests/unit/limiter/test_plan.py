@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Optional
 
 import pytest
@@ -107,3 +108,37 @@ def test_where_nothing_can_limit_each_reason_is_told():
     broken = offers(refused="no bpf(2)") + offers("nft", Priority.BETTER, refused="no nft")
     with pytest.raises(ThrottleError, match=r"cannot limit upload: ebpf: no bpf\(2\); nft: no nft"):
         plans(Situation(processes=False), Wish(), [Direction.UPLOAD], broken)
+
+
+def only_cgroups(**how) -> list[Offer]:
+    """What a backend offers that cannot tell sockets apart, and has its price."""
+    cgroups = offers("nft", Priority.BETTER, matches=(Match.CGROUP,), **how)
+    marks = offers("nft", Priority.BETTER, matches=(Match.MARKS,), refused="no sockets")
+    return [dataclasses.replace(one, loses=("drops", "counts headers")) for one in cgroups + marks]
+
+
+def test_a_plan_says_what_its_backend_loses():
+    """Once, whatever the directions; and nothing of a better backend that is not wanted."""
+    wish = Wish(backends=dict.fromkeys(BOTH, "nft"))
+    [plan] = plans(Situation(processes=False), wish, BOTH, offers() + only_cgroups())
+    assert plan.notes == ("nft: drops; counts headers",)
+
+
+def test_a_plan_says_why_no_better_backend_is_used():
+    """Who lets the tool choose is told that the choice is second-best."""
+    broken = offers(refused="no bpf(2)") + only_cgroups()
+    [plan] = plans(Situation(processes=False), Wish(), [Direction.UPLOAD], broken)
+    assert plan.notes == (
+        "nft limits uploads, as ebpf cannot: no bpf(2)",
+        "nft: drops; counts headers",
+    )
+
+
+def test_processes_are_moved_for_a_backend_that_only_knows_cgroups():
+    """The plan has the reason for its notes: no other plan has failed before."""
+    situation = Situation(processes=True, shared=True)
+    wish = Wish(backends={Direction.UPLOAD: "nft"})
+    [plan] = plans(situation, wish, [Direction.UPLOAD], only_cgroups())
+    assert plan.place is Place.MOVED_ONLY
+    assert plan.notes[:3] == (NO_MARKS, MOVED, ONLY_NEW)
+    assert plan.why == "no sockets"
