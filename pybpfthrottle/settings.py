@@ -16,7 +16,7 @@ from pybpfthrottle.model import Direction
 ATTACH_METHODS = ("auto", "link", "legacy")
 SHAPES = ("auto", "pace", "gate", "window", "police")
 EGRESS_VERDICTS = ("auto", "congestion", "deny")
-BACKENDS = ("auto", "ebpf")
+BACKENDS = ("auto", "ebpf", "nftables")
 
 # The predecessor's names are honoured too, after ours.
 _PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")

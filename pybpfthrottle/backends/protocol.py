@@ -22,6 +22,7 @@ from pybpfthrottle.targets import Selection
 # The module of each backend in settings.BACKENDS, imported on demand.
 _HOMES = {
     "ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend"),
+    "nftables": ("pybpfthrottle.backends.nftables.backend", "NftablesBackend"),
 }
 
 

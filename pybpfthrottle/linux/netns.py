@@ -11,7 +11,7 @@ import struct
 from contextlib import suppress
 from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
 
-from pybpfthrottle.linux import libc, netlink
+from pybpfthrottle.linux import cgroup, libc, netlink, process
 
 T = TypeVar("T")
 
@@ -65,6 +65,47 @@ def of_socket(descriptor: int) -> int:
     Linux 4.10; needs CAP_NET_ADMIN there. Raises OSError.
     """
     return fcntl.ioctl(descriptor, _SIOCGSKNS)
+
+
+def number(pid: Optional[int] = None) -> int:
+    """Return the number of a process's network namespace, or of this one's. Raises OSError."""
+    return os.stat(_of("self" if pid is None else pid)).st_ino
+
+
+def open_by_number(wanted: int) -> Optional[int]:
+    """Return a descriptor of the network namespace with a number; the caller closes it.
+
+    None if no visible process is in it, and it is not mounted here (ip netns): then it is gone, as
+    far as this process can see. The kernel may give the number to another one later.
+    """
+    for path in _places():
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if os.fstat(fd).st_ino == wanted:
+                return fd
+            os.close(fd)
+    return None
+
+
+def exists(wanted: int) -> bool:
+    """Whether there is a network namespace with a number, as far as this process can see."""
+    fd = open_by_number(wanted)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
+def _places() -> Iterator[str]:
+    """Yield the paths by which network namespaces may be reached."""
+    yield _of("self")
+    yield from map(_of, process.running())
+    for mounted in cgroup.mounts():
+        if mounted.type == "nsfs" and mounted.root.startswith("net:"):
+            yield mounted.path
+
+
+def _of(process_id: object) -> str:
+    return f"/proc/{process_id}/ns/net"
 
 
 def inside(namespace: int, work: Callable[[], T]) -> T:

@@ -1,0 +1,201 @@
+"""What is written into nftables for a throttle, and what is read from there. Pure.
+
+Commands are in nft's own language: its JSON input has no cgroups (nft 1.0.6). Answers are JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+from pybpfthrottle.model import Counters, Direction, Limits, Rate
+
+FAMILY = "inet"
+PREFIX = "pybpfthrottle-"
+
+# A bucket that is smaller than a packet never lets it pass. GSO and GRO make packets of 64 KB.
+BURST_BYTES = 64 * 1024
+# The kernel multiplies the size of the bucket, which is a second and the burst, by a second in
+# nanoseconds, in 64 bits (net/netfilter/nft_limit.c). Old kernels do not notice an overflow.
+MAX_RATE = Rate((2**64 - 1) // 10**9 - BURST_BYTES)
+# Behind filters (0) and security (50): what a firewall drops is not charged.
+_PRIORITY = 150
+
+_HOOKS = {
+    Direction.DOWNLOAD: ("input", "iifname"),
+    Direction.UPLOAD: ("output", "oifname"),
+}
+
+# What nft -j list prints: an object each, below its kind.
+Listing = Sequence[Mapping[str, Any]]
+
+
+class Member(NamedTuple):
+    """A cgroup as nft wants it: its depth, and a path to it from /sys/fs/cgroup."""
+
+    level: int
+    path: str
+
+
+class State(NamedTuple):
+    """A table as it is. ``intact``: nobody has removed one of its rules."""
+
+    counters: dict[Direction, Counters]
+    intact: bool
+
+
+def table_name(throttle_id: str) -> str:
+    """Return the name of a throttle's table."""
+    return PREFIX + throttle_id
+
+
+def create(
+    throttle_id: str,
+    limits: Limits,
+    members: Sequence[Member],
+    *,
+    loopback: bool = False,
+    counters: Mapping[Direction, Counters] = {},
+) -> str:
+    """Return the commands that create a throttle's table; they fail if there is one."""
+    return "".join(
+        f"{line}\n"
+        for part in (
+            [f"create table {_table(throttle_id)}"],
+            *(
+                _chains(throttle_id, direction, counters.get(direction, Counters()))
+                for direction in limits
+            ),
+            *(_limit(throttle_id, direction, rate) for direction, rate in limits.items()),
+            *(_matches(throttle_id, direction, members, loopback) for direction in limits),
+        )
+        for line in part
+    )
+
+
+def set_limit(throttle_id: str, direction: Direction, rate: Optional[Rate]) -> str:
+    """Return the commands that change a limit; the counters continue."""
+    chain = f"{_table(throttle_id)} {_limiting(direction)}"
+    lines = [f"flush chain {chain}", *_limit(throttle_id, direction, rate)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def set_members(
+    throttle_id: str,
+    directions: Sequence[Direction],
+    members: Sequence[Member],
+    *,
+    loopback: bool = False,
+) -> str:
+    """Return the commands that limit these cgroups instead; the counters continue."""
+    lines = []
+    for direction in directions:
+        lines.append(f"flush chain {_table(throttle_id)} {direction}")
+        lines += _matches(throttle_id, direction, members, loopback)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def delete(throttle_id: str) -> str:
+    """Return the command that deletes a throttle's table, with all that is in it."""
+    return f"delete table {_table(throttle_id)}\n"
+
+
+def is_ours(listing: Listing, throttle_id: str) -> bool:
+    """Whether a table that has a throttle's name is that throttle's, and holds nothing else."""
+    directions = list(Direction)
+    counters = {name for direction in directions for name in _counters(direction)}
+    chains = {name for direction in directions for name in (str(direction), _limiting(direction))}
+    found = {one["name"] for one in _of("counter", listing)}
+    return (
+        bool(found)
+        and found <= counters
+        and {one["name"] for one in _of("chain", listing)} <= chains
+        and all(one.get("comment") == _comment(throttle_id) for one in _of("rule", listing))
+        and all(set(one) <= {"metainfo", "table", "counter", "chain", "rule"} for one in listing)
+    )
+
+
+def read(listing: Listing, directions: Sequence[Direction], members: int) -> State:
+    """Return what a throttle's table, which limits so many cgroups, has counted.
+
+    Raises KeyError, TypeError or ValueError for what nft never prints.
+    """
+    counted = {one["name"]: one for one in _of("counter", listing)}
+    rules = [str(one["chain"]) for one in _of("rule", listing)]
+    found = {}
+    intact = True
+    for direction in directions:
+        total, dropped = (counted.get(name) for name in _counters(direction))
+        matched = rules.count(str(direction)) == members
+        intact = intact and matched and _limiting(direction) in rules
+        if total is None or dropped is None:
+            intact = False
+            found[direction] = Counters()
+            continue
+        packets = int(total["packets"])
+        found[direction] = Counters(
+            packets, packets, int(total["bytes"]), int(dropped["packets"]), int(dropped["bytes"])
+        )
+    return State(found, intact)
+
+
+def _of(kind: str, listing: Listing) -> Iterator[Mapping[str, Any]]:
+    return (one[kind] for one in listing if kind in one)
+
+
+def _table(throttle_id: str) -> str:
+    return f"{FAMILY} {table_name(throttle_id)}"
+
+
+def _comment(throttle_id: str) -> str:
+    return f"pybpfthrottle {throttle_id}"
+
+
+def _limiting(direction: Direction) -> str:
+    return f"limit-{direction}"
+
+
+def _counters(direction: Direction) -> tuple[str, str]:
+    """Return the names of the counters of all packets, and of those that are dropped."""
+    return f"{direction}-all", f"{direction}-dropped"
+
+
+def _chains(throttle_id: str, direction: Direction, counters: Counters) -> Iterator[str]:
+    """Create what rules refer to; counters begin at these values."""
+    table, hook = _table(throttle_id), _HOOKS[direction][0]
+    begin = (
+        (counters.packets_total, counters.bytes_total),
+        (counters.packets_dropped, counters.bytes_dropped),
+    )
+    for name, (packets, count) in zip(_counters(direction), begin):
+        yield f"add counter {table} {name} {{ packets {packets} bytes {count} ; }}"
+    yield f"add chain {table} {_limiting(direction)}"
+    yield (
+        f"add chain {table} {direction}"
+        f" {{ type filter hook {hook} priority {_PRIORITY} ; policy accept ; }}"
+    )
+
+
+def _limit(throttle_id: str, direction: Direction, rate: Optional[Rate]) -> Iterator[str]:
+    """Count all packets, and drop those over the limit."""
+    total, dropped = _counters(direction)
+    # All packets pass this chain once, so that its limit is shared by all cgroups.
+    rule = f"add rule {_table(throttle_id)} {_limiting(direction)} counter name {total}"
+    if rate is not None:
+        rule += (
+            f" limit rate over {rate.bytes_per_s} bytes/second burst {BURST_BYTES} bytes"
+            f" counter name {dropped} drop"
+        )
+    yield f'{rule} comment "{_comment(throttle_id)}"'
+
+
+def _matches(
+    throttle_id: str, direction: Direction, members: Sequence[Member], loopback: bool
+) -> Iterator[str]:
+    """Send the packets of cgroups to the limiting chain, each packet once."""
+    interface = "" if loopback else f'{_HOOKS[direction][1]} != "lo" '
+    for member in members:
+        yield (
+            f"add rule {_table(throttle_id)} {direction} {interface}"
+            f'socket cgroupv2 level {member.level} "{member.path}"'
+            f' goto {_limiting(direction)} comment "{_comment(throttle_id)}"'
+        )
