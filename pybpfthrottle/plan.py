@@ -111,7 +111,7 @@ def plans(
         for backends in _backends(place, wish, directions, offers)
     ]
     if not found:
-        raise ThrottleError(_refusal(rows[0][0], wish, directions, offers))
+        raise ThrottleError(_refusal([place for place, _ in rows], wish, directions, offers))
     return found
 
 
@@ -190,17 +190,18 @@ def _usable(place: Place, wish: Wish, direction: Direction, offers: Sequence[Off
 
 
 def _refusal(
-    place: Place, wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
+    places: Sequence[Place], wish: Wish, directions: Sequence[Direction], offers: Sequence[Offer]
 ) -> str:
     for direction in directions:
-        if not _usable(place, wish, direction, offers):
-            wanted = wish.backends.get(direction, "auto")
-            reasons = dict.fromkeys(
-                f"{offer.backend}: {offer.refused}"
-                for offer in offers
-                if offer.direction is direction
-                and offer.refused is not None
-                and wanted in ("auto", offer.backend)
-            )
-            return f"cannot limit {direction}: {'; '.join(reasons)}"
-    raise AssertionError("each direction has a backend")
+        if any(_usable(place, wish, direction, offers) for place in places):
+            continue
+        wanted = wish.backends.get(direction, "auto")
+        reasons: dict[str, str] = {}
+        # The last place is the least demanding one: what a backend lacks for that counts.
+        for match in [match for place in reversed(places) for match in place.matches]:
+            for offer in offers:
+                if offer.direction is direction and offer.match is match and offer.refused:
+                    reasons.setdefault(offer.backend, offer.refused)
+        told = [f"{name}: {why}" for name, why in reasons.items() if wanted in ("auto", name)]
+        return f"cannot limit {direction}: {'; '.join(told)}"
+    return "the backends of the two directions cannot match this target in the same way; name one"

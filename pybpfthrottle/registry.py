@@ -5,6 +5,7 @@ There is no state besides the kernel's: a throttle is in force if its mechanism 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
@@ -48,7 +49,19 @@ def records() -> list[Record]:
 
 
 def _known() -> list[Record]:
-    return [record for backend in all_backends() for record in backend.in_force()]
+    """Return all records. Raises OSError if nothing is found where looking is not permitted."""
+    found: list[Record] = []
+    refused: Optional[OSError] = None
+    for backend in all_backends():
+        try:
+            found += backend.in_force()
+        except OSError as error:
+            # Without bpf(2) nothing can be limited by it.
+            if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                refused = error
+    if refused is not None and not found:
+        raise refused
+    return found
 
 
 def _is_in_force(record: Record) -> bool:

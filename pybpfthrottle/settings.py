@@ -8,6 +8,7 @@ import re
 import stat
 from contextlib import suppress
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import SettingsError
@@ -30,6 +31,8 @@ _ALLOWED = {
     "bpf.download.attach_method": "one of " + ", ".join(f'"{m}"' for m in ATTACH_METHODS),
     "bpf.upload.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
     "bpf.download.shape": "one of " + ", ".join(f'"{shape}"' for shape in SHAPES),
+    "backends.upload": "one of " + ", ".join(f'"{backend}"' for backend in BACKENDS),
+    "backends.download": "one of " + ", ".join(f'"{backend}"' for backend in BACKENDS),
     "bpf.fallback_errnos": 'a list of error names, such as ["EINVAL", "EPERM"]',
 }
 
@@ -62,6 +65,7 @@ class Settings(NamedTuple):
 
     attach: Mapping[Direction, AttachPolicy]
     shape: Mapping[Direction, str]
+    backends: Mapping[Direction, str]
     origins: tuple[Setting, ...]
     warnings: tuple[str, ...]
 
@@ -70,12 +74,16 @@ def load(
     *,
     method: Optional[str] = None,
     shape: Optional[str] = None,
+    backends: Mapping[Direction, Optional[str]] = MappingProxyType({}),
     exclusive: bool = False,
     override_others: bool = False,
     environment: Optional[Mapping[str, str]] = None,
     files: Optional[Sequence[str]] = None,
 ) -> Settings:
-    """Find all settings; ``method`` and ``shape`` are the command line's. Raises SettingsError."""
+    """Find all settings; ``method``, ``shape`` and ``backends`` are the command line's.
+
+    Raises SettingsError.
+    """
     environment = os.environ if environment is None else environment
     found = _from_files(config_files(environment) if files is None else files)
     warnings: list[str] = []
@@ -103,6 +111,17 @@ def load(
         Setting(f"bpf.{direction}.shape", chosen, source)
         for direction, (chosen, source) in shapes.items()
     ]
+    chosen_backends = {
+        direction: (named, f"--{direction}-backend")
+        if named
+        else found.get(f"backends.{direction}", ("auto", "default"))
+        for direction in Direction
+        for named in [backends.get(direction)]
+    }
+    origins += [
+        Setting(f"backends.{direction}", chosen, source)
+        for direction, (chosen, source) in chosen_backends.items()
+    ]
     origins.append(Setting("bpf.fallback_errnos", ", ".join(names), names_source))
     return Settings(
         {
@@ -110,6 +129,7 @@ def load(
             for direction, (chosen, _) in methods.items()
         },
         {direction: chosen for direction, (chosen, _) in shapes.items()},
+        {direction: chosen for direction, (chosen, _) in chosen_backends.items()},
         tuple(origins),
         tuple(warnings),
     )
@@ -234,6 +254,8 @@ def _is_allowed(key: str, value: Any) -> bool:
             isinstance(name, str) and name.startswith("E") and hasattr(errno, name)
             for name in value
         )
+    if key.startswith("backends."):
+        return value in BACKENDS
     return isinstance(value, str) and value in (SHAPES if key.endswith("shape") else ATTACH_METHODS)
 
 

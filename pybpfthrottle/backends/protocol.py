@@ -198,10 +198,16 @@ class Executions(Protocol):
 
 
 class Backend(Protocol):
-    """A mechanism."""
+    """A mechanism.
+
+    ``title`` is its name for people, ``counted_nothing`` what it means that it has counted nothing
+    although packets have passed, and what to look at next.
+    """
 
     name: str
+    title: str
     priority: Priority
+    counted_nothing: str
 
     def unavailable(self, direction: Direction) -> Optional[str]:
         """Return why it cannot limit this direction here, or None."""

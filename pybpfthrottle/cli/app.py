@@ -16,13 +16,14 @@ from click.core import ParameterSource
 from pybpfthrottle import __version__
 from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import (
+    BackendOption,
     ProcessId,
     limit_options,
     parse_rate,
     request_from,
     start_logging,
 )
-from pybpfthrottle.cli.say import echo, echo_lines, say, show_error
+from pybpfthrottle.cli.say import echo_lines, say, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
@@ -106,6 +107,8 @@ or 125 failed, 126 cannot be executed, 127 not found.
 @click.option("--stack", is_flag=True, help="Also limit what another pybpfthrottle already limits.")
 @click.option(
     "--exclusive",
+    cls=BackendOption,
+    backend="ebpf",
     is_flag=True,
     help="Before Linux 4.15: attach even if that may replace another tool's program.",
 )
@@ -125,7 +128,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         _refuse_options_in_front(ctx)
         return
     if options.pop("list_backends"):
-        _list_backends()
+        from pybpfthrottle.cli import backends as backends_command
+
+        backends_command.show(as_json=options["as_json"], try_them=False)
         return
     if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
         echo_lines(ctx.get_help(), err=True)
@@ -398,13 +403,44 @@ def sockets(pids: tuple[int, ...], as_json: bool) -> None:
     sys.exit(sockets_command.sockets(pids, as_json=as_json))
 
 
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle backends
+  sudo pybpfthrottle backends --try
+  sudo pybpfthrottle backends --json | jq '.backends[] | select(.download.available) | .name'
+
+\b
+Exit status: 0 done, 1 a packet passed an available backend uncounted (--try), 2 wrong usage.
+"""
+)
+@click.option(
+    "--try",
+    "try_them",
+    is_flag=True,
+    help="Also limit a packet by each, between two network namespaces.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def backends(try_them: bool, as_json: bool) -> None:
+    """List the ways to limit, whether they work here, and if not, why.
+
+    The best one that can do what was asked is used, unless --download-backend or --upload-backend
+    names another one.
+    """
+    from pybpfthrottle.cli import backends as backends_command
+
+    sys.exit(backends_command.show(as_json=as_json, try_them=try_them))
+
+
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cleanup(dry_run: bool, as_json: bool) -> None:
-    """Remove leftovers of a crash: programs attached by the legacy call, and empty cgroups.
+    """Remove leftovers of a crash: attached programs, tables of nftables, and empty cgroups.
 
-    Starting a limit does this too. It leaves other tools' programs and running throttles alone.
+    Starting a limit does this too. It leaves what other tools have made and running throttles
+    alone.
     """
     from pybpfthrottle.cli import cleanup as cleanup_command
 
@@ -516,18 +552,6 @@ def show(as_json: bool) -> None:
     from pybpfthrottle.cli import config as config_command
 
     config_command.show(as_json=as_json)
-
-
-def _list_backends() -> None:
-    from pybpfthrottle.backends.protocol import all_backends
-
-    for direction in (Direction.UPLOAD, Direction.DOWNLOAD):
-        echo(f"{str(direction).capitalize()} Backends:")
-        for backend in all_backends():
-            reason = backend.unavailable(direction)
-            mark = "✅ available" if reason is None else f"❌ unavailable: {reason}"
-            priority = f"[priority: {backend.priority.name.capitalize()}]"
-            echo(f"  {backend.name:<11} {priority} {mark}")
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:

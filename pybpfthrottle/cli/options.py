@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from contextlib import suppress
-from typing import Any, Callable, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
@@ -77,6 +78,14 @@ class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read cli
         return super().convert(text, param, ctx)
 
 
+class BackendOption(click.Option):  # type: ignore[misc]  # mypy does not read click
+    """An option of one backend: whoever gives it asks for that backend."""
+
+    def __init__(self, *args: Any, backend: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+
 def limit_options(function: F) -> F:
     """Add the options for limits, and for how they are put in force."""
     for option in reversed(
@@ -108,17 +117,23 @@ def limit_options(function: F) -> F:
             click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
             click.option(
                 "--bpf-attach-method",
+                cls=BackendOption,
+                backend="ebpf",
                 type=click.Choice(ATTACH_METHODS),
                 help="auto (the default) tries a BPF link, and after EINVAL the legacy call.",
             ),
             click.option(
                 "--override-others",
+                cls=BackendOption,
+                backend="ebpf",
                 is_flag=True,
                 help="Attach even if that switches off another tool's program, attached above with"
                 " BPF_F_ALLOW_OVERRIDE.",
             ),
             click.option(
                 "--egress-verdict",
+                cls=BackendOption,
+                backend="ebpf",
                 type=click.Choice(EGRESS_VERDICTS),
                 default="auto",
                 show_default=True,
@@ -127,6 +142,8 @@ def limit_options(function: F) -> F:
             ),
             click.option(
                 "--shape",
+                cls=BackendOption,
+                backend="ebpf",
                 type=click.Choice(SHAPES),
                 help="How to keep TCP to the limit. pace: pace uploads. gate, window: hold the"
                 " receive window of downloads (gate by a process, window by the kernel only)."
@@ -135,14 +152,13 @@ def limit_options(function: F) -> F:
             click.option(
                 "--download-backend",
                 type=click.Choice(BACKENDS),
-                default="auto",
-                help="See --list-backends.",
+                help="How to limit downloads: auto (the default) takes the best of those that"
+                " pybpfthrottle backends lists.",
             ),
             click.option(
                 "--upload-backend",
                 type=click.Choice(BACKENDS),
-                default="auto",
-                help="See --list-backends.",
+                help="How to limit uploads.",
             ),
             click.option(
                 "-v",
@@ -179,10 +195,12 @@ def request_from(given: dict[str, Any]) -> Request:
     from pybpfthrottle import settings
     from pybpfthrottle.backends.ebpf.options import Options
 
+    chosen = {direction: given.pop(f"{direction}_backend") for direction in Direction}
     try:
         found = settings.load(
             method=given.pop("bpf_attach_method"),
             shape=given.pop("shape"),
+            backends=chosen,
             exclusive=given.pop("exclusive", False),
             override_others=given.pop("override_others"),
         )
@@ -197,7 +215,7 @@ def request_from(given: dict[str, Any]) -> Request:
         limits=limits,
         traffic=Traffic(loopback=given.pop("loopback")),
         label=given.pop("label"),
-        backends={direction: given.pop(f"{direction}_backend") for direction in Direction},
+        backends=_backends(found.backends, limits),
         options={
             "ebpf": Options(
                 attach=found.attach,
@@ -213,11 +231,33 @@ def request_from(given: dict[str, Any]) -> Request:
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
     for direction in Direction:
-        if direction not in limits and request.backends[direction] != "auto":
+        if direction not in limits and chosen[direction]:
             raise click.UsageError(f"--{direction}-backend needs --{direction}-limit")
     if Direction.UPLOAD not in limits and verdict != "auto":
         raise click.UsageError("--egress-verdict needs --upload-limit")
     return request
+
+
+def _backends(chosen: Mapping[Direction, str], limits: Limits) -> dict[Direction, str]:
+    """Return the backend of each direction: the one whose own options are given, if any.
+
+    No option is ignored by a backend that does not know it: that is a usage error.
+    """
+    found = dict(chosen)
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        if not isinstance(option, BackendOption) or ctx.params.get(option.name) == "auto":
+            continue
+        if ctx.get_parameter_source(option.name or "") != ParameterSource.COMMANDLINE:
+            continue
+        able = [one for one in limits if found[one] in ("auto", option.backend)]
+        if limits and not able:
+            others = " and ".join(dict.fromkeys(found[one] for one in limits))
+            raise click.UsageError(
+                f"{option.opts[-1]} works only with the backend {option.backend}, not with {others}"
+            )
+        found.update(dict.fromkeys(able, option.backend))
+    return found
 
 
 def start_logging(verbose: int) -> None:

@@ -35,6 +35,11 @@ class Passage:
             self._next *= 2
             self.seen()
 
+    @property
+    def was_seen(self) -> bool:
+        """Whether there were signs at a look so far."""
+        return self._seen
+
     def seen(self, *, thorough: bool = False) -> bool:
         """Whether there have been signs so far."""
         if not self._seen:

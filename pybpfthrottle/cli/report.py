@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Mapping, TextIO
 
+from pybpfthrottle.backends.protocol import Backend
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.meter import Reading
+from pybpfthrottle.model import Verdict
 from pybpfthrottle.throttle import Throttle
 
 SCHEMA_VERSION = 1
@@ -67,8 +69,17 @@ def _by_direction(readings: list[Reading]) -> dict[str, Any]:
 NOTHING_PASSED = "Nothing was sent or received, so there was nothing to limit."
 
 
-def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
-    """Return what to say if packets have passed that no program has seen.
+def not_working(backend: Backend) -> str:
+    """Return what to say while packets pass that a throttle does not see."""
+    return (
+        f"{Verdict.NOT_WORKING.value}: packets pass, and none of them is limited."
+        f" {backend.counted_nothing}. Connections that were open before may be the cause: start"
+        " them again; pybpfthrottle backends --try tests the backends"
+    )
+
+
+def never_ran(*, pid: object, cgroup: str, backend: Backend, marked: bool = False) -> str:
+    """Return what to say if packets have passed that a throttle has not seen.
 
     ``marked``: the limit was for the sockets of processes, not for a cgroup.
     """
@@ -82,4 +93,4 @@ def never_ran(*, pid: object, cgroup: str, marked: bool = False) -> str:
         " process\n   entered this cgroup is not limited here; verify-setup looks for"
         " other causes."
     )
-    return f"⚠️  PID {pid} cgroup {cgroup}: No stats in BPF map (eBPF not initialized?)\n{why}"
+    return f"⚠️  PID {pid} cgroup {cgroup}: {backend.counted_nothing}\n{why}"

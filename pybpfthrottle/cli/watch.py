@@ -7,9 +7,10 @@ from contextlib import suppress
 from errno import ENOSPC
 from typing import Any, Optional, TextIO
 
+from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.passage import Passage
-from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran
+from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran, not_working
 from pybpfthrottle.cli.say import echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
@@ -20,6 +21,8 @@ from pybpfthrottle.throttle import Throttle
 log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
+# A limit may begin between a packet and its answer.
+_FIRST_SECONDS_S = 2.5
 
 
 class Watch:
@@ -53,6 +56,10 @@ class Watch:
         self._meter = Meter(live)
         self._limits: Limits = live.limits
         self._passage = Passage(live)
+        self._backends = {
+            direction: get_backend(how["backend"]) for direction, how in live.how().items()
+        }
+        self._told_not_working = False
         self._full = False
 
     def start(self, **fields: Any) -> None:
@@ -66,13 +73,16 @@ class Watch:
         readings = self._meter.sample()
         if not any(reading.counters.program_calls for reading in readings):
             self._passage.look()
+            self._tell_if_not_working()
         self._line.draw(readings)
         if self._json:
             self._json.sample(self._meter.elapsed_s, readings)
         for reading in readings:
             log.info("PID %s%s %s", self._pid, self._name, reading.line())
             log.info(
-                "eBPF stats PID %s cgroup %s: %s", self._pid, self._cgroup_id(), reading.counters
+                "%s stats PID %s cgroup %s: %s",
+                *(self._backends[reading.direction].title, self._pid, self._cgroup_id()),
+                reading.counters,
             )
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
@@ -93,9 +103,24 @@ class Watch:
         text = NOTHING_PASSED
         if self._passage.seen(thorough=True):
             marked = self._live.selection is not None
-            text = never_ran(pid=self._pid, cgroup=self._cgroup_id(), marked=marked)
+            text = never_ran(
+                pid=self._pid,
+                cgroup=self._cgroup_id(),
+                backend=next(iter(self._backends.values())),
+                marked=marked,
+            )
         with suppress(OSError):
             echo_lines(text, err=True)
+
+    def _tell_if_not_working(self) -> None:
+        """Say once, after the first seconds, that the limit does not see what passes."""
+        if (
+            self._passage.was_seen
+            and not self._told_not_working
+            and self._meter.elapsed_s > _FIRST_SECONDS_S
+        ):
+            self._told_not_working = True
+            self.note(not_working(next(iter(self._backends.values()))))
 
     def note(self, text: str) -> None:
         """Print a note on what is covered, to standard error or as a JSON line."""

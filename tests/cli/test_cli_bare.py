@@ -268,7 +268,8 @@ def test_if_the_second_cgroup_fails_the_first_is_not_limited(tool, scratch, atta
     good, bad = scratch.cgroup(), scratch.cgroup()
     with exclusive_program(bad):
         result = tool.run(
-            *("--cgroup", good.path, "--cgroup", bad.path, "--download-limit", "1M", "-q")
+            *("--cgroup", good.path, "--cgroup", bad.path, "--download-limit", "1M", "-q"),
+            *("--download-backend", "ebpf"),
         )
         assert result.status == 1
         assert attached(good) == ()
@@ -303,7 +304,7 @@ def test_an_exclusive_program_is_not_replaced(tool, scratch, attached, method):
     arguments = ("--cgroup", cgroup.path, "--download-limit", "1M", "--bpf-attach-method", method)
     with exclusive_program(cgroup):
         before = attached(cgroup)
-        result = tool.run(*arguments, "-q")
+        result = tool.run(*arguments, "--download-backend", "ebpf", "-q")
         assert attached(cgroup) == before
     assert result.status == 1
     complaint = result.err.splitlines()[-1]
@@ -316,7 +317,9 @@ def test_an_error_other_than_einval_is_not_retried(tool, scratch):
     """Auto falls back only after EINVAL, and logs that it did not."""
     cgroup = scratch.cgroup()
     with exclusive_program(cgroup):
-        err = tool.run("--cgroup", cgroup.path, "--download-limit", "1M", "-v").err
+        err = tool.run(
+            *("--cgroup", cgroup.path, "--download-limit", "1M", "--download-backend", "ebpf", "-v")
+        ).err
     assert "Modern attach failed with non-EINVAL error, not retrying" in err
     assert "legacy" not in err
 

@@ -120,7 +120,8 @@ def test_the_missing_one_of_two_capabilities_is_named(tool, scratch, held):
     """With one of CAP_BPF and CAP_NET_ADMIN only the other is said to be missing."""
     cgroup = scratch.cgroup()
     prefix = ["setpriv", f"--bounding-set=-all,+perfmon,+{held}"]
-    result = tool.run("--cgroup", cgroup.path, *LIMIT, prefix=prefix)
+    backend = ("--download-backend", "ebpf")
+    result = tool.run("--cgroup", cgroup.path, *LIMIT, *backend, prefix=prefix)
     missing = {"bpf": "CAP_NET_ADMIN", "net_admin": "CAP_BPF"}[held]
     assert result.status == 1
     assert f"lacks {missing};" in result.err.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -183,9 +184,48 @@ def test_backends_are_listed_for_each_direction(tool):
     assert result.text.splitlines() == [
         "Upload Backends:",
         "  ebpf        [priority: Best] ✅ available",
+        "  nftables    [priority: Better] ✅ available",
         "Download Backends:",
         "  ebpf        [priority: Best] ✅ available",
+        "  nftables    [priority: Better] ✅ available",
     ]
+    assert tool.run("backends").text == result.text
+
+
+def test_a_packet_is_tried_by_each_backend(tool):
+    """It passes between two network namespaces, and each backend has counted it."""
+    result = tool.run("backends", "--try", "--json")
+    assert result.status == 0
+    for backend in json.loads(result.text)["backends"]:
+        for direction in ("upload", "download"):
+            assert backend[direction]["counted"], backend
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--shape", "police"), ("--bpf-attach-method", "legacy"), ("--override-others",)],
+)
+def test_an_option_that_only_another_backend_has_is_refused(tool, option):
+    """Nothing is ignored: the option and both backends are named."""
+    arguments = ("-d", "1M", "--download-backend", "nftables", *option, "--", "true")
+    assert tool.run("run", *arguments).usage_error == (
+        f"{option[0]} works only with the backend ebpf, not with nftables"
+    )
+
+
+def test_an_option_of_a_backend_asks_for_that_backend(tool):
+    """The other direction may have another one."""
+    directions = ("-d", "1M", "--download-backend", "nftables", "-u", "1M")
+    result = tool.run("run", *directions, "--shape", "police", "-v", "--", "true")
+    assert result.status == 0
+    assert "upload: limited to 1.0 MB/s, attached by link" in result.err
+    assert "download: limited to 1.0 MB/s by the table" in result.err
+
+
+def test_an_unknown_backend_is_refused_with_those_that_there_are(tool):
+    """In the option's own words."""
+    error = tool.run("run", "-d", "1M", "--download-backend", "ipfw", "--", "true").usage_error
+    assert "'nftables'" in error
 
 
 def test_an_output_in_ascii_is_no_error(tool):

@@ -95,6 +95,14 @@ def _knows_shape() -> bool:
     return b"--shape" in shown.stdout
 
 
+def _by(backend: str) -> Prefix:
+    """Our command, with a backend for the direction."""
+    return lambda direction, rate: python(
+        *("pybpfthrottle", "run", "--quiet"),
+        *(f"--{direction}-limit", str(rate.bytes_per_s), f"--{direction}-backend", backend, "--"),
+    )
+
+
 def _htb_on(device: str, ports: str, rate: Rate, leaf: str) -> list[str]:
     # What no class is given passes at once (default 0). tc's own burst is too small for high
     # rates: 0.88 of 400 MB/s. One class has no use for the quantum, but the kernel logs a
@@ -152,6 +160,7 @@ METHODS = (
     Method("police", "pybpfthrottle run, without shaping", prefix=_ours("police")),
     Method("window", "pybpfthrottle run --shape window", _DOWN, prefix=_ours("window")),
     Method("shape", "pybpfthrottle run --shape auto", prefix=_ours("auto")),
+    Method("nftables", "pybpfthrottle run, by the backend nftables", prefix=_by("nftables")),
     Method("htb", "tc, HTB on the device", _UP, _htb(_PLAIN)),
     Method("htb-codel", "tc, HTB on the device with fq_codel below", _UP, _htb(_CODEL)),
     Method("tbf", "tc, TBF on the device: for all programs", _UP, _tbf),

@@ -39,7 +39,9 @@ class EbpfBackend:
     """Linux 4.10 with cgroup v2; nothing outside of the cgroup is touched."""
 
     name = "ebpf"
+    title = "eBPF"
     priority = Priority.BEST
+    counted_nothing = "No stats in BPF map (eBPF not initialized?)"
 
     def unavailable(self, direction: Direction) -> Optional[str]:
         """Return why it cannot limit this direction here, or None."""

@@ -45,7 +45,9 @@ class NftablesBackend:
     """Linux 5.13 with cgroup v2; nothing outside of the throttle's own table is touched."""
 
     name = NAME
+    title = NAME
     priority = Priority.BETTER
+    counted_nothing = "No packets in the counters of nftables (do its rules match?)"
 
     def unavailable(self, direction: Direction) -> Optional[str]:
         """Return why it cannot limit this direction here, or None."""

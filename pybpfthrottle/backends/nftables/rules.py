@@ -65,32 +65,30 @@ def create(
                 _chains(throttle_id, direction, counters.get(direction, Counters()))
                 for direction in limits
             ),
-            *(_limit(throttle_id, direction, rate) for direction, rate in limits.items()),
-            *(_matches(throttle_id, direction, members, loopback) for direction in limits),
+            *(_limit(throttle_id, direction, rate, loopback) for direction, rate in limits.items()),
+            *(_matches(throttle_id, direction, members) for direction in limits),
         )
         for line in part
     )
 
 
-def set_limit(throttle_id: str, direction: Direction, rate: Optional[Rate]) -> str:
+def set_limit(
+    throttle_id: str, direction: Direction, rate: Optional[Rate], *, loopback: bool = False
+) -> str:
     """Return the commands that change a limit; the counters continue."""
     chain = f"{_table(throttle_id)} {_limiting(direction)}"
-    lines = [f"flush chain {chain}", *_limit(throttle_id, direction, rate)]
+    lines = [f"flush chain {chain}", *_limit(throttle_id, direction, rate, loopback)]
     return "".join(f"{line}\n" for line in lines)
 
 
 def set_members(
-    throttle_id: str,
-    directions: Sequence[Direction],
-    members: Sequence[Member],
-    *,
-    loopback: bool = False,
+    throttle_id: str, directions: Sequence[Direction], members: Sequence[Member]
 ) -> str:
     """Return the commands that limit these cgroups instead; the counters continue."""
     lines = []
     for direction in directions:
         lines.append(f"flush chain {_table(throttle_id)} {direction}")
-        lines += _matches(throttle_id, direction, members, loopback)
+        lines += _matches(throttle_id, direction, members)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -124,16 +122,16 @@ def read(listing: Listing, directions: Sequence[Direction], members: int) -> Sta
     found = {}
     intact = True
     for direction in directions:
-        total, dropped = (counted.get(name) for name in _counters(direction))
         matched = rules.count(str(direction)) == members
         intact = intact and matched and _limiting(direction) in rules
-        if total is None or dropped is None:
+        if not all(name in counted for name in _counters(direction)):
             intact = False
             found[direction] = Counters()
             continue
-        packets = int(total["packets"])
+        seen, total, dropped = (counted[name] for name in _counters(direction))
         found[direction] = Counters(
-            packets, packets, int(total["bytes"]), int(dropped["packets"]), int(dropped["bytes"])
+            int(seen["packets"]),
+            *(int(one[what]) for one in (total, dropped) for what in ("packets", "bytes")),
         )
     return State(found, intact)
 
@@ -154,15 +152,16 @@ def _limiting(direction: Direction) -> str:
     return f"limit-{direction}"
 
 
-def _counters(direction: Direction) -> tuple[str, str]:
-    """Return the names of the counters of all packets, and of those that are dropped."""
-    return f"{direction}-all", f"{direction}-dropped"
+def _counters(direction: Direction) -> tuple[str, str, str]:
+    """Return the names of the counters of all packets, of those limited, and of those dropped."""
+    return f"{direction}-seen", f"{direction}-limited", f"{direction}-dropped"
 
 
 def _chains(throttle_id: str, direction: Direction, counters: Counters) -> Iterator[str]:
     """Create what rules refer to; counters begin at these values."""
     table, hook = _table(throttle_id), _HOOKS[direction][0]
     begin = (
+        (counters.program_calls, 0),
         (counters.packets_total, counters.bytes_total),
         (counters.packets_dropped, counters.bytes_dropped),
     )
@@ -175,27 +174,34 @@ def _chains(throttle_id: str, direction: Direction, counters: Counters) -> Itera
     )
 
 
-def _limit(throttle_id: str, direction: Direction, rate: Optional[Rate]) -> Iterator[str]:
-    """Count all packets, and drop those over the limit."""
-    total, dropped = _counters(direction)
-    # All packets pass this chain once, so that its limit is shared by all cgroups.
-    rule = f"add rule {_table(throttle_id)} {_limiting(direction)} counter name {total}"
+def _limit(
+    throttle_id: str, direction: Direction, rate: Optional[Rate], loopback: bool
+) -> Iterator[str]:
+    """Count all packets, and drop those over the limit.
+
+    All packets pass this chain once, so that its limit is shared by all cgroups.
+    """
+    seen, limited, dropped = _counters(direction)
+    statements = [f"counter name {seen}"]
+    if not loopback:
+        statements.append(f'{_HOOKS[direction][1]} "lo" accept')
+    statements.append(f"counter name {limited}")
     if rate is not None:
-        rule += (
+        statements[-1] += (
             f" limit rate over {rate.bytes_per_s} bytes/second burst {BURST_BYTES} bytes"
             f" counter name {dropped} drop"
         )
-    yield f'{rule} comment "{_comment(throttle_id)}"'
+    for statement in statements:
+        yield _rule(throttle_id, _limiting(direction), statement)
 
 
-def _matches(
-    throttle_id: str, direction: Direction, members: Sequence[Member], loopback: bool
-) -> Iterator[str]:
+def _matches(throttle_id: str, direction: Direction, members: Sequence[Member]) -> Iterator[str]:
     """Send the packets of cgroups to the limiting chain, each packet once."""
-    interface = "" if loopback else f'{_HOOKS[direction][1]} != "lo" '
     for member in members:
-        yield (
-            f"add rule {_table(throttle_id)} {direction} {interface}"
-            f'socket cgroupv2 level {member.level} "{member.path}"'
-            f' goto {_limiting(direction)} comment "{_comment(throttle_id)}"'
-        )
+        matched = f'socket cgroupv2 level {member.level} "{member.path}"'
+        yield _rule(throttle_id, str(direction), f"{matched} goto {_limiting(direction)}")
+
+
+def _rule(throttle_id: str, chain: str, statement: str) -> str:
+    comment = _comment(throttle_id)
+    return f'add rule {_table(throttle_id)} {chain} {statement} comment "{comment}"'

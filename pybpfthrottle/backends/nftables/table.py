@@ -70,14 +70,12 @@ class Table:
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit; the counters continue."""
         _refuse_beyond(rate)
-        self._nft.change(rules.set_limit(self._id, direction, rate))
+        self._nft.change(rules.set_limit(self._id, direction, rate, loopback=self._loopback))
 
     def set_cgroups(self, directions: Sequence[Direction], cgroups: Sequence[Cgroup]) -> None:
         """Limit these cgroups instead; the counters continue."""
         with members(cgroups) as matched:
-            self._nft.change(
-                rules.set_members(self._id, directions, matched, loopback=self._loopback)
-            )
+            self._nft.change(rules.set_members(self._id, directions, matched))
 
     def state(self, directions: Sequence[Direction], cgroups: int) -> Optional[State]:
         """Return what is there of a table that limits so many cgroups; None if it is gone."""

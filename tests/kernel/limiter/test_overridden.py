@@ -30,7 +30,11 @@ from pybpfthrottle.settings import AttachPolicy
 
 UPLOAD = {Direction.UPLOAD: Rate.parse("1M")}
 INSISTING = Options(attach=dict.fromkeys(Direction, AttachPolicy(override_others=True)))
-LIMITS = ("--upload-limit", "1M", "--download-limit", "1M")
+# By eBPF and nothing else: where that is refused, another backend would do.
+LIMITS = (
+    *("--upload-limit", "1M", "--upload-backend", "ebpf"),
+    *("--download-limit", "1M", "--download-backend", "ebpf"),
+)
 HOOK_PROGRAMS = {
     "ingress": (ProgType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS),
     "egress": (ProgType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS),

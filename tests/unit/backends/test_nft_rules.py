@@ -10,7 +10,7 @@ from pybpfthrottle.model import Counters, Direction, Rate
 
 DOWNLOAD, UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 MEMBER = Member(2, "../../../proc/7/fd/3")
-COUNTED = Counters(7, 7, 900, 2, 300)
+COUNTED = Counters(9, 7, 900, 2, 300)
 
 
 def listing(direction="download", comment="pybpfthrottle k3x9fd", members=1):
@@ -20,7 +20,8 @@ def listing(direction="download", comment="pybpfthrottle k3x9fd", members=1):
     return [
         {"metainfo": {"version": "1.0.6", "json_schema_version": 1}},
         {"table": {"family": "inet", "name": "pybpfthrottle-k3x9fd", "handle": 1}},
-        {"counter": {**table, "name": f"{direction}-all", "packets": 7, "bytes": 900}},
+        {"counter": {**table, "name": f"{direction}-seen", "packets": 9, "bytes": 999}},
+        {"counter": {**table, "name": f"{direction}-limited", "packets": 7, "bytes": 900}},
         {"counter": {**table, "name": f"{direction}-dropped", "packets": 2, "bytes": 300}},
         {"chain": {**table, "name": f"limit-{direction}"}},
         {"chain": {**table, "name": direction, "hook": "input", "prio": 150}},
@@ -34,15 +35,20 @@ def test_a_download_is_limited_at_the_input_hook():
     counters = {DOWNLOAD: COUNTED}
     assert rules.create("k3x9fd", {DOWNLOAD: Rate(5000)}, [MEMBER], counters=counters) == (
         "create table inet pybpfthrottle-k3x9fd\n"
-        "add counter inet pybpfthrottle-k3x9fd download-all { packets 7 bytes 900 ; }\n"
+        "add counter inet pybpfthrottle-k3x9fd download-seen { packets 9 bytes 0 ; }\n"
+        "add counter inet pybpfthrottle-k3x9fd download-limited { packets 7 bytes 900 ; }\n"
         "add counter inet pybpfthrottle-k3x9fd download-dropped { packets 2 bytes 300 ; }\n"
         "add chain inet pybpfthrottle-k3x9fd limit-download\n"
         "add chain inet pybpfthrottle-k3x9fd download"
         " { type filter hook input priority 150 ; policy accept ; }\n"
-        "add rule inet pybpfthrottle-k3x9fd limit-download counter name download-all"
+        "add rule inet pybpfthrottle-k3x9fd limit-download counter name download-seen"
+        ' comment "pybpfthrottle k3x9fd"\n'
+        'add rule inet pybpfthrottle-k3x9fd limit-download iifname "lo" accept'
+        ' comment "pybpfthrottle k3x9fd"\n'
+        "add rule inet pybpfthrottle-k3x9fd limit-download counter name download-limited"
         " limit rate over 5000 bytes/second burst 65536 bytes counter name download-dropped drop"
         ' comment "pybpfthrottle k3x9fd"\n'
-        'add rule inet pybpfthrottle-k3x9fd download iifname != "lo"'
+        "add rule inet pybpfthrottle-k3x9fd download"
         ' socket cgroupv2 level 2 "../../../proc/7/fd/3" goto limit-download'
         ' comment "pybpfthrottle k3x9fd"\n'
     )  # fmt: skip
@@ -52,7 +58,7 @@ def test_an_upload_is_limited_at_the_output_hook():
     """And by the device that the packets leave by."""
     text = rules.create("k3x9fd", {UPLOAD: Rate(5000)}, [MEMBER])
     assert "hook output" in text
-    assert 'oifname != "lo"' in text
+    assert 'oifname "lo" accept' in text
     assert "download" not in text
 
 
@@ -64,9 +70,11 @@ def test_loopback_is_limited_only_if_that_is_asked_for():
 
 def test_a_lifted_limit_still_counts():
     """Without a rate nothing is dropped; the counters are those from before."""
-    assert rules.set_limit("k3x9fd", UPLOAD, None) == (
+    assert rules.set_limit("k3x9fd", UPLOAD, None, loopback=True) == (
         "flush chain inet pybpfthrottle-k3x9fd limit-upload\n"
-        "add rule inet pybpfthrottle-k3x9fd limit-upload counter name upload-all"
+        "add rule inet pybpfthrottle-k3x9fd limit-upload counter name upload-seen"
+        ' comment "pybpfthrottle k3x9fd"\n'
+        "add rule inet pybpfthrottle-k3x9fd limit-upload counter name upload-limited"
         ' comment "pybpfthrottle k3x9fd"\n'
     )
 

@@ -89,8 +89,26 @@ def test_files_are_merged_key_by_key(config):
         "bpf.upload.attach_method": own,
         "bpf.download.shape": "default",
         "bpf.upload.shape": "default",
+        "backends.download": "default",
+        "backends.upload": "default",
         "bpf.fallback_errnos": system,
     }
+
+
+def test_a_file_names_a_backend_for_a_direction(config):
+    """The command line's goes before it; what it does not name is chosen automatically."""
+    file = config('[backends]\ndownload = "nftables"\n')
+    found = settings.load(environment={}, files=[file])
+    assert found.backends == {Direction.DOWNLOAD: "nftables", Direction.UPLOAD: "auto"}
+    found = settings.load(environment={}, files=[file], backends={Direction.DOWNLOAD: "ebpf"})
+    assert found.backends[Direction.DOWNLOAD] == "ebpf"
+
+
+def test_an_unknown_backend_in_a_file_is_refused(config):
+    """With those that there are."""
+    file = config('[backends]\ndownload = "ipfw"\n')
+    with pytest.raises(SettingsError, match=r'line 2: backends\.download is .ipfw.; .*"nftables"'):
+        settings.load(environment={}, files=[file])
 
 
 def test_a_direction_has_its_own_shape(config):

@@ -1,0 +1,381 @@
+"""Each backend by way of the tool: what it limits, what it leaves alone, and what it leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import Iterator, NamedTuple
+
+import pytest
+from lab import ENVIRONMENT, TOOL, Lab, lab
+from refusing import __file__ as refusing
+from targets import eventually
+
+from pybpfthrottle.backends import files
+from pybpfthrottle.backends.nftables.nft import Nft
+from pybpfthrottle.backends.nftables.table import Table
+from pybpfthrottle.backends.protocol import Match, Record
+from pybpfthrottle.errors import BackendError
+from pybpfthrottle.linux import cgroup, netns, process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
+
+RATE = Rate.parse("1M")
+# Of what is not limited.
+FAST = Rate.parse("20M")
+SECONDS = 8
+# A bucket may hold a second's worth, which passes at once.
+SETTLED = 2
+
+
+class Case(NamedTuple):
+    """A backend and a direction that it can limit."""
+
+    backend: str
+    direction: Direction
+
+    @property
+    def options(self) -> list[str]:
+        """What asks the tool for it."""
+        limit, backend = f"--{self.direction}-limit", f"--{self.direction}-backend"
+        return [limit, str(RATE.bytes_per_s), backend, self.backend]
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.direction}"
+
+
+BOTH = tuple(Direction)
+CASES = [
+    Case(backend, direction)
+    for backend, directions in {"ebpf": BOTH, "nftables": BOTH}.items()
+    for direction in directions
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def answer(lab: Lab, *command: str) -> str:
+    """What a command prints in the client's namespace."""
+    return subprocess.run(
+        lab.inside(*command), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def configuration(lab: Lab) -> list[str]:
+    """All that a backend may change in the client's namespace."""
+    commands = ("nft list ruleset", "tc -j qdisc show", "tc -j class show dev wire", "ip -j link")
+    return [answer(lab, *command.split()) for command in commands]
+
+
+@contextmanager
+def unchanged(lab: Lab) -> Iterator[None]:
+    """Within it the configuration may be another one, afterwards it is what it was."""
+    subprocess.run(
+        lab.inside("nft", "-f", "-"),
+        input="table inet mine { chain c { type filter hook input priority 0; counter; }; }",
+        text=True,
+        check=True,
+    )
+    without_counts = "nft -s list ruleset"
+    before = [*configuration(lab)[1:], answer(lab, *without_counts.split())]
+    try:
+        yield
+    finally:
+        assert [*configuration(lab)[1:], answer(lab, *without_counts.split())] == before
+        assert not list(files.records("nftables")) or all(
+            not process.is_gone(record.owner) for record in files.records("nftables")
+        )
+
+
+@pytest.fixture
+def own() -> Iterator[Lab]:
+    """Two namespaces, with a server in one of them, and a configuration to be left alone."""
+    with lab(fastest=FAST) as made, unchanged(made):
+        yield made
+
+
+def tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The tool, outside of all these namespaces."""
+    return subprocess.run(
+        [*TOOL, *arguments],
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs meanwhile."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        text=True,
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+
+
+def throttles(pid: int) -> list[dict]:
+    """What is listed of a tool."""
+    listed = json.loads(tool("list", "--json").stdout)["throttles"]
+    return [one for one in listed if one["owner_pid"] == pid]
+
+
+def running_with(own: Lab, case: Case, *command: str) -> list[str]:
+    """The tool that runs a command with a limit."""
+    return own.inside(*TOOL, "run", *case.options, "--", *(command or ("sleep", "60")))
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("ipv6", [False, True], ids=["IPv4", "IPv6"])
+@each_case
+def test_a_transfer_is_held_to_its_limit_and_others_are_not(case, ipv6):
+    """By curl, in either direction, over IPv4 and IPv6; a neighbour has all that is left."""
+    with lab(ipv6=ipv6, fastest=FAST) as own, unchanged(own):
+        neighbour = f"sleep 4; curl --globoff -sN --max-time 2 {own.url} | wc -c"
+        with started(own.inside("sh", "-c", neighbour)) as other:
+            transfer = own.download if case.direction is Direction.DOWNLOAD else own.upload
+            windows = transfer(case.options, SECONDS).windows(RATE, SECONDS)
+            assert sum(windows[SETTLED:]) / (SECONDS - SETTLED) == pytest.approx(1, abs=0.1)
+            assert int(other.communicate()[0]) > FAST.bytes_per_s
+
+
+@each_case
+def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
+    """The owner says what others have changed, and goes on without the limit."""
+    with started(running_with(own, case)) as running:
+        [listed] = eventually(lambda: throttles(running.pid))
+        direction = str(case.direction)
+        assert listed["backends"] == {direction: case.backend}
+        option = f"--{direction}-limit"
+        tool("set", listed["id"], option, "2M")
+        assert throttles(running.pid)[0]["limits"][direction] == 2 << 20
+        [shown] = json.loads(tool("show", listed["id"], "--json").stdout)["throttles"]
+        assert shown["how"][direction]["backend"] == case.backend
+        time.sleep(1.5)
+        assert tool("remove", listed["id"]).stdout.startswith("Removed ")
+        assert throttles(running.pid) == []
+        time.sleep(1.5)
+        assert running.poll() is None
+        running.terminate()
+        said = running.communicate()[1]
+    assert f"The {direction} limit was changed to 2.0 MB/s." in said
+    assert "The limit was removed; the command continues without it." in said
+
+
+@each_case
+def test_after_a_kill_cleanup_leaves_nothing(own, case):
+    """Neither rules nor files nor cgroups; it says what it has removed."""
+    with started(running_with(own, case)) as running:
+        [listed] = eventually(lambda: throttles(running.pid))
+        made = [Cgroup(path) for path in listed["target"]["cgroups"]]
+        running.kill()
+        running.wait()
+        for pid in [pid for one in made for pid in one.pids()]:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not any(one.populated() for one in made))
+        done = tool("cleanup")
+        assert done.returncode == 0, done.stderr
+        assert not any(one.exists() for one in made)
+        assert throttles(running.pid) == []
+
+
+@each_case
+def test_the_next_start_tidies_up_too(own, case):
+    """As cleanup does."""
+    with started(running_with(own, case)) as running:
+        [listed] = eventually(lambda: throttles(running.pid))
+        running.kill()
+        running.wait()
+    tool("run", "-q", "-u", "1M", "--", "true")
+    assert listed["id"] not in tool("list", "--json").stdout
+
+
+NFT_DOWNLOAD = Case("nftables", Direction.DOWNLOAD)
+
+
+def tables(own: Lab) -> list[str]:
+    """The tables of throttles."""
+    return [line for line in answer(own, "nft", "list", "tables").splitlines() if "pybpf" in line]
+
+
+def test_a_flushed_table_is_put_back_once(own):
+    """Somebody's flush ruleset is noticed, said and undone; the second one ends the limit."""
+    with started(running_with(own, NFT_DOWNLOAD)) as running:
+        before = eventually(lambda: tables(own))
+        for _ in range(2):
+            # Of our own table only: the other one has to be the same afterwards.
+            answer(own, *f"nft delete {before[0]}".split())
+            assert tables(own) == []
+            time.sleep(1.2)
+        assert tables(own) == []
+        time.sleep(1.2)
+        assert running.poll() is None
+        running.terminate()
+        said = running.communicate()[1]
+    assert said.count("it was restored, and will not be a second time") == 1
+    assert said.count("was removed again, not by pybpfthrottle: the limit ends") == 1
+    assert "The limit was removed; the command continues without it." in said
+
+
+def test_a_restored_table_counts_on(own):
+    """From what was known."""
+    command = f"curl --globoff -sN --max-time 5 {own.url} >/dev/null; sleep 30"
+    with started(running_with(own, NFT_DOWNLOAD, "sh", "-c", command)) as running:
+        [listed] = eventually(lambda: throttles(running.pid))
+        time.sleep(3)
+        [table] = tables(own)
+        answer(own, *f"nft flush {table}".split())
+        eventually(lambda: "counter name" in answer(own, *f"nft list {table}".split()))
+        [shown] = json.loads(tool("show", listed["id"], "--json").stdout)["throttles"]
+        assert shown["counters"]["download"]["bytes_total"] > 2 * RATE.bytes_per_s
+
+
+def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch):
+    """It is neither used nor removed."""
+    foreign = "table inet pybpfthrottle-zzzzzz { chain download { }; }"
+    subprocess.run(own.inside("nft", "-f", "-"), input=foreign, text=True, check=True)
+    before = answer(own, "nft", "list", "ruleset")
+    number = netns.number(own.wire.client.process.pid)
+    with Nft(number) as nft:
+        table = Table("zzzzzz", nft)
+        with pytest.raises(BackendError, match="that pybpfthrottle has not made"):
+            table.create({Direction.UPLOAD: RATE}, [scratch])
+        assert not table.delete()
+    gone = Identity(1 << 22, process.identity().pid_namespace, 1)
+    spec = ThrottleSpec(Target(), {Direction.UPLOAD: RATE})
+    handles = {"network_namespace": number}
+    files.write(Record("zzzzzz", spec, gone, "nftables", Match.CGROUP, handles=handles))
+    assert tool("cleanup").returncode == 0
+    assert answer(own, "nft", "list", "ruleset") == before
+    assert files.read("nftables", "zzzzzz") is None
+    answer(own, "nft", "delete", "table", "inet", "pybpfthrottle-zzzzzz")
+
+
+def test_without_nft_an_explicit_choice_is_refused_with_the_package(own, tmp_path):
+    """And nothing is started."""
+    done = tool("run", *NFT_DOWNLOAD.options, "--", "true", PATH=str(tmp_path))
+    assert done.returncode == 125
+    assert done.stderr == (
+        "pybpfthrottle: error: cannot limit download: nftables: nft is not installed: install the"
+        " package nftables\n"
+    )
+
+
+FAILING = """#!/bin/sh
+# Fails when it is to create a table, which is not the first call.
+case "$*" in
+*--check*) exec {nft} "$@" ;;
+"-f -") echo "Error: out of luck" >&2; exit 1 ;;
+*) exec {nft} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def failing(tmp_path) -> str:
+    """A PATH with an nft that fails half-way."""
+    script = tmp_path / "nft"
+    script.write_text(FAILING.format(nft=shutil.which("nft")))
+    script.chmod(0o755)
+    return f"{tmp_path}:{os.environ['PATH']}"
+
+
+def test_an_nft_that_fails_half_way_leaves_nothing(own, failing):
+    """The error is nft's own; neither a file nor a cgroup stays."""
+    done = tool("run", *NFT_DOWNLOAD.options, "--", "true", PATH=failing)
+    assert done.returncode == 125
+    assert done.stderr == "pybpfthrottle: error: nft failed: Error: out of luck\n"
+    assert [one for one in files.records("nftables") if process.is_gone(one.owner)] == []
+
+
+def refused(*rules: str) -> list[str]:
+    """The tool where bpf(2) refuses some commands."""
+    return [sys.executable, refusing, *rules, "--", *TOOL]
+
+
+def test_without_ebpf_the_next_backend_is_used_and_that_is_said(own):
+    """Automatically, in one line."""
+    command = [*refused(f"all={errno.ENOSYS}"), "run", "-d", "1M", "--", "true"]
+    done = subprocess.run(own.inside(*command), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nftables limits downloads, as ebpf cannot: " in done.stderr
+
+
+def test_a_backend_that_fails_while_starting_is_followed_by_the_next(own):
+    """What the kernel refused is told in one line."""
+    attach = [f"{command}={errno.EPERM}" for command in (8, 28)]
+    command = [*refused(*attach), "run", "-d", "1M", "--", "true"]
+    done = subprocess.run(own.inside(*command), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum("ebpf has failed: " in line for line in done.stderr.splitlines()) == 1
+    assert "nftables: packets over the limit are dropped" in done.stderr
+
+
+def test_without_any_backend_each_reason_is_told(own, tmp_path):
+    """Neither bpf(2) nor nft."""
+    command = [*refused(f"all={errno.ENOSYS}"), "run", "-d", "1M", "--", "true"]
+    done = subprocess.run(
+        command, env={**ENVIRONMENT, "PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 125
+    assert "ebpf: " in done.stderr
+    assert "nftables: nft is not installed: install the package nftables" in done.stderr
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("rules", [[], [f"all={errno.ENOSYS}"]], ids=["", "without eBPF"])
+def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
+    """With --pid: what it opens from then on is limited, what it loses is said."""
+    loop = f"while :; do curl --globoff -sN --max-time 1 {own.url} >/dev/null; done"
+    with started(own.inside("sh", "-c", loop)) as client:
+        command = [*(refused(*rules) if rules else TOOL), "--pid", str(client.pid)]
+        done = subprocess.run(
+            [*command, *NFT_DOWNLOAD.options, "--duration", "6"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        client.kill()
+    assert done.returncode == 0, done.stderr
+    assert "Single sockets cannot be limited here: nftables can tell cgroups apart" in done.stdout
+    assert "moved into a cgroup of their own" in done.stdout
+    assert "Connections that are already open are not limited" in done.stdout
+    assert "✅ THROTTLED" in done.stdout
+
+
+@pytest.mark.timed
+def test_a_limit_that_sees_nothing_is_told_of_after_the_first_seconds(own):
+    """A connection that was open before is not moved with its process: that does not work."""
+    with started(own.inside("curl", "--globoff", "-so", "/dev/null", own.url)) as client:
+        time.sleep(0.5)
+        command = ["--pid", str(client.pid), *NFT_DOWNLOAD.options, "--duration", "5"]
+        done = tool(*command)
+        client.kill()
+    assert done.stderr.count("THROTTLE NOT WORKING: packets pass, and none of them is limited") == 1
+    assert "No packets in the counters of nftables" in done.stderr
+
+
+def test_a_root_cgroup_and_a_rate_beyond_nftables_are_refused(own):
+    """With what is the most that it can do."""
+    done = tool("run", "-d", "20G", "--download-backend", "nftables", "--", "true")
+    assert done.returncode == 125
+    assert done.stderr == (
+        "pybpfthrottle: error: nftables limits to 17.2 GB/s at most, not to 20.0 GB/s\n"
+    )
+    with Nft() as nft, pytest.raises(BackendError, match="cannot match the root cgroup"):
+        Table("zzzzzz", nft).create({Direction.UPLOAD: RATE}, [cgroup.root()])
