@@ -13,7 +13,7 @@ from typing import Optional, Sequence, TextIO
 
 from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.say import PROGRAM, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import process
@@ -80,7 +80,7 @@ def _run(
             terminal=sys.stderr,
             json_file=json_file,
             quiet=request.quiet,
-            prefix="pybpfthrottle: ",
+            prefix=PROGRAM,
         )
         command.let_go()
         registry.tidy_up()

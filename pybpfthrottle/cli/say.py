@@ -14,6 +14,8 @@ import click
 
 from pybpfthrottle.model import printable
 
+PROGRAM = "pybpfthrottle: "
+
 # Clears the live line, so that other output begins on an empty line.
 make_room: list[Callable[[], None]] = []
 
@@ -47,7 +49,7 @@ def say(line: str) -> None:
     """Print one line that begins with the program's name, to standard error."""
     # The terminal, or the reader of standard error, may be gone.
     with suppress(OSError):
-        echo(f"pybpfthrottle: {line}", err=True)
+        echo(PROGRAM + line, err=True)
 
 
 def show_error(error: click.ClickException) -> None:

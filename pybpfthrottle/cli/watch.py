@@ -11,7 +11,7 @@ from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.passage import Passage
 from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran, not_working
-from pybpfthrottle.cli.say import echo, echo_lines, say
+from pybpfthrottle.cli.say import PROGRAM, echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter
@@ -128,7 +128,7 @@ class Watch:
         if self._json:
             self._json.note(text)
         if not self._quiet:
-            say(f"{self._prefix}{text}")
+            say(self._prefix.removeprefix(PROGRAM) + text)
 
     def _tell_changes(self) -> None:
         """Report limits that somebody else has changed."""

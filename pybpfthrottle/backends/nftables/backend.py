@@ -32,7 +32,7 @@ from pybpfthrottle.model import Direction, Rate
 
 log = logging.getLogger(__name__)
 
-_NO_SOCKETS = "nftables can tell cgroups apart, and not single sockets"
+_NO_SOCKETS = "nftables tells cgroups apart, and not single sockets"
 _LOSES = (
     "packets over the limit are dropped, not delayed, so more is retransmitted",
     "after an idle second as much again may pass at once",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -266,6 +268,64 @@ def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch
     answer(own, "nft", "delete", "table", "inet", "pybpfthrottle-zzzzzz")
 
 
+TO_ITSELF = """
+import socket
+own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own.bind(("127.0.0.1", 0))
+own.sendto(b"x", own.getsockname())
+own.recv(9)
+"""
+
+
+def test_a_new_sys_hides_no_cgroup_from_nft(scratch):
+    """Below ip netns exec cgroup v2 is not mounted, and cgroups are named by descriptor."""
+    name = scratch.path.rpartition("/")[2]
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        talk = f"{shlex.join([sys.executable, '-c', TO_ITSELF])}; nft list ruleset"
+        command = [*TOOL, "run", "-q", *NFT_DOWNLOAD.options, "--loopback", "--", "sh", "-c"]
+        exec_up = ["ip", "netns", "exec", name]
+        subprocess.run([*exec_up, "ip", "link", "set", "lo", "up"], check=True)
+        done = subprocess.run(
+            [*exec_up, *command, talk], env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "socket cgroupv2 level" in done.stdout
+        assert re.search(r"counter download-limited {\s*packets [1-9]", done.stdout), done.stdout
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_in_a_cgroup_namespace_it_is_refused_with_the_reason(own):
+    """Nothing tells there how deep a cgroup is, and a wrong depth matches nothing."""
+    command = ["unshare", "--cgroup", *TOOL, "run", *NFT_DOWNLOAD.options, "--", "true"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 125
+    assert "this process is in a cgroup namespace" in done.stderr
+
+
+@pytest.mark.parametrize("choice", [("--each", "--pid"), ("--name",)], ids=" ".join)
+def test_what_needs_single_sockets_is_refused(own, choice):
+    """A later process may be in any cgroup, so nftables could not know it."""
+    which = str(os.getpid()) if choice[-1] == "--pid" else "nobody-has-this-name"
+    done = tool(*choice, which, *NFT_DOWNLOAD.options)
+    assert done.returncode == 1
+    assert "nftables: nftables tells cgroups apart, and not single sockets" in done.stderr
+
+
+@pytest.mark.parametrize("second", ["ebpf", "nftables"])
+def test_two_backends_do_not_limit_one_cgroup_unasked(own, scratch, second):
+    """Packets would be charged twice; --stack allows it."""
+    first = {"ebpf": "nftables", "nftables": "ebpf"}[second]
+    command = ["--cgroup", scratch.path, "-d", "1M", "--download-backend"]
+    with started([*TOOL, *command, first]) as running:
+        eventually(lambda: throttles(running.pid))
+        refused = tool(*command, second)
+        assert refused.returncode == 1
+        assert f"is already limited by process {running.pid}" in refused.stderr
+        assert tool(*command, second, "--stack", "--duration", "0.5").returncode == 0
+
+
 def test_without_nft_an_explicit_choice_is_refused_with_the_package(own, tmp_path):
     """And nothing is started."""
     done = tool("run", *NFT_DOWNLOAD.options, "--", "true", PATH=str(tmp_path))
@@ -352,7 +412,7 @@ def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
         )
         client.kill()
     assert done.returncode == 0, done.stderr
-    assert "Single sockets cannot be limited here: nftables can tell cgroups apart" in done.stdout
+    assert "Single sockets cannot be limited here: nftables tells cgroups apart" in done.stdout
     assert "moved into a cgroup of their own" in done.stdout
     assert "Connections that are already open are not limited" in done.stdout
     assert "✅ THROTTLED" in done.stdout
