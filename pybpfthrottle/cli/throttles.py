@@ -65,22 +65,20 @@ def _why(error: OSError) -> str:
 def show_all(*, as_json: bool) -> None:
     """List the throttles in force."""
     records = _all(registry.records)
+    throttles = _by_id(records)
     if as_json:
-        tables.show_json({"schema": SCHEMA, "throttles": [_record(each) for each in records]})
+        tables.show_json({"schema": SCHEMA, "throttles": [_record(each) for each in throttles]})
         return
-    if not records:
+    if not throttles:
         echo("Nothing is limited.")
         return
     head = ("id", "name", "target", "download", "upload", "by process")
-    tables.show([head, *map(_row, records)])
+    tables.show([head, *map(_row, throttles)])
 
 
 def show(which: Which, *, as_json: bool) -> None:
     """Show throttles with their counters."""
-    shown = []
-    for record in which.records():
-        with _opened(record) as throttle:
-            shown.append(_details(record, throttle))
+    shown = [_details(parts) for parts in _by_id(which.records())]
     if as_json:
         tables.show_json({"schema": SCHEMA, "throttles": shown})
         return
@@ -90,17 +88,18 @@ def show(which: Which, *, as_json: bool) -> None:
 
 def change(which: Which, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
     """Change limits, or how they are attached."""
-    for record in which.records():
-        _change(record, limits, method)
+    for parts in _by_id(which.records()):
+        _change(parts, limits, method)
 
 
 def remove(which: Which, *, all_of_them: bool) -> None:
     """Remove throttles, whoever made them."""
     records = _all(registry.records) if all_of_them else which.records()
-    for record in records:
-        with _opened(record) as throttle:
-            throttle.remove()
-        echo(f"Removed {record.id}: {_target(record)}.")
+    for parts in _by_id(records):
+        for record in parts:
+            with _opened(record) as throttle:
+                throttle.remove()
+        echo(f"Removed {parts[0].id}: {_target(parts[0])}.")
     if not records:
         echo("Nothing is limited.")
 
@@ -115,19 +114,39 @@ def switch(pid: int, method: str) -> None:
         raise ProcessError(
             f"process {pid} ({owner.name}) is not a pybpfthrottle that keeps a limit"
         )
+    for parts in _by_id(records):
+        _change(parts, {}, method)
+
+
+# A throttle has a record for each of its backends, all with the same id.
+_Parts = Sequence[Record]
+
+
+def _by_id(records: Sequence[Record]) -> list[_Parts]:
+    """Return the records of each throttle."""
+    found: dict[str, list[Record]] = {}
     for record in records:
-        _change(record, {}, method)
+        found.setdefault(record.id, []).append(record)
+    return list(found.values())
 
 
-def _change(record: Record, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
-    with _opened(record) as throttle:
-        for direction, rate in limits.items():
-            throttle.set_limit(direction, rate)
-        if method is not None:
-            throttle.switch(method)
-        changed = [f"{direction} {rate or 'unlimited'}" for direction, rate in limits.items()]
-        changed += [f"attached by {method}"] if method is not None else []
-    echo(f"Changed {record.id}: {', '.join(changed)}.")
+def _change(parts: _Parts, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
+    limited = _limits(parts)
+    for record in parts:
+        with _opened(record) as throttle:
+            for direction, rate in limits.items():
+                # What no part limits is refused by the first one.
+                if direction in record.spec.limits or direction not in limited:
+                    throttle.set_limit(direction, rate)
+            if method is not None:
+                throttle.switch(method)
+    changed = [f"{direction} {rate or 'unlimited'}" for direction, rate in limits.items()]
+    changed += [f"attached by {method}"] if method is not None else []
+    echo(f"Changed {parts[0].id}: {', '.join(changed)}.")
+
+
+def _limits(parts: _Parts) -> dict[Direction, Optional[Rate]]:
+    return {direction: rate for record in parts for direction, rate in record.spec.limits.items()}
 
 
 @contextmanager
@@ -156,8 +175,8 @@ def _target(record: Record) -> str:
     return ", ".join(parts) or ", ".join(record.cgroups) or "unknown (of an older version)"
 
 
-def _row(record: Record) -> tuple[str, ...]:
-    limits = record.spec.limits
+def _row(parts: _Parts) -> tuple[str, ...]:
+    record, limits = parts[0], _limits(parts)
     return (
         record.id,
         record.spec.name,
@@ -170,8 +189,8 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def _record(record: Record) -> dict[str, Any]:
-    limits = record.spec.limits
+def _record(parts: _Parts) -> dict[str, Any]:
+    record, limits = parts[0], _limits(parts)
     rates = {direction: limits.get(direction) for direction in Direction}
     return {
         "id": record.id,
@@ -186,23 +205,26 @@ def _record(record: Record) -> dict[str, Any]:
         },
         "owner_pid": record.owner.pid,
         "kept": record.kept,
-        "backends": {str(direction): record.backend for direction in limits},
+        "backends": {
+            str(direction): part.backend for part in parts for direction in part.spec.limits
+        },
         "match": record.match.value,
-        "attached_by": record.attached_by,
+        "attached_by": ", ".join(dict.fromkeys(part.attached_by for part in parts)),
         "since_s": _age_s(record),
     }
 
 
-def _details(record: Record, throttle: Throttle) -> dict[str, Any]:
-    return {
-        **_record(record),
-        "processes": throttle.processes(),
-        "how": {str(direction): how for direction, how in throttle.how().items()},
-        "counters": {
-            str(direction): counters._asdict()
-            for direction, counters in throttle.counters().items()
-        },
-    }
+def _details(parts: _Parts) -> dict[str, Any]:
+    processes: set[int] = set()
+    how, counters = {}, {}
+    for record in parts:
+        with _opened(record) as throttle:
+            processes.update(throttle.processes())
+            how.update({str(direction): how for direction, how in throttle.how().items()})
+            counters.update(
+                {str(d): counted._asdict() for d, counted in throttle.counters().items()}
+            )
+    return {**_record(parts), "processes": sorted(processes), "how": how, "counters": counters}
 
 
 def _age_s(record: Record) -> Optional[float]:

@@ -179,6 +179,24 @@ def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
     assert "The limit was removed; the command continues without it." in said
 
 
+def test_a_throttle_by_two_backends_is_one(own):
+    """It is listed, changed and removed as one, and its owner notices all of it."""
+    upload = ("--upload-limit", "1M", "--upload-backend", "ebpf")
+    command = [*TOOL, "run", *NFT_DOWNLOAD.options, *upload, "--", "sleep", "60"]
+    with started(own.inside(*command)) as running:
+        eventually(lambda: len(throttles(running.pid)) and tables(own))
+        [listed] = throttles(running.pid)
+        assert listed["backends"] == {"upload": "ebpf", "download": "nftables"}
+        changed = tool("set", listed["id"], "-d", "2M", "-u", "3M")
+        assert changed.stdout == (f"Changed {listed['id']}: download 2.0 MB/s, upload 3.0 MB/s.\n")
+        assert throttles(running.pid)[0]["limits"] == {"download": 2 << 20, "upload": 3 << 20}
+        [shown] = json.loads(tool("show", listed["id"], "--json").stdout)["throttles"]
+        assert {way: how["backend"] for way, how in shown["how"].items()} == listed["backends"]
+        assert tool("remove", listed["id"]).stdout.count("Removed") == 1
+        eventually(lambda: not throttles(running.pid))
+        assert tables(own) == []
+
+
 @each_case
 def test_after_a_kill_cleanup_leaves_nothing(own, case):
     """Neither rules nor files nor cgroups; it says what it has removed."""
