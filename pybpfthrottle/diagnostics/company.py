@@ -11,9 +11,11 @@ from typing import Iterator
 
 from pybpfthrottle.backends.ebpf import attached, privileges
 from pybpfthrottle.backends.ebpf.attached import Links
-from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped
+from pybpfthrottle.backends.protocol import Priority, all_backends
+from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped, warned
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import netlink
+from pybpfthrottle.model import Direction
 
 _SECTION = "What is there already"
 _ROUTE, _NETFILTER = 0, 12
@@ -141,6 +143,26 @@ def _systemd(setup: Setup) -> Result:
     return passed("its programs allow others", *evidence)
 
 
+def _backends(setup: Setup) -> Result:
+    others = [backend for backend in all_backends() if backend.priority is not Priority.BEST]
+    left = [str(leftover) for backend in others for leftover in backend.leftovers()]
+    if left:
+        return warned("a crash has left these; pybpfthrottle cleanup removes them", *left)
+    reasons = {
+        (backend.name, direction): backend.unavailable(direction)
+        for backend in others
+        for direction in Direction
+    }
+    evidence = [
+        f"{name}, {direction}s: {reason or 'available'}"
+        for (name, direction), reason in reasons.items()
+    ]
+    able = dict.fromkeys(name for (name, _), reason in reasons.items() if reason is None)
+    if not able:
+        return passed("none can limit here", *evidence)
+    return passed(f"where eBPF cannot limit, {', '.join(able)} can", *evidence)
+
+
 CHECKS = (
     Check(
         "company.systemd",
@@ -169,5 +191,13 @@ CHECKS = (
         "",
         _engines,
         ("cgroup.v2",),
+    ),
+    Check(
+        "company.backends",
+        _SECTION,
+        "other backends",
+        "they limit where eBPF cannot",
+        "",
+        _backends,
     ),
 )

@@ -273,7 +273,10 @@ def _traffic(direction: Direction) -> Callable[[Setup], Result]:
         limit = {direction: MIN_RATE}
         options = Options(attach=settings.load().attach)
         with throttle.apply(
-            [setup.scratch], limit, traffic=Traffic(loopback=True), options=options
+            *([setup.scratch], limit),
+            traffic=Traffic(loopback=True),
+            options=options,
+            backends={direction: "ebpf"},
         ) as live:
             sent, received = _exchange(setup.scratch)
             counters = live.counters()[direction]

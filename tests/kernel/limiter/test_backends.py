@@ -415,6 +415,30 @@ def test_without_any_backend_each_reason_is_told(own, tmp_path):
     assert "nftables: nft is not installed: install the package nftables" in done.stderr
 
 
+@each_case
+def test_a_restarted_unit_is_limited_again(own, scratch, case):
+    """In its new cgroup, by the same throttle; the record says where."""
+    # No other test may have a unit of this name.
+    name = f"{os.path.basename(scratch.path)}.service"
+    unit = scratch.create_child(name)
+    command = [*TOOL, "--unit", name, *case.options, "--loopback", "--json"]
+    with started(own.inside(*command)) as running:
+        [listed] = eventually(lambda: throttles(running.pid))
+        unit.remove()
+        unit = scratch.create_child(name)
+        assert running.stdout is not None
+        next(line for line in running.stdout if "was restarted: it is limited again" in line)
+        client = own.inside(sys.executable, "-c", TO_ITSELF)
+        subprocess.run(client, preexec_fn=lambda: unit.move_in(0), check=True)
+        [shown] = json.loads(tool("show", listed["id"], "--json").stdout)["throttles"]
+        assert shown["counters"][str(case.direction)]["packets_total"] == 1
+        assert (
+            f"is already limited by process {running.pid}"
+            in tool("--cgroup", unit.path, *case.options).stderr
+        )
+        unit.remove(patience_s=5)
+
+
 @pytest.mark.timed
 @pytest.mark.parametrize("rules", [[], [f"all={errno.ENOSYS}"]], ids=["", "without eBPF"])
 def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
