@@ -9,8 +9,11 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, IPPROTO_TCP, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
+from pybpfthrottle import registry
 from pybpfthrottle.backends.ebpf import features, privileges
+from pybpfthrottle.backends.ebpf.backend import EbpfBackend
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
+from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import endpoints, netns, process, sockets
@@ -111,7 +114,13 @@ class Coverage:
         """
         self.unknown: Optional[str] = None
         self._rules: Optional[Rules] = None
+        self._tables: list[_Limited] = []
         try:
+            self._tables = [
+                _Limited(record, record.visible_cgroups())
+                for record in registry.records()
+                if record.backend != EbpfBackend.name and record.match is Match.CGROUP
+            ]
             self._rules = Rules()
             self._rules.passed_in(cgroups_v2.root())  # raises what the kernel refuses
         except CgroupError as error:
@@ -169,13 +178,13 @@ class Coverage:
                 ]
             surroundings = namespaces.surroundings(borrowed)
         marked = frozenset(map_id for one in borrowed for map_id in one.marks)
-        judge = _Judge(target.pid, where, self._rules, marked)
+        judge = _Judge(target.pid, where, self._rules, marked, self._tables)
         found = []
         for one in borrowed:
             around = surroundings.get(one.namespace, _NOWHERE)
             own = OpenSocket(one.fd, one.inode, one.description)
             own = own._replace(shared_with=self._shared(one.inode, target.pid))
-            found.append(judge.judged(own, one.marks, around))
+            found.append(judge.judged(own, one.marks, around, one.namespace))
         return found
 
     def _shared(self, inode: int, pid: int) -> tuple[int, ...]:
@@ -192,6 +201,23 @@ class Coverage:
                 for inode in {each.inode for each in sockets.descriptors(pid)}:
                     found.setdefault(inode, []).append(pid)
         return found
+
+
+class _Limited(NamedTuple):
+    """A throttle of whole cgroups by another backend than eBPF."""
+
+    record: Record
+    cgroups: list[Cgroup]
+
+    def limits(self, cgroup: Optional[Cgroup], namespace: int) -> bool:
+        """Whether it limits the sockets of a cgroup in a network namespace (0: unknown)."""
+        own = self.record.handles.get("network_namespace", namespace)
+        return namespace in (0, own) and any(cgroup in one for one in self.cgroups)
+
+    def cover(self) -> Cover:
+        """Return it as what covers a socket."""
+        limited = [d for d, rate in self.record.spec.limits.items() if rate is not None]
+        return Cover(self.record.owner, CGROUP, tuple(sorted(limited)))
 
 
 class _Borrowed(NamedTuple):
@@ -312,17 +338,25 @@ class _Judge:
     """Finds out which rules cover the sockets of a process in the cgroup ``now``."""
 
     def __init__(
-        self, pid: int, now: Optional[Cgroup], rules: Rules, marked: frozenset[int]
+        self,
+        pid: int,
+        now: Optional[Cgroup],
+        rules: Rules,
+        marked: frozenset[int],
+        tables: Sequence[_Limited] = (),
     ) -> None:
         """``marked`` has the ids of the maps that mark any of the process's sockets."""
         self._pid = pid
         self._now = now
         self._rules = rules
         self._marked = marked
+        self._tables = tables
         self._cgroups = _Cgroups(now)
         self._rules_near: dict[Cgroup, list[Rule]] = {}
 
-    def judged(self, own: OpenSocket, marks: frozenset[int], around: _Surroundings) -> OpenSocket:
+    def judged(
+        self, own: OpenSocket, marks: frozenset[int], around: _Surroundings, namespace: int
+    ) -> OpenSocket:
         """Return the socket with its covers, or why there are none. Raises OSError."""
         if not own.description.kind.is_ip():
             return _undecided(own)
@@ -345,8 +379,17 @@ class _Judge:
                 covering.append(rule)
             else:
                 reasons.append(reason)
-        if covering:
-            own = own._replace(covered=True, covers=_covers(covering))
+        covers = [*_covers(covering)]
+        for table in self._tables:
+            if table.limits(where, namespace):
+                if on_loopback and not table.record.spec.traffic.loopback:
+                    reasons.append(LOOPBACK)
+                else:
+                    covers.append(table.cover())
+            elif self._now is not None and table.limits(self._now, namespace):
+                reasons.append(OTHER_CGROUP.about(cgroup=where.path, now=self._now.path))
+        if covers:
+            own = own._replace(covered=True, covers=tuple(sorted(covers)))
         else:
             own = own._replace(covered=False, reason=min(reasons, key=_rank))
         return self._as_far_as_known(own, around)

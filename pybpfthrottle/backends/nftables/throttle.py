@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import Iterable, Optional, Sequence
@@ -54,6 +56,7 @@ class NftablesThrottle:
         self._file = OwnFile(self)
         self._nft: Nft
         self._table: Table
+        self._seen_s = -math.inf
         self._restored = False
         self._lost = False
         self._notes: dict[str, None] = {}
@@ -119,14 +122,21 @@ class NftablesThrottle:
     def _look(self) -> None:
         if self._lost or self._file.removed_by_others:
             return
-        state = self._table.state(list(self._limits), len(self._order.cgroups))
-        if state is not None and state.intact:
-            self._counters = state.counters
+        # Whoever shows the rates has just looked.
+        if time.monotonic() - self._seen_s < _LOOK_S / 2 or self._is_intact():
             return
         # Who removes the throttle holds the lock, and deletes the file after the table.
         with locked_if_free() as is_free:
             if is_free and self._file.exists():
                 self._restore()
+
+    def _is_intact(self) -> bool:
+        """Whether all of the table is there; then note its counters. Raises BackendError."""
+        state = self._table.state(list(self._limits), len(self._order.cgroups))
+        if state is None or not state.intact:
+            return False
+        self._counters, self._seen_s = state.counters, time.monotonic()
+        return True
 
     def _restore(self) -> None:
         """Put the table back, once: whoever removes it again means it."""
@@ -165,9 +175,7 @@ class NftablesThrottle:
     def counters(self) -> dict[Direction, Counters]:
         """Return what each direction counted; what is known if the table is gone."""
         with suppress(BackendError):
-            state = self._table.state(list(self._limits), len(self._order.cgroups))
-            if state is not None and state.intact:
-                self._counters = state.counters
+            self._is_intact()
         return dict(self._counters)
 
     def burst_bytes(self, direction: Direction) -> int:

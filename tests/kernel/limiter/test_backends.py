@@ -18,6 +18,7 @@ from typing import Iterator, NamedTuple
 import pytest
 from lab import ENVIRONMENT, TOOL, Lab, lab
 from refusing import __file__ as refusing
+from since import needs_command, since
 from targets import eventually
 
 from pybpfthrottle.backends import files
@@ -50,17 +51,17 @@ class Case(NamedTuple):
         limit, backend = f"--{self.direction}-limit", f"--{self.direction}-backend"
         return [limit, str(RATE.bytes_per_s), backend, self.backend]
 
-    def __str__(self) -> str:
-        return f"{self.backend}-{self.direction}"
 
-
-BOTH = tuple(Direction)
-CASES = [
-    Case(backend, direction)
-    for backend, directions in {"ebpf": BOTH, "nftables": BOTH}.items()
-    for direction in directions
-]
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+# The directions that a backend can limit, and the first kernel that has what it needs.
+BACKENDS = {"ebpf": (tuple(Direction), "4.15"), "nftables": (tuple(Direction), "5.13")}
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(backend, direction), marks=since(release), id=f"{backend}-{direction}")
+        for backend, (directions, release) in BACKENDS.items()
+        for direction in directions
+    ],
+)
 
 
 def answer(lab: Lab, *command: str) -> str:
@@ -94,6 +95,12 @@ def unchanged(lab: Lab) -> Iterator[None]:
         assert not list(files.records("nftables")) or all(
             not process.is_gone(record.owner) for record in files.records("nftables")
         )
+
+
+@pytest.fixture(autouse=True)
+def _nft() -> None:
+    """The command that shows what is in force."""
+    needs_command("nft")
 
 
 @pytest.fixture
@@ -179,6 +186,7 @@ def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
     assert "The limit was removed; the command continues without it." in said
 
 
+@since("5.13")
 def test_a_throttle_by_two_backends_is_one(own):
     """It is listed, changed and removed as one, and its owner notices all of it."""
     upload = ("--upload-limit", "1M", "--upload-backend", "ebpf")
@@ -233,6 +241,7 @@ def tables(own: Lab) -> list[str]:
     return [line for line in answer(own, "nft", "list", "tables").splitlines() if "pybpf" in line]
 
 
+@since("5.13")
 def test_a_flushed_table_is_put_back_once(own):
     """Somebody's flush ruleset is noticed, said and undone; the second one ends the limit."""
     with started(running_with(own, NFT_DOWNLOAD)) as running:
@@ -252,6 +261,7 @@ def test_a_flushed_table_is_put_back_once(own):
     assert "The limit was removed; the command continues without it." in said
 
 
+@since("5.13")
 def test_a_restored_table_counts_on(own):
     """From what was known."""
     command = f"curl --globoff -sN --max-time 5 {own.url} >/dev/null; sleep 30"
@@ -265,6 +275,7 @@ def test_a_restored_table_counts_on(own):
         assert shown["counters"]["download"]["bytes_total"] > 2 * RATE.bytes_per_s
 
 
+@since("5.13")
 def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch):
     """It is neither used nor removed."""
     foreign = "table inet pybpfthrottle-zzzzzz { chain download { }; }"
@@ -295,6 +306,47 @@ own.recv(9)
 """
 
 
+SOCKETS = """
+import socket, sys
+before = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+before.connect((sys.argv[1], 9))
+print("before", flush=True)
+sys.stdin.readline()
+after = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+after.connect((sys.argv[1], 9))
+print("after", flush=True)
+sys.stdin.readline()
+"""
+
+
+@since("5.13")
+def test_sockets_tells_what_nftables_limits(own, scratch):
+    """What was created in the cgroup is covered, what was created before is not."""
+    client = subprocess.Popen(
+        own.inside(sys.executable, "-c", SOCKETS, own.wire.server.address),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    command = [*TOOL, "--cgroup", scratch.path, *NFT_DOWNLOAD.options]
+    try:
+        assert client.stdout.readline() == "before\n"
+        scratch.move_in(client.pid)
+        with started(command) as running:
+            eventually(lambda: throttles(running.pid))
+            client.stdin.write("\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "after\n"
+            answer = json.loads(tool("sockets", "--pid", str(client.pid), "--json").stdout)
+            [before, after] = answer["processes"][0]["sockets"]
+        assert (before["covered"], before["reason"]["code"]) == (False, "other-cgroup")
+        assert after["covered"], after
+    finally:
+        client.kill()
+        client.communicate()
+
+
+@since("5.13")
 def test_a_new_sys_hides_no_cgroup_from_nft(scratch):
     """Below ip netns exec cgroup v2 is not mounted, and cgroups are named by descriptor."""
     name = scratch.path.rpartition("/")[2]
@@ -314,6 +366,7 @@ def test_a_new_sys_hides_no_cgroup_from_nft(scratch):
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
+@since("5.13")
 def test_in_a_cgroup_namespace_it_is_refused_with_the_reason(own):
     """Nothing tells there how deep a cgroup is, and a wrong depth matches nothing."""
     command = ["unshare", "--cgroup", *TOOL, "run", *NFT_DOWNLOAD.options, "--", "true"]
@@ -331,6 +384,7 @@ def test_what_needs_single_sockets_is_refused(own, choice):
     assert "nftables: nftables tells cgroups apart, and not single sockets" in done.stderr
 
 
+@since("5.13")
 @pytest.mark.parametrize("second", ["ebpf", "nftables"])
 def test_two_backends_do_not_limit_one_cgroup_unasked(own, scratch, second):
     """Packets would be charged twice; --stack allows it."""
@@ -373,6 +427,7 @@ def failing(tmp_path) -> str:
     return f"{tmp_path}:{os.environ['PATH']}"
 
 
+@since("5.13")
 def test_an_nft_that_fails_half_way_leaves_nothing(own, failing):
     """The error is nft's own; neither a file nor a cgroup stays."""
     done = tool("run", *NFT_DOWNLOAD.options, "--", "true", PATH=failing)
@@ -386,6 +441,7 @@ def refused(*rules: str) -> list[str]:
     return [sys.executable, refusing, *rules, "--", *TOOL]
 
 
+@since("5.13")
 def test_without_ebpf_the_next_backend_is_used_and_that_is_said(own):
     """Automatically, in one line."""
     command = [*refused(f"all={errno.ENOSYS}"), "run", "-d", "1M", "--", "true"]
@@ -394,6 +450,7 @@ def test_without_ebpf_the_next_backend_is_used_and_that_is_said(own):
     assert "nftables limits downloads, as ebpf cannot: " in done.stderr
 
 
+@since("5.13")
 def test_a_backend_that_fails_while_starting_is_followed_by_the_next(own):
     """What the kernel refused is told in one line."""
     attach = [f"{command}={errno.EPERM}" for command in (8, 28)]
@@ -439,6 +496,7 @@ def test_a_restarted_unit_is_limited_again(own, scratch, case):
         unit.remove(patience_s=5)
 
 
+@since("5.13")
 @pytest.mark.timed
 @pytest.mark.parametrize("rules", [[], [f"all={errno.ENOSYS}"]], ids=["", "without eBPF"])
 def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
@@ -460,6 +518,7 @@ def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
     assert "✅ THROTTLED" in done.stdout
 
 
+@since("5.13")
 @pytest.mark.timed
 def test_a_limit_that_sees_nothing_is_told_of_after_the_first_seconds(own):
     """A connection that was open before is not moved with its process: that does not work."""
@@ -472,6 +531,7 @@ def test_a_limit_that_sees_nothing_is_told_of_after_the_first_seconds(own):
     assert "No packets in the counters of nftables" in done.stderr
 
 
+@since("5.13")
 def test_a_root_cgroup_and_a_rate_beyond_nftables_are_refused(own):
     """With what is the most that it can do."""
     done = tool("run", "-d", "20G", "--download-backend", "nftables", "--", "true")
