@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pybpfthrottle import bpf
+    from pybpfthrottle import bpf, traffic
     from pybpfthrottle.errors import Error
     from pybpfthrottle.face import limit, throttles
     from pybpfthrottle.linux import cgroup
@@ -54,6 +54,7 @@ __all__ = [
     "limit",
     "start",
     "throttles",
+    "traffic",
 ]
 __version__ = "0.1.0"
 
@@ -76,7 +77,7 @@ _HOMES = {
     "start": "throttle",
     "throttles": "face",
 }
-_MODULES = {"bpf": "bpf", "cgroup": "linux.cgroup"}
+_MODULES = {"bpf": "bpf", "cgroup": "linux.cgroup", "traffic": "traffic"}
 
 
 def __getattr__(name: str) -> Any:

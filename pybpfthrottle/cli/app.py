@@ -375,6 +375,97 @@ def switch(pid: int, method: str) -> None:
     throttles.switch(pid, method)
 
 
+def _traffic_options(command: Any) -> Any:
+    """Add the options that top and monitor share."""
+    options = (
+        click.option(
+            "--interval",
+            type=click.FloatRange(min=0.1, max=3600),
+            default=1.0,
+            metavar="SECONDS",
+            help="How often to measure. [default: 1]",
+        ),
+        click.option(
+            "--scope",
+            type=click.Choice(["network", "internet", "local", "loopback", "all"]),
+            default="network",
+            help="Which traffic to show; network is all but loopback. [default: network]",
+        ),
+        click.option(
+            "--by",
+            "group",
+            type=click.Choice(["process", "name", "user", "cgroup"]),
+            default="process",
+            help="Add up what belongs together. [default: process]",
+        ),
+        click.option(
+            "--sort",
+            "order",
+            type=click.Choice(["rate", "down", "up", "total", "name"]),
+            default="rate",
+            help="The order of the lines. [default: rate]",
+        ),
+        click.option("--lines", type=click.IntRange(min=1), help="Show at most so many lines."),
+        click.option("--pid", "pids", type=ProcessId(), multiple=True, help="Only this process."),
+        click.option("--name", "names", multiple=True, help="Only processes of this name."),
+        click.option("--user", "users", multiple=True, help="Only processes of this user."),
+        click.option("--cgroup", "cgroups", multiple=True, help="Only what is in this cgroup."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _traffic(given: dict[str, Any]) -> Any:
+    from pybpfthrottle.cli import top as top_command
+
+    keeps = top_command.kept(*(given.pop(name) for name in ("pids", "names", "users", "cgroups")))
+    return top_command.Options(interval_s=given.pop("interval"), keeps=keeps, **given)
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle top
+  sudo pybpfthrottle top --by user --scope internet
+  sudo pybpfthrottle top --once --json | jq '.processes[0]'
+""",
+)
+@click.option("--once", is_flag=True, help="Show one interval and end.")
+@_traffic_options
+def top(**options: Any) -> None:
+    """Show which processes use the line, and how much, until Ctrl-C.
+
+    The kernel counts the packets of every process in every network namespace from the start of
+    this command, with their headers. Nothing is limited. What belongs to no process has a line of
+    its own.
+    """
+    from pybpfthrottle.cli import top as top_command
+
+    top_command.top(_traffic(options))
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle monitor --pid 1234
+  sudo pybpfthrottle monitor --name rsync --by name --json >rsync.jsonl
+""",
+)
+@_traffic_options
+def monitor(**options: Any) -> None:
+    """Print a line every second for each process that uses the line, until Ctrl-C.
+
+    With --json each line is a JSON object. See pybpfthrottle top for what is counted.
+    """
+    from pybpfthrottle.cli import top as top_command
+
+    top_command.monitor(_traffic(options))
+
+
 @cli.command(
     epilog="""
 \b

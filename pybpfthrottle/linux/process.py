@@ -174,6 +174,14 @@ def name_of(pid: int) -> str:
     return _name(pid)
 
 
+def user_of(pid: int) -> Optional[int]:
+    """Return the id of the user that a process belongs to; None if it is gone."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
 def listed(pids: Sequence[int], *, most: int = 5) -> str:
     """Return processes by pid and name, for people: ``12 (curl), 14 (sh) and 3 more``."""
     text = ", ".join(f"{pid} ({name_of(pid)})" for pid in pids[:most])

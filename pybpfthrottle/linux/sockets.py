@@ -136,11 +136,17 @@ class Lender:
 def _holder(pid: int) -> int:
     """Return the thread with a process's descriptors: the first, or one that outlives it."""
     with suppress(OSError):
-        for thread in (pid, *map(int, os.listdir(f"/proc/{pid}/task"))):
-            with os.scandir(f"/proc/{pid}/task/{thread}/fd") as entries:
-                if next(entries, None) is not None:
-                    return thread
+        if _holds(pid, pid):
+            return pid
+        for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+            if _holds(pid, thread):
+                return thread
     return pid
+
+
+def _holds(pid: int, thread: int) -> bool:
+    with os.scandir(f"/proc/{pid}/task/{thread}/fd") as entries:
+        return next(entries, None) is not None
 
 
 def _open_thread(pid: int, thread: int) -> int:
@@ -187,9 +193,13 @@ class Scan:
         self.refused = {}
         for pid in pids:
             try:
+                found = descriptors(pid)
+                met.update(one.inode for one in found if one.inode in self._known)
+                if all(one.inode in met for one in found):
+                    continue
                 with Lender(pid) as lender:
-                    for number, inode in descriptors(pid):
-                        if inode not in met and inode not in self._known:
+                    for number, inode in found:
+                        if inode not in met:
                             yield from self._borrowed(lender, number, inode)
                         met.add(inode)
             except OSError as error:

@@ -31,6 +31,7 @@ class Role(Enum):
     BELONGS = "tells whether a connection that was open before belongs to the throttle"
     FOLLOW = "keeps up to date which processes are limited"
     GATE = "hands acknowledgements of downloads to the gate's keeper"
+    COUNT = "counts the packets of each process"
 
 
 class Scope(Enum):
@@ -130,6 +131,9 @@ PROGRAMS = (
     Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
     Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE),
+    Shipped("pybpft_owner", ("traffic",), _SOCK_CREATE, Role.COUNT, _STORAGE),
+    Shipped("pybpft_received", ("traffic",), _INGRESS, Role.COUNT, _STORAGE),
+    Shipped("pybpft_sent", ("traffic",), _EGRESS, Role.COUNT, _STORAGE),
     Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
     Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
     Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from since import needs_command
 
-from pybpfthrottle.backends.ebpf import programs, records
+from pybpfthrottle.backends.ebpf import accounting, programs, records
 from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
@@ -22,16 +22,18 @@ from pybpfthrottle.bpf.obj import elf, relocate
 from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
+from pybpfthrottle.traffic import Scope
 
 ROOT = Path(__file__).resolve().parents[3]
 PREBUILT = ROOT / "prebuilt"
 MANIFEST = json.loads((PREBUILT / "MANIFEST.json").read_text())
-PREFIX = "throttle_"
+# Of what throttles share, and of what counts.
+PREFIXES = ("throttle_", "traffic_")
 # By their names in C.
-ENUMERATIONS = {"throttle_direction": Direction}
+ENUMERATIONS = {"throttle_direction": Direction, "traffic_scope": Scope}
 RECORDS = {}
-for name, found in vars(records).items():
-    if isinstance(found, type) and name.startswith("Throttle"):
+for name, found in {**vars(records), **vars(accounting)}.items():
+    if isinstance(found, type) and name.startswith(("Throttle", "Traffic")):
         in_c = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         (ENUMERATIONS if issubclass(found, Enum) else RECORDS)[in_c] = found
 COUNT = len(Direction)
@@ -94,7 +96,7 @@ def shared(spec, *kinds):
     """The types of an object that Python has to have as well, by their names."""
     btf = spec.btf
     return btf, {
-        found.name: found for found in btf.of_kind(*kinds) if found.name.startswith(PREFIX)
+        found.name: found for found in btf.of_kind(*kinds) if found.name.startswith(PREFIXES)
     }
 
 
@@ -134,12 +136,14 @@ def test_python_has_no_record_that_c_has_not():
 def test_the_constants_are_those_of_the_object(spec):
     """Each enum has the names and values that the object's BTF says, and Python has no other."""
     btf, theirs = shared(spec, *ENUMS)
+    prefix = PREFIXES[spec.name.startswith("traffic")]
     assert {
-        name: {one.name.replace("THROTTLE_", ""): one.value for one in btf.enumerators(enum)}
+        name: {one.name.replace(prefix.upper(), ""): one.value for one in btf.enumerators(enum)}
         for name, enum in theirs.items()
     } == {
         name: {key: value.value for key, value in enum.__members__.items()}
         for name, enum in ENUMERATIONS.items()
+        if name.startswith(prefix)
     }
 
 
@@ -168,6 +172,9 @@ MAPS = {
     "GATE": (MapType.ARRAY, 4, SIZES["throttle_gate"], 1),
     "GATE_RING": (MapType.RINGBUF, 0, 0, records.ThrottleGateBounds.GATE_RING_BYTES),
     records.RECORD: (MapType.ARRAY, 4, SIZES["throttle_record"], 1),
+    "SOCKET_OWNERS": (MapType.SK_STORAGE, 4, 4, 0),
+    "TRAFFIC_NAMES": (MapType.HASH, 4, SIZES["traffic_process"], 65536),
+    "TRAFFIC": (MapType.PERCPU_HASH, SIZES["traffic_key"], SIZES["traffic_counts"], 131072),
 }
 _CGROUP = ("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "SOCKETS", "GATE")
 MAPS_OF = {
@@ -176,6 +183,7 @@ MAPS_OF = {
     "throttle-marked": {*_CGROUP, "MARKS", "PROCESSES", records.RECORD},
     "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
+    "traffic": {"SOCKET_OWNERS", "TRAFFIC_NAMES", "TRAFFIC"},
 }
 
 
@@ -196,6 +204,7 @@ TYPES = {
     Role.BELONGS: ProgType.CGROUP_SOCKOPT,
     Role.GATE: ProgType.CGROUP_SKB,
     Role.FOLLOW: ProgType.RAW_TRACEPOINT,
+    Role.COUNT: ProgType.CGROUP_SKB,
 }
 SECTIONS = {
     AttachType.CGROUP_INET_INGRESS: "cgroup_skb/ingress",
@@ -215,7 +224,9 @@ def test_the_programs_are_those_of_the_table(spec, rows):
     assert found == {
         row.name: (
             SECTIONS.get(row.hook, f"raw_tp/{row.hook}"),
-            TYPES[row.role],
+            ProgType.CGROUP_SOCK
+            if row.hook is AttachType.CGROUP_INET_SOCK_CREATE
+            else TYPES[row.role],
             None if row.role is Role.FOLLOW else row.hook,
         )
         for row in rows
@@ -223,9 +234,10 @@ def test_the_programs_are_those_of_the_table(spec, rows):
 
 
 def test_each_program_refers_to_the_record(spec):
-    """By any of its programs the kernel knows what a throttle is to limit."""
+    """By any of its programs the kernel knows what a throttle is to limit; others have none."""
     for program in spec.programs.values():
-        assert records.RECORD in relocate.link(spec, program).maps
+        counts = programs.by_name(program.name).role is Role.COUNT
+        assert (records.RECORD in relocate.link(spec, program).maps) is not counts
 
 
 def test_the_table_names_each_program_once():

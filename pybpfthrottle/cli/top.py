@@ -1,0 +1,297 @@
+"""pybpfthrottle top and monitor: who uses the line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+import click
+
+from pybpfthrottle import registry, traffic
+from pybpfthrottle.backends.protocol import get as get_backend
+from pybpfthrottle.cli import tables
+from pybpfthrottle.cli.say import echo, echo_json, is_terminal
+from pybpfthrottle.errors import Error
+from pybpfthrottle.model import Direction, Limits, format_bytes, format_rate, printable
+from pybpfthrottle.traffic import ProcessTraffic, Scope, Usage, Watch
+
+SCHEMA = 1
+# By the names of --scope.
+SCOPES: Mapping[str, tuple[Scope, ...]] = {
+    "network": (Scope.INTERNET, Scope.LOCAL),
+    "internet": (Scope.INTERNET,),
+    "local": (Scope.LOCAL,),
+    "loopback": (Scope.LOOPBACK,),
+    "all": tuple(Scope),
+}
+GROUPS: Mapping[str, Callable[[ProcessTraffic], str]] = {
+    "process": lambda one: "" if one.pid is None else f"{one.pid} {one.name}",
+    "name": lambda one: one.name,
+    "user": ProcessTraffic.user_name,
+    "cgroup": lambda one: one.cgroup,
+}
+ORDERS = ("rate", "down", "up", "total", "name")
+_LINES_AROUND = 4
+
+
+class Row(NamedTuple):
+    """One process, or group of processes, in one interval. ``members`` has who belongs to it."""
+
+    members: tuple[ProcessTraffic, ...]
+    total: Usage
+    moved: Usage
+    seconds: float
+    limits: Limits
+
+    @property
+    def down(self) -> float:
+        """Bytes per second received."""
+        return self.moved.download_bytes / self.seconds
+
+    @property
+    def up(self) -> float:
+        """Bytes per second sent."""
+        return self.moved.upload_bytes / self.seconds
+
+    def key(self, order: str) -> Any:
+        """Return what rows are sorted by, the first ones smallest."""
+        name = self.members[0].name
+        totals = self.total.download_bytes + self.total.upload_bytes
+        return {
+            "rate": (-self.down - self.up, -totals, name),
+            "down": (-self.down, -self.total.download_bytes, name),
+            "up": (-self.up, -self.total.upload_bytes, name),
+            "total": (-totals, name),
+            "name": (name, -totals),
+        }[order]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON, with the fields that all of its members share."""
+        first = self.members[0].to_json()
+        same = {
+            name: first[name]
+            if all(one.to_json()[name] == first[name] for one in self.members)
+            else None
+            for name in ("pid", "name", "user", "cgroup")
+        }
+        return {
+            **same,
+            "processes": sum(one.pid is not None for one in self.members),
+            "download_bytes": self.total.download_bytes,
+            "upload_bytes": self.total.upload_bytes,
+            "download_packets": self.total.download_packets,
+            "upload_packets": self.total.upload_packets,
+            "download_bytes_per_s": round(self.down, 1),
+            "upload_bytes_per_s": round(self.up, 1),
+            "limits": {
+                str(direction): rate.bytes_per_s for direction, rate in self.limits.items() if rate
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for. ``keeps`` tells which processes are of interest."""
+
+    interval_s: float = 1.0
+    scope: str = "network"
+    group: str = "process"
+    order: str = "rate"
+    lines: Optional[int] = None
+    once: bool = False
+    as_json: bool = False
+    keeps: Callable[[ProcessTraffic], bool] = lambda one: True
+
+
+def top(options: Options) -> None:
+    """Show who uses the line, until Ctrl-C or once. Raises an error of this package."""
+    with traffic.watch() as watch:
+        tables_of_rows = _intervals(watch, options)
+        if options.once:
+            _show(next(tables_of_rows), options)
+        elif is_terminal(sys.stdout) and not options.as_json:
+            _full_screen(tables_of_rows, options)
+        else:
+            for rows in tables_of_rows:
+                _show(rows, options)
+
+
+def monitor(options: Options) -> None:
+    """Print a line for each process, or group, every interval. Raises an error of this package."""
+    with traffic.watch() as watch:
+        for rows in _intervals(watch, options):
+            now = time.time()
+            for row in rows[: options.lines]:
+                if options.as_json:
+                    echo_json(json.dumps({"time": round(now, 3), **row.to_json()}))
+                else:
+                    clock = time.strftime("%H:%M:%S", time.localtime(now))
+                    echo(f"{clock}  {'  '.join(_cells(row, options))}")
+
+
+def _intervals(watch: Watch, options: Options) -> Iterator[list[Row]]:
+    """Yield the rows of each interval, in order."""
+    before, begin_s = _by_number(watch.snapshot()), time.monotonic()
+    while True:
+        time.sleep(options.interval_s)
+        after, now = watch.snapshot(), time.monotonic()
+        kept = [one for one in after if options.keeps(one)]
+        yield _rows(kept, before, now - begin_s, options)
+        before, begin_s = _by_number(after), now
+
+
+def _by_number(found: Iterable[ProcessTraffic]) -> dict[int, ProcessTraffic]:
+    return {one.number: one for one in found}
+
+
+def _rows(
+    found: Iterable[ProcessTraffic],
+    before: Mapping[int, ProcessTraffic],
+    seconds: float,
+    options: Options,
+) -> list[Row]:
+    scopes = SCOPES[options.scope]
+    limits = _limits()
+    groups: dict[str, list[ProcessTraffic]] = {}
+    for one in found:
+        groups.setdefault(GROUPS[options.group](one), []).append(one)
+    rows = []
+    for members in groups.values():
+        total = moved = Usage()
+        limited: Limits = {}
+        for one in members:
+            usage, earlier = one.usage(*scopes), before.get(one.number)
+            total = total.plus(usage)
+            moved = moved.plus(usage.minus(earlier.usage(*scopes) if earlier else Usage()))
+            limited = {**limits(one), **limited}
+        if any(total):
+            rows.append(Row(tuple(members), total, moved, seconds, limited))
+    return sorted(rows, key=lambda row: row.key(options.order))
+
+
+def _limits() -> Callable[[ProcessTraffic], Limits]:
+    """Return what tells the limits of a process."""
+    of_pids: dict[int, Limits] = {}
+    of_cgroups: list[tuple[str, Limits]] = []
+    with suppress(OSError, Error):
+        for record in registry.records():
+            for pid in get_backend(record.backend).processes(record):
+                of_pids[pid] = record.spec.limits
+            of_cgroups += [(where.path, record.spec.limits) for where in record.visible_cgroups()]
+
+    def find(one: ProcessTraffic) -> Limits:
+        if one.pid in of_pids:
+            return of_pids[one.pid]
+        for path, limits in of_cgroups:
+            if one.cgroup == path or one.cgroup.startswith(path.rstrip("/") + "/"):
+                return limits
+        return {}
+
+    return find
+
+
+_HEADS = {
+    "process": ("pid", "name", "user"),
+    "name": ("name",),
+    "user": ("user",),
+    "cgroup": ("cgroup",),
+}
+_NUMBERS = ("down/s", "up/s", "downloaded", "uploaded", "limit down", "limit up")
+
+
+def _head(options: Options) -> tuple[str, ...]:
+    return (*_HEADS[options.group], *_NUMBERS)
+
+
+def _cells(row: Row, options: Options) -> tuple[str, ...]:
+    first = row.members[0]
+    names = {
+        "pid": "-" if first.pid is None else str(first.pid),
+        "name": first.name if first.alive or first.pid is None else f"{first.name} (ended)",
+        "user": first.user_name() or "-",
+        "cgroup": first.cgroup or "-",
+    }
+    if options.group == "name":
+        names["name"] = first.name
+    return (
+        *(names[head] for head in _HEADS[options.group]),
+        format_rate(row.down),
+        format_rate(row.up),
+        format_bytes(row.total.download_bytes),
+        format_bytes(row.total.upload_bytes),
+        *(
+            str(row.limits.get(direction) or "-")
+            for direction in (Direction.DOWNLOAD, Direction.UPLOAD)
+        ),
+    )
+
+
+def _show(rows: Sequence[Row], options: Options) -> None:
+    rows = rows[: options.lines]
+    if options.as_json:
+        found = [row.to_json() for row in rows]
+        echo_json(
+            json.dumps(
+                {"schema": SCHEMA, "time": round(time.time(), 3), "scope": options.scope}
+                | {"processes": found},
+                indent=2 if options.once else None,
+            )
+        )
+    elif not rows:
+        echo("nobody has sent or received anything")
+    else:
+        tables.show([_head(options), *(_cells(row, options) for row in rows)])
+        if not options.once:
+            echo()
+
+
+def _full_screen(tables_of_rows: Iterator[list[Row]], options: Options) -> None:
+    """Redraw the table in place; the terminal is as it was afterwards."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, no_color="NO_COLOR" in os.environ or None)
+    with Live(Text("counting..."), console=console, screen=True, auto_refresh=False) as live:
+        for rows in tables_of_rows:
+            table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
+            for name in _head(options):
+                right = name in _NUMBERS or name == "pid"
+                table.add_column(name, justify="right" if right else "left", no_wrap=True)
+            room = max(1, console.height - _LINES_AROUND)
+            for row in rows[: min(room, options.lines or room)]:
+                table.add_row(*(Text(printable(cell)) for cell in _cells(row, options)))
+            down, up = sum(row.down for row in rows), sum(row.up for row in rows)
+            table.caption = Text(
+                f"{format_rate(down)} down, {format_rate(up)} up ({options.scope}); Ctrl-C ends it"
+            )
+            live.update(table, refresh=True)
+
+
+def kept(
+    pids: Sequence[int], names: Sequence[str], users: Sequence[str], cgroups: Sequence[str]
+) -> Callable[[ProcessTraffic], bool]:
+    """Return what tells whether a process is one of those; all are if nothing is given."""
+    if not (pids or names or users or cgroups):
+        return lambda one: True
+    paths = [os.path.realpath(path) for path in cgroups]
+    for path in paths:
+        if not os.path.isdir(path):
+            raise click.UsageError(f"--cgroup {path}: there is no such cgroup")
+
+    def keeps(one: ProcessTraffic) -> bool:
+        return (
+            one.pid in pids
+            or one.name in names
+            or one.user_name() in users
+            or (one.user is not None and str(one.user) in users)
+            or any(one.cgroup == path or one.cgroup.startswith(path + "/") for path in paths)
+        )
+
+    return keeps
