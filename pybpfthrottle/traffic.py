@@ -11,6 +11,7 @@ Bytes are those of IP packets, with their headers, as the network carries them.
 
 from __future__ import annotations
 
+import math
 import pwd
 import time
 from contextlib import suppress
@@ -29,6 +30,8 @@ _MOST_OF_TIME = 0.01
 _PERIOD_S = 1.0
 # What a process that has ended leaves in the network is counted for so long.
 _LINGER_S = 30.0
+# How often to look for another name or cgroup of a busy process.
+_RENAMED_S = 5.0
 # The number that the kernel's programs count by what they cannot attribute.
 _UNKNOWN = 0
 
@@ -122,7 +125,8 @@ class ProcessTraffic:
 class _Account:
     """What is known of a process. ``before``: counts that the kernel has forgotten, or another's.
 
-    ``counted`` is the kernel's latest, ``changed_s`` when that has changed.
+    ``counted`` is the kernel's latest, ``changed_s`` when that has changed, and ``met_s`` when its
+    name and cgroup were last read.
     """
 
     number: int
@@ -131,12 +135,19 @@ class _Account:
     name: str
     user: Optional[int]
     cgroup: str
+    met_s: float
     changed_s: float
     before: dict[Scope, Usage] = field(default_factory=dict)
     counted: dict[Scope, Usage] = field(default_factory=dict)
+    asked_s: float = -math.inf
+    lives: bool = False
 
-    def alive(self) -> bool:
-        return self.process is not None and self.process.alive()
+    def alive(self, now: float) -> bool:
+        """Whether the process still runs, asked once for each moment."""
+        if self.asked_s != now:
+            self.lives = self.process is not None and self.process.alive()
+            self.asked_s = now
+        return self.lives
 
     def total(self) -> dict[Scope, Usage]:
         """Return what it has moved; ``before`` is negative for what another process has."""
@@ -183,8 +194,11 @@ class Watch:
         """Refresh, as a supervisor's chore."""
         self.refresh()
 
-    def refresh(self) -> None:
-        """Find out who uses which socket, and read what the kernel has counted."""
+    def refresh(self) -> float:
+        """Find out who uses which socket, and read what the kernel has counted.
+
+        Returns the time of the counts, on time.monotonic().
+        """
         now = time.monotonic()
         if now >= self.due_s:
             begin_s = time.thread_time()
@@ -192,14 +206,15 @@ class Watch:
             spent_s = time.thread_time() - begin_s
             self.due_s = now + max(_PERIOD_S, spent_s / _MOST_OF_TIME)
         self._read(now)
+        return now
 
     def snapshot(self) -> list[ProcessTraffic]:
         """Return what each process has moved, those that have ended included.
 
         The last one, without a process id, is what belongs to no known process.
         """
-        self.refresh()
-        found = [_told(account) for account in [*self._ended, *self._accounts.values()]]
+        now = self.refresh()
+        found = [_told(account, now) for account in [*self._ended, *self._accounts.values()]]
         return [*found, ProcessTraffic(0, None, "unknown", None, "", False, dict(self._unknown))]
 
     def of(self, pid: int) -> ProcessTraffic:
@@ -207,12 +222,12 @@ class Watch:
 
         For one that has ended, what it had moved by then.
         """
-        self.refresh()
+        now = self.refresh()
         account = self._accounts.get(pid)
         if account is None:
             ended = [one for one in self._ended if one.pid == pid]
-            account = ended[-1] if ended else self._meet(pid, time.monotonic(), Process(pid))
-        return _told(account)
+            account = ended[-1] if ended else self._meet(pid, now, Process(pid))
+        return _told(account, now)
 
     def close(self) -> None:
         """Stop counting."""
@@ -232,7 +247,7 @@ class Watch:
         for pid, usage in counted.items():
             self._note(pid, usage, now)
         for account in list(self._accounts.values()):
-            if now - account.changed_s > _LINGER_S and not account.alive():
+            if now - account.changed_s > _LINGER_S and not account.alive(now):
                 self._accounting.forget(account.pid, account.counted)
                 self._end(account)
 
@@ -242,7 +257,8 @@ class Watch:
             account = self._meet(pid, now)
         if usage == account.counted:
             return
-        if not account.alive():
+        lives = account.alive(now)
+        if not lives:
             successor = _process(pid)
             if successor is not None:
                 # The number was given to another process: what was counted until now stays behind.
@@ -252,10 +268,11 @@ class Watch:
                 account.before = before
         account.counted = usage
         account.changed_s = now
-        if account.process is not None and account.alive():
-            # It may have executed another program, or moved to another cgroup.
+        # It may have executed another program, or moved to another cgroup.
+        if lives and now - account.met_s > _RENAMED_S:
             account.name = process.name_of(pid)
             account.cgroup = _cgroup_of(pid) or account.cgroup
+            account.met_s = now
 
     def _meet(self, pid: int, now: float, found: Optional[Process] = None) -> _Account:
         found = found or _process(pid)
@@ -269,7 +286,7 @@ class Watch:
             place = cgroup.by_id(creator.cgroup_id)
             where = place.path if place is not None else ""
         account = self._accounts[pid] = _Account(
-            next(self._numbers), pid, found, name, user, where, now
+            next(self._numbers), pid, found, name, user, where, now, now
         )
         return account
 
@@ -285,14 +302,14 @@ def watch() -> Watch:
     return Watch()
 
 
-def _told(account: _Account) -> ProcessTraffic:
+def _told(account: _Account, now: float) -> ProcessTraffic:
     return ProcessTraffic(
         account.number,
         account.pid,
         account.name,
         account.user,
         account.cgroup,
-        account.alive(),
+        account.alive(now),
         account.total(),
     )
 
