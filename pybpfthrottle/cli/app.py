@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from io import TextIOWrapper
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional, TextIO
 
 import click
 from click.core import ParameterSource
@@ -217,6 +217,31 @@ def run(**options: Any) -> None:
     request = request_from(options)
     start_logging(request.verbose)
     sys.exit(run_command.run(request, **options))
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
+  pybpfthrottle plot rates.jsonl
+  pybpfthrottle plot rates.jsonl -o rates.svg
+""",
+)
+@click.argument("file", type=click.File(errors="replace"))
+@click.option(
+    *("-o", "--output"),
+    metavar="PICTURE",
+    help="Draw a picture, .svg, .png or .pdf. Needs matplotlib.",
+)
+def plot(file: TextIO, output: Optional[str]) -> None:
+    """Show the rates that were recorded in FILE, or - for standard input.
+
+    FILE is what run --json-file, a limit's --json or monitor --json has written.
+    """
+    from pybpfthrottle.cli import plot as plot_command
+
+    plot_command.plot(file, output)
 
 
 @cli.command()

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Callable, NamedTuple, Optional
 
 from pybpfthrottle import settings, throttle
+from pybpfthrottle.cli.plot import sparkline
 from pybpfthrottle.cli.say import echo
 from pybpfthrottle.demo import peer
 from pybpfthrottle.demo.wire import Wire
@@ -19,8 +20,6 @@ from pybpfthrottle.model import Direction, Rate, Verdict, format_rate
 
 # Long enough to see; an unlimited transfer moves gigabytes.
 _UNLIMITED_S = 2
-_BARS = "▁▂▃▄▅▆▇█"
-_MAX_BARS = 60
 _PATIENCE_S = 10.0
 # A transfer that stays far below its limit proves as little as one that exceeds it.
 _LEAST_RATIO = 0.8
@@ -128,7 +127,7 @@ def _show(timeline: list[int], limit: Optional[Rate], seconds: int) -> bool:
     steps = timeline[: round(seconds / peer.STEP_S)]
     actual = sum(steps) / seconds
     top = f"{format_rate(max(steps) / peer.STEP_S)} at the top"
-    echo(f"  {_sparkline(steps)}  {top}, a step is {peer.STEP_S} s")
+    echo(f"  {sparkline(steps)}  {top}, a step is {peer.STEP_S} s")
     if limit is None:
         echo(f"  {format_rate(actual)} without a limit")
         return True
@@ -138,13 +137,6 @@ def _show(timeline: list[int], limit: Optional[Rate], seconds: int) -> bool:
     mark = "⚠️ TOO SLOW" if ratio < _LEAST_RATIO else verdict.value
     echo(f"  actual={format_rate(actual)}, limit={limit}, ratio={ratio:.2f}x {mark}")
     return held
-
-
-def _sparkline(steps: list[int]) -> str:
-    top = max(steps) or 1
-    width = -(-len(steps) // _MAX_BARS)
-    means = [sum(steps[i : i + width]) / width for i in range(0, len(steps), width)]
-    return "".join(_BARS[round(mean / top * (len(_BARS) - 1))] for mean in means)
 
 
 def _short(rate: Rate) -> str:
