@@ -21,6 +21,15 @@ _GATE = "GATE"
 _MAPS = (_GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
 
 
+# By the words of the keeper.
+_WHY_UNGATED = {
+    "options": "acknowledgements are signed (TCP-MD5, TCP-AO), and only the kernel can sign them",
+    "unanswered": "acknowledgements that the gate's keeper sent did not reach their senders (a"
+    " firewall or a policy route may stop packets of raw sockets)",
+    "unsent": "the gate's keeper may not send acknowledgements",
+}
+
+
 class Gate:
     """The gate of one throttle, or why it has none (``refused``). ``close`` opens all windows."""
 
@@ -97,12 +106,10 @@ class Gate:
             found.append(
                 f"downloads are policed, because the gate's keeper has ended: {self._keeper.ended}"
             )
-        if self._kept is not None and self._kept.ungated:
-            found.append(
-                f"{self._kept.ungated} connections were left to the policer: acknowledgements that"
-                " the gate's keeper sent did not reach their senders (a firewall or a policy route"
-                " may stop packets of raw sockets)"
-            )
+        if self._kept is not None:
+            for why, count in self._kept.ungated.items():
+                who = "1 connection was" if count == 1 else f"{count} connections were"
+                found.append(f"{who} left to the policer: {_WHY_UNGATED[why]}")
         return found
 
     def close(self) -> None:

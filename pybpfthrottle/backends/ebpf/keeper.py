@@ -33,7 +33,6 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
     ThrottleConfig,
     ThrottleGate,
-    ThrottleGateBounds,
     ThrottleShift,
 )
 from pybpfthrottle.bpf import syscall
@@ -260,6 +259,8 @@ class Gate:
         flow = self.flows.get(cookie)
         is_new = flow is None
         if flow is None:
+            if self._is_ungated(cookie):
+                return  # it was in the ring by then
             self._forget(now)
             flow = self.flows[cookie] = Flow(cookie, acked, edge, promised)
         elif not passed and acked == flow.acked and flow.fresh:
@@ -287,7 +288,7 @@ class Gate:
         if signed(promised - flow.promised) > 0:
             flow.promised = promised
         if has_sack is None:
-            self._leave(flow)
+            self._give_up(flow, "options")
             return
         if passed:
             flow.outstanding = min(flow.outstanding, flow.usable())
@@ -476,21 +477,21 @@ class Gate:
         flow.repeat_ns = 0
         flow.unanswered += 1
         if not flow.answered and flow.unanswered >= _MAX_UNANSWERED:
-            self._leave(flow)
+            self._give_up(flow, "unanswered")
+            self._send(flow, flow.promised, clock.monotonic_ns())
 
-    def _leave(self, flow: Flow) -> None:
+    def _is_ungated(self, cookie: int) -> bool:
+        return bool(self.shared.ungated[cookie % len(self.shared.ungated)] == cookie)
+
+    def _give_up(self, flow: Flow, why: str) -> None:
         """Leave a connection to the kernel: it cannot be helped from here."""
-        self._give_up(flow)
-        self._send(flow, flow.promised, clock.monotonic_ns())
-
-    def _give_up(self, flow: Flow) -> None:
         self._granted.pop(flow.cookie, None)
         if self.flows.pop(flow.cookie, None) is None:
             return
-        self.shared.ungated[flow.cookie % ThrottleGateBounds.GATE_UNGATED] = flow.cookie
+        self.shared.ungated[flow.cookie % len(self.shared.ungated)] = flow.cookie
         with suppress(ValueError):
             self._queue.remove(flow)
-        self._keeper.tell(self, ungated=flow.cookie)
+        self._keeper.tell(self, ungated=why)
 
     def _send(self, flow: Flow, edge: int, now: int) -> None:
         """Send its acknowledgement with the window up to an edge."""
@@ -511,7 +512,7 @@ class Gate:
         total = (total & 0xFFFF) + (total >> 16)
         struct.pack_into("!H", packet, at + 16, ~total & 0xFFFF)
         if not self._keeper.send(flow):
-            self._give_up(flow)
+            self._give_up(flow, "unsent")
         told = (flow.acked + (window << flow.scale)) & 0xFFFFFFFF
         if signed(told - flow.edge) > 0:
             flow.edge = told

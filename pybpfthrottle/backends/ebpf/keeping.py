@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
@@ -53,7 +54,7 @@ class Kept:
         self.pids = pids
         self.networks: set[int] = set()
         self.is_served = False
-        self.ungated = 0
+        self.ungated: Counter[str] = Counter()
         self._shared = gate.typed(U32, StructureCodec(ThrottleGate))
         self._shared[0] = ThrottleGate(id=number)
 
@@ -227,9 +228,10 @@ class KeeperProcess:
                     self._hear(kept, message)
         return True
 
-    def _hear(self, kept: Kept, message: Mapping[str, int]) -> None:
+    def _hear(self, kept: Kept, message: Mapping[str, Any]) -> None:
         kept.is_served = kept.is_served or "serves" in message
-        kept.ungated += "ungated" in message
+        if "ungated" in message:
+            kept.ungated[message["ungated"]] += 1
         if "unserved" in message:
             self._serve_networks(kept)
 

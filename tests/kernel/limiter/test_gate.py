@@ -31,6 +31,24 @@ pytestmark = pytest.mark.timed
 
 DOWNLOAD = Direction.DOWNLOAD
 RATE = Rate.parse("2M")
+# Both ends of a download whose segments have signatures (struct tcp_md5sig).
+SIGNED = """
+import socket, struct, sys
+role, own, other = sys.argv[1:]
+signed = socket.socket()
+address = struct.pack("=HH4s", socket.AF_INET, 0, socket.inet_aton(other))
+signed.setsockopt(6, 14, struct.pack("=128sBBHi80s", address, 0, 0, 3, 0, b"key"))
+if role == "serve":
+    signed.bind((own, 7001))
+    signed.listen()
+    print("ready", flush=True)
+    accepted, _ = signed.accept()
+    while True:
+        accepted.sendall(bytes(1 << 16))
+signed.connect((other, 7001))
+while signed.recv(1 << 16):
+    pass
+"""
 # Those that any network namespace may choose: reno, and the machine's own.
 CONTROLS = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
 
@@ -188,6 +206,32 @@ def test_another_rate_takes_hold(scratch: Cgroup) -> None:
             live.set_limit(DOWNLOAD, rate)
             time.sleep(0.5)
             assert 0.94 <= ratio(live, 1.5, rate) <= 1.06
+
+
+def test_signed_segments_are_left_to_the_kernel(scratch: Cgroup) -> None:
+    """Nobody else can sign an acknowledgement: they are policed, and it is said; others are not."""
+    with lab() as own, limited(own, scratch) as live:
+        ends = own.wire.client, own.wire.server
+        client, server = (
+            [*end.inside(sys.executable, "-c", SIGNED), role, end.address, other.address]
+            for end, other, role in zip(ends, reversed(ends), ("get", "serve"))
+        )
+        with ExitStack() as ending:
+            serving = subprocess.Popen(server, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            ending.callback(serving.communicate)
+            ending.callback(serving.kill)
+            assert serving.stdout
+            assert serving.stdout.readline() == b"ready\n"
+            getting = subprocess.Popen(client, preexec_fn=lambda: scratch.move_in(0))
+            ending.callback(getting.wait)
+            ending.callback(getting.kill)
+            time.sleep(1)
+            assert 0.8 <= ratio(live, 3) <= 1.2
+        (note,) = [one for one in live.notes() if "policer" in one]
+        assert note.startswith("1 connection was left to the policer: acknowledgements are signed")
+        with downloads(own, scratch):
+            time.sleep(1)
+            assert 0.94 <= ratio(live, 2) <= 1.06
 
 
 def test_a_keeper_that_is_stopped_holds_nobody_up(scratch: Cgroup) -> None:

@@ -78,11 +78,11 @@ class World:
         return [edge for one, edge in self.sent if one == cookie]
 
 
-def record(cookie, acked, window, scale, round_trip_ms, edge, now):
-    """An acknowledgement with timestamps as the program hands it over."""
+def record(cookie, acked, window, scale, round_trip_ms, edge, now, kind=8):
+    """An acknowledgement with timestamps, or another option, as the program hands it over."""
     ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 52, 0, 0, 64, 6, 0, bytes(4), bytes(4))
     tcp = struct.pack("!HHIIBBHHH", 1, 2, 1, acked, 8 << 4, 0x10, window, 0, 0)
-    options = struct.pack("!BBBBII", 1, 1, 8, 10, 100, 100)
+    options = struct.pack("!BBBBII", 1, 1, kind, 10, 100, 100)
     ack = ThrottleAck(
         cookie=cookie,
         at_ns=now,
@@ -172,7 +172,7 @@ def test_a_sender_that_cannot_be_reached_is_left_to_the_kernel(world):
         world.acknowledge(cookie, 1000)
     world.now += 10 * MS
     world.turn()
-    assert world.told == [{"ungated": 1}]
+    assert world.told == [{"ungated": "unsent"}]
     assert world.edges(2)[-1] > 1000
     assert list(world.gate.flows) == [2]
 
@@ -197,3 +197,15 @@ def test_a_window_of_megabytes_is_taken_back(world):
     world.now += 6 * MS
     world.turn()
     assert world.edges(7)[-1] == 1000 + STEP
+
+
+@pytest.mark.parametrize("kind", [19, 29, 30])
+def test_what_only_the_kernel_may_send_is_left_to_it(world, kind):
+    """A signature does not survive another window, and MPTCP's window is not the connection's."""
+    packet = record(1, 1000, 400, 7, 0, 1000, world.now, kind)
+    world.gate.begin_turn()
+    world.gate.take(memoryview(packet), world.now)
+    world.gate.end_turn(world.now)
+    assert world.told == [{"ungated": "options"}]
+    assert world.sent == []
+    assert world.gate.flows == {}
