@@ -254,7 +254,9 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	if (unlikely(charged_at != inverse_rate))
 		even_at = charge_anew(bucket, even_at, charged_at, inverse_rate, now);
 	if (unlikely(!even_at)) {
-		bucket->even_at_ns = even_at = now;
+		/* Pacing holds a debt, which would otherwise come on top of the first seconds. */
+		bucket->even_at_ns = even_at =
+			now + (config->flags & THROTTLE_PACE ? PACING_TARGET_NS : 0);
 	} else if ((__s64)(now - even_at) > (__s64)credit) {
 		bucket->even_at_ns = even_at = now - credit;
 	}
