@@ -26,7 +26,8 @@ _WHY_UNGATED = {
     "options": "acknowledgements are signed (TCP-MD5, TCP-AO), and only the kernel can sign them",
     "unanswered": "acknowledgements that the gate's keeper sent did not reach their senders (a"
     " firewall or a policy route may stop packets of raw sockets)",
-    "unsent": "the gate's keeper may not send acknowledgements",
+    "unsent": "acknowledgements of the gate's keeper are refused (a firewall or a policy route"
+    " stops packets of raw sockets)",
 }
 
 
