@@ -7,13 +7,10 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Iterator, Optional, Sequence
 
-from pybpfthrottle.backends import files
-from pybpfthrottle.backends.nftables import found, rules
-from pybpfthrottle.backends.nftables.found import FoundThrottle
-from pybpfthrottle.backends.nftables.nft import Nft
-from pybpfthrottle.backends.nftables.rules import Member
-from pybpfthrottle.backends.nftables.table import members
-from pybpfthrottle.backends.nftables.throttle import NAME, NftablesThrottle
+from pybpfthrottle.backends import files, recorded
+from pybpfthrottle.backends.nft import Member, Nft, members
+from pybpfthrottle.backends.nftables import rules
+from pybpfthrottle.backends.nftables.table import KIND, NAME
 from pybpfthrottle.backends.protocol import (
     Executions,
     Leftover,
@@ -25,6 +22,7 @@ from pybpfthrottle.backends.protocol import (
     Ready,
     Record,
 )
+from pybpfthrottle.backends.recorded import FoundThrottle, OwnThrottle
 from pybpfthrottle.errors import BackendError, CgroupError, Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -88,7 +86,7 @@ class NftablesBackend:
         """Create a table for the cgroups, and record it. Raises BackendError; all is undone."""
         if order.processes is not None or not order.cgroups:
             raise BackendError(_NO_SOCKETS)
-        throttle = NftablesThrottle(order, throttle_id)
+        throttle = OwnThrottle(KIND, order, throttle_id)
         throttle.put_in_force()
         return throttle
 
@@ -106,15 +104,15 @@ class NftablesBackend:
 
     def open(self, record: Record) -> Part:
         """Open a throttle that another process keeps. Raises ThrottleError if it is gone."""
-        return FoundThrottle(record)
+        return FoundThrottle(KIND, record)
 
     def leftovers(self) -> Sequence[Leftover]:
         """Return the tables that a crash has left."""
-        return found.leftovers()
+        return recorded.leftovers(KIND)
 
     def tidy_up(self) -> None:
         """Delete the tables that a crash has left, as far as possible here."""
-        for leftover in found.leftovers():
+        for leftover in recorded.leftovers(KIND):
             with suppress(Error, OSError):
                 leftover.remove()
                 log.info("Removed %s, left by a crash", leftover)

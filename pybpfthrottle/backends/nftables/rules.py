@@ -5,12 +5,11 @@ Commands are in nft's own language: its JSON input has no cgroups (nft 1.0.6). A
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
+from pybpfthrottle.backends.nft import FAMILY, Listing, Member, comment, of, table_name
+from pybpfthrottle.backends.recorded import State
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
-
-FAMILY = "inet"
-PREFIX = "pybpfthrottle-"
 
 # A bucket that is smaller than a packet never lets it pass. GSO and GRO make packets of 64 KB.
 BURST_BYTES = 64 * 1024
@@ -24,28 +23,6 @@ _HOOKS = {
     Direction.DOWNLOAD: ("input", "iifname"),
     Direction.UPLOAD: ("output", "oifname"),
 }
-
-# What nft -j list prints: an object each, below its kind.
-Listing = Sequence[Mapping[str, Any]]
-
-
-class Member(NamedTuple):
-    """A cgroup as nft wants it: its depth, and a path to it from /sys/fs/cgroup."""
-
-    level: int
-    path: str
-
-
-class State(NamedTuple):
-    """A table as it is. ``intact``: nobody has removed one of its rules."""
-
-    counters: dict[Direction, Counters]
-    intact: bool
-
-
-def table_name(throttle_id: str) -> str:
-    """Return the name of a throttle's table."""
-    return PREFIX + throttle_id
 
 
 def create(
@@ -102,12 +79,12 @@ def is_ours(listing: Listing, throttle_id: str) -> bool:
     directions = list(Direction)
     counters = {name for direction in directions for name in _counters(direction)}
     chains = {name for direction in directions for name in (str(direction), _limiting(direction))}
-    found = {one["name"] for one in _of("counter", listing)}
+    found = {one["name"] for one in of("counter", listing)}
     return (
         bool(found)
         and found <= counters
-        and {one["name"] for one in _of("chain", listing)} <= chains
-        and all(one.get("comment") == _comment(throttle_id) for one in _of("rule", listing))
+        and {one["name"] for one in of("chain", listing)} <= chains
+        and all(one.get("comment") == comment(throttle_id) for one in of("rule", listing))
         and all(set(one) <= {"metainfo", "table", "counter", "chain", "rule"} for one in listing)
     )
 
@@ -117,8 +94,8 @@ def read(listing: Listing, directions: Sequence[Direction], members: int) -> Sta
 
     Raises KeyError, TypeError or ValueError for what nft never prints.
     """
-    counted = {one["name"]: one for one in _of("counter", listing)}
-    rules = [str(one["chain"]) for one in _of("rule", listing)]
+    counted = {one["name"]: one for one in of("counter", listing)}
+    rules = [str(one["chain"]) for one in of("rule", listing)]
     found = {}
     intact = True
     for direction in directions:
@@ -136,16 +113,8 @@ def read(listing: Listing, directions: Sequence[Direction], members: int) -> Sta
     return State(found, intact)
 
 
-def _of(kind: str, listing: Listing) -> Iterator[Mapping[str, Any]]:
-    return (one[kind] for one in listing if kind in one)
-
-
 def _table(throttle_id: str) -> str:
     return f"{FAMILY} {table_name(throttle_id)}"
-
-
-def _comment(throttle_id: str) -> str:
-    return f"pybpfthrottle {throttle_id}"
 
 
 def _limiting(direction: Direction) -> str:
@@ -198,10 +167,8 @@ def _limit(
 def _matches(throttle_id: str, direction: Direction, members: Sequence[Member]) -> Iterator[str]:
     """Send the packets of cgroups to the limiting chain, each packet once."""
     for member in members:
-        matched = f'socket cgroupv2 level {member.level} "{member.path}"'
-        yield _rule(throttle_id, str(direction), f"{matched} goto {_limiting(direction)}")
+        yield _rule(throttle_id, str(direction), f"{member.matched} goto {_limiting(direction)}")
 
 
 def _rule(throttle_id: str, chain: str, statement: str) -> str:
-    comment = _comment(throttle_id)
-    return f'add rule {_table(throttle_id)} {chain} {statement} comment "{comment}"'
+    return f'add rule {_table(throttle_id)} {chain} {statement} comment "{comment(throttle_id)}"'

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack, contextmanager
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
+from pybpfthrottle.backends.nft import FAMILY, Nft, members, table_name
 from pybpfthrottle.backends.nftables import rules
-from pybpfthrottle.backends.nftables.nft import Nft
-from pybpfthrottle.backends.nftables.rules import Member, State
-from pybpfthrottle.errors import BackendError, CgroupError
-from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.backends.protocol import Order
+from pybpfthrottle.backends.recorded import Kind, Save, State
+from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
+from pybpfthrottle.supervisor import Chore
 
-
-@contextmanager
-def members(cgroups: Sequence[Cgroup], *, root_level: int = 0) -> Iterator[list[Member]]:
-    """Yield cgroups as nft wants them, within the context. Raises BackendError or CgroupError.
-
-    The root, which nothing matches, is refused unless ``root_level`` is given, for a trial.
-    """
-    with ExitStack() as stack:
-        found = []
-        for cgroup in cgroups:
-            try:
-                level = cgroups_v2.depth(cgroup) or root_level
-            except CgroupError as error:
-                raise BackendError(f"nftables cannot match {cgroup.path}: {error}") from error
-            if not level:
-                raise BackendError("nftables cannot match the root cgroup")
-            fd = cgroup.open()
-            stack.callback(os.close, fd)
-            # nft prepends /sys/fs/cgroup, wherever cgroup v2 is mounted, and reads its number from
-            # there. No character of a cgroup's name can break a path by descriptor.
-            found.append(Member(level, f"../../../proc/{os.getpid()}/fd/{fd}"))
-        yield found
+NAME = "nftables"
 
 
 class Table:
@@ -45,13 +23,20 @@ class Table:
         self._id = throttle_id
         self._nft = nft
         self._loopback = loopback
-        self.name = rules.table_name(throttle_id)
+        self._table = table_name(throttle_id)
+
+    @property
+    def name(self) -> str:
+        """What limits, for people."""
+        return f"table {self._table}"
+
+    @property
+    def handles(self) -> Mapping[str, Any]:
+        """Nothing: the throttle's id finds it."""
+        return {}
 
     def create(
-        self,
-        limits: Limits,
-        cgroups: Sequence[Cgroup],
-        counters: Mapping[Direction, Counters] = {},
+        self, limits: Limits, order: Order, counters: Mapping[Direction, Counters] = {}
     ) -> None:
         """Create it, with counters that begin at these values, in place of one that is damaged."""
         for rate in limits.values():
@@ -59,9 +44,9 @@ class Table:
         is_there = self._is_ours()
         if is_there is False:
             raise BackendError(
-                f"there is a table {rules.FAMILY} {self.name} that pybpfthrottle has not made"
+                f"there is a table {FAMILY} {self._table} that pybpfthrottle has not made"
             )
-        with members(cgroups) as matched:
+        with members(order.cgroups) as matched:
             commands = rules.create(
                 self._id, limits, matched, loopback=self._loopback, counters=counters
             )
@@ -79,13 +64,13 @@ class Table:
 
     def state(self, directions: Sequence[Direction], cgroups: int) -> Optional[State]:
         """Return what is there of a table that limits so many cgroups; None if it is gone."""
-        listing = self._nft.table(self.name)
+        listing = self._nft.table(self._table)
         if listing is None:
             return None
         try:
             return rules.read(listing, directions, cgroups)
         except (KeyError, TypeError, ValueError) as error:
-            raise BackendError(f"cannot read the table {self.name}: {error!r}") from error
+            raise BackendError(f"cannot read the {self.name}: {error!r}") from error
 
     def delete(self) -> bool:
         """Delete it, if it is there and the throttle's; return whether it was."""
@@ -94,12 +79,49 @@ class Table:
         self._nft.change(rules.delete(self._id))
         return True
 
+    def chores(self) -> Sequence[Chore]:
+        """Return nothing: the rules hold wherever packets go."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """Return nothing: what nftables loses is known beforehand."""
+        return ()
+
+    def processes(self) -> list[int]:
+        """Return nothing: cgroups are limited."""
+        return []
+
+    def close(self) -> None:
+        """Release the namespace."""
+        self._nft.close()
+
     def _is_ours(self) -> Optional[bool]:
         """Whether the table of this name is the throttle's; None if there is none."""
-        listing = self._nft.table(self.name)
+        listing = self._nft.table(self._table)
         return None if listing is None else rules.is_ours(listing, self._id)
 
 
 def _refuse_beyond(rate: Optional[Rate]) -> None:
     if rate is not None and rate > rules.MAX_RATE:
         raise BackendError(f"nftables limits to {rules.MAX_RATE} at most, not to {rate}")
+
+
+def _open(
+    throttle_id: str, order: Order, namespace: int, handles: Mapping[str, Any], save: Save
+) -> Table:
+    return Table(throttle_id, Nft(namespace), loopback=order.traffic.loopback)
+
+
+def _how(rate: Optional[Rate]) -> Mapping[str, str]:
+    return {
+        "shape": "police" if rate else "none",
+        "shape_reason": "nftables can drop packets, and not delay them",
+    }
+
+
+def _burst_bytes(rate: Optional[Rate]) -> int:
+    """Return the size of the kernel's bucket: never less than a second's worth."""
+    return rate.bytes_per_s + rules.BURST_BYTES if rate else 0
+
+
+KIND = Kind(NAME, _open, _how, _burst_bytes, "tables", "nft flush ruleset")

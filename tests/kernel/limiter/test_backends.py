@@ -22,9 +22,9 @@ from since import needs_command, since
 from targets import eventually
 
 from pybpfthrottle.backends import files
-from pybpfthrottle.backends.nftables.nft import Nft
+from pybpfthrottle.backends.nft import Nft
 from pybpfthrottle.backends.nftables.table import Table
-from pybpfthrottle.backends.protocol import Match, Record
+from pybpfthrottle.backends.protocol import Match, Order, Record
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux import cgroup, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -80,16 +80,26 @@ def configuration(lab: Lab) -> list[str]:
 @contextmanager
 def unchanged(lab: Lab) -> Iterator[None]:
     """Within it the configuration may be another one, afterwards it is what it was."""
-    mine = 'table inet mine { chain c { type filter hook input priority 0; iif "lo" accept; }; }'
-    subprocess.run(lab.inside("nft", "-f", "-"), input=mine, text=True, check=True)
-    namespace = netns.number(lab.wire.client.process.pid)
-    before = configuration(lab)
+    subprocess.run(
+        lab.inside("nft", "-f", "-"),
+        input="table inet mine { chain c { type filter hook input priority 0; counter; }; }",
+        text=True,
+        check=True,
+    )
+    without_counts = "nft -s list ruleset"
+    before = [*configuration(lab)[1:], answer(lab, *without_counts.split())]
     try:
         yield
     finally:
-        assert configuration(lab) == before
-        recorded = [one.handles for one in files.records("nftables")]
-        assert {"network_namespace": namespace} not in recorded
+        assert [*configuration(lab)[1:], answer(lab, *without_counts.split())] == before
+        assert [name for backend in BACKENDS for name in recorded_in(lab, backend)] == []
+
+
+def recorded_in(lab: Lab, backend: str) -> list[str]:
+    """The ids of what a backend has recorded for the client's namespace."""
+    own = netns.number(lab.wire.client.process.pid)
+    found = files.records(backend)
+    return [record.id for record in found if record.handles["network_namespace"] == own]
 
 
 @pytest.fixture(autouse=True)
@@ -277,10 +287,11 @@ def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch
     subprocess.run(own.inside("nft", "-f", "-"), input=foreign, text=True, check=True)
     before = answer(own, "nft", "list", "ruleset")
     number = netns.number(own.wire.client.process.pid)
+    limits = {Direction.UPLOAD: RATE}
     with Nft(number) as nft:
         table = Table("zzzzzz", nft)
         with pytest.raises(BackendError, match="that pybpfthrottle has not made"):
-            table.create({Direction.UPLOAD: RATE}, [scratch])
+            table.create(limits, Order(ThrottleSpec(Target(), limits), limits, [scratch]))
         assert not table.delete()
     gone = Identity(1 << 22, process.identity().pid_namespace, 1)
     spec = ThrottleSpec(Target(), {Direction.UPLOAD: RATE})
@@ -534,5 +545,7 @@ def test_a_root_cgroup_and_a_rate_beyond_nftables_are_refused(own):
     assert done.stderr == (
         "pybpfthrottle: error: nftables limits to 17.2 GB/s at most, not to 20.0 GB/s\n"
     )
+    limits = {Direction.UPLOAD: RATE}
+    order = Order(ThrottleSpec(Target(), limits), limits, [cgroup.root()])
     with Nft() as nft, pytest.raises(BackendError, match="cannot match the root cgroup"):
-        Table("zzzzzz", nft).create({Direction.UPLOAD: RATE}, [cgroup.root()])
+        Table("zzzzzz", nft).create(limits, order)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pybpfthrottle.backends.nft import Member
 from pybpfthrottle.backends.nftables import rules
-from pybpfthrottle.backends.nftables.rules import Member
 from pybpfthrottle.model import Counters, Direction, Rate
 
 DOWNLOAD, UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD

@@ -1,0 +1,448 @@
+"""Throttles whose record is a file: this process's own, another's, and what a crash has left.
+
+What all of them do is here; what differs is the ``Rules`` that a backend puts in force.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Protocol, Sequence
+
+from pybpfthrottle.backends import files
+from pybpfthrottle.backends.files import OwnFile
+from pybpfthrottle.backends.protocol import Match, Order, Record
+from pybpfthrottle.errors import BackendError, ThrottleError
+from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import clock, netns, process
+from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
+from pybpfthrottle.model import Counters, Direction, Limits, Rate
+from pybpfthrottle.supervisor import Chore, Periodic
+
+log = logging.getLogger(__name__)
+
+# How soon it is noticed that somebody has removed the rules: each look starts a program, for 4 ms.
+_LOOK_S = 0.5
+_LOOK_FOR_STRANGERS_S = 2.0
+
+
+class State(NamedTuple):
+    """Rules as they are. ``intact``: nobody has removed any of them."""
+
+    counters: dict[Direction, Counters]
+    intact: bool
+
+
+class Rules(Protocol):
+    """What limits one order, in one network namespace. All methods raise BackendError."""
+
+    @property
+    def name(self) -> str:
+        """What limits, for people: ``table pybpfthrottle-abcdef``."""
+
+    @property
+    def handles(self) -> Mapping[str, Any]:
+        """What finds it again, for the record."""
+
+    def create(self, limits: Limits, order: Order, counters: Mapping[Direction, Counters]) -> None:
+        """Put it in force, in place of what is damaged; the counters begin at these values."""
+
+    def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change a limit; the counters continue."""
+
+    def set_cgroups(self, directions: Sequence[Direction], cgroups: Sequence[Cgroup]) -> None:
+        """Limit these cgroups instead; the counters continue."""
+
+    def state(self, directions: Sequence[Direction], cgroups: int) -> Optional[State]:
+        """Return what is there, of rules for so many cgroups; None if it is gone."""
+
+    def delete(self) -> object:
+        """Remove what is there and the throttle's. Doing so twice is no error."""
+
+    def chores(self) -> Sequence[Chore]:
+        """Return what has to be done beside looking for changes by others."""
+
+    def notes(self) -> Sequence[str]:
+        """Return what the user should know, a line each."""
+
+    def processes(self) -> list[int]:
+        """Return the selected processes that are limited now; none if cgroups are limited."""
+
+    def close(self) -> None:
+        """Release resources of this process; what is in force stays."""
+
+
+# Records the changed handles of rules. Raises BackendError.
+Save = Callable[[Mapping[str, Any]], None]
+
+
+class Kind(NamedTuple):
+    """What a backend puts in force.
+
+    ``open`` makes the rules of a throttle in a network namespace; nothing is in force by that.
+    ``how`` tells how a rate is kept, ``burst_bytes`` what may pass at once after an idle time.
+    ``leftovers`` is what a crash leaves, in the plural; ``usual_cause`` what others may do to it.
+    """
+
+    backend: str
+    open: Callable[[str, Order, int, Mapping[str, Any], Save], Rules]
+    how: Callable[[Optional[Rate]], Mapping[str, str]]
+    burst_bytes: Callable[[Optional[Rate]], int]
+    leftovers: str
+    usual_cause: str
+
+
+class OwnThrottle:
+    """The limits of one order. ``put_in_force`` creates the rules, ``remove`` deletes them."""
+
+    def __init__(self, kind: Kind, order: Order, throttle_id: str) -> None:
+        self._kind = kind
+        self._order = order
+        self._id = throttle_id
+        self._limits = dict(order.limits)
+        self._counters = dict.fromkeys(order.limits, Counters())
+        self._file = OwnFile(self)
+        self._rules: Rules
+        self._namespace = 0
+        self._seen_s = -math.inf
+        self._restored = False
+        self._lost = False
+        self._notes: dict[str, None] = {}
+        self._undo = ExitStack()
+        self._looking = Periodic(_LOOK_S, self._look)
+        self._looking_for_strangers = Periodic(_LOOK_FOR_STRANGERS_S, self._look_for_strangers)
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+        return self._limits
+
+    def put_in_force(self) -> None:
+        """Create the rules. Raises BackendError; then all is undone."""
+        try:
+            self._namespace = self._most_common_namespace()
+            # Which numbers are free is not to change until they are used.
+            with locked():
+                self._rules = self._kind.open(
+                    self._id, self._order, self._namespace, {}, self._save
+                )
+                self._undo.callback(self._rules.close)
+                self._file.create(self._record())
+                self._undo.callback(self._withdraw)
+                self._rules.create(self._limits, self._order, {})
+        except BaseException:
+            # What cannot be deleted now stays recorded, for the next start.
+            with suppress(BackendError):
+                self.remove()
+            raise
+        for direction, rate in self._limits.items():
+            log.info("%s: limited to %s by the %s", direction, rate, self._rules.name)
+        self._look_for_strangers()
+
+    def _save(self, handles: Mapping[str, Any]) -> None:
+        self._file.update(handles={"network_namespace": self._namespace, **handles})
+
+    def _most_common_namespace(self) -> int:
+        """Return the network namespace that most of the processes are in."""
+        found = Counter(_namespaces(self._pids()).values())
+        own = netns.number()
+        return own if own in found or not found else found.most_common(1)[0][0]
+
+    def _pids(self) -> list[int]:
+        """Return the processes that are limited, or are about to be."""
+        found = [*self._order.spec.target.pids]
+        if self._order.command is not None:
+            found.append(self._order.command.pid)
+        for cgroup in self._order.cgroups:
+            with suppress(OSError):
+                found += cgroup.pids_below()
+        return found
+
+    def _record(self) -> Record:
+        cgroups = self._order.cgroups
+        return Record(
+            id=self._id,
+            spec=dataclasses.replace(self._order.spec, limits=self._limits),
+            owner=process.identity(),
+            backend=self._kind.backend,
+            match=Match.CGROUP if cgroups else Match.MARKS,
+            cgroups=tuple(cgroup.path for cgroup in cgroups),
+            cgroup_ids=tuple(cgroups_v2.ids(cgroups)),
+            since_ns=clock.boottime_ns(),
+            attached_by=self._rules.name,
+            handles={"network_namespace": self._namespace, **self._rules.handles},
+        )
+
+    # Somebody else may remove the rules.
+
+    def _look(self) -> None:
+        if self._lost or self._file.removed_by_others:
+            return
+        # Whoever shows the rates has just looked.
+        if time.monotonic() - self._seen_s < _LOOK_S / 2 or self._is_intact():
+            return
+        # Who removes the throttle holds the lock, and deletes the file after the rules.
+        with locked_if_free() as is_free:
+            if is_free and self._file.exists():
+                self._restore()
+
+    def _is_intact(self) -> bool:
+        """Whether all of the rules are there; then note their counters. Raises BackendError."""
+        state = self._rules.state(list(self._limits), len(self._order.cgroups))
+        if state is None or not state.intact:
+            return False
+        self._counters, self._seen_s = state.counters, time.monotonic()
+        return True
+
+    def _restore(self) -> None:
+        """Put the rules back, once: whoever removes them again means it."""
+        name = self._rules.name
+        if self._restored:
+            self._lost = True
+            self._say(f"the {name} was removed again, not by pybpfthrottle: the limit ends")
+            return
+        self._restored = True
+        self._rules.create(self._limits, self._order, self._counters)
+        self._say(
+            f"the {name} was removed, not by pybpfthrottle ({self._kind.usual_cause}?): it was"
+            " restored, and will not be a second time"
+        )
+
+    def _look_for_strangers(self) -> None:
+        """Note the processes in other network namespaces, where no rule sees their packets."""
+        strangers = [
+            pid for pid, number in _namespaces(self._pids()).items() if number != self._namespace
+        ]
+        if strangers:
+            self._say(
+                f"{process.listed(strangers)}: not limited by {self._kind.backend}, because the"
+                " limit is in another network namespace"
+            )
+
+    def _say(self, note: str) -> None:
+        if note not in self._notes:
+            log.warning("%s", note)
+            self._notes[note] = None
+
+    # What others do with it.
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return what each direction counted; what is known if the rules are gone."""
+        with suppress(BackendError):
+            self._is_intact()
+        return dict(self._counters)
+
+    def burst_bytes(self, direction: Direction) -> int:
+        """Return how much may pass at once after an idle time, beyond the rate."""
+        return self._kind.burst_bytes(self._limits[direction])
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction; None lifts it. Raises BackendError."""
+        with locked():
+            self._rules.set_limit(direction, rate)
+            self._limits[direction] = rate
+            self._file.set_limit(direction, rate)
+
+    def adopt_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Take notice of a limit that somebody else has put in force."""
+        self._limits[direction] = rate
+
+    def switch(self, method: str) -> None:
+        """Raise ThrottleError: there is only one way."""
+        raise _no_methods(self._kind, method)
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Limit the cgroup ``come`` instead of ``gone``, which was removed. Raises BackendError."""
+        cgroups = [come if one == gone else one for one in self._order.cgroups]
+        with locked():
+            self._rules.set_cgroups(list(self._limits), cgroups)
+            self._order = self._order._replace(cgroups=cgroups)
+            self._file.update(
+                cgroups=tuple(one.path for one in cgroups),
+                cgroup_ids=tuple(cgroups_v2.ids(cgroups)),
+            )
+
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """Return how a direction is limited."""
+        return _how(self._kind, self._limits[direction], self._rules.name)
+
+    def processes(self) -> list[int]:
+        """Return the selected processes that are limited now; none if cgroups are limited."""
+        return self._rules.processes()
+
+    def notes(self) -> Sequence[str]:
+        """Return what is not covered, and what others have done, a line each."""
+        return [*self._rules.notes(), *self._notes]
+
+    def chores(self) -> Sequence[Chore]:
+        """Return the chores that notice what others do."""
+        own = [self._file.chore, self._looking, self._looking_for_strangers]
+        return [*own, *self._rules.chores()]
+
+    def removed_by_others(self) -> bool:
+        """Whether somebody else has removed the limit."""
+        return self._lost or self._file.removed_by_others
+
+    def remove(self) -> None:
+        """Delete the rules and the file."""
+        with locked():
+            self._undo.close()
+
+    def _withdraw(self) -> None:
+        self._rules.delete()
+        self._file.delete()
+
+    def close(self) -> None:
+        """Remove the throttle: it does not outlive this process."""
+        self.remove()
+
+
+class FoundThrottle:
+    """A throttle of another process. ``close`` leaves it in force."""
+
+    def __init__(self, kind: Kind, record: Record) -> None:
+        """Raises ThrottleError if it is gone."""
+        self._kind = kind
+        self._found = record
+        self._limits = dict(record.spec.limits)
+        self._rules = _open(kind, record)
+
+    @property
+    def limits(self) -> Limits:
+        """The limit of each direction."""
+        return self._limits
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return what each direction counted. Raises ThrottleError if the rules are gone."""
+        state = self._rules.state(list(self._limits), len(self._found.cgroups))
+        if state is None:
+            raise ThrottleError(f"the throttle {self._found.id} is gone")
+        return state.counters
+
+    def burst_bytes(self, direction: Direction) -> int:
+        """Return how much may pass at once after an idle time, beyond the rate."""
+        return self._kind.burst_bytes(self._limits[direction])
+
+    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+        """Change the limit of a direction at once, and tell its owner. Raises BackendError."""
+        with locked():
+            self._rules.set_limit(direction, rate)
+            self._limits[direction] = rate
+            files.set_limit(self._found, direction, rate)
+
+    def switch(self, method: str) -> None:
+        """Raise ThrottleError: there is only one way."""
+        raise _no_methods(self._kind, method)
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Raise ThrottleError: only the owner follows units."""
+        raise ThrottleError(
+            f"only process {self._found.owner.pid} can move its limit from {gone.path}"
+        )
+
+    def describe(self, direction: Direction) -> dict[str, str]:
+        """Return how a direction is limited."""
+        return _how(self._kind, self._limits[direction], self._rules.name)
+
+    def processes(self) -> list[int]:
+        """Return the selected processes that are limited now; none if cgroups are limited."""
+        return self._rules.processes()
+
+    def notes(self) -> Sequence[str]:
+        """Return nothing: only the owner knows."""
+        return ()
+
+    def chores(self) -> Sequence[Chore]:
+        """Return nothing: the owner does the chores."""
+        return ()
+
+    def removed_by_others(self) -> bool:
+        """Whether the throttle has been removed in the meantime."""
+        return files.read(self._kind.backend, self._found.id) is None
+
+    def remove(self) -> None:
+        """Delete the rules and the file, by which its owner notices and exits."""
+        with locked():
+            self._rules.delete()
+            files.delete(self._kind.backend, self._found.id)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the throttle in force."""
+        self._rules.close()
+
+
+class Leftover(NamedTuple):
+    """The rules of a throttle whose owner was killed."""
+
+    rules: Kind
+    record: Record
+
+    def __str__(self) -> str:
+        found = self.record
+        return f"the {found.attached_by} of {found.backend}, of process {found.owner.pid}"
+
+    @property
+    def kind(self) -> str:
+        """What it is, in the plural."""
+        return self.rules.leftovers
+
+    def to_json(self) -> dict[str, object]:
+        """Return it for JSON."""
+        return {
+            "id": self.record.id,
+            "name": self.record.attached_by.rpartition(" ")[2],
+            "owner_pid": self.record.owner.pid,
+        }
+
+    def remove(self) -> None:
+        """Delete the rules, unless they went with their network namespace. Raises BackendError."""
+        with locked():
+            if netns.exists(int(self.record.handles["network_namespace"])):
+                rules = _open(self.rules, self.record)
+                try:
+                    rules.delete()
+                finally:
+                    rules.close()
+            files.delete(self.rules.backend, self.record.id)
+
+
+def leftovers(kind: Kind) -> list[Leftover]:
+    """Return what was left by killed owners."""
+    return [
+        Leftover(kind, record)
+        for record in files.records(kind.backend)
+        if not record.kept and process.is_gone(record.owner)
+    ]
+
+
+def _open(kind: Kind, record: Record) -> Rules:
+    """Return the rules of a record. Raises BackendError if their namespace is gone."""
+
+    def save(handles: Mapping[str, Any]) -> None:
+        files.update(kind.backend, record.id, handles={**record.handles, **handles})
+
+    order = Order(record.spec, record.spec.limits, record.visible_cgroups())
+    namespace = int(record.handles["network_namespace"])
+    return kind.open(record.id, order, namespace, record.handles, save)
+
+
+def _how(kind: Kind, rate: Optional[Rate], name: str) -> dict[str, str]:
+    return {"backend": kind.backend, "attached_by": name, **kind.how(rate)}
+
+
+def _no_methods(kind: Kind, method: str) -> ThrottleError:
+    return ThrottleError(f"{kind.backend} has no attach methods, and cannot switch to {method}")
+
+
+def _namespaces(pids: Iterable[int]) -> dict[int, int]:
+    """Return the network namespaces of processes, as far as they can be seen."""
+    found = {}
+    for pid in pids:
+        with suppress(OSError):
+            found[pid] = netns.number(pid)
+    return found
