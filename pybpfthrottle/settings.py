@@ -17,7 +17,7 @@ from pybpfthrottle.model import Direction
 ATTACH_METHODS = ("auto", "link", "legacy")
 SHAPES = ("auto", "pace", "gate", "window", "police")
 EGRESS_VERDICTS = ("auto", "congestion", "deny")
-BACKENDS = ("auto", "ebpf", "nftables")
+BACKENDS = ("auto", "ebpf", "nftables", "tc_htb", "ifb_tc", "tc_police")
 
 # The predecessor's names are honoured too, after ours.
 _PREFIXES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_")

@@ -20,6 +20,7 @@ from pybpfthrottle.backends.protocol import (
     Offer,
     Order,
     Part,
+    Priority,
     Ready,
     Record,
     all_backends,
@@ -375,9 +376,14 @@ def _plans(situation: Situation, wish: Wish, directions: Sequence[Direction]) ->
     refusal: Optional[ThrottleError] = None
     for backend in all_backends():
         wanted = {wish.backends.get(direction, "auto") for direction in directions}
-        if not wanted & {"auto", backend.name}:
+        if backend.name not in wanted and ("auto" not in wanted or not _is_automatic(backend)):
             continue
-        offers += [backend.offer(direction, match) for direction in directions for match in Match]
+        offers += [
+            backend.offer(direction, match)
+            for direction in directions
+            if direction in backend.directions or wish.backends.get(direction) == backend.name
+            for match in Match
+        ]
         try:
             found = plans(situation, wish, directions, offers)
         except ThrottleError as error:
@@ -565,7 +571,8 @@ def choose(direction: Direction, name: str = "auto", match: Match = Match.CGROUP
 
     Raises ThrottleError that says why each backend is unavailable.
     """
-    candidates = all_backends() if name == "auto" else [get_backend(name)]
+    able = [one for one in all_backends() if direction in one.directions and _is_automatic(one)]
+    candidates = able if name == "auto" else [get_backend(name)]
     reasons = []
     for backend in candidates:
         reason = backend.offer(direction, match).refused
@@ -573,6 +580,11 @@ def choose(direction: Direction, name: str = "auto", match: Match = Match.CGROUP
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ThrottleError(f"cannot limit {direction}: {'; '.join(reasons)}")
+
+
+def _is_automatic(backend: Backend) -> bool:
+    """Whether a backend may be used without being named."""
+    return backend.priority is not Priority.FALLBACK
 
 
 def start_command(pid: int, spec: ThrottleSpec, wish: Wish) -> tuple[Throttle, Optional[OwnCgroup]]:

@@ -23,11 +23,17 @@ from pybpfthrottle.targets import Selection
 _HOMES = {
     "ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend"),
     "nftables": ("pybpfthrottle.backends.nftables.backend", "NftablesBackend"),
+    "tc_htb": ("pybpfthrottle.backends.tc.backend", "HtbBackend"),
+    "ifb_tc": ("pybpfthrottle.backends.tc.backend", "IfbBackend"),
+    "tc_police": ("pybpfthrottle.backends.tc.backend", "PoliceBackend"),
 }
 
 
 class Priority(IntEnum):
-    """How good a mechanism is; the best available one is chosen."""
+    """How good a mechanism is; the best available one is chosen.
+
+    A FALLBACK limits more than was asked for, so it is used only if it is named.
+    """
 
     FALLBACK = 1
     GOOD = 2
@@ -200,13 +206,15 @@ class Executions(Protocol):
 class Backend(Protocol):
     """A mechanism.
 
-    ``title`` is its name for people, ``counted_nothing`` what it means that it has counted nothing
-    although packets have passed, and what to look at next.
+    ``title`` is its name for people. ``directions`` are those that it can limit.
+    ``counted_nothing`` is what it means that it has counted nothing although packets have passed,
+    and what to look at next.
     """
 
     name: str
     title: str
     priority: Priority
+    directions: tuple[Direction, ...]
     counted_nothing: str
 
     def unavailable(self, direction: Direction) -> Optional[str]:

@@ -16,12 +16,13 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Proto
 from pybpfthrottle.backends import files
 from pybpfthrottle.backends.files import OwnFile
 from pybpfthrottle.backends.protocol import Match, Order, Record
-from pybpfthrottle.errors import BackendError, ThrottleError
+from pybpfthrottle.errors import BackendError, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore, Periodic
+from pybpfthrottle.targets import Selection, select
 
 log = logging.getLogger(__name__)
 
@@ -420,13 +421,23 @@ def leftovers(kind: Kind) -> list[Leftover]:
     ]
 
 
+def order_of(record: Record) -> Order:
+    """Return the order that a throttle was made for, as far as its target is still there."""
+    selection = None
+    if record.match is Match.MARKS:
+        selection = Selection()
+        with suppress(ProcessError):
+            selection = select(record.spec.target)
+    return Order(record.spec, record.spec.limits, record.visible_cgroups(), selection)
+
+
 def _open(kind: Kind, record: Record) -> Rules:
     """Return the rules of a record. Raises BackendError if their namespace is gone."""
 
     def save(handles: Mapping[str, Any]) -> None:
         files.update(kind.backend, record.id, handles={**record.handles, **handles})
 
-    order = Order(record.spec, record.spec.limits, record.visible_cgroups())
+    order = order_of(record)
     namespace = int(record.handles["network_namespace"])
     return kind.open(record.id, order, namespace, record.handles, save)
 

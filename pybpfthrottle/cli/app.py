@@ -553,7 +553,7 @@ def backends(try_them: bool, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cleanup(dry_run: bool, as_json: bool) -> None:
-    """Remove leftovers of a crash: attached programs, tables of nftables, and empty cgroups.
+    """Remove leftovers of a crash: programs, tables of nftables, tc's classes and devices, cgroups.
 
     Starting a limit does this too. It leaves what other tools have made and running throttles
     alone.

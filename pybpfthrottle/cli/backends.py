@@ -30,8 +30,10 @@ def show(*, as_json: bool, try_them: bool) -> int:
     else:
         for direction in _DIRECTIONS:
             echo(f"{str(direction).capitalize()} Backends:")
-            for record in records.values():
-                echo(_line(record, record[str(direction)]))
+            for backend in backends:
+                if direction in backend.directions:
+                    record = records[backend.name]
+                    echo(_line(record, record[str(direction)]))
     tried = [
         record[str(direction)].get("counted", True)
         for record in records.values()

@@ -15,7 +15,6 @@ from pybpfthrottle.backends.protocol import Priority, all_backends
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, passed, skipped, warned
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import netlink
-from pybpfthrottle.model import Direction
 
 _SECTION = "What is there already"
 _ROUTE, _NETFILTER = 0, 12
@@ -151,7 +150,7 @@ def _backends(setup: Setup) -> Result:
     reasons = {
         (backend.name, direction): backend.unavailable(direction)
         for backend in others
-        for direction in Direction
+        for direction in backend.directions
     }
     evidence = [
         f"{name}, {direction}s: {reason or 'available'}"

@@ -39,6 +39,12 @@ def setns(namespace: int, kind: int) -> None:
         raise _error("setns")
 
 
+def unshare(kind: int) -> None:
+    """Give this thread a namespace of its own. Raises OSError."""
+    if _function("unshare")(kind):
+        raise _error("unshare")
+
+
 def signalfd(numbers: Iterable[int]) -> int:
     """Return a descriptor to read blocked signals from; the caller closes it. Linux 2.6.27.
 

@@ -121,11 +121,28 @@ def inside(namespace: int, work: Callable[[], T]) -> T:
 
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
         return work()
+    return _in_thread(enter)
+
+
+def new() -> int:
+    """Return a descriptor of a new network namespace, which ends with it.
+
+    Needs CAP_SYS_ADMIN. Raises OSError.
+    """
+
+    def unshare() -> int:
+        libc.unshare(_CLONE_NEWNET)
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    return _in_thread(unshare)
+
+
+def _in_thread(work: Callable[[], T]) -> T:
     # Imported late: the import registers an exit handler, which fails while the program is ending.
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(enter).result()
+        return thread.submit(work).result()
 
 
 class Listed(NamedTuple):

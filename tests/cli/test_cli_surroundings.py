@@ -34,21 +34,29 @@ def test_run_without_cgroup_v2_is_125(tool):
     assert "mount -t cgroup2" in result.complaint
 
 
-@pytest.mark.parametrize("target", ["--cgroup", "--pid", "--unit"])
-def test_each_target_without_cgroup_v2_is_an_error(tool, scratch, target):
-    """Where cgroup v2 is not mounted each kind of target gives one line, and 1."""
-    process = scratch.process(scratch.cgroup())
-    value = {"--cgroup": "/sys/fs/cgroup", "--pid": str(process.pid), "--unit": "x"}[target]
+@pytest.mark.parametrize("target", ["--cgroup", "--unit"])
+def test_each_target_without_cgroup_v2_is_an_error(tool, target):
+    """Where cgroup v2 is not mounted each kind of target that needs it gives one line, and 1."""
+    value = {"--cgroup": "/sys/fs/cgroup", "--unit": "x"}[target]
     result = tool.run(target, value, *LIMIT, prefix=NO_CGROUP2)
     assert result.status == 1
     assert "mount -t cgroup2" in result.complaint
 
 
+def test_upload_and_process_need_cgroup_v2(tool):
+    """Uploads of a process cannot be limited without cgroup v2: nothing else tells its packets."""
+    upload = ("--upload-limit", "1M", "-q")
+    result = tool.run("--pid", str(os.getppid()), *upload, prefix=NO_CGROUP2)
+    assert result.status == 1
+    assert "mount -t cgroup2" in result.complaint
+
+
 def test_backends_without_cgroup_v2_are_unavailable(tool):
-    """--list-backends says that cgroup v2 is not mounted."""
+    """--list-backends says that cgroup v2 is not mounted, for those that need it."""
     result = tool.run("--list-backends", prefix=NO_CGROUP2)
     assert result.status == 0
-    assert result.text.count("❌ unavailable: cgroup v2 is not mounted") == 4
+    assert result.text.count("❌ unavailable: cgroup v2 is not mounted") == 5
+    assert "ifb_tc      [priority: Good] ✅ available" in result.text
 
 
 def test_run_with_a_read_only_cgroup_v2_is_125(tool):

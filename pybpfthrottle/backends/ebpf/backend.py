@@ -41,6 +41,7 @@ class EbpfBackend:
     name = "ebpf"
     title = "eBPF"
     priority = Priority.BEST
+    directions = tuple(Direction)
     counted_nothing = "No stats in BPF map (eBPF not initialized?)"
 
     def unavailable(self, direction: Direction) -> Optional[str]:

@@ -45,6 +45,7 @@ class NftablesBackend:
     name = NAME
     title = NAME
     priority = Priority.BETTER
+    directions = tuple(Direction)
     counted_nothing = "No packets in the counters of nftables (do its rules match?)"
 
     def unavailable(self, direction: Direction) -> Optional[str]:

@@ -1,0 +1,1 @@
+"""Limits by traffic control on devices: HTB delays packets, a policer drops them."""
