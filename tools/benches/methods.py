@@ -161,6 +161,8 @@ METHODS = (
     Method("window", "pybpfthrottle run --shape window", _DOWN, prefix=_ours("window")),
     Method("shape", "pybpfthrottle run --shape auto", prefix=_ours("auto")),
     Method("nftables", "pybpfthrottle run, by the backend nftables", prefix=_by("nftables")),
+    Method("tc_htb", "pybpfthrottle run, by the backend tc_htb", _UP, prefix=_by("tc_htb")),
+    Method("ifb_tc", "pybpfthrottle run, by the backend ifb_tc", _DOWN, prefix=_by("ifb_tc")),
     Method("htb", "tc, HTB on the device", _UP, _htb(_PLAIN)),
     Method("htb-codel", "tc, HTB on the device with fq_codel below", _UP, _htb(_CODEL)),
     Method("tbf", "tc, TBF on the device: for all programs", _UP, _tbf),
