@@ -6,12 +6,13 @@ A backend makes an offer for a direction and a way of matching packets, puts lim
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib import import_module
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
-from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.errors import CgroupError, ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup, known_as
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
@@ -112,7 +113,9 @@ class Record:
     def visible_cgroups(self) -> list[Cgroup]:
         """Return the cgroups that it is on, as this process sees them, if it can."""
         ids = [*self.cgroup_ids, *[None] * len(self.cgroups)]
-        found = [known_as(path, number) for path, number in zip(self.cgroups, ids)]
+        found = []
+        with suppress(CgroupError):  # where cgroup v2 is not mounted none is visible
+            found = [known_as(path, number) for path, number in zip(self.cgroups, ids)]
         return [cgroup for cgroup in found if cgroup is not None]
 
 
