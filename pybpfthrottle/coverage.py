@@ -14,6 +14,7 @@ from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.backend import EbpfBackend
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
 from pybpfthrottle.backends.protocol import Match, Record
+from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import endpoints, netns, process, sockets
@@ -22,7 +23,7 @@ from pybpfthrottle.linux.endpoints import PACKET_FAMILIES, Description, Endpoint
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Direction
 
-MARK, CGROUP = "mark", "cgroup"
+MARK, CGROUP, PROCESS = "mark", "cgroup", "process"
 
 
 class Remark(NamedTuple):
@@ -68,7 +69,7 @@ CGROUP_ASSUMED = Remark("cgroup-assumed", "if it was created in the process's cu
 
 
 class Cover(NamedTuple):
-    """A throttle that covers a socket, ``by`` MARK or CGROUP; ``owner`` is its process."""
+    """A throttle that covers a socket, ``by`` MARK, CGROUP or PROCESS; ``owner`` is its process."""
 
     owner: Identity
     by: str
@@ -117,9 +118,13 @@ class Coverage:
         self._tables: list[_Limited] = []
         try:
             self._tables = [
-                _Limited(record, record.visible_cgroups())
+                _Limited(
+                    record,
+                    record.visible_cgroups(),
+                    frozenset(get_backend(record.backend).processes(record)),
+                )
                 for record in registry.records()
-                if record.backend != EbpfBackend.name and record.match is Match.CGROUP
+                if record.backend != EbpfBackend.name
             ]
             self._rules = Rules()
             self._rules.passed_in(cgroups_v2.root())  # raises what the kernel refuses
@@ -204,20 +209,27 @@ class Coverage:
 
 
 class _Limited(NamedTuple):
-    """A throttle of whole cgroups by another backend than eBPF."""
+    """A throttle of whole cgroups, or of processes, by another backend than eBPF."""
 
     record: Record
     cgroups: list[Cgroup]
+    pids: frozenset[int]
 
-    def limits(self, cgroup: Optional[Cgroup], namespace: int) -> bool:
-        """Whether it limits the sockets of a cgroup in a network namespace (0: unknown)."""
+    def limits(self, cgroup: Optional[Cgroup], namespace: int, pid: int) -> bool:
+        """Whether it limits a socket of a cgroup and process, in a network namespace.
+
+        ``namespace`` is 0 if unknown.
+        """
         own = self.record.handles.get("network_namespace", namespace)
-        return namespace in (0, own) and any(cgroup in one for one in self.cgroups)
+        return namespace in (0, own) and (
+            pid in self.pids or any(cgroup in one for one in self.cgroups)
+        )
 
     def cover(self) -> Cover:
         """Return it as what covers a socket."""
         limited = [d for d, rate in self.record.spec.limits.items() if rate is not None]
-        return Cover(self.record.owner, CGROUP, tuple(sorted(limited)))
+        by = CGROUP if self.record.match is Match.CGROUP else PROCESS
+        return Cover(self.record.owner, by, tuple(sorted(limited)))
 
 
 class _Borrowed(NamedTuple):
@@ -381,12 +393,12 @@ class _Judge:
                 reasons.append(reason)
         covers = [*_covers(covering)]
         for table in self._tables:
-            if table.limits(where, namespace):
+            if table.limits(where, namespace, self._pid):
                 if on_loopback and not table.record.spec.traffic.loopback:
                     reasons.append(LOOPBACK)
                 else:
                     covers.append(table.cover())
-            elif self._now is not None and table.limits(self._now, namespace):
+            elif self._now is not None and table.limits(self._now, namespace, self._pid):
                 reasons.append(OTHER_CGROUP.about(cgroup=where.path, now=self._now.path))
         if covers:
             own = own._replace(covered=True, covers=tuple(sorted(covers)))

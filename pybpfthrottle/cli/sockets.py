@@ -6,7 +6,16 @@ from typing import Any, Optional, Sequence
 
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo, say
-from pybpfthrottle.coverage import MARK, Cover, Coverage, OpenSocket, Remark, Report
+from pybpfthrottle.coverage import (
+    CGROUP,
+    MARK,
+    PROCESS,
+    Cover,
+    Coverage,
+    OpenSocket,
+    Remark,
+    Report,
+)
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.endpoints import Endpoint
@@ -79,7 +88,7 @@ def _row(one: OpenSocket) -> tuple[str, ...]:
 def _cover(cover: Cover) -> str:
     directions = " and ".join(map(str, cover.directions))
     gone = ", which has ended" if process.is_gone(cover.owner) else ""
-    how = "a mark" if cover.by == MARK else "its cgroup"
+    how = {MARK: "a mark", CGROUP: "its cgroup", PROCESS: "its process"}[cover.by]
     return f"{directions}, by process {cover.owner.pid}{gone} ({how})"
 
 
