@@ -67,6 +67,8 @@ class HtbRules(OnDevices):
         if root is None or not shaper.is_ours(root):
             return
         there = shaper.minors(qdiscs, device)
+        if device not in self._devices and self._minor not in there:
+            return
         if there:
             # What has failed half-way has a class without a queue, which is not listed.
             with suppress(BackendError):

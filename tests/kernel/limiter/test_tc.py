@@ -31,6 +31,7 @@ from refusing import __file__ as refusing
 from since import needs_command, needs_option, since
 from targets import eventually
 
+from pybpfthrottle.backends import files
 from pybpfthrottle.backends.protocol import get
 from pybpfthrottle.model import Direction
 
@@ -170,6 +171,12 @@ def devices(own: Lab) -> list[str]:
     return [one["ifname"] for one in json.loads(answer(own, "ip", "-j", "link"))]
 
 
+def devices_of(running: subprocess.Popen[str], case: Case) -> list[str]:
+    """The devices on which a throttle is recorded to limit."""
+    [record] = [one for one in files.records(case.backend) if one.owner.pid == running.pid]
+    return list(record.handles["devices"])
+
+
 @each_case
 def test_a_default_route_that_moves_takes_the_limit_along(own, case):
     """What is on the device that it leaves goes."""
@@ -190,7 +197,7 @@ def test_a_default_route_that_moves_takes_the_limit_along(own, case):
         answer(own, *["ip", "link", "set", "other", "name", "another"])
         answer(own, *["ip", "link", "set", "another", "up"])
         answer(own, *["ip", "route", "replace", "default", "via", "10.98.0.2"])
-        time.sleep(2)
+        eventually(lambda: devices_of(running, case) == ["another"])
         assert kind in [one["kind"] for one in qdiscs(own, "another")]
         answer(own, *["ip", "link", "delete", "another"])
         time.sleep(1.5)
@@ -293,6 +300,24 @@ def test_a_connection_that_is_open_is_limited_by_ifb_tc(own, prefix, options):
     assert done.returncode == 0, done.stderr
     assert "✅ THROTTLED" in done.stdout
     assert "a new connection is limited within 0.05 s" in done.stdout
+
+
+def test_two_backends_do_not_limit_one_process_unasked(own):
+    """And sockets tells by what the process's are limited."""
+    with started(own.inside("curl", "--globoff", "-so", "/dev/null", own.url)) as client:
+        command = ["--pid", str(client.pid), "-d", "1M", "--download-backend"]
+        with started([*TOOL, *command, "ifb_tc"]) as running:
+            eventually(lambda: throttles(running.pid))
+            for other in ("ebpf", "nftables", "ifb_tc"):
+                refused = tool(*command, other)
+                assert refused.returncode == 1
+                assert f"is already limited by process {running.pid}" in refused.stderr
+            found = json.loads(tool("sockets", "--pid", str(client.pid), "--json").stdout)
+        client.kill()
+    listed = [one for one in found["processes"][0]["sockets"] if one["covered"]]
+    assert [
+        (cover["by"], cover["directions"]) for one in listed for cover in one["covered_by"]
+    ] == [("process", ["download"])]
 
 
 def test_without_ebpf_and_nftables_tc_is_used_and_that_is_said(own, tmp_path):
