@@ -183,7 +183,7 @@ class OwnFile:
             with locked():
                 entry = update(self._record.backend, self._record.id, **changes)
             if entry is not None:
-                self._record, self._generation = entry.record, entry.generation
+                self._adopt(entry)
 
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Record a limit that this process has changed. Raises BackendError."""
@@ -216,7 +216,11 @@ class OwnFile:
         if entry is None:
             self.removed_by_others = True
         elif entry.generation != self._generation:
-            self._record, self._generation = entry.record, entry.generation
-            for direction, rate in entry.record.spec.limits.items():
-                if self._throttle.limits.get(direction) != rate:
-                    self._throttle.adopt_rate(direction, rate)
+            self._adopt(entry)
+
+    def _adopt(self, entry: Entry) -> None:
+        """Take notice of what the file says, which somebody else may have changed."""
+        self._record, self._generation = entry.record, entry.generation
+        for direction, rate in entry.record.spec.limits.items():
+            if self._throttle.limits.get(direction) != rate:
+                self._throttle.adopt_rate(direction, rate)

@@ -122,6 +122,16 @@ def test_the_owner_adopts_a_limit_that_others_have_set():
     assert not own.removed_by_others
 
 
+def test_an_owner_that_writes_first_adopts_it_too():
+    """What the owner records meanwhile does not hide what others have set."""
+    kept = Kept()
+    own = files.OwnFile(kept)
+    own.create(RECORD)
+    files.set_limit(RECORD, Direction.DOWNLOAD, Rate(9000))
+    own.update(handles={})
+    assert kept.limits == {Direction.DOWNLOAD: Rate(9000)}
+
+
 def test_the_owners_own_change_is_recorded():
     """Others see it, and the owner does not take it for a change by others."""
     own = files.OwnFile(Kept())
