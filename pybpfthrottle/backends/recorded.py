@@ -206,8 +206,9 @@ class OwnThrottle:
             self._lost = True
             self._say(f"the {name} was removed again, not by pybpfthrottle: the limit ends")
             return
-        self._restored = True
+        # If that fails, the next look tries it again.
         self._rules.create(self._limits, self._order, self._counters)
+        self._restored = True
         self._say(
             f"the {name} was removed, not by pybpfthrottle ({self._kind.usual_cause}?): it was"
             " restored, and will not be a second time"

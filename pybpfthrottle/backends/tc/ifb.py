@@ -19,7 +19,7 @@ from pybpfthrottle.backends.tc.on_devices import OnDevices
 from pybpfthrottle.backends.tc.sockets import Flow, flows, limited_processes
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup, locked_if_free
-from pybpfthrottle.model import Counters, Direction, Limits, Rate
+from pybpfthrottle.model import Counters, Direction, Rate
 from pybpfthrottle.supervisor import Chore
 
 NAME = "ifb_tc"
@@ -56,18 +56,11 @@ class IfbRules(OnDevices):
         """What finds it again."""
         return {**super().handles, **self._ingress.handles}
 
-    def create(
-        self, limits: Limits, order: Order, counters: Mapping[Direction, Counters] = {}
-    ) -> None:
-        """Put it in force, in place of what is damaged; the counters begin at these values."""
-        if counters:
-            self.delete()
+    def _make(self) -> None:
         self._ip.add_ifb(self._ifb)
         root = shaper.root(self._ifb, _MAJOR, default=_MINOR)
-        rate = limits[self._direction]
-        self._ip.change([root, *shaper.shape(self._ifb, _MINOR, rate, _MAJOR)])
-        self._numbers = numbered(self._flows(order), {})
-        super().create(limits, order, counters)
+        self._ip.change([root, *shaper.shape(self._ifb, _MINOR, self._rate, _MAJOR)])
+        self._numbers = numbered(self._flows(self._order), {})
 
     def _begin(self, device: str, qdiscs: Listing) -> None:
         if not self._ingress.has_qdisc(qdiscs, device):

@@ -98,10 +98,14 @@ class OnDevices(ABC):
             self.delete()
             self._before = counters[self._direction]
             self._save(self.handles)
+        self._make()
         qdiscs = self._ip.qdiscs()
         for device in self._devices:
             self._begin(device, qdiscs)
         self._match()
+
+    def _make(self) -> None:  # noqa: B027 - only one that has a device of its own has it
+        """Make what the devices share."""
 
     def _match(self) -> None:  # noqa: B027 - only one that does not match on devices has it
         """Send packets where they are limited."""

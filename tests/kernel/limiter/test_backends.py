@@ -78,6 +78,7 @@ def test_a_transfer_is_held_to_its_limit_and_others_are_not(case, ipv6):
             assert int(other.communicate()[0]) > FAST.bytes_per_s
 
 
+@pytest.mark.timed
 @each_case
 def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
     """The owner says what others have changed, and goes on without the limit."""
@@ -90,10 +91,10 @@ def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
         assert throttles(running.pid)[0]["limits"][direction] == 2 << 20
         [shown] = json.loads(tool("show", listed["id"], "--json").stdout)["throttles"]
         assert shown["how"][direction]["backend"] == case.backend
-        time.sleep(1.5)
+        time.sleep(3)
         assert tool("remove", listed["id"]).stdout.startswith("Removed ")
         assert throttles(running.pid) == []
-        time.sleep(1.5)
+        time.sleep(3)
         assert running.poll() is None
         running.terminate()
         said = running.communicate()[1]
@@ -156,18 +157,18 @@ def tables(own: Lab) -> list[str]:
     return [line for line in answer(own, "nft", "list", "tables").splitlines() if "pybpf" in line]
 
 
+@pytest.mark.timed
 @since("5.13")
 def test_a_flushed_table_is_put_back_once(own):
     """Somebody's flush ruleset is noticed, said and undone; the second one ends the limit."""
     with started(running_with(own, NFT_DOWNLOAD)) as running:
-        before = eventually(lambda: tables(own))
         for _ in range(2):
             # Of our own table only: the other one has to be the same afterwards.
-            answer(own, *f"nft delete {before[0]}".split())
+            [table] = eventually(lambda: tables(own))
+            answer(own, *f"nft delete {table}".split())
             assert tables(own) == []
-            time.sleep(1.2)
+        time.sleep(3)
         assert tables(own) == []
-        time.sleep(1.2)
         assert running.poll() is None
         running.terminate()
         said = running.communicate()[1]
@@ -176,6 +177,7 @@ def test_a_flushed_table_is_put_back_once(own):
     assert "The limit was removed; the command continues without it." in said
 
 
+@pytest.mark.timed
 @since("5.13")
 def test_a_restored_table_counts_on(own):
     """From what was known."""

@@ -259,7 +259,7 @@ def test_without_marks_a_process_in_company_is_moved(own: Target, scratch: Cgrou
 @pytest.mark.parametrize("options", [("--name", "nobody-has-this"), ("--user", str(USER))])
 def test_without_marks_there_are_no_names(options: Sequence[str]) -> None:
     """Processes that are started anywhere later cannot be limited otherwise: that is an error."""
-    complaint = failed(*options, prefix=refusing(NO_MARKS))
+    complaint = failed(*options, "--download-backend", "ebpf", prefix=refusing(NO_MARKS))
     assert "single processes cannot be limited here" in complaint
     assert "--cgroup" in complaint
 
