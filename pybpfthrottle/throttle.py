@@ -342,7 +342,8 @@ def _first_that_works(
 ) -> Throttle:
     """Carry out plans until one works; the throttle's notes say which backends have failed.
 
-    A plan is given why sockets could not be marked before. Raises the first error if none works.
+    A plan is given why sockets could not be marked before. Raises the first error if none works,
+    with why better backends than that have no plan.
     """
     why: Optional[NoMarksError] = None
     failures: list[tuple[Plan, Error]] = []
@@ -360,8 +361,24 @@ def _first_that_works(
             notes = [f"{failed.mechanism} has failed: {error}" for failed, error in failures]
             throttle.plan_notes = (*notes, *throttle.plan_notes)
             return throttle
-    errors = [error for _, error in failures]
-    raise next(iter(errors), why) or AssertionError("there is at least one plan")
+    if not failures:
+        raise why or AssertionError("there is at least one plan")
+    failed, failure = failures[0]
+    reasons = _unavailable_before(failed)
+    if isinstance(failure, BackendError) and reasons:
+        raise BackendError(f"{failure}. Better ones: {'; '.join(reasons)}") from failure
+    raise failure
+
+
+def _unavailable_before(plan: Plan) -> list[str]:
+    """Return why the backends that are better than a plan's are unavailable."""
+    reasons: list[str] = []
+    for backend in all_backends():
+        if backend.name in plan.backends.values():
+            break
+        found = filter(None, map(backend.unavailable, plan.backends))
+        reasons += [f"{backend.name}: {reason}" for reason in list(found)[:1]]
+    return reasons
 
 
 def _plans(situation: Situation, wish: Wish, directions: Sequence[Direction]) -> Iterator[Plan]:

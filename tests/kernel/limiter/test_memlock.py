@@ -44,7 +44,7 @@ def test_the_limit_is_raised_for_as_long_as_it_takes() -> None:
 def test_too_little_is_named(charged: None) -> None:
     """Without the right to raise it, the error names locked memory, its size and the remedy."""
     done = subprocess.run(
-        without_sys_resource(*RUN),
+        without_sys_resource(*RUN[:4], "--download-backend", "ebpf", *RUN[4:]),
         env=ENVIRONMENT,
         preexec_fn=limited(4),
         stderr=subprocess.PIPE,
