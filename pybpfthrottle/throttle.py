@@ -376,7 +376,8 @@ def _unavailable_before(plan: Plan) -> list[str]:
     for backend in all_backends():
         if backend.name in plan.backends.values():
             break
-        found = filter(None, map(backend.unavailable, plan.backends))
+        able = [direction for direction in plan.backends if direction in backend.directions]
+        found = filter(None, map(backend.unavailable, able))
         reasons += [f"{backend.name}: {reason}" for reason in list(found)[:1]]
     return reasons
 
