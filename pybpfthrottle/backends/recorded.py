@@ -11,12 +11,23 @@ import math
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+)
 
 from pybpfthrottle.backends import files
 from pybpfthrottle.backends.files import OwnFile
-from pybpfthrottle.backends.protocol import Match, Order, Record
-from pybpfthrottle.errors import BackendError, ProcessError, ThrottleError
+from pybpfthrottle.backends.protocol import Executions, Match, Order, Record
+from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
@@ -458,3 +469,46 @@ def _namespaces(pids: Iterable[int]) -> dict[int, int]:
         with suppress(OSError):
             found[pid] = netns.number(pid)
     return found
+
+
+class RecordedBackend:
+    """What the backends whose throttles are recorded in files do alike."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+
+    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
+        """Return nothing: what others have made does not depend on a cgroup that is known here."""
+        return []
+
+    def prepare(self) -> None:
+        """Do nothing: there is nothing to load."""
+
+    def put_in_force(self, order: Order, throttle_id: str) -> OwnThrottle:
+        """Create the rules of an order, and record them. Raises BackendError; all is undone."""
+        throttle = OwnThrottle(self.kind, order, throttle_id)
+        throttle.put_in_force()
+        return throttle
+
+    def executions(self) -> Executions:
+        """Raise BackendError: networking knows nothing of executions."""
+        raise BackendError(f"{self.name} does not report executions")
+
+    def in_force(self) -> Iterator[Record]:
+        """Return what is recorded, whoever made it."""
+        return files.records(self.name)
+
+    def open(self, record: Record) -> FoundThrottle:
+        """Open a throttle that another process keeps. Raises ThrottleError if it is gone."""
+        return FoundThrottle(self.kind, record)
+
+    def leftovers(self) -> list[Leftover]:
+        """Return what a crash has left."""
+        return leftovers(self.kind)
+
+    def tidy_up(self) -> None:
+        """Remove what a crash has left, as far as possible here."""
+        for leftover in self.leftovers():
+            with suppress(Error, OSError):
+                leftover.remove()
+                log.info("Removed %s, left by a crash", leftover)

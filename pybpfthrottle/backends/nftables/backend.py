@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from functools import cached_property
-from typing import Iterator, Optional, Sequence
+from typing import Optional, Sequence
 
-from pybpfthrottle.backends import files, recorded
 from pybpfthrottle.backends.nft import Member, Nft, members
 from pybpfthrottle.backends.nftables import rules
 from pybpfthrottle.backends.nftables.table import KIND, NAME
 from pybpfthrottle.backends.protocol import (
-    Executions,
-    Leftover,
     Match,
     Offer,
     Order,
@@ -22,10 +18,9 @@ from pybpfthrottle.backends.protocol import (
     Ready,
     Record,
 )
-from pybpfthrottle.backends.recorded import FoundThrottle, OwnThrottle
-from pybpfthrottle.errors import BackendError, CgroupError, Error
+from pybpfthrottle.backends.recorded import RecordedBackend
+from pybpfthrottle.errors import BackendError, CgroupError
 from pybpfthrottle.linux import cgroup
-from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 
 log = logging.getLogger(__name__)
@@ -39,10 +34,11 @@ _LOSES = (
 )
 
 
-class NftablesBackend:
+class NftablesBackend(RecordedBackend):
     """Linux 5.13 with cgroup v2; nothing outside of the throttle's own table is touched."""
 
     name = NAME
+    kind = KIND
     title = NAME
     priority = Priority.BETTER
     directions = tuple(Direction)
@@ -76,47 +72,15 @@ class NftablesBackend:
             return str(error)
         return None
 
-    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
-        """Return nothing: rules of others name cgroups that are not known here."""
-        return []
-
-    def prepare(self) -> None:
-        """Do nothing: there is nothing to load."""
-
     def apply(self, order: Order, throttle_id: str) -> Part:
         """Create a table for the cgroups, and record it. Raises BackendError; all is undone."""
         if order.processes is not None or not order.cgroups:
             raise BackendError(_NO_SOCKETS)
-        throttle = OwnThrottle(KIND, order, throttle_id)
-        throttle.put_in_force()
-        return throttle
+        return self.put_in_force(order, throttle_id)
 
     def make_ready(self, order: Order) -> Ready:
         """Raise BackendError: later processes are limited by their sockets."""
         raise BackendError(_NO_SOCKETS)
-
-    def executions(self) -> Executions:
-        """Raise BackendError: netfilter knows nothing of executions."""
-        raise BackendError("nftables does not report executions")
-
-    def in_force(self) -> Iterator[Record]:
-        """Return what is recorded, whoever made it."""
-        return files.records(self.name)
-
-    def open(self, record: Record) -> Part:
-        """Open a throttle that another process keeps. Raises ThrottleError if it is gone."""
-        return FoundThrottle(KIND, record)
-
-    def leftovers(self) -> Sequence[Leftover]:
-        """Return the tables that a crash has left."""
-        return recorded.leftovers(KIND)
-
-    def tidy_up(self) -> None:
-        """Delete the tables that a crash has left, as far as possible here."""
-        for leftover in recorded.leftovers(KIND):
-            with suppress(Error, OSError):
-                leftover.remove()
-                log.info("Removed %s, left by a crash", leftover)
 
     def processes(self, record: Record) -> list[int]:
         """Return nothing: cgroups are limited."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import ClassVar, Iterator, Optional, Sequence
 
-from pybpfthrottle.backends import files, recorded
 from pybpfthrottle.backends.nft import Member, Nft, members
 from pybpfthrottle.backends.protocol import (
-    Executions,
-    Leftover,
     Match,
     Offer,
     Order,
@@ -20,13 +17,12 @@ from pybpfthrottle.backends.protocol import (
     Ready,
     Record,
 )
-from pybpfthrottle.backends.recorded import FoundThrottle, Kind, OwnThrottle, order_of
+from pybpfthrottle.backends.recorded import RecordedBackend, order_of
 from pybpfthrottle.backends.tc import htb, ifb, police, shaper
 from pybpfthrottle.backends.tc.iproute import Scratch
 from pybpfthrottle.backends.tc.sockets import limited_processes
-from pybpfthrottle.errors import BackendError, CgroupError, Error
+from pybpfthrottle.errors import BackendError, CgroupError
 from pybpfthrottle.linux import cgroup
-from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 
 log = logging.getLogger(__name__)
@@ -36,13 +32,11 @@ _TRIAL = "pybpf-trial"
 _FILTER = "filter add dev lo ingress pref 1 protocol ip u32"
 
 
-class TcBackend:
+class TcBackend(RecordedBackend):
     """One of the backends. Linux 4.5, and what each needs beside that."""
 
-    name: ClassVar[str]
     priority: ClassVar[Priority] = Priority.GOOD
     directions: ClassVar[tuple[Direction, ...]]
-    kind: ClassVar[Kind]
     matches: ClassVar[tuple[Match, ...]] = (Match.CGROUP,)
     loses: ClassVar[tuple[str, ...]]
     counted_nothing = "No packets in the counters of tc (is this how they are routed?)"
@@ -89,49 +83,17 @@ class TcBackend:
         """Do what a throttle does. Raises BackendError, CgroupError or OSError."""
         raise NotImplementedError
 
-    def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
-        """Return nothing: rules of others are on devices, wherever a process is."""
-        return []
-
-    def prepare(self) -> None:
-        """Do nothing: there is nothing to load."""
-
     def apply(self, order: Order, throttle_id: str) -> Part:
         """Put limits in force, and record them. Raises BackendError; then all is undone."""
         if order.processes is not None and Match.MARKS not in self.matches:
             raise BackendError(self._only_cgroups)
-        throttle = OwnThrottle(self.kind, order, throttle_id)
-        throttle.put_in_force()
-        return throttle
+        return self.put_in_force(order, throttle_id)
 
     def make_ready(self, order: Order) -> Ready:
         """Return what will put the limits in force: there is nothing to prepare."""
         if Match.MARKS not in self.matches:
             raise BackendError(self._only_cgroups)
         return _Later(self)
-
-    def executions(self) -> Executions:
-        """Raise BackendError: traffic control knows nothing of executions."""
-        raise BackendError(f"{self.name} does not report executions")
-
-    def in_force(self) -> Iterator[Record]:
-        """Return what is recorded, whoever made it."""
-        return files.records(self.name)
-
-    def open(self, record: Record) -> Part:
-        """Open a throttle that another process keeps. Raises ThrottleError if it is gone."""
-        return FoundThrottle(self.kind, record)
-
-    def leftovers(self) -> Sequence[Leftover]:
-        """Return what a crash has left."""
-        return recorded.leftovers(self.kind)
-
-    def tidy_up(self) -> None:
-        """Remove what a crash has left, as far as possible here."""
-        for leftover in recorded.leftovers(self.kind):
-            with suppress(Error, OSError):
-                leftover.remove()
-                log.info("Removed %s, left by a crash", leftover)
 
     def processes(self, record: Record) -> list[int]:
         """Return the processes whose sockets it limits; none if cgroups are limited."""
