@@ -346,7 +346,7 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	payload = skb->len - headers;
 	now = bpf_ktime_get_ns();
 	passes = tcp[13] & TCP_FIN_SYN_RST || payload || !socket->gated ||
-		 !config->rate_bytes_per_s || is_stale(gate, now);
+		 !config->rate_bytes_per_s || (__s64)now > config->expires_ns || is_stale(gate, now);
 	if (passes) {
 		if (!socket->edge_known || (__s32)(edge - socket->edge) > 0)
 			socket->edge = edge;

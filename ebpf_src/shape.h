@@ -614,9 +614,12 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 }
 
 /* Whether a limit is to be kept in a way, which this kernel has not refused. */
-always_inline __u32 does(struct throttle_config *config, struct throttle_bucket *bucket, __u32 flag)
+always_inline __u32 does(struct throttle_config *config, struct throttle_bucket *bucket, __u32 flag,
+			 __u64 now)
 {
-	return config->rate_bytes_per_s ? config->flags & ~bucket->refused & flag : 0;
+	__s64 over = (config->expires_ns - (__s64)now) >> 63; /* all bits, or none */
+
+	return config->rate_bytes_per_s ? config->flags & ~bucket->refused & flag & ~over : 0;
 }
 
 always_inline int shape(struct bpf_sock_ops *ctx)
@@ -629,14 +632,14 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	struct throttle_socket *socket = 0;
 	int starts = 0;
 	__u32 paces, moves, gates;
-	__u64 now;
+	__u64 now = bpf_ktime_get_ns();
 
 	HOLD_RECORD();
 	if (!upload || !download || !upload_bucket || !download_bucket)
 		return 1;
-	paces = does(upload, upload_bucket, THROTTLE_PACE);
-	moves = does(download, download_bucket, THROTTLE_WINDOW);
-	gates = does(download, download_bucket, THROTTLE_GATE);
+	paces = does(upload, upload_bucket, THROTTLE_PACE, now);
+	moves = does(download, download_bucket, THROTTLE_WINDOW, now);
+	gates = does(download, download_bucket, THROTTLE_GATE, now);
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (moves)
@@ -667,7 +670,6 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	}
 	if (!socket)
 		return 1;
-	now = bpf_ktime_get_ns();
 	if (!paces)
 		restore_pacing(ctx, socket);
 	else if (starts || ctx->skb_len)

@@ -298,6 +298,8 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	if (!billed || !config->rate_bytes_per_s)
 		return PASS;
 	now = bpf_ktime_get_ns();
+	if (unlikely((__s64)now > config->expires_ns))
+		return PASS;
 	/* TCP's headers are free, where they are found. */
 	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
 		if (!is_early(skb, bucket, config, direction, billed, now) &&

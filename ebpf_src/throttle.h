@@ -102,6 +102,7 @@ struct throttle_config {
 	__u32 flags;            /* enum throttle_flags */
 	__u32 reserved;
 	__u64 slack_ns; /* how much further for connections that nothing else slows down */
+	__s64 expires_ns; /* CLOCK_MONOTONIC time after which all packets pass; the largest: never */
 };
 
 /* Written by the programs. */

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Any, Mapping, NamedTuple, Optional
 
@@ -256,35 +256,65 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ThrottleSpec:
-    """A throttle as requested by the command line or Python, or as the kernel has it."""
+    """A throttle as requested by the command line or Python, or as the kernel has it.
+
+    ``kept`` says that it stays in force after the process that made it has ended, ``expires_ns``
+    when it ends, on CLOCK_BOOTTIME, or 0. ``paused`` has the limits that are lifted for now.
+    """
 
     target: Target
     limits: Limits
     traffic: Traffic = Traffic()
     name: str = ""
+    kept: bool = False
+    expires_ns: int = 0
+    paused: Limits = field(default_factory=dict)
+
+    def with_limit(
+        self, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
+    ) -> ThrottleSpec:
+        """Return it with another limit for a direction, and the one that is paused meanwhile."""
+        left = {one: rate for one, rate in self.paused.items() if one is not direction}
+        return replace(
+            self,
+            limits={**self.limits, direction: rate},
+            paused=left if paused is None else {**left, direction: paused},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return it for JSON; limits are in bytes per second, null if there is none."""
         return {
             "name": self.name,
             "target": self.target.to_json(),
-            "limits": {
-                str(direction): rate.bytes_per_s if rate else None
-                for direction, rate in self.limits.items()
-            },
+            "limits": _limits_to_json(self.limits),
             "loopback": self.traffic.loopback,
+            "kept": self.kept,
+            "expires_ns": self.expires_ns,
+            "paused": _limits_to_json(self.paused),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ThrottleSpec:
         """Return the spec that ``to_json`` wrote. Raises KeyError, TypeError or ValueError."""
-        limits = {
-            Direction[direction.upper()]: None if rate is None else Rate(int(rate))
-            for direction, rate in record["limits"].items()
-        }
         return cls(
             Target.from_json(record["target"]),
-            limits,
+            _limits_from_json(record["limits"]),
             Traffic(loopback=bool(record.get("loopback"))),
             str(record.get("name", "")),
+            bool(record.get("kept")),
+            int(record.get("expires_ns", 0)),
+            _limits_from_json(record.get("paused", {})),
         )
+
+
+def _limits_to_json(limits: Limits) -> dict[str, Optional[int]]:
+    return {
+        str(direction): rate.bytes_per_s if rate else None for direction, rate in limits.items()
+    }
+
+
+def _limits_from_json(record: Mapping[str, Any]) -> Limits:
+    return {
+        Direction[direction.upper()]: None if rate is None else Rate(int(rate))
+        for direction, rate in record.items()
+    }

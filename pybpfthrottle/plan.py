@@ -54,12 +54,14 @@ class Situation:
     """What is known about a target.
 
     ``processes``: processes are limited; ``matches``: they are chosen by their properties, so
-    later ones may match; ``shared``: others are in their cgroups too, or one is the root.
+    later ones may match; ``shared``: others are in their cgroups too, or one is the root; ``kept``:
+    the limit outlives this process, so nobody would move processes back.
     """
 
     processes: bool
     matches: bool = False
     shared: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,10 @@ def _places(situation: Situation, wish: Wish) -> Iterator[tuple[Place, tuple[str
     yield Place.SOCKETS, ()
     if situation.matches:  # a later process may be in any cgroup
         return
-    if situation.shared:
+    if situation.shared and not situation.kept:
         yield Place.MOVED, (_NO_MARKS, _MOVED)
         yield Place.MOVED_ONLY, (_NO_MARKS, _MOVED, _ONLY_NEW)
-    else:
+    elif not situation.shared:
         yield Place.CGROUPS, (_NO_MARKS, _ALONE)
 
 

@@ -66,11 +66,28 @@ def _known() -> list[Record]:
 
 def _is_in_force(record: Record) -> bool:
     """Whether a record is not a crash's leftover, and was not removed by others."""
-    return not record.removed and (record.kept or not process.is_gone(record.owner))
+    return (
+        not record.removed
+        and not record.expired
+        and (record.kept or not process.is_gone(record.owner))
+    )
+
+
+def unsupervised() -> list[list[Record]]:
+    """Return the records of each kept throttle whose process has ended. Raises OSError."""
+    found: dict[str, list[Record]] = {}
+    for record in records():
+        if not record.supervised:
+            found.setdefault(record.id, []).append(record)
+    return list(found.values())
 
 
 def tidy_up() -> None:
-    """Remove the leftovers of a crash, as far as possible here."""
+    """Remove the leftovers of a crash, and what was kept and is over, as far as possible here."""
+    with suppress(Error, OSError):
+        for record in _known():
+            if record.kept and record.expired and not record.supervised and not record.removed:
+                get_backend(record.backend).open(record).remove()
     for backend in all_backends():
         with suppress(Error, OSError):
             backend.tidy_up()

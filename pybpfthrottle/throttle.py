@@ -116,7 +116,7 @@ class Throttle:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
         if direction not in self._parts:
             raise ThrottleError(f"this throttle has no {direction} limit to change; start another")
-        self._do(lambda: self._parts[direction].set_rate(direction, rate))
+        self._set(direction, rate)
 
     def set(self, **limits: Any) -> None:
         """Change limits: ``set(download="2M", upload=None)``; None lifts one.
@@ -125,6 +125,28 @@ class Throttle:
         """
         for direction, rate in limits_of(**limits).items():
             self.set_limit(direction, rate)
+
+    @property
+    def paused(self) -> Limits:
+        """The limits that are lifted for now, and that ``resume`` puts back."""
+        return self.spec.paused
+
+    def pause(self) -> None:
+        """Lift the limits for now; the record says that, and to what. Raises ThrottleError."""
+        for direction, rate in self.limits.items():
+            if rate is not None:
+                self._set(direction, None, paused=rate)
+
+    def resume(self) -> None:
+        """Put back the limits that were paused. Raises ThrottleError."""
+        for direction, rate in dict(self.paused).items():
+            self._set(direction, rate)
+
+    def _set(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
+        self._do(lambda: self._parts[direction].set_rate(direction, rate, paused=paused))
+        self.spec = self.spec.with_limit(direction, rate, paused)
 
     def switch(self, method: str) -> None:
         """Attach by another method, link or legacy; the limit stays in force throughout.
@@ -324,6 +346,7 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
             processes=selection is not None,
             matches=spec.target.matches,
             shared=selection is not None and targets.share_cgroups(selection),
+            kept=spec.kept,
         )
 
         def carry_out(plan: Plan, why: Optional[NoMarksError]) -> Throttle:
@@ -518,12 +541,13 @@ def _enforce(
     undo: ExitStack,
     ready: Mapping[str, Ready] = MappingProxyType({}),
     command: Optional[Process] = None,
+    throttle_id: Optional[str] = None,
 ) -> Throttle:
     """Have each backend put its directions in force. ``undo`` passes to the throttle.
 
     ``ready`` has what backends have prepared for similar orders.
     """
-    throttle_id = registry.new_id()
+    throttle_id = throttle_id or registry.new_id()
     ids = _ids(cgroups)
     parts: dict[Direction, Part] = {}
     for name in dict.fromkeys(chosen.values()):
@@ -576,6 +600,43 @@ def open_record(record: Record) -> Throttle:
         undo,
         own=False,
     )
+
+
+def take_over(records: Sequence[Record], options: Mapping[str, Any]) -> Throttle:
+    """Keep a throttle from now on whose process has ended; ``records`` are those of its parts.
+
+    It is put in force anew, and counts anew. Raises ThrottleError, BpfError, CgroupError or
+    ProcessError; then it is not in force any more.
+    """
+    first = records[0]
+    limits = {one: rate for record in records for one, rate in record.spec.limits.items()}
+    paused = {one: rate for record in records for one, rate in record.spec.paused.items()}
+    spec = dataclasses.replace(first.spec, limits=limits, paused=paused)
+    chosen = {one: record.backend for record in records for one in record.spec.limits}
+    with locked(), ExitStack() as undo:
+        pids = get_backend(first.backend).processes(first)
+        for record in records:
+            undo.callback(get_backend(record.backend).open(record).hand_over())
+        selection, cgroups = _still_there(first, pids)
+        throttle = _enforce(
+            *(spec, chosen, cgroups, selection, options, ExitStack()), throttle_id=first.id
+        )
+    if selection is None:
+        throttle.follow_units()
+    return throttle
+
+
+def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selection], list[Cgroup]]:
+    """Return the processes or the cgroups of a throttle that has limited ``pids`` until now."""
+    if record.match is Match.CGROUP:
+        return None, record.visible_cgroups()
+    target = record.spec.target
+    if target.pids:
+        # Its children too; a number that has been given to another process is not among these.
+        target = dataclasses.replace(target, pids=tuple(pids))
+        if not pids and not target.matches:
+            raise ProcessError("all processes that it limited have ended")
+    return targets.select(target), []
 
 
 def prepare() -> None:

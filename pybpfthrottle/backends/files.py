@@ -108,13 +108,14 @@ def update(backend: str, throttle_id: str, **changes: Any) -> Optional[Entry]:
     return changed
 
 
-def set_limit(record: Record, direction: Direction, rate: Optional[Rate]) -> None:
+def set_limit(
+    record: Record, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
+) -> None:
     """Record a changed limit, which the throttle's owner then knows of. Raises BackendError."""
     entry = read(record.backend, record.id)
     if entry is not None:
-        spec = entry.record.spec
-        limits = {**spec.limits, direction: rate}
-        update(record.backend, record.id, spec=dataclasses.replace(spec, limits=limits))
+        spec = entry.record.spec.with_limit(direction, rate, paused)
+        update(record.backend, record.id, spec=spec)
 
 
 def delete(backend: str, throttle_id: str) -> None:
@@ -185,12 +186,12 @@ class OwnFile:
             if entry is not None:
                 self._adopt(entry)
 
-    def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def set_limit(
+        self, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
+    ) -> None:
         """Record a limit that this process has changed. Raises BackendError."""
         if self._record is not None:
-            spec = self._record.spec
-            limits = {**spec.limits, direction: rate}
-            self.update(spec=dataclasses.replace(spec, limits=limits))
+            self.update(spec=self._record.spec.with_limit(direction, rate, paused))
 
     def exists(self) -> bool:
         """Whether the file is there: if not, somebody has removed the throttle."""

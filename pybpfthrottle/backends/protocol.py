@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib import import_module
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from pybpfthrottle.errors import CgroupError, ThrottleError
+from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup, known_as
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
@@ -110,6 +111,16 @@ class Record:
     attached_by: str = ""
     handles: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def supervised(self) -> bool:
+        """Whether a process does what the kernel cannot do alone."""
+        return not process.is_gone(self.owner)
+
+    @property
+    def expired(self) -> bool:
+        """Whether its time is over."""
+        return 0 < self.spec.expires_ns <= clock.boottime_ns()
+
     def visible_cgroups(self) -> list[Cgroup]:
         """Return the cgroups that it is on, as this process sees them, if it can."""
         ids = [*self.cgroup_ids, *[None] * len(self.cgroups)]
@@ -129,8 +140,13 @@ class Part(Protocol):
     def counters(self) -> dict[Direction, Counters]:
         """Return each direction's counters."""
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
-        """Change the limit of a direction; None lifts it."""
+    def set_rate(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
+        """Change the limit of a direction; None lifts it.
+
+        ``paused`` is the limit that is to be back later, for the record.
+        """
 
     def burst_bytes(self, direction: Direction) -> int:
         """Return how much may pass at once after an idle time, beyond the rate."""
@@ -142,6 +158,12 @@ class Part(Protocol):
         """Limit one cgroup in place of a removed one; the counters continue.
 
         Raises an error of this package; then the new cgroup is limited no more than before.
+        """
+
+    def hand_over(self) -> Callable[[], None]:
+        """Prepare for a successor with the same id; return what removes what is left of this.
+
+        In between, packets over the limit are dropped if the mechanism can tell the two apart.
         """
 
     def remove(self) -> None:

@@ -184,6 +184,7 @@ class OwnThrottle:
             match=Match.CGROUP if cgroups else Match.MARKS,
             cgroups=tuple(cgroup.path for cgroup in cgroups),
             cgroup_ids=tuple(cgroups_v2.ids(cgroups)),
+            kept=self._order.spec.kept,
             since_ns=clock.boottime_ns(),
             attached_by=self._rules.name,
             handles={"network_namespace": self._namespace, **self._rules.handles},
@@ -253,12 +254,14 @@ class OwnThrottle:
         """Return how much may pass at once after an idle time, beyond the rate."""
         return self._kind.burst_bytes(self._limits[direction])
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def set_rate(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
         """Change the limit of a direction; None lifts it. Raises BackendError."""
         with locked():
             self._rules.set_limit(direction, rate)
             self._limits[direction] = rate
-            self._file.set_limit(direction, rate)
+            self._file.set_limit(direction, rate, paused)
 
     def adopt_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Take notice of a limit that somebody else has put in force."""
@@ -300,6 +303,11 @@ class OwnThrottle:
         """Whether somebody else has removed the limit."""
         return self._lost or self._file.removed_by_others
 
+    def hand_over(self) -> Callable[[], None]:
+        """Remove the throttle: its successor's rules and record have the same names."""
+        self.remove()
+        return lambda: None
+
     def remove(self) -> None:
         """Delete the rules and the file."""
         with locked():
@@ -340,12 +348,14 @@ class FoundThrottle:
         """Return how much may pass at once after an idle time, beyond the rate."""
         return self._kind.burst_bytes(self._limits[direction])
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def set_rate(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
         """Change the limit of a direction at once, and tell its owner. Raises BackendError."""
         with locked():
             self._rules.set_limit(direction, rate)
             self._limits[direction] = rate
-            files.set_limit(self._found, direction, rate)
+            files.set_limit(self._found, direction, rate, paused)
 
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""
@@ -376,6 +386,11 @@ class FoundThrottle:
     def removed_by_others(self) -> bool:
         """Whether the throttle has been removed in the meantime."""
         return files.read(self._kind.backend, self._found.id) is None
+
+    def hand_over(self) -> Callable[[], None]:
+        """Remove the throttle: its successor's rules and record have the same names."""
+        self.remove()
+        return lambda: None
 
     def remove(self) -> None:
         """Delete the rules and the file, by which its owner notices and exits."""

@@ -34,6 +34,7 @@ Examples:
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
   pybpfthrottle --name rsync --user backup --upload-limit 500K
   pybpfthrottle --unit backup --upload-limit 8mbit --duration 1h
+  pybpfthrottle --pid 1234 --download-limit 1M --detach --expires 2h
   pybpfthrottle demo
 
 \b
@@ -113,6 +114,12 @@ or 125 failed, 126 cannot be executed, 127 not found.
     help="Before Linux 4.15: attach even if that may replace another tool's program.",
 )
 @limit_options
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="End at once and leave the limit in force, until its --expires, or until it is removed. A"
+    " process in the background follows what is limited; if that is killed, the kernel goes on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--list-backends", is_flag=True, help="List the available backends and exit.")
 @click.version_option(__version__, prog_name="pybpfthrottle")
@@ -374,6 +381,53 @@ def remove_throttle(all_of_them: bool, **which: Any) -> None:
     from pybpfthrottle.cli import throttles
 
     throttles.remove(_which(which, all_of_them), all_of_them=all_of_them)
+
+
+@cli.command("pause")
+@_which_options
+def pause(**which: Any) -> None:
+    """Lift a throttle for now: all packets pass until pybpfthrottle resume.
+
+    ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
+    """
+    from pybpfthrottle.cli import throttles
+
+    throttles.pause(_which(which))
+
+
+@cli.command("resume")
+@_which_options
+def resume(**which: Any) -> None:
+    """Put back the limits that pybpfthrottle pause has lifted.
+
+    ID is the id or the name (--label) of a throttle; see pybpfthrottle list.
+    """
+    from pybpfthrottle.cli import throttles
+
+    throttles.resume(_which(which))
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle supervise
+  sudo pybpfthrottle supervise k3x9fd
+
+\b
+Exit status: 0 done, or nothing to do; 1 no throttle could be kept; 2 wrong usage.
+""",
+)
+@click.argument("ids", metavar="[ID]...", nargs=-1)
+def supervise(ids: tuple[str, ...]) -> None:
+    """Keep the throttles of --detach whose process was killed, until they end.
+
+    Any command that limits starts this by itself where it is needed. Without an ID it keeps all of
+    them. It counts anew.
+    """
+    from pybpfthrottle.cli import background
+
+    sys.exit(background.supervise(ids))
 
 
 def _which(given: dict[str, Any], all_of_them: Optional[bool] = None) -> Any:

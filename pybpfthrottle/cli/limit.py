@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional, Sequence
 import click
 
 from pybpfthrottle import registry
+from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.report import JsonLines
 from pybpfthrottle.cli.say import echo, say
@@ -44,6 +45,7 @@ class Wanted(NamedTuple):
     whole_cgroup: bool
     stack: bool
     as_json: bool
+    detach: bool
 
     def mistake(self) -> Optional[str]:
         """Return what is wrong with their combination, or None."""
@@ -67,6 +69,9 @@ class Wanted(NamedTuple):
         if alone and processes and (self.no_children or self.each):
             option = "--each" if self.each else "--no-children"
             return f"{option} cannot be combined with --move-cgroup or --whole-cgroup"
+        if self.detach and (self.each or self.move_cgroup):
+            option = "--each" if self.each else "--move-cgroup"
+            return f"{option} cannot be combined with --detach"
         return None
 
     def target(self) -> Target:
@@ -99,7 +104,11 @@ def limit(request: Request, wanted: Wanted) -> int:
     mistake = wanted.mistake()
     if mistake:
         raise click.UsageError(mistake)
-    spec, wish = request.spec(wanted.target()), wanted.wish(request)
+    going_on = background.begin() if wanted.detach else None
+    if isinstance(going_on, int):
+        return going_on
+    spec = request.spec(wanted.target(), kept=wanted.detach)
+    wish = wanted.wish(request)
     with SignalQueue(_STOP) as signals, Supervisor() as supervisor, ExitStack() as stack:
         command = _Command(request, wanted)
         if wanted.each:
@@ -114,6 +123,9 @@ def limit(request: Request, wanted: Wanted) -> int:
             command.begin(throttle)
             supervisor.add(throttle.chores)
         registry.tidy_up()
+        background.pick_up()
+        if going_on is not None:
+            going_on.ready()
         supervisor.add(lambda: [signals, command.sampling], strict=True)
         command.until_the_end(supervisor, signals)
         if command.failed and not wanted.as_json:  # JsonLines has said so
@@ -146,6 +158,7 @@ class _Command:
             terminal=sys.stdout,
             json_file=sys.stdout if self._wanted.as_json else None,
             quiet=self._request.quiet,
+            background=self._wanted.detach,
             prefix=f"{pids[0]} ({name}): " if several else "",
             several=several,
         )
@@ -161,7 +174,8 @@ class _Command:
             if self._wanted.as_json:
                 watch.note(note)
             self._say(note)
-        self._say(f"Limiting {throttle.what}: {rates}. Ctrl-C ends it.")
+        end = f"pybpfthrottle remove {throttle.id}" if self._wanted.detach else "Ctrl-C"
+        self._say(f"Limiting {throttle.what}: {rates}. {end} ends it.")
         self._say_notes()
         if throttle.selection is not None and not throttle.processes():
             self._say("No process matches yet; waiting for one to start.")

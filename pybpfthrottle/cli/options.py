@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
+from pybpfthrottle.linux import clock
 from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SHAPES
 
@@ -106,10 +107,12 @@ def limit_options(function: F) -> F:
                 help="Limit uploads, with the same units.",
             ),
             click.option(
-                "--duration",
+                *("--expires", "--duration"),
+                "duration",
                 metavar="TIME",
                 callback=parse_duration,
-                help="Remove the limit after this time: seconds, or 90s, 5m, 2h, 1d.",
+                help="End the limit after this time: seconds, or 90s, 5m, 2h, 1d. With eBPF the"
+                " kernel ends it even if no process is left to do so.",
             ),
             click.option(
                 "--label", metavar="NAME", default="", help="Name the limit, for set and remove."
@@ -185,9 +188,12 @@ class Request(NamedTuple):
     verbose: int
     quiet: bool
 
-    def spec(self, target: Target) -> ThrottleSpec:
-        """Return the requested throttle for a target."""
-        return ThrottleSpec(target, self.limits, self.traffic, self.label)
+    def spec(self, target: Target, *, kept: bool = False) -> ThrottleSpec:
+        """Return the requested throttle for a target, which begins now."""
+        expires_ns = 0
+        if self.duration_s is not None:
+            expires_ns = clock.boottime_ns() + int(self.duration_s * 1e9)
+        return ThrottleSpec(target, self.limits, self.traffic, self.label, kept, expires_ns)
 
 
 def request_from(given: dict[str, Any]) -> Request:

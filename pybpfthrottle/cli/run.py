@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Optional, Sequence, TextIO
 
 from pybpfthrottle import registry, throttle
+from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.say import PROGRAM, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
@@ -84,6 +85,7 @@ def _run(
         )
         command.let_go()
         registry.tidy_up()
+        background.pick_up()
         watch.start(pid=command.pid, command=list(argv))
         handed_over = _handed_over(argv)
         if handed_over is not None:

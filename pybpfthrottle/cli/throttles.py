@@ -92,6 +92,30 @@ def change(which: Which, limits: dict[Direction, Optional[Rate]], method: Option
         _change(parts, limits, method)
 
 
+def pause(which: Which) -> None:
+    """Lift limits for now."""
+    for parts in _by_id(which.records()):
+        if _paused(parts):
+            raise ThrottleError(f"{parts[0].id} is paused already")
+        for record in parts:
+            with _opened(record) as throttle:
+                throttle.pause()
+        echo(f"Paused {parts[0].id}; pybpfthrottle resume {parts[0].id} puts its limits back.")
+
+
+def resume(which: Which) -> None:
+    """Put back limits that were lifted for now."""
+    for parts in _by_id(which.records()):
+        paused = _paused(parts)
+        if not paused:
+            raise ThrottleError(f"{parts[0].id} is not paused")
+        for record in parts:
+            with _opened(record) as throttle:
+                throttle.resume()
+        limits = ", ".join(f"{direction} {rate}" for direction, rate in paused.items())
+        echo(f"Resumed {parts[0].id}: {limits}.")
+
+
 def remove(which: Which, *, all_of_them: bool) -> None:
     """Remove throttles, whoever made them."""
     records = _all(registry.records) if all_of_them else which.records()
@@ -149,6 +173,10 @@ def _limits(parts: _Parts) -> dict[Direction, Optional[Rate]]:
     return {direction: rate for record in parts for direction, rate in record.spec.limits.items()}
 
 
+def _paused(parts: _Parts) -> dict[Direction, Optional[Rate]]:
+    return {direction: rate for record in parts for direction, rate in record.spec.paused.items()}
+
+
 @contextmanager
 def _opened(record: Record) -> Iterator[Throttle]:
     """Open another process's throttle for a moment."""
@@ -176,17 +204,26 @@ def _target(record: Record) -> str:
 
 
 def _row(parts: _Parts) -> tuple[str, ...]:
-    record, limits = parts[0], _limits(parts)
+    record, limits, paused = parts[0], _limits(parts), _paused(parts)
     return (
         record.id,
         record.spec.name,
         _target(record),
         *(
-            str(limits[direction] or "unlimited") if direction in limits else ""
+            _limit(limits[direction], paused.get(direction)) if direction in limits else ""
             for direction in Direction
         ),
-        process.listed([record.owner.pid]),
+        _owner(record.owner.pid, record.supervised),
     )
+
+
+def _limit(rate: Optional[Rate], paused: Optional[Rate]) -> str:
+    return f"{paused} (paused)" if paused is not None else str(rate or "unlimited")
+
+
+def _owner(pid: int, supervised: bool) -> str:
+    """Return who keeps a throttle, for people."""
+    return process.listed([pid]) if supervised else "the kernel alone"
 
 
 def _record(parts: _Parts) -> dict[str, Any]:
@@ -203,8 +240,13 @@ def _record(parts: _Parts) -> dict[str, Any]:
         "limits": {
             str(direction): rate.bytes_per_s if rate else None for direction, rate in rates.items()
         },
+        "paused": {
+            str(direction): rate.bytes_per_s for direction, rate in _paused(parts).items() if rate
+        },
         "owner_pid": record.owner.pid,
         "kept": record.kept,
+        "supervised": record.supervised,
+        "expires_in_s": _left_s(record),
         "backends": {
             str(direction): part.backend for part in parts for direction in part.spec.limits
         },
@@ -227,6 +269,12 @@ def _details(parts: _Parts) -> dict[str, Any]:
     return {**_record(parts), "processes": sorted(processes), "how": how, "counters": counters}
 
 
+def _left_s(record: Record) -> Optional[float]:
+    if not record.spec.expires_ns:
+        return None
+    return round((record.spec.expires_ns - clock.boottime_ns()) / 1e9, 1)
+
+
 def _age_s(record: Record) -> Optional[float]:
     if not record.since_ns:
         return None
@@ -238,14 +286,16 @@ def _print(details: dict[str, Any]) -> None:
         ("id", details["id"]),
         ("name", details["name"] or "-"),
         ("target", details["target"]["text"]),
-        ("owner", process.listed([details["owner_pid"]])),
+        ("owner", _owner(details["owner_pid"], details["supervised"])),
         ("matched by", details["match"]),
         ("attached by", details["attached_by"]),
     ]
     for direction, how in details["how"].items():
         rate = details["limits"][direction]
         counters = details["counters"][direction]
-        rows.append((direction, f"{Rate(rate) if rate else 'unlimited'} ({how['shape']})"))
+        paused = details["paused"].get(direction)
+        limit = _limit(Rate(rate) if rate else None, Rate(paused) if paused else None)
+        rows.append((direction, f"{limit} ({how['shape']})"))
         rows.append(
             ("", f"{counters['bytes_total']} bytes, {counters['packets_dropped']} packets dropped")
         )

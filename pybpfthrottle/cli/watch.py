@@ -28,7 +28,8 @@ _FIRST_SECONDS_S = 2.5
 class Watch:
     """One throttle's display. ``pid`` and ``name`` identify the process in log lines.
 
-    As one of ``several`` it has no live line, and each JSON line has the pid.
+    As one of ``several`` it has no live line, and each JSON line has the pid. In the ``background``
+    there is no live line either.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Watch:
         quiet: bool,
         prefix: str = "",
         several: bool = False,
+        background: bool = False,
     ) -> None:
         self._live = live
         self._pid = "-" if pid is None else str(pid)
         self._name = f" ({name})" if name else ""
         self._terminal = terminal
-        shown = not (several or quiet or json_file is terminal)
+        shown = not (several or background or quiet or json_file is terminal)
         self._line = LiveLine(terminal, enabled=shown)
         common = {"pid": pid} if several else {}
         self._json = JsonLines(json_file, common) if json_file else None

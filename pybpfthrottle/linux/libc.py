@@ -15,6 +15,7 @@ _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 # include/uapi/linux/mount.h
 _FSOPEN_CLOEXEC, _FSCONFIG_CMD_CREATE, _FSMOUNT_CLOEXEC = 1, 6, 1
 _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 2, 4, 8
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 # include/uapi/linux/time.h, timerfd.h
 _CLOCK_MONOTONIC = 1
 _TIMER = struct.Struct("@qqqq")  # struct itimerspec: the period, and the first time
@@ -93,6 +94,20 @@ def mount_nowhere(kind: str) -> int:
         return _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)
+
+
+def mount(kind: str, path: str, options: str = "") -> None:
+    """Mount a file system that has no device, without programs of its own. Raises OSError."""
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    arguments = [text.encode() for text in (kind, path, kind)]
+    if _function("mount")(*arguments, ctypes.c_ulong(flags), options.encode()):
+        raise _error(path)
+
+
+def umount(path: str) -> None:
+    """Unmount a file system. Raises OSError: EBUSY while it is in use."""
+    if _function("umount")(os.fsencode(path)):
+        raise _error(path)
 
 
 def klogctl(kind: int, buffer: Any, size: int) -> int:

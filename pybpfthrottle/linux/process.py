@@ -9,6 +9,9 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import clock
 
+# To start another Python with this package.
+PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 _PF_KTHREAD = 0x00200000
 FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
 _ENDED = ("Z", "X")

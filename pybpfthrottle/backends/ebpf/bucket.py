@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _MS = 1_000_000
 _NS_PER_S = 1_000_000_000
+_NEVER_NS = (1 << 63) - 1
 
 # At least one packet of the largest size.
 BURST_BYTES = 64 * 1024
@@ -122,10 +123,12 @@ def config_for(
     loopback: bool,
     shaping: Shaping = POLICE,
     owner: Optional[Identity] = None,
+    expires_ns: int = 0,
 ) -> ThrottleConfig:
     """Return the record for a rate, in units that spare the program every division.
 
-    ``owner`` is the process that keeps the throttle, by default this one.
+    ``owner`` is the process that keeps the throttle, by default this one; ``expires_ns`` is when it
+    ends, on CLOCK_BOOTTIME, or 0.
     """
     owner = owner or process.identity()
     config = ThrottleConfig(
@@ -135,6 +138,7 @@ def config_for(
         owner_pid_namespace=owner.pid_namespace,
         owner_start_ticks=owner.start_ticks,
         flags=shaping.flags | (ThrottleFlags.LOOPBACK if loopback else 0),
+        expires_ns=_on_the_buckets_clock(expires_ns),
     )
     if rate is None:
         return config
@@ -147,6 +151,13 @@ def config_for(
     config.debt_ns = int(shaping.debt_ns * stretch)
     config.small_ns = SMALL_NS
     return config
+
+
+def _on_the_buckets_clock(boottime_ns: int) -> int:
+    """Return a time on CLOCK_MONOTONIC, if the machine does not sleep until then."""
+    if not boottime_ns:
+        return _NEVER_NS
+    return clock.monotonic_ns() + boottime_ns - clock.boottime_ns()
 
 
 class Seen(NamedTuple):
@@ -172,12 +183,17 @@ class Bucket:
         loopback: bool,
         shapes: Mapping[Direction, str],
         owner: Identity,
+        expires_ns: int = 0,
     ) -> None:
-        """``shapes`` has one of settings.SHAPES for each direction that is not auto."""
+        """``shapes`` has one of settings.SHAPES for each direction that is not auto.
+
+        ``expires_ns`` is when the limits end, on CLOCK_BOOTTIME, or 0.
+        """
         self._maps = maps
         self._loopback = loopback
         self._shapes = shapes
         self._owner = owner
+        self._expires_ns = expires_ns
         self.rates = dict(limits)
         self.refused: dict[str, str] = {}
         self._shapings = dict.fromkeys(limits, POLICE)
@@ -206,12 +222,22 @@ class Bucket:
             raise ThrottleError(f"this throttle was made without a limit for {direction}")
         wanted = self._shapes.get(direction, "auto")
         shaping = shaping_for(direction, rate, wanted, refused=self.refused)
-        config = config_for(rate, loopback=self._loopback, shaping=shaping, owner=self._owner)
+        config = config_for(
+            rate,
+            loopback=self._loopback,
+            shaping=shaping,
+            owner=self._owner,
+            expires_ns=self._expires_ns,
+        )
         config.slack_ns = self._configs[direction].slack_ns
         self._configs[direction] = config
         self._shapings[direction] = shaping
         self.rates[direction] = rate
         log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
+
+    def stop_shaping(self) -> None:
+        """Only drop what is over the limit."""
+        self.begin(dict.fromkeys(_BURSTS, "another process is about to do so"))
 
     def lift(self) -> None:
         """Let all packets pass, and stop shaping."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf import connections, registry
+from pybpfthrottle.backends.ebpf import connections, pins, registry
 from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.programs import Shipped
@@ -55,6 +54,7 @@ class FoundThrottle:
                 for direction in Direction
             },
             owner=record.owner,
+            expires_ns=record.spec.expires_ns,
         )
         self._bucket.refused = record.handles.get("refused") or {}
 
@@ -86,14 +86,15 @@ class FoundThrottle:
         """Return how much may pass at once after an idle time, beyond the rate."""
         return self._bucket.burst_bytes(direction)
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def set_rate(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
         """Change the limit of a direction at once, and tell its owner. Raises ThrottleError."""
         with locked():
             entry = self._entry()
             self._bucket.set_rate(direction, rate)
             if entry is not None:
-                limits = {**record_of(entry, 0).spec.limits, direction: rate}
-                spec = dataclasses.replace(self._found.spec, limits=limits)
+                spec = record_of(entry, 0).spec.with_limit(direction, rate, paused)
                 self._write({**entry.fields, "spec": spec.to_json()}, entry.flags)
 
     def switch(self, method: str) -> None:
@@ -154,6 +155,13 @@ class FoundThrottle:
         entry = self._entry()
         return entry is not None and entry.removed
 
+    def hand_over(self) -> Callable[[], None]:
+        """Only drop packets from now on, so that a successor finds connections as they were."""
+        with locked():
+            self._bucket.stop_shaping()
+            self._restore()
+        return self.remove
+
     def remove(self) -> None:
         """Remove the limit, and make its owner exit. Doing so twice is no error."""
         with self._resources.pop_all():
@@ -163,6 +171,7 @@ class FoundThrottle:
                 # Runs in reverse order: let all packets pass, restore connections, then detach.
                 # If one step fails, the rest still run.
                 steps.callback(self._mark_removed)
+                steps.callback(pins.unpin, str(self._found.handles.get("pins", "")))
                 steps.callback(self._detach)
                 steps.callback(self._restore)
                 steps.callback(self._bucket.lift)

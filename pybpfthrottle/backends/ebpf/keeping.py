@@ -21,7 +21,7 @@ from pybpfthrottle.backends.ebpf.records import ThrottleGate, ThrottleGateBounds
 from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.linux import netns
+from pybpfthrottle.linux import netns, process
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ RING = "GATE_RING"
 _READY_S, _END_S = 1.0, 2.0
 _MOST_STARTS = 5
 _KEEPER = "from pybpfthrottle.backends.ebpf import keeper; keeper.main(%d)"
-# Where this package is; the keeper needs no other package.
-_ROOT = os.path.abspath(__file__)
-for _ in ("keeping.py", "ebpf", "backends", "pybpfthrottle"):
-    _ROOT = os.path.dirname(_ROOT)
 
 Pids = Callable[[], Iterable[int]]
 
@@ -168,7 +164,8 @@ class KeeperProcess:
     def _start(self) -> None:
         self._starts += 1
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "PYTHONPATH": _ROOT}
+        # The keeper needs no other package.
+        environment = {**os.environ, "PYTHONPATH": process.PACKAGE_ROOT}
         with other:
             try:
                 self._process = subprocess.Popen(

@@ -12,13 +12,23 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
 from pybpfthrottle.bpf import abi, links, loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
@@ -136,6 +146,10 @@ class Marks:
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, a line each; more may come."""
         return tuple(self._notes)
+
+    def links(self) -> Sequence[Link]:
+        """Return what keeps the map of processes up to date in the kernel."""
+        return () if self._tracing is None else self._tracing.links
 
     def close(self) -> None:
         """Follow no more processes."""
@@ -280,8 +294,11 @@ class Tracing:
     Programs at the kernel's tracepoints for fork, exit and, with ``executions``, exec do so.
     """
 
-    def __init__(self, executed: Optional[RingBuffer], attached: ExitStack) -> None:
+    def __init__(
+        self, executed: Optional[RingBuffer], links: Sequence[Link], attached: ExitStack
+    ) -> None:
         self._executed = executed
+        self.links = links
         self._attached = attached
 
     @classmethod
@@ -301,13 +318,16 @@ class Tracing:
         }
         with ExitStack() as undo:
             loaded = undo.enter_context(loader.load(programs.read("processes"), hooks, maps=maps))
-            for program, tracepoint in hooks.items():
-                link = links.attach_raw_tracepoint(loaded.programs[program], tracepoint)
-                undo.callback(link.detach)
+            made = [
+                undo.enter_context(
+                    links.attach_raw_tracepoint(loaded.programs[program], tracepoint)
+                )
+                for program, tracepoint in hooks.items()
+            ]
             executed = None
             if executions:
                 executed = undo.enter_context(RingBuffer(loaded.maps["EXECUTED"], U32))
-            return cls(executed, undo.pop_all())
+            return cls(executed, made, undo.pop_all())
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""

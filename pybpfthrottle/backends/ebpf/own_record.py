@@ -26,7 +26,9 @@ class Recorded(Protocol):
     def recorded(self) -> Mapping[str, Any]:
         """Return the fields of the record that change while the throttle is in force."""
 
-    def change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def change_rate(
+        self, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
+    ) -> None:
         """Change a limit that is recorded already."""
 
     def attach_by(self, method: str) -> None:
@@ -43,14 +45,16 @@ class OwnRecord:
         self._throttle = throttle
         self._map: Optional[RecordMap] = None
         self._fields: dict[str, Any] = {}
+        self._flags = ThrottleRecordFlags(0)
         self._generation = 0
         self._is_current = True
         self.removed_by_others = False
         self.chore = Periodic(_NOTICE_S, self._notice)
 
-    def create(self, maps: Mapping[str, Map[Any, Any]]) -> None:
+    def create(self, maps: Mapping[str, Map[Any, Any]], *, kept: bool) -> None:
         """Write the record for the first time, into one of the throttle's maps."""
         self._map = RecordMap(maps[RECORD])
+        self._flags = ThrottleRecordFlags.KEPT if kept else ThrottleRecordFlags(0)
         self._write()
 
     def add(self, **fields: Any) -> None:
@@ -75,7 +79,7 @@ class OwnRecord:
     def _write(self) -> None:
         if self._map is not None:
             self._fields.update(self._throttle.recorded())
-            self._generation = self._map.write(self._fields)
+            self._generation = self._map.write(self._fields, flags=self._flags)
 
     def _update_if_free(self) -> None:
         with locked_if_free() as is_free:
@@ -99,9 +103,10 @@ class OwnRecord:
         if entry.removed:
             self.removed_by_others = True
             return
-        for direction, rate in record_of(entry, 0).spec.limits.items():
+        spec = record_of(entry, 0).spec
+        for direction, rate in spec.limits.items():
             if self._throttle.limits.get(direction) != rate:
-                self._throttle.change_rate(direction, rate)
+                self._throttle.change_rate(direction, rate, spec.paused.get(direction))
         if entry.fields.get(ASKED):
             self._answer(str(entry.fields[ASKED]))
 

@@ -10,7 +10,7 @@ from pybpfthrottle.backends.ebpf import attached
 from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override, rung
 from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.registry import refuse_to_replace
-from pybpfthrottle.bpf.links import Attachment
+from pybpfthrottle.bpf.links import Attachment, Link
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
@@ -147,6 +147,10 @@ class Placements:
                         f" attached to {other.cgroup.path}, above it, with BPF_F_ALLOW_OVERRIDE;"
                         " end the limit, or have its owner attach it with BPF_F_ALLOW_MULTI"
                     )
+
+    def links(self) -> list[Link]:
+        """Return the links among the attachments; those made by the legacy call last anyway."""
+        return [one.attachment for one in self._placed if isinstance(one.attachment, Link)]
 
     def _of(self, direction: Optional[Direction]) -> Iterator[Placed]:
         return (one for one in self._placed if direction in (None, one.program.direction))

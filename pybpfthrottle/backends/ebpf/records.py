@@ -8,7 +8,7 @@ compares them all with the objects' BTF.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_uint8, c_uint32, c_uint64
+from ctypes import c_char, c_int64, c_uint8, c_uint32, c_uint64
 from enum import IntEnum, IntFlag
 
 from pybpfthrottle.model import Direction
@@ -111,6 +111,7 @@ class ThrottleConfig(ctypes.Structure):
         ("flags", c_uint32),
         ("reserved", c_uint32),
         ("slack_ns", c_uint64),
+        ("expires_ns", c_int64),
     )
 
 

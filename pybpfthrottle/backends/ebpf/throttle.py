@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import count
 from typing import (
     Any,
     Callable,
@@ -15,7 +16,7 @@ from typing import (
     Sequence,
 )
 
-from pybpfthrottle.backends.ebpf import carriers, connections, programs
+from pybpfthrottle.backends.ebpf import carriers, connections, pins, programs
 from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
@@ -31,7 +32,7 @@ from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
-from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
@@ -63,6 +64,9 @@ class EbpfThrottle:
         self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._bucket: Bucket
+        # The directory of its pins, if it is kept, and how often it was pinned.
+        self._pins = ""
+        self._pinned = count()
         self._record = OwnRecord(self)
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
@@ -71,6 +75,7 @@ class EbpfThrottle:
             self._undo.enter_context(ExitStack()) for _ in range(3)
         )
         self._attached.callback(self._placed.detach)
+        self._attached.callback(lambda: self._unpin(self._pins))
         self._undo.callback(self._restore)
         self._undo.callback(self._record.say_removed)
         self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above)
@@ -110,6 +115,7 @@ class EbpfThrottle:
                 self._limit_cgroups(self._order.cgroups)
             if self._order.processes is not None:
                 self._limit_processes(self._order.processes)
+            self._keep()
             self._register()
             for direction in self._order.limits:
                 self._log(direction)
@@ -145,7 +151,7 @@ class EbpfThrottle:
             raise ThrottleError("no target was given")
         # First: the guard may be needed as soon as something is shaped, and has to be forked
         # before there is a thread.
-        if self._options.guard and SOCKETS in self._loaded.maps:
+        if self._options.guard and not order.spec.kept and SOCKETS in self._loaded.maps:
             # By the time the guard acts, processes may have left the cgroups.
             guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._loaded.maps, RECORD)
             self._guarded.callback(guard.end)
@@ -185,6 +191,7 @@ class EbpfThrottle:
                 loopback=self._order.traffic.loopback,
                 shapes=self._options.shape,
                 owner=process.identity(),
+                expires_ns=self._order.spec.expires_ns,
             )
         # The gate comes last: until its keeper serves it, it opens no window.
         self._bucket.begin(refused or {"gate": "it is not open yet"})
@@ -251,6 +258,7 @@ class EbpfThrottle:
         self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
+        self._keep()
         self._record.add(maps=self._loaded.ids())
         self._record.update()
 
@@ -326,6 +334,7 @@ class EbpfThrottle:
         self._placed.replace(gone, lambda: self._limit_cgroups([come]))
         cgroups = [come if one == gone else one for one in self._order.cgroups]
         self._order = self._order._replace(cgroups=cgroups)
+        self._keep()
         self._record.update_soon()
 
     def _adopting_marked(self) -> ContextManager[Callable[[Borrowed], None]]:
@@ -351,7 +360,30 @@ class EbpfThrottle:
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
             maps=self._loaded.ids(),
         )
-        self._record.create(self._loaded.maps)
+        self._record.create(self._loaded.maps, kept=self._order.spec.kept)
+
+    def _keep(self) -> None:
+        """Pin all links anew if the throttle is to outlive this process."""
+        if not self._order.spec.kept:
+            return
+        links = [*self._placed.links(), *(self._marks.links() if self._marks is not None else ())]
+        before, self._pins = self._pins, ""
+        try:
+            with locked():
+                name = f"{self._id}-{process.identity().pid}-{next(self._pinned)}"
+                self._pins = pins.pin(name, links)
+        except OSError as error:
+            self._notes.append(
+                f"the limit ends with process {process.identity().pid}, which keeps it, since the"
+                f" kernel refused to pin it: {error}"
+            )
+        self._record.add(pins=self._pins)
+        self._unpin(before)
+
+    def _unpin(self, path: str) -> None:
+        if path:
+            with locked():
+                pins.unpin(path)
 
     def recorded(self) -> Mapping[str, Any]:
         """Return the fields of the record that change while the throttle is in force."""
@@ -379,14 +411,21 @@ class EbpfThrottle:
         """Return what may pass at once after an idle time, beyond the rate."""
         return self._bucket.burst_bytes(direction)
 
-    def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def set_rate(
+        self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
+    ) -> None:
         """Change the limit of a direction immediately; None lifts it. Raises ThrottleError."""
-        self.change_rate(direction, rate)
+        self.change_rate(direction, rate, paused)
         self._record.update()
 
-    def change_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
+    def change_rate(
+        self, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
+    ) -> None:
         """Change a limit, and leave it to the caller to record that. Raises ThrottleError."""
         self._bucket.set_rate(direction, rate)
+        self._order = self._order._replace(
+            spec=self._order.spec.with_limit(direction, rate, paused)
+        )
         self._log(direction)
         if self._connections is not None and direction is Direction.UPLOAD:
             self._connections.set_rate(rate if self._bucket.paces(direction) else None)
@@ -445,6 +484,11 @@ class EbpfThrottle:
     def removed_by_others(self) -> bool:
         """Whether somebody else has removed the limit."""
         return self._record.removed_by_others
+
+    def hand_over(self) -> Callable[[], None]:
+        """Remove the throttle: there is a successor only for one whose process has ended."""
+        self.remove()
+        return self.remove
 
     def remove(self) -> None:
         """Restore connections, detach everything, and close what was loaded."""

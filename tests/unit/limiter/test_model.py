@@ -18,6 +18,13 @@ SPECS = [
     ),
     ThrottleSpec(Target(cgroups=("/sys/fs/cgroup/a b",), units=("nginx",)), {}),
     ThrottleSpec(Target(command=("sh", "-c", "exit")), {Direction.UPLOAD: Rate(2048)}),
+    ThrottleSpec(
+        Target(pids=(12,)),
+        {Direction.UPLOAD: None},
+        kept=True,
+        expires_ns=123_456_789_000,
+        paused={Direction.UPLOAD: Rate(2048)},
+    ),
 ]
 
 
@@ -45,3 +52,14 @@ def test_fields_of_later_versions_are_left_out():
 def test_a_target_tells_what_it_is(target, processes, matches):
     """Whether processes are limited wherever they are, and whether later ones may come."""
     assert (target.processes, target.matches) == (processes, matches)
+
+
+def test_another_limit_ends_a_pause() -> None:
+    """Of its direction only."""
+    up, down = Direction.UPLOAD, Direction.DOWNLOAD
+    spec = ThrottleSpec(Target(), {up: Rate(1000), down: Rate(2000)})
+    paused = spec.with_limit(up, None, Rate(1000)).with_limit(down, None, Rate(2000))
+    assert paused.limits == {up: None, down: None}
+    assert paused.paused == spec.limits
+    resumed = paused.with_limit(up, Rate(3000))
+    assert (resumed.limits, resumed.paused) == ({up: Rate(3000), down: None}, {down: Rate(2000)})

@@ -56,6 +56,7 @@ def offers(
         ),
         # A process that is started later may be in any cgroup: nothing else is the same.
         (Situation(processes=True, matches=True, shared=True), "auto", [(Place.SOCKETS, ())]),
+        (Situation(processes=True, shared=True, kept=True), "auto", [(Place.SOCKETS, ())]),
         (
             Situation(processes=True, shared=True),
             "move-cgroup",

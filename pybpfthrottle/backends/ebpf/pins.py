@@ -1,0 +1,91 @@
+"""Pinned links: what they attach outlives the process that has attached it.
+
+They are in a directory for each throttle, in the bpf file system. If none is mounted, it is mounted
+while there are any. Call these under the lock of all throttles.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from typing import Iterable, Optional
+
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.errors import CgroupError
+from pybpfthrottle.linux import cgroup, libc
+
+_USUAL = "/sys/fs/bpf"
+_TYPE = "bpf"
+_DIRECTORY = "pybpfthrottle"
+# Beside our directory, where we have mounted the file system ourselves; it ends with that.
+_MOUNTED = "mounted-by-pybpfthrottle"
+# What the kernel puts there.
+_BUILT_IN = ("maps.debug", "progs.debug")
+
+
+def pin(name: str, links: Iterable[Link]) -> str:
+    """Pin links in a new directory; return its path. Linux 5.7; needs CAP_BPF or CAP_SYS_ADMIN.
+
+    Raises OSError; then none is pinned.
+    """
+    path = os.path.join(_mount(), _DIRECTORY, name)
+    try:
+        os.makedirs(path, mode=0o700)
+        for number, link in enumerate(links):
+            link.pin(os.path.join(path, str(number)))
+    except OSError:
+        unpin(path)
+        raise
+    return path
+
+
+def unpin(path: str) -> None:
+    """Remove what was pinned in a directory, and the directory. Doing so twice is no error."""
+    # Only what this module has made: the path comes from a record.
+    parent, top = os.path.dirname(path), os.path.dirname(os.path.dirname(path))
+    if os.path.basename(parent) != _DIRECTORY or not _is_mounted(top):
+        return
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+    _unmount(top)
+
+
+def _mount() -> str:
+    """Return where a bpf file system is mounted, by us if it has to be. Raises OSError."""
+    found = _mounted_at()
+    if found is None:
+        libc.mount(_TYPE, _USUAL, "mode=0700")
+        found = _USUAL
+        os.mkdir(os.path.join(found, _MOUNTED), mode=0o700)
+    return found
+
+
+def _unmount(top: str) -> None:
+    """Remove our directory if it is empty, and unmount what we have mounted."""
+    try:
+        os.rmdir(os.path.join(top, _DIRECTORY))
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # ENOTEMPTY: another throttle's
+            return
+    # Only if nobody else has pinned anything meanwhile.
+    if set(os.listdir(top)) - set(_BUILT_IN) == {_MOUNTED}:
+        with suppress(OSError):  # somebody is in it
+            libc.umount(top)
+
+
+def _mounted_at() -> Optional[str]:
+    """Return where a bpf file system is mounted: in the usual place if it is there."""
+    try:
+        found = [one.path for one in cgroup.mounts() if one.type == _TYPE]
+    except CgroupError:  # no /proc
+        return None
+    return _USUAL if _USUAL in found else next(iter(found), None)
+
+
+def _is_mounted(path: str) -> bool:
+    with suppress(CgroupError):
+        return any(one.path == path and one.type == _TYPE for one in cgroup.mounts())
+    return False

@@ -1,0 +1,260 @@
+"""Limits that stay after the command that made them has ended, and what keeps them meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import pytest
+from by_backend import tool
+from lab import ENVIRONMENT, TOOL, Lab, lab
+from refusing import __file__ as refusing
+from targets import eventually
+
+from pybpfthrottle.bpf.abi import Cmd
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Rate
+
+RATE = Rate.parse("300K")
+SECONDS = 1
+LIMIT = ("--download-limit", str(RATE.bytes_per_s))
+# What passes at once, before a limit takes hold, and what is on its way then.
+BURST = 400_000
+# Any command that limits has another process keep what is kept by the kernel alone.
+kills = pytest.mark.alone
+PINNED = "/sys/fs/bpf/pybpfthrottle"
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Lab]:
+    """Two namespaces with a server at the far end."""
+    with lab(fastest=Rate.parse("10M")) as made:
+        yield made
+
+
+class Shell:
+    """A process that downloads, in a child, when it is told to."""
+
+    _CURL = "curl -sN -o /dev/null -w '%{size_download}\\n'"
+
+    def __init__(self, own: Lab, scratch: Cgroup) -> None:
+        curl = f"{self._CURL} --max-time {SECONDS} {own.url}"
+        command = own.inside("sh", "-c", f"while read x; do {curl}; done")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: scratch.move_in(0),
+        )
+        self.pid = self._process.pid
+
+    def downloads(self) -> int:
+        """How many bytes it gets in SECONDS."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def is_limited(self) -> bool:
+        """Whether it does not get more than the limit allows; without it gets 30 times that."""
+        return self.downloads() < RATE.bytes_per_s * SECONDS * 1.1 + BURST
+
+    def end(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=30)
+
+
+@pytest.fixture
+def shell(own: Lab, scratch: Cgroup) -> Iterator[Shell]:
+    """One in a cgroup of its own."""
+    made = Shell(own, scratch)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def listed(throttle_id: str) -> dict[str, Any]:
+    """What the list says of a throttle; nothing if it is not in force."""
+    found = json.loads(tool("list", "--json").stdout)["throttles"]
+    return next((one for one in found if one["id"] == throttle_id), {})
+
+
+def detach(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """What the command says, and how it ends."""
+    command = [*prefix, *TOOL, *arguments, "--detach"]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def detached(*arguments: str, prefix: tuple[str, ...] = ()) -> Iterator[str]:
+    """A throttle that stays; removed at the end, with whoever keeps it by then."""
+    made = detach(*arguments, "--json", prefix=prefix)
+    assert made.returncode == 0, made.stderr
+    throttle_id = json.loads(made.stdout.splitlines()[0])["id"]
+    try:
+        yield throttle_id
+    finally:
+        owner = listed(throttle_id).get("owner_pid", 0)
+        tool("remove", throttle_id)
+        eventually(lambda: not owner or process.has_ended(owner))
+        assert not listed(throttle_id)
+        assert not any(name.startswith(throttle_id) for name in pinned())
+
+
+def pinned() -> list[str]:
+    """The directories of pins."""
+    return os.listdir(PINNED) if os.path.isdir(PINNED) else []
+
+
+def killed(throttle_id: str) -> int:
+    """Kill the process that keeps a throttle; return which it was."""
+    owner: int = listed(throttle_id)["owner_pid"]
+    os.kill(owner, signal.SIGKILL)
+    eventually(lambda: process.has_ended(owner))
+    return owner
+
+
+def test_the_command_ends_and_the_limit_stays(shell: Shell) -> None:
+    """Until it is removed, with its pins and the process that keeps it."""
+    assert not shell.is_limited()
+    with detached("--pid", str(shell.pid), *LIMIT) as throttle_id:
+        one = listed(throttle_id)
+        assert one["kept"]
+        assert one["supervised"]
+        assert one["owner_pid"] != os.getpid()
+        assert any(name.startswith(throttle_id) for name in pinned())
+        assert shell.is_limited()
+    assert not shell.is_limited()
+
+
+@kills
+@pytest.mark.parametrize("how", ["--pid", "--cgroup", "--bpf-attach-method"])
+def test_the_kernel_goes_on_if_its_process_is_killed(how: str, shell: Shell, scratch: Cgroup):
+    """For children too that begin later. The next start has another process keep it."""
+    where = ("--cgroup", scratch.path) if how == "--cgroup" else ("--pid", str(shell.pid))
+    legacy = (how, "legacy") if how == "--bpf-attach-method" else ()
+    with detached(*where, *LIMIT, *legacy) as throttle_id:
+        tool("set", throttle_id, *LIMIT)
+        killed(throttle_id)
+        assert not listed(throttle_id)["supervised"]
+        assert throttle_id in tool("list").stdout
+        assert "the kernel alone" in tool("list").stdout
+        assert shell.is_limited()
+        said = tool("run", *LIMIT, "--", "true").stderr
+        assert f"the process that kept {throttle_id} has ended; another one goes on" in said
+        eventually(lambda: listed(throttle_id).get("supervised"))
+        assert shell.is_limited()
+        assert listed(throttle_id)["limits"]["download"] == RATE.bytes_per_s
+
+
+@kills
+def test_the_kernel_ends_it_in_time(shell: Shell) -> None:
+    """Although nobody is left to do so; the next start removes what is left of it."""
+    with detached("--pid", str(shell.pid), *LIMIT, "--expires", "6s") as throttle_id:
+        assert 0 < listed(throttle_id)["expires_in_s"] <= 6
+        killed(throttle_id)
+        assert shell.is_limited()
+        eventually(lambda: not listed(throttle_id))
+        assert not shell.is_limited()
+        assert pinned()
+        tool("run", *LIMIT, "--", "true")
+        assert not pinned()
+
+
+def test_its_process_ends_it_in_time(shell: Shell) -> None:
+    """And takes everything away."""
+    with detached("--pid", str(shell.pid), *LIMIT, "--expires", "1s") as throttle_id:
+        owner = listed(throttle_id).get("owner_pid")
+        eventually(lambda: owner is None or process.has_ended(owner))
+
+
+@kills
+def test_it_ends_with_what_it_limits(scratch: Cgroup) -> None:
+    """Even if nobody sees that: the next start does."""
+    with subprocess.Popen(["sleep", "60"]) as sleeping:
+        try:
+            with detached("--pid", str(sleeping.pid), *LIMIT) as throttle_id:
+                killed(throttle_id)
+                sleeping.kill()
+                sleeping.wait()
+                tool("run", *LIMIT, "--", "true")
+                eventually(lambda: not listed(throttle_id))
+        finally:
+            sleeping.kill()
+
+
+@kills
+def test_a_pause_lifts_it_for_now(shell: Shell) -> None:
+    """The list tells to what it will be put back."""
+    with detached("--pid", str(shell.pid), *LIMIT, "--label", "mine") as throttle_id:
+        said = tool("pause", "mine").stdout
+        assert said == (
+            f"Paused {throttle_id}; pybpfthrottle resume {throttle_id} puts its limits back.\n"
+        )
+        assert listed(throttle_id)["paused"] == {"download": RATE.bytes_per_s}
+        assert "300.0 KB/s (paused)" in tool("list").stdout
+        assert not shell.is_limited()
+        assert "is paused already" in tool("pause", "mine").stderr
+        killed(throttle_id)
+        assert tool("resume", "mine").stdout == f"Resumed {throttle_id}: download 300.0 KB/s.\n"
+        assert "is not paused" in tool("resume", "mine").stderr
+        assert shell.is_limited()
+
+
+@kills
+def test_rules_of_nftables_stay_too(own: Lab, shell: Shell, scratch: Cgroup) -> None:
+    """Their process is replaced like any other."""
+    backend = ("--download-backend", "nftables")
+    prefix = tuple(own.inside())
+    with detached("--cgroup", scratch.path, *LIMIT, *backend, prefix=prefix) as throttle_id:
+        killed(throttle_id)
+        tool("cleanup")
+        assert shell.is_limited()
+        supervise = [*TOOL, "supervise", throttle_id]
+        with subprocess.Popen(supervise, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as one:
+            assert one.stdout
+            assert one.stdout.readline() == f"Keeping {throttle_id}: {scratch.path}.\n"
+            assert listed(throttle_id)["owner_pid"] == one.pid
+            assert shell.is_limited()
+            tool("remove", throttle_id)
+        assert one.returncode == 0
+
+
+def test_what_cannot_be_pinned_ends_with_its_process() -> None:
+    """That is said, with the reason."""
+    refused = (sys.executable, refusing, f"{int(Cmd.OBJ_PIN)}={errno.EPERM}", "--")
+    with subprocess.Popen(["sleep", "60"]) as sleeping:
+        try:
+            made = detach("--pid", str(sleeping.pid), *LIMIT, prefix=refused)
+            assert made.returncode == 0
+            [owner] = re.findall(
+                r"the limit ends with process (\d+), which keeps it, since the kernel refused to"
+                r" pin it: .*Operation not permitted",
+                made.stderr,
+            )
+            os.kill(int(owner), signal.SIGTERM)
+            eventually(lambda: process.has_ended(int(owner)))
+        finally:
+            sleeping.kill()
+
+
+def test_mistakes_are_told_by_the_command() -> None:
+    """And nothing goes on."""
+    nobody = detach("--pid", "4000000", *LIMIT)
+    assert nobody.returncode == 1
+    assert nobody.stderr == "pybpfthrottle: error: there is no process 4000000\n"
+    for option in ("--each", "--move-cgroup"):
+        refused = detach("--pid", str(os.getpid()), *LIMIT, option)
+        assert refused.returncode == 2
+        assert f"{option} cannot be combined with --detach" in refused.stderr
+    assert tool("supervise", "nobody").returncode == 1
