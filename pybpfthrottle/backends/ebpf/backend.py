@@ -1,4 +1,7 @@
-"""The backend: the token bucket in the kernel, at the cgroup's ingress and egress hooks."""
+"""The backend: the token bucket in the kernel, at the cgroup's ingress and egress hooks.
+
+Most commands need only a part of it, so each method imports what it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,8 @@ import errno
 from contextlib import suppress
 from typing import Iterator, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf import (
-    attached,
-    features,
-    leftovers,
-    privileges,
-    programs,
-    registry,
-)
-from pybpfthrottle.backends.ebpf.found import FoundThrottle
-from pybpfthrottle.backends.ebpf.marks import Tracing
+from pybpfthrottle.backends.ebpf import features, privileges, programs, registry
 from pybpfthrottle.backends.ebpf.programs import Scope
-from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
 from pybpfthrottle.backends.protocol import (
     Executions,
     Leftover,
@@ -67,6 +60,8 @@ class EbpfBackend:
 
     def left(self, origin: Cgroup, other: Cgroup) -> list[str]:
         """Return the programs that run for one cgroup and not for another one, for people."""
+        from pybpfthrottle.backends.ebpf import attached
+
         with suppress(OSError, CgroupError):  # then nothing can be attached either
             return [str(program) for program in attached.left(origin, other)]
         return []
@@ -81,6 +76,8 @@ class EbpfBackend:
 
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
+        from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
+
         throttle = EbpfThrottle(order, throttle_id)
         throttle.put_in_force()
         return throttle
@@ -90,6 +87,8 @@ class EbpfBackend:
 
         Raises BpfError or ThrottleError.
         """
+        from pybpfthrottle.backends.ebpf.throttle import EbpfThrottle
+
         throttle = EbpfThrottle(order, "")
         throttle.prepare()
         return throttle
@@ -99,6 +98,8 @@ class EbpfBackend:
 
         Raises BpfError, ObjectFileError or OSError.
         """
+        from pybpfthrottle.backends.ebpf.marks import Tracing
+
         return Tracing.begin({}, executions=True, processes=False)
 
     def in_force(self) -> Iterator[Record]:
@@ -107,14 +108,20 @@ class EbpfBackend:
 
     def open(self, record: Record) -> Part:
         """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""
+        from pybpfthrottle.backends.ebpf.found import FoundThrottle
+
         return FoundThrottle.open(record)
 
     def leftovers(self) -> Sequence[Leftover]:
         """Return the programs that a crash has left attached."""
+        from pybpfthrottle.backends.ebpf import leftovers
+
         return leftovers.find()
 
     def tidy_up(self) -> None:
         """Remove the programs that a crash has left attached."""
+        from pybpfthrottle.backends.ebpf import leftovers
+
         leftovers.remove_all()
 
     def processes(self, record: Record) -> list[int]:
