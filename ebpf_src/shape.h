@@ -18,7 +18,6 @@
 #define BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG (1 << 6)
 #define BPF_WRITE_HDR_TCP_CURRENT_MSS 1
 
-#define AF_INET6 10
 
 #define SOL_SOCKET 1
 #define SO_RCVLOWAT 18
@@ -27,7 +26,6 @@
 #define TCP_WINDOW_CLAMP 10
 
 #define BPF_MAP_TYPE_SK_STORAGE 24
-#define BPF_F_NO_PREALLOC 1
 #define BPF_SK_STORAGE_GET_F_CREATE 1
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -642,12 +640,12 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	gates = does(download, download_bucket, THROTTLE_GATE, now);
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
-		if (moves)
+		if (moves && !IS_EXEMPT(upload, ctx, remote_ip))
 			ctx->args[0] = first_window(ctx, download->rate_bytes_per_s);
 		return 1;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		if (!ctx->sk)
+		if (IS_EXEMPT(upload, ctx, remote_ip) || !ctx->sk)
 			return 1;
 		if (IS_LOCAL(ctx, remote_ip, local_ip)) {
 			leave_room(download, download_bucket);
@@ -732,7 +730,8 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	if (ctx->level != THROTTLE_ADOPT)
 		return 1;
 	/* By the configuration each version finds out who has left this program behind. */
-	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))
+	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip) ||
+	    IS_EXEMPT(config, ctx->sk, dst_ip))
 		return 0;
 	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0)) {
 		ctx->optlen = -1;
@@ -765,7 +764,8 @@ SEC("cgroup/setsockopt") int pybpft_belongs(struct bpf_sockopt *ctx)
 	HOLD_RECORD();
 	if (ctx->level != THROTTLE_ADOPT)
 		return 1;
-	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip))
+	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip) ||
+	    IS_EXEMPT(config, ctx->sk, dst_ip))
 		return 0;
 	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0))
 		return 0;

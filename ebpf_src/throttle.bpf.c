@@ -268,6 +268,7 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	return 1;
 }
 
+#include "networks.h"
 #include "gate.h"
 #if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
 #include "others.h"
@@ -290,6 +291,8 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 		return PASS;
 	stats->program_calls++;
 	if (skb->ifindex == LOOPBACK_IFINDEX && !(config->flags & THROTTLE_LOOPBACK))
+		return PASS;
+	if (unlikely(config->flags & THROTTLE_NETWORKS) && is_exempt_packet(skb, direction))
 		return PASS;
 	billed = billed_bytes(skb, skb->len);
 	stats->packets_total++;

@@ -29,6 +29,7 @@ enum throttle_flags {
 	THROTTLE_PACE = 2,     /* uploads: TCP sends at the rate */
 	THROTTLE_WINDOW = 4,   /* downloads: TCP's receive window moves at the rate */
 	THROTTLE_GATE = 8,     /* downloads: the gate's keeper opens the window, where it can */
+	THROTTLE_NETWORKS = 16, /* the address of the other end decides whether to limit */
 };
 
 /* How a record begins. Version 1 had a shorter configuration, and no struct throttle_record. */
@@ -103,6 +104,12 @@ struct throttle_config {
 	__u32 reserved;
 	__u64 slack_ns; /* how much further for connections that nothing else slows down */
 	__s64 expires_ns; /* CLOCK_MONOTONIC time after which all packets pass; the largest: never */
+};
+
+/* The key of a trie: addresses with the same first bits, IPv4 ones as IPv6 has them mapped. */
+struct throttle_network {
+	__u32 bits;
+	__u32 address[4]; /* in network byte order */
 };
 
 /* Written by the programs. */

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from socket import IPPROTO_RAW, IPPROTO_TCP, SOCK_RAW
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from pybpfthrottle import registry
+from pybpfthrottle import networks, registry
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.backend import EbpfBackend
 from pybpfthrottle.backends.ebpf.registry import Rule, Rules
@@ -21,7 +21,7 @@ from pybpfthrottle.linux import endpoints, netns, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.endpoints import PACKET_FAMILIES, Description, Endpoint, Kind
 from pybpfthrottle.linux.process import Identity, Process
-from pybpfthrottle.model import Direction
+from pybpfthrottle.model import Direction, Traffic
 
 MARK, CGROUP, PROCESS = "mark", "cgroup", "process"
 
@@ -42,6 +42,7 @@ NOT_IP = Remark("not-ip", "no IP traffic")
 PACKET = Remark("packet", "its packets bypass the cgroup hooks")
 CGROUP_REMOVED = Remark("cgroup-removed", "its cgroup was removed, or is not visible here")
 LOOPBACK = Remark("loopback", "loopback traffic, limited only with --loopback")
+EXEMPT = Remark("exempt", "{address} is not among what is limited: --traffic, --to or --except")
 MPTCP = Remark("mptcp", "MPTCP, whose packets show no mark here; --whole-cgroup covers it")
 OUT_OF_REACH = Remark("out-of-reach", "marked, but its cgroup {cgroup} is out of reach")
 OTHER_CGROUP = Remark("other-cgroup", "created in {cgroup}, before its process moved to {now}")
@@ -50,8 +51,8 @@ NOT_MARKED = Remark(
 )
 NO_THROTTLE = Remark("no-throttle", "no throttle covers it; use --pid {pid}")
 _REASONS = (
-    *(NOT_IP, PACKET, CGROUP_REMOVED, LOOPBACK, MPTCP, OUT_OF_REACH, OTHER_CGROUP, NOT_MARKED),
-    NO_THROTTLE,
+    *(NOT_IP, PACKET, CGROUP_REMOVED, LOOPBACK, EXEMPT, MPTCP, OUT_OF_REACH, OTHER_CGROUP),
+    *(NOT_MARKED, NO_THROTTLE),
 )
 UNKNOWN = Remark("unknown", "not known")
 SOCKMAP = Remark(
@@ -385,8 +386,8 @@ class _Judge:
             reasons.append(MPTCP)
         for rule in self._near(where, passed):
             reason = self._escapes(own, where, rule.program_id in passed, marks, rule)
-            if reason is None and on_loopback and not rule.loopback:
-                reason = LOOPBACK
+            if reason is None:
+                reason = _exempt(own.description, rule.traffic, on_loopback=on_loopback)
             if reason is None:
                 covering.append(rule)
             else:
@@ -394,8 +395,10 @@ class _Judge:
         covers = [*_covers(covering)]
         for table in self._tables:
             if table.limits(where, namespace, self._pid):
-                if on_loopback and not table.record.spec.traffic.loopback:
-                    reasons.append(LOOPBACK)
+                traffic = table.record.spec.traffic
+                reason = _exempt(own.description, traffic, on_loopback=on_loopback)
+                if reason is not None:
+                    reasons.append(reason)
                 else:
                     covers.append(table.cover())
             elif self._now is not None and table.limits(self._now, namespace, self._pid):
@@ -471,6 +474,16 @@ class _Cgroups:
                 with suppress(OSError):  # it may have vanished
                     self._found[each.id] = each
         return self._found.get(number)
+
+
+def _exempt(description: Description, traffic: Traffic, *, on_loopback: bool) -> Optional[Remark]:
+    """Return why a limit is not for a socket's packets, or None if it is."""
+    if on_loopback and not traffic.loopback:
+        return LOOPBACK
+    address = None if description.remote is None else description.remote.ip()
+    if address is None or traffic.everywhere or networks.limits(traffic, address):
+        return None
+    return EXEMPT.about(address=address)
 
 
 def _covers(rules: Sequence[Rule]) -> tuple[Cover, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any, Iterable, NamedTuple, Optional, TypeVar, Union
 
-from pybpfthrottle import registry
+from pybpfthrottle import networks, registry
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.process import Identity
-from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.throttle import Throttle, limits_of, open_record, start
 
@@ -33,6 +33,9 @@ def limit(
     upload: Optional[Limit] = None,
     children: bool = True,
     loopback: bool = False,
+    traffic: str = "all",
+    to: Some[str] = (),
+    but: Some[str] = (),
     label: str = "",
     wish: Optional[Wish] = None,
     supervise: bool = True,
@@ -42,8 +45,9 @@ def limit(
     Processes are given by ``pid``, or match one each of the given ``name``, ``exe`` and ``user``,
     now or later. With ``children`` the processes that they start are limited too. ``cgroup`` is a
     cgroup v2 path. ``download`` and ``upload`` are limits as on the command line ("1M", "8mbit"),
-    or in bytes per second. ``label`` is a name to choose the throttle by. ``wish`` says how to put
-    the limit in force.
+    or in bytes per second. ``traffic`` is all, internet or local; ``to`` has the networks (CIDR)
+    that alone are limited, ``but`` those that are not. ``label`` is a name to choose the throttle
+    by. ``wish`` says how to put the limit in force.
 
     The limit is in force when this returns, and ends with the ``with`` or ``async with`` block, by
     ``remove``, or with this process. Later processes and open connections need looking after: by a
@@ -75,9 +79,8 @@ def limit(
         raise ThrottleError("no target was given: give pid, name, exe, user, cgroup or unit")
     if target.processes and (target.cgroups or target.units):
         raise ThrottleError("processes cannot share a limit with cgroups and units")
-    throttle = start(
-        ThrottleSpec(target, limits, Traffic(loopback=loopback), label), wish or Wish()
-    )
+    meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
+    throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
     registry.tidy_up()
     if supervise:
         throttle.supervise()

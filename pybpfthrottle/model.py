@@ -247,11 +247,43 @@ class Target:
         return cls(**known)
 
 
+TRAFFIC_KINDS = ("all", "internet", "local")
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """Which packets of a target are limited."""
+    """Which packets of a target are limited.
+
+    ``kind`` is one of TRAFFIC_KINDS: local are private, link-local and multicast addresses, and
+    those ``on_link``, this machine's own networks; internet are all others. ``to`` has the networks
+    that alone are limited, ``but`` those that are not; of several the smallest decides. With
+    ``loopback`` the loopback device is limited too.
+    """
 
     loopback: bool = False
+    kind: str = "all"
+    to: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+    on_link: tuple[str, ...] = ()
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the address of the other end does not matter."""
+        return self.kind == "all" and not self.to and not self.but
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        networks = {"kind": self.kind, "to": self.to, "except": self.but, "on_link": self.on_link}
+        return {"loopback": self.loopback} | ({} if self.everywhere else {"networks": networks})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Traffic:
+        """Return what ``to_json`` wrote. Raises KeyError or TypeError."""
+        networks = record.get("networks")
+        if networks is None:
+            return cls(bool(record.get("loopback")))
+        lists = (tuple(map(str, networks[name])) for name in ("to", "except", "on_link"))
+        return cls(bool(record.get("loopback")), str(networks["kind"]), *lists)
 
 
 @dataclass(frozen=True)
@@ -287,7 +319,7 @@ class ThrottleSpec:
             "name": self.name,
             "target": self.target.to_json(),
             "limits": _limits_to_json(self.limits),
-            "loopback": self.traffic.loopback,
+            **self.traffic.to_json(),
             "kept": self.kept,
             "expires_ns": self.expires_ns,
             "paused": _limits_to_json(self.paused),
@@ -299,7 +331,7 @@ class ThrottleSpec:
         return cls(
             Target.from_json(record["target"]),
             _limits_from_json(record["limits"]),
-            Traffic(loopback=bool(record.get("loopback"))),
+            Traffic.from_json(record),
             str(record.get("name", "")),
             bool(record.get("kept")),
             int(record.get("expires_ns", 0)),

@@ -501,6 +501,8 @@ class RecordedBackend:
 
     def put_in_force(self, order: Order, throttle_id: str) -> OwnThrottle:
         """Create the rules of an order, and record them. Raises BackendError; all is undone."""
+        if not order.traffic.everywhere:
+            raise BackendError(f"{self.name} does not tell addresses apart, and ebpf does")
         throttle = OwnThrottle(self.kind, order, throttle_id)
         throttle.put_in_force()
         return throttle

@@ -13,7 +13,15 @@ from click.core import ParameterSource
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.linux import clock
-from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.model import (
+    TRAFFIC_KINDS,
+    Direction,
+    Limits,
+    Rate,
+    Target,
+    ThrottleSpec,
+    Traffic,
+)
 from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SHAPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -119,6 +127,33 @@ def limit_options(function: F) -> F:
             ),
             click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
             click.option(
+                "--traffic",
+                cls=BackendOption,
+                backend="ebpf",
+                type=click.Choice(TRAFFIC_KINDS),
+                default="all",
+                show_default=True,
+                help="Limit only this traffic: local is private, link-local and multicast addresses"
+                " and this machine's own networks, internet is all else.",
+            ),
+            click.option(
+                "--to",
+                cls=BackendOption,
+                backend="ebpf",
+                multiple=True,
+                metavar="NETWORK",
+                help="Limit only what goes to or comes from this address or network, such as"
+                " 192.0.2.0/24. May be repeated.",
+            ),
+            click.option(
+                *("--except", "but"),
+                cls=BackendOption,
+                backend="ebpf",
+                multiple=True,
+                metavar="NETWORK",
+                help="Do not limit this address or network. Of several the smallest decides.",
+            ),
+            click.option(
                 "--bpf-attach-method",
                 cls=BackendOption,
                 backend="ebpf",
@@ -219,7 +254,7 @@ def request_from(given: dict[str, Any]) -> Request:
     verdict = given.pop("egress_verdict")
     request = Request(
         limits=limits,
-        traffic=Traffic(loopback=given.pop("loopback")),
+        traffic=_traffic(given),
         label=given.pop("label"),
         backends=_backends(found.backends, limits),
         options={
@@ -242,6 +277,18 @@ def request_from(given: dict[str, Any]) -> Request:
     if Direction.UPLOAD not in limits and verdict != "auto":
         raise click.UsageError("--egress-verdict needs --upload-limit")
     return request
+
+
+def _traffic(given: dict[str, Any]) -> Traffic:
+    loopback, kind, to, but = (given.pop(name) for name in ("loopback", "traffic", "to", "but"))
+    if kind == "all" and not to and not but:
+        return Traffic(loopback)
+    from pybpfthrottle import networks  # which takes a moment
+
+    try:
+        return networks.traffic(kind, to, but, loopback=loopback)
+    except LimitError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _backends(chosen: Mapping[Direction, str], limits: Limits) -> dict[Direction, str]:

@@ -12,7 +12,7 @@ from pybpfthrottle.cli.say import echo
 from pybpfthrottle.errors import ProcessError, ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Process
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import Direction, Rate, Traffic
 from pybpfthrottle.throttle import Throttle, open_record
 
 SCHEMA = 1
@@ -200,7 +200,16 @@ def _target(record: Record) -> str:
     parts += [f"of user {user}" for user in target.users]
     parts += [f"unit {name}" for name in target.units]
     parts += target.cgroups
-    return ", ".join(parts) or ", ".join(record.cgroups) or "unknown (of an older version)"
+    what = ", ".join(parts) or ", ".join(record.cgroups) or "unknown (of an older version)"
+    return what + _networks(record.spec.traffic)
+
+
+def _networks(traffic: Traffic) -> str:
+    """Return which networks are limited, as options."""
+    words = [f"--traffic {traffic.kind}"] if traffic.kind != "all" else []
+    words += [f"--to {one}" for one in traffic.to]
+    words += [f"--except {one}" for one in traffic.but]
+    return f" ({' '.join(words)})" if words else ""
 
 
 def _row(parts: _Parts) -> tuple[str, ...]:
@@ -236,6 +245,11 @@ def _record(parts: _Parts) -> dict[str, Any]:
             **record.spec.target.to_json(),
             "cgroups": list(record.cgroups),
             "text": _target(record),
+        },
+        "traffic": {
+            "kind": record.spec.traffic.kind,
+            "to": list(record.spec.traffic.to),
+            "except": list(record.spec.traffic.but),
         },
         "limits": {
             str(direction): rate.bytes_per_s if rate else None for direction, rate in rates.items()

@@ -9,7 +9,8 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
+from ipaddress import IPv4Interface, IPv6Interface
+from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar, Union
 
 from pybpfthrottle.linux import cgroup, libc, netlink, process
 
@@ -218,15 +219,23 @@ def unix_peers() -> dict[int, int]:
 
 def own_addresses() -> set[str]:
     """Return the IP addresses of this namespace, as ``ipaddress`` spells them. Raises OSError."""
-    found = set()
+    return {str(one.ip) for one in _interfaces(_IFA_LOCAL)}
+
+
+def own_networks() -> list[str]:
+    """Return the networks that this namespace's addresses are in, by CIDR. Raises OSError."""
+    return sorted({str(one.network) for one in _interfaces(_IFA_ADDRESS)})
+
+
+def _interfaces(preferred: int) -> Iterator[Union[IPv4Interface, IPv6Interface]]:
+    """Yield addresses; for a point-to-point device IFA_ADDRESS is the peer's."""
     request = _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
     for answer in netlink.dump(socket.NETLINK_ROUTE, _RTM_GETADDR, request):
+        bits = _IFADDRMSG.unpack_from(answer)[1]
         attributes = netlink.attributes(answer[_IFADDRMSG.size :])
-        # For a point-to-point device IFA_ADDRESS is the peer's address.
-        own = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
-        if own is not None:
-            found.add(str(ipaddress.ip_address(own)))
-    return found
+        found = attributes.get(preferred, attributes.get(_IFA_ADDRESS))
+        if found is not None:
+            yield ipaddress.ip_interface((found, bits))
 
 
 def translations() -> Optional[dict[Ends, tuple[str, int]]]:

@@ -123,7 +123,11 @@ class Kernel(FakeKernel):
 
     def _map_create(self, attr: Attr) -> int:
         wanted = attr.map_create
-        if wanted.map_type not in (MapType.ARRAY, MapType.PERCPU_ARRAY):
+        is_trie = wanted.map_type == MapType.LPM_TRIE
+        if not is_trie and wanted.map_type not in (MapType.ARRAY, MapType.PERCPU_ARRAY):
+            raise _Refused(errno.EINVAL)
+        # kernel/bpf/lpm_trie.c: it has no elements before they are put in.
+        if is_trie and wanted.map_flags != abi.BPF_F_NO_PREALLOC:
             raise _Refused(errno.EINVAL)
         if self.charges_memory and self.release < (5, 11):
             soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -132,7 +136,8 @@ class Kernel(FakeKernel):
         size = wanted.value_size
         if wanted.map_type == MapType.PERCPU_ARRAY:
             size = (size + 7) // 8 * 8 * maps.possible_cpus()
-        keys = (index.to_bytes(4, sys.byteorder) for index in range(wanted.max_entries))
+        count = 0 if is_trie else wanted.max_entries
+        keys = (index.to_bytes(4, sys.byteorder) for index in range(count))
         fd = self.create()
         self.maps[_inode(fd)] = FakeMap(
             *(fd, wanted.key_size, wanted.value_size, size, dict.fromkeys(keys, bytes(size))),

@@ -20,7 +20,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
-from pybpfthrottle.model import Counters, Direction, Limits, Rate
+from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +124,12 @@ def config_for(
     shaping: Shaping = POLICE,
     owner: Optional[Identity] = None,
     expires_ns: int = 0,
+    networks: bool = False,
 ) -> ThrottleConfig:
     """Return the record for a rate, in units that spare the program every division.
 
     ``owner`` is the process that keeps the throttle, by default this one; ``expires_ns`` is when it
-    ends, on CLOCK_BOOTTIME, or 0.
+    ends, on CLOCK_BOOTTIME, or 0. With ``networks`` the address of the other end decides.
     """
     owner = owner or process.identity()
     config = ThrottleConfig(
@@ -137,7 +138,9 @@ def config_for(
         owner_pid=owner.pid,
         owner_pid_namespace=owner.pid_namespace,
         owner_start_ticks=owner.start_ticks,
-        flags=shaping.flags | (ThrottleFlags.LOOPBACK if loopback else 0),
+        flags=shaping.flags
+        | (ThrottleFlags.LOOPBACK if loopback else 0)
+        | (ThrottleFlags.NETWORKS if networks else 0),
         expires_ns=_on_the_buckets_clock(expires_ns),
     )
     if rate is None:
@@ -180,7 +183,7 @@ class Bucket:
         maps: Mapping[str, Map[Any, Any]],
         limits: Limits,
         *,
-        loopback: bool,
+        traffic: Traffic,
         shapes: Mapping[Direction, str],
         owner: Identity,
         expires_ns: int = 0,
@@ -190,7 +193,7 @@ class Bucket:
         ``expires_ns`` is when the limits end, on CLOCK_BOOTTIME, or 0.
         """
         self._maps = maps
-        self._loopback = loopback
+        self._traffic = traffic
         self._shapes = shapes
         self._owner = owner
         self._expires_ns = expires_ns
@@ -210,8 +213,18 @@ class Bucket:
     def begin(self, refused: Mapping[str, str]) -> None:
         """Put all rates in force. ``refused`` says why methods are unavailable."""
         self.refused = dict(refused)
+        if not self._traffic.everywhere:
+            self._put_networks()
         for direction, rate in self.rates.items():
             self.set_rate(direction, rate)
+
+    def _put_networks(self) -> None:
+        # Most limits are for all addresses, and do without the time that this import takes.
+        from pybpfthrottle import networks
+
+        tree = self._maps["CGROUP_NETWORKS"].elements
+        for network, limited in networks.decisions(self._traffic).items():
+            tree.update(networks.key(network), U32.encode(limited))
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a rate immediately; the programs rescale the debt, which is constant in bytes.
@@ -224,7 +237,8 @@ class Bucket:
         shaping = shaping_for(direction, rate, wanted, refused=self.refused)
         config = config_for(
             rate,
-            loopback=self._loopback,
+            loopback=self._traffic.loopback,
+            networks=not self._traffic.everywhere,
             shaping=shaping,
             owner=self._owner,
             expires_ns=self._expires_ns,

@@ -48,7 +48,7 @@ class FoundThrottle:
         self._bucket = Bucket(
             live,
             record.spec.limits,
-            loopback=record.spec.traffic.loopback,
+            traffic=record.spec.traffic,
             shapes={
                 direction: record.handles.get("shapes", {}).get(str(direction), "auto")
                 for direction in Direction

@@ -24,6 +24,7 @@ class ThrottleFlags(IntFlag):
     PACE = 2
     WINDOW = 4
     GATE = 8
+    NETWORKS = 16
 
 
 class ThrottleFormat(IntEnum):
@@ -113,6 +114,12 @@ class ThrottleConfig(ctypes.Structure):
         ("slack_ns", c_uint64),
         ("expires_ns", c_int64),
     )
+
+
+class ThrottleNetwork(ctypes.Structure):
+    """struct throttle_network: the key of a trie; the address is in network byte order."""
+
+    _fields_ = (("bits", c_uint32), ("address", c_uint32 * 4))
 
 
 class ThrottleBucket(ctypes.Structure):

@@ -35,7 +35,7 @@ from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
-from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
+from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -346,13 +346,13 @@ def processes(record: Record) -> list[int]:
 class Rule(NamedTuple):
     """A program that limits one direction of all sockets, or of those marked in map ``marks_id``.
 
-    ``multipath``: it limits packets of MPTCP sockets too.
+    ``multipath``: it limits packets of MPTCP sockets too. ``traffic`` is what it is for.
     """
 
     program_id: int
     direction: Direction
     owner: Identity
-    loopback: bool
+    traffic: Traffic = Traffic()
     marks_id: Optional[int] = None
     multipath: bool = True
 
@@ -409,7 +409,7 @@ class Rules:
         if config is None or config.magic != ThrottleFormat.MAGIC or not config.rate_bytes_per_s:
             return
         owner = Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
-        rule = Rule(info.id, program.direction, owner, bool(config.flags & ThrottleFlags.LOOPBACK))
+        rule = Rule(info.id, program.direction, owner, _traffic(info, config))
         if program.scope is Scope.ALL:
             yield rule
             return
@@ -429,6 +429,18 @@ class Rules:
         map_id = found.info().id
         self._marks[map_id] = found.typed(U32, RAW)
         return map_id
+
+
+def _traffic(info: ProgramInfo, config: ThrottleConfig) -> Traffic:
+    """Return which packets a program is for; its networks are only in the record."""
+    if config.flags & ThrottleFlags.NETWORKS:
+        record = open_map(info.map_ids, RECORD)
+        if record is not None:
+            with record:
+                entry = RecordMap(record).read()
+            if entry is not None:
+                return record_of(entry, 0).spec.traffic
+    return Traffic(loopback=bool(config.flags & ThrottleFlags.LOOPBACK))
 
 
 def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]:

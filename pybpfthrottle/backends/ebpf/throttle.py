@@ -188,7 +188,7 @@ class EbpfThrottle:
             self._bucket = Bucket(
                 self._loaded.maps,
                 self._order.limits,
-                loopback=self._order.traffic.loopback,
+                traffic=self._order.traffic,
                 shapes=self._options.shape,
                 owner=process.identity(),
                 expires_ns=self._order.spec.expires_ns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ from typing import Iterator
 import pytest
 from since import needs_release
 
+from pybpfthrottle import networks
 from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
@@ -30,6 +32,7 @@ from pybpfthrottle.backends.ebpf.records import (
 from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
+from pybpfthrottle.linux import clock
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
 
@@ -114,6 +117,7 @@ class Bench:
         self.programs = loaded.programs
         self.configs = loaded.maps["CGROUP_CONFIGS"].typed(U32, StructureCodec(ThrottleConfig))
         self.buckets = loaded.maps["CGROUP_BUCKETS"].typed(U32, StructureCodec(ThrottleBucket))
+        self.networks = loaded.maps["CGROUP_NETWORKS"].elements
         self.stats = loaded.maps["CGROUP_STATS"].typed(U32, StructureCodec(ThrottleStats))
 
     def run(self, program: str, packet: bytes, *, repeat: int = 1) -> int:
@@ -204,6 +208,53 @@ def test_loopback_is_exempt_unless_asked_for(bench: Bench) -> None:
     assert bench.run("pybpft_ingress", PACKETS["TCP"][0]) == 1
     assert bench.total(Direction.DOWNLOAD, "program_calls") == 1
     assert bench.total(Direction.DOWNLOAD, "packets_total") == 0
+
+
+def from_to(packet: bytes, source: str, target: str) -> bytes:
+    """A packet with other addresses."""
+    ends = ipaddress.ip_address(source).packed + ipaddress.ip_address(target).packed
+    at = 12 if packet[0] >> 4 == 4 else 8
+    return packet[:at] + ends + packet[at + len(ends) :]
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "nearer", "far", "own"),
+    [
+        ("TCP", "192.0.2.9", "192.0.2.77", "198.51.100.1", "10.0.0.1"),
+        ("IPv6 TCP", "2001:db8::9", "2001:db8:7::1", "2001:db9::1", "fd00::1"),
+    ],
+    ids=["IPv4", "IPv6"],
+)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_smallest_network_of_the_other_end_decides(
+    bench: Bench, program: str, name: str, near: str, nearer: str, far: str, own: str
+) -> None:
+    """What is sent is told by where it goes, what is received by where it comes from."""
+    traffic = networks.traffic(
+        to=["192.0.2.0/24", "2001:db8::/32"], but=["192.0.2.64/26", "2001:db8:7::/48"]
+    )
+    for network, limited in networks.decisions(traffic).items():
+        bench.networks.update(networks.key(network), U32.encode(limited))
+    direction, _ = PROGRAMS[program]
+    bench.configs[direction] = config_for(MAX_RATE, loopback=True, networks=True)
+    counted = []
+    for other in (near, nearer, far, own):
+        ends = (other, own) if direction is Direction.DOWNLOAD else (own, other)
+        assert bench.run(program, from_to(PACKETS[name][0], *ends)) == 1
+        counted.append(bench.total(direction, "packets_total"))
+    assert counted == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_after_its_time_all_packets_pass(bench: Bench, program: str) -> None:
+    """And none is dropped any more, whatever is owed."""
+    direction, drop = PROGRAMS[program]
+    soon = clock.boottime_ns() + 400_000_000
+    bench.configs[direction] = config_for(MIN_RATE, loopback=True, expires_ns=soon)
+    packet, _ = PACKETS["TCP"]
+    assert drop in [bench.run(program, packet) for _ in range(100)]
+    time.sleep(max(0, soon - clock.boottime_ns()) / 1e9)
+    assert {bench.run(program, packet) for _ in range(100)} == {1}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -165,6 +165,7 @@ MAPS = {
     "CGROUP_BUCKETS": (MapType.ARRAY, 4, SIZES["throttle_bucket"], COUNT),
     "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, SIZES["throttle_stats"], COUNT),
     "CGROUP_FLOWS": (MapType.ARRAY, 4, SIZES["throttle_flows"], COUNT),
+    "CGROUP_NETWORKS": (MapType.LPM_TRIE, SIZES["throttle_network"], 4, 4096),
     "SOCKETS": (MapType.SK_STORAGE, 4, SIZES["throttle_socket"], 0),
     "MARKS": (MapType.SK_STORAGE, 4, 4, 0),
     "PROCESSES": (MapType.HASH, 4, SIZES["throttle_process"], 32768),
@@ -176,7 +177,10 @@ MAPS = {
     "TRAFFIC_NAMES": (MapType.HASH, 4, SIZES["traffic_process"], 65536),
     "TRAFFIC": (MapType.PERCPU_HASH, SIZES["traffic_key"], SIZES["traffic_counts"], 131072),
 }
-_CGROUP = ("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "SOCKETS", "GATE")
+_CGROUP = (
+    *("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "CGROUP_NETWORKS"),
+    *("SOCKETS", "GATE"),
+)
 MAPS_OF = {
     "throttle": {*_CGROUP, records.RECORD},
     "throttle-direct": {*_CGROUP, records.RECORD},
@@ -269,6 +273,7 @@ def test_the_policer_does_without_the_shapers_maps(spec, rows):
     for row in rows:
         if row.role is Role.POLICE:
             wanted = {"CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", records.RECORD}
+            wanted.add("CGROUP_NETWORKS")
             # An array like the others, though the faster objects alone look at it.
             assert (spec.maps["GATE"].type, spec.maps["GATE"].flags) == (MapType.ARRAY, 0)
             used = relocate.link(spec, spec.programs[row.name]).maps - {"MARKS"}

@@ -25,6 +25,11 @@ SPECS = [
         expires_ns=123_456_789_000,
         paused={Direction.UPLOAD: Rate(2048)},
     ),
+    ThrottleSpec(
+        Target(pids=(12,)),
+        {Direction.UPLOAD: Rate(2048)},
+        Traffic(False, "internet", ("192.0.2.0/24",), ("192.0.2.7/32",), ("198.51.100.0/24",)),
+    ),
 ]
 
 

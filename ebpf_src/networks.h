@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only */
+/* Limits for some networks only, at the other end: where the flag THROTTLE_NETWORKS says so. */
+
+#define BPF_MAP_TYPE_LPM_TRIE 11
+#define BPF_F_NO_PREALLOC 1
+#define MOST_NETWORKS 4096
+#define ADDRESS_BITS 128
+#define AF_INET6 10
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define MAPPED_IP4 0xffff0000 /* the third word of an IPv4 address in IPv6 */
+#else
+#define MAPPED_IP4 0x0000ffff
+#endif
+
+/* Whether packets to and from a network are limited: 0 or 1. Of several the smallest decides. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, MOST_NETWORKS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct throttle_network);
+	__type(value, __u32);
+} CGROUP_NETWORKS SEC(".maps");
+
+/* Whether the network of an address is not limited. */
+always_inline int is_exempt(const struct throttle_network *address)
+{
+	const __u32 *limited = bpf_map_lookup_elem(&CGROUP_NETWORKS, address);
+
+	return limited && !*limited;
+}
+
+/*
+ * A function of its own where the kernel has such (4.16): the verifier would else follow all that
+ * comes after it for each of its ways.
+ */
+#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
+#define own_function __attribute__((noinline))
+#else
+#define own_function always_inline
+#endif
+
+/* Whether that of the packet's other end is not. */
+own_function int is_exempt_packet(struct __sk_buff *skb, __u32 direction)
+{
+	struct throttle_network key; /* without an initializer: that would be a map of constants */
+	__u8 room[16];
+	const __u8 *from = bytes_at(skb, 0, room, 1);
+
+	if (!from)
+		return 0;
+	key.bits = ADDRESS_BITS;
+	if (from[0] >> 4 == 4) {
+		from = bytes_at(skb, direction == THROTTLE_DOWNLOAD ? 12 : 16, room, 4);
+		if (!from)
+			return 0;
+		key.address[0] = key.address[1] = 0;
+		key.address[2] = MAPPED_IP4;
+		__builtin_memcpy(&key.address[3], from, 4);
+	} else {
+		from = bytes_at(skb, direction == THROTTLE_DOWNLOAD ? 8 : 24, room, 16);
+		if (!from)
+			return 0;
+		__builtin_memcpy(key.address, from, 16);
+	}
+	return is_exempt(&key);
+}
+
+always_inline int is_exempt_end(__u32 family, __u32 ip4, __u32 first, __u32 second, __u32 third,
+				__u32 fourth)
+{
+	struct throttle_network key = { ADDRESS_BITS, { first, second, third, fourth } };
+
+	if (family != AF_INET6) {
+		key.address[0] = key.address[1] = 0;
+		key.address[2] = MAPPED_IP4;
+		key.address[3] = ip4;
+	}
+	return is_exempt(&key);
+}
+
+/* Whether connections with the other end are not limited. */
+#define IS_EXEMPT(config, from, remote)                                                            \
+	((config)->flags & THROTTLE_NETWORKS &&                                                    \
+	 is_exempt_end(from->family, from->remote##4, from->remote##6[0], from->remote##6[1],      \
+		       from->remote##6[2], from->remote##6[3]))
