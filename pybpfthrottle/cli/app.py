@@ -23,7 +23,7 @@ from pybpfthrottle.cli.options import (
     request_from,
     start_logging,
 )
-from pybpfthrottle.cli.say import echo_lines, say, show_error
+from pybpfthrottle.cli.say import echo_lines, say, say_error, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
@@ -757,12 +757,15 @@ def _status(argv: Optional[list[str]]) -> int:
             show_error(error)
         return int(error.exit_code)
     except Error as error:
-        say(f"error: {error}")
+        say_error(error)
     except BrokenPipeError:
         pass
     except OSError as error:
         unnamed = error.filename is None and error.errno in (ENOSPC, EDQUOT, EFBIG, EIO)
-        say(f"error: cannot write: {error.strerror}" if unnamed else f"error: {error}")
+        if unnamed:
+            say(f"error: cannot write: {error.strerror}")
+        else:
+            say_error(error)
     else:
         return status if isinstance(status, int) else 0
     return 1

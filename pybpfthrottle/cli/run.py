@@ -14,7 +14,7 @@ from typing import Optional, Sequence, TextIO
 from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.say import PROGRAM, say
+from pybpfthrottle.cli.say import PROGRAM, say, say_error
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import process
@@ -50,7 +50,7 @@ def run(
         say(str(error))
         return error.status
     except Error as error:
-        say(f"error: {error}")
+        say_error(error)
         return _FAILED
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from errno import EMFILE
 from typing import IO, Any, Callable, Optional
 
 import click
@@ -50,6 +51,15 @@ def say(line: str) -> None:
     # The terminal, or the reader of standard error, may be gone.
     with suppress(OSError):
         echo(PROGRAM + line, err=True)
+
+
+def say_error(error: Exception) -> None:
+    """Print an error, and what to do where its cause is not in what was asked for."""
+    cause: Optional[BaseException] = error
+    while cause is not None and getattr(cause, "errno", None) != EMFILE:
+        cause = cause.__cause__ or cause.__context__
+    remedy = "" if cause is None else "; allow this process more of them: ulimit -n 1024"
+    say(f"error: {error}{remedy}")
 
 
 def show_error(error: click.ClickException) -> None:

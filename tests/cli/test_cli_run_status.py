@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 
@@ -122,3 +123,15 @@ def test_a_command_that_has_a_daemon_do_the_work_is_told(tool, tmp_path, argumen
     notes = [line for line in result.err.splitlines() if " is not limited" in line]
     assert result.status == 0
     assert [told in note for note in notes] == ([True] if told else [])
+
+
+@pytest.mark.parametrize("most", [11, 14])
+def test_too_few_descriptors_are_told_with_the_remedy(tool, most):
+    """Whichever is the first that cannot be opened; the command is not run."""
+    result = tool.run(
+        *("run", "--download-limit", "1M", "--", "echo", "ran"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+    )
+    assert (result.status, result.out) == (125, b"")
+    assert "Too many open files" in result.complaint
+    assert result.complaint.endswith("; allow this process more of them: ulimit -n 1024")
