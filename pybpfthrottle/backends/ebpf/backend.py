@@ -24,7 +24,7 @@ from pybpfthrottle.backends.protocol import (
 )
 from pybpfthrottle.errors import CgroupError, Error
 from pybpfthrottle.linux import cgroup
-from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.model import Direction
 
 
@@ -119,10 +119,12 @@ class EbpfBackend:
         return leftovers.find()
 
     def tidy_up(self) -> None:
-        """Remove the programs that a crash has left attached."""
-        from pybpfthrottle.backends.ebpf import leftovers
+        """Remove the programs that a crash has left attached, and pins."""
+        from pybpfthrottle.backends.ebpf import leftovers, pins
 
         leftovers.remove_all()
+        with locked():
+            pins.tidy_up({record.id for record in registry.in_force()})
 
     def processes(self, record: Record) -> list[int]:
         """Return the processes whose sockets one limits, by their id in the first namespace."""

@@ -45,6 +45,7 @@ class FoundThrottle:
         self._maps = live
         self._resources = resources
         self._record = RecordMap(live[RECORD]) if RECORD in live else None
+        self._pins: Optional[list[str]] = None
         self._bucket = Bucket(
             live,
             record.spec.limits,
@@ -158,6 +159,7 @@ class FoundThrottle:
     def hand_over(self) -> Callable[[], None]:
         """Only drop packets from now on, so that a successor finds connections as they were."""
         with locked():
+            self._pins = pins.of(self._found.id)
             self._bucket.stop_shaping()
             self._restore()
         return self.remove
@@ -171,7 +173,9 @@ class FoundThrottle:
                 # Runs in reverse order: let all packets pass, restore connections, then detach.
                 # If one step fails, the rest still run.
                 steps.callback(self._mark_removed)
-                steps.callback(pins.unpin, str(self._found.handles.get("pins", "")))
+                # Not those of a successor.
+                for path in pins.of(self._found.id) if self._pins is None else self._pins:
+                    steps.callback(pins.unpin, path)
                 steps.callback(self._detach)
                 steps.callback(self._restore)
                 steps.callback(self._bucket.lift)

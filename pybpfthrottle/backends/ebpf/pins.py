@@ -1,15 +1,16 @@
 """Pinned links: what they attach outlives the process that has attached it.
 
-They are in a directory for each throttle, in the bpf file system. If none is mounted, it is mounted
-while there are any. Call these under the lock of all throttles.
+They are in a directory for each throttle and each time that it was pinned, in the bpf file system.
+If none is mounted, it is mounted while there are any. Call these under the lock of all throttles.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 from contextlib import suppress
-from typing import Iterable, Optional
+from typing import Container, Iterable, Optional
 
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.errors import CgroupError
@@ -24,12 +25,12 @@ _MOUNTED = "mounted-by-pybpfthrottle"
 _BUILT_IN = ("maps.debug", "progs.debug")
 
 
-def pin(name: str, links: Iterable[Link]) -> str:
+def pin(throttle_id: str, links: Iterable[Link]) -> str:
     """Pin links in a new directory; return its path. Linux 5.7; needs CAP_BPF or CAP_SYS_ADMIN.
 
     Raises OSError; then none is pinned.
     """
-    path = os.path.join(_mount(), _DIRECTORY, name)
+    path = os.path.join(_mount(), _DIRECTORY, f"{throttle_id}-{secrets.token_hex(4)}")
     try:
         os.makedirs(path, mode=0o700)
         for number, link in enumerate(links):
@@ -40,17 +41,36 @@ def pin(name: str, links: Iterable[Link]) -> str:
     return path
 
 
+def of(throttle_id: str) -> list[str]:
+    """Return the directories with the pins of a throttle."""
+    return [path for path, found in _all() if found == throttle_id]
+
+
 def unpin(path: str) -> None:
     """Remove what was pinned in a directory, and the directory. Doing so twice is no error."""
-    # Only what this module has made: the path comes from a record.
-    parent, top = os.path.dirname(path), os.path.dirname(os.path.dirname(path))
-    if os.path.basename(parent) != _DIRECTORY or not _is_mounted(top):
-        return
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(FileNotFoundError):
         for name in os.listdir(path):
             os.unlink(os.path.join(path, name))
         os.rmdir(path)
-    _unmount(top)
+    _unmount(os.path.dirname(os.path.dirname(path)))
+
+
+def tidy_up(known: Container[str]) -> None:
+    """Remove the pins of throttles that are not known any more."""
+    for path, throttle_id in _all():
+        if throttle_id not in known:
+            unpin(path)
+
+
+def _all() -> list[tuple[str, str]]:
+    """Return each directory with pins, and the id of its throttle."""
+    top = _mounted_at()
+    if top is None:
+        return []
+    place = os.path.join(top, _DIRECTORY)
+    with suppress(OSError):
+        return [(os.path.join(place, name), name.partition("-")[0]) for name in os.listdir(place)]
+    return []
 
 
 def _mount() -> str:
@@ -83,9 +103,3 @@ def _mounted_at() -> Optional[str]:
     except CgroupError:  # no /proc
         return None
     return _USUAL if _USUAL in found else next(iter(found), None)
-
-
-def _is_mounted(path: str) -> bool:
-    with suppress(CgroupError):
-        return any(one.path == path and one.type == _TYPE for one in cgroup.mounts())
-    return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import count
 from typing import (
     Any,
     Callable,
@@ -64,9 +63,8 @@ class EbpfThrottle:
         self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._bucket: Bucket
-        # The directory of its pins, if it is kept, and how often it was pinned.
+        # The directory of its pins, if it is kept.
         self._pins = ""
-        self._pinned = count()
         self._record = OwnRecord(self)
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
@@ -115,8 +113,9 @@ class EbpfThrottle:
                 self._limit_cgroups(self._order.cgroups)
             if self._order.processes is not None:
                 self._limit_processes(self._order.processes)
-            self._keep()
+            # Whoever finds pins is to find what they are for.
             self._register()
+            self._keep()
             for direction in self._order.limits:
                 self._log(direction)
             if self._order.cgroups and self._order.processes is None:
@@ -370,14 +369,12 @@ class EbpfThrottle:
         before, self._pins = self._pins, ""
         try:
             with locked():
-                name = f"{self._id}-{process.identity().pid}-{next(self._pinned)}"
-                self._pins = pins.pin(name, links)
+                self._pins = pins.pin(self._id, links)
         except OSError as error:
             self._notes.append(
                 f"the limit ends with process {process.identity().pid}, which keeps it, since the"
                 f" kernel refused to pin it: {error}"
             )
-        self._record.add(pins=self._pins)
         self._unpin(before)
 
     def _unpin(self, path: str) -> None:

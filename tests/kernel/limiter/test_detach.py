@@ -258,3 +258,19 @@ def test_mistakes_are_told_by_the_command() -> None:
         assert refused.returncode == 2
         assert f"{option} cannot be combined with --detach" in refused.stderr
     assert tool("supervise", "nobody").returncode == 1
+
+
+@kills
+def test_pins_that_nobody_knows_of_are_removed(scratch: Cgroup) -> None:
+    """As of an instance that was killed while it removed its limit."""
+    with subprocess.Popen(["sleep", "60"]) as sleeping:
+        try:
+            with detached("--pid", str(sleeping.pid), *LIMIT) as throttle_id:
+                [name] = [name for name in pinned() if name.startswith(throttle_id)]
+                os.mkdir(f"{PINNED}/zzzzzz-1")
+                os.rename(f"{PINNED}/{name}/0", f"{PINNED}/zzzzzz-1/0")
+                tool("run", *LIMIT, "--", "true")
+                assert pinned() == [name]
+        finally:
+            sleeping.kill()
+    assert not os.path.ismount("/sys/fs/bpf")
