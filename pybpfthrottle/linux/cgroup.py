@@ -26,6 +26,7 @@ _PATIENCE_S = 5.0
 # kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
 _ROOT_ID = 1
 _FIRST_CGROUP_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO of include/linux/proc_ns.h
+_USER_MANAGER = re.compile(r"user@\d+\.service")
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -455,8 +456,11 @@ def ids(cgroups: Iterable[Cgroup]) -> list[int]:
     return found
 
 
-def from_pid(pid: int) -> Cgroup:
-    """Return the cgroup of a process. Raises ProcessError or CgroupError."""
+def from_pid(pid: int, mounted: Optional[Mount] = None) -> Cgroup:
+    """Return the cgroup of a process. Raises ProcessError or CgroupError.
+
+    Who asks for many gives what ``mount`` returns.
+    """
     try:
         with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
             lines = file.read().splitlines()
@@ -469,12 +473,11 @@ def from_pid(pid: int) -> Cgroup:
         raise CgroupError(f"process {pid} is not in a cgroup of version 2; is cgroup v2 mounted?")
     if inside.endswith(" (deleted)"):
         raise CgroupError(f"the cgroup of process {pid} was removed: {inside}")
-    return Cgroup(_visible(inside, pid))
+    return Cgroup(_visible(inside, pid, mounted or mount()))
 
 
-def _visible(inside: str, pid: int) -> str:
+def _visible(inside: str, pid: int, where: Mount) -> str:
     """Return the file system path for a path from /proc/PID/cgroup."""
-    where = mount()
     # Paths outside a cgroup namespace begin with "/..", which must not be normalised away.
     parts = [part for part in inside.split("/") if part]
     above = [part for part in where.root.split("/") if part]
@@ -536,6 +539,20 @@ def _has_units() -> bool:
 def unit_name(name: str) -> str:
     """Return the full name of a unit: as for systemctl, the default suffix is ``.service``."""
     return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
+
+
+def unit_of(path: str) -> str:
+    """Return the systemd unit that a cgroup belongs to, from its path; empty if to none.
+
+    A unit of a user's systemd comes behind that: ``user@1000.service/app-x.scope``. What is below a
+    unit, such as the units inside a container, belongs to the unit.
+    """
+    units = [part.lstrip("_") for part in path.split("/") if part.endswith(_UNIT_SUFFIXES)]
+    # Slices are units too, but hold other units rather than processes.
+    units = [unit for unit in units if not unit.endswith(".slice")]
+    if units and _USER_MANAGER.fullmatch(units[0]):
+        return "/".join(units[:2])
+    return units[0] if units else ""
 
 
 def walk(top: Optional[Cgroup] = None) -> Iterator[Cgroup]:

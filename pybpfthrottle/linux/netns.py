@@ -17,6 +17,7 @@ from pybpfthrottle.linux import cgroup, libc, netlink, process
 T = TypeVar("T")
 
 _SIOCGSKNS = 0x894C  # include/uapi/linux/sockios.h
+_SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 _CLONE_NEWNET = 0x40000000
 
 # include/uapi/linux/sock_diag.h, inet_diag.h
@@ -71,6 +72,32 @@ def of_socket(descriptor: int) -> int:
 def number(pid: Optional[int] = None) -> int:
     """Return the number of a process's network namespace, or of this one's. Raises OSError."""
     return os.stat(_of("self" if pid is None else pid)).st_ino
+
+
+class Interfaces(NamedTuple):
+    """The interfaces of a network namespace: names by index. ``cookie`` is 0 before Linux 5.14."""
+
+    cookie: int
+    names: dict[int, str]
+
+
+def interfaces(pid: Optional[int] = None) -> Interfaces:
+    """Return the interfaces in a process's network namespace, or in this one. Raises OSError.
+
+    Needs CAP_SYS_ADMIN for another namespace than this process's own.
+    """
+    fd = os.open(_of("self" if pid is None else pid), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return inside(fd, _own_interfaces)
+    finally:
+        os.close(fd)
+
+
+def _own_interfaces() -> Interfaces:
+    cookie = 0
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        cookie = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
+    return Interfaces(cookie, dict(socket.if_nameindex()))
 
 
 def open_by_number(wanted: int) -> Optional[int]:

@@ -166,6 +166,17 @@ def in_own_user_namespace() -> bool:
         return False
 
 
+def instance(pid: int) -> int:
+    """Return a number that is another one once another process has the id; 0 if there is none.
+
+    It may change without that: the kernel gives it to what it remembers of a process in /proc.
+    """
+    try:
+        return os.stat(f"/proc/{pid}").st_ino
+    except OSError:
+        return 0
+
+
 def is_kernel_thread(pid: int) -> bool:
     """Whether a process is a kernel thread; False if it is gone."""
     stat = _stat(pid)

@@ -163,9 +163,13 @@ def _open_thread(pid: int, thread: int) -> int:
 
 def descriptors(pid: int) -> list[Descriptor]:
     """Return the descriptors of a process's sockets. Raises OSError if it may not be inspected."""
-    directory = f"/proc/{pid}/task/{_holder(pid)}/fd"
+    directory = f"/proc/{pid}/fd"
+    names = os.listdir(directory)
+    if not names:  # as if its first thread had ended
+        directory = f"/proc/{pid}/task/{_holder(pid)}/fd"
+        names = os.listdir(directory)
     found = []
-    for name in os.listdir(directory):
+    for name in names:
         with suppress(FileNotFoundError):  # it was closed meanwhile
             target = os.readlink(f"{directory}/{name}")
             if target.startswith("socket:["):
