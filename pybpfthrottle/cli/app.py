@@ -473,9 +473,21 @@ def _traffic_options(command: Any) -> Any:
         click.option(
             "--by",
             "group",
-            type=click.Choice(["process", "name", "user", "cgroup"]),
+            type=click.Choice(
+                [
+                    *("process", "name", "user", "cgroup", "unit", "container"),
+                    *("interface", "remote"),
+                ]
+            ),
             default="process",
-            help="Add up what belongs together. [default: process]",
+            help="Add up what belongs together; remote is the address. [default: process]",
+        ),
+        click.option(
+            "--interface",
+            "interfaces",
+            multiple=True,
+            metavar="NAME",
+            help="Only what passes this interface of a process's network namespace.",
         ),
         click.option(
             "--sort",

@@ -34,14 +34,26 @@ GROUPS: Mapping[str, Callable[[ProcessTraffic], str]] = {
     "name": lambda one: one.name,
     "user": ProcessTraffic.user_name,
     "cgroup": lambda one: one.cgroup,
+    "unit": lambda one: one.unit,
+    "container": lambda one: one.container,
+    "interface": lambda one: one.share,
+    "remote": lambda one: one.share,
 }
+_SHARES = ("interface", "remote")
 ORDERS = ("rate", "down", "up", "total", "name")
 _LINES_AROUND = 4
+# Who looks at a screen sees something so soon.
+_FIRST_S = 0.05
 
 
 class Row(NamedTuple):
-    """One process, or group of processes, in one interval. ``members`` has who belongs to it."""
+    """One process, or group of processes, in one interval.
 
+    ``label`` tells it from other rows of the same ``group``, ``members`` has who belongs to it.
+    """
+
+    group: str
+    label: str
     members: tuple[ProcessTraffic, ...]
     total: Usage
     moved: Usage
@@ -72,16 +84,15 @@ class Row(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return it for JSON, with the fields that all of its members share."""
-        first = self.members[0].to_json()
+        told = [one.identity() for one in self.members]
         same = {
-            name: first[name]
-            if all(one.to_json()[name] == first[name] for one in self.members)
-            else None
-            for name in ("pid", "name", "user", "cgroup")
+            name: value if all(one[name] == value for one in told) else None
+            for name, value in told[0].items()
         }
         return {
             **same,
-            "processes": sum(one.pid is not None for one in self.members),
+            **{name: self.label for name in _SHARES if name == self.group},
+            "processes": sum(one.processes for one in self.members if one.pid is not None),
             "download_bytes": self.total.download_bytes,
             "upload_bytes": self.total.upload_bytes,
             "download_packets": self.total.download_packets,
@@ -105,12 +116,17 @@ class Options:
     lines: Optional[int] = None
     once: bool = False
     as_json: bool = False
+    interfaces: tuple[str, ...] = ()
     keeps: Callable[[ProcessTraffic], bool] = lambda one: True
+
+    def watch(self) -> Watch:
+        """Begin to count what is to be shown. Raises an error of this package."""
+        return traffic.watch(interfaces=self.interfaces, remotes=self.group == "remote")
 
 
 def top(options: Options) -> None:
     """Show who uses the line, until Ctrl-C or once. Raises an error of this package."""
-    with traffic.watch() as watch:
+    with options.watch() as watch:
         tables_of_rows = _intervals(watch, options)
         if options.once:
             _show(next(tables_of_rows), options)
@@ -123,7 +139,7 @@ def top(options: Options) -> None:
 
 def monitor(options: Options) -> None:
     """Print a line for each process, or group, every interval. Raises an error of this package."""
-    with traffic.watch() as watch:
+    with options.watch() as watch:
         for rows in _intervals(watch, options):
             now = time.time()
             for row in rows[: options.lines]:
@@ -136,41 +152,47 @@ def monitor(options: Options) -> None:
 
 def _intervals(watch: Watch, options: Options) -> Iterator[list[Row]]:
     """Yield the rows of each interval, in order."""
-    before, begin_s = _by_number(watch.snapshot()), time.monotonic()
+    before, begin_s = watch.snapshot(), time.monotonic()
+    lives = is_terminal(sys.stdout) and not (options.once or options.as_json)
+    wait_s = min(_FIRST_S, options.interval_s) if lives else options.interval_s
     while True:
-        time.sleep(options.interval_s)
+        time.sleep(wait_s)
+        wait_s = options.interval_s
         after, now = watch.snapshot(), time.monotonic()
         kept = [one for one in after if options.keeps(one)]
         yield _rows(kept, before, now - begin_s, options)
-        before, begin_s = _by_number(after), now
+        before, begin_s = after, now
 
 
-def _by_number(found: Iterable[ProcessTraffic]) -> dict[int, ProcessTraffic]:
-    return {one.number: one for one in found}
+def _shares(found: Iterable[ProcessTraffic], group: str) -> Iterator[ProcessTraffic]:
+    return (share for one in found for share in one.shares(group))
 
 
 def _rows(
     found: Iterable[ProcessTraffic],
-    before: Mapping[int, ProcessTraffic],
+    before: Iterable[ProcessTraffic],
     seconds: float,
     options: Options,
 ) -> list[Row]:
     scopes = SCOPES[options.scope]
     limits = _limits()
     groups: dict[str, list[ProcessTraffic]] = {}
-    for one in found:
+    for one in _shares(found, options.group):
         groups.setdefault(GROUPS[options.group](one), []).append(one)
+    earlier = {(one.number, one.share): one for one in _shares(before, options.group)}
     rows = []
-    for members in groups.values():
-        total = moved = Usage()
+    for label, members in groups.items():
+        total = past = Usage()
         limited: Limits = {}
         for one in members:
-            usage, earlier = one.usage(*scopes), before.get(one.number)
-            total = total.plus(usage)
-            moved = moved.plus(usage.minus(earlier.usage(*scopes) if earlier else Usage()))
+            total = total.plus(one.usage(*scopes))
+            if (one.number, one.share) in earlier:
+                past = past.plus(earlier[one.number, one.share].usage(*scopes))
             limited = {**limits(one), **limited}
+        # A listener's process was charged for what another one accepts: no negative rate.
+        moved = Usage(*(max(0, count) for count in total.minus(past)))
         if any(total):
-            rows.append(Row(tuple(members), total, moved, seconds, limited))
+            rows.append(Row(options.group, label, tuple(members), total, moved, seconds, limited))
     return sorted(rows, key=lambda row: row.key(options.order))
 
 
@@ -200,6 +222,10 @@ _HEADS = {
     "name": ("name",),
     "user": ("user",),
     "cgroup": ("cgroup",),
+    "unit": ("unit",),
+    "container": ("container",),
+    "interface": ("interface",),
+    "remote": ("remote",),
 }
 _NUMBERS = ("down/s", "up/s", "downloaded", "uploaded", "limit down", "limit up")
 
@@ -215,6 +241,10 @@ def _cells(row: Row, options: Options) -> tuple[str, ...]:
         "name": first.name if first.alive or first.pid is None else f"{first.name} (ended)",
         "user": first.user_name() or "-",
         "cgroup": first.cgroup or "-",
+        "unit": first.unit or "-",
+        "container": first.container or "-",
+        "interface": first.share,
+        "remote": first.share,
     }
     if options.group == "name":
         names["name"] = first.name

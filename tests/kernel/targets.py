@@ -47,6 +47,11 @@ def eventually(predicate: Callable[[], Any], *, within_s: float = PATIENCE_S) ->
     return value
 
 
+def listening(pid: int) -> bytes:
+    """What /proc tells of the TCP sockets in a process's network namespace."""
+    return Path(f"/proc/{pid}/net/tcp").read_bytes() + Path(f"/proc/{pid}/net/tcp6").read_bytes()
+
+
 class Target:
     """A process that does what it is told; see target.py."""
 

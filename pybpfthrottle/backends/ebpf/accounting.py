@@ -1,7 +1,7 @@
 """The packets of each process, counted at the root cgroup: the programs of traffic.bpf.c.
 
 The counts are the kernel's. Which process a socket belongs to is what its creator was, until user
-space says otherwise.
+space says otherwise, or another one closes a connection that user space has not met.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ from __future__ import annotations
 import ctypes
 from contextlib import ExitStack, suppress
 from ctypes import c_char, c_uint32, c_uint64
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attach, programs
-from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf import loader
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.codecs import U32, StructureCodec, TupleCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.sockets import Scan, descriptors
 from pybpfthrottle.settings import AttachPolicy
 
 _BY_LINK = AttachPolicy("link")
+_ALL_BITS, _SIGN = (1 << 64) - 1, 1 << 63
 
 
 class TrafficKey(ctypes.Structure):
     """struct traffic_key."""
 
-    _fields_ = (("process", c_uint32), ("scope", c_uint32))
+    _fields_ = (("process", c_uint32), ("scope", c_uint32), ("interface", c_uint32))
+
+
+class TrafficRemote(ctypes.Structure):
+    """struct traffic_remote."""
+
+    _fields_ = (("key", TrafficKey), ("address", c_uint32 * 4))
 
 
 class TrafficCounts(ctypes.Structure):
@@ -40,39 +46,81 @@ class TrafficCounts(ctypes.Structure):
     )
 
 
+class TrafficOwner(ctypes.Structure):
+    """struct traffic_owner."""
+
+    _fields_ = (
+        ("process", c_uint32),
+        ("open", c_uint32),
+        ("charged", TrafficRemote),
+        ("reserved", c_uint32),
+        ("counts", TrafficCounts),
+    )
+
+
 class TrafficProcess(ctypes.Structure):
     """struct traffic_process."""
 
     _fields_ = (
         ("name", c_char * 16),
         ("cgroup_id", c_uint64),
+        ("namespace", c_uint64),
         ("user", c_uint32),
         ("reserved", c_uint32),
     )
 
 
+# Records that are read by the thousand are read as tuples.
+_KEY, _REMOTE, _COUNTS = TupleCodec("=3I"), TupleCodec("=3I16s"), TupleCodec("=4Q")
+
+Sums = tuple[int, ...]
+
+
 class Creator(NamedTuple):
-    """What a process was when it created its last socket."""
+    """What a process was when it created its last socket.
+
+    ``namespace`` is the cookie of the socket's network namespace, 0 if it is not known.
+    """
 
     name: str
     cgroup_id: int
     user: int
+    namespace: int = 0
+
+
+class Move(NamedTuple):
+    """What one process was charged for, and another one has moved: as of Accounting.remotes."""
+
+    source: int
+    sink: int
+    scope: int
+    interface: int
+    address: bytes
+    sums: Sums
+
+    @classmethod
+    def of(cls, owner: TrafficOwner, sink: int) -> Move:
+        """Return what the record of a socket's storage says, for its new owner."""
+        key, counts = owner.charged.key, owner.counts
+        sums = tuple(getattr(counts, name) for name, _ in TrafficCounts._fields_)
+        address = bytes(owner.charged.address)
+        return cls(owner.process, sink, key.scope, key.interface, address, sums)
 
 
 class Accounting:
     """The programs that count, attached to the root cgroup. ``close`` or ``with`` ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, remotes: bool = False) -> None:
         """Attach them. Linux 5.10; needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 
-        Raises BpfError, ObjectFileError or CgroupError; then nothing stays attached.
+        With ``remotes`` they count by remote address as well. Raises BpfError, ObjectFileError or
+        CgroupError; then nothing stays attached.
         """
-        shipped = programs.with_role(Role.COUNT)
+        shipped = programs.counters()
         top = cgroup.root()
         with ExitStack() as undo:
-            loaded = undo.enter_context(
-                loader.load(programs.read("traffic"), [program.name for program in shipped])
-            )
+            spec = programs.read("traffic-remotes" if remotes else "traffic")
+            loaded = undo.enter_context(loader.load(spec, [program.name for program in shipped]))
             # In the table's order: sockets have owners before packets are counted.
             for program in shipped:
                 attached = attach.attach(
@@ -83,63 +131,90 @@ class Accounting:
                     repeats=True,
                 )
                 undo.callback(attached.detach)
-            self._owners = loaded.maps["SOCKET_OWNERS"].elements
+            self._owners: Map[int, TrafficOwner] = loaded.maps["SOCKET_OWNERS"].typed(
+                U32, StructureCodec(TrafficOwner)
+            )
             self._names: Map[int, TrafficProcess] = loaded.maps["TRAFFIC_NAMES"].typed(
                 U32, StructureCodec(TrafficProcess)
             )
-            self._counts: Map[TrafficKey, list[TrafficCounts]] = loaded.maps["TRAFFIC"].typed(
-                StructureCodec(TrafficKey), StructureCodec(TrafficCounts)
+            self._counts: Map[Sequence[int], list[Sums]] = loaded.maps["TRAFFIC"].typed(
+                _KEY, _COUNTS
             )
+            self._remotes: Optional[Map[tuple[int, int, int, bytes], Sums]] = None
+            if remotes:
+                self._remotes = loaded.maps["TRAFFIC_REMOTES"].typed(_REMOTE, _COUNTS)
             self._scan = Scan()
             self._attached = undo.pop_all()
 
-    def counts(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """Yield a process id, a scope, and what was counted: the fields of TrafficCounts.
+    def counts(self) -> Iterator[tuple[int, int, int, Sums]]:
+        """Yield a process id, a scope, an interface, and the counts: the fields of TrafficCounts.
 
         Process 0 is for packets of no known process.
         """
-        for key, cpus in self._counts.items():
-            sums = tuple(
-                sum(getattr(cpu, name) for cpu in cpus) for name, *_ in TrafficCounts._fields_
-            )
-            yield key.process, key.scope, sums
+        for (process, scope, interface), cpus in self._counts.items():
+            yield process, scope, interface, tuple(map(_signed_sum, zip(*cpus)))
+
+    @property
+    def counts_remotes(self) -> bool:
+        """Whether it counts by remote address."""
+        return self._remotes is not None
+
+    def remotes(self) -> Iterator[tuple[int, int, int, bytes, Sums]]:
+        """Yield the same by remote address, of IPv6 or mapped, as far as it was asked for.
+
+        Of so many addresses that the map is full, those that were idle longest are forgotten.
+        """
+        if self._remotes is not None:
+            for key, sums in self._remotes.items():
+                yield (*key, sums)
 
     def creator(self, pid: int) -> Optional[Creator]:
         """Return what a process was when it created its last socket, if it has."""
         with suppress(KeyError):
             found = self._names[pid]
-            return Creator(found.name.decode(errors="replace"), found.cgroup_id, found.user)
+            name = found.name.decode(errors="replace")
+            return Creator(name, found.cgroup_id, found.user, found.namespace)
         return None
 
-    def forget(self, pid: int, scopes: Iterable[int]) -> None:
-        """Make room: forget the counts of a process that has ended."""
-        for scope in scopes:
-            self._counts.pop(TrafficKey(pid, scope), None)
+    def forget(self, pid: int, places: Iterable[tuple[int, int]]) -> None:
+        """Make room: forget the counts of a process that has ended, by scope and interface."""
+        for scope, interface in places:
+            self._counts.pop((pid, scope, interface), None)
         self._names.pop(pid, None)
 
-    def scan(self, pids: Iterable[int]) -> None:
+    def forget_remotes(self, pid: int, remotes: Iterable[tuple[int, int, bytes]]) -> None:
+        """Forget which addresses a process has communicated with."""
+        if self._remotes is not None:
+            for remote in remotes:
+                self._remotes.pop((pid, *remote), None)
+
+    def scan(self, pids: Iterable[int]) -> Iterator[Move]:
         """Give sockets that were not met before to the processes that have them open.
 
-        One that its owner has open too stays the owner's: others have inherited it.
+        One that its owner has open too stays the owner's: others have inherited it. Yields what a
+        connection has moved before, and what another process was charged for.
         """
         held: dict[int, set[int]] = {}
         for found in self._scan.new(pids):
             if not found.is_ip:
                 continue
-            fd, pid = U32.encode(found.socket.fileno()), found.place.pid
+            fd, pid = found.socket.fileno(), found.place.pid
             with suppress(OSError):
-                try:
-                    owner = U32.decode(self._owners.lookup(fd))
-                except FileNotFoundError:
-                    owner = 0
-                if owner == pid:
+                first = TrafficOwner(process=pid)
+                before = self._owners.setdefault(fd, first)
+                owner: int = before.process
+                if before is first:
                     continue
-                if owner and owner not in held:
+                if owner and owner != pid and owner not in held:
                     held[owner] = set()
                     with suppress(OSError):
                         held[owner] = {one.inode for one in descriptors(owner)}
-                if not owner or found.place.inode not in held[owner]:
-                    self._owners.update(fd, U32.encode(pid))
+                if owner and found.place.inode in held.get(owner, ()):
+                    pid = owner
+                if before.open or pid != owner:
+                    self._owners[fd] = TrafficOwner(process=pid)
+                if before.open and pid != owner:
+                    yield Move.of(before, pid)
 
     def close(self) -> None:
         """Detach the programs."""
@@ -150,3 +225,13 @@ class Accounting:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _signed_sum(cpus: Sequence[int]) -> int:
+    """Return the sum of all CPUs' numbers.
+
+    What a process takes over may be subtracted on another CPU than it was added on; and a moment
+    passes between the two readings.
+    """
+    found = sum(cpus) & _ALL_BITS
+    return found - (1 << 64) if found & _SIGN else found

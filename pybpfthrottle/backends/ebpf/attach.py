@@ -37,6 +37,7 @@ _HOOK_NAMES = {
     AttachType.CGROUP_SOCK_OPS: "sockops",
     AttachType.CGROUP_SETSOCKOPT: "setsockopt",
     AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
+    AttachType.CGROUP_INET_SOCK_RELEASE: "sock_release",
 }
 _NO_OVERRIDE = (
     "Ask its owner to attach it with BPF_F_ALLOW_MULTI, or limit processes with --pid, --name,"

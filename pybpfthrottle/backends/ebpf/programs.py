@@ -85,6 +85,7 @@ class Shipped:
 _INGRESS, _EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
 _SOCK_OPS, _SETSOCKOPT = AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT
 _SOCK_CREATE = AttachType.CGROUP_INET_SOCK_CREATE
+_SOCK_RELEASE = AttachType.CGROUP_INET_SOCK_RELEASE
 
 _DOWNLOAD, _UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 _ALL, _MARKED = Scope.ALL, Scope.MARKED
@@ -92,6 +93,7 @@ _ALL, _MARKED = Scope.ALL, Scope.MARKED
 _CGROUP = ("throttle", "throttle-direct")
 _MARKS = ("throttle-marked",)
 _PROCESSES = ("processes",)
+_TRAFFIC = ("traffic", "traffic-remotes")
 
 _POLICE = Role.POLICE
 _DENY, _TELL = "deny", "congestion"
@@ -131,9 +133,18 @@ PROGRAMS = (
     Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
     Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE),
-    Shipped("pybpft_owner", ("traffic",), _SOCK_CREATE, Role.COUNT, _STORAGE),
-    Shipped("pybpft_received", ("traffic",), _INGRESS, Role.COUNT, _STORAGE),
-    Shipped("pybpft_sent", ("traffic",), _EGRESS, Role.COUNT, _STORAGE),
+    Shipped("pybpft_owner", _TRAFFIC, _SOCK_CREATE, Role.COUNT, _STORAGE),
+    Shipped("pybpft_received", _TRAFFIC, _INGRESS, Role.COUNT, _STORAGE),
+    Shipped("pybpft_sent", _TRAFFIC, _EGRESS, Role.COUNT, _STORAGE),
+    Shipped("pybpft_closed", _TRAFFIC, _SOCK_RELEASE, Role.COUNT, _STORAGE),
+    Shipped("pybpft_came", _TRAFFIC, _SOCK_OPS, Role.COUNT, _STORAGE),
+    *(
+        Shipped(name, _TRAFFIC, hook, Role.COUNT, _MULTIPATH, multipath=True)
+        for name, hook in (
+            *(("pybpft_recvp", _INGRESS), ("pybpft_sentp", _EGRESS)),
+            ("pybpft_camep", _SOCK_OPS),
+        )
+    ),
     Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
     Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
     Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),
@@ -161,6 +172,11 @@ def with_role(role: Role, scope: Optional[Scope] = None) -> tuple[Shipped, ...]:
     return tuple(
         program for program in PROGRAMS if program.role is role and scope in (None, program.scope)
     )
+
+
+def counters() -> list[Shipped]:
+    """Return the programs that count: one for each hook, that which supports MPTCP if it can."""
+    return [*{one.hook: one for one in with_role(Role.COUNT) if is_for_this_kernel(one)}.values()]
 
 
 def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:

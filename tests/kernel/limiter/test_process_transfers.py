@@ -15,6 +15,7 @@ from lab import Lab, lab
 from since import needs_command
 from targets import (
     eventually,
+    listening,
     rates_over,
     selected,
     target,
@@ -243,11 +244,6 @@ def test_iperf3(own: Lab, scratch: Cgroup) -> None:
                 time.sleep(1.5)
                 [rate] = rates_over([client.pid], Direction.UPLOAD, 3)
     assert 0.7 <= rate / RATE.bytes_per_s <= 1.3
-
-
-def listening(pid: int) -> bytes:
-    """What /proc tells of the TCP sockets in a process's network namespace."""
-    return Path(f"/proc/{pid}/net/tcp").read_bytes() + Path(f"/proc/{pid}/net/tcp6").read_bytes()
 
 
 # It keeps to the directory: it need not be installed, but only unpacked.

@@ -173,10 +173,14 @@ MAPS = {
     "GATE": (MapType.ARRAY, 4, SIZES["throttle_gate"], 1),
     "GATE_RING": (MapType.RINGBUF, 0, 0, records.ThrottleGateBounds.GATE_RING_BYTES),
     records.RECORD: (MapType.ARRAY, 4, SIZES["throttle_record"], 1),
-    "SOCKET_OWNERS": (MapType.SK_STORAGE, 4, 4, 0),
+    "SOCKET_OWNERS": (MapType.SK_STORAGE, 4, SIZES["traffic_owner"], 0),
     "TRAFFIC_NAMES": (MapType.HASH, 4, SIZES["traffic_process"], 65536),
     "TRAFFIC": (MapType.PERCPU_HASH, SIZES["traffic_key"], SIZES["traffic_counts"], 131072),
+    "TRAFFIC_REMOTES": (
+        *(MapType.LRU_HASH, SIZES["traffic_remote"], SIZES["traffic_counts"], 65536),
+    ),
 }
+_TRAFFIC = ("SOCKET_OWNERS", "TRAFFIC_NAMES", "TRAFFIC")
 _CGROUP = (
     *("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS", "CGROUP_NETWORKS"),
     *("SOCKETS", "GATE"),
@@ -187,7 +191,8 @@ MAPS_OF = {
     "throttle-marked": {*_CGROUP, "MARKS", "PROCESSES", records.RECORD},
     "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
-    "traffic": {"SOCKET_OWNERS", "TRAFFIC_NAMES", "TRAFFIC"},
+    "traffic": {*_TRAFFIC},
+    "traffic-remotes": {*_TRAFFIC, "TRAFFIC_REMOTES"},
 }
 
 
@@ -216,6 +221,13 @@ SECTIONS = {
     AttachType.CGROUP_SOCK_OPS: "sockops",
     AttachType.CGROUP_SETSOCKOPT: "cgroup/setsockopt",
     AttachType.CGROUP_INET_SOCK_CREATE: "cgroup/sock_create",
+    AttachType.CGROUP_INET_SOCK_RELEASE: "cgroup/sock_release",
+}
+# Programs that count have several.
+TYPES_OF_HOOKS = {
+    AttachType.CGROUP_INET_SOCK_CREATE: ProgType.CGROUP_SOCK,
+    AttachType.CGROUP_INET_SOCK_RELEASE: ProgType.CGROUP_SOCK,
+    AttachType.CGROUP_SOCK_OPS: ProgType.SOCK_OPS,
 }
 
 
@@ -228,9 +240,7 @@ def test_the_programs_are_those_of_the_table(spec, rows):
     assert found == {
         row.name: (
             SECTIONS.get(row.hook, f"raw_tp/{row.hook}"),
-            ProgType.CGROUP_SOCK
-            if row.hook is AttachType.CGROUP_INET_SOCK_CREATE
-            else TYPES[row.role],
+            TYPES_OF_HOOKS.get(row.hook, TYPES[row.role]),
             None if row.role is Role.FOLLOW else row.hook,
         )
         for row in rows
