@@ -38,6 +38,11 @@ class Child:
         self._data = b""
         stack.callback(self._end)
 
+    @property
+    def pid(self) -> int:
+        """The process id; a command that nsenter runs has the same."""
+        return self._popen.pid
+
     def line(self, timeout_s: float = PATIENCE_S, *, beside: Optional[Child] = None) -> bytes:
         """The next line of output. Raises TransferError, also if ``beside`` says anything."""
         deadline_s = time.monotonic() + timeout_s

@@ -68,10 +68,11 @@ def measure(rounds: int) -> dict[str, Any]:
         unmarked = _policer("throttle-marked", MIN_RATE, "pybpft_mingress")
         cases["throttle-marked: no mark"] = partial(_run, unmarked, plain)
         # Nor does it have an owner: the packets are counted as nobody's.
-        counting = loader.load(shipped.read("traffic"), ["pybpft_received"])
-        for packet_name in ("IPv4 TCP", "IPv4 UDP", "IPv6 TCP"):
+        for name in ("traffic", "traffic-remotes"):
+            counting = loader.load(shipped.read(name), ["pybpft_received"])
             counter = counting.programs["pybpft_received"]
-            cases[f"traffic: {packet_name}"] = partial(_run, counter, packets[packet_name])
+            for packet_name in ("IPv4 TCP", "IPv4 UDP", "IPv6 TCP"):
+                cases[f"{name}: {packet_name}"] = partial(_run, counter, packets[packet_name])
     found: dict[str, int] = {}
     for _ in range(rounds):
         for name, measure in cases.items():

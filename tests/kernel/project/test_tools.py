@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from benches import attribution
 from lab import ENVIRONMENT, ROOT, TOOL
 
 BENCH = [sys.executable, str(ROOT / "tools" / "bench")]
@@ -53,6 +54,30 @@ def test_a_benchmark_measures(what: str, row: str, column: str) -> None:
         check=True,
     )
     assert json.loads(done.stdout)[row][column] > 0
+
+
+def test_the_traffic_benchmark_measures_what_counting_costs() -> None:
+    """Of few processes, for a second."""
+    few = ["--processes", "5", "--sockets", "10", "--seconds", "1", "--no-transfers", "--json"]
+    done = subprocess.run([*BENCH, "traffic", *few], stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout)
+    assert [*found] == [
+        "watch, 5 processes, 10 connections",
+        "monitor, 5 processes, 10 connections",
+        "top, 5 processes, 2000 connections",
+    ]
+    assert found["watch, 5 processes, 10 connections"]["begins ms"] > 0
+    assert found["top, 5 processes, 2000 connections"]["on screen ms"] > 0
+
+
+def test_the_traffic_benchmark_tells_whose_bytes_are_right() -> None:
+    """As the peers' firewall has counted them."""
+    rows = attribution.compared(1.0, short=True)
+    transfers = {name: row for name, row in rows.items() if "MB" in row}
+    assert {"curl beside short ones", "pre-forking server beside short ones"} <= set(transfers)
+    for row in transfers.values():
+        assert row["MB"] > 0
+        assert row["pybpfthrottle"] == pytest.approx(1.0, abs=0.005)
 
 
 def test_the_shape_benchmark_compares_methods(tmp_path: Path) -> None:
