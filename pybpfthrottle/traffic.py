@@ -15,7 +15,7 @@ import math
 import pwd
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -391,8 +391,6 @@ class Watch:
         self._wanted = frozenset(interfaces)
         for missing in sorted(self._wanted - self._namespaces.search() if self._wanted else ()):
             raise ThrottleError(f"there is no network interface {missing!r}; see: ip link")
-        self._accounting = Accounting(remotes=remotes)
-        self.since_s = time.time()
         self._accounts: dict[int, _Account] = {}
         self._cgroups = _Cgroups()
         # By number; those that are added up by what they share.
@@ -405,7 +403,14 @@ class Watch:
             lives=False,
         )
         self.due_s = time.monotonic()
-        self.refresh()
+        with ExitStack() as undo:
+            self._accounting = Accounting(remotes=remotes)
+            undo.callback(self._accounting.close)
+            # What is open has an owner before anything is counted.
+            self.refresh()
+            self._accounting.begin()
+            undo.pop_all()
+        self.since_s = time.time()
 
     def fileno(self) -> int:
         """Return -1: it has no descriptor."""

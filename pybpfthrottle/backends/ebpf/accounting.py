@@ -9,17 +9,20 @@ from __future__ import annotations
 import ctypes
 from contextlib import ExitStack, suppress
 from ctypes import c_char, c_uint32, c_uint64
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attach, programs
 from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec, TupleCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.sockets import Scan, descriptors
 from pybpfthrottle.settings import AttachPolicy
 
 _BY_LINK = AttachPolicy("link")
+_OF_PACKETS = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
 _ALL_BITS, _SIGN = (1 << 64) - 1, 1 << 63
 
 
@@ -108,29 +111,24 @@ class Move(NamedTuple):
 
 
 class Accounting:
-    """The programs that count, attached to the root cgroup. ``close`` or ``with`` ends it."""
+    """The programs that count, attached to the root cgroup. ``close`` or ``with`` ends it.
+
+    New sockets have owners from the start; after a first ``scan`` so have others. Then ``begin``.
+    """
 
     def __init__(self, *, remotes: bool = False) -> None:
-        """Attach them. Linux 5.10; needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
+        """Attach what sees new sockets. Linux 5.10; CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 
         With ``remotes`` they count by remote address as well. Raises BpfError, ObjectFileError or
         CgroupError; then nothing stays attached.
         """
         shipped = programs.counters()
-        top = cgroup.root()
+        self._packets = [program for program in shipped if program.attach_type in _OF_PACKETS]
         with ExitStack() as undo:
             spec = programs.read("traffic-remotes" if remotes else "traffic")
             loaded = undo.enter_context(loader.load(spec, [program.name for program in shipped]))
-            # In the table's order: sockets have owners before packets are counted.
-            for program in shipped:
-                attached = attach.attach(
-                    loaded.programs[program.name],
-                    top,
-                    program.attach_type,
-                    _BY_LINK,
-                    repeats=True,
-                )
-                undo.callback(attached.detach)
+            self._programs = loaded.programs
+            _attach(undo, loaded.programs, (one for one in shipped if one not in self._packets))
             self._owners: Map[int, TrafficOwner] = loaded.maps["SOCKET_OWNERS"].typed(
                 U32, StructureCodec(TrafficOwner)
             )
@@ -145,6 +143,10 @@ class Accounting:
                 self._remotes = loaded.maps["TRAFFIC_REMOTES"].typed(_REMOTE, _COUNTS)
             self._scan = Scan()
             self._attached = undo.pop_all()
+
+    def begin(self) -> None:
+        """Count packets from now on. Raises BpfError or CgroupError."""
+        _attach(self._attached, self._programs, self._packets)
 
     def counts(self) -> Iterator[tuple[int, int, int, Sums]]:
         """Yield a process id, a scope, an interface, and the counts: the fields of TrafficCounts.
@@ -225,6 +227,15 @@ class Accounting:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _attach(
+    undo: ExitStack, loaded: Mapping[str, Program], shipped: Iterable[programs.Shipped]
+) -> None:
+    top = cgroup.root()
+    for one in shipped:
+        attached = attach.attach(loaded[one.name], top, one.attach_type, _BY_LINK, repeats=True)
+        undo.callback(attached.detach)
 
 
 def _signed_sum(cpus: Sequence[int]) -> int:

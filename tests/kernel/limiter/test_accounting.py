@@ -133,13 +133,15 @@ def test_udp_is_counted_by_the_packet(watch: Watch) -> None:
 
 
 def test_open_sockets_belong_to_who_has_them(own: Lab) -> None:
-    """A connection from before the watch is its process's, not nobody's."""
-    command = own.inside("curl", "-sN", "--max-time", "3", own.url)
+    """A connection from before the watch is its process's from the first packet, not nobody's."""
+    command = own.inside("curl", "-sN", "--max-time", "30", own.url)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as curl:
-        time.sleep(0.5)
+        eventually(lambda: carried(own)[0] > 1_000_000)
         with traffic.watch() as watch:
-            time.sleep(1)
-            assert watch.of(curl.pid).download_bytes > 1_000_000
+            before = carried(own)[0]
+            eventually(lambda: carried(own)[0] > before + 10_000_000)
+            later = carried(own)[0]
+            assert watch.of(curl.pid).download_bytes >= later - before
             assert watch.of(own.server.pid).upload_bytes > 1_000_000
         curl.kill()
 

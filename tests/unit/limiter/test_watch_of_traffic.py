@@ -26,6 +26,9 @@ class Counts:
         self.counts_remotes = False
         self.forgotten: list[int] = []
 
+    def begin(self) -> None:
+        """As Accounting.begin."""
+
     def counts(self):
         """As Accounting.counts."""
         return [
