@@ -269,8 +269,13 @@ always_inline int count(struct __sk_buff *skb, int downloads, int multipath)
 		bytes += (__u64)(segments - 1) * header;
 	}
 	counts = counts_of(&TRAFFIC, &key);
-	if (!counts)
-		return PASS;
+	if (!counts) {
+		/* There are more processes than have room. */
+		key.process = 0;
+		counts = counts_of(&TRAFFIC, &key);
+		if (!counts)
+			return PASS;
+	}
 	/* What is received cannot be interrupted by more of it on the same CPU; what is sent can. */
 	if (downloads) {
 		counts->download_packets += segments;
