@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 from by_backend import throttles, tool
 from lab import ENVIRONMENT, TOOL, Lab, lab
+from targets import eventually
 
 from pybpfthrottle.model import Rate
 
@@ -29,6 +30,12 @@ def own(request: pytest.FixtureRequest) -> Iterator[Lab]:
 def server(own: Lab) -> str:
     """Its address."""
     return own.wire.server.address6 if "[" in own.url else own.wire.server.address
+
+
+def connections(pid: int) -> list[dict[str, Any]]:
+    """The established ones of a process, as the command sockets tells of them."""
+    told = json.loads(tool("sockets", "--pid", str(pid), "--json").stdout)
+    return [one for one in told["processes"][0]["sockets"] if one["state"] == "established"]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +75,7 @@ def test_a_socket_tells_that_its_network_is_not_limited(own: Lab) -> None:
                 alone = f"{server(own)}/{32 if '.' in server(own) else 128}"
                 assert listed["traffic"] == {"kind": "all", "to": [], "except": [alone]}
                 assert listed["target"]["text"].endswith(f"(curl) (--except {alone})")
-                told = json.loads(tool("sockets", "--pid", str(running.pid), "--json").stdout)
-                [found] = [
-                    one for one in told["processes"][0]["sockets"] if one["state"] == "established"
-                ]
+                [found] = eventually(lambda: connections(running.pid))
                 assert not found["covered"]
                 assert found["reason"]["code"] == "exempt"
                 assert found["reason"]["text"].startswith(f"{server(own)} is not among what is")
