@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo
 from pybpfthrottle.errors import ProcessError, ThrottleError
+from pybpfthrottle.inforce import InForce, in_force, limit, owner
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Process
-from pybpfthrottle.model import Direction, Rate, Traffic
-from pybpfthrottle.throttle import Throttle, open_record
+from pybpfthrottle.model import Direction, Rate
 
 SCHEMA = 1
 
@@ -65,7 +64,7 @@ def _why(error: OSError) -> str:
 def show_all(*, as_json: bool) -> None:
     """List the throttles in force."""
     records = _all(registry.records)
-    throttles = _by_id(records)
+    throttles = in_force(records)
     if as_json:
         tables.show_json({"schema": SCHEMA, "throttles": [_record(each) for each in throttles]})
         return
@@ -78,7 +77,7 @@ def show_all(*, as_json: bool) -> None:
 
 def show(which: Which, *, as_json: bool) -> None:
     """Show throttles with their counters."""
-    shown = [_details(parts) for parts in _by_id(which.records())]
+    shown = [_details(one) for one in in_force(which.records())]
     if as_json:
         tables.show_json({"schema": SCHEMA, "throttles": shown})
         return
@@ -88,42 +87,31 @@ def show(which: Which, *, as_json: bool) -> None:
 
 def change(which: Which, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
     """Change limits, or how they are attached."""
-    for parts in _by_id(which.records()):
-        _change(parts, limits, method)
+    for one in in_force(which.records()):
+        _change(one, limits, method)
 
 
 def pause(which: Which) -> None:
     """Lift limits for now."""
-    for parts in _by_id(which.records()):
-        if _paused(parts):
-            raise ThrottleError(f"{parts[0].id} is paused already")
-        for record in parts:
-            with _opened(record) as throttle:
-                throttle.pause()
-        echo(f"Paused {parts[0].id}; pybpfthrottle resume {parts[0].id} puts its limits back.")
+    for one in in_force(which.records()):
+        one.pause()
+        echo(f"Paused {one.id}; pybpfthrottle resume {one.id} puts its limits back.")
 
 
 def resume(which: Which) -> None:
     """Put back limits that were lifted for now."""
-    for parts in _by_id(which.records()):
-        paused = _paused(parts)
-        if not paused:
-            raise ThrottleError(f"{parts[0].id} is not paused")
-        for record in parts:
-            with _opened(record) as throttle:
-                throttle.resume()
-        limits = ", ".join(f"{direction} {rate}" for direction, rate in paused.items())
-        echo(f"Resumed {parts[0].id}: {limits}.")
+    for one in in_force(which.records()):
+        one.resume()
+        limits = ", ".join(f"{direction} {rate}" for direction, rate in one.paused.items())
+        echo(f"Resumed {one.id}: {limits}.")
 
 
 def remove(which: Which, *, all_of_them: bool) -> None:
     """Remove throttles, whoever made them."""
     records = _all(registry.records) if all_of_them else which.records()
-    for parts in _by_id(records):
-        for record in parts:
-            with _opened(record) as throttle:
-                throttle.remove()
-        echo(f"Removed {parts[0].id}: {_target(parts[0])}.")
+    for one in in_force(records):
+        one.remove()
+        echo(f"Removed {one.id}: {one.target}.")
     if not records:
         echo("Nothing is limited.")
 
@@ -138,105 +126,32 @@ def switch(pid: int, method: str) -> None:
         raise ProcessError(
             f"process {pid} ({owner.name}) is not a pybpfthrottle that keeps a limit"
         )
-    for parts in _by_id(records):
-        _change(parts, {}, method)
+    for one in in_force(records):
+        _change(one, {}, method)
 
 
-# A throttle has a record for each of its backends, all with the same id.
-_Parts = Sequence[Record]
-
-
-def _by_id(records: Sequence[Record]) -> list[_Parts]:
-    """Return the records of each throttle."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        found.setdefault(record.id, []).append(record)
-    return list(found.values())
-
-
-def _change(parts: _Parts, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
-    limited = _limits(parts)
-    for record in parts:
-        with _opened(record) as throttle:
-            for direction, rate in limits.items():
-                # What no part limits is refused by the first one.
-                if direction in record.spec.limits or direction not in limited:
-                    throttle.set_limit(direction, rate)
-            if method is not None:
-                throttle.switch(method)
+def _change(one: InForce, limits: dict[Direction, Optional[Rate]], method: Optional[str]) -> None:
+    one.set_limits(limits)
+    if method is not None:
+        one.switch(method)
     changed = [f"{direction} {rate or 'unlimited'}" for direction, rate in limits.items()]
     changed += [f"attached by {method}"] if method is not None else []
-    echo(f"Changed {parts[0].id}: {', '.join(changed)}.")
+    echo(f"Changed {one.id}: {', '.join(changed)}.")
 
 
-def _limits(parts: _Parts) -> dict[Direction, Optional[Rate]]:
-    return {direction: rate for record in parts for direction, rate in record.spec.limits.items()}
-
-
-def _paused(parts: _Parts) -> dict[Direction, Optional[Rate]]:
-    return {direction: rate for record in parts for direction, rate in record.spec.paused.items()}
-
-
-@contextmanager
-def _opened(record: Record) -> Iterator[Throttle]:
-    """Open another process's throttle for a moment."""
-    throttle = open_record(record)
-    try:
-        yield throttle
-    finally:
-        throttle.close()
-
-
-def _target(record: Record) -> str:
-    """Return what is limited, in words."""
-    target = record.spec.target
-    parts = []
-    if target.command:
-        parts.append("the command " + " ".join(target.command))
-    if target.pids:
-        parts.append(process.listed(target.pids))
-    parts += [f"named {name}" for name in target.names]
-    parts += [f"running {path}" for path in target.executables]
-    parts += [f"of user {user}" for user in target.users]
-    parts += [f"unit {name}" for name in target.units]
-    parts += target.cgroups
-    what = ", ".join(parts) or ", ".join(record.cgroups) or "unknown (of an older version)"
-    return what + _networks(record.spec.traffic)
-
-
-def _networks(traffic: Traffic) -> str:
-    """Return which networks are limited, as options."""
-    words = [f"--traffic {traffic.kind}"] if traffic.kind != "all" else []
-    words += [f"--to {one}" for one in traffic.to]
-    words += [f"--except {one}" for one in traffic.but]
-    return f" ({' '.join(words)})" if words else ""
-
-
-def _row(parts: _Parts) -> tuple[str, ...]:
-    record, limits, paused = parts[0], _limits(parts), _paused(parts)
+def _row(one: InForce) -> tuple[str, ...]:
+    record = one.record
     return (
         record.id,
         record.spec.name,
-        _target(record),
-        *(
-            _limit(limits[direction], paused.get(direction)) if direction in limits else ""
-            for direction in Direction
-        ),
-        _owner(record.owner.pid, record.supervised),
+        one.target,
+        *(one.limit(direction) if direction in one.limits else "" for direction in Direction),
+        one.owner,
     )
 
 
-def _limit(rate: Optional[Rate], paused: Optional[Rate]) -> str:
-    return f"{paused} (paused)" if paused is not None else str(rate or "unlimited")
-
-
-def _owner(pid: int, supervised: bool) -> str:
-    """Return who keeps a throttle, for people."""
-    return process.listed([pid]) if supervised else "the kernel alone"
-
-
-def _record(parts: _Parts) -> dict[str, Any]:
-    record, limits = parts[0], _limits(parts)
+def _record(one: InForce) -> dict[str, Any]:
+    record, limits = one.record, one.limits
     rates = {direction: limits.get(direction) for direction in Direction}
     return {
         "id": record.id,
@@ -244,7 +159,7 @@ def _record(parts: _Parts) -> dict[str, Any]:
         "target": {
             **record.spec.target.to_json(),
             "cgroups": list(record.cgroups),
-            "text": _target(record),
+            "text": one.target,
         },
         "traffic": {
             "kind": record.spec.traffic.kind,
@@ -255,32 +170,32 @@ def _record(parts: _Parts) -> dict[str, Any]:
             str(direction): rate.bytes_per_s if rate else None for direction, rate in rates.items()
         },
         "paused": {
-            str(direction): rate.bytes_per_s for direction, rate in _paused(parts).items() if rate
+            str(direction): rate.bytes_per_s for direction, rate in one.paused.items() if rate
         },
         "owner_pid": record.owner.pid,
         "kept": record.kept,
         "supervised": record.supervised,
         "expires_in_s": _left_s(record),
         "backends": {
-            str(direction): part.backend for part in parts for direction in part.spec.limits
+            str(direction): part.backend for part in one.parts for direction in part.spec.limits
         },
         "match": record.match.value,
-        "attached_by": ", ".join(dict.fromkeys(part.attached_by for part in parts)),
+        "attached_by": ", ".join(dict.fromkeys(part.attached_by for part in one.parts)),
         "since_s": _age_s(record),
     }
 
 
-def _details(parts: _Parts) -> dict[str, Any]:
+def _details(one: InForce) -> dict[str, Any]:
     processes: set[int] = set()
     how, counters = {}, {}
-    for record in parts:
-        with _opened(record) as throttle:
+    with one.opened() as parts:
+        for _, throttle in parts:
             processes.update(throttle.processes())
             how.update({str(direction): how for direction, how in throttle.how().items()})
             counters.update(
                 {str(d): counted._asdict() for d, counted in throttle.counters().items()}
             )
-    return {**_record(parts), "processes": sorted(processes), "how": how, "counters": counters}
+    return {**_record(one), "processes": sorted(processes), "how": how, "counters": counters}
 
 
 def _left_s(record: Record) -> Optional[float]:
@@ -300,7 +215,7 @@ def _print(details: dict[str, Any]) -> None:
         ("id", details["id"]),
         ("name", details["name"] or "-"),
         ("target", details["target"]["text"]),
-        ("owner", _owner(details["owner_pid"], details["supervised"])),
+        ("owner", owner(details["owner_pid"], details["supervised"])),
         ("matched by", details["match"]),
         ("attached by", details["attached_by"]),
     ]
@@ -308,8 +223,8 @@ def _print(details: dict[str, Any]) -> None:
         rate = details["limits"][direction]
         counters = details["counters"][direction]
         paused = details["paused"].get(direction)
-        limit = _limit(Rate(rate) if rate else None, Rate(paused) if paused else None)
-        rows.append((direction, f"{limit} ({how['shape']})"))
+        shown = limit(Rate(rate) if rate else None, Rate(paused) if paused else None)
+        rows.append((direction, f"{shown} ({how['shape']})"))
         rows.append(
             ("", f"{counters['bytes_total']} bytes, {counters['packets_dropped']} packets dropped")
         )

@@ -6,103 +6,22 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import click
 
-from pybpfthrottle import registry, traffic
-from pybpfthrottle.backends.protocol import get as get_backend
+from pybpfthrottle import traffic
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo, echo_json, is_terminal
-from pybpfthrottle.errors import Error
-from pybpfthrottle.model import Direction, Limits, format_bytes, format_rate, printable
-from pybpfthrottle.traffic import ProcessTraffic, Scope, Usage, Watch
+from pybpfthrottle.model import Direction, format_bytes, format_rate, printable
+from pybpfthrottle.traffic import ProcessTraffic, Watch
+from pybpfthrottle.usage import Intervals, Row
 
 SCHEMA = 1
-# By the names of --scope.
-SCOPES: Mapping[str, tuple[Scope, ...]] = {
-    "network": (Scope.INTERNET, Scope.LOCAL),
-    "internet": (Scope.INTERNET,),
-    "local": (Scope.LOCAL,),
-    "loopback": (Scope.LOOPBACK,),
-    "all": tuple(Scope),
-}
-GROUPS: Mapping[str, Callable[[ProcessTraffic], str]] = {
-    "process": lambda one: "" if one.pid is None else f"{one.pid} {one.name}",
-    "name": lambda one: one.name,
-    "user": ProcessTraffic.user_name,
-    "cgroup": lambda one: one.cgroup,
-    "unit": lambda one: one.unit,
-    "container": lambda one: one.container,
-    "interface": lambda one: one.share,
-    "remote": lambda one: one.share,
-}
-_SHARES = ("interface", "remote")
-ORDERS = ("rate", "down", "up", "total", "name")
 _LINES_AROUND = 4
 # Who looks at a screen sees something so soon.
 _FIRST_S = 0.05
-
-
-class Row(NamedTuple):
-    """One process, or group of processes, in one interval.
-
-    ``label`` tells it from other rows of the same ``group``, ``members`` has who belongs to it.
-    """
-
-    group: str
-    label: str
-    members: tuple[ProcessTraffic, ...]
-    total: Usage
-    moved: Usage
-    seconds: float
-    limits: Limits
-
-    @property
-    def down(self) -> float:
-        """Bytes per second received."""
-        return self.moved.download_bytes / self.seconds
-
-    @property
-    def up(self) -> float:
-        """Bytes per second sent."""
-        return self.moved.upload_bytes / self.seconds
-
-    def key(self, order: str) -> Any:
-        """Return what rows are sorted by, the first ones smallest."""
-        name = self.members[0].name
-        totals = self.total.download_bytes + self.total.upload_bytes
-        return {
-            "rate": (-self.down - self.up, -totals, name),
-            "down": (-self.down, -self.total.download_bytes, name),
-            "up": (-self.up, -self.total.upload_bytes, name),
-            "total": (-totals, name),
-            "name": (name, -totals),
-        }[order]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it for JSON, with the fields that all of its members share."""
-        told = [one.identity() for one in self.members]
-        same = {
-            name: value if all(one[name] == value for one in told) else None
-            for name, value in told[0].items()
-        }
-        return {
-            **same,
-            **{name: self.label for name in _SHARES if name == self.group},
-            "processes": sum(one.processes for one in self.members if one.pid is not None),
-            "download_bytes": self.total.download_bytes,
-            "upload_bytes": self.total.upload_bytes,
-            "download_packets": self.total.download_packets,
-            "upload_packets": self.total.upload_packets,
-            "download_bytes_per_s": round(self.down, 1),
-            "upload_bytes_per_s": round(self.up, 1),
-            "limits": {
-                str(direction): rate.bytes_per_s for direction, rate in self.limits.items() if rate
-            },
-        }
 
 
 @dataclass(frozen=True)
@@ -152,69 +71,13 @@ def monitor(options: Options) -> None:
 
 def _intervals(watch: Watch, options: Options) -> Iterator[list[Row]]:
     """Yield the rows of each interval, in order."""
-    before, begin_s = watch.snapshot(), time.monotonic()
+    intervals = Intervals(watch)
     lives = is_terminal(sys.stdout) and not (options.once or options.as_json)
     wait_s = min(_FIRST_S, options.interval_s) if lives else options.interval_s
     while True:
         time.sleep(wait_s)
         wait_s = options.interval_s
-        after, now = watch.snapshot(), time.monotonic()
-        kept = [one for one in after if options.keeps(one)]
-        yield _rows(kept, before, now - begin_s, options)
-        before, begin_s = after, now
-
-
-def _shares(found: Iterable[ProcessTraffic], group: str) -> Iterator[ProcessTraffic]:
-    return (share for one in found for share in one.shares(group))
-
-
-def _rows(
-    found: Iterable[ProcessTraffic],
-    before: Iterable[ProcessTraffic],
-    seconds: float,
-    options: Options,
-) -> list[Row]:
-    scopes = SCOPES[options.scope]
-    limits = _limits()
-    groups: dict[str, list[ProcessTraffic]] = {}
-    for one in _shares(found, options.group):
-        groups.setdefault(GROUPS[options.group](one), []).append(one)
-    earlier = {(one.number, one.share): one for one in _shares(before, options.group)}
-    rows = []
-    for label, members in groups.items():
-        total = past = Usage()
-        limited: Limits = {}
-        for one in members:
-            total = total.plus(one.usage(*scopes))
-            if (one.number, one.share) in earlier:
-                past = past.plus(earlier[one.number, one.share].usage(*scopes))
-            limited = {**limits(one), **limited}
-        # A listener's process was charged for what another one accepts: no negative rate.
-        moved = Usage(*(max(0, count) for count in total.minus(past)))
-        if any(total):
-            rows.append(Row(options.group, label, tuple(members), total, moved, seconds, limited))
-    return sorted(rows, key=lambda row: row.key(options.order))
-
-
-def _limits() -> Callable[[ProcessTraffic], Limits]:
-    """Return what tells the limits of a process."""
-    of_pids: dict[int, Limits] = {}
-    of_cgroups: list[tuple[str, Limits]] = []
-    with suppress(OSError, Error):
-        for record in registry.records():
-            for pid in get_backend(record.backend).processes(record):
-                of_pids[pid] = record.spec.limits
-            of_cgroups += [(where.path, record.spec.limits) for where in record.visible_cgroups()]
-
-    def find(one: ProcessTraffic) -> Limits:
-        if one.pid in of_pids:
-            return of_pids[one.pid]
-        for path, limits in of_cgroups:
-            if one.cgroup == path or one.cgroup.startswith(path.rstrip("/") + "/"):
-                return limits
-        return {}
-
-    return find
+        yield intervals.next().rows(options.scope, options.group, options.order, options.keeps)
 
 
 _HEADS = {

@@ -9,10 +9,11 @@ import pytest
 
 from pybpfthrottle import traffic
 from pybpfthrottle.backends.ebpf.accounting import Creator, Move
-from pybpfthrottle.cli import top
 from pybpfthrottle.errors import ThrottleError
+from pybpfthrottle.inforce import Cover
 from pybpfthrottle.linux import netns
 from pybpfthrottle.traffic import ProcessTraffic, Scope, Usage
+from pybpfthrottle.usage import Interval
 
 
 class Counts:
@@ -116,6 +117,7 @@ def test_a_number_that_is_used_again_is_another_process(world) -> None:
         counts.found[7] = 100
         watch.refresh()
         alive[7].lives = False
+        watch.refresh()  # the kernel uses all other numbers before
         alive[7] = Lives("second")
         counts.found[7] = 130
         assert bytes_of(watch) == [(7, "first", 100), (7, "second", 30), (None, "unknown", 0)]
@@ -298,12 +300,11 @@ def one(pid: int, name: str, count: int, *, user: int = 0) -> ProcessTraffic:
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows():
     """Makes the rows of an interval of two seconds."""
-    monkeypatch.setattr(top.registry, "records", list)
 
     def make(*found: ProcessTraffic, before: Iterable[ProcessTraffic] = (), **options):
-        return top._rows(found, before, 2.0, top.Options(**options))
+        return Interval(list(before), found, 2.0, Cover([])).rows(**options)
 
     return make
 

@@ -1,0 +1,172 @@
+"""Who uses the line, as rows: what processes, or groups of them, moved in an interval."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+from pybpfthrottle.errors import Error
+from pybpfthrottle.inforce import Cover, InForce, limits_together
+from pybpfthrottle.model import Limits
+from pybpfthrottle.traffic import ProcessTraffic, Scope, Usage, Watch
+
+# By the names of --scope.
+SCOPES: Mapping[str, tuple[Scope, ...]] = {
+    "network": (Scope.INTERNET, Scope.LOCAL),
+    "internet": (Scope.INTERNET,),
+    "local": (Scope.LOCAL,),
+    "loopback": (Scope.LOOPBACK,),
+    "all": tuple(Scope),
+}
+GROUPS: Mapping[str, Callable[[ProcessTraffic], str]] = {
+    "process": lambda one: "" if one.pid is None else f"{one.pid} {one.name}",
+    "name": lambda one: one.name,
+    "user": ProcessTraffic.user_name,
+    "cgroup": lambda one: one.cgroup,
+    "unit": lambda one: one.unit,
+    "container": lambda one: one.container,
+    "interface": lambda one: one.share,
+    "remote": lambda one: one.share,
+}
+_SHARES = ("interface", "remote")
+ORDERS = ("rate", "down", "up", "total", "name")
+
+
+class Row(NamedTuple):
+    """One process, or group of processes, in one interval.
+
+    ``label`` tells it from other rows of the same ``group``, ``members`` has who belongs to it,
+    ``throttles`` what limits any of them.
+    """
+
+    group: str
+    label: str
+    members: tuple[ProcessTraffic, ...]
+    total: Usage
+    moved: Usage
+    seconds: float
+    throttles: tuple[InForce, ...] = ()
+
+    @property
+    def down(self) -> float:
+        """Bytes per second received."""
+        return self.moved.download_bytes / self.seconds
+
+    @property
+    def up(self) -> float:
+        """Bytes per second sent."""
+        return self.moved.upload_bytes / self.seconds
+
+    @property
+    def processes(self) -> int:
+        """How many known processes belong to it."""
+        return sum(one.processes for one in self.members if one.pid is not None)
+
+    @property
+    def limits(self) -> Limits:
+        """The lowest limit of each direction that is limited."""
+        return limits_together(self.throttles)
+
+    def key(self, order: str) -> Any:
+        """Return what rows are sorted by, the first ones smallest."""
+        name = self.members[0].name
+        totals = self.total.download_bytes + self.total.upload_bytes
+        if order == "rate":
+            return -self.down - self.up, -totals, name
+        if order == "down":
+            return -self.down, -self.total.download_bytes, name
+        if order == "up":
+            return -self.up, -self.total.upload_bytes, name
+        return (-totals, name) if order == "total" else (name, -totals)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON, with the fields that all of its members share."""
+        told = [one.identity() for one in self.members]
+        same = {
+            name: value if all(one[name] == value for one in told) else None
+            for name, value in told[0].items()
+        }
+        return {
+            **same,
+            **{name: self.label for name in _SHARES if name == self.group},
+            "processes": self.processes,
+            "download_bytes": self.total.download_bytes,
+            "upload_bytes": self.total.upload_bytes,
+            "download_packets": self.total.download_packets,
+            "upload_packets": self.total.upload_packets,
+            "download_bytes_per_s": round(self.down, 1),
+            "upload_bytes_per_s": round(self.up, 1),
+            "limits": {
+                str(direction): rate.bytes_per_s for direction, rate in self.limits.items() if rate
+            },
+        }
+
+
+class Interval(NamedTuple):
+    """What all processes had moved before and after some seconds, and what was limited then."""
+
+    before: Sequence[ProcessTraffic]
+    after: Sequence[ProcessTraffic]
+    seconds: float
+    cover: Cover
+
+    def rows(
+        self,
+        scope: str = "network",
+        group: str = "process",
+        order: str = "rate",
+        keeps: Callable[[ProcessTraffic], bool] = lambda one: True,
+    ) -> list[Row]:
+        """Return a row for each process or group that has ever moved anything in this scope."""
+        groups: dict[str, list[ProcessTraffic]] = {}
+        for one in _shares(filter(keeps, self.after), group):
+            groups.setdefault(GROUPS[group](one), []).append(one)
+        earlier = {(one.number, one.share): one for one in _shares(self.before, group)}
+        rows = []
+        for label, members in groups.items():
+            known = [earlier.get((one.number, one.share)) for one in members]
+            total = _sum(members, SCOPES[scope])
+            past = _sum(filter(None, known), SCOPES[scope])
+            # A listener's process was charged for what another one accepts: no negative rate.
+            moved = Usage(*(max(0, count) for count in total.minus(past)))
+            if any(total):
+                throttles = self._throttles(members)
+                rows.append(
+                    Row(group, label, tuple(members), total, moved, self.seconds, throttles)
+                )
+        return sorted(rows, key=lambda row: row.key(order))
+
+    def _throttles(self, members: Iterable[ProcessTraffic]) -> tuple[InForce, ...]:
+        found = (each for one in members for each in self.cover.of(one.pid, one.cgroup))
+        return tuple({each.id: each for each in found}.values())
+
+
+def _shares(found: Iterable[ProcessTraffic], group: str) -> Iterator[ProcessTraffic]:
+    return (share for one in found for share in one.shares(group))
+
+
+def _sum(found: Iterable[ProcessTraffic], scopes: Iterable[Scope]) -> Usage:
+    total = Usage()
+    for one in found:
+        total = total.plus(one.usage(*scopes))
+    return total
+
+
+class Intervals:
+    """The intervals of a watch, each from one call of ``next`` to the following one."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._before = watch.snapshot()
+        self._begin_s = time.monotonic()
+
+    def next(self) -> Interval:
+        """End the interval, and return it. Raises what Watch.snapshot raises."""
+        before, begin_s = self._before, self._begin_s
+        self._before, self._begin_s = self._watch.snapshot(), time.monotonic()
+        cover = Cover([])
+        with suppress(OSError, Error):
+            cover = Cover.now()
+        seconds = max(self._begin_s - begin_s, 1e-6)
+        return Interval(before, self._before, seconds, cover)
