@@ -55,6 +55,24 @@ def test_the_demo_of_a_user_is_one_line(tool, anybody):
     assert "root" in result.complaint
 
 
+@pytest.mark.parametrize("arguments", [("top", "--once"), ("top", "--plain"), ("monitor",)])
+def test_nothing_is_counted_for_a_user(tool, anybody, arguments):
+    """Nobody is told which capabilities are missing, and what to do."""
+    result = tool.run(*arguments, prefix=anybody)
+    assert result.status == 1
+    assert "CAP_BPF" in result.complaint
+    assert "root" in result.complaint
+
+
+def test_the_full_screen_of_a_user_is_one_line(tool, anybody):
+    """The bare command of nobody on a terminal leaves the screen as it is, and says the same."""
+    process, terminal = tool.start_on_terminal(prefix=anybody)
+    assert tool.finish(process).status == 1
+    assert terminal.text.startswith("pybpfthrottle: error: traffic cannot be counted: ")
+    assert "CAP_BPF" in terminal.text
+    assert "\x1b" not in terminal.text
+
+
 def test_a_user_sees_the_sockets_of_own_processes(tool, anybody):
     """Nobody sees the sockets of nobody's processes, and one line tells that root knows more."""
     code = "import socket; s = socket.create_server(('127.0.0.1', 0))\n"

@@ -7,21 +7,25 @@ space says otherwise, or another one closes a connection that user space has not
 from __future__ import annotations
 
 import ctypes
+import errno
 from contextlib import ExitStack, suppress
 from ctypes import c_char, c_uint32, c_uint64
 from typing import Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import attach, programs
-from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf import loader, privileges
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec, TupleCodec
+from pybpfthrottle.bpf.errors import BpfError
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.privileges import Capability
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.sockets import Scan, descriptors
 from pybpfthrottle.settings import AttachPolicy
 
 _BY_LINK = AttachPolicy("link")
+_NEEDED = (Capability.CAP_BPF, Capability.CAP_PERFMON, Capability.CAP_NET_ADMIN)
 _OF_PACKETS = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS)
 _ALL_BITS, _SIGN = (1 << 64) - 1, 1 << 63
 
@@ -122,6 +126,10 @@ class Accounting:
         With ``remotes`` they count by remote address as well. Raises BpfError, ObjectFileError or
         CgroupError; then nothing stays attached.
         """
+        # Without them no BTF can be loaded, and what fails is a map: EINVAL would tell nothing.
+        if privileges.missing_capabilities(_NEEDED):
+            why = privileges.why_not_permitted("BPF_MAP_CREATE", _NEEDED)
+            raise BpfError(f"traffic cannot be counted: {why}", errno=errno.EPERM)
         shipped = programs.counters()
         self._packets = [program for program in shipped if program.attach_type in _OF_PACKETS]
         with ExitStack() as undo:
