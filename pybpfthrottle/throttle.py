@@ -338,16 +338,7 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
     Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
     with locked():
-        selection = targets.select(spec.target) if spec.target.processes else None
-        cgroups = _whole_cgroups(spec.target, wish, selection)
-        if not wish.stack:
-            registry.refuse_limited(selection, cgroups)
-        situation = Situation(
-            processes=selection is not None,
-            matches=spec.target.matches,
-            shared=selection is not None and targets.share_cgroups(selection),
-            kept=spec.kept,
-        )
+        selection, cgroups, situation = _resolved(spec, wish)
 
         def carry_out(plan: Plan, why: Optional[NoMarksError]) -> Throttle:
             return _carry_out(plan, spec, wish, selection, cgroups, why)
@@ -358,6 +349,33 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
             if spec.target.matches:
                 raise _no_marks(error) from error
             raise
+
+
+def foresee(spec: ThrottleSpec, wish: Wish = Wish()) -> Plan:  # noqa: B008 - immutable
+    """Return the plan that ``start`` would try first. Nothing is changed.
+
+    Raises what ``start`` raises for what is refused beforehand.
+    """
+    *_, situation = _resolved(spec, wish)
+    plan = next(_plans(situation, wish, list(spec.limits)))
+    return dataclasses.replace(plan, notes=tuple(note.format(why=plan.why) for note in plan.notes))
+
+
+def _resolved(
+    spec: ThrottleSpec, wish: Wish
+) -> tuple[Optional[Selection], Sequence[Cgroup], Situation]:
+    """Return the processes and the cgroups that are to be limited, and what is known of them."""
+    selection = targets.select(spec.target) if spec.target.processes else None
+    cgroups = _whole_cgroups(spec.target, wish, selection)
+    if not wish.stack:
+        registry.refuse_limited(selection, cgroups)
+    situation = Situation(
+        processes=selection is not None,
+        matches=spec.target.matches,
+        shared=selection is not None and targets.share_cgroups(selection),
+        kept=spec.kept,
+    )
+    return selection, cgroups, situation
 
 
 def _first_that_works(
