@@ -71,6 +71,16 @@ class Rate(NamedTuple):
     def __str__(self) -> str:
         return format_rate(self.bytes_per_s)
 
+    def written(self) -> str:
+        """Return it as ``parse`` reads it, exactly and as short as possible: 1M, 8mbit."""
+        for scale, unit in ((_K**3, "G"), (_K**2, "M"), (_K, "K")):
+            if self.bytes_per_s % scale == 0:
+                return f"{self.bytes_per_s // scale}{unit}"
+        for unit in ("mbit", "kbit"):
+            if 8 * self.bytes_per_s % _BIT_UNITS[unit] == 0:
+                return f"{8 * self.bytes_per_s // _BIT_UNITS[unit]}{unit}"
+        return str(self.bytes_per_s)
+
 
 def _unit(given: str) -> str:
     """Return a unit in lower case, without ``/s`` if it cannot mean bits: 8mb/s might."""

@@ -23,13 +23,14 @@ from pybpfthrottle.cli.options import (
     request_from,
     start_logging,
 )
-from pybpfthrottle.cli.say import echo_lines, say, say_error, show_error
+from pybpfthrottle.cli.say import echo_lines, is_terminal, say, say_error, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
 _EPILOG = """
 \b
 Examples:
+  pybpfthrottle
   pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
   pybpfthrottle --name rsync --user backup --upload-limit 500K
@@ -130,6 +131,8 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
     Runs until Ctrl-C, SIGTERM, SIGHUP or the end of --duration, or until everything limited has
     ended, and then removes the limit. With --name, --exe or --user it also limits processes that
     start later.
+
+    Without any option, on a terminal, it is the same as pybpfthrottle top.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options_in_front(ctx)
@@ -140,6 +143,9 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         backends_command.show(as_json=options["as_json"], try_them=False)
         return
     if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
+        if is_terminal(sys.stdin) and is_terminal(sys.stdout):
+            ctx.invoke(top)
+            return
         echo_lines(ctx.get_help(), err=True)
         ctx.exit(2)
     from pybpfthrottle.cli import limit
@@ -521,17 +527,22 @@ def _traffic(given: dict[str, Any]) -> Any:
 Examples:
   sudo pybpfthrottle top
   sudo pybpfthrottle top --by user --scope internet
+  sudo pybpfthrottle top --plain --name rsync
   sudo pybpfthrottle top --once --json | jq '.processes[0]'
 """,
 )
 @click.option("--once", is_flag=True, help="Show one interval and end.")
+@click.option("--plain", is_flag=True, help="Show a table without keys, until Ctrl-C.")
 @_traffic_options
 def top(**options: Any) -> None:
-    """Show which processes use the line, and how much, until Ctrl-C.
+    """Show which processes use the line, and how much; limit them by keys.
 
     The kernel counts the packets of every process in every network namespace from the start of
-    this command, with their headers. Nothing is limited. What belongs to no process has a line of
-    its own.
+    this command, with their headers. What belongs to no process has a line of its own.
+
+    On a terminal this takes the whole screen, and ? shows its keys: t limits the selected process,
+    or changes its limit, r removes a limit, q quits. A limit that is made here ends with this.
+    Where Textual is missing (pip install 'pybpfthrottle[tui]') there is a table without keys.
     """
     from pybpfthrottle.cli import top as top_command
 

@@ -313,6 +313,17 @@ def _backends(chosen: Mapping[Direction, str], limits: Limits) -> dict[Direction
     return found
 
 
+def wish_by_settings() -> Any:
+    """Return how a limit is put in force that is asked for without options: a plan.Wish."""
+    from pybpfthrottle import settings
+    from pybpfthrottle.backends.ebpf.options import Options
+    from pybpfthrottle.plan import Wish
+
+    found = settings.load()
+    options = Options(attach=found.attach, shape=found.shape, guard=True)
+    return Wish(backends=found.backends, options={"ebpf": options})
+
+
 def start_logging(verbose: int) -> None:
     """Log to standard error: -v says what is done, -vv how; without, errors are one line."""
     from pybpfthrottle.cli import logs

@@ -65,13 +65,6 @@ def _headline(report: Report) -> str:
 
 
 def _row(one: OpenSocket) -> tuple[str, ...]:
-    kind = one.description.kind
-    if kind.protocol_name is None:
-        words = (
-            f"{kind.family_name} {kind.type_name}" if kind.type is not None else kind.family_name
-        )
-    else:
-        words = f"{kind.protocol_name}{'6' if kind.family_name == 'inet6' else ''}"
     ends = (one.description.local, one.description.remote, one.description.state)
     limited = "; ".join([*map(_cover, one.covers), *(note.text for note in one.notes)])
     if one.reason is not None:
@@ -79,7 +72,7 @@ def _row(one: OpenSocket) -> tuple[str, ...]:
     return (
         str(one.fd),
         str(one.inode),
-        words,
+        one.description.kind.words,
         *("" if end is None else str(end) for end in ends),
         limited,
     )

@@ -12,7 +12,7 @@ from typing import Callable, Iterator, Optional, Sequence
 import click
 
 from pybpfthrottle import traffic
-from pybpfthrottle.cli import tables
+from pybpfthrottle.cli import screen, tables
 from pybpfthrottle.cli.say import echo, echo_json, is_terminal
 from pybpfthrottle.model import Direction, format_bytes, format_rate, printable
 from pybpfthrottle.traffic import ProcessTraffic, Watch
@@ -35,6 +35,7 @@ class Options:
     lines: Optional[int] = None
     once: bool = False
     as_json: bool = False
+    plain: bool = False
     interfaces: tuple[str, ...] = ()
     keeps: Callable[[ProcessTraffic], bool] = lambda one: True
 
@@ -44,7 +45,10 @@ class Options:
 
 
 def top(options: Options) -> None:
-    """Show who uses the line, until Ctrl-C or once. Raises an error of this package."""
+    """Show who uses the line, until it is told to end, or once. Raises an error of this package."""
+    if not (options.plain or options.once or options.as_json) and screen.is_possible():
+        screen.show(options)
+        return
     with options.watch() as watch:
         tables_of_rows = _intervals(watch, options)
         if options.once:

@@ -86,6 +86,17 @@ class Kind(NamedTuple):
             return None
         return _name(_PROTOCOLS, self.protocol)
 
+    @property
+    def words(self) -> str:
+        """As ``tcp6``, ``udp`` or ``unix stream``."""
+        if self.protocol_name is None:
+            return (
+                f"{self.family_name} {self.type_name}"
+                if self.type is not None
+                else self.family_name
+            )
+        return f"{self.protocol_name}{'6' if self.family_name == 'inet6' else ''}"
+
     def is_ip(self) -> bool:
         """Whether the socket carries IP packets."""
         return self.family_name in IP_FAMILIES

@@ -384,7 +384,7 @@ def test_the_screen_is_given_back() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(ENVIRONMENT, TERM="xterm", COLUMNS="80", LINES="24")
-        os.execvp(TOOL[0], [*TOOL, "top", "--interval", "0.3"])
+        os.execvp(TOOL[0], [*TOOL, "top", "--plain", "--interval", "0.3"])
     out = b""
     deadline = time.monotonic() + 20
     while out.count(b"Ctrl-C ends it") < 2 and time.monotonic() < deadline:

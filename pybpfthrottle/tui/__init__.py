@@ -1,0 +1,1 @@
+"""The full screen of ``pybpfthrottle top``: Textual lives here and nowhere else."""
