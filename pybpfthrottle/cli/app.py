@@ -23,6 +23,7 @@ from pybpfthrottle.cli.options import (
     request_from,
     start_logging,
 )
+from pybpfthrottle.cli.records import BOTH_ON_STDOUT, Output, record_option
 from pybpfthrottle.cli.say import echo_lines, say, say_error, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
@@ -197,7 +198,7 @@ def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
 Examples:
   pybpfthrottle run --upload-limit 500K -- rsync -a /home backup:
   pybpfthrottle run --download-limit 8mbit --user www-data -- ./crawl
-  pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
+  pybpfthrottle run --download-limit 2M --record rates.csv -- apt-get upgrade
 """,
 )
 @limit_options
@@ -230,9 +231,10 @@ def run(**options: Any) -> None:
     epilog="""
 \b
 Examples:
-  sudo pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
-  pybpfthrottle plot rates.jsonl
-  pybpfthrottle plot rates.jsonl -o rates.svg
+  sudo pybpfthrottle run --download-limit 2M --record rates.csv -- apt-get upgrade
+  pybpfthrottle plot rates.csv
+  pybpfthrottle plot rates.csv -o rates.svg
+  sudo pybpfthrottle --pid 1234 -d 2M --duration 1m --record - | pybpfthrottle plot -
 """,
 )
 @click.argument("file", type=click.File(errors="replace"))
@@ -241,14 +243,20 @@ Examples:
     metavar="PICTURE",
     help="Draw a picture, .svg, .png or .pdf. Needs matplotlib.",
 )
-def plot(file: TextIO, output: Optional[str]) -> None:
-    """Show the rates that were recorded in FILE, or - for standard input.
+@click.option(
+    "--direction",
+    type=click.Choice([str(direction) for direction in Direction]),
+    help="Show only downloads, or only uploads.",
+)
+def plot(file: TextIO, output: Optional[str], direction: Optional[str]) -> None:
+    """Show the rates, limits, drops and round trips that were recorded in FILE.
 
-    FILE is what run --json-file, a limit's --json or monitor --json has written.
+    FILE is what --record, --json-file, a limit's --json or monitor --json has written; - is
+    standard input.
     """
     from pybpfthrottle.cli import plot as plot_command
 
-    plot_command.plot(file, output)
+    plot_command.plot(file, output, direction)
 
 
 @cli.command()
@@ -543,18 +551,22 @@ def top(**options: Any) -> None:
 \b
 Examples:
   sudo pybpfthrottle monitor --pid 1234
-  sudo pybpfthrottle monitor --name rsync --by name --json >rsync.jsonl
+  sudo pybpfthrottle monitor --name rsync --by name --record rsync.csv
 """,
 )
 @_traffic_options
-def monitor(**options: Any) -> None:
+@record_option
+def monitor(record: Optional[Output], **options: Any) -> None:
     """Print a line every second for each process that uses the line, until Ctrl-C.
 
-    With --json each line is a JSON object. See pybpfthrottle top for what is counted.
+    With --json each line is a JSON object; --record writes the same to a file. See pybpfthrottle
+    top for what is counted.
     """
     from pybpfthrottle.cli import top as top_command
 
-    top_command.monitor(_traffic(options))
+    if options["as_json"] and record is not None and record.on_stdout:
+        raise click.UsageError(BOTH_ON_STDOUT)
+    top_command.monitor(_traffic(options), record)
 
 
 @cli.command(

@@ -16,7 +16,7 @@ import click
 from pybpfthrottle import registry
 from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.report import JsonLines
+from pybpfthrottle.cli.records import BOTH_ON_STDOUT, Output
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
@@ -102,6 +102,8 @@ class Wanted(NamedTuple):
 def limit(request: Request, wanted: Wanted) -> int:
     """Put limits in force, show them, remove them at the end; return the exit status."""
     mistake = wanted.mistake()
+    if wanted.as_json and request.record is not None and request.record.on_stdout:
+        mistake = BOTH_ON_STDOUT
     if mistake:
         raise click.UsageError(mistake)
     going_on = background.begin() if wanted.detach else None
@@ -128,7 +130,7 @@ def limit(request: Request, wanted: Wanted) -> int:
             going_on.ready()
         supervisor.add(lambda: [signals, command.sampling], strict=True)
         command.until_the_end(supervisor, signals)
-        if command.failed and not wanted.as_json:  # JsonLines has said so
+        if command.failed and not command.said_so:
             say(f"error: cannot write: {os.strerror(ENOSPC)}")
         return 1 if command.failed else 0
 
@@ -142,9 +144,17 @@ class _Command:
         self._shown: list[tuple[Throttle, Watch]] = []
         self._said: set[str] = set()
         self._reason = ""
+        self._outputs = [Output(sys.stdout, on_stdout=True)] if wanted.as_json else []
+        self._outputs += [request.record] if request.record is not None else []
+        self._mute = request.quiet or any(one.on_stdout for one in self._outputs)
         self.failed = False
         self.each: Optional[Each] = None
         self.sampling = Periodic(SAMPLE_S, self._sample)
+
+    @property
+    def said_so(self) -> bool:
+        """Whether it was said already that something could not be written."""
+        return any(output.failed for output in self._outputs)
 
     def begin(self, throttle: Throttle) -> None:
         """Show a limit that has begun."""
@@ -156,7 +166,7 @@ class _Command:
             pid=pids[0] if pids else None,
             name=name,
             terminal=sys.stdout,
-            json_file=sys.stdout if self._wanted.as_json else None,
+            outputs=self._outputs,
             quiet=self._request.quiet,
             background=self._wanted.detach,
             prefix=f"{pids[0]} ({name}): " if several else "",
@@ -171,9 +181,11 @@ class _Command:
         # Fallbacks come first: they explain the rest.
         for note in throttle.plan_notes:
             self._said.add(note)
-            if self._wanted.as_json:
+            if self._mute:
                 watch.note(note)
-            self._say(note)
+            else:
+                watch.record_note(note)
+                self._say(note)
         end = f"pybpfthrottle remove {throttle.id}" if self._wanted.detach else "Ctrl-C"
         self._say(f"Limiting {throttle.what}: {rates}. {end} ends it.")
         self._say_notes()
@@ -216,7 +228,7 @@ class _Command:
         self.failed |= watch.failed()
 
     def _say(self, line: str) -> None:
-        if not self._request.quiet and not self._wanted.as_json:
+        if not self._mute:
             with suppress(OSError):
                 echo(line)
 
@@ -230,7 +242,7 @@ class _Command:
         for note in self.each.notes() if self.each is not None else ():
             if note not in self._said:
                 self._said.add(note)
-                if self._wanted.as_json:
-                    JsonLines(sys.stdout, {}).note(note)
-                elif not self._request.quiet:
+                for output in self._outputs:
+                    output.recorder(None).note(note)
+                if not self._request.quiet and not self._wanted.as_json:
                     say(note)

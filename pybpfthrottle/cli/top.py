@@ -13,8 +13,10 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optio
 import click
 
 from pybpfthrottle import registry, traffic
+from pybpfthrottle.backends.protocol import Match
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli import tables
+from pybpfthrottle.cli.records import CSV, Output, flat
 from pybpfthrottle.cli.say import echo, echo_json, is_terminal
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Direction, Limits, format_bytes, format_rate, printable
@@ -137,15 +139,19 @@ def top(options: Options) -> None:
                 _show(rows, options)
 
 
-def monitor(options: Options) -> None:
+def monitor(options: Options, record: Optional[Output] = None) -> None:
     """Print a line for each process, or group, every interval. Raises an error of this package."""
+    silent = record is not None and record.on_stdout
     with options.watch() as watch:
         for rows in _intervals(watch, options):
             now = time.time()
             for row in rows[: options.lines]:
+                fields = {"time": round(now, 3), **row.to_json()}
+                if record is not None:
+                    record.write(flat(fields) if record.form == CSV else fields)
                 if options.as_json:
-                    echo_json(json.dumps({"time": round(now, 3), **row.to_json()}))
-                else:
+                    echo_json(json.dumps(fields))
+                elif not silent:
                     clock = time.strftime("%H:%M:%S", time.localtime(now))
                     echo(f"{clock}  {'  '.join(_cells(row, options))}")
 
@@ -204,7 +210,9 @@ def _limits() -> Callable[[ProcessTraffic], Limits]:
         for record in registry.records():
             for pid in get_backend(record.backend).processes(record):
                 of_pids[pid] = record.spec.limits
-            of_cgroups += [(where.path, record.spec.limits) for where in record.visible_cgroups()]
+            if record.match is Match.CGROUP:  # the others' cgroups are where their programs are
+                for where in record.visible_cgroups():
+                    of_cgroups.append((where.path, record.spec.limits))
 
     def find(one: ProcessTraffic) -> Limits:
         if one.pid in of_pids:

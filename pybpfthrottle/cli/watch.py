@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 from errno import ENOSPC
-from typing import Any, Optional, TextIO
+from typing import Any, Optional, Sequence, TextIO
 
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.passage import Passage
-from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran, not_working
+from pybpfthrottle.cli.records import JSON, Output, Sample
+from pybpfthrottle.cli.report import NOTHING_PASSED, never_ran, not_working
 from pybpfthrottle.cli.say import PROGRAM, echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter
 from pybpfthrottle.model import Limits
 from pybpfthrottle.throttle import Throttle
+from pybpfthrottle.witness import RoundTrips
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class Watch:
         pid: Optional[int],
         name: str,
         terminal: TextIO,
-        json_file: Optional[TextIO],
+        outputs: Sequence[Output],
         quiet: bool,
         prefix: str = "",
         several: bool = False,
@@ -49,11 +52,13 @@ class Watch:
         self._pid = "-" if pid is None else str(pid)
         self._name = f" ({name})" if name else ""
         self._terminal = terminal
-        shown = not (several or background or quiet or json_file is terminal)
-        self._line = LiveLine(terminal, enabled=shown)
-        common = {"pid": pid} if several else {}
-        self._json = JsonLines(json_file, common) if json_file else None
-        self._quiet = quiet or json_file is terminal
+        taken = [one for one in outputs if one.on_stdout and terminal is sys.stdout]
+        self._line = LiveLine(terminal, enabled=not (several or background or quiet or taken))
+        self._outputs = outputs
+        self._recorders = [one.recorder(pid, several=several) for one in outputs]
+        self._quiet = quiet or bool(taken)
+        # CSV has no place for notes.
+        self._says_notes = not quiet and not any(one.form == JSON for one in taken)
         self._prefix = prefix
         self._meter = Meter(live)
         self._limits: Limits = live.limits
@@ -61,13 +66,16 @@ class Watch:
         self._backends = {
             direction: get_backend(how["backend"]) for direction, how in live.how().items()
         }
+        self._round_trips = RoundTrips(live)
         self._told_not_working = False
         self._full = False
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
-        if self._json:
-            self._json.start(self._live, **fields)
+        for recorder in self._recorders:
+            recorder.start(self._live, **fields)
+        if self._recorders:
+            self._round_trips.sample()  # the first sample is compared with this
 
     def sample(self) -> None:
         """Show the rates of the last seconds; call this every SAMPLE_S."""
@@ -77,8 +85,10 @@ class Watch:
             self._passage.look()
             self._tell_if_not_working()
         self._line.draw(readings)
-        if self._json:
-            self._json.sample(self._meter.elapsed_s, readings)
+        if self._recorders:
+            sample = Sample(self._meter.elapsed_s, readings, self._round_trips.sample())
+            for recorder in self._recorders:
+                recorder.sample(sample)
         for reading in readings:
             log.info("PID %s%s %s", self._pid, self._name, reading.line())
             log.info(
@@ -90,9 +100,11 @@ class Watch:
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters still exist."""
         self._line.close()
+        last = self._meter.sample()
         readings = self._meter.total()
-        if self._json:
-            self._json.end(self._meter.elapsed_s, readings, **fields)
+        for recorder in self._recorders:
+            samples = (Sample(self._meter.elapsed_s, one) for one in (last, readings))
+            recorder.end(*samples, **fields)
         if self._quiet:
             return
         for reading in readings:
@@ -127,10 +139,14 @@ class Watch:
     def note(self, text: str) -> None:
         """Print a note on what is covered, to standard error or as a JSON line."""
         self._line.clear()
-        if self._json:
-            self._json.note(text)
-        if not self._quiet:
+        self.record_note(text)
+        if self._says_notes:
             say(self._prefix.removeprefix(PROGRAM) + text)
+
+    def record_note(self, text: str) -> None:
+        """Record a note that is said elsewhere."""
+        for recorder in self._recorders:
+            recorder.note(text)
 
     def _tell_changes(self) -> None:
         """Report limits that somebody else has changed."""
@@ -148,7 +164,7 @@ class Watch:
 
     def failed(self) -> bool:
         """Whether records or lines could not be written for lack of space."""
-        return self._full or (self._json is not None and self._json.failed)
+        return self._full or any(output.failed for output in self._outputs)
 
     def _cgroup_id(self) -> str:
         try:

@@ -92,6 +92,32 @@ def test_quiet_shows_nothing(tool, running):
     assert tool.terminal_of(process).text == ""
 
 
+def test_a_record_on_standard_output_is_all_that_is_there(tool, scratch):
+    """CSV, which plot reads from its standard input."""
+    limit = ("--cgroup", scratch.cgroup().path, "--download-limit", "1M", "--duration", "1.3")
+    result = tool.run(*limit, "--record", "-")
+    assert result.status == 0
+    head, *rows = result.text.splitlines()
+    assert head.startswith("time,elapsed_s,pid,direction,limit,")
+    assert len(rows) >= 2
+    assert tool.run("plot", "-", input=result.out).text.startswith("download: 0 B/s in the mean")
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_record_is_beside_what_people_read(running, tool, tmp_path, name):
+    """It is complete after Ctrl-C, and notes and the summary are shown as always."""
+    process, _ = running("--record", name)
+    process.send_signal(signal.SIGINT)
+    result = tool.finish(process)
+    assert result.status == 0
+    assert "Ctrl-C ends it" in result.text
+    assert "upload: actual=0 B/s" in result.text
+    text = (tmp_path / name).read_text()
+    assert text.endswith("\n")
+    assert "download" in text
+    assert "upload" in text
+
+
 def test_json_prints_start_samples_and_end(tool, scratch):
     """--json prints JSON lines, and nothing else, on standard output."""
     cgroup = scratch.cgroup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -95,6 +96,40 @@ def test_the_json_file_says_legacy_where_it_is(tool, tmp_path):
     path = tmp_path / "x.jsonl"
     tool.run(*LIMIT, "--bpf-attach-method", "legacy", "--json-file", str(path), "--", "true")
     assert records(path)[0]["how"]["upload"]["attached_by"] == "legacy"
+
+
+def test_the_record_is_a_table(tool, tmp_path):
+    """--record x.csv has a row per second and direction, in place of what was in the file."""
+    path = tmp_path / "x.csv"
+    path.write_text("before\n")
+    result = tool.run(*LIMIT, "--record", str(path), "--", "sh", "-c", "sleep 1.3; exit 3")
+    assert result.status == 3
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["direction"] for row in rows} == {"download", "upload"}
+    assert len(rows) >= 4
+    assert {row["limit"] for row in rows} == {str(1 << 20), str(500 << 10)}
+    assert {row["pid"] for row in rows} == {rows[0]["pid"]}
+    assert int(rows[0]["pid"]) > 0
+    plotted = tool.run("plot", str(path))
+    assert plotted.status == 0
+    assert "download: 0 B/s in the mean" in plotted.text
+
+
+def test_a_record_may_be_beside_a_json_file(tool, tmp_path):
+    """Each has its own."""
+    files = ("--record", "x.jsonl", "--json-file", "y.txt")
+    assert tool.run(*LIMIT, "-q", *files, "--", "true").err == ""
+    for name in ("x.jsonl", "y.txt"):
+        assert [record["event"] for record in records(tmp_path / name)] == ["start", "end"]
+
+
+def test_a_record_on_a_full_disk_does_not_harm_the_command(tool, tmp_path):
+    """It costs a line on standard error."""
+    (tmp_path / "x.csv").symlink_to("/dev/full")
+    result = tool.run(*LIMIT, "-q", "--record", "x.csv", "--", "sh", "-c", "exit 3")
+    assert result.status == 3
+    assert "x.csv" in result.complaint
 
 
 def test_a_command_that_fails_to_start_ends_the_json_file_well(tool, tmp_path):
