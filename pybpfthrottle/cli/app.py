@@ -33,14 +33,15 @@ _EPILOG = """
 Examples:
   pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
+  pybpfthrottle --pid 1234 --download-limit 1M --prove --record rates.csv
   pybpfthrottle --name rsync --user backup --upload-limit 500K
   pybpfthrottle --unit backup --upload-limit 8mbit --duration 1h
   pybpfthrottle --pid 1234 --download-limit 1M --detach --expires 2h
   pybpfthrottle demo
 
 \b
-Exit status: 0 done, 1 failed, 2 wrong usage. run exits with the status of its command,
-or 125 failed, 126 cannot be executed, 127 not found.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 a limit did not hold (--prove). run exits with the
+status of its command, or 125 failed, 126 cannot be executed, 127 not found.
 """
 
 

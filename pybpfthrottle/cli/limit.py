@@ -27,6 +27,7 @@ from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Each, Throttle, start
 
+_REFUTED = 3
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -132,7 +133,7 @@ def limit(request: Request, wanted: Wanted) -> int:
         command.until_the_end(supervisor, signals)
         if command.failed and not command.said_so:
             say(f"error: cannot write: {os.strerror(ENOSPC)}")
-        return 1 if command.failed else 0
+        return 1 if command.failed else _REFUTED if command.refuted else 0
 
 
 class _Command:
@@ -147,7 +148,7 @@ class _Command:
         self._outputs = [Output(sys.stdout, on_stdout=True)] if wanted.as_json else []
         self._outputs += [request.record] if request.record is not None else []
         self._mute = request.quiet or any(one.on_stdout for one in self._outputs)
-        self.failed = False
+        self.failed = self.refuted = False
         self.each: Optional[Each] = None
         self.sampling = Periodic(SAMPLE_S, self._sample)
 
@@ -171,6 +172,7 @@ class _Command:
             background=self._wanted.detach,
             prefix=f"{pids[0]} ({name}): " if several else "",
             several=several,
+            prove=self._request.prove,
         )
         self._shown.append((throttle, watch))
         watch.start(pid=pids[0] if pids else None, pids=list(pids), target=throttle.what)
@@ -226,6 +228,7 @@ class _Command:
     def _end(self, watch: Watch, reason: str) -> None:
         watch.end(reason=reason)
         self.failed |= watch.failed()
+        self.refuted |= watch.refuted
 
     def _say(self, line: str) -> None:
         if not self._mute:

@@ -156,6 +156,12 @@ def limit_options(function: F) -> F:
                 help="Do not limit this address or network. Of several the smallest decides.",
             ),
             click.option(
+                "--prove",
+                is_flag=True,
+                help="Say after two seconds whether the limit holds: what was asked, what the"
+                " kernel and the sockets have counted, and what went past.",
+            ),
+            click.option(
                 "--bpf-attach-method",
                 cls=BackendOption,
                 backend="ebpf",
@@ -225,6 +231,7 @@ class Request(NamedTuple):
     verbose: int
     quiet: bool
     record: Optional[Output]
+    prove: bool
 
     def spec(self, target: Target, *, kept: bool = False) -> ThrottleSpec:
         """Return the requested throttle for a target, which begins now."""
@@ -272,6 +279,7 @@ def request_from(given: dict[str, Any]) -> Request:
         verbose=given.pop("verbose"),
         quiet=given.pop("quiet"),
         record=given.pop("record"),
+        prove=given.pop("prove"),
     )
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")

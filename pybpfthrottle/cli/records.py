@@ -20,6 +20,7 @@ from pybpfthrottle.model import Direction, printable
 
 if TYPE_CHECKING:
     from pybpfthrottle.meter import Reading
+    from pybpfthrottle.proof import Proof
     from pybpfthrottle.throttle import Throttle
 
 SCHEMA_VERSION = 1
@@ -96,12 +97,15 @@ class Recorder(Protocol):
     def note(self, text: str) -> None:
         """Record something about what is covered."""
 
+    def proof(self, proof: Proof) -> None:
+        """Record whether the limit holds."""
+
     def end(self, last: Sample, total: Sample, **fields: Any) -> None:
         """Record the rest since the last sample, or the rates over the whole time."""
 
 
 class JsonLines:
-    """One JSON object per line: ``start``, ``sample`` once a second, ``note``, ``end``.
+    """One JSON object per line: ``start``, a ``sample`` every second, ``note``, ``proof``, ``end``.
 
     Each has the fields in ``common``.
     """
@@ -136,6 +140,10 @@ class JsonLines:
         """Something about what is covered."""
         self._write("note", text=text)
 
+    def proof(self, proof: Proof) -> None:
+        """Whether the limit holds."""
+        self._write("proof", **proof.to_json())
+
     def end(self, last: Sample, total: Sample, **fields: Any) -> None:
         """The rates over the whole time."""
         self._write("end", time=_now(), **_by_direction(total), **fields)
@@ -155,6 +163,9 @@ class CsvRows:
         """Nothing: there are rows of samples only."""
 
     def note(self, text: str) -> None:
+        """Nothing: there are rows of samples only."""
+
+    def proof(self, proof: Proof) -> None:
         """Nothing: there are rows of samples only."""
 
     def sample(self, sample: Sample) -> None:

@@ -89,6 +89,7 @@ def _run(
             outputs=outputs,
             quiet=request.quiet,
             prefix=PROGRAM,
+            prove=request.prove,
         )
         command.let_go()
         registry.tidy_up()

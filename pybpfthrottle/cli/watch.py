@@ -18,6 +18,7 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter
 from pybpfthrottle.model import Limits
+from pybpfthrottle.proof import Outcome, Proof, Prover
 from pybpfthrottle.throttle import Throttle
 from pybpfthrottle.witness import RoundTrips
 
@@ -47,6 +48,7 @@ class Watch:
         prefix: str = "",
         several: bool = False,
         background: bool = False,
+        prove: bool = False,
     ) -> None:
         self._live = live
         self._pid = "-" if pid is None else str(pid)
@@ -55,6 +57,7 @@ class Watch:
         taken = [one for one in outputs if one.on_stdout and terminal is sys.stdout]
         self._line = LiveLine(terminal, enabled=not (several or background or quiet or taken))
         self._outputs = outputs
+        self._taken = bool(taken)
         self._recorders = [one.recorder(pid, several=several) for one in outputs]
         self._quiet = quiet or bool(taken)
         # CSV has no place for notes.
@@ -67,6 +70,10 @@ class Watch:
             direction: get_backend(how["backend"]) for direction, how in live.how().items()
         }
         self._round_trips = RoundTrips(live)
+        self._prover: Optional[Prover] = None
+        self._proves = prove
+        self._told_waiting = False
+        self.refuted = False
         self._told_not_working = False
         self._full = False
 
@@ -74,6 +81,8 @@ class Watch:
         """The limits are in force."""
         for recorder in self._recorders:
             recorder.start(self._live, **fields)
+        if self._proves:
+            self._prover = Prover(self._live)
         if self._recorders:
             self._round_trips.sample()  # the first sample is compared with this
 
@@ -89,6 +98,8 @@ class Watch:
             sample = Sample(self._meter.elapsed_s, readings, self._round_trips.sample())
             for recorder in self._recorders:
                 recorder.sample(sample)
+        if self._prover is not None:
+            self._tell(self._prover.sample())
         for reading in readings:
             log.info("PID %s%s %s", self._pid, self._name, reading.line())
             log.info(
@@ -100,6 +111,8 @@ class Watch:
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters still exist."""
         self._line.close()
+        if self._prover is not None:
+            self._tell(self._prover.end())
         last = self._meter.sample()
         readings = self._meter.total()
         for recorder in self._recorders:
@@ -111,6 +124,21 @@ class Watch:
             self.say(reading.summary(self._meter.elapsed_s))
         if expect_traffic and not any(reading.counters.program_calls for reading in readings):
             self._say_why_nothing()
+
+    def _tell(self, proof: Optional[Proof]) -> None:
+        """Say what a proof has shown, or once that there is nothing to prove yet."""
+        if proof is None:
+            if self._prover and self._prover.waits and not self._told_waiting:
+                self._told_waiting = True
+                self.note("Nothing has moved yet: the proof is made with the first traffic.")
+            return
+        self.refuted = proof.outcome is Outcome.FAILS
+        for recorder in self._recorders:
+            recorder.proof(proof)
+        if not self._taken:
+            self.say(str(proof))
+        elif self._says_notes:
+            say(str(proof))
 
     def _say_why_nothing(self) -> None:
         """Say whether nothing has passed, or packets have passed unseen."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from contextlib import suppress
-from typing import Collection, Iterable, Mapping, NamedTuple, Optional
+from typing import Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.linux import netns, sockets
+from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.netns import Connection
 from pybpfthrottle.linux.sockets import TcpInfo
+
+T = TypeVar("T")
 
 
 class Look(NamedTuple):
@@ -22,7 +26,8 @@ class Look(NamedTuple):
 class Moved(NamedTuple):
     """What a connection has carried between two looks. ``sent`` is without retransmissions.
 
-    ``retransmitted`` is 0 before Linux 4.19; there ``sent`` is what was acknowledged.
+    What waits in a queue was not ``sent`` yet, as far as acknowledgements tell. ``retransmitted``
+    is 0 before Linux 4.19.
     """
 
     connection: Connection
@@ -37,23 +42,37 @@ def look(pids: Collection[int], cgroup_ids: Collection[int] = ()) -> Look:
     In the network namespaces of these processes. Raises OSError: ENOENT if the kernel cannot list
     them.
     """
-    places = {one: pid for pid in pids if (one := _namespace(pid))}
     inodes = frozenset(sockets.places(pids))
     found: dict[int, Connection] = {}
     local: set[int] = set()
-    for pid in places.values():
+
+    def look_here() -> tuple[list[Connection], set[str]]:
+        return list(netns.connections(inodes, cgroup_ids)), netns.own_addresses()
+
+    for here, addresses in _in_namespaces(pids, look_here):
+        found.update((one.cookie, one) for one in here)
+        local.update(one.cookie for one in here if _is_local(one, addresses))
+    return Look(found, frozenset(local))
+
+
+def multipath(pids: Iterable[int]) -> set[int]:
+    """Return the inodes of the Multipath TCP sockets in processes' network namespaces."""
+    kinds = [(family, IPPROTO_MPTCP) for family in (socket.AF_INET, socket.AF_INET6)]
+    with suppress(OSError):
+        found = _in_namespaces(pids, lambda: list(netns.listed(kinds)))
+        return {one.inode for here in found for one in here}
+    return set()
+
+
+def _in_namespaces(pids: Iterable[int], ask: Callable[[], T]) -> Iterator[T]:
+    """Yield the answer in each network namespace of some processes."""
+    for pid in {one: pid for pid in pids if (one := _namespace(pid))}.values():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                here, addresses = netns.inside(
-                    fd,
-                    lambda: (list(netns.connections(inodes, cgroup_ids)), netns.own_addresses()),
-                )
+                yield netns.inside(fd, ask)
             finally:
                 os.close(fd)
-            found.update((one.cookie, one) for one in here)
-            local.update(one.cookie for one in here if _is_local(one, addresses))
-    return Look(found, frozenset(local))
 
 
 def between(before: Look, after: Look) -> list[Moved]:
@@ -82,10 +101,13 @@ def _moved(now: Connection, before: Optional[TcpInfo]) -> Moved:
         count: int = getattr(info, field)
         return max(0, count - (first if zero else getattr(before, field)))
 
-    # Of a new connection the SYN is acknowledged too.
     retransmitted = grown("bytes_retransmitted")
-    sent = grown("bytes_sent") - retransmitted if info.bytes_sent else grown("bytes_acked", 1)
-    return Moved(now, grown("bytes_received"), max(0, sent), retransmitted)
+    # Of a new connection the SYN is acknowledged too.
+    sent = grown("bytes_acked", 1)
+    if info.bytes_sent:
+        # What was acknowledged may have been sent before; what was sent may be in a queue still.
+        sent = min(sent, max(0, grown("bytes_sent") - retransmitted))
+    return Moved(now, grown("bytes_received"), sent, retransmitted)
 
 
 def _namespace(pid: int) -> int:
