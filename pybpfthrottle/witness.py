@@ -69,13 +69,22 @@ class RoundTrips:
         self._before: Optional[tcp.Look] = None
         self._spending = Spending()
         self._latest: Optional[float] = None
+        self._counted = 0
 
-    def sample(self) -> Optional[float]:
-        """Return their median in ms, as TCP has smoothed it since the sample before; or None.
+    def begin(self) -> None:
+        """Look at the connections that the first sample is compared with."""
+        self._before = look(self._throttle)
 
-        Where looking takes long, not each sample looks, and the round trip is that of the last.
+    def sample(self, counted: int) -> Optional[float]:
+        """Return the median of those that have moved data since the sample before, in ms; or None.
+
+        ``counted`` is what the throttle has counted until now: nobody looks while that does not
+        grow. Where looking takes long, not each sample looks, and has the round trip of the last.
         """
-        if self._spending.due:
+        if counted == self._counted:
+            self._latest = None
+        elif self._spending.due:
+            self._counted = counted
             with self._spending:
                 self._look()
         return self._latest

@@ -15,8 +15,9 @@ from pybpfthrottle.cli.records import JSON, Output, Sample
 from pybpfthrottle.cli.report import NOTHING_PASSED, never_ran, not_working
 from pybpfthrottle.cli.say import PROGRAM, echo, echo_lines, say
 from pybpfthrottle.errors import Error
+from pybpfthrottle.idle import Idleness, Reason
 from pybpfthrottle.linux import cgroup
-from pybpfthrottle.meter import Meter
+from pybpfthrottle.meter import Meter, Reading
 from pybpfthrottle.model import Limits
 from pybpfthrottle.proof import Outcome, Proof, Prover
 from pybpfthrottle.throttle import Throttle
@@ -70,6 +71,7 @@ class Watch:
             direction: get_backend(how["backend"]) for direction, how in live.how().items()
         }
         self._round_trips = RoundTrips(live)
+        self._idleness = Idleness(live, pid)
         self._prover: Optional[Prover] = None
         self._proves = prove
         self._told_waiting = False
@@ -84,7 +86,7 @@ class Watch:
         if self._proves:
             self._prover = Prover(self._live)
         if self._recorders:
-            self._round_trips.sample()  # the first sample is compared with this
+            self._round_trips.begin()
 
     def sample(self) -> None:
         """Show the rates of the last seconds; call this every SAMPLE_S."""
@@ -93,11 +95,9 @@ class Watch:
         if not any(reading.counters.program_calls for reading in readings):
             self._passage.look()
             self._tell_if_not_working()
-        self._line.draw(readings)
-        if self._recorders:
-            sample = Sample(self._meter.elapsed_s, readings, self._round_trips.sample())
-            for recorder in self._recorders:
-                recorder.sample(sample)
+        reason = self._why_idle(readings)
+        self._line.draw(readings, reason.text if reason else "")
+        self._record(readings, reason)
         if self._prover is not None:
             self._tell(self._prover.sample())
         for reading in readings:
@@ -107,6 +107,21 @@ class Watch:
                 *(self._backends[reading.direction].title, self._pid, self._cgroup_id()),
                 reading.counters,
             )
+
+    def _why_idle(self, readings: Sequence[Reading]) -> Optional[Reason]:
+        """Return why nothing passes, where somebody reads it."""
+        if not (self._recorders or self._line.enabled):
+            return None
+        return self._idleness.sample(_counted(readings))
+
+    def _record(self, readings: list[Reading], reason: Optional[Reason]) -> None:
+        if not self._recorders:
+            return
+        idle = reason.to_json() if reason else None
+        trip = self._round_trips.sample(_counted(readings))
+        sample = Sample(self._meter.elapsed_s, readings, trip, idle)
+        for recorder in self._recorders:
+            recorder.sample(sample)
 
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters still exist."""
@@ -201,3 +216,8 @@ class Watch:
             return str(cgroup.from_pid(int(self._pid)).id)
         except (OSError, Error, ValueError):  # gone, or there are several
             return "?"
+
+
+def _counted(readings: Sequence[Reading]) -> int:
+    """Return the bytes that a throttle has counted in all."""
+    return sum(reading.counters.bytes_total for reading in readings)

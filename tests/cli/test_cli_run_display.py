@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -200,3 +201,27 @@ def test_a_reader_that_leaves_ends_the_command_as_always(tool):
     process.stdout = None
     result = tool.finish(process)
     assert (result.status, result.err) == (141, "")
+
+
+LOCAL = """
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+own = socket.create_connection(listener.getsockname())
+other, _ = listener.accept()
+while True:
+    own.sendall(bytes(1000))
+    other.recv(1000)
+    time.sleep(0.1)
+"""
+
+
+def test_the_live_line_and_the_record_say_why_nothing_passes(tool, tmp_path, eventually):
+    """After a few seconds, without a note."""
+    command = ("--", sys.executable, "-c", LOCAL)
+    process, terminal = tool.start_on_terminal(*LIMIT, "--record", "x.jsonl", *command)
+    terminal.wait_for("all goes over loopback, to itself")
+    process.terminate()
+    assert tool.finish(process).status == 143
+    samples = [one for one in records(tmp_path / "x.jsonl") if one["event"] == "sample"]
+    assert samples[0]["idle"] is None
+    assert samples[-1]["idle"]["code"] == "loopback"

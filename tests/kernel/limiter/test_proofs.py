@@ -15,6 +15,7 @@ from since import since
 from targets import Target, eventually, target
 
 from pybpfthrottle import throttle
+from pybpfthrottle.idle import why
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
@@ -152,6 +153,10 @@ def test_what_another_cgroup_has_goes_past(own: Lab, scratch: Cgroup) -> None:
             backends = {DOWNLOAD: "nftables"}
             with throttle.apply([limited], {DOWNLOAD: RATE}, backends=backends) as live:
                 proof = eventually(Prover(live).sample)
+                reason = why(live, made.pid, 3)
+            assert reason is not None
+            assert reason.code == "other-cgroup"
+            assert elsewhere.path in reason.text
             [evidence] = proof.evidence
             assert evidence.passed == 0
             assert evidence.past[OTHER_CGROUP] > 1 << 20
@@ -160,6 +165,41 @@ def test_what_another_cgroup_has_goes_past(own: Lab, scratch: Cgroup) -> None:
     finally:
         for one in (elsewhere, limited):
             one.remove(patience_s=5)
+
+
+def test_loopback_is_why_nothing_passes(local: Local, scratch: Cgroup) -> None:
+    """With the process at the other end: itself, or a proxy."""
+    with throttle.apply([scratch], {DOWNLOAD: RATE}) as live, target(cgroups.root()) as proxy:
+        local.move(1000)
+        assert why(live, local.pid, 3600) == ("loopback", "all goes over loopback, to itself")
+        listener = proxy.do("listen()")
+        own = local.target.do(f"connect({proxy.do(f'port({listener})')})")
+        proxy.do(f"accept({listener})")
+        local.target.do(f"_kept[{own}].sendall(bytes(1000))")
+        reason = eventually(lambda: why(live, local.pid, 3600))
+        assert reason.code == "loopback"
+        assert f"to {proxy.pid} (python" in reason.text
+
+
+def test_who_has_left_is_why_nothing_passes(local: Local, scratch: Cgroup) -> None:
+    """For a cgroup's limit stays where it is."""
+    inside = scratch.create_child("inside")
+    try:
+        inside.move_in(local.pid)
+        with throttle.apply([inside], {DOWNLOAD: RATE}) as live:
+            before = why(live, local.pid, 0)
+            assert before is not None
+            assert before.code == "no-connection"
+            scratch.move_in(local.pid)
+            reason = why(live, local.pid, 3)
+            assert reason is not None
+            assert reason.code == "left"
+            assert reason.text.endswith(f"has moved to {scratch.path}")
+            assert str(local.pid) in reason.text
+            local.target.end()
+            assert why(live, local.pid, 3) is None
+    finally:
+        inside.remove(patience_s=5)
 
 
 def test_a_limit_that_does_not_hold_has_a_status(local: Local) -> None:
