@@ -16,7 +16,7 @@ import click
 from pybpfthrottle import registry
 from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.records import BOTH_ON_STDOUT, Output
+from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
@@ -102,9 +102,7 @@ class Wanted(NamedTuple):
 
 def limit(request: Request, wanted: Wanted) -> int:
     """Put limits in force, show them, remove them at the end; return the exit status."""
-    mistake = wanted.mistake()
-    if wanted.as_json and request.record is not None and request.record.on_stdout:
-        mistake = BOTH_ON_STDOUT
+    mistake = wanted.mistake() or _mistake(request, wanted)
     if mistake:
         raise click.UsageError(mistake)
     going_on = background.begin() if wanted.detach else None
@@ -134,6 +132,16 @@ def limit(request: Request, wanted: Wanted) -> int:
         if command.failed and not command.said_so:
             say(f"error: cannot write: {os.strerror(ENOSPC)}")
         return 1 if command.failed else _REFUTED if command.refuted else 0
+
+
+def _mistake(request: Request, wanted: Wanted) -> Optional[str]:
+    """Return what is wrong with where the output is to go, or None."""
+    record = request.record
+    if record is not None and record.on_stdout and (wanted.as_json or wanted.detach):
+        return BOTH_ON_STDOUT if wanted.as_json else "--detach needs a file to --record to, not -"
+    if wanted.detach and request.prove and (record is None or record.form != JSON):
+        return "--prove and --detach need --record FILE.jsonl: nobody would see the proof"
+    return None
 
 
 class _Command:

@@ -195,6 +195,19 @@ def test_standard_output_is_for_one_of_two(tool):
         assert "both need" in tool.run(*command, "--json", "--record", "-").usage_error
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--record", "-"), "--detach needs a file"),
+        (("--prove",), "need --record FILE.jsonl"),
+        (("--prove", "--record", "x.csv"), "need --record FILE.jsonl"),
+    ],
+)
+def test_what_goes_on_in_the_background_has_no_terminal(tool, options, said):
+    """So it needs a file for what would be shown there."""
+    assert said in tool.run("--pid", "1", "-d", "1M", "--detach", *options).usage_error
+
+
 def test_backends_are_listed_for_each_direction(tool):
     """--list-backends prints each direction's backends in the words of the seeds."""
     result = tool.run("--list-backends")
