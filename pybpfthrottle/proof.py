@@ -153,6 +153,11 @@ class Proof(NamedTuple):
         return next(one for one in (Outcome.FAILS, Outcome.HOLDS, Outcome.NOTHING) if one in found)
 
     @property
+    def fails(self) -> bool:
+        """Whether a limit does not hold."""
+        return self.outcome is Outcome.FAILS
+
+    @property
     def moved(self) -> int:
         """All that was moved or dropped, in both directions."""
         return sum(one.moved + one.dropped for one in self.evidence)

@@ -199,7 +199,7 @@ def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
 Examples:
   pybpfthrottle run --upload-limit 500K -- rsync -a /home backup:
   pybpfthrottle run --download-limit 8mbit --user www-data -- ./crawl
-  pybpfthrottle run --download-limit 2M --record rates.csv -- apt-get upgrade
+  pybpfthrottle run --download-limit 2M --prove --record rates.csv -- apt-get upgrade
 """,
 )
 @limit_options

@@ -6,7 +6,7 @@ import logging
 import sys
 from contextlib import suppress
 from errno import ENOSPC
-from typing import Any, Optional, Sequence, TextIO
+from typing import TYPE_CHECKING, Any, Optional, Sequence, TextIO
 
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli.display import LiveLine
@@ -19,9 +19,11 @@ from pybpfthrottle.idle import Idleness, Reason
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.meter import Meter, Reading
 from pybpfthrottle.model import Limits
-from pybpfthrottle.proof import Outcome, Proof, Prover
 from pybpfthrottle.throttle import Throttle
 from pybpfthrottle.witness import RoundTrips
+
+if TYPE_CHECKING:
+    from pybpfthrottle.proof import Proof, Prover
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class Watch:
         for recorder in self._recorders:
             recorder.start(self._live, **fields)
         if self._proves:
+            from pybpfthrottle.proof import Prover
+
             self._prover = Prover(self._live)
         if self._recorders:
             self._round_trips.begin()
@@ -147,7 +151,7 @@ class Watch:
                 self._told_waiting = True
                 self.note("Nothing has moved yet: the proof is made with the first traffic.")
             return
-        self.refuted = proof.outcome is Outcome.FAILS
+        self.refuted = proof.fails
         for recorder in self._recorders:
             recorder.proof(proof)
         if not self._taken:
