@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator
 import pytest
 from by_backend import FAST, RATE, Case, started
 from lab import ENVIRONMENT, TOOL, Lab, lab
-from since import since
+from since import needs_option, since
 from targets import Target, eventually, target
 
 from pybpfthrottle import throttle
@@ -28,6 +28,7 @@ CASES = {
     "nftables": (tuple(Direction), "5.13"),
     "tc_htb": ((Direction.UPLOAD,), "5.13"),
     "ifb_tc": ((Direction.DOWNLOAD,), "5.8"),
+    "tc_police": ((Direction.DOWNLOAD,), "4.15"),
 }
 
 
@@ -66,6 +67,11 @@ def transfer(lab: Lab, direction: Direction) -> list[str]:
 )
 def test_each_backend_can_be_proved(own: Lab, case: Case, tmp_path: Path) -> None:
     """Two measures, one of them from the sockets, and nothing has gone past."""
+    if case.backend == "tc_police":
+        done = subprocess.run(
+            own.inside(*TOOL, "run", *case.options, "true"), env=ENVIRONMENT, capture_output=True
+        )
+        needs_option("CONFIG_NET_ACT_POLICE", works=b"CONFIG_NET_ACT_POLICE" not in done.stderr)
     path = tmp_path / "x.jsonl"
     options = [*case.options, "--prove", "--record", str(path)]
     command = own.inside(*TOOL, "run", *options, "--", *transfer(own, case.direction))
