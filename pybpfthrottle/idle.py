@@ -95,13 +95,18 @@ def _of_active(
     throttle: Throttle, pids: Sequence[int], look: Look, active: Sequence[Connection]
 ) -> Optional[Reason]:
     """Return why connections that carry data are not limited."""
-    local = [one for one in active if one.cookie in look.on_loopback]
-    if len(local) == len(active) and not throttle.spec.traffic.loopback:
-        return Reason("loopback", f"all goes over loopback, to {_other_ends(pids, local)}")
+    local = () if throttle.spec.traffic.loopback else look.on_loopback
+    rest = [one for one in active if one.cookie not in local]
+    if not rest:
+        return Reason("loopback", f"all goes over loopback, to {_other_ends(pids, active)}")
+    if len(witness.exempt(throttle, rest)) == len(rest):
+        first, *others = sorted({one.ends[1][0] for one in rest})
+        more = f" and {len(others)} more" if others else ""
+        return Reason("exempt", f"all goes to {first}{more}, which is exempt")
     ids = witness.cgroup_ids(throttle)
-    others = {one.cgroup_id for one in active if one.cgroup_id is not None} - ids
-    if ids and others:
-        where = cgroups_v2.by_id(min(others))
+    strangers = {one.cgroup_id for one in rest if one.cgroup_id is not None} - ids
+    if ids and strangers:
+        where = cgroups_v2.by_id(min(strangers))
         place = "one that was removed" if where is None else where.path
         return Reason("other-cgroup", f"its sockets belong to another cgroup, {place}")
     return None

@@ -23,9 +23,11 @@ _ENOUGH_S = 0.85 * SECONDS
 # The two measures are not read at the same moment, and headers may count.
 _TOLERANCE_BYTES, _TOLERANCE_SHARE = 1 << 16, 0.05
 
-LOOPBACK, OTHER_CGROUP, MULTIPATH, UNSEEN = "loopback", "other_cgroup", "mptcp", "unseen"
+LOOPBACK, EXEMPT = "loopback", "exempt"
+OTHER_CGROUP, MULTIPATH, UNSEEN = "other_cgroup", "mptcp", "unseen"
 _WAYS = {
     LOOPBACK: "went over loopback",
+    EXEMPT: "is exempt by its address",
     OTHER_CGROUP: "went past, on sockets created in another cgroup",
     MULTIPATH: "went past, by MPTCP",
     UNSEEN: "went past unseen",
@@ -61,8 +63,8 @@ class Evidence(NamedTuple):
 
     @property
     def moved(self) -> int:
-        """All that the target has moved, as far as known."""
-        return self.passed + sum(self.past.values())
+        """All that the target has moved, as far as known, except what is exempt on request."""
+        return self.passed + sum(self._past())
 
     @property
     def outcome(self) -> Outcome:
@@ -72,10 +74,13 @@ class Evidence(NamedTuple):
         is left out on purpose.
         """
         counted = self.passed or self.dropped
-        unseen = sum(count for way, count in self.past.items() if way != LOOPBACK)
+        unseen = sum(self._past(LOOPBACK))
         if self.asked is not None and (self._is_over(self.asked) or (unseen and not counted)):
             return Outcome.FAILS
         return Outcome.HOLDS if counted else Outcome.NOTHING
+
+    def _past(self, *but: str) -> list[int]:
+        return [count for way, count in self.past.items() if way not in (EXEMPT, *but)]
 
     def _is_over(self, limit: Rate) -> bool:
         allowed = limit.bytes_per_s * self.seconds
@@ -89,7 +94,7 @@ class Evidence(NamedTuple):
         text = self.outcome.value
         if self.asked is None:
             text = "no limit"
-        elif self.outcome is Outcome.FAILS and not any(self.past.values()):
+        elif self.outcome is Outcome.FAILS and not any(self._past()):
             text += f": {self.moved / self.asked.bytes_per_s / self.seconds:.2f} times the limit"
         elif self.outcome is Outcome.HOLDS and self._is_below():
             text += ", far below the limit"
@@ -185,12 +190,13 @@ class Prover:
 
     ``waits`` tells that nothing has moved in the first seconds; the proof is then made with the
     first that moves.
+    That a limit does not hold is told only if a second look finds the same.
     """
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
         self._spending = witness.Spending()
-        self._done = False
+        self._done = self._doubts = False
         self.waits = False
         # What the counters tell contains what the sockets tell: they are read before, and after.
         counters = throttle.counters()
@@ -206,6 +212,10 @@ class Prover:
         if not proof.moved:
             self.waits = True
             self._begin = now
+            return None
+        if proof.fails and not self._doubts:
+            # Rules that somebody changes at this moment may have told old counts.
+            self._doubts = True
             return None
         self._done = True
         return proof
@@ -260,10 +270,9 @@ class Prover:
         """Return what has gone past the limit, by the way it took."""
         own = list(moved)
         past: dict[str, int] = {}
-        if not self._throttle.spec.traffic.loopback and now.look is not None:
-            local = now.look.on_loopback
-            own = [one for one in moved if one.connection.cookie not in local]
-            past[LOOPBACK] = sum(_bytes(direction, moved)) - sum(_bytes(direction, own))
+        for way, spared in self._spared(own, now):
+            past[way] = sum(_bytes(direction, (o for o in own if o.connection.cookie in spared)))
+            own = [one for one in own if one.connection.cookie not in spared]
         rest = sum(_bytes(direction, own))
         if rest - counted <= max(_TOLERANCE_BYTES, rest * _TOLERANCE_SHARE):
             return past
@@ -274,6 +283,16 @@ class Prover:
             rest -= past[way]
         past[UNSEEN] = rest
         return past
+
+    def _spared(
+        self, moved: Collection[Moved], now: _Moment
+    ) -> Iterable[tuple[str, Collection[int]]]:
+        """Yield the cookies of connections that the limit is not for."""
+        traffic = self._throttle.spec.traffic
+        if not traffic.loopback:
+            yield LOOPBACK, now.look.on_loopback if now.look is not None else ()
+        if not traffic.everywhere:
+            yield EXEMPT, witness.exempt(self._throttle, [one.connection for one in moved])
 
     def _suspects(self, moved: Collection[Moved]) -> Iterable[tuple[str, list[Moved]]]:
         """Yield the connections that a throttle may miss, by the reason."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import time
 from contextlib import suppress
-from typing import Optional
+from typing import Iterable, Optional
 
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import tcp
+from pybpfthrottle.linux.netns import Connection
 from pybpfthrottle.throttle import Throttle
 
 # Looking takes at most this fraction of one CPU's time.
@@ -39,6 +41,22 @@ def look(throttle: Throttle) -> Optional[tcp.Look]:
         return tcp.look(processes(throttle), cgroup_ids(throttle))
     except OSError:
         return None
+
+
+def exempt(throttle: Throttle, connections: Iterable[Connection]) -> set[int]:
+    """Return the cookies of connections to addresses that the limit is not for, as requested."""
+    traffic = throttle.spec.traffic
+    if traffic.everywhere:
+        return set()
+    from pybpfthrottle import networks
+
+    remotes = {one.cookie: one.ends[1][0] for one in connections}
+    spared = {
+        address
+        for address in set(remotes.values())
+        if not networks.limits(traffic, ipaddress.ip_address(address))
+    }
+    return {cookie for cookie, address in remotes.items() if address in spared}
 
 
 class Spending:

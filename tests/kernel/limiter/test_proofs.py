@@ -18,8 +18,8 @@ from pybpfthrottle import throttle
 from pybpfthrottle.idle import why
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Direction
-from pybpfthrottle.proof import LOOPBACK, OTHER_CGROUP, Outcome, Prover
+from pybpfthrottle.model import Direction, Traffic
+from pybpfthrottle.proof import EXEMPT, LOOPBACK, OTHER_CGROUP, Outcome, Prover
 
 DOWNLOAD = Direction.DOWNLOAD
 # The directions that a backend can limit, and the first kernel that has what it needs.
@@ -81,7 +81,7 @@ def test_each_backend_can_be_proved(own: Lab, case: Case, tmp_path: Path) -> Non
         said = running.communicate()[1]
     own_way = proof[str(case.direction)]
     assert own_way["asked"] == RATE.bytes_per_s
-    assert own_way["bytes_passed"] > 0
+    assert own_way["bytes_passed"] > 0, path.read_text()
     assert own_way["bytes_at_sockets"] > 0
     # What comes in the first moments, before it has found the connection, is told.
     if case.backend != "ifb_tc":
@@ -171,6 +171,24 @@ def test_what_another_cgroup_has_goes_past(own: Lab, scratch: Cgroup) -> None:
     finally:
         for one in (elsewhere, limited):
             one.remove(patience_s=5)
+
+
+def test_what_is_exempt_does_not_count(own: Lab, scratch: Cgroup) -> None:
+    """It was asked not to limit that address; it is told, and is why nothing passes."""
+    with target(scratch, own.inside) as made:
+        host, port = own.url.split("/")[2].split(":")
+        traffic = Traffic(but=(f"{host}/32",))
+        with throttle.apply([scratch], {DOWNLOAD: RATE}, traffic=traffic) as live:
+            prover = Prover(live)
+            made.do(f"download({host!r}, {port})")
+            eventually(lambda: prover.sample() or prover.waits)
+            reason = why(live, made.pid, 3)
+            proof = prover.end()
+    assert reason == ("exempt", f"all goes to {host}, which is exempt")
+    assert proof is not None
+    [evidence] = proof.evidence
+    assert evidence.past[EXEMPT] > 1 << 20
+    assert evidence.outcome is Outcome.NOTHING
 
 
 def test_loopback_is_why_nothing_passes(local: Local, scratch: Cgroup) -> None:

@@ -11,7 +11,7 @@ from pybpfthrottle.linux import tcp
 from pybpfthrottle.linux.netns import Connection
 from pybpfthrottle.linux.sockets import TcpInfo
 from pybpfthrottle.linux.tcp import Look
-from pybpfthrottle.model import Counters, Direction, Rate, Target, ThrottleSpec
+from pybpfthrottle.model import Counters, Direction, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.proof import Evidence, Outcome, Proof, Prover
 
 LIMIT = Rate(1 << 20)
@@ -46,6 +46,12 @@ def evidence(
         (evidence(loopback=10), Outcome.NOTHING, "nothing to limit yet: 10 B went over loopback"),
         (evidence(unseen=100_000), Outcome.FAILS, "does not hold: 97.7 KB went past unseen"),
         (evidence(MB, unseen=100_000), Outcome.HOLDS, "holds: 97.7 KB went past unseen"),
+        (evidence(2 * MB, exempt=9 * MB), Outcome.HOLDS, "holds: 9.0 MB is exempt by its address"),
+        (
+            evidence(4 * MB, exempt=MB),
+            Outcome.FAILS,
+            "does not hold: 2.00 times the limit: 1.0 MB is exempt by its address",
+        ),
         (evidence(9 * MB, asked=None), Outcome.HOLDS, "no limit"),
     ],
 )
@@ -130,9 +136,12 @@ def test_what_was_not_counted_is_explained(moments: Any) -> None:
             local=(4,),
         ),
     ]
+    looks.append(looks[-1])
     prover = Prover(throttle)
     throttle.passed = MB
     now[0] += 2
+    assert prover.sample() is None
+    now[0] += 1
     found = prover.sample()
     assert found is not None
     assert found.evidence[0].past == {
@@ -142,6 +151,36 @@ def test_what_was_not_counted_is_explained(moments: Any) -> None:
         "unseen": MB,
     }
     assert found.evidence[0].at_sockets == 8 * MB + MB // 2
+
+
+def test_what_is_exempt_is_told_and_not_held_against_the_limit(moments: Any) -> None:
+    """It was asked not to limit it."""
+    throttle, looks, now = moments
+    traffic = Traffic(but=("10.0.0.0/8",))
+    throttle.spec = ThrottleSpec(Target(), throttle.limits, traffic)
+    looks += [look(), look(connection(1, 9 * MB))]
+    prover = Prover(throttle)
+    throttle.passed = MB
+    now[0] += 2
+    found = prover.sample()
+    assert found is not None
+    assert found.evidence[0].past == {"loopback": 0, "exempt": 9 * MB}
+    assert found.outcome is Outcome.HOLDS
+
+
+def test_that_a_limit_does_not_hold_is_looked_at_twice(moments: Any) -> None:
+    """What was read at a bad moment is another thing a second later."""
+    throttle, looks, now = moments
+    looks += [look(), look(connection(1, 2 * MB)), look(connection(1, 3 * MB))]
+    prover = Prover(throttle)
+    now[0] += 2
+    assert prover.sample() is None
+    assert not prover.waits
+    throttle.passed = 3 * MB
+    now[0] += 1
+    found = prover.sample()
+    assert found is not None
+    assert (found.outcome, found.seconds) == (Outcome.HOLDS, 3.0)
 
 
 def test_counters_that_are_read_a_moment_apart_differ(moments: Any) -> None:
