@@ -10,7 +10,7 @@ import json
 import os
 from datetime import datetime
 from importlib.util import find_spec
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, TextIO
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, TextIO
 
 import click
 
@@ -225,16 +225,23 @@ def _points(
         if fields["event"] == "sample":
             yield from _of_sample(fields, counted)
         return
-    who = " ".join(str(fields[key]) for key in ("pid", "name") if fields.get(key) is not None)
+    who = _who(fields)
     for direction in map(str, Direction):
         yield (
-            f"{who or fields.get('user') or fields.get('cgroup') or 'unknown'} {direction}",
+            f"{who} {direction}",
             Point(
                 float(fields["time"]),
                 float(fields[f"{direction}_bytes_per_s"]),
                 fields["limits"].get(direction),
             ),
         )
+
+
+def _who(fields: Mapping[str, Any]) -> str:
+    """Return whose traffic a line of monitor tells, by what it adds up (``--by``)."""
+    by = fields.get("by") or "process"
+    names = ("pid", "name") if by == "process" else (by,)
+    return " ".join(str(fields[name]) for name in names if fields.get(name)) or "unknown"
 
 
 def _of_sample(

@@ -146,7 +146,7 @@ def monitor(options: Options, record: Optional[Output] = None) -> None:
         for rows in _intervals(watch, options):
             now = time.time()
             for row in rows[: options.lines]:
-                fields = {"time": round(now, 3), **row.to_json()}
+                fields = {"time": round(now, 3), "by": options.group, **row.to_json()}
                 if record is not None:
                     record.write(flat(fields) if record.form == CSV else fields)
                 if options.as_json:

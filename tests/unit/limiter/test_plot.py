@@ -51,6 +51,22 @@ def test_processes_have_series_of_their_own():
 
 
 @pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"by": "unit", "name": "curl", "unit": "a.service"}, "a.service download"),
+        ({"by": "user", "name": "curl", "user": None}, "unknown download"),
+        ({"by": "process", "pid": None, "name": "unknown"}, "unknown download"),
+        ({"name": "curl"}, "curl download"),
+    ],
+)
+def test_a_series_has_the_name_of_what_was_added_up(more, name):
+    """Those that share a program are not one."""
+    rates = {"download_bytes_per_s": 3, "upload_bytes_per_s": 4}
+    found = plot.read(recording({"time": 5, "limits": {}, **rates, **more}))
+    assert found[0].name == name
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "there are no rates in it"),
