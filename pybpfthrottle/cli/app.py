@@ -23,6 +23,7 @@ from pybpfthrottle.cli.options import (
     request_from,
     start_logging,
 )
+from pybpfthrottle.cli.records import BOTH_ON_STDOUT, Output, record_option
 from pybpfthrottle.cli.say import echo_lines, is_terminal, say, say_error, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
@@ -33,14 +34,15 @@ Examples:
   pybpfthrottle
   pybpfthrottle run --download-limit 1M -- wget https://example.org/image.iso
   pybpfthrottle --pid 1234 --download-limit 1M --upload-limit 500K
+  pybpfthrottle --pid 1234 --download-limit 1M --prove --record rates.csv
   pybpfthrottle --name rsync --user backup --upload-limit 500K
   pybpfthrottle --unit backup --upload-limit 8mbit --duration 1h
   pybpfthrottle --pid 1234 --download-limit 1M --detach --expires 2h
   pybpfthrottle demo
 
 \b
-Exit status: 0 done, 1 failed, 2 wrong usage. run exits with the status of its command,
-or 125 failed, 126 cannot be executed, 127 not found.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 a limit did not hold (--prove). run exits with the
+status of its command, or 125 failed, 126 cannot be executed, 127 not found.
 """
 
 
@@ -203,7 +205,7 @@ def _where_it_belongs(error: click.NoSuchOption) -> Optional[str]:
 Examples:
   pybpfthrottle run --upload-limit 500K -- rsync -a /home backup:
   pybpfthrottle run --download-limit 8mbit --user www-data -- ./crawl
-  pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
+  pybpfthrottle run --download-limit 2M --prove --record rates.csv -- apt-get upgrade
 """,
 )
 @limit_options
@@ -236,9 +238,10 @@ def run(**options: Any) -> None:
     epilog="""
 \b
 Examples:
-  sudo pybpfthrottle run --download-limit 2M --json-file rates.jsonl -- apt-get upgrade
-  pybpfthrottle plot rates.jsonl
-  pybpfthrottle plot rates.jsonl -o rates.svg
+  sudo pybpfthrottle run --download-limit 2M --record rates.csv -- apt-get upgrade
+  pybpfthrottle plot rates.csv
+  pybpfthrottle plot rates.csv -o rates.svg
+  sudo pybpfthrottle --pid 1234 -d 2M --duration 1m --record - | pybpfthrottle plot -
 """,
 )
 @click.argument("file", type=click.File(errors="replace"))
@@ -247,14 +250,20 @@ Examples:
     metavar="PICTURE",
     help="Draw a picture, .svg, .png or .pdf. Needs matplotlib.",
 )
-def plot(file: TextIO, output: Optional[str]) -> None:
-    """Show the rates that were recorded in FILE, or - for standard input.
+@click.option(
+    "--direction",
+    type=click.Choice([str(direction) for direction in Direction]),
+    help="Show only downloads, or only uploads.",
+)
+def plot(file: TextIO, output: Optional[str], direction: Optional[str]) -> None:
+    """Show the rates, limits, drops and round trips that were recorded in FILE.
 
-    FILE is what run --json-file, a limit's --json or monitor --json has written.
+    FILE is what --record, --json-file, a limit's --json or monitor --json has written; - is
+    standard input.
     """
     from pybpfthrottle.cli import plot as plot_command
 
-    plot_command.plot(file, output)
+    plot_command.plot(file, output, direction)
 
 
 @cli.command()
@@ -554,18 +563,22 @@ def top(**options: Any) -> None:
 \b
 Examples:
   sudo pybpfthrottle monitor --pid 1234
-  sudo pybpfthrottle monitor --name rsync --by name --json >rsync.jsonl
+  sudo pybpfthrottle monitor --name rsync --by name --record rsync.csv
 """,
 )
 @_traffic_options
-def monitor(**options: Any) -> None:
+@record_option
+def monitor(record: Optional[Output], **options: Any) -> None:
     """Print a line every second for each process that uses the line, until Ctrl-C.
 
-    With --json each line is a JSON object. See pybpfthrottle top for what is counted.
+    With --json each line is a JSON object; --record writes the same to a file. See pybpfthrottle
+    top for what is counted.
     """
     from pybpfthrottle.cli import top as top_command
 
-    top_command.monitor(_traffic(options))
+    if options["as_json"] and record is not None and record.on_stdout:
+        raise click.UsageError(BOTH_ON_STDOUT)
+    top_command.monitor(_traffic(options), record)
 
 
 @cli.command(

@@ -6,6 +6,7 @@ from typing import Any, Optional, TextIO
 
 from pybpfthrottle.cli.say import is_terminal, make_room
 from pybpfthrottle.meter import Reading
+from pybpfthrottle.model import printable
 
 
 class LiveLine:
@@ -13,15 +14,18 @@ class LiveLine:
 
     def __init__(self, file: TextIO, *, enabled: bool = True) -> None:
         self._file = file
-        self._enabled = enabled and is_terminal(file)
+        self.enabled = enabled and is_terminal(file)
         self._console: Optional[Any] = None
         self._drawn = False
-        if self._enabled:
+        if self.enabled:
             make_room.append(self.clear)
 
-    def draw(self, readings: list[Reading]) -> None:
-        """Replace the line. Drawing stops once the terminal is gone."""
-        if not self._enabled:
+    def draw(self, readings: list[Reading], reason: str = "") -> None:
+        """Replace the line. Drawing stops once the terminal is gone.
+
+        ``reason`` says why nothing passes.
+        """
+        if not self.enabled:
             return
         from rich.console import Console
         from rich.control import Control
@@ -30,7 +34,7 @@ class LiveLine:
 
         self._console = self._console or Console(file=self._file, highlight=False)
         width = max(1, self._console.width - 1)
-        forms = [Text(text, no_wrap=True) for text in _forms(readings)]
+        forms = [Text(text, no_wrap=True) for text in _forms(readings, reason)]
         text = next((form for form in forms if form.cell_len <= width), forms[-1])
         text.truncate(width, overflow="ellipsis")
         try:
@@ -40,18 +44,18 @@ class LiveLine:
             self._console.print(text, end="")
             self._file.flush()
         except OSError:
-            self._enabled = False
+            self.enabled = False
         self._drawn = True
 
     def clear(self) -> None:
         """Clear the line, so that what follows begins on an empty one."""
-        if not self._enabled or not self._drawn:
+        if not self.enabled or not self._drawn:
             return
         try:
             self._file.write("\r\x1b[2K")
             self._file.flush()
         except OSError:
-            self._enabled = False
+            self.enabled = False
         self._drawn = False
 
     def close(self) -> None:
@@ -61,10 +65,12 @@ class LiveLine:
             make_room.remove(self.clear)
 
 
-def _forms(readings: list[Reading]) -> list[str]:
+def _forms(readings: list[Reading], reason: str) -> list[str]:
     """Return the forms of the line, the longest first; each shows every direction."""
-    return [
+    rates = [
         "   ".join(reading.line() for reading in readings),
         "   ".join(reading.short() for reading in readings),
         " ".join(reading.shortest() for reading in readings),
     ]
+    why = f"   {printable(reason)}" if reason else ""
+    return [f"{form}{why}" for form in rates]

@@ -16,7 +16,7 @@ import click
 from pybpfthrottle import registry
 from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
-from pybpfthrottle.cli.report import JsonLines
+from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
@@ -27,6 +27,7 @@ from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Each, Throttle, start
 
+_REFUTED = 3
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -101,7 +102,7 @@ class Wanted(NamedTuple):
 
 def limit(request: Request, wanted: Wanted) -> int:
     """Put limits in force, show them, remove them at the end; return the exit status."""
-    mistake = wanted.mistake()
+    mistake = wanted.mistake() or _mistake(request, wanted)
     if mistake:
         raise click.UsageError(mistake)
     going_on = background.begin() if wanted.detach else None
@@ -128,9 +129,19 @@ def limit(request: Request, wanted: Wanted) -> int:
             going_on.ready()
         supervisor.add(lambda: [signals, command.sampling], strict=True)
         command.until_the_end(supervisor, signals)
-        if command.failed and not wanted.as_json:  # JsonLines has said so
+        if command.failed and not command.said_so:
             say(f"error: cannot write: {os.strerror(ENOSPC)}")
-        return 1 if command.failed else 0
+        return 1 if command.failed else _REFUTED if command.refuted else 0
+
+
+def _mistake(request: Request, wanted: Wanted) -> Optional[str]:
+    """Return what is wrong with where the output is to go, or None."""
+    record = request.record
+    if record is not None and record.on_stdout and (wanted.as_json or wanted.detach):
+        return BOTH_ON_STDOUT if wanted.as_json else "--detach needs a file to --record to, not -"
+    if wanted.detach and request.prove and (record is None or record.form != JSON):
+        return "--prove and --detach need --record FILE.jsonl: nobody would see the proof"
+    return None
 
 
 class _Command:
@@ -142,9 +153,17 @@ class _Command:
         self._shown: list[tuple[Throttle, Watch]] = []
         self._said: set[str] = set()
         self._reason = ""
-        self.failed = False
+        self._outputs = [Output(sys.stdout, on_stdout=True)] if wanted.as_json else []
+        self._outputs += [request.record] if request.record is not None else []
+        self._mute = request.quiet or any(one.on_stdout for one in self._outputs)
+        self.failed = self.refuted = False
         self.each: Optional[Each] = None
         self.sampling = Periodic(SAMPLE_S, self._sample)
+
+    @property
+    def said_so(self) -> bool:
+        """Whether it was said already that something could not be written."""
+        return any(output.failed for output in self._outputs)
 
     def begin(self, throttle: Throttle) -> None:
         """Show a limit that has begun."""
@@ -156,11 +175,12 @@ class _Command:
             pid=pids[0] if pids else None,
             name=name,
             terminal=sys.stdout,
-            json_file=sys.stdout if self._wanted.as_json else None,
+            outputs=self._outputs,
             quiet=self._request.quiet,
             background=self._wanted.detach,
             prefix=f"{pids[0]} ({name}): " if several else "",
             several=several,
+            prove=self._request.prove,
         )
         self._shown.append((throttle, watch))
         watch.start(pid=pids[0] if pids else None, pids=list(pids), target=throttle.what)
@@ -171,9 +191,11 @@ class _Command:
         # Fallbacks come first: they explain the rest.
         for note in throttle.plan_notes:
             self._said.add(note)
-            if self._wanted.as_json:
+            if self._mute:
                 watch.note(note)
-            self._say(note)
+            else:
+                watch.record_note(note)
+                self._say(note)
         end = f"pybpfthrottle remove {throttle.id}" if self._wanted.detach else "Ctrl-C"
         self._say(f"Limiting {throttle.what}: {rates}. {end} ends it.")
         self._say_notes()
@@ -214,9 +236,10 @@ class _Command:
     def _end(self, watch: Watch, reason: str) -> None:
         watch.end(reason=reason)
         self.failed |= watch.failed()
+        self.refuted |= watch.refuted
 
     def _say(self, line: str) -> None:
-        if not self._request.quiet and not self._wanted.as_json:
+        if not self._mute:
             with suppress(OSError):
                 echo(line)
 
@@ -230,7 +253,7 @@ class _Command:
         for note in self.each.notes() if self.each is not None else ():
             if note not in self._said:
                 self._said.add(note)
-                if self._wanted.as_json:
-                    JsonLines(sys.stdout, {}).note(note)
-                elif not self._request.quiet:
+                for output in self._outputs:
+                    output.recorder(None).note(note)
+                if not self._request.quiet and not self._wanted.as_json:
                     say(note)

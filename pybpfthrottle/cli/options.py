@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 import click
 from click.core import ParameterSource
 
+from pybpfthrottle.cli.records import Output, record_option
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.linux import clock
@@ -126,6 +127,7 @@ def limit_options(function: F) -> F:
                 "--label", metavar="NAME", default="", help="Name the limit, for set and remove."
             ),
             click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
+            record_option,
             click.option(
                 "--traffic",
                 cls=BackendOption,
@@ -152,6 +154,12 @@ def limit_options(function: F) -> F:
                 multiple=True,
                 metavar="NETWORK",
                 help="Do not limit this address or network. Of several the smallest decides.",
+            ),
+            click.option(
+                "--prove",
+                is_flag=True,
+                help="Say after two seconds whether the limit holds: what was asked, what the"
+                " kernel and the sockets have counted, and what went past.",
             ),
             click.option(
                 "--bpf-attach-method",
@@ -222,6 +230,8 @@ class Request(NamedTuple):
     duration_s: Optional[float]
     verbose: int
     quiet: bool
+    record: Optional[Output]
+    prove: bool
 
     def spec(self, target: Target, *, kept: bool = False) -> ThrottleSpec:
         """Return the requested throttle for a target, which begins now."""
@@ -268,6 +278,8 @@ def request_from(given: dict[str, Any]) -> Request:
         duration_s=given.pop("duration"),
         verbose=given.pop("verbose"),
         quiet=given.pop("quiet"),
+        record=given.pop("record"),
+        prove=given.pop("prove"),
     )
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from typing import Optional
 
+from pybpfthrottle import witness
 from pybpfthrottle.coverage import LOOPBACK, NOT_IP, Coverage
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import traffic
@@ -21,7 +22,7 @@ class Passage:
 
     def __init__(self, throttle: Throttle) -> None:
         self._throttle = throttle
-        self._pids = self._processes()
+        self._pids = witness.processes(throttle)
         self._before = self._devices()
         self._looked_s = time.monotonic()
         self._samples = 0
@@ -45,17 +46,10 @@ class Passage:
         if not self._seen:
             since_s = time.monotonic() - self._looked_s
             self._looked_s += since_s
-            self._pids = self._processes() or self._pids
+            self._pids = witness.processes(self._throttle) or self._pids
             some = self._pids[:_MOST_PROCESSES]
             self._seen = traffic.tcp_moved(some, since_s) or self._devices_moved(some, thorough)
         return self._seen
-
-    def _processes(self) -> list[int]:
-        found = list(self._throttle.processes())
-        for cgroup in self._throttle.cgroups:
-            with suppress(Error, OSError):
-                found += cgroup.pids_below()
-        return [pid for pid in found if pid]
 
     def _devices(self) -> Optional[traffic.DeviceBytes]:
         return traffic.device_bytes(self._pids[0]) if self._pids else None

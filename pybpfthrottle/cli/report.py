@@ -1,70 +1,9 @@
-"""What a running throttle did, as records for machines and lines for people."""
+"""What is said of a limit that has counted nothing."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, Mapping, TextIO
-
 from pybpfthrottle.backends.protocol import Backend
-from pybpfthrottle.cli.say import say
-from pybpfthrottle.meter import Reading
 from pybpfthrottle.model import Verdict
-from pybpfthrottle.throttle import Throttle
-
-SCHEMA_VERSION = 1
-
-
-class JsonLines:
-    """Writes one JSON object per line: ``start``, ``sample`` once a second, ``note``, ``end``.
-
-    Each has the fields in ``common``.
-    """
-
-    def __init__(self, file: TextIO, common: Mapping[str, Any]) -> None:
-        self._file = file
-        self._common = common
-        self.failed = False
-
-    def start(self, throttle: Throttle, **fields: Any) -> None:
-        """What was put in force."""
-        self._write(
-            "start",
-            schema=SCHEMA_VERSION,
-            cgroups=[cgroup.path for cgroup in throttle.cgroups],
-            id=throttle.id,
-            how={str(direction): how for direction, how in throttle.how().items()},
-            **fields,
-        )
-
-    def sample(self, elapsed_s: float, readings: list[Reading]) -> None:
-        """The rates of the last seconds, the counters since the start."""
-        self._write("sample", elapsed_s=round(elapsed_s, 3), **_by_direction(readings))
-
-    def note(self, text: str) -> None:
-        """Something about what is covered."""
-        self._write("note", text=text)
-
-    def end(self, elapsed_s: float, readings: list[Reading], **fields: Any) -> None:
-        """The rates over the whole time."""
-        self._write("end", elapsed_s=round(elapsed_s, 3), **_by_direction(readings), **fields)
-
-    def _write(self, event: str, **fields: Any) -> None:
-        if self.failed:
-            return
-        try:
-            self._file.write(json.dumps({"event": event, **self._common, **fields}) + "\n")
-            self._file.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            # A full disk must not end the limit, nor the limited command.
-            self.failed = True
-            say(f"cannot write to {self._file.name}: {error.strerror}; JSON lines end here")
-
-
-def _by_direction(readings: list[Reading]) -> dict[str, Any]:
-    return {str(reading.direction): reading.record() for reading in readings}
-
 
 NOTHING_PASSED = "Nothing was sent or received, so there was nothing to limit."
 

@@ -14,6 +14,7 @@ from typing import Optional, Sequence, TextIO
 from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
+from pybpfthrottle.cli.records import Output
 from pybpfthrottle.cli.say import PROGRAM, say, say_error
 from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error, LaunchError
@@ -45,7 +46,7 @@ def run(
 ) -> int:
     """Run the command; return its exit status, or 125, 126 or 127 with a line that says why."""
     try:
-        return _run(request, command, user, wait, json_file)
+        return _run(request, command, user, wait, _outputs(request, json_file))
     except LaunchError as error:
         say(str(error))
         return error.status
@@ -54,12 +55,18 @@ def run(
         return _FAILED
 
 
+def _outputs(request: Request, json_file: Optional[TextIO]) -> list[Output]:
+    """Return what to record to: --json-file is JSON lines, whatever its name."""
+    found = [] if json_file is None else [Output(json_file)]
+    return found if request.record is None else [*found, request.record]
+
+
 def _run(
     request: Request,
     argv: Sequence[str],
     user: Optional[str],
     wait: bool,
-    json_file: Optional[TextIO],
+    outputs: Sequence[Output],
 ) -> int:
     with ExitStack() as stack:
         command = Command(argv, user=None if user is None else User.parse(user))
@@ -79,9 +86,10 @@ def _run(
             pid=command.pid,
             name=os.path.basename(argv[0]),
             terminal=sys.stderr,
-            json_file=json_file,
+            outputs=outputs,
             quiet=request.quiet,
             prefix=PROGRAM,
+            prove=request.prove,
         )
         command.let_go()
         registry.tidy_up()

@@ -13,6 +13,7 @@ import click
 
 from pybpfthrottle import traffic
 from pybpfthrottle.cli import screen, tables
+from pybpfthrottle.cli.records import CSV, Output, flat
 from pybpfthrottle.cli.say import echo, echo_json, is_terminal
 from pybpfthrottle.model import Direction, format_bytes, format_rate, printable
 from pybpfthrottle.traffic import ProcessTraffic, Watch
@@ -60,15 +61,19 @@ def top(options: Options) -> None:
                 _show(rows, options)
 
 
-def monitor(options: Options) -> None:
+def monitor(options: Options, record: Optional[Output] = None) -> None:
     """Print a line for each process, or group, every interval. Raises an error of this package."""
+    silent = record is not None and record.on_stdout
     with options.watch() as watch:
         for rows in _intervals(watch, options):
             now = time.time()
             for row in rows[: options.lines]:
+                fields = {"time": round(now, 3), "by": options.group, **row.to_json()}
+                if record is not None:
+                    record.write(flat(fields) if record.form == CSV else fields)
                 if options.as_json:
-                    echo_json(json.dumps({"time": round(now, 3), **row.to_json()}))
-                else:
+                    echo_json(json.dumps(fields))
+                elif not silent:
                     clock = time.strftime("%H:%M:%S", time.localtime(now))
                     echo(f"{clock}  {'  '.join(_cells(row, options))}")
 

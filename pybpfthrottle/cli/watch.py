@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 from errno import ENOSPC
-from typing import Any, Optional, TextIO
+from typing import TYPE_CHECKING, Any, Optional, Sequence, TextIO
 
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.cli.display import LiveLine
 from pybpfthrottle.cli.passage import Passage
-from pybpfthrottle.cli.report import NOTHING_PASSED, JsonLines, never_ran, not_working
+from pybpfthrottle.cli.records import JSON, Output, Sample
+from pybpfthrottle.cli.report import NOTHING_PASSED, never_ran, not_working
 from pybpfthrottle.cli.say import PROGRAM, echo, echo_lines, say
 from pybpfthrottle.errors import Error
+from pybpfthrottle.idle import Idleness, Reason
 from pybpfthrottle.linux import cgroup
-from pybpfthrottle.meter import Meter
+from pybpfthrottle.meter import Meter, Reading
 from pybpfthrottle.model import Limits
 from pybpfthrottle.throttle import Throttle
+from pybpfthrottle.witness import RoundTrips
+
+if TYPE_CHECKING:
+    from pybpfthrottle.proof import Proof, Prover
 
 log = logging.getLogger(__name__)
 
@@ -39,21 +46,25 @@ class Watch:
         pid: Optional[int],
         name: str,
         terminal: TextIO,
-        json_file: Optional[TextIO],
+        outputs: Sequence[Output],
         quiet: bool,
         prefix: str = "",
         several: bool = False,
         background: bool = False,
+        prove: bool = False,
     ) -> None:
         self._live = live
         self._pid = "-" if pid is None else str(pid)
         self._name = f" ({name})" if name else ""
         self._terminal = terminal
-        shown = not (several or background or quiet or json_file is terminal)
-        self._line = LiveLine(terminal, enabled=shown)
-        common = {"pid": pid} if several else {}
-        self._json = JsonLines(json_file, common) if json_file else None
-        self._quiet = quiet or json_file is terminal
+        taken = [one for one in outputs if one.on_stdout and terminal is sys.stdout]
+        self._line = LiveLine(terminal, enabled=not (several or background or quiet or taken))
+        self._outputs = outputs
+        self._taken = bool(taken)
+        self._recorders = [one.recorder(pid, several=several) for one in outputs]
+        self._quiet = quiet or bool(taken)
+        # CSV has no place for notes.
+        self._says_notes = not quiet and not any(one.form == JSON for one in taken)
         self._prefix = prefix
         self._meter = Meter(live)
         self._limits: Limits = live.limits
@@ -61,13 +72,25 @@ class Watch:
         self._backends = {
             direction: get_backend(how["backend"]) for direction, how in live.how().items()
         }
+        self._round_trips = RoundTrips(live)
+        self._idleness = Idleness(live, pid)
+        self._prover: Optional[Prover] = None
+        self._proves = prove
+        self._told_waiting = False
+        self.refuted = False
         self._told_not_working = False
         self._full = False
 
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
-        if self._json:
-            self._json.start(self._live, **fields)
+        for recorder in self._recorders:
+            recorder.start(self._live, **fields)
+        if self._proves:
+            from pybpfthrottle.proof import Prover
+
+            self._prover = Prover(self._live)
+        if self._recorders:
+            self._round_trips.begin()
 
     def sample(self) -> None:
         """Show the rates of the last seconds; call this every SAMPLE_S."""
@@ -76,9 +99,11 @@ class Watch:
         if not any(reading.counters.program_calls for reading in readings):
             self._passage.look()
             self._tell_if_not_working()
-        self._line.draw(readings)
-        if self._json:
-            self._json.sample(self._meter.elapsed_s, readings)
+        reason = self._why_idle(readings)
+        self._line.draw(readings, reason.text if reason else "")
+        self._record(readings, reason)
+        if self._prover is not None:
+            self._tell(self._prover.sample())
         for reading in readings:
             log.info("PID %s%s %s", self._pid, self._name, reading.line())
             log.info(
@@ -87,18 +112,52 @@ class Watch:
                 reading.counters,
             )
 
+    def _why_idle(self, readings: Sequence[Reading]) -> Optional[Reason]:
+        """Return why nothing passes, where somebody reads it."""
+        if not (self._recorders or self._line.enabled):
+            return None
+        return self._idleness.sample(_counted(readings))
+
+    def _record(self, readings: list[Reading], reason: Optional[Reason]) -> None:
+        if not self._recorders:
+            return
+        idle = reason.to_json() if reason else None
+        trip = self._round_trips.sample(_counted(readings))
+        sample = Sample(self._meter.elapsed_s, readings, trip, idle)
+        for recorder in self._recorders:
+            recorder.sample(sample)
+
     def end(self, *, expect_traffic: bool = True, **fields: Any) -> None:
         """Show the rates over the whole time, while the counters still exist."""
         self._line.close()
+        if self._prover is not None:
+            self._tell(self._prover.end())
+        last = self._meter.sample()
         readings = self._meter.total()
-        if self._json:
-            self._json.end(self._meter.elapsed_s, readings, **fields)
+        for recorder in self._recorders:
+            samples = (Sample(self._meter.elapsed_s, one) for one in (last, readings))
+            recorder.end(*samples, **fields)
         if self._quiet:
             return
         for reading in readings:
             self.say(reading.summary(self._meter.elapsed_s))
         if expect_traffic and not any(reading.counters.program_calls for reading in readings):
             self._say_why_nothing()
+
+    def _tell(self, proof: Optional[Proof]) -> None:
+        """Say what a proof has shown, or once that there is nothing to prove yet."""
+        if proof is None:
+            if self._prover and self._prover.waits and not self._told_waiting:
+                self._told_waiting = True
+                self.note("Nothing has moved yet: the proof is made with the first traffic.")
+            return
+        self.refuted = proof.fails
+        for recorder in self._recorders:
+            recorder.proof(proof)
+        if not self._taken:
+            self.say(str(proof))
+        elif self._says_notes:
+            say(str(proof))
 
     def _say_why_nothing(self) -> None:
         """Say whether nothing has passed, or packets have passed unseen."""
@@ -127,10 +186,14 @@ class Watch:
     def note(self, text: str) -> None:
         """Print a note on what is covered, to standard error or as a JSON line."""
         self._line.clear()
-        if self._json:
-            self._json.note(text)
-        if not self._quiet:
+        self.record_note(text)
+        if self._says_notes:
             say(self._prefix.removeprefix(PROGRAM) + text)
+
+    def record_note(self, text: str) -> None:
+        """Record a note that is said elsewhere."""
+        for recorder in self._recorders:
+            recorder.note(text)
 
     def _tell_changes(self) -> None:
         """Report limits that somebody else has changed."""
@@ -148,7 +211,7 @@ class Watch:
 
     def failed(self) -> bool:
         """Whether records or lines could not be written for lack of space."""
-        return self._full or (self._json is not None and self._json.failed)
+        return self._full or any(output.failed for output in self._outputs)
 
     def _cgroup_id(self) -> str:
         try:
@@ -157,3 +220,8 @@ class Watch:
             return str(cgroup.from_pid(int(self._pid)).id)
         except (OSError, Error, ValueError):  # gone, or there are several
             return "?"
+
+
+def _counted(readings: Sequence[Reading]) -> int:
+    """Return the bytes that a throttle has counted in all."""
+    return sum(reading.counters.bytes_total for reading in readings)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # include/uapi/asm-generic/socket.h (which all machines use that support bpf(2))
 _SO_TYPE, _SO_PROTOCOL, _SO_DOMAIN = 3, 38, 39
-_IPPROTO_MPTCP = 262
+IPPROTO_MPTCP = 262
 
 # include/linux/socket.h; some Python versions lack some of them.
 _FAMILIES = {
@@ -24,7 +24,7 @@ _FAMILIES = {
 _TYPES = {1: "stream", 2: "dgram", 3: "raw", 4: "rdm", 5: "seqpacket", 6: "dccp", 10: "packet"}
 _PROTOCOLS = {
     1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 58: "icmpv6", 132: "sctp", 136: "udplite",
-    255: "raw", _IPPROTO_MPTCP: "mptcp",
+    255: "raw", IPPROTO_MPTCP: "mptcp",
 }  # fmt: skip
 # include/net/tcp_states.h
 _STATES = (
@@ -103,7 +103,7 @@ class Kind(NamedTuple):
 
     def is_mptcp(self) -> bool:
         """Whether other sockets, opened by the kernel, carry its data."""
-        return self.is_ip() and self.protocol == _IPPROTO_MPTCP
+        return self.is_ip() and self.protocol == IPPROTO_MPTCP
 
 
 class Description(NamedTuple):

@@ -10,9 +10,20 @@ import socket
 import struct
 from contextlib import suppress
 from ipaddress import IPv4Interface, IPv6Interface
-from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar, Union
+from typing import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    TypeVar,
+    Union,
+)
 
 from pybpfthrottle.linux import cgroup, libc, netlink, process
+from pybpfthrottle.linux.sockets import TcpInfo
 
 T = TypeVar("T")
 
@@ -26,7 +37,11 @@ _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = struct.Struct("=BBBxI48s")  # struct inet_diag_req_v2
 _ANSWER = struct.Struct("=4B48s5I")  # struct inet_diag_msg
 _PORTS, _PORTS_OFFSET = struct.Struct("!HH"), 4  # struct inet_diag_sockid, then 16 bytes each
+_COOKIE, _COOKIE_OFFSET = struct.Struct("=Q"), 44
 _ALL_STATES = 0xFFFFFFFF
+# include/net/tcp_states.h: those of connections that may carry data.
+_CONNECTED = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
+_INET_DIAG_INFO = 2
 _INET_DIAG_REQ_PROTOCOL = 3
 _INET_DIAG_CGROUP_ID = 21
 
@@ -198,19 +213,62 @@ def cgroup_ids(kinds: Iterable[tuple[int, int]]) -> dict[int, int]:
 def listed(kinds: Iterable[tuple[int, int]]) -> Iterator[Listed]:
     """Yield the sockets whose cgroups the kernel reports, as for ``cgroup_ids``."""
     for family, protocol in kinds:
-        # MPTCP's number does not fit into the one byte for the protocol.
-        more = struct.pack("=HHI", 8, _INET_DIAG_REQ_PROTOCOL, protocol) if protocol > 255 else b""
-        request = _REQUEST.pack(family, protocol & 0xFF, 0, _ALL_STATES, bytes(48)) + more
         try:
-            for answer in netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request):
+            for answer in _sockets(family, protocol, _ALL_STATES):
                 own = netlink.attributes(answer[_ANSWER.size :]).get(_INET_DIAG_CGROUP_ID)
-                inode = _ANSWER.unpack_from(answer)[-1]
+                inode = _inode(answer)
                 if own is not None and inode:
                     cgroup_id = struct.unpack("=Q", own)[0]
                     yield Listed(inode, cgroup_id, answer[1], _both_ends(answer))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
                 raise
+
+
+class Connection(NamedTuple):
+    """A TCP connection: what identifies it until the next boot, its inode and its cgroup.
+
+    Subflows of Multipath TCP have the inode of their socket. ``cgroup_id`` is None before Linux
+    5.8. ``ends`` has both ends, its own first.
+    """
+
+    cookie: int
+    inode: int
+    cgroup_id: Optional[int]
+    ends: tuple[tuple[str, int], ...]
+    info: TcpInfo
+
+
+def connections(wanted: Collection[int], cgroup_ids: Collection[int] = ()) -> Iterator[Connection]:
+    """Yield the TCP connections with an inode in ``wanted``, or of one of these cgroups.
+
+    Raises OSError: ENOENT if the kernel cannot list them (CONFIG_INET_TCP_DIAG).
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for answer in _sockets(family, socket.IPPROTO_TCP, _CONNECTED, 1 << _INET_DIAG_INFO - 1):
+            inode = _inode(answer)
+            # There may be thousands of others.
+            if inode not in wanted and not cgroup_ids:
+                continue
+            more = netlink.attributes(answer[_ANSWER.size :])
+            own = more.get(_INET_DIAG_CGROUP_ID)
+            cgroup_id = None if own is None else struct.unpack("=Q", own)[0]
+            if inode in wanted or cgroup_id in cgroup_ids:
+                cookie = _COOKIE.unpack_from(answer, _COOKIE_OFFSET)[0]
+                info = TcpInfo.parse(more.get(_INET_DIAG_INFO, b""))
+                yield Connection(cookie, inode, cgroup_id, _both_ends(answer), info)
+
+
+def _sockets(family: int, protocol: int, states: int, more: int = 0) -> Iterator[bytes]:
+    """Yield the kernel's answer for each socket; ``more`` has bits of what else to tell."""
+    # MPTCP's number does not fit into the one byte for the protocol.
+    long = struct.pack("=HHI", 8, _INET_DIAG_REQ_PROTOCOL, protocol) if protocol > 255 else b""
+    request = _REQUEST.pack(family, protocol & 0xFF, more, states, bytes(48)) + long
+    return netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request)
+
+
+def _inode(answer: bytes) -> int:
+    return int(_ANSWER.unpack_from(answer)[-1])
 
 
 def _both_ends(answer: bytes) -> tuple[tuple[str, int], ...]:

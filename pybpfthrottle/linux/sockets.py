@@ -74,16 +74,23 @@ class Place(NamedTuple):
     inode: int
 
 
-_TCP_INFO = struct.Struct("=B43xI72xQ104xI")
+# struct tcp_info of include/uapi/linux/tcp.h, as far as we read it.
+_TCP_INFO = struct.Struct("=B43xI4xI12xI28xI16xQQ64xQQ16xI")
 
 
 class TcpInfo(NamedTuple):
-    """The part of struct tcp_info that we read. Linux 4.6."""
+    """The part of struct tcp_info that we read. Linux 4.6; what is newer is 0 before."""
 
     state: int
     last_data_sent_ms: int
+    last_data_received_ms: int
+    round_trip_us: int  # smoothed, of what this side sends
+    retransmitted_packets: int
     bytes_acked: int
-    receive_window: int  # bytes; 0 before Linux 6.2
+    bytes_received: int
+    bytes_sent: int  # with retransmissions; Linux 4.19
+    bytes_retransmitted: int  # Linux 4.19
+    receive_window: int  # bytes; Linux 6.2
 
     @property
     def sends(self) -> bool:
@@ -94,11 +101,21 @@ class TcpInfo(NamedTuple):
         """
         return self.state in _SENDING
 
+    def moved_within(self, seconds: float) -> bool:
+        """Whether the connection carried data within the last seconds."""
+        # One acknowledged byte is the SYN.
+        sent = self.bytes_acked > 1 and self.last_data_sent_ms < seconds * 1000
+        return sent or (self.bytes_received > 0 and self.last_data_received_ms < seconds * 1000)
+
     @classmethod
     def of(cls, own: socket.socket) -> TcpInfo:
         """Return the state of a TCP connection. Raises OSError."""
-        data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        return cls(*_TCP_INFO.unpack(data.ljust(_TCP_INFO.size, b"\0")))
+        return cls.parse(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+
+    @classmethod
+    def parse(cls, data: bytes) -> TcpInfo:
+        """Return what struct tcp_info has; it is shorter on older kernels."""
+        return cls(*_TCP_INFO.unpack_from(data.ljust(_TCP_INFO.size, b"\0")))
 
 
 class Lender:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 from contextlib import suppress
 from typing import Iterable, NamedTuple, Optional
 
 from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux.sockets import TcpInfo
 
 # On a new device the kernel itself looks for routers and addresses.
 _NOISE_BYTES = 2048
-# How long ago data was sent and received (ms), and how many bytes were acknowledged and received.
-# Linux 4.1.
-_TCP_INFO = struct.Struct("=44xI4xI64xQQ")
 
 
 class DeviceBytes(NamedTuple):
@@ -67,13 +63,6 @@ def tcp_moved(pids: Iterable[int], within_s: float) -> bool:
     """Whether a TCP connection of some processes carried data within the last seconds."""
     for own in sockets.tcp_of(pids):
         with suppress(OSError):
-            data = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-            sent_ms, received_ms, acked, received = _TCP_INFO.unpack(
-                data.ljust(_TCP_INFO.size, b"\0")
-            )
-            # One acknowledged byte is the SYN.
-            if (acked > 1 and sent_ms < within_s * 1000) or (
-                received and received_ms < within_s * 1000
-            ):
+            if TcpInfo.of(own).moved_within(within_s):
                 return True
     return False

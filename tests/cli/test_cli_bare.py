@@ -92,6 +92,49 @@ def test_quiet_shows_nothing(tool, running):
     assert tool.terminal_of(process).text == ""
 
 
+def test_a_record_on_standard_output_is_all_that_is_there(tool, scratch):
+    """CSV, which plot reads from its standard input."""
+    limit = ("--cgroup", scratch.cgroup().path, "--download-limit", "1M", "--duration", "1.3")
+    result = tool.run(*limit, "--record", "-")
+    assert result.status == 0
+    head, *rows = result.text.splitlines()
+    assert head.startswith("time,elapsed_s,pid,direction,limit,")
+    assert len(rows) >= 2
+    assert tool.run("plot", "-", input=result.out).text.startswith("download: 0 B/s in the mean")
+
+
+@pytest.mark.parametrize("way", [("--json",), ("--record", "-"), ()])
+def test_a_proof_comes_at_the_end_at_the_latest(tool, scratch, way):
+    """As JSON where that is, otherwise for people; nothing to limit is no failure."""
+    limit = ("--cgroup", scratch.cgroup().path, "--upload-limit", "1M", "--duration", "0.3")
+    result = tool.run(*limit, "--prove", *way)
+    assert result.status == 0
+    if way == ("--json",):
+        assert result.err == ""
+        [proof] = [one for one in map(json.loads, result.text.splitlines()) if "holds" in one]
+        assert (proof["event"], proof["holds"]) == ("proof", None)
+        assert proof["upload"]["asked"] == 1 << 20
+    else:
+        shown = result.err if way else result.text
+        assert shown.count("Proof of 0.") == 1
+        assert shown.count("nothing to limit yet") == 1
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_a_record_is_beside_what_people_read(running, tool, tmp_path, name):
+    """It is complete after Ctrl-C, and notes and the summary are shown as always."""
+    process, _ = running("--record", name)
+    process.send_signal(signal.SIGINT)
+    result = tool.finish(process)
+    assert result.status == 0
+    assert "Ctrl-C ends it" in result.text
+    assert "upload: actual=0 B/s" in result.text
+    text = (tmp_path / name).read_text()
+    assert text.endswith("\n")
+    assert "download" in text
+    assert "upload" in text
+
+
 def test_json_prints_start_samples_and_end(tool, scratch):
     """--json prints JSON lines, and nothing else, on standard output."""
     cgroup = scratch.cgroup()

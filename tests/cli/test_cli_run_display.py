@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -97,6 +99,40 @@ def test_the_json_file_says_legacy_where_it_is(tool, tmp_path):
     assert records(path)[0]["how"]["upload"]["attached_by"] == "legacy"
 
 
+def test_the_record_is_a_table(tool, tmp_path):
+    """--record x.csv has a row per second and direction, in place of what was in the file."""
+    path = tmp_path / "x.csv"
+    path.write_text("before\n")
+    result = tool.run(*LIMIT, "--record", str(path), "--", "sh", "-c", "sleep 1.3; exit 3")
+    assert result.status == 3
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["direction"] for row in rows} == {"download", "upload"}
+    assert len(rows) >= 4
+    assert {row["limit"] for row in rows} == {str(1 << 20), str(500 << 10)}
+    assert {row["pid"] for row in rows} == {rows[0]["pid"]}
+    assert int(rows[0]["pid"]) > 0
+    plotted = tool.run("plot", str(path))
+    assert plotted.status == 0
+    assert "download: 0 B/s in the mean" in plotted.text
+
+
+def test_a_record_may_be_beside_a_json_file(tool, tmp_path):
+    """Each has its own."""
+    files = ("--record", "x.jsonl", "--json-file", "y.txt")
+    assert tool.run(*LIMIT, "-q", *files, "--", "true").err == ""
+    for name in ("x.jsonl", "y.txt"):
+        assert [record["event"] for record in records(tmp_path / name)] == ["start", "end"]
+
+
+def test_a_record_on_a_full_disk_does_not_harm_the_command(tool, tmp_path):
+    """It costs a line on standard error."""
+    (tmp_path / "x.csv").symlink_to("/dev/full")
+    result = tool.run(*LIMIT, "-q", "--record", "x.csv", "--", "sh", "-c", "exit 3")
+    assert result.status == 3
+    assert "x.csv" in result.complaint
+
+
 def test_a_command_that_fails_to_start_ends_the_json_file_well(tool, tmp_path):
     """Whatever happens, each line of the file is a whole JSON object."""
     path = tmp_path / "x.jsonl"
@@ -165,3 +201,27 @@ def test_a_reader_that_leaves_ends_the_command_as_always(tool):
     process.stdout = None
     result = tool.finish(process)
     assert (result.status, result.err) == (141, "")
+
+
+LOCAL = """
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+own = socket.create_connection(listener.getsockname())
+other, _ = listener.accept()
+while True:
+    own.sendall(bytes(1000))
+    other.recv(1000)
+    time.sleep(0.1)
+"""
+
+
+def test_the_live_line_and_the_record_say_why_nothing_passes(tool, tmp_path, eventually):
+    """After a few seconds, without a note."""
+    command = ("--", sys.executable, "-c", LOCAL)
+    process, terminal = tool.start_on_terminal(*LIMIT, "--record", "x.jsonl", *command)
+    terminal.wait_for("all goes over loopback, to itself")
+    process.terminate()
+    assert tool.finish(process).status == 143
+    samples = [one for one in records(tmp_path / "x.jsonl") if one["event"] == "sample"]
+    assert samples[0]["idle"] is None
+    assert samples[-1]["idle"]["code"] == "loopback"

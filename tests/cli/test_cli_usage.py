@@ -177,6 +177,37 @@ def test_a_json_file_that_cannot_be_made_is_refused(tool, tmp_path):
     assert str(path) in tool.run("run", *limit, "--json-file", str(path), "true").usage_error
 
 
+@pytest.mark.parametrize(
+    ("record", "said"), [("absent/x.csv", "No such file"), ("x.txt", ".csv for CSV, or in .jsonl")]
+)
+def test_a_record_that_cannot_be_made_is_refused(tool, record, said):
+    """By every command that has --record."""
+    for command in (("run", "-d", "1M"), ("--pid", "1", "-d", "1M"), ("monitor",)):
+        word = ["true"] if command[0] == "run" else []
+        error = tool.run(*command, "--record", record, *word).usage_error
+        assert record in error
+        assert said in error
+
+
+def test_standard_output_is_for_one_of_two(tool):
+    """JSON lines and CSV cannot share it."""
+    for command in (("--pid", "1", "-d", "1M"), ("monitor",)):
+        assert "both need" in tool.run(*command, "--json", "--record", "-").usage_error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--record", "-"), "--detach needs a file"),
+        (("--prove",), "need --record FILE.jsonl"),
+        (("--prove", "--record", "x.csv"), "need --record FILE.jsonl"),
+    ],
+)
+def test_what_goes_on_in_the_background_has_no_terminal(tool, options, said):
+    """So it needs a file for what would be shown there."""
+    assert said in tool.run("--pid", "1", "-d", "1M", "--detach", *options).usage_error
+
+
 def test_backends_are_listed_for_each_direction(tool):
     """--list-backends prints each direction's backends in the words of the seeds."""
     result = tool.run("--list-backends")

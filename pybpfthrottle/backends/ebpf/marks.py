@@ -33,6 +33,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
+from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.targets import Selection
 
@@ -42,7 +43,6 @@ MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
 # Scanning processes takes at most this fraction of one CPU's time.
 _MOST_OF_TIME = 0.01
-_IPPROTO_MPTCP = 262
 _MARK = b"\0\0\0\0"
 _EXECUTION = "sched_process_exec"
 
@@ -231,7 +231,7 @@ class Marks:
             if found.socket.family == socket.AF_PACKET:
                 self._note(f"what {process.listed([owner])} sends by AF_PACKET is not limited")
             return False
-        if found.socket.proto == _IPPROTO_MPTCP and not features.MPTCP_SOCKET.available():
+        if found.socket.proto == IPPROTO_MPTCP and not features.MPTCP_SOCKET.available():
             self._note(
                 f"{process.listed([owner])} uses MPTCP: this kernel does not tell whose packets"
                 " those are (Linux 5.19 and its BTF do), and neither its connections nor what its"

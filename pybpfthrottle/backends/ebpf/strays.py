@@ -20,6 +20,7 @@ from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import netns, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.sockets import Borrowed, Place
 
@@ -32,11 +33,10 @@ _SOON_S, _SOON_PERIOD_S = 5.0, 0.25
 _MOST_OF_TIME = 0.01
 # How long a socket list is trusted for sockets that it does not contain.
 _FRESH_S = 0.2
-_IPPROTO_MPTCP = 262
 _KINDS = tuple(
     (family, protocol)
     for family in (AF_INET, AF_INET6)
-    for protocol in (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_RAW, _IPPROTO_MPTCP)
+    for protocol in (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_RAW, IPPROTO_MPTCP)
 )
 
 

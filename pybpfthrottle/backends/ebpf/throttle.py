@@ -15,7 +15,7 @@ from typing import (
     Sequence,
 )
 
-from pybpfthrottle.backends.ebpf import carriers, connections, pins, programs
+from pybpfthrottle.backends.ebpf import connections, pins, programs
 from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
@@ -29,8 +29,8 @@ from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
+from pybpfthrottle.linux import carriers, clock, process, sockets
 from pybpfthrottle.linux import cgroup as cgroups_v2
-from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate

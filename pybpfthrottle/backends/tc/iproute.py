@@ -66,8 +66,10 @@ class Iproute(Commands):
             with suppress(BackendError):
                 self.run(["modprobe", _IFB, "numifbs=0"], package="kmod")
         self._ip(f"link add {name} type {_IFB}")
-        # Its address would be a route, and would send packets.
-        self._ip(f"link set {name} addrgenmode none up")
+        # Its address would be a route, and would send packets. The kernel sets a device up before
+        # it looks at anything else in the same request.
+        self._ip(f"link set {name} addrgenmode none")
+        self._ip(f"link set {name} up")
 
     def delete_ifb(self, name: str) -> None:
         """Delete an IFB device if it is there; a device of another kind is left alone."""

@@ -24,6 +24,7 @@ from targets import eventually, listening, programs_of
 
 from pybpfthrottle import traffic
 from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.cli import plot
 from pybpfthrottle.demo.wire import DEVICE
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import cgroup, netns, process
@@ -363,19 +364,25 @@ def test_top_tells_scripts(own: Lab) -> None:
     assert row["download_bytes_per_s"] == pytest.approx((1 << 20) * PACKET / SEGMENT, rel=0.25)
 
 
-def test_monitor_prints_a_line_a_second(own: Lab) -> None:
-    """As JSON lines; Ctrl-C ends it without a word."""
+def test_monitor_prints_a_line_a_second(own: Lab, tmp_path: Path) -> None:
+    """As JSON lines, and records a table that plot reads; Ctrl-C ends it without a word."""
     monitor = [*TOOL, "monitor", "--name", "curl", "--by", "name", "--interval", "0.5", "--json"]
     curl = own.inside("curl", "-sN", "-o", "/dev/null", "--max-time", "30", own.url)
+    path = tmp_path / "x.csv"
+    monitor += ["--record", str(path)]
     with (
         subprocess.Popen(monitor, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True) as monitoring,
         program(curl),
     ):
         assert monitoring.stdout
-        rates = (json.loads(line)["download_bytes_per_s"] for line in monitoring.stdout)
-        assert [rate > 1_000_000 for rate in islice(rates, 3)][1:] == [True, True]
+        lines = islice(monitoring.stdout, 3)
+        rates = [json.loads(line)["download_bytes_per_s"] for line in lines]
+        assert [rate > 1_000_000 for rate in rates][1:] == [True, True]
         monitoring.send_signal(signal.SIGINT)
         monitoring.communicate(timeout=10)
+    with path.open() as file:
+        recorded = {series.direction: series.rates for series in plot.read(file)}
+    assert recorded["download"][:3] == rates
     assert monitoring.returncode in (130, -signal.SIGINT)
 
 

@@ -16,11 +16,13 @@ from targets import tool as running
 
 from pybpfthrottle import throttle
 from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.idle import why
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate, Traffic
 
 RATES = {Direction.UPLOAD: Rate.parse("1M")}
 TCP = 6
+NO_CONNECTION = ("no-connection", "no connection leaves this machine")
 # Connects to a server of ours when it is told to, and has the ends that it inherits open.
 CARRIER = "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])));"
 CARRIER += "print('ready', flush=True); sys.stdin.read()"
@@ -97,6 +99,18 @@ def test_the_other_end_of_a_unix_socket_is_told(ends: Ends) -> None:
         ):
             [note] = live.notes()
             assert f"--pid {carrier.pid}" in note
+
+
+def test_who_carries_it_is_why_nothing_passes(ends: Ends) -> None:
+    """In a few words; who comes later is found too, unlike by the note at the start."""
+    one, other = socket.socketpair()
+    with one, other, ends.silent(other.fileno()) as own, limited(own.pid) as live:
+        assert why(live, own.pid, 3) == NO_CONNECTION
+        with ends.carrier(one.fileno()) as carrier:
+            reason = why(live, own.pid, 3)
+            assert reason is not None
+            assert reason.code == "carried"
+            assert reason.text.startswith(f"{carrier.pid} (python")
 
 
 def test_who_has_a_connection_is_not_told_of_others(ends: Ends) -> None:

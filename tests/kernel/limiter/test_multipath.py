@@ -19,6 +19,7 @@ from pybpfthrottle.coverage import Coverage
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.proof import Outcome, Prover
 
 MPTCP = 262
 RATE = Rate.parse("1M")
@@ -112,6 +113,21 @@ def test_what_a_multipath_client_connects_to_is_limited(
             assert 0.3 <= rate_of(receiving, 3) / RATE.bytes_per_s <= 1.3
         # Nothing of the limit stays with a connection that nobody could give it back to.
         eventually(lambda: rate_of(receiving, 0.5) > 2 * RATE.bytes_per_s)
+
+
+def test_a_proof_counts_multipath_connections(scratch: Cgroup) -> None:
+    """Their subflows are TCP connections, which tell what they have carried."""
+    with (
+        pair(scratch, MPTCP, server_sends=True) as ends,
+        throttle.apply([], {DOWNLOAD: RATE}, processes=selected(ends.client.pid)) as live,
+    ):
+        prover = Prover(live)
+        ends.connect(MPTCP, server_sends=True)
+        [evidence] = eventually(prover.sample).evidence
+    assert evidence.at_sockets is not None
+    assert evidence.at_sockets > 0
+    assert evidence.outcome is Outcome.HOLDS
+    assert set(evidence.past.values()) == {0}
 
 
 def test_a_limited_cgroup_leaves_nothing_on_multipath_connections(scratch: Cgroup) -> None:

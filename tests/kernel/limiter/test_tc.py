@@ -116,6 +116,14 @@ def test_filters_of_others_are_left_alone(own, kind):
     tc(own, f"qdisc delete dev wire {kind}")
 
 
+def test_the_device_of_downloads_has_no_address(own):
+    """Its address would be a route, and the limit would follow that to the device itself."""
+    with in_force(own, IFB) as running:
+        eventually(lambda: "pybpf-" in answer(own, "ip", "link"))
+        assert "pybpf-" not in answer(own, "ip", "-6", "route")
+        assert "followed" not in ended(running)
+
+
 def test_a_qdisc_in_which_somebody_has_put_a_filter_stays(own):
     """Ours was there first; only ours goes."""
     with in_force(own, IFB) as running:

@@ -9,10 +9,10 @@ import os
 import re
 from collections import defaultdict
 from contextlib import suppress
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.linux import endpoints, netns, process
-from pybpfthrottle.linux.endpoints import Description
+from pybpfthrottle.linux.endpoints import Description, Endpoint
 
 _PIPE, _SOCKET = "pipe", "socket"
 _LINK = re.compile(r"(pipe|socket):\[(\d+)\]")
@@ -26,27 +26,76 @@ class _Open(NamedTuple):
     devices: tuple[str, ...]
 
 
+class Carriers(NamedTuple):
+    """Who carries what processes send and receive.
+
+    ``devices`` are tun and tap devices, by the process that uses one and has no connection beside.
+    ``leaves`` tells whether a socket of the processes may send to other machines; if none does, the
+    others are processes that have the other ends ``over_loopback``, and those that have a
+    connection and talk to them ``over_pipes`` or Unix sockets.
+    """
+
+    devices: Mapping[int, tuple[str, ...]]
+    leaves: bool
+    over_loopback: tuple[int, ...] = ()
+    over_pipes: tuple[int, ...] = ()
+
+
+def find(pids: Sequence[int]) -> Carriers:
+    """Return who carries the data of some processes."""
+    opened = {pid: _open_of(pid) for pid in pids}
+    tables = _Tables()
+    devices = {
+        pid: own.devices
+        for pid, own in opened.items()
+        if own.devices and not any(map(tables.at(pid).sends, own.sockets))
+    }
+    if any(tables.at(pid).leaves(inode) for pid, own in opened.items() for inode in own.sockets):
+        return Carriers(devices, leaves=True)
+    return Carriers(devices, False, *_carried(opened, tables))
+
+
+def other_ends(inodes: Mapping[int, int]) -> tuple[int, ...]:
+    """Return the processes at the other ends of connections within this machine.
+
+    ``inodes`` has a process that has each of the sockets open, by the socket's inode.
+    """
+    tables = _Tables()
+    peers = {peer for inode, pid in inodes.items() for peer in tables.at(pid).peers(inode)}
+    if not peers:
+        return ()
+    return tuple(pid for pid in process.running() if _open_of(pid).sockets & peers)
+
+
 def notes(pids: Sequence[int], *, loopback: bool) -> Iterator[str]:
     """Yield who has the connection, if none of these processes has one that leaves the machine.
 
     ``loopback``: traffic over the loopback device is limited too.
     """
-    opened = {pid: _open_of(pid) for pid in pids}
-    tables = _Tables()
-    for pid, own in opened.items():
-        if own.devices and not any(map(tables.at(pid).sends, own.sockets)):
-            yield (
-                f"{process.listed([pid])} uses the device {', '.join(own.devices)}. Packets that"
-                " pass through it belong to no socket, and are not limited. Limit the device"
-                " itself, for example with tc"
-            )
-    if not any(
-        tables.at(pid).leaves(inode) for pid, own in opened.items() for inode in own.sockets
-    ):
-        yield from _carried(opened, tables, loopback)
+    found = find(pids)
+    for pid, devices in found.devices.items():
+        yield (
+            f"{process.listed([pid])} uses the device {', '.join(devices)}. Packets that"
+            " pass through it belong to no socket, and are not limited. Limit the device"
+            " itself, for example with tc"
+        )
+    who = process.listed(pids)
+    if found.over_loopback and not loopback:
+        yield (
+            f"all connections of {who} go over the loopback device (limited only with --loopback)"
+            f" to {process.listed(found.over_loopback)}: {_instead(found.over_loopback)}"
+        )
+    if found.over_pipes:
+        yield (
+            f"{who} has no connection that leaves the machine. {process.listed(found.over_pipes)}"
+            f" has one, and talks to it over a pipe or a Unix socket: {_instead(found.over_pipes)}"
+        )
 
 
-def _carried(opened: Mapping[int, _Open], tables: _Tables, loopback: bool) -> Iterator[str]:
+def _carried(
+    opened: Mapping[int, _Open], tables: _Tables
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the processes at the other ends, over loopback, and over pipes and Unix sockets."""
     local = {
         peer
         for pid, own in opened.items()
@@ -60,11 +109,8 @@ def _carried(opened: Mapping[int, _Open], tables: _Tables, loopback: bool) -> It
         for inode, peer in tables.at(pid).unix_peers.items()
         if inode in own.sockets
     }
-    if not (local or pipes or unix):
-        return
-    who = process.listed(list(opened))
     over_loopback, over_pipes = [], []
-    for pid in process.running():
+    for pid in process.running() if local or pipes or unix else ():
         if pid in opened or pid == os.getpid():
             continue
         own = _open_of(pid)
@@ -74,16 +120,7 @@ def _carried(opened: Mapping[int, _Open], tables: _Tables, loopback: bool) -> It
             map(tables.at(pid).is_connected, own.sockets)
         ):
             over_pipes.append(pid)
-    if over_loopback and not loopback:
-        yield (
-            f"all connections of {who} go over the loopback device (limited only with --loopback)"
-            f" to {process.listed(over_loopback)}: {_instead(over_loopback)}"
-        )
-    if over_pipes:
-        yield (
-            f"{who} has no connection that leaves the machine. {process.listed(over_pipes)} has"
-            f" one, and talks to it over a pipe or a Unix socket: {_instead(over_pipes)}"
-        )
+    return tuple(over_loopback), tuple(over_pipes)
 
 
 def _instead(pids: Sequence[int]) -> str:
@@ -130,8 +167,9 @@ class _Table:
                 self.unix_peers.update(netns.inside(namespace, netns.unix_peers))
             finally:
                 os.close(namespace)
+        # There may be thousands of connections, so the other end is looked up.
         self._by_ends = {
-            (one.local, one.remote): inode
+            (_plain(one.local), _plain(one.remote)): inode
             for inode, one in self._found.items()
             if one.local and one.remote and one.kind.is_ip()
         }
@@ -152,14 +190,10 @@ class _Table:
     def peers(self, inode: int) -> list[int]:
         """Return the other end of a connection that does not leave the machine."""
         one = self._found.get(inode)
-        if one is None or not one.kind.is_ip() or one.remote is None:
+        if one is None or not one.kind.is_ip() or one.remote is None or one.local is None:
             return []
-        ends = [
-            peer
-            for (local, remote), peer in self._by_ends.items()
-            if _same(local, one.remote) and _same(remote, one.local)
-        ]
-        return ends[:1]
+        peer = self._by_ends.get((_plain(one.remote), _plain(one.local)))
+        return [] if peer is None else [peer]
 
     def _is_local(self, one: Description) -> bool:
         end = one.remote or one.local
@@ -168,11 +202,9 @@ class _Table:
         return one.remote is not None and str(one.remote.ip()) in self._addresses
 
 
-def _same(one: object, other: object) -> bool:
-    """Whether two ends are the same; one may be an IPv4-mapped IPv6 address."""
-    if isinstance(one, endpoints.Endpoint) and isinstance(other, endpoints.Endpoint):
-        return one.port == other.port and one.ip() == other.ip()
-    return False
+def _plain(end: Endpoint) -> tuple[str, Optional[int]]:
+    """Return an end with the address as IPv4 if it is IPv4-mapped IPv6."""
+    return str(end.ip()), end.port
 
 
 class _Tables:
