@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from pybpfthrottle.errors import Error
@@ -117,12 +118,17 @@ class Interval(NamedTuple):
         group: str = "process",
         order: str = "rate",
         keeps: Callable[[ProcessTraffic], bool] = lambda one: True,
+        interface: str = "",
     ) -> list[Row]:
-        """Return a row for each process or group that has ever moved anything in this scope."""
+        """Return a row for each process or group that has ever moved anything in this scope.
+
+        With ``interface`` only what passed that one counts.
+        """
         groups: dict[str, list[ProcessTraffic]] = {}
-        for one in _shares(filter(keeps, self.after), group):
+        for one in _shares(_through(filter(keeps, self.after), interface), group):
             groups.setdefault(GROUPS[group](one), []).append(one)
-        earlier = {(one.number, one.share): one for one in _shares(self.before, group)}
+        began = _shares(_through(self.before, interface), group)
+        earlier = {(one.number, one.share): one for one in began}
         rows = []
         for label, members in groups.items():
             known = [earlier.get((one.number, one.share)) for one in members]
@@ -137,9 +143,22 @@ class Interval(NamedTuple):
                 )
         return sorted(rows, key=lambda row: row.key(order))
 
+    def interfaces(self) -> list[str]:
+        """Return the names of the interfaces that anything has passed."""
+        return sorted({name for one in self.after for name in one.by_interface})
+
     def _throttles(self, members: Iterable[ProcessTraffic]) -> tuple[InForce, ...]:
         found = (each for one in members for each in self.cover.of(one.pid, one.cgroup))
         return tuple({each.id: each for each in found}.values())
+
+
+def _through(found: Iterable[ProcessTraffic], interface: str) -> Iterator[ProcessTraffic]:
+    """Yield what of each has passed an interface; all of it if none is named."""
+    for one in found:
+        if interface:
+            part = one.by_interface.get(interface, {})
+            one = replace(one, by_scope=part, by_interface={interface: part})
+        yield one
 
 
 def _shares(found: Iterable[ProcessTraffic], group: str) -> Iterator[ProcessTraffic]:

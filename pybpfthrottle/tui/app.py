@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, Awaitable, Callable, NamedTuple, Optional, Sequence, TypeVar, Union
 
 from textual import on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
+from textual.drivers.linux_driver import LinuxDriver
 from textual.events import Event, Key, Resize
 from textual.widgets import Input
 
@@ -55,6 +57,7 @@ _KEYS = (
     _Key("S", "turn_round", "S", "", "sort the other way round"),
     _Key("g", "group", "g", "group", "by name, user, cgroup, unit, container or interface"),
     _Key("i", "scope", "i", "scope", "network, internet, local, loopback or all traffic"),
+    _Key("n", "interface", "n", "", "one network interface after the other, or all"),
     _Key("slash", "search", "/", "search", "show only what has a text; Escape shows all"),
     _Key("space", "freeze", "Space", "freeze", "freeze the picture, and go on"),
     _Key("ctrl+z", "suspend_process", "Ctrl-Z", "", "suspend this, until fg in the shell"),
@@ -76,6 +79,34 @@ _MOVES = (
     ("ctrl+c", "leave_always"),
 )
 _ACTIONS = {name.partition("(")[0] for _, name, *_ in (*_KEYS, *_MOVES)}
+
+
+class _Patient:
+    """A terminal that takes everything, even once it is gone: the writing thread has to go on."""
+
+    def __init__(self, terminal: Any) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> None:
+        """Write, as far as anybody reads."""
+        with suppress(OSError):
+            self._terminal.write(text)
+
+    def flush(self) -> None:
+        """Flush, as far as anybody reads."""
+        with suppress(OSError):
+            self._terminal.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
+
+
+class _Driver(LinuxDriver):
+    """Textual's driver, which waits for ever for a thread that has failed to write."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._file: Any = _Patient(self._file)
 
 
 class Top(App[None]):
@@ -109,7 +140,7 @@ class Top(App[None]):
     """
 
     def __init__(self, source: Source, view: View, *, interval_s: float = 1.0) -> None:
-        super().__init__(ansi_color=True)
+        super().__init__(driver_class=_Driver, ansi_color=True)
         self.failure: Optional[Union[Error, OSError]] = None
         self._source = source
         self._view = view
@@ -254,6 +285,11 @@ class Top(App[None]):
     def action_scope(self) -> None:
         """Show other traffic."""
         self._view.next_scope()
+        self._draw()
+
+    def action_interface(self) -> None:
+        """Show what passes another interface."""
+        self._view.next_interface()
         self._draw()
 
     def action_freeze(self) -> None:

@@ -52,9 +52,13 @@ ASCII = Signs(" .:-=+*#@", "down", "up", "v", "^", "-", "~")
 
 @dataclass
 class View:
-    """What is chosen to be seen. ``selected`` is the label of a row, ``frozen`` stops the news."""
+    """What is chosen to be seen. ``selected`` is the label of a row, ``frozen`` stops the news.
+
+    ``interface`` is empty for all of them.
+    """
 
     scope: str = "network"
+    interface: str = ""
     group: str = "process"
     order: str = "rate"
     reverse: bool = False
@@ -97,7 +101,9 @@ class View:
         position = self.position
         if self.look is None:
             return ()
-        found = self.look.interval.rows(self.scope, self.group, self.order, self.keeps)
+        found = self.look.interval.rows(
+            self.scope, self.group, self.order, self.keeps, self.interface
+        )
         if self.reverse:
             found.reverse()
         self.rows = [row for row in found if self._is_sought(row)][: self.lines]
@@ -148,6 +154,14 @@ class View:
         self._history = {}
         self.arrange()
 
+    def next_interface(self) -> None:
+        """Show what passes the interface that comes next, or all; trends begin anew."""
+        known = self.look.interval.interfaces() if self.look is not None else []
+        names = sorted({"", self.interface, *known})
+        self.interface = _after(names, self.interface, 1)
+        self._history = {}
+        self.arrange()
+
     def plain(self, text: str) -> str:
         """Return a text of others as one line that this terminal can show."""
         text = printable(text)
@@ -166,7 +180,8 @@ class View:
         count = f"{len(self.rows)} {self.group}"
         plural = ("es" if self.group == "process" else "s") * (len(self.rows) != 1)
         order = f"{self.order}, reversed" if self.reverse else self.order
-        return [*cells, Cell(f"{count}{plural}   scope: {self.scope}   sort: {order}")]
+        where = f"{self.scope} on {self.plain(self.interface)}" if self.interface else self.scope
+        return [*cells, Cell(f"{count}{plural}   scope: {where}   sort: {order}")]
 
     def columns(self) -> list[Column]:
         """Return the columns of the table; those about limits only if there are any."""

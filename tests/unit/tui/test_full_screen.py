@@ -12,6 +12,7 @@ from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.inforce import InForce
 from pybpfthrottle.linux import process
 from pybpfthrottle.model import Direction, Rate, Target
+from pybpfthrottle.traffic import Scope, Usage
 from pybpfthrottle.tui.view import ASCII, View
 from pybpfthrottle.usage import GROUPS
 
@@ -276,6 +277,29 @@ def test_scopes_are_switched() -> None:
         assert seen == ["internet", "local", "loopback", "all", "network"]
 
     screen(switch)
+
+
+def test_interfaces_are_switched() -> None:
+    """Each shows what has passed it, in whichever group."""
+    curl = moving(26235, "curl", 5 * K, K)
+    ways = {
+        "eth0": {Scope.INTERNET: Usage(1, 3 * K, 1, K)},
+        "wg0": {Scope.INTERNET: Usage(1, 2 * K)},
+    }
+    source = MadeUp(replace(curl, by_interface=ways), moving(5, "sshd", K, K))
+
+    async def switch(shown: Shown) -> None:
+        seen = []
+        for _ in range(3):
+            await shown.press("n")
+            seen.append(
+                (shown.view.interface, [row.total.download_bytes for row in shown.view.rows])
+            )
+        assert seen == [("eth0", [3 * K]), ("wg0", [2 * K]), ("", [5 * K, K])]
+        await shown.press("n")
+        assert "scope: network on eth0" in shown.text()
+
+    screen(switch, source)
 
 
 def test_a_limit_is_made_in_a_dialog() -> None:
