@@ -61,7 +61,8 @@ class Host:
 def _empty_and_remove(own: Cgroup) -> None:
     """End what a login has left, which is in the cgroups of the test."""
     for pid in own.pids():
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
     own.remove(patience_s=5)
 
 
