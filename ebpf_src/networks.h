@@ -3,7 +3,6 @@
 
 #define BPF_MAP_TYPE_LPM_TRIE 11
 #define BPF_F_NO_PREALLOC 1
-#define MOST_NETWORKS 4096
 #define ADDRESS_BITS 128
 #define AF_INET6 10
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -12,10 +11,13 @@
 #define MAPPED_IP4 0x0000ffff
 #endif
 
-/* Whether packets to and from a network are limited: 0 or 1. Of several the smallest decides. */
+/*
+ * Whether packets to and from a network are limited: 0 or 1. Of several the smallest decides. User
+ * space makes it as large as it has to be: before Linux 5.11 memory is charged for all elements.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, MOST_NETWORKS);
+	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct throttle_network);
 	__type(value, __u32);

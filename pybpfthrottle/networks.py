@@ -15,7 +15,7 @@ from pybpfthrottle.model import TRAFFIC_KINDS, Traffic
 Address = Union[IPv4Address, IPv6Address]
 Network = Union[IPv4Network, IPv6Network]
 
-# As many as the kernel's map holds, and some room.
+# More would take long to put in, one by one.
 MOST_NETWORKS = 4000
 # Private, shared by carriers (CGNAT), link-local, loopback, multicast and broadcast.
 # Source: IANA's registries of special-purpose addresses.

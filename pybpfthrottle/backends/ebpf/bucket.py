@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional
 
@@ -17,6 +18,7 @@ from pybpfthrottle.backends.ebpf.records import (
 )
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
@@ -24,6 +26,8 @@ from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic
 
 log = logging.getLogger(__name__)
 
+# The map that the address of the other end is looked up in.
+NETWORKS = "CGROUP_NETWORKS"
 _MS = 1_000_000
 _NS_PER_S = 1_000_000_000
 _NEVER_NS = (1 << 63) - 1
@@ -175,6 +179,17 @@ class Seen(NamedTuple):
     flows: int
 
 
+def with_room(spec: ObjectSpec, traffic: Traffic) -> ObjectSpec:
+    """Return an object whose map of networks has room for those that decide."""
+    if traffic.everywhere:
+        return spec
+    from pybpfthrottle import networks
+
+    count = len(networks.decisions(traffic))
+    large = replace(spec.maps[NETWORKS], max_entries=count)
+    return replace(spec, maps={**spec.maps, NETWORKS: large})
+
+
 class Bucket:
     """The rates of a throttle, in its maps."""
 
@@ -222,7 +237,7 @@ class Bucket:
         # Most limits are for all addresses, and do without the time that this import takes.
         from pybpfthrottle import networks
 
-        tree = self._maps["CGROUP_NETWORKS"].elements
+        tree = self._maps[NETWORKS].elements
         for network, limited in networks.decisions(self._traffic).items():
             tree.update(networks.key(network), U32.encode(limited))
 

@@ -16,7 +16,7 @@ from typing import (
 )
 
 from pybpfthrottle.backends.ebpf import connections, pins, programs
-from pybpfthrottle.backends.ebpf.bucket import Bucket
+from pybpfthrottle.backends.ebpf.bucket import Bucket, with_room
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.loaded import Loaded
@@ -178,7 +178,8 @@ class EbpfThrottle:
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, which share the maps of those that are loaded already."""
-        refused = self._loaded.load(scope, self._gate.spec(programs.object_for(scope)))
+        spec = with_room(self._gate.spec(programs.object_for(scope)), self._order.traffic)
+        refused = self._loaded.load(scope, spec)
         self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
 
     def _begin(self, refused: Optional[Mapping[str, str]]) -> None:

@@ -20,7 +20,7 @@ from since import needs_release
 from pybpfthrottle import networks
 from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
-from pybpfthrottle.backends.ebpf.bucket import config_for
+from pybpfthrottle.backends.ebpf.bucket import config_for, with_room
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import (
     RECORD,
@@ -110,6 +110,11 @@ PACKETS = {
 }  # fmt: skip
 
 
+NETWORKS = networks.traffic(
+    to=["192.0.2.0/24", "2001:db8::/32"], but=["192.0.2.64/26", "2001:db8:7::/48"]
+)
+
+
 class Bench:
     """The programs of one object with their maps."""
 
@@ -136,7 +141,8 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """All programs of an object, the loopback device limited to a rate that is never reached."""
     if request.param == "throttle-direct":
         needs_release(features.TEST_RUN_PACKET.since, features.TEST_RUN_PACKET.name)
-    with loader.load(shipped.read(request.param), PROGRAMS) as loaded:
+    spec = with_room(shipped.read(request.param), NETWORKS)
+    with loader.load(spec, PROGRAMS) as loaded:
         own = Bench(loaded)
         for direction in Direction:
             own.configs[direction] = config_for(MAX_RATE, loopback=True)
@@ -230,10 +236,7 @@ def test_the_smallest_network_of_the_other_end_decides(
     bench: Bench, program: str, name: str, near: str, nearer: str, far: str, own: str
 ) -> None:
     """What is sent is told by where it goes, what is received by where it comes from."""
-    traffic = networks.traffic(
-        to=["192.0.2.0/24", "2001:db8::/32"], but=["192.0.2.64/26", "2001:db8:7::/48"]
-    )
-    for network, limited in networks.decisions(traffic).items():
+    for network, limited in networks.decisions(NETWORKS).items():
         bench.networks.update(networks.key(network), U32.encode(limited))
     direction, _ = PROGRAMS[program]
     bench.configs[direction] = config_for(MAX_RATE, loopback=True, networks=True)

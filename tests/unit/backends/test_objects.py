@@ -165,7 +165,7 @@ MAPS = {
     "CGROUP_BUCKETS": (MapType.ARRAY, 4, SIZES["throttle_bucket"], COUNT),
     "CGROUP_STATS": (MapType.PERCPU_ARRAY, 4, SIZES["throttle_stats"], COUNT),
     "CGROUP_FLOWS": (MapType.ARRAY, 4, SIZES["throttle_flows"], COUNT),
-    "CGROUP_NETWORKS": (MapType.LPM_TRIE, SIZES["throttle_network"], 4, 4096),
+    "CGROUP_NETWORKS": (MapType.LPM_TRIE, SIZES["throttle_network"], 4, 1),
     "SOCKETS": (MapType.SK_STORAGE, 4, SIZES["throttle_socket"], 0),
     "MARKS": (MapType.SK_STORAGE, 4, 4, 0),
     "PROCESSES": (MapType.HASH, 4, SIZES["throttle_process"], 32768),
