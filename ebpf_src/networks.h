@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only */
 /* Limits for some networks only, at the other end: where the flag THROTTLE_NETWORKS says so. */
 
-#define BPF_MAP_TYPE_LPM_TRIE 11
 #define BPF_F_NO_PREALLOC 1
-#define ADDRESS_BITS 128
 #define AF_INET6 10
+
+#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
+#define BPF_MAP_TYPE_LPM_TRIE 11
+#define ADDRESS_BITS 128
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define MAPPED_IP4 0xffff0000 /* the third word of an IPv4 address in IPv6 */
 #else
@@ -32,17 +34,10 @@ always_inline int is_exempt(const struct throttle_network *address)
 }
 
 /*
- * A function of its own where the kernel has such (4.16): the verifier would else follow all that
- * comes after it for each of its ways.
+ * Whether that of the packet's other end is not. A function of its own: the verifier would else
+ * follow all that comes after it for each of its ways.
  */
-#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
-#define own_function __attribute__((noinline))
-#else
-#define own_function always_inline
-#endif
-
-/* Whether that of the packet's other end is not. */
-own_function int is_exempt_packet(struct __sk_buff *skb, __u32 direction)
+__attribute__((noinline)) int is_exempt_packet(struct __sk_buff *skb, __u32 direction)
 {
 	struct throttle_network key; /* without an initializer: that would be a map of constants */
 	__u8 room[16];
@@ -85,3 +80,8 @@ always_inline int is_exempt_end(__u32 family, __u32 ip4, __u32 first, __u32 seco
 	((config)->flags & THROTTLE_NETWORKS &&                                                    \
 	 is_exempt_end(from->family, from->remote##4, from->remote##6[0], from->remote##6[1],      \
 		       from->remote##6[2], from->remote##6[3]))
+#else
+/* Linux 4.14 does without. */
+#define is_exempt_packet(skb, direction) 0
+#define IS_EXEMPT(config, from, remote) 0
+#endif

@@ -180,9 +180,17 @@ class Seen(NamedTuple):
 
 
 def with_room(spec: ObjectSpec, traffic: Traffic) -> ObjectSpec:
-    """Return an object whose map of networks has room for those that decide."""
+    """Return an object whose map of networks has room for those that decide.
+
+    Raises ThrottleError for the object that has none: that of Linux 4.14.
+    """
     if traffic.everywhere:
         return spec
+    if NETWORKS not in spec.maps:
+        raise ThrottleError(
+            "addresses cannot be told apart here (--traffic, --to, --except): this needs Linux 5.1"
+            " and CAP_PERFMON"
+        )
     from pybpfthrottle import networks
 
     count = len(networks.decisions(traffic))
