@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import struct
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Iterable, Union
+from typing import Iterable, Mapping, Union
 
 from pybpfthrottle.errors import LimitError
 from pybpfthrottle.linux import netns
@@ -56,7 +57,8 @@ def traffic(
     return Traffic(loopback, kind, to, but, tuple(own))
 
 
-def decisions(traffic: Traffic) -> dict[Network, bool]:
+@lru_cache(maxsize=16)
+def decisions(traffic: Traffic) -> Mapping[Network, bool]:
     """Return for networks whether packets to and from them are limited.
 
     Of several that contain an address the smallest one decides. Empty if all are limited. Raises

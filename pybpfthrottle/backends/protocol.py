@@ -119,7 +119,7 @@ class Record:
     @property
     def expired(self) -> bool:
         """Whether its time is over."""
-        return 0 < self.spec.expires_ns <= clock.boottime_ns()
+        return clock.has_come(self.spec.expires_ns)
 
     def visible_cgroups(self) -> list[Cgroup]:
         """Return the cgroups that it is on, as this process sees them, if it can."""

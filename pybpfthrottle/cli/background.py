@@ -107,8 +107,7 @@ def supervise(ids: Sequence[str]) -> int:
 
         def look() -> None:
             for throttle in list(throttles):
-                over = 0 < throttle.spec.expires_ns <= clock.boottime_ns()
-                if over or throttle.ended():
+                if clock.has_come(throttle.spec.expires_ns) or throttle.ended():
                     throttle.remove()
                     throttles.remove(throttle)
 

@@ -33,6 +33,11 @@ def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) - offsets().boottime_ns
 
 
+def has_come(at_ns: int) -> bool:
+    """Whether a time on ``boottime_ns`` has come; 0 never does."""
+    return 0 < at_ns <= boottime_ns()
+
+
 def boot_time_s() -> float:
     """Return when the kernel was started, in seconds since 1970."""
     return time.time() - boottime_ns() / _NS_PER_S

@@ -236,13 +236,13 @@ class Bucket:
     def begin(self, refused: Mapping[str, str]) -> None:
         """Put all rates in force. ``refused`` says why methods are unavailable."""
         self.refused = dict(refused)
-        if not self._traffic.everywhere:
-            self._put_networks()
         for direction, rate in self.rates.items():
             self.set_rate(direction, rate)
 
-    def _put_networks(self) -> None:
-        # Most limits are for all addresses, and do without the time that this import takes.
+    def put_networks(self) -> None:
+        """Tell the programs which networks are limited, once, before any rate is in force."""
+        if self._traffic.everywhere:
+            return
         from pybpfthrottle import networks
 
         tree = self._maps[NETWORKS].elements

@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
+from pybpfthrottle.linux.process import PACKAGE_ROOT
 from pybpfthrottle.model import Direction
 
 # The prefix of every program's name, in the kernel too.
@@ -247,11 +248,8 @@ def data(file_name: str) -> bytes:
     """Return the bytes of a file of prebuilt/. Raises ObjectFileError if it is not there."""
     # The import system's own loader reads from directories and from zip files.
     loader: Any = __spec__.loader
-    package = os.path.abspath(__file__)
-    for _ in ("programs.py", "ebpf", "backends"):
-        package = os.path.dirname(package)
     # In a wheel prebuilt/ is inside the package, in a checkout beside it.
-    for directory in (package, os.path.dirname(package)):
+    for directory in (os.path.join(PACKAGE_ROOT, "pybpfthrottle"), PACKAGE_ROOT):
         try:
             found: bytes = loader.get_data(os.path.join(directory, "prebuilt", file_name))
         except OSError:

@@ -193,6 +193,7 @@ class EbpfThrottle:
                 owner=process.identity(),
                 expires_ns=self._order.spec.expires_ns,
             )
+            self._bucket.put_networks()
         # The gate comes last: until its keeper serves it, it opens no window.
         self._bucket.begin(refused or {"gate": "it is not open yet"})
 
