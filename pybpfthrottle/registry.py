@@ -66,20 +66,7 @@ def _known() -> list[Record]:
 
 def _is_in_force(record: Record) -> bool:
     """Whether a record is not a crash's leftover, and was not removed by others."""
-    return (
-        not record.removed
-        and not record.expired
-        and (record.kept or not process.is_gone(record.owner))
-    )
-
-
-def unsupervised() -> list[list[Record]]:
-    """Return the records of each kept throttle whose process has ended. Raises OSError."""
-    found: dict[str, list[Record]] = {}
-    for record in records():
-        if not record.supervised:
-            found.setdefault(record.id, []).append(record)
-    return list(found.values())
+    return not record.removed and not record.expired and (record.kept or record.supervised)
 
 
 def tidy_up() -> None:

@@ -15,6 +15,7 @@ from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.errors import Error, ThrottleError
+from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import locked
 from pybpfthrottle.linux.signals import SignalQueue
@@ -82,7 +83,7 @@ def begin() -> Union[Background, int]:
 def pick_up() -> None:
     """Have another process keep the limits whose process was killed."""
     try:
-        ids = [records[0].id for records in registry.unsupervised()]
+        ids = [one.id for one in _unsupervised()]
     except (OSError, Error):  # what may not be seen cannot be kept either
         return
     if ids:
@@ -119,13 +120,18 @@ def supervise(ids: Sequence[str]) -> int:
     return 0
 
 
+def _unsupervised() -> list[InForce]:
+    """Return the kept throttles whose process has ended. Raises OSError."""
+    return [one for one in in_force(registry.records()) if not one.record.supervised]
+
+
 def _take_over_all(ids: Sequence[str], stack: ExitStack) -> Optional[list[Throttle]]:
     """Return what was taken over; None if there is nothing to do."""
     taken: list[Throttle] = []
     with locked():
-        found = registry.unsupervised()
+        found = _unsupervised()
         if ids:
-            known = {records[0].id: records for records in found}
+            known = {one.id: one for one in found}
             missing = [one for one in ids if one not in known]
             if missing:
                 raise ThrottleError(
@@ -136,11 +142,11 @@ def _take_over_all(ids: Sequence[str], stack: ExitStack) -> Optional[list[Thrott
         if not found:
             echo("Each throttle has a process that keeps it.")
             return None
-        for records in found:
+        for one in found:
             try:
-                throttle = take_over(records, {"ebpf": _options(records)})
+                throttle = take_over(one.parts, {"ebpf": _options(one.parts)})
             except (Error, OSError) as error:
-                say(f"error: {records[0].id} is not in force any more: {error}")
+                say(f"error: {one.id} is not in force any more: {error}")
                 continue
             stack.callback(throttle.remove)
             taken.append(throttle)
