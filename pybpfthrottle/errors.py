@@ -18,6 +18,7 @@
     │   └── NoCgroupError              there is no such cgroup, or no more
     ├── ProcessError                   a process that does not exist or cannot be limited
     ├── SettingsError                  a setting that is not allowed, or cannot be read
+    ├── RulesError                     rules with mistakes; .mistakes has a line for each
     ├── ThrottleError                  a throttle that was refused, or is gone
     │   ├── BackendError               what one backend cannot do here; another one may
     │   └── NoMarksError               single processes cannot be limited here, cgroups can
@@ -31,6 +32,8 @@ about its meaning. ``pybpfthrottle.bpf.errors`` defines the toolkit's errors.
 """
 
 from __future__ import annotations
+
+from typing import Sequence
 
 from pybpfthrottle.bpf.errors import (
     AmbiguousTypeError,
@@ -64,6 +67,7 @@ __all__ = [
     "ObjectFileError",
     "ProcessError",
     "ProgramLoadError",
+    "RulesError",
     "SettingsError",
     "ThrottleError",
     "UnresolvedError",
@@ -90,6 +94,15 @@ class ProcessError(Error):
 
 class SettingsError(Error):
     """A setting that is not allowed, or cannot be read."""
+
+
+class RulesError(Error):
+    """Rules that cannot be used. ``mistakes`` has a line for each mistake, with file and line."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+        super().__init__(mistakes[0] + more)
+        self.mistakes = tuple(mistakes)
 
 
 class ThrottleError(Error):

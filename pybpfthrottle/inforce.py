@@ -66,6 +66,8 @@ class InForce(NamedTuple):
         words += [f"of user {user}" for user in target.users]
         words += [f"unit {name}" for name in target.units]
         words += target.cgroups
+        if target.rule:
+            words.append(f"by rule {target.rule}")
         what = ", ".join(words) or ", ".join(self.record.cgroups)
         return (what or "unknown (of an older version)") + _networks(self.record.spec.traffic)
 

@@ -214,6 +214,7 @@ class Target:
     Processes are given by id (``pids``), or match one each of the given names, executables and
     users. With ``children`` the processes that they start are limited too. ``cgroups`` are cgroup
     v2 paths, ``units`` are names, and ``command`` is an argument vector to run with the limit.
+    ``rule`` names the rule that chooses the cgroups or, without any, the processes.
     """
 
     pids: tuple[int, ...] = ()
@@ -224,6 +225,7 @@ class Target:
     cgroups: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    rule: str = ""
 
     @property
     def matches(self) -> bool:
@@ -233,7 +235,12 @@ class Target:
     @property
     def processes(self) -> bool:
         """Whether processes are limited, whatever cgroup they are in."""
-        return bool(self.pids) or self.matches
+        return bool(self.pids) or self.matches or self.by_rule
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether a rule chooses the processes while they are limited."""
+        return bool(self.rule) and not (self.cgroups or self.pids)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, for JSON."""
@@ -244,6 +251,8 @@ class Target:
         }
         if self.processes:
             record["children"] = self.children
+        if self.rule:
+            record["rule"] = self.rule
         return record
 
     @classmethod

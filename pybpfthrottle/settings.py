@@ -138,13 +138,19 @@ def load(
 def config_files(environment: Mapping[str, str]) -> list[str]:
     """Return the files to read if they exist; later files override earlier ones, key by key."""
     files = [_SYSTEM_FILE]
+    home = config_home(environment)
+    if home:
+        files.append(os.path.join(home, "config.toml"))
+    return files
+
+
+def config_home(environment: Mapping[str, str]) -> str:
+    """Return the user's directory for this program's files; empty if there is none."""
     # Relative paths must be ignored: XDG Base Directory Specification.
     home = environment.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(home):
         home = os.path.join(environment.get("HOME", ""), ".config")
-    if os.path.isabs(home):
-        files.append(os.path.join(home, "pybpfthrottle", "config.toml"))
-    return files
+    return os.path.join(home, "pybpfthrottle") if os.path.isabs(home) else ""
 
 
 def _command_line(method: Optional[str]) -> Optional[tuple[str, str]]:
@@ -177,14 +183,17 @@ def _from_files(files: Sequence[str]) -> dict[str, tuple[Any, str]]:
     """Return the value of each key, and the file that it came from."""
     found: dict[str, tuple[Any, str]] = {}
     for path in files:
-        text = _read(path)
+        text = read_trusted(path)
         if text is not None:
             found.update({key: (value, path) for key, value in _parse(path, text).items()})
     return found
 
 
-def _read(path: str) -> Optional[str]:
-    """Return a config file's text, None if there is none; root reads only files of its own."""
+def read_trusted(path: str) -> Optional[str]:
+    """Return a file's text, None if there is none; root reads only files of its own.
+
+    Raises SettingsError.
+    """
     # Ignore a file in a directory that may not be searched, such as another user's HOME.
     if not os.path.lexists(path):
         return None
@@ -214,12 +223,7 @@ def _refuse_untrusted(path: str, status: os.stat_result) -> None:
 
 def _parse(path: str, text: str) -> dict[str, Any]:
     """Return a file's dotted keys. Raises SettingsError with file, line and what is allowed."""
-    toml = _toml(path)
-    try:
-        tree = toml.loads(text)
-    except toml.TOMLDecodeError as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}") from error
-    flat = dict(_flatten(tree, ""))
+    flat = dict(_flatten(parse_toml(path, text), ""))
     for key, value in flat.items():
         where = f"{path}, line {_line_of(text, key)}"
         if key not in _ALLOWED:
@@ -227,6 +231,15 @@ def _parse(path: str, text: str) -> dict[str, Any]:
         if not _is_allowed(key, value):
             raise SettingsError(f"{where}: {key} is {value!r}; it must be {_ALLOWED[key]}")
     return flat
+
+
+def parse_toml(path: str, text: str) -> dict[str, Any]:
+    """Return the tables of a text in TOML. Raises SettingsError, which names the file."""
+    toml = _toml(path)
+    try:
+        return dict(toml.loads(text))
+    except toml.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
 
 
 def _toml(path: str) -> Any:

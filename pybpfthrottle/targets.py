@@ -28,7 +28,8 @@ class Selection(NamedTuple):
     A process matches if it has one of the names, one of the executables and one of the users, for
     each kind given. With ``children`` all children of a chosen process, present and future, are
     chosen too, even if it ends. Processes that hold this session are chosen only by id.
-    ``new_sockets`` is False if sockets created from now on are limited by other means.
+    ``new_sockets`` is False if sockets created from now on are limited by other means. ``rule``
+    names the rule that takes processes in, and lets them go.
     """
 
     processes: tuple[Process, ...] = ()
@@ -37,11 +38,17 @@ class Selection(NamedTuple):
     users: frozenset[int] = frozenset()
     children: bool = True
     new_sockets: bool = True
+    rule: str = ""
 
     @property
     def matches_some(self) -> bool:
         """Whether it selects more than ids, so that later processes may match."""
         return bool(self.names or self.executables or self.users)
+
+    @property
+    def waits(self) -> bool:
+        """Whether later processes may come."""
+        return self.matches_some or bool(self.rule)
 
     def matching(self) -> Iterator[int]:
         """Yield the processes that match now, except this session's."""
@@ -54,15 +61,17 @@ class Selection(NamedTuple):
     def matches(self, pid: int) -> bool:
         """Whether a running process matches."""
         return (
-            (not self.names or _has_name(pid, self.names))
+            (not self.names or has_name(pid, self.names))
             and (not self.executables or any(one.runs_in(pid) for one in self.executables))
-            and (not self.users or _user(pid) in self.users)
+            and (not self.users or effective_user(pid) in self.users)
             and not process.is_kernel_thread(pid)
             and not process.has_ended(pid)
         )
 
     def __str__(self) -> str:
         """Return e.g. ``process 12 (curl)`` or ``all processes named 'curl' of user 1000``."""
+        if self.rule:
+            return f"the processes of rule {self.rule}"
         parts = []
         if self.processes:
             pids = [chosen.pid for chosen in self.processes]
@@ -108,7 +117,7 @@ def _any_of(words: Iterable[str]) -> str:
     return " or ".join(sorted(words))
 
 
-def _has_name(pid: int, names: frozenset[str]) -> bool:
+def has_name(pid: int, names: frozenset[str]) -> bool:
     """Match as ``pgrep -x``; names longer than the kernel keeps are sought in the command line."""
     short = process.name_of(pid)
     if short in names:
@@ -122,8 +131,8 @@ def _has_name(pid: int, names: frozenset[str]) -> bool:
     return False
 
 
-def _user(pid: int) -> int:
-    """Return the effective user; -1 if the process is gone."""
+def effective_user(pid: int) -> int:
+    """Return the effective user of a process; -1 if it is gone."""
     with suppress(OSError), open(f"/proc/{pid}/status", errors="replace") as file:
         for line in file:
             if line.startswith("Uid:"):
@@ -139,6 +148,7 @@ def select(target: Target) -> Selection:
         frozenset(map(Executable, target.executables)),
         frozenset(map(user_id, target.users)),
         children=target.children,
+        rule=target.rule if target.by_rule else "",
     )
 
 

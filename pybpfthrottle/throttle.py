@@ -39,7 +39,7 @@ from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved, OwnCgroup
-from pybpfthrottle.linux.process import Process
+from pybpfthrottle.linux.process import Process, has_ended
 from pybpfthrottle.linux.units import Comings, Unit
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
@@ -172,7 +172,7 @@ class Throttle:
             return False
         if self.selection is None:
             return True
-        return not self.selection.matches_some and not self.processes()
+        return not self.selection.waits and not self.processes()
 
     def ended(self) -> str:
         """Return why the throttle has ended; empty if it has not.
@@ -199,6 +199,39 @@ class Throttle:
     def why_vanished(self) -> str:
         """Return what became of the cgroups that are gone, for people."""
         return "; ".join(map(self._says_gone, self._gone()))
+
+    def add(self, cgroup: Cgroup) -> None:
+        """Limit another cgroup as a whole, too. Raises an error of this package."""
+
+        def add() -> None:
+            for part in self._distinct_parts():
+                part.add(cgroup)
+
+        self._do(add)
+        self.cgroups = tuple(dict.fromkeys([*self.cgroups, cgroup]))
+        self._ids.update(_ids([cgroup]))
+
+    def is_on(self, cgroup: Cgroup) -> bool:
+        """Whether a cgroup is limited, and not only one that was at its path before."""
+        return cgroup in self._ids and cgroup.is_still(self._ids[cgroup])
+
+    def follow(self, pids: Sequence[int]) -> None:
+        """Limit more processes, if a rule chooses them. Raises an error of this package."""
+
+        def follow() -> None:
+            for part in self._distinct_parts():
+                part.follow(pids)
+
+        self._do(follow)
+
+    def let_go(self, pids: Sequence[int]) -> None:
+        """Limit some processes no longer, nor the sockets that they have."""
+
+        def let_go() -> None:
+            for part in self._distinct_parts():
+                part.let_go(pids)
+
+        self._do(let_go)
 
     def chores(self) -> list[Chore]:
         """Return the chores for a supervisor to run while the throttle is in force."""
@@ -346,7 +379,7 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
         try:
             return _first_that_works(_plans(situation, wish, list(spec.limits)), carry_out)
         except NoMarksError as error:
-            if spec.target.matches:
+            if spec.target.matches or spec.target.by_rule:
                 raise _no_marks(error) from error
             raise
 
@@ -371,7 +404,7 @@ def _resolved(
         registry.refuse_limited(selection, cgroups)
     situation = Situation(
         processes=selection is not None,
-        matches=spec.target.matches,
+        matches=spec.target.matches or spec.target.by_rule,
         shared=selection is not None and targets.share_cgroups(selection),
         kept=spec.kept,
     )
@@ -649,6 +682,9 @@ def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selectio
     if record.match is Match.CGROUP:
         return None, record.visible_cgroups()
     target = record.spec.target
+    if target.by_rule:
+        found = tuple(Process(pid) for pid in pids if not has_ended(pid))
+        return targets.select(target)._replace(processes=found), []
     if target.pids:
         # Its children too; a number that has been given to another process is not among these.
         target = dataclasses.replace(target, pids=tuple(pids))

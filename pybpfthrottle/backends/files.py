@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import stat
 from contextlib import suppress
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Protocol
 
 from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.errors import BackendError
+from pybpfthrottle.linux import run_files
 from pybpfthrottle.linux.cgroup import locked, locked_if_free
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Direction, Limits, Rate, ThrottleSpec
 from pybpfthrottle.supervisor import Periodic
 
-DIRECTORY = "/run/pybpfthrottle"
+DIRECTORY = run_files.DIRECTORY
 VERSION = 1
 _SUFFIX = ".json"
 # How often to check whether somebody else has changed or removed the throttle.
@@ -53,18 +53,9 @@ def write(record: Record, generation: int = 1) -> None:
             "handles": dict(record.handles),
         }
     )
-    path = _path(record.backend, record.id)
-    # Not by itself a record: the name ends differently.
-    draft = f"{path}.{os.getpid()}"
     try:
-        os.makedirs(DIRECTORY, mode=0o700, exist_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "w") as file:
-            file.write(text)
-        os.rename(draft, path)
+        run_files.write(_path(record.backend, record.id), text)
     except OSError as error:
-        with suppress(OSError):
-            os.unlink(draft)
         raise BackendError(
             f"cannot record the throttle in {DIRECTORY}: {error.strerror}; this needs root and a"
             " writable /run"
@@ -74,13 +65,10 @@ def write(record: Record, generation: int = 1) -> None:
 def read(backend: str, throttle_id: str) -> Optional[Entry]:
     """Return what a file says; None if there is none, or it is of another version or broken."""
     try:
-        fd = os.open(_path(backend, throttle_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(fd) as file:
-            status = os.fstat(fd)
-            # Who can write it could have root remove what is not ours.
-            if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
-                return None
-            fields = json.load(file)
+        text = run_files.read(_path(backend, throttle_id))
+        if text is None:
+            return None
+        fields = json.loads(text)
         if fields["version"] != VERSION or fields["backend"] != backend:
             return None
         return Entry(int(fields["generation"]), _record(fields))
@@ -120,11 +108,7 @@ def set_limit(
 
 def delete(backend: str, throttle_id: str) -> None:
     """Delete a throttle's file. Doing so twice is no error."""
-    with suppress(FileNotFoundError):
-        os.unlink(_path(backend, throttle_id))
-    # The directory goes with its last file, unless another throttle is just beginning.
-    with suppress(OSError):
-        os.rmdir(DIRECTORY)
+    run_files.delete(_path(backend, throttle_id))
 
 
 def _path(backend: str, throttle_id: str) -> str:

@@ -154,6 +154,15 @@ class Part(Protocol):
     def switch(self, method: str) -> None:
         """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
 
+    def follow(self, pids: Sequence[int]) -> None:
+        """Limit more processes. Raises an error of this package."""
+
+    def let_go(self, pids: Sequence[int]) -> None:
+        """Limit some processes no longer, nor the sockets that they have."""
+
+    def add(self, cgroup: Cgroup) -> None:
+        """Limit another cgroup, too. Raises an error of this package; then it is not limited."""
+
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Limit one cgroup in place of a removed one; the counters continue.
 
@@ -186,6 +195,29 @@ class Part(Protocol):
 
     def close(self) -> None:
         """Close a limit opened by ``open``, leaving it in force as it is."""
+
+
+class ChoosesOnce:
+    """A part that limits what it did when it was made, as far as this process can change that.
+
+    What else is to be limited, only the process that keeps it can change.
+    """
+
+    def add(self, cgroup: Cgroup) -> None:
+        """Raise ThrottleError."""
+        raise ThrottleError(f"{cgroup.path} cannot be added to this limit from here")
+
+    def move(self, gone: Cgroup, come: Cgroup) -> None:
+        """Raise ThrottleError."""
+        raise ThrottleError(f"this limit cannot be moved from {gone.path} from here")
+
+    def follow(self, pids: Sequence[int]) -> None:
+        """Raise ThrottleError."""
+        raise ThrottleError("processes cannot be added to this limit from here")
+
+    def let_go(self, pids: Sequence[int]) -> None:
+        """Raise ThrottleError."""
+        raise ThrottleError("processes cannot be taken out of this limit from here")
 
 
 class Leftover(Protocol):

@@ -26,7 +26,7 @@ from typing import (
 
 from pybpfthrottle.backends import files
 from pybpfthrottle.backends.files import OwnFile
-from pybpfthrottle.backends.protocol import Executions, Match, Order, Record
+from pybpfthrottle.backends.protocol import ChoosesOnce, Executions, Match, Order, Record
 from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
@@ -108,7 +108,7 @@ class Kind(NamedTuple):
     usual_cause: str
 
 
-class OwnThrottle:
+class OwnThrottle(ChoosesOnce):
     """The limits of one order. ``put_in_force`` creates the rules, ``remove`` deletes them."""
 
     def __init__(self, kind: Kind, order: Order, throttle_id: str) -> None:
@@ -273,7 +273,13 @@ class OwnThrottle:
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Limit the cgroup ``come`` instead of ``gone``, which was removed. Raises BackendError."""
-        cgroups = [come if one == gone else one for one in self._order.cgroups]
+        self._set_cgroups([come if one == gone else one for one in self._order.cgroups])
+
+    def add(self, cgroup: Cgroup) -> None:
+        """Limit another cgroup, too. Raises BackendError."""
+        self._set_cgroups(list(dict.fromkeys([*self._order.cgroups, cgroup])))
+
+    def _set_cgroups(self, cgroups: Sequence[Cgroup]) -> None:
         with locked():
             self._rules.set_cgroups(list(self._limits), cgroups)
             self._order = self._order._replace(cgroups=cgroups)
@@ -322,7 +328,7 @@ class OwnThrottle:
         self.remove()
 
 
-class FoundThrottle:
+class FoundThrottle(ChoosesOnce):
     """A throttle of another process. ``close`` leaves it in force."""
 
     def __init__(self, kind: Kind, record: Record) -> None:
@@ -360,12 +366,6 @@ class FoundThrottle:
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""
         raise _no_methods(self._kind, method)
-
-    def move(self, gone: Cgroup, come: Cgroup) -> None:
-        """Raise ThrottleError: only the owner follows units."""
-        raise ThrottleError(
-            f"only process {self._found.owner.pid} can move its limit from {gone.path}"
-        )
 
     def describe(self, direction: Direction) -> dict[str, str]:
         """Return how a direction is limited."""

@@ -121,8 +121,13 @@ def supervise(ids: Sequence[str]) -> int:
 
 
 def _unsupervised() -> list[InForce]:
-    """Return the kept throttles whose process has ended. Raises OSError."""
-    return [one for one in in_force(registry.records()) if not one.record.supervised]
+    """Return the kept throttles whose process has ended, except those of rules. Raises OSError."""
+    return [
+        one
+        for one in in_force(registry.records())
+        # What a rule is for now, only the process that keeps the rules finds out.
+        if not one.record.supervised and not one.record.spec.target.rule
+    ]
 
 
 def _take_over_all(ids: Sequence[str], stack: ExitStack) -> Optional[list[Throttle]]:

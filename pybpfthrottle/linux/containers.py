@@ -71,6 +71,7 @@ def _unescaped(name: str) -> str:
 
 
 _names: dict[Container, str] = {}
+_labels: dict[Container, dict[str, str]] = {}
 
 
 def name_of(container: Container, user: Optional[int] = None) -> str:
@@ -90,12 +91,49 @@ def name_of(container: Container, user: Optional[int] = None) -> str:
     return _names[container]
 
 
+def labels_of(container: Container, user: Optional[int] = None) -> dict[str, str]:
+    """Return the labels of a container of Docker, or the OCI annotations of another engine's."""
+    if container not in _labels:
+        found = next((one for one in _read_labels(container, user) if isinstance(one, dict)), None)
+        if found is None:
+            return {}
+        if len(_labels) >= 1024:
+            _labels.clear()
+        _labels[container] = {
+            name: value for name, value in found.items() if isinstance(value, str)
+        }
+    return _labels[container]
+
+
+def _read_labels(container: Container, user: Optional[int]) -> Iterator[Any]:
+    number = container.id
+    for top in _docker_homes(user) if container.engine == "docker" else ():
+        told = _json(f"{top}/containers/{number}/config.v2.json")
+        told = told.get("Config") if isinstance(told, dict) else None
+        yield told.get("Labels") if isinstance(told, dict) else None
+    for path in _oci_configurations(number):
+        told = _json(path)
+        yield told.get("annotations") if isinstance(told, dict) else None
+
+
+def _docker_homes(user: Optional[int]) -> list[str]:
+    homes = [_home(user)] if user else []
+    return ["/var/lib/docker", *(f"{home}/.local/share/docker" for home in homes)]
+
+
+def _oci_configurations(number: str) -> tuple[str, ...]:
+    return (
+        f"/run/containerd/io.containerd.runtime.v2.task/k8s.io/{number}/config.json",
+        f"/run/containers/storage/overlay-containers/{number}/userdata/config.json",
+    )
+
+
 def _read(container: Container, user: Optional[int]) -> Iterator[str]:
     """Yield what the files that there are say."""
     engine, number = container
     homes = [_home(user)] if user else []
     if engine == "docker":
-        for top in ("/var/lib/docker", *(f"{home}/.local/share/docker" for home in homes)):
+        for top in _docker_homes(user):
             told = _json(f"{top}/containers/{number}/config.v2.json")
             yield _text(told, "Name").lstrip("/")
     elif engine == "podman":
@@ -105,10 +143,7 @@ def _read(container: Container, user: Optional[int]) -> Iterator[str]:
                 if _text(one, "id") == number and isinstance(one.get("names"), list):
                     yield from (name for name in one["names"] if isinstance(name, str))
     else:
-        for path in (
-            f"/run/containerd/io.containerd.runtime.v2.task/k8s.io/{number}/config.json",
-            f"/run/containers/storage/overlay-containers/{number}/userdata/config.json",
-        ):
+        for path in _oci_configurations(number):
             told = _json(path)
             yield _in_pod(told.get("annotations") if isinstance(told, dict) else None)
 

@@ -216,6 +216,14 @@ def restore(pids: Iterable[int], shaped: Map[Any, Any]) -> None:
             _restore(own, records[own.fileno()])
 
 
+def forget(own: socket.socket, shaped: Map[Any, Any]) -> None:
+    """Give one connection back what it had, and have nothing to do with it any more."""
+    records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
+    with suppress(KeyError, OSError):
+        _restore(own, records[own.fileno()])
+        del records[own.fileno()]
+
+
 def _restore(own: socket.socket, record: ThrottleSocket) -> None:
     if record.pacing:
         pacing = record.original_pacing.to_bytes(4, sys.byteorder)

@@ -13,7 +13,7 @@ from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFlags, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap, record_of
-from pybpfthrottle.backends.protocol import Match, Record
+from pybpfthrottle.backends.protocol import ChoosesOnce, Match, Record
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import LinkType
 from pybpfthrottle.bpf.maps import Map
@@ -35,7 +35,7 @@ _SHAPES = (
 )
 
 
-class FoundThrottle:
+class FoundThrottle(ChoosesOnce):
     """A throttle of another process. ``close`` or ``remove`` closes its descriptors."""
 
     def __init__(
@@ -121,12 +121,6 @@ class FoundThrottle:
         raise ThrottleError(
             f"process {self._found.owner.pid} did not switch within {_PATIENCE_S:g} s;"
             " it may be stopped or gone"
-        )
-
-    def move(self, gone: Cgroup, come: Cgroup) -> None:
-        """Raise ThrottleError: only the owner follows units."""
-        raise ThrottleError(
-            f"only process {self._found.owner.pid} can move its limit from {gone.path}"
         )
 
     def describe(self, direction: Direction) -> dict[str, str]:

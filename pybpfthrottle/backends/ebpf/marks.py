@@ -121,6 +121,16 @@ class Marks:
         self._take_in(pids)
         self._mark_new()
 
+    def let_go(self, pids: Iterable[int]) -> Iterator[socket.socket]:
+        """Limit some processes no longer; yield each of their sockets that had a mark."""
+        pids = list(pids)
+        for pid in pids:
+            self._processes.pop(pid, None)
+        for found in Scan().new(pids):
+            with suppress(KeyError, OSError):
+                self._marks.delete(U32.encode(found.socket.fileno()))
+                yield found.socket
+
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
         return -1 if self._tracing is None else self._tracing.fileno()
@@ -161,7 +171,7 @@ class Marks:
         try:
             self._tracing = Tracing.begin(self._maps, executions=self._selection.matches_some)
         except (Error, OSError) as error:
-            if self._selection.children or self._selection.matches_some:
+            if self._selection.children or self._selection.waits:
                 self._note(
                     f"processes that are started from now on are looked for every {PERIOD_S:g} s"
                     f" and not followed at once, since the kernel refused that: {error}"

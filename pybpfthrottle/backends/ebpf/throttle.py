@@ -249,6 +249,14 @@ class EbpfThrottle:
         self._followed.callback(marks.close)
         self._marks = marks
 
+    def let_go(self, pids: Sequence[int]) -> None:
+        """Limit some processes no longer, and restore the sockets that they have."""
+        if self._marks is None:
+            return
+        for own in self._marks.let_go(pids):
+            if SOCKETS in self._loaded.maps:
+                connections.forget(own, self._loaded.maps[SOCKETS])
+
     def _look_at_marks(self) -> None:
         """Limit marked sockets too, wherever they are. Raises BpfError or AttachError."""
         if self._marked_at:
@@ -326,6 +334,14 @@ class EbpfThrottle:
     def _for_marks(self, selection: Selection, cgroups: Sequence[Cgroup]) -> Iterator[Wanted]:
         yield from self._loaded.policers(Scope.MARKED, cgroups)
         yield from self._loaded.markers(cgroups) if selection.new_sockets else ()
+
+    def add(self, cgroup: Cgroup) -> None:
+        """Limit another cgroup, too. Raises AttachError or CgroupError; then it is not limited."""
+        self._placed.replace(cgroup, lambda: self._limit_cgroups([cgroup]))
+        cgroups = list(dict.fromkeys([*self._order.cgroups, cgroup]))
+        self._order = self._order._replace(cgroups=cgroups)
+        self._keep()
+        self._record.update_soon()
 
     def move(self, gone: Cgroup, come: Cgroup) -> None:
         """Limit the cgroup ``come`` instead of ``gone``, which was removed.

@@ -16,6 +16,7 @@ import pytest
 from by_backend import tool
 from lab import ENVIRONMENT, TOOL, Lab, lab
 from refusing import __file__ as refusing
+from shells import RATE, Shell
 from since import since
 from targets import eventually
 
@@ -24,11 +25,7 @@ from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Rate
 
-RATE = Rate.parse("300K")
-SECONDS = 1
 LIMIT = ("--download-limit", str(RATE.bytes_per_s))
-# What passes at once, before a limit takes hold, and what is on its way then.
-BURST = 400_000
 # Any command that limits has another process keep what is kept by the kernel alone.
 kills = pytest.mark.alone
 PINNED = "/sys/fs/bpf/pybpfthrottle"
@@ -39,39 +36,6 @@ def own() -> Iterator[Lab]:
     """Two namespaces with a server at the far end."""
     with lab(fastest=Rate.parse("10M")) as made:
         yield made
-
-
-class Shell:
-    """A process that downloads, in a child, when it is told to."""
-
-    _CURL = "curl -sN -o /dev/null -w '%{size_download}\\n'"
-
-    def __init__(self, own: Lab, scratch: Cgroup) -> None:
-        curl = f"{self._CURL} --max-time {SECONDS} {own.url}"
-        command = own.inside("sh", "-c", f"while read x; do {curl}; done")
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: scratch.move_in(0),
-        )
-        self.pid = self._process.pid
-
-    def downloads(self) -> int:
-        """How many bytes it gets in SECONDS."""
-        assert self._process.stdin
-        assert self._process.stdout
-        print(file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def is_limited(self) -> bool:
-        """Whether it does not get more than the limit allows; without it gets 30 times that."""
-        return self.downloads() < RATE.bytes_per_s * SECONDS * 1.1 + BURST
-
-    def end(self) -> None:
-        """End it."""
-        self._process.communicate(timeout=30)
 
 
 @pytest.fixture

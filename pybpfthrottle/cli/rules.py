@@ -1,0 +1,264 @@
+"""pybpfthrottle apply, daemon and explain: limits by rules."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple, Optional, Sequence
+
+from pybpfthrottle import registry
+from pybpfthrottle.cli import background, tables
+from pybpfthrottle.cli.background import Background
+from pybpfthrottle.cli.options import wish_by_settings
+from pybpfthrottle.cli.say import echo, say
+from pybpfthrottle.errors import Error, RulesError, ThrottleError
+from pybpfthrottle.inforce import Cover
+from pybpfthrottle.linux import login, process
+from pybpfthrottle.linux.notify import notify
+from pybpfthrottle.linux.signals import SignalQueue
+from pybpfthrottle.rules import changes, instance, reading
+from pybpfthrottle.rules.instance import APPLY, DAEMON, HAND_OVER, RELOAD, Instance
+from pybpfthrottle.rules.keeper import Keeper
+from pybpfthrottle.rules.matching import Facts, Rulebook
+from pybpfthrottle.rules.reading import Rules
+from pybpfthrottle.supervisor import Supervisor
+
+SCHEMA = 1
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+class Sources(NamedTuple):
+    """Where rules are read from, as absolute paths."""
+
+    paths: tuple[str, ...]
+
+    @classmethod
+    def of(cls, given: Sequence[str]) -> Sources:
+        """Return the files that are given, or where rules are by default."""
+        paths = [os.path.abspath(path) for path in given] or reading.directories(os.environ)
+        return cls(tuple(paths))
+
+    def read(self) -> Rules:
+        """Return the rules. Raises RulesError after all mistakes but one were said."""
+        try:
+            return reading.read(self.paths)
+        except RulesError as error:
+            for mistake in error.mistakes[:-1]:
+                say(f"error: {mistake}")
+            raise RulesError(error.mistakes[-1:]) from error
+
+
+def apply(given: Sequence[str], *, dry_run: bool, diff: bool, stop: bool, as_json: bool) -> int:
+    """Make the machine match rules; return the exit status."""
+    keeps = instance.current()
+    if stop:
+        return _stop(keeps)
+    sources = Sources.of(given)
+    rules = sources.read()
+    found = changes.find(rules.rules, login.processes())
+    if as_json:
+        _show_json(rules, found)
+    elif dry_run or diff:
+        for line in changes.lines(found):
+            echo(line)
+    if not dry_run:
+        return _make_it_so(sources, rules, keeps, quiet=as_json)
+    if not found.pending and not as_json:
+        echo("The machine matches the rules.")
+    return 0
+
+
+def _stop(keeps: Optional[Instance]) -> int:
+    if keeps is None:
+        echo("No process keeps rules.")
+        return 0
+    if keeps.kind == DAEMON:
+        raise ThrottleError(
+            f"process {keeps.owner.pid} is pybpfthrottle daemon: stop that, for example by"
+            " systemctl stop pybpfthrottle"
+        )
+    keeps.stop()
+    echo("The limits of the rules are removed.")
+    return 0
+
+
+def _make_it_so(sources: Sources, rules: Rules, keeps: Optional[Instance], *, quiet: bool) -> int:
+    """Have the process that keeps the rules put them in force, or start one."""
+    if keeps is not None and keeps.sources == sources.paths:
+        keeps.reload()
+    elif keeps is not None and keeps.kind == DAEMON:
+        raise ThrottleError(
+            f"process {keeps.owner.pid} (pybpfthrottle daemon) keeps the rules of"
+            f" {', '.join(keeps.sources)}: put the file there, or stop the daemon"
+        )
+    else:
+        going_on = background.begin()
+        if isinstance(going_on, Background):
+            return _keep(APPLY, sources, rules, keeps, going_on)
+        if going_on:
+            return going_on
+    if not quiet:
+        echo(f"{_count(rules)} in force; pybpfthrottle apply --stop ends that.")
+    return 0
+
+
+def _count(rules: Rules) -> str:
+    count = len(rules.rules)
+    return f"{count} rule{'s are' if count != 1 else ' is'}"
+
+
+def daemon(given: Sequence[str]) -> int:
+    """Keep rules in force until told to stop; return the exit status."""
+    sources = Sources.of(given)
+    rules = sources.read()
+    keeps = instance.current()
+    if keeps is not None and keeps.kind == DAEMON:
+        raise ThrottleError(f"process {keeps.owner.pid} is pybpfthrottle daemon already")
+    return _keep(DAEMON, sources, rules, keeps, None)
+
+
+def _keep(
+    kind: str,
+    sources: Sources,
+    rules: Rules,
+    before: Optional[Instance],
+    going_on: Optional[Background],
+) -> int:
+    """Keep rules in force, in place of the process that did so before."""
+    spared = login.processes()
+    with SignalQueue((*_STOP, RELOAD, HAND_OVER)) as signals, ExitStack() as stack:
+        if before is not None:
+            before.hand_over()
+        own = instance.claim(kind, sources.paths)
+        stack.callback(instance.leave)
+        supervisor = stack.enter_context(Supervisor())
+        keeper = Keeper(wish_by_settings(), say, spared)
+        stack.callback(keeper.remove)
+        keeper.begin(rules.rules)
+        registry.tidy_up()
+        own = _told(own, rules)
+        if going_on is not None:
+            going_on.ready()
+        notify("READY=1")
+        supervisor.add(keeper.chores)
+        supervisor.add(lambda: [signals], strict=True)
+        while True:
+            supervisor.step(math.inf)
+            for number in signals.take():
+                if number in _STOP:
+                    notify("STOPPING=1")
+                    return 0
+                if number is HAND_OVER:
+                    # The kernel keeps the limits, and the next process takes them over.
+                    instance.leave()
+                    os._exit(0)
+                notify("RELOADING=1")
+                own = _reloaded(own, sources, keeper)
+                notify("READY=1")
+
+
+def _told(own: Instance, rules: Rules, mistakes: Sequence[str] = ()) -> Instance:
+    now = replace(own, digest=rules.digest, looked=own.looked + 1, mistakes=tuple(mistakes))
+    now.tell()
+    return now
+
+
+def _reloaded(own: Instance, sources: Sources, keeper: Keeper) -> Instance:
+    """Read the rules again; with mistakes what was in force goes on."""
+    try:
+        rules = reading.read(sources.paths)
+    except RulesError as error:
+        for mistake in error.mistakes:
+            say(f"error: {mistake}; the rules of before go on")
+        return _told(own, Rules(digest=own.digest), error.mistakes)
+    keeper.change(rules.rules)
+    return _told(own, rules)
+
+
+def _show_json(rules: Rules, found: changes.Changes) -> None:
+    tables.show_json(
+        {
+            "schema": SCHEMA,
+            "rules": [rule.to_json() for rule in rules.rules],
+            "changes": [one.to_json() for one in found.changes],
+            "precedences": [one._asdict() for one in found.precedences],
+            "notes": list(found.spared),
+        }
+    )
+
+
+def explain(pid: int, given: Sequence[str], *, as_json: bool) -> int:
+    """Say which rule is for a process, and why; return the exit status."""
+    process.Process(pid)
+    sources = Sources.of(given)
+    book = Rulebook(sources.read().rules, login.processes())
+    told = _Explained(book, pid)
+    if as_json:
+        tables.show_json({"schema": SCHEMA, **told.to_json()})
+    else:
+        for line in told.lines():
+            echo(line)
+    return 0
+
+
+class _Explained:
+    """Why a process is limited, or not."""
+
+    def __init__(self, book: Rulebook, pid: int) -> None:
+        self._pid = pid
+        self._book = book
+        self._from, self._decision = self._decided(pid)
+        facts = Facts(pid)
+        self._limits = []
+        try:
+            cgroup = facts.cgroup
+            self._limits = Cover.now().of(pid, "" if cgroup is None else cgroup.path)
+        except (Error, OSError) as error:
+            say(f"what limits it now may not be seen: {error}")
+
+    def _decided(self, pid: int) -> Any:
+        """Return the process that a rule matches, it or who has started it, and the decision."""
+        for one in process.ancestors(pid):
+            decision = self._book.decide(one)
+            if decision.rule is not None and (one == pid or decision.rule.children):
+                return one, decision
+        return pid, self._book.decide(pid)
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        who = process.listed([self._pid])
+        rule, decision = self._decision.rule, self._decision
+        if rule is None:
+            found = [f"No rule matches {who}."]
+        elif decision.spared:
+            found = [f"{who} matches rule {rule.name}, but is not limited: {decision.spared}."]
+        else:
+            found = [f"{who}: rule {rule.name} ({rule.where}): {rule.criteria}"]
+            if self._from != self._pid:
+                found.append(f"  It was started by {process.listed([self._from])}, which matches.")
+            if self._book.limits_whole_cgroups(rule):
+                found.append("  The whole cgroup is limited: no other rule is for parts of it.")
+        found += [
+            f"  It matches rule {one.name} too, which is less specific: {one.criteria}"
+            for one in decision.others
+        ]
+        for one in self._limits:
+            limits = ", ".join(f"{way} {one.limit(way)}" for way in sorted(one.limits))
+            found.append(f"Limited now by {one.id} ({one.target}): {limits}")
+        return found if self._limits else [*found, "Nothing limits it now."]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        rule = self._decision.rule
+        return {
+            "pid": self._pid,
+            "name": process.name_of(self._pid),
+            "rule": None if rule is None else rule.to_json(),
+            "matched_pid": self._from if rule is not None else None,
+            "spared": self._decision.spared or None,
+            "less_specific": [one.name for one in self._decision.others],
+            "throttles": [one.id for one in self._limits],
+        }

@@ -1,0 +1,1 @@
+"""Rules: what is limited by itself, from files."""

@@ -1,0 +1,425 @@
+"""Keeps the machine as rules say: takes in processes as they come, and lets them go."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from contextlib import suppress
+from typing import Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
+
+from pybpfthrottle import networks, registry
+from pybpfthrottle.backends.protocol import Executions, Record
+from pybpfthrottle.backends.protocol import get as get_backend
+from pybpfthrottle.errors import Error
+from pybpfthrottle.inforce import InForce, in_force
+from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Target, ThrottleSpec
+from pybpfthrottle.plan import Wish
+from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
+from pybpfthrottle.rules.model import Rule
+from pybpfthrottle.supervisor import Chore, Periodic
+from pybpfthrottle.throttle import Throttle, start, take_over
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+# Looking at all processes takes at most this fraction of one CPU's time.
+_MOST_OF_TIME = 0.005
+_LEAST_PAUSE_S = 5.0
+# Without word of executions, new processes are found by looking.
+_PAUSE_WITHOUT_WORD_S = 1.0
+# How long a throttle outlives the last process of its rule: the next one may be about to start.
+_IDLE_S = 10.0
+_OTHERS_LAST_S = 2.0
+
+# A process, a cgroup's path, or empty for all of a rule together.
+Key = str
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What one throttle of a rule is to limit now: processes, or whole cgroups."""
+
+    rule: Rule
+    key: Key
+    pids: tuple[int, ...] = ()
+    cgroups: tuple[Cgroup, ...] = ()
+
+    @property
+    def target(self) -> Target:
+        """The target of its throttle."""
+        pids = self.pids if self.rule.each and not self.cgroups else ()
+        return Target(
+            pids=pids,
+            cgroups=tuple(one.path for one in self.cgroups),
+            children=self.rule.children,
+            rule=self.rule.name,
+        )
+
+
+class Survey:
+    """What the rules want of the processes that run now."""
+
+    def __init__(self, book: Rulebook, spared: Collection[int] = ()) -> None:
+        """``spared`` are processes that others limit."""
+        self._book = book
+        self._spared = spared
+        self._mounted = cgroups.mount()
+        # The rule of each process, and of those that are limited one by one.
+        self.decided: dict[int, Rule] = {}
+        self._single: dict[int, Rule] = {}
+        self._cgroups: dict[str, dict[Cgroup, None]] = {}
+        # What is not limited, a line each.
+        self.notes: dict[str, None] = {}
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Find the rule of each of some processes."""
+        for pid in pids:
+            if pid not in self._spared and not process.is_kernel_thread(pid):
+                facts = Facts(pid, self._mounted)
+                rule = self._book.first(facts)
+                if rule is not None:
+                    self._note(rule, facts)
+
+    def inherit(self, families: Mapping[int, Sequence[int]]) -> None:
+        """Give processes without a rule that of the one that has started them."""
+        pending = [pid for pid, rule in self._single.items() if rule.children]
+        while pending:
+            pid = pending.pop()
+            for child in families.get(pid, ()):
+                if child not in self.decided and child not in self._spared:
+                    self.decided[child] = self._single[child] = self._single[pid]
+                    pending.append(child)
+
+    def wanted(self, families: Mapping[int, Sequence[int]]) -> Iterator[Wanted]:
+        """Yield what each throttle is to limit."""
+        parents = {child: pid for pid, children in families.items() for child in children}
+        pids: dict[tuple[str, Key], list[int]] = {}
+        rules = {rule.name: rule for rule in self._book.rules}
+        for pid, rule in self._single.items():
+            key = str(self._first(pid, rule, parents)) if rule.each else ""
+            pids.setdefault((rule.name, key), []).append(pid)
+        for (name, key), found in pids.items():
+            chosen = [int(key)] if key else sorted(found)
+            yield Wanted(rules[name], key, pids=tuple(chosen))
+        for name, chosen_cgroups in self._cgroups.items():
+            rule = rules[name]
+            together = tuple(sorted(chosen_cgroups, key=lambda one: one.path))
+            if not rule.each:
+                yield Wanted(rule, "", cgroups=together)
+                continue
+            for one in together:
+                yield Wanted(rule, one.path, cgroups=(one,))
+
+    def _note(self, rule: Rule, facts: Facts) -> None:
+        self.decided[facts.pid] = rule
+        if self._book.limits_whole_cgroups(rule):
+            cgroup = self._book.cgroup_of(rule, facts)
+            if cgroup is not None and not rule.insist and carries_login(cgroup):
+                self.notes[
+                    f"{cgroup.path} is not limited by {rule.name}: logins are served there, which"
+                    " the limit would slow down; insist = true limits it all the same"
+                ] = None
+            elif cgroup is not None:
+                self._cgroups.setdefault(rule.name, {})[cgroup] = None
+        else:
+            self._single[facts.pid] = rule
+
+    def _first(self, pid: int, rule: Rule, parents: Mapping[int, int]) -> int:
+        """Return the process whose limit this one shares."""
+        while rule.children and self._single.get(parents.get(pid, 0)) is rule:
+            pid = parents[pid]
+        return pid
+
+
+class Held:
+    """A throttle of a rule that is in force."""
+
+    def __init__(self, wanted: Wanted, throttle: Throttle) -> None:
+        self.wanted = wanted
+        self.throttle = throttle
+        self.idle_since_s = math.inf
+
+    def refresh(self, wanted: Wanted) -> bool:
+        """Have it limit what is wanted now; return False if that takes another throttle."""
+        before = self.wanted
+        if wanted.rule.means != before.rule.means or bool(wanted.cgroups) != bool(before.cgroups):
+            return False
+        if wanted.cgroups and not self._add(wanted.cgroups):
+            return False
+        new = set(wanted.pids) - set(self.throttle.processes()) if not wanted.target.pids else ()
+        if new:
+            self.throttle.follow(sorted(new))
+        for direction, rate in wanted.rule.limits.items():
+            if rate != before.rule.limits[direction]:
+                self.throttle.set_limit(direction, rate)
+        self.wanted = wanted
+        return True
+
+    def _add(self, cgroups: Sequence[Cgroup]) -> bool:
+        """Limit more cgroups; return False if some that are there are wanted no longer."""
+        if any(
+            one.exists() and one.populated() for one in self.throttle.cgroups if one not in cgroups
+        ):
+            return False
+        for one in cgroups:
+            if not self.throttle.is_on(one):
+                self.throttle.add(one)
+        return True
+
+
+class Keeper:
+    """The rules in force. ``chores`` keep them so; ``remove`` ends all."""
+
+    def __init__(
+        self, wish: Wish, say: Callable[[str], None], spared: Collection[int] = ()
+    ) -> None:
+        """``say`` gets a line for people; ``spared`` are processes that no rule limits."""
+        self._wish = dataclasses.replace(wish, stack=True)
+        self._say = say
+        self._spared = spared
+        self._book = Rulebook((), spared)
+        self.held: dict[tuple[str, Key], Held] = {}
+        self._executions: Optional[Executions] = None
+        self._said: set[str] = set()
+        self._look_s = math.inf
+        self._others: tuple[float, frozenset[int]] = (-math.inf, frozenset())
+        self._ticking = Periodic(_TICK_S, self._tick)
+
+    def begin(self, rules: Sequence[Rule]) -> None:
+        """Put rules in force, and take over what a killed process has left of them."""
+        self._listen()
+        self._book = Rulebook(rules, self._spared)
+        self._pick_up()
+        self.look()
+
+    def change(self, rules: Sequence[Rule]) -> None:
+        """Put other rules in force in place of these."""
+        self._book = Rulebook(rules, self._spared)
+        known = {rule.name: rule for rule in rules}
+        for (name, key), held in list(self.held.items()):
+            rule = known.get(name)
+            if rule is None or rule.criteria != held.wanted.rule.criteria:
+                self._end(name, key)
+        self.look()
+
+    def look(self) -> None:
+        """Look at all processes, and limit what is to be limited."""
+        begin_s = time.thread_time()
+        families = process.families()
+        survey = Survey(self._book, self._limited_by_others())
+        survey.look(process.running())
+        survey.inherit(families)
+        self._part(survey.decided)
+        found = list(survey.wanted(families))
+        self._end_others(found)
+        for wanted in found:
+            self._hold(wanted)
+        for note in survey.notes:
+            self._say_once(note)
+        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
+        least = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
+        self._look_s = time.monotonic() + max(least, pause_s)
+
+    def chores(self) -> list[Chore]:
+        """Return what has to be done while the rules are in force."""
+        found: list[Chore] = [self._ticking, self]
+        for held in self.held.values():
+            found += held.throttle.chores()
+        return found
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program, or -1."""
+        return -1 if self._executions is None else self._executions.fileno()
+
+    @property
+    def due_s(self) -> float:
+        """When to look at all processes again."""
+        return self._look_s
+
+    def run(self) -> None:
+        """Limit processes that have begun to match, and now and then look at all."""
+        if self._executions is not None:
+            self._executed(set(self._executions.executed()))
+        if time.monotonic() >= self._look_s:
+            self.look()
+
+    def remove(self) -> None:
+        """Remove all throttles of rules."""
+        for name, key in list(self.held):
+            self._end(name, key)
+        if self._executions is not None:
+            self._executions.close()
+            self._executions = None
+
+    def _listen(self) -> None:
+        try:
+            self._executions = get_backend("ebpf").executions()
+        except (Error, OSError) as error:
+            self._say_once(
+                f"new processes are limited within {_PAUSE_WITHOUT_WORD_S:g} s, not at once,"
+                f" because the kernel does not report when they start: {error}"
+            )
+
+    def _executed(self, pids: Collection[int]) -> None:
+        """Limit those that match among processes that have executed a program."""
+        survey = Survey(self._book)
+        survey.look(pids)
+        found = list(survey.wanted({}))
+        if not found:
+            return
+        others = self._limited_by_others()
+        self._part(survey.decided)
+        for wanted in found:
+            if not others.isdisjoint(wanted.pids) or self._holds(wanted):
+                continue
+            held = self.held.get((wanted.rule.name, wanted.key))
+            if held is not None and wanted.cgroups:
+                # Others of the rule's cgroups go on.
+                together = sorted({*held.wanted.cgroups, *wanted.cgroups}, key=lambda c: c.path)
+                wanted = dataclasses.replace(wanted, cgroups=tuple(together))
+            self._hold(wanted)
+
+    def _end_others(self, found: Iterable[Wanted]) -> None:
+        """End limits on whole cgroups that are wanted no longer; others wait for processes."""
+        wanted = {(one.rule.name, one.key) for one in found if one.cgroups}
+        for name, key in [at for at, held in self.held.items() if held.wanted.cgroups]:
+            if (name, key) not in wanted:
+                self._end(name, key)
+
+    def _holds(self, wanted: Wanted) -> bool:
+        """Whether all processes that are wanted are limited by their rule already."""
+        held = [one for (name, _), one in self.held.items() if name == wanted.rule.name]
+        limited = {pid for one in held for pid in one.throttle.processes()}
+        return bool(wanted.pids) and limited.issuperset(wanted.pids)
+
+    def _part(self, rule_of: Mapping[int, Rule]) -> None:
+        """Take processes out of the throttles of rules that are no longer theirs."""
+        for held in self.held.values():
+            if held.wanted.cgroups:
+                continue
+            name = held.wanted.rule.name
+            gone = [
+                pid
+                for pid in held.throttle.processes()
+                if pid in rule_of and rule_of[pid].name != name
+            ]
+            if gone:
+                held.throttle.let_go(gone)
+
+    def _hold(self, wanted: Wanted) -> None:
+        """Limit what is wanted, by the throttle that is there or by a new one."""
+        name, key = wanted.rule.name, wanted.key
+        try:
+            held = self.held.get((name, key))
+            if held is not None and held.refresh(wanted):
+                return
+            self._end(name, key)
+            wish = dataclasses.replace(self._wish, insist=wanted.rule.insist)
+            throttle = start(self._spec(wanted), wish)
+            self.held[name, key] = Held(wanted, throttle)
+            if wanted.target.by_rule:
+                throttle.follow(wanted.pids)
+            for note in throttle.plan_notes:
+                self._say_once(f"{name}: {note}")
+        except (Error, OSError) as error:
+            if all(map(process.has_ended, wanted.pids or (0,))) and wanted.pids:
+                return  # it has ended meanwhile
+            self._say_once(f"rule {name} is not in force for all that it matches: {error}")
+
+    def _spec(self, wanted: Wanted) -> ThrottleSpec:
+        rule = wanted.rule
+        traffic = networks.traffic(rule.kind, rule.to, rule.but, loopback=rule.loopback)
+        return ThrottleSpec(wanted.target, rule.limits, traffic, rule.name, kept=True)
+
+    def _end(self, name: str, key: Key) -> None:
+        held = self.held.pop((name, key), None)
+        if held is not None:
+            held.throttle.remove()
+
+    def _tick(self) -> None:
+        """Remove throttles that limit nothing any more."""
+        now = time.monotonic()
+        for (name, key), held in list(self.held.items()):
+            ended = held.throttle.ended()
+            if ended == "removed":
+                self._say(
+                    f"{held.throttle.id} was removed, but rule {name} is in force: it returns"
+                )
+                self._look_s = now
+            if ended or self._is_idle(held, now):
+                self._end(name, key)
+
+    def _is_idle(self, held: Held, now: float) -> bool:
+        if held.wanted.cgroups or held.throttle.processes():
+            held.idle_since_s = math.inf
+            return False
+        held.idle_since_s = min(held.idle_since_s, now)
+        return now - held.idle_since_s >= _IDLE_S
+
+    def _pick_up(self) -> None:
+        """Take over the throttles of rules whose process was killed; remove what no rule wants."""
+        for one in _abandoned():
+            rule = next(
+                (r for r in self._book.rules if r.name == one.record.spec.target.rule), None
+            )
+            try:
+                if rule is None or not self._fits(rule, one.parts):
+                    one.remove()
+                    continue
+                throttle = take_over(one.parts, self._wish.options)
+            except (Error, OSError) as error:
+                log.info("%s is not taken over: %s", one.id, error)
+                continue
+            self._adopt(rule, throttle)
+
+    def _fits(self, rule: Rule, parts: Sequence[Record]) -> bool:
+        """Whether a throttle is as a rule would make it but for its limits."""
+        spec = parts[0].spec
+        traffic = networks.traffic(rule.kind, rule.to, rule.but, loopback=rule.loopback)
+        directions = {direction for part in parts for direction in part.spec.limits}
+        return (
+            not rule.each
+            and spec.traffic == traffic
+            and directions == set(rule.limits)
+            and bool(spec.target.cgroups) == self._book.limits_whole_cgroups(rule)
+            and spec.target.children == rule.children
+        )
+
+    def _adopt(self, rule: Rule, throttle: Throttle) -> None:
+        # One that was paused stays so.
+        before = dataclasses.replace(rule, limits={**throttle.limits, **throttle.paused})
+        cgroups_now = throttle.cgroups if throttle.selection is None else ()
+        self.held[rule.name, ""] = Held(Wanted(before, "", cgroups=cgroups_now), throttle)
+
+    def _limited_by_others(self) -> frozenset[int]:
+        """Return the processes that somebody limits by hand: that counts more than a rule."""
+        now = time.monotonic()
+        if now - self._others[0] > _OTHERS_LAST_S:
+            found: set[int] = set()
+            with suppress(Error, OSError):
+                for record in registry.records():
+                    if not record.spec.target.rule:
+                        found.update(get_backend(record.backend).processes(record))
+            self._others = (now, frozenset(found))
+        return self._others[1]
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+
+def by_rules() -> list[InForce]:
+    """Return the throttles of rules that are in force. Raises OSError."""
+    return [one for one in in_force(registry.records()) if one.record.spec.target.rule]
+
+
+def _abandoned() -> list[InForce]:
+    with suppress(Error, OSError):
+        return [one for one in by_rules() if not one.record.supervised]
+    return []

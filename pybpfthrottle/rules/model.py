@@ -1,0 +1,134 @@
+"""A rule: which processes it is for, and what they may use. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Mapping, Optional
+
+from pybpfthrottle.model import Limits, Rate
+
+GLOB_CHARACTERS = frozenset("*?[")
+
+# The kinds of criteria, the most specific first: one place, then what a process is.
+_EXACT = ("container", "label", "unit", "cgroup", "command", "command_regex", "exe", "name")
+# Of those by a pattern, what a process is comes first. Many processes are in a slice.
+_BY_PATTERN = ("command", "exe", "name", "container", "label", "unit", "cgroup")
+_BROAD = ("slice", "user")
+KINDS = (*_EXACT, *_BROAD)
+# Those that choose whole cgroups.
+PLACES = frozenset({"container", "label", "unit", "cgroup", "slice"})
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What a process has to be: of each kind given it must match one value.
+
+    Values are compared as a whole, or are patterns with ``*``, ``?`` and ``[...]``; those of
+    ``command_regex`` are regular expressions that are searched for in the command line. ``label``
+    has the labels of containers as NAME=VALUE. ``cgroup`` is a path below the mount of cgroup v2.
+    """
+
+    container: tuple[str, ...] = ()
+    label: tuple[str, ...] = ()
+    unit: tuple[str, ...] = ()
+    cgroup: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    command_regex: tuple[str, ...] = ()
+    exe: tuple[str, ...] = ()
+    name: tuple[str, ...] = ()
+    slice: tuple[str, ...] = ()
+    user: tuple[str, ...] = ()
+
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """Return the values of each kind that is given."""
+        return {one.name: values for one in fields(self) if (values := getattr(self, one.name))}
+
+    @property
+    def only_places(self) -> bool:
+        """Whether it chooses cgroups as a whole, whatever runs there."""
+        return PLACES.issuperset(self.given())
+
+    def specificity(self) -> tuple[int, ...]:
+        """Return what orders criteria: the greater is the more specific."""
+        return tuple(sorted((_rank(*one) for one in self.given().items()), reverse=True))
+
+    def apart_from(self, other: Criteria) -> bool:
+        """Whether no process can match both, as two names of units cannot."""
+        mine, others = self.given(), other.given()
+        return any(
+            not is_pattern(*mine[kind])
+            and not is_pattern(*others[kind])
+            # A process may be in several slices and cgroups, one in another.
+            and not set(mine[kind]) & set(others[kind])
+            for kind in ("container", "unit", "name")
+            if kind in mine and kind in others
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} {' or '.join(values)}" for kind, values in self.given().items())
+
+
+def is_pattern(*values: str) -> bool:
+    """Whether one of some values is a pattern."""
+    return any(GLOB_CHARACTERS.intersection(value) for value in values)
+
+
+def _rank(kind: str, values: tuple[str, ...]) -> int:
+    """Return how specific the values of one kind are: the greater the more."""
+    if kind in _BROAD:
+        return len(_BROAD) - _BROAD.index(kind)
+    if kind != "command_regex" and is_pattern(*values):
+        return len(_BROAD) + len(_BY_PATTERN) - _BY_PATTERN.index(kind)
+    return len(_BROAD) + len(_BY_PATTERN) + len(_EXACT) - _EXACT.index(kind)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is limited by itself. ``where`` tells the file and line, for people.
+
+    ``limits`` has a rate for each direction that is limited. ``each`` gives each process, or
+    cgroup, a limit of its own. ``kind``, ``to`` and ``but`` are as in networks.traffic. ``insist``
+    allows a limit on a login.
+    """
+
+    name: str
+    criteria: Criteria
+    limits: Limits
+    each: bool = False
+    children: bool = True
+    kind: str = "all"
+    to: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+    loopback: bool = False
+    insist: bool = False
+    where: str = field(default="", compare=False)
+
+    @property
+    def means(self) -> tuple[Any, ...]:
+        """What needs another throttle if it changes; a limit alone does not."""
+        directions = tuple(sorted(self.limits))
+        return (
+            *(self.each, self.children, self.kind, self.to, self.but, self.loopback),
+            directions,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON; limits are in bytes per second."""
+        return {
+            "name": self.name,
+            "match": {kind: list(values) for kind, values in self.criteria.given().items()},
+            "limits": limits_to_json(self.limits),
+            "each": self.each,
+            "children": self.children,
+            "traffic": self.kind,
+            "to": list(self.to),
+            "except": list(self.but),
+            "loopback": self.loopback,
+            "insist": self.insist,
+            "where": self.where,
+        }
+
+
+def limits_to_json(limits: Mapping[Any, Optional[Rate]]) -> dict[str, Optional[int]]:
+    """Return limits for JSON, in bytes per second."""
+    return {str(one): rate.bytes_per_s if rate else None for one, rate in limits.items()}

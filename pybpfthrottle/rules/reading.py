@@ -1,0 +1,279 @@
+"""Rules files: found, read and checked as a whole. Nothing of files with a mistake is used."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+
+from pybpfthrottle import networks, settings
+from pybpfthrottle.errors import LimitError, RulesError, SettingsError
+from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
+from pybpfthrottle.rules.model import KINDS, Criteria, Rule
+
+SYSTEM_DIRECTORY = "/etc/pybpfthrottle/rules.d"
+MOST_RULES = 2000
+_LONGEST_NAME = 64
+_PATTERN = "*.toml"
+
+
+class Rules(NamedTuple):
+    """All rules of some files, in the order in which they are written.
+
+    ``digest`` is another one if a file has changed.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    files: tuple[str, ...] = ()
+    digest: str = ""
+
+
+def directories(environment: Mapping[str, str]) -> list[str]:
+    """Return where rules are by default: the system's directory, and the user's."""
+    home = settings.config_home(environment)
+    return [SYSTEM_DIRECTORY, *([os.path.join(home, "rules.d")] if home else [])]
+
+
+def read(sources: Sequence[str]) -> Rules:
+    """Read files, and all ``*.toml`` of directories, in the order of their names.
+
+    Raises RulesError with all mistakes, each with its file and line.
+    """
+    files = [path for source in sources for path in _files(source)]
+    mistakes: list[str] = []
+    rules: list[Rule] = []
+    digest = hashlib.sha256()
+    for path in files:
+        text = _text(path, mistakes)
+        if text is None:
+            continue
+        digest.update(f"{path}\0{text}\0".encode())
+        rules += _File(path, text, mistakes).rules()
+    _refuse_twice(rules, mistakes)
+    if len(rules) > MOST_RULES:
+        mistakes.append(f"{len(rules)} rules are too many: at most {MOST_RULES}")
+    if mistakes:
+        raise RulesError(mistakes)
+    return Rules(tuple(rules), tuple(files), digest.hexdigest())
+
+
+def _files(source: str) -> list[str]:
+    if os.path.isdir(source):
+        return sorted(glob.glob(os.path.join(glob.escape(source), _PATTERN)))
+    return [source]
+
+
+def _text(path: str, mistakes: list[str]) -> Optional[str]:
+    try:
+        text = settings.read_trusted(path)
+    except SettingsError as error:
+        mistakes.append(str(error))
+        return None
+    if text is None:
+        mistakes.append(f"there is no file {path}")
+    return text
+
+
+def _refuse_twice(rules: Sequence[Rule], mistakes: list[str]) -> None:
+    first: dict[str, Rule] = {}
+    for rule in rules:
+        before = first.setdefault(rule.name, rule)
+        if before is not rule:
+            mistakes.append(
+                f"{rule.where}: a rule {rule.name!r} is in {before.where} already: give it another"
+                " name"
+            )
+
+
+class _MistakeError(Exception):
+    """What is wrong with a value, and what is allowed."""
+
+
+def _text_of(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _MistakeError("it must be a text that is not empty")
+    return value
+
+
+def _name(value: Any) -> str:
+    text = _text_of(value)
+    if len(text) > _LONGEST_NAME or not text.isprintable():
+        raise _MistakeError(f"it must be at most {_LONGEST_NAME} printable characters")
+    return text
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(one, str) and one.strip() for one in values):
+        raise _MistakeError("it must be a text, or a list of texts")
+    return tuple(dict.fromkeys(values))
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _MistakeError("it must be true or false")
+    return value
+
+
+def _rate(value: Any) -> Rate:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise _MistakeError('it must be a rate such as "500K", "1.5M" or "8mbit"')
+    try:
+        return Rate.parse(value) if isinstance(value, str) else Rate.of(value)
+    except LimitError as error:
+        raise _MistakeError(str(error)) from error
+
+
+def _kind(value: Any) -> str:
+    if value not in TRAFFIC_KINDS:
+        raise _MistakeError("it must be one of " + ", ".join(f'"{one}"' for one in TRAFFIC_KINDS))
+    return str(value)
+
+
+def _networks(value: Any) -> tuple[str, ...]:
+    try:
+        return tuple(str(networks.parse(text)) for text in _texts(value))
+    except LimitError as error:
+        raise _MistakeError(str(error)) from error
+
+
+def _criteria(value: Any) -> Criteria:
+    if not isinstance(value, dict) or not value:
+        raise _MistakeError(f"it must be a table with some of {', '.join(KINDS)}")
+    given = {}
+    for kind, values in value.items():
+        if kind not in KINDS:
+            raise _MistakeError(f"unknown key {kind} (known: {', '.join(KINDS)})")
+        try:
+            given[kind] = _texts(values)
+        except _MistakeError as mistake:
+            raise _MistakeError(f"{kind} is {values!r}: {mistake}") from None
+        if kind in _CHECKS:
+            _CHECKS[kind](given[kind])
+    return Criteria(**given)
+
+
+def _check_expressions(values: Sequence[str]) -> None:
+    for one in values:
+        try:
+            re.compile(one)
+        except re.error as error:
+            raise _MistakeError(
+                f"command_regex {one!r} is no regular expression: {error}"
+            ) from error
+
+
+def _check_labels(values: Sequence[str]) -> None:
+    for one in values:
+        if "=" not in one:
+            raise _MistakeError(f'label {one!r} has no value: write "NAME=VALUE"')
+
+
+def _check_executables(values: Sequence[str]) -> None:
+    for one in values:
+        if not one.startswith(("/", "*")):
+            raise _MistakeError(f"exe {one!r} is no absolute path: for the name alone use name")
+
+
+_CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
+    "command_regex": _check_expressions,
+    "label": _check_labels,
+    "exe": _check_executables,
+}
+
+# The keys of a rule, and how their values are read.
+_KEYS: dict[str, Callable[[Any], Any]] = {
+    "name": _name,
+    "match": _criteria,
+    "download": _rate,
+    "upload": _rate,
+    "each": _flag,
+    "children": _flag,
+    "traffic": _kind,
+    "to": _networks,
+    "except": _networks,
+    "loopback": _flag,
+    "insist": _flag,
+    "enabled": _flag,
+}
+# A field of Rule that is called otherwise.
+_FIELDS = {"match": "criteria", "traffic": "kind", "except": "but"}
+
+
+class _File:
+    """One file. Mistakes are added to a list."""
+
+    def __init__(self, path: str, text: str, mistakes: list[str]) -> None:
+        self._path = path
+        self._lines = text.splitlines()
+        self._mistakes = mistakes
+        self._tree: Mapping[str, Any] = {}
+        try:
+            self._tree = settings.parse_toml(path, text)
+        except SettingsError as error:
+            mistakes.append(str(error))
+
+    def rules(self) -> list[Rule]:
+        """Return its rules, as far as they have no mistake."""
+        for key in self._tree:
+            if key != "rule":
+                self._add(self._line(rf"\[*\s*{re.escape(key)}\b"), _unknown(key, ["rule"]))
+        tables = self._tree.get("rule", [])
+        if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
+            self._add(self._line(r"\[?\s*rule\b"), "write [[rule]] above each rule")
+            return []
+        found = [self._rule(number, table) for number, table in enumerate(tables)]
+        return [rule for rule in found if rule is not None]
+
+    def _rule(self, number: int, table: Mapping[str, Any]) -> Optional[Rule]:
+        before = len(self._mistakes)
+        start = self._line(r"\[\[\s*rule\s*\]\]", skip=number)
+        given: dict[str, Any] = {}
+        for key, value in table.items():
+            line = self._line(rf"(\[+\s*rule\s*\.\s*)?[\"']?{re.escape(key)}\b", after=start)
+            if key not in _KEYS:
+                self._add(line, _unknown(key, list(_KEYS)))
+                continue
+            try:
+                given[key] = _KEYS[key](value)
+            except _MistakeError as mistake:
+                self._add(line, f"{key} is {_shown(value)}: {mistake}")
+        if len(self._mistakes) == before:
+            self._check(start, given)
+        if len(self._mistakes) > before or not given.pop("enabled", True):
+            return None
+        limits = {one: given.pop(str(one)) for one in Direction if str(one) in given}
+        fields = {_FIELDS.get(key, key): value for key, value in given.items()}
+        return Rule(limits=limits, where=f"{self._path}, line {start}", **fields)
+
+    def _check(self, start: int, given: Mapping[str, Any]) -> None:
+        """Add what is wrong with the rule as a whole."""
+        if "name" not in given:
+            self._add(start, 'this rule has no name: add name = "..."')
+        if "match" not in given:
+            self._add(start, "this rule matches nothing: add match = { ... }")
+        if "download" not in given and "upload" not in given:
+            self._add(start, "this rule limits nothing: add download, upload or both")
+
+    def _add(self, line: int, text: str) -> None:
+        self._mistakes.append(f"{self._path}, line {line}: {text}")
+
+    def _line(self, pattern: str, *, after: int = 1, skip: int = 0) -> int:
+        """Return the line, from ``after`` on, that begins with a pattern: TOML does not say."""
+        for number, line in enumerate(self._lines[after - 1 :], after):
+            if re.match(rf"\s*{pattern}", line):
+                if not skip:
+                    return number
+                skip -= 1
+        return after
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    return f"unknown key {key} (known: {', '.join(known)})"

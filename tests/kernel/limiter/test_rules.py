@@ -1,0 +1,364 @@
+"""Limits by rules: which processes they take in, and who keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import uuid
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from by_backend import tool
+from lab import ENVIRONMENT, TOOL, Lab, lab
+from shells import RATE, Shell
+from targets import eventually
+
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.plan import Wish
+from pybpfthrottle.rules import instance
+from pybpfthrottle.rules.keeper import Keeper
+from pybpfthrottle.rules.matching import below_mount
+from pybpfthrottle.rules.model import Criteria, Rule
+from pybpfthrottle.supervisor import InThread
+
+LIMITS = {Direction.DOWNLOAD: RATE}
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Lab]:
+    """Two namespaces with a server at the far end."""
+    with lab(fastest=Rate.parse("10M")) as made:
+        yield made
+
+
+@pytest.fixture
+def shell(own: Lab, scratch: Cgroup) -> Iterator[Shell]:
+    """One in a cgroup of its own."""
+    made = Shell(own, scratch)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+class Kept:
+    """Rules that are kept in this process."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.keeper = Keeper(Wish(options={"ebpf": Options()}), self.said.append)
+        self._driver = InThread(self.keeper.chores)
+
+    def begin(self, *rules: Rule) -> None:
+        """Put rules in force."""
+        self._driver.call(lambda: self.keeper.begin(rules))
+
+    def change(self, *rules: Rule) -> None:
+        """Put others in force instead."""
+        self._driver.call(lambda: self.keeper.change(rules))
+
+    def processes(self, name: str) -> set[int]:
+        """Return the processes that a rule limits one by one."""
+
+        def find() -> set[int]:
+            held = [one for (rule, _), one in self.keeper.held.items() if rule == name]
+            return {pid for one in held for pid in one.throttle.processes()}
+
+        return self._driver.call(find)
+
+    def cgroups(self, name: str) -> set[str]:
+        """Return the cgroups that a rule limits as a whole."""
+        held = {rule: one for (rule, _), one in self.keeper.held.items()}
+        return {one.path for one in held[name].throttle.cgroups} if name in held else set()
+
+    def is_on(self, name: str, cgroup: Cgroup) -> bool:
+        """Whether a rule limits a cgroup as a whole, and not one that was there before."""
+        held = self.keeper.held.get((name, ""))
+        return held is not None and held.throttle.is_on(cgroup)
+
+    def end(self) -> None:
+        """Remove all."""
+        self._driver.call(self.keeper.remove)
+        self._driver.release()
+
+
+@contextmanager
+def kept(*rules: Rule) -> Iterator[Kept]:
+    """Rules in force."""
+    found = Kept()
+    try:
+        found.begin(*rules)
+        yield found
+    finally:
+        found.end()
+
+
+def rule(called: str, limits: Any = None, /, **criteria: str) -> Rule:
+    """A rule that limits downloads."""
+    given = {kind: (value,) for kind, value in criteria.items()}
+    return Rule(called, Criteria(**given), LIMITS if limits is None else limits)
+
+
+@pytest.fixture
+def sleep(tmp_path: Path) -> str:
+    """A program whose name nobody else has."""
+    path = tmp_path / f"s{uuid.uuid4().hex[:12]}"
+    shutil.copy(shutil.which("sleep") or "", path)
+    return str(path)
+
+
+@contextmanager
+def running(*command: str, where: Any = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, ended afterwards."""
+    move = (lambda: where.move_in(0)) if where is not None else None
+    with subprocess.Popen(command, preexec_fn=move) as made:
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
+def test_a_rule_limits_who_matches_until_it_goes(shell: Shell, scratch: Cgroup) -> None:
+    """Processes that run already, with their children; afterwards nothing is limited."""
+    place = below_mount(scratch)
+    with kept(rule("by cgroup", cgroup=place)) as found:
+        assert shell.is_limited()
+        assert found.cgroups("by cgroup") == {scratch.path}
+        found.change()
+        assert not shell.is_limited()
+        found.change(rule("by cgroup", cgroup=f"{place}*"))
+        assert shell.pid in found.processes("by cgroup") or found.cgroups("by cgroup")
+        assert shell.is_limited()
+    assert not shell.is_limited()
+
+
+def test_a_changed_limit_keeps_the_throttle(scratch: Cgroup, sleep: str) -> None:
+    """Its counters go on."""
+    first = rule("mine", name=os.path.basename(sleep))
+    with running(sleep, "60", where=scratch), kept(first) as found:
+        before = found.keeper.held["mine", ""].throttle
+        found.change(dataclasses.replace(first, limits={Direction.DOWNLOAD: Rate(5000)}))
+        now = found.keeper.held["mine", ""].throttle
+        assert now is before
+        assert now.limits == {Direction.DOWNLOAD: Rate(5000)}
+
+
+def test_who_starts_later_is_limited(sleep: str) -> None:
+    """As soon as it has executed a program that matches; its throttle goes with it."""
+    with kept(rule("mine", name=os.path.basename(sleep))) as found:
+        assert not found.keeper.held
+        with running(sleep, "60") as one:
+            eventually(lambda: found.processes("mine") == {one.pid})
+            with running(sleep, "60") as other:
+                eventually(lambda: found.processes("mine") == {one.pid, other.pid})
+
+
+def test_the_more_specific_rule_gets_the_process(scratch: Cgroup, sleep: str) -> None:
+    """Also if the process has belonged to another rule until it executed its program."""
+    broad = rule("broad", cgroup=below_mount(scratch) + "*")
+    narrow = rule("narrow", name=os.path.basename(sleep))
+    with kept(broad, narrow) as found:
+        with running("sh", "-c", f"{sleep} 60; true", where=scratch) as parent:
+            eventually(lambda: found.processes("broad") == {parent.pid})
+            eventually(lambda: len(found.processes("narrow")) == 1)
+            (child,) = found.processes("narrow")
+            assert process.name_of(child) == os.path.basename(sleep)
+            # The other rule is for what is not there: processes are limited one by one.
+            found.change(broad, rule("other", name="nobody"))
+            assert found.processes("broad") == {parent.pid, child}
+            os.kill(child, signal.SIGKILL)
+
+
+def test_sockets_go_with_their_process(own: Lab, shell: Shell, scratch: Cgroup) -> None:
+    """What a rule let go is limited by the other rule alone."""
+    slow = {Direction.DOWNLOAD: Rate(1000)}
+    broad = rule("broad", slow, cgroup=below_mount(scratch) + "*")
+    narrow = rule("narrow", cgroup=below_mount(scratch))
+    with kept(broad) as found:
+        found.change(broad, dataclasses.replace(narrow, limits=LIMITS))
+        got = shell.downloads()
+        assert RATE.bytes_per_s / 2 < got
+        assert shell.is_limited()
+
+
+def test_each_gives_each_its_own(sleep: str) -> None:
+    """A throttle for each process that matches, and one for all of its children."""
+    mine = dataclasses.replace(rule("mine", name=os.path.basename(sleep)), each=True)
+    with kept(mine) as found, running(sleep, "60") as one, running(sleep, "60") as other:
+        keys = {("mine", str(one.pid)), ("mine", str(other.pid))}
+        eventually(lambda: set(found.keeper.held) == keys)
+        one.kill()
+        one.wait()
+        eventually(lambda: set(found.keeper.held) == {("mine", str(other.pid))})
+
+
+def test_a_cgroup_that_comes_again_is_limited_again(scratch: Cgroup) -> None:
+    """As a service's does when it restarts."""
+    place = below_mount(scratch) + "/unit"
+    with kept(rule("mine", cgroup=place)) as found:
+        for _ in range(2):
+            made = scratch.create_child("unit")
+            try:
+                with running("sleep", "60", where=made):
+                    eventually(partial(found.is_on, "mine", made))
+            finally:
+                made.remove(patience_s=5)
+
+
+def test_a_rule_for_several_cgroups_takes_in_more(scratch: Cgroup) -> None:
+    """All share its limit, by the same throttle."""
+    made = [scratch.create_child(name) for name in "ab"]
+    try:
+        with kept(rule("mine", cgroup=below_mount(scratch) + "/*")) as found:
+            with running("sleep", "60", where=made[0]):
+                eventually(lambda: found.cgroups("mine") == {made[0].path})
+                first = found.keeper.held["mine", ""].throttle
+                with running("sleep", "60", where=made[1]):
+                    eventually(lambda: found.cgroups("mine") == {one.path for one in made})
+                    assert found.keeper.held["mine", ""].throttle is first
+    finally:
+        for one in made:
+            one.remove(patience_s=5)
+
+
+def test_what_is_limited_by_hand_is_left_alone(sleep: str) -> None:
+    """A rule does not limit a second time what somebody limits."""
+    with running(sleep, "60") as one:
+        limit = [*TOOL, "--pid", str(one.pid), "-d", "1M", "--json"]
+        with subprocess.Popen(limit, env=ENVIRONMENT, stdout=subprocess.PIPE) as by_hand:
+            try:
+                assert by_hand.stdout
+                by_hand.stdout.readline()
+                with kept(rule("mine", name=os.path.basename(sleep))) as found:
+                    assert not found.keeper.held
+            finally:
+                by_hand.terminate()
+
+
+# The one process that keeps the rules of the machine.
+alone = pytest.mark.alone
+
+
+def throttles(name: str) -> list[dict[str, Any]]:
+    """What the list says of a rule's throttles."""
+    found = json.loads(tool("list", "--json").stdout)["throttles"]
+    # All but how long it is in force.
+    return [{**one, "since_s": None} for one in found if one["name"] == name]
+
+
+@pytest.fixture
+def rules(tmp_path: Path, sleep: str) -> Iterator[Path]:
+    """A file with a rule for the program; nothing is kept at the end."""
+    path = tmp_path / "rules.toml"
+    match = f'match = {{ name = "{os.path.basename(sleep)}" }}'
+    path.write_text(f'[[rule]]\nname = "mine"\n{match}\nupload = "500K"\n')
+    try:
+        yield path
+    finally:
+        tool("apply", "--stop")
+        assert not throttles("mine")
+        assert instance.current() is None
+
+
+@alone
+def test_apply_makes_the_machine_match(rules: Path, sleep: str) -> None:
+    """Twice is the same as once; what is changed in the file is changed in force."""
+    with running(sleep, "60") as one:
+        dry = tool("apply", "--dry-run", str(rules)).stdout
+        assert dry == f"+ mine: {process.listed([one.pid])}: upload 500.0 KB/s\n"
+        assert not throttles("mine")
+        said = tool("apply", str(rules))
+        assert said.stdout == "1 rule is in force; pybpfthrottle apply --stop ends that.\n"
+        (first,) = throttles("mine")
+        assert first["target"]["rule"] == "mine"
+        tool("apply", str(rules))
+        assert throttles("mine") == [first]
+        rules.write_text(rules.read_text().replace("500K", "300K"))
+        diff = tool("apply", "--diff", str(rules)).stdout
+        assert "~ mine: " in diff
+        assert "upload 500.0 KB/s -> upload 300.0 KB/s" in diff
+        assert throttles("mine")[0]["limits"]["upload"] == 300 * 1024
+        assert "The machine matches the rules." in tool("apply", "-n", str(rules)).stdout
+        told = json.loads(tool("apply", "--dry-run", "--json", str(rules)).stdout)
+        assert [change["change"] for change in told["changes"]] == ["same"]
+        explained = tool("explain", str(one.pid), str(rules)).stdout
+        assert f"rule mine ({rules}, line 1): name {os.path.basename(sleep)}" in explained
+        assert f"Limited now by {first['id']}" in explained
+
+
+@alone
+def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
+    """The limit stays; the next start takes it over, and has no second one."""
+    with running(sleep, "60") as one:
+        tool("apply", str(rules))
+        (first,) = throttles("mine")
+        os.kill(first["owner_pid"], signal.SIGKILL)
+        eventually(lambda: not throttles("mine")[0]["supervised"])
+        # Another command does not try to keep what only the rules can tell.
+        assert "another one goes on" not in tool("run", "-d", "1M", "--", "true").stderr
+        tool("apply", str(rules))
+        (now,) = throttles("mine")
+        assert now["id"] == first["id"]
+        assert now["supervised"]
+        with running(sleep, "60") as other:
+            shown = json.loads(tool("show", now["id"], "--json").stdout)
+            assert shown
+            explained = tool("explain", str(other.pid), str(rules)).stdout
+            assert f"Limited now by {now['id']}" in explained
+        assert one.poll() is None
+
+
+@alone
+def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
+    """With mistakes those of before go on; it ends with all limits of rules."""
+    daemon = [*TOOL, "daemon", str(rules)]
+    with subprocess.Popen(daemon, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as keeper:
+        try:
+            assert keeper.stderr
+            eventually(instance.current)
+            with running(sleep, "60"):
+                eventually(lambda: throttles("mine"))
+                good = rules.read_text()
+                rules.write_text(good.replace("500K", "fast"))
+                keeper.send_signal(signal.SIGHUP)
+                told = keeper.stderr.readline()
+                assert f"{rules}, line 4: upload is 'fast'" in told
+                assert "the rules of before go on" in told
+                rules.write_text(good.replace("500K", "1M"))
+                assert tool("apply", str(rules)).returncode == 0
+                assert throttles("mine")[0]["limits"]["upload"] == 1024**2
+                other = tool("apply", str(rules.parent))
+                assert other.returncode == 1
+                assert "put the file there, or stop the daemon" in other.stderr
+                assert "is pybpfthrottle daemon: stop that" in tool("apply", "--stop").stderr
+                assert "is pybpfthrottle daemon already" in tool("daemon", str(rules)).stderr
+                keeper.terminate()
+                assert keeper.wait(timeout=30) == 0
+                assert not throttles("mine")
+        finally:
+            keeper.kill()
+
+
+@alone
+def test_mistakes_change_nothing(rules: Path, sleep: str) -> None:
+    """What ran goes on; each mistake is told with its line."""
+    with running(sleep, "60"):
+        tool("apply", str(rules))
+        (before,) = throttles("mine")
+        rules.write_text(rules.read_text().replace("500K", "1 apple") + "each = 7\n")
+        failed = tool("apply", str(rules))
+        assert failed.returncode == 1
+        assert failed.stderr.count("error: ") == 2
+        assert "line 4: upload is '1 apple'" in failed.stderr
+        assert "line 5: each is 7" in failed.stderr
+        assert throttles("mine") == [before]

@@ -1,0 +1,180 @@
+"""Rules files: what they may say, and what is told of mistakes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pybpfthrottle.errors import RulesError
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.rules import reading
+from pybpfthrottle.rules.model import Criteria, Rule
+
+RULE = '[[rule]]\nname = "a"\nmatch = { name = "rsync" }\nupload = "1M"\n'
+
+
+def read(tmp_path: Path, text: str) -> tuple[Rule, ...]:
+    """Return the rules of a file."""
+    path = tmp_path / "rules.toml"
+    path.write_text(text)
+    return reading.read([str(path)]).rules
+
+
+def mistakes(tmp_path: Path, text: str) -> list[str]:
+    """Return what is told of a file."""
+    with pytest.raises(RulesError) as caught:
+        read(tmp_path, text)
+    return [line.replace(f"{tmp_path}/rules.toml, ", "") for line in caught.value.mistakes]
+
+
+def test_a_rule_has_what_is_written(tmp_path: Path) -> None:
+    """Each key of a rule arrives, and the rest has its default."""
+    (rule,) = read(
+        tmp_path,
+        """
+[[rule]]
+name = "backups"
+match = { name = ["rsync", "borg"], user = "root" }
+download = "8mbit"
+upload = 500_000
+each = true
+children = false
+traffic = "internet"
+to = "192.0.2.0/24"
+except = ["192.0.2.1"]
+insist = true
+""",
+    )
+    assert rule == Rule(
+        "backups",
+        Criteria(name=("rsync", "borg"), user=("root",)),
+        {Direction.DOWNLOAD: Rate(1_000_000), Direction.UPLOAD: Rate(500_000)},
+        each=True,
+        children=False,
+        kind="internet",
+        to=("192.0.2.0/24",),
+        but=("192.0.2.1/32",),
+        insist=True,
+    )
+    assert rule.where == f"{tmp_path}/rules.toml, line 2"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("dowload = '1M'", "line 5: unknown key dowload (known: name, match, download"),
+        ("download = 'fast'", "line 5: download is 'fast': 'fast' is not a limit: give bytes"),
+        ("download = true", "line 5: download is True: it must be a rate such as"),
+        ("download = 12", "line 5: download is 12: 12 is out of range: a limit is between"),
+        ("each = 'yes'", "line 5: each is 'yes': it must be true or false"),
+        ("traffic = 'lan'", 'line 5: traffic is \'lan\': it must be one of "all", "internet"'),
+        ("to = '10.0.0.0/40'", "line 5: to is '10.0.0.0/40': '10.0.0.0/40' is not a network"),
+        ("to = []", "line 5: to is []: it must be a text, or a list of texts"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(tmp_path: Path, line: str, told: str) -> None:
+    """What is wrong, where, and what is allowed."""
+    (mistake,) = mistakes(tmp_path, RULE + line)
+    assert mistake.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("match", "told"),
+    [
+        ("{}", "it must be a table with some of container, label, unit"),
+        ('"rsync"', "it must be a table with some of container, label, unit"),
+        ('{ nam = "x" }', "unknown key nam (known: container, label"),
+        ("{ name = 7 }", "name is 7: it must be a text, or a list of texts"),
+        ('{ command_regex = "(" }', "command_regex '(' is no regular expression"),
+        ('{ label = "tier" }', "label 'tier' has no value: write \"NAME=VALUE\""),
+        ('{ exe = "rsync" }', "exe 'rsync' is no absolute path: for the name alone use name"),
+    ],
+)
+def test_criteria_are_checked(tmp_path: Path, match: str, told: str) -> None:
+    """A mistake in what is to match is told like any other."""
+    (mistake,) = mistakes(tmp_path, RULE.replace('{ name = "rsync" }', match))
+    assert mistake.startswith("line 3: match is ")
+    assert told in mistake
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[[rule]]\nmatch = { name = "x" }\nupload = "1M"', "line 1: this rule has no name: add"),
+        ('\n[[rule]]\nname = "x"\nupload = "1M"', "line 2: this rule matches nothing: add match"),
+        ('[[rule]]\nname = "x"\nmatch = { name = "y" }', "line 1: this rule limits nothing: add"),
+        (f"{RULE}\n{RULE}", "line 6: a rule 'a' is in line 1 already: give it another name"),
+        ('[rule]\nname = "x"', "line 1: write [[rule]] above each rule"),
+        ("rules = 1", "line 1: unknown key rules (known: rule"),
+        ("[[rule]", "is not valid TOML: "),
+    ],
+)
+def test_whole_rules_are_checked(tmp_path: Path, text: str, told: str) -> None:
+    """What a rule lacks is told at its first line."""
+    assert any(told in mistake for mistake in mistakes(tmp_path, text))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    """Of several rules, in several files."""
+    (tmp_path / "1.toml").write_text(RULE.replace("1M", "x"))
+    (tmp_path / "2.toml").write_text(RULE.replace("1M", "y").replace('"a"', '"b"'))
+    with pytest.raises(RulesError, match="and 1 more") as caught:
+        reading.read([str(tmp_path)])
+    assert [one.split(":")[0] for one in caught.value.mistakes] == [
+        f"{tmp_path}/1.toml, line 4",
+        f"{tmp_path}/2.toml, line 4",
+    ]
+
+
+def test_a_rule_may_be_switched_off(tmp_path: Path) -> None:
+    """It is checked all the same."""
+    assert read(tmp_path, RULE + "enabled = false") == ()
+    assert mistakes(tmp_path, RULE + "enabled = false\neach = 1")
+
+
+def test_files_of_a_directory_are_read_in_order(tmp_path: Path) -> None:
+    """By their names; others than *.toml are left alone."""
+    for name in ("20-b.toml", "10-a.toml"):
+        (tmp_path / name).write_text(RULE.replace('"a"', f'"{name}"'))
+    (tmp_path / "10-a.toml~").write_text("nonsense")
+    found = reading.read([str(tmp_path)])
+    assert [one.name for one in found.rules] == ["10-a.toml", "20-b.toml"]
+
+
+def test_the_digest_tells_whether_a_file_has_changed(tmp_path: Path) -> None:
+    """And nothing else does."""
+    path = tmp_path / "rules.toml"
+    path.write_text(RULE)
+    before = reading.read([str(path)]).digest
+    assert reading.read([str(path)]).digest == before
+    path.write_text(RULE + "\n")
+    assert reading.read([str(path)]).digest != before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_root_does_not_use_what_others_write(tmp_path: Path) -> None:
+    """A rules file of another user, or that others may write, is refused."""
+    path = tmp_path / "rules.toml"
+    path.write_text(RULE)
+    path.chmod(0o666)
+    with pytest.raises(RulesError, match="writable by other users"):
+        reading.read([str(path)])
+    path.chmod(0o600)
+    os.chown(path, 1000, 1000)
+    with pytest.raises(RulesError, match="belongs to another user"):
+        reading.read([str(path)])
+
+
+def test_no_directory_is_no_mistake_but_a_missing_file_is(tmp_path: Path) -> None:
+    """There may be no rules; but a file that is named has to be there."""
+    assert reading.read([str(tmp_path)]).rules == ()
+    with pytest.raises(RulesError, match="there is no file"):
+        reading.read([str(tmp_path / "rules.toml")])
+
+
+def test_five_hundred_rules_are_read_in_a_moment(tmp_path: Path) -> None:
+    """As many as a site may have."""
+    text = "\n".join(RULE.replace('"a"', f'"{number}"') for number in range(500))
+    assert len(read(tmp_path, text)) == 500
