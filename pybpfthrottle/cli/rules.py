@@ -21,9 +21,11 @@ from pybpfthrottle.linux.notify import notify
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.rules import changes, instance, reading
 from pybpfthrottle.rules.instance import APPLY, DAEMON, HAND_OVER, RELOAD, Instance
-from pybpfthrottle.rules.keeper import Keeper
-from pybpfthrottle.rules.matching import Facts, Rulebook
+from pybpfthrottle.rules.keeper import Keeper, in_force_now
+from pybpfthrottle.rules.matching import Facts, Matcher, Rulebook
+from pybpfthrottle.rules.model import Rule
 from pybpfthrottle.rules.reading import Rules
+from pybpfthrottle.rules.when import ThisMachine
 from pybpfthrottle.supervisor import Supervisor
 
 SCHEMA = 1
@@ -194,8 +196,7 @@ def explain(pid: int, given: Sequence[str], *, as_json: bool) -> int:
     """Say which rule is for a process, and why; return the exit status."""
     process.Process(pid)
     sources = Sources.of(given)
-    book = Rulebook(sources.read().rules, login.processes())
-    told = _Explained(book, pid)
+    told = _Explained(sources.read().rules, pid)
     if as_json:
         tables.show_json({"schema": SCHEMA, **told.to_json()})
     else:
@@ -207,11 +208,18 @@ def explain(pid: int, given: Sequence[str], *, as_json: bool) -> int:
 class _Explained:
     """Why a process is limited, or not."""
 
-    def __init__(self, book: Rulebook, pid: int) -> None:
+    def __init__(self, rules: Sequence[Rule], pid: int) -> None:
         self._pid = pid
-        self._book = book
+        now = in_force_now(rules, ThisMachine())
+        self._book = Rulebook(now, login.processes())
         self._from, self._decision = self._decided(pid)
         facts = Facts(pid)
+        names = {rule.name for rule in now}
+        self._asleep = [
+            rule
+            for rule in rules
+            if rule.name not in names and Matcher(rule.criteria).matches(facts)
+        ]
         self._limits = []
         try:
             cgroup = facts.cgroup
@@ -245,6 +253,11 @@ class _Explained:
             f"  It matches rule {one.name} too, which is less specific: {one.criteria}"
             for one in decision.others
         ]
+        found += [
+            f"  It matches rule {one.name} too, which is not in force now, by its"
+            f" {'schedule' if one.when is None else 'when'}: {one.criteria}"
+            for one in self._asleep
+        ]
         for one in self._limits:
             limits = ", ".join(f"{way} {one.limit(way)}" for way in sorted(one.limits))
             found.append(f"Limited now by {one.id} ({one.target}): {limits}")
@@ -260,5 +273,6 @@ class _Explained:
             "matched_pid": self._from if rule is not None else None,
             "spared": self._decision.spared or None,
             "less_specific": [one.name for one in self._decision.others],
+            "not_in_force": [one.name for one in self._asleep],
             "throttles": [one.id for one in self._limits],
         }

@@ -7,9 +7,10 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle.inforce import InForce
 from pybpfthrottle.linux import process
 from pybpfthrottle.model import Limits
-from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules
+from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules, in_force_now
 from pybpfthrottle.rules.matching import Rulebook
 from pybpfthrottle.rules.model import Rule, limits_to_json
+from pybpfthrottle.rules.when import ThisMachine
 
 _SIGNS = {"new": "+", "changed": "~", "removed": "-", "same": "="}
 
@@ -67,6 +68,7 @@ class Changes(NamedTuple):
 
 def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
     """Return what it takes to put rules in force now. Raises OSError."""
+    rules = in_force_now(rules, ThisMachine())
     book = Rulebook(rules, spared)
     survey = Survey(book)
     families = process.families()

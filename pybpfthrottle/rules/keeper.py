@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from contextlib import suppress
+from datetime import datetime, timezone
 from typing import Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
 
 from pybpfthrottle import networks, registry
@@ -21,6 +22,7 @@ from pybpfthrottle.model import Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
 from pybpfthrottle.rules.model import Rule
+from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.throttle import Throttle, start, take_over
 
@@ -176,12 +178,20 @@ class Keeper:
     """The rules in force. ``chores`` keep them so; ``remove`` ends all."""
 
     def __init__(
-        self, wish: Wish, say: Callable[[str], None], spared: Collection[int] = ()
+        self,
+        wish: Wish,
+        say: Callable[[str], None],
+        spared: Collection[int] = (),
+        machine: Optional[Machine] = None,
     ) -> None:
         """``say`` gets a line for people; ``spared`` are processes that no rule limits."""
         self._wish = dataclasses.replace(wish, stack=True)
         self._say = say
         self._spared = spared
+        # As they are written, and those of them that are in force now.
+        self._rules: Sequence[Rule] = ()
+        self._now: Sequence[Rule] = ()
+        self._machine = machine or ThisMachine()
         self._book = Rulebook((), spared)
         self.held: dict[tuple[str, Key], Held] = {}
         self._executions: Optional[Executions] = None
@@ -193,19 +203,30 @@ class Keeper:
     def begin(self, rules: Sequence[Rule]) -> None:
         """Put rules in force, and take over what a killed process has left of them."""
         self._listen()
-        self._book = Rulebook(rules, self._spared)
+        self._rules = rules
+        self._now = self._in_force()
+        self._book = Rulebook(self._now, self._spared)
         self._pick_up()
         self.look()
 
     def change(self, rules: Sequence[Rule]) -> None:
         """Put other rules in force in place of these."""
-        self._book = Rulebook(rules, self._spared)
-        known = {rule.name: rule for rule in rules}
+        self._rules = rules
+        self._now = self._in_force()
+        self._book = Rulebook(self._now, self._spared)
+        known = {rule.name: rule for rule in self._book.rules}
         for (name, key), held in list(self.held.items()):
             rule = known.get(name)
             if rule is None or rule.criteria != held.wanted.rule.criteria:
                 self._end(name, key)
         self.look()
+
+    def _in_force(self) -> list[Rule]:
+        """Return the rules that are in force now, with their limits of now."""
+        found = in_force_now(self._rules, self._machine)
+        for note in self._machine.notes():
+            self._say_once(note)
+        return found
 
     def look(self) -> None:
         """Look at all processes, and limit what is to be limited."""
@@ -342,7 +363,10 @@ class Keeper:
             held.throttle.remove()
 
     def _tick(self) -> None:
-        """Remove throttles that limit nothing any more."""
+        """Follow time and circumstances, and remove throttles that limit nothing any more."""
+        by_itself = any(rule.changes_by_itself for rule in self._rules)
+        if by_itself and self._in_force() != self._now:
+            self.change(self._rules)
         now = time.monotonic()
         for (name, key), held in list(self.held.items()):
             ended = held.throttle.ended()
@@ -412,6 +436,13 @@ class Keeper:
         if line not in self._said:
             self._said.add(line)
             self._say(line)
+
+
+def in_force_now(rules: Iterable[Rule], machine: Machine) -> list[Rule]:
+    """Return the rules that are in force now, with their limits of now."""
+    now = datetime.now(timezone.utc)
+    at = (rule.at(now, machine) if rule.changes_by_itself else rule for rule in rules)
+    return [rule for rule in at if rule is not None]
 
 
 def by_rules() -> list[InForce]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from typing import Any, Mapping, Optional
 
 from pybpfthrottle.model import Limits, Rate
+from pybpfthrottle.rules.schedule import Schedule
+from pybpfthrottle.rules.when import Condition, Machine
 
 GLOB_CHARACTERS = frozenset("*?[")
 
@@ -88,7 +91,7 @@ class Rule:
 
     ``limits`` has a rate for each direction that is limited. ``each`` gives each process, or
     cgroup, a limit of its own. ``kind``, ``to`` and ``but`` are as in networks.traffic. ``insist``
-    allows a limit on a login.
+    allows a limit on a login. With ``schedule`` or ``when`` the rule is not always in force.
     """
 
     name: str
@@ -101,7 +104,26 @@ class Rule:
     but: tuple[str, ...] = ()
     loopback: bool = False
     insist: bool = False
+    schedule: Optional[Schedule] = None
+    when: Optional[Condition] = None
     where: str = field(default="", compare=False)
+
+    @property
+    def changes_by_itself(self) -> bool:
+        """Whether time or circumstances change it."""
+        return self.schedule is not None or self.when is not None
+
+    def at(self, now: datetime, machine: Machine) -> Optional[Rule]:
+        """Return the rule with the limits of a moment; None if it is not in force then."""
+        if self.when is not None and not self.when.holds(machine):
+            return None
+        if self.schedule is None:
+            return self
+        limits = self.schedule.at(now)
+        if limits is None:
+            return None
+        limited = {one: rate for one, rate in {**self.limits, **limits}.items() if rate is not None}
+        return replace(self, limits=limited) if limited else None
 
     @property
     def means(self) -> tuple[Any, ...]:

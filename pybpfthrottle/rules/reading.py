@@ -11,7 +11,10 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 from pybpfthrottle import networks, settings
 from pybpfthrottle.errors import LimitError, RulesError, SettingsError
 from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
+from pybpfthrottle.rules import schedule, when
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
+from pybpfthrottle.rules.schedule import Schedule
+from pybpfthrottle.rules.when import Condition
 
 SYSTEM_DIRECTORY = "/etc/pybpfthrottle/rules.d"
 MOST_RULES = 2000
@@ -177,6 +180,20 @@ def _check_executables(values: Sequence[str]) -> None:
             raise _MistakeError(f"exe {one!r} is no absolute path: for the name alone use name")
 
 
+def _schedule(value: Any) -> Schedule:
+    try:
+        return schedule.parse(value)
+    except SettingsError as error:
+        raise _MistakeError(str(error)) from error
+
+
+def _condition(value: Any) -> Condition:
+    try:
+        return when.parse(value)
+    except SettingsError as error:
+        raise _MistakeError(str(error)) from error
+
+
 _CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "command_regex": _check_expressions,
     "label": _check_labels,
@@ -197,6 +214,8 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "loopback": _flag,
     "insist": _flag,
     "enabled": _flag,
+    "schedule": _schedule,
+    "when": _condition,
 }
 # A field of Rule that is called otherwise.
 _FIELDS = {"match": "criteria", "traffic": "kind", "except": "but"}
@@ -254,7 +273,7 @@ class _File:
             self._add(start, 'this rule has no name: add name = "..."')
         if "match" not in given:
             self._add(start, "this rule matches nothing: add match = { ... }")
-        if "download" not in given and "upload" not in given:
+        if not _limits_something(given):
             self._add(start, "this rule limits nothing: add download, upload or both")
 
     def _add(self, line: int, text: str) -> None:
@@ -268,6 +287,13 @@ class _File:
                     return number
                 skip -= 1
         return after
+
+
+def _limits_something(given: Mapping[str, Any]) -> bool:
+    timetable = given.get("schedule")
+    return any(str(one) in given for one in Direction) or (
+        timetable is not None and any(span.limits for span in timetable.spans)
+    )
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import chain
-from typing import AbstractSet, Any, Callable, NamedTuple, Optional, Protocol, TypeVar
+from typing import AbstractSet, Any, Callable, NamedTuple, Optional, Protocol, Sequence, TypeVar
 
 from pybpfthrottle.errors import ProcessError, SettingsError
 from pybpfthrottle.linux import network_manager, process, surroundings
@@ -55,6 +55,9 @@ class Machine(Protocol):
 
     def runs(self, program: str) -> bool:
         """Whether a process of a name, or of the executable at a path, is running."""
+
+    def notes(self) -> Sequence[str]:
+        """Return what could not be known so far, each once."""
 
 
 @dataclass(frozen=True)

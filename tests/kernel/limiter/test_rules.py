@@ -29,6 +29,7 @@ from pybpfthrottle.rules import instance
 from pybpfthrottle.rules.keeper import Keeper
 from pybpfthrottle.rules.matching import below_mount
 from pybpfthrottle.rules.model import Criteria, Rule
+from pybpfthrottle.rules.when import Condition
 from pybpfthrottle.supervisor import InThread
 
 LIMITS = {Direction.DOWNLOAD: RATE}
@@ -54,9 +55,10 @@ def shell(own: Lab, scratch: Cgroup) -> Iterator[Shell]:
 class Kept:
     """Rules that are kept in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Any = None) -> None:
         self.said: list[str] = []
-        self.keeper = Keeper(Wish(options={"ebpf": Options()}), self.said.append)
+        wish = Wish(options={"ebpf": Options()})
+        self.keeper = Keeper(wish, self.said.append, machine=machine)
         self._driver = InThread(self.keeper.chores)
 
     def begin(self, *rules: Rule) -> None:
@@ -93,9 +95,9 @@ class Kept:
 
 
 @contextmanager
-def kept(*rules: Rule) -> Iterator[Kept]:
+def kept(*rules: Rule, machine: Any = None) -> Iterator[Kept]:
     """Rules in force."""
-    found = Kept()
+    found = Kept(machine)
     try:
         found.begin(*rules)
         yield found
@@ -243,6 +245,37 @@ def test_what_is_limited_by_hand_is_left_alone(sleep: str) -> None:
                     assert not found.keeper.held
             finally:
                 by_hand.terminate()
+
+
+class Battery:
+    """A machine that runs on a battery, or not."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def on_battery(self) -> bool:
+        """Whether it does now."""
+        return self.on
+
+    def notes(self) -> list[str]:
+        """All is known."""
+        return []
+
+
+def test_circumstances_decide_whether_a_rule_is_in_force(sleep: str) -> None:
+    """While it is not, the next rule that matches is."""
+    machine = Battery()
+    name = os.path.basename(sleep)
+    always = rule("always", name=name[:-1] + "*")
+    travelling = dataclasses.replace(rule("travelling", name=name), when=Condition(on_battery=True))
+    with running(sleep, "60") as one, kept(always, travelling, machine=machine) as found:
+        assert found.processes("always") == {one.pid}
+        machine.on = True
+        eventually(lambda: found.processes("travelling") == {one.pid})
+        assert found.processes("always") == set()
+        machine.on = False
+        eventually(lambda: found.processes("always") == {one.pid})
+        assert found.processes("travelling") == set()
 
 
 # The one process that keeps the rules of the machine.
