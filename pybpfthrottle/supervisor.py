@@ -46,13 +46,27 @@ class Chore(Protocol):
 Source = Callable[[], Iterable[Chore]]
 
 
-class Periodic:
-    """A chore that is done at regular intervals; missed times are skipped."""
+def next_round(period_s: float) -> float:
+    """Return a time within a period at which all do their chores of this period.
 
-    def __init__(self, period_s: float, work: Callable[[], object]) -> None:
+    Each on its own would wake the process up many times.
+    """
+    return (time.monotonic() // period_s + 1) * period_s
+
+
+class Periodic:
+    """A chore that is done at regular intervals; missed times are skipped.
+
+    The first time comes after a whole interval, or earlier if chores of the same interval are done
+    ``together``.
+    """
+
+    def __init__(
+        self, period_s: float, work: Callable[[], object], *, together: bool = False
+    ) -> None:
         self._period_s = period_s
         self._work = work
-        self.due_s = time.monotonic() + period_s
+        self.due_s = next_round(period_s) if together else time.monotonic() + period_s
 
     def fileno(self) -> int:
         """Return -1: it has no descriptor."""

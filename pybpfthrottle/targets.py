@@ -117,9 +117,17 @@ def _any_of(words: Iterable[str]) -> str:
     return " or ".join(sorted(words))
 
 
-def has_name(pid: int, names: frozenset[str]) -> bool:
-    """Match as ``pgrep -x``; names longer than the kernel keeps are sought in the command line."""
-    short = process.name_of(pid)
+def as_kept(name: str) -> str:
+    """Return a process's name as the kernel keeps it."""
+    return os.fsencode(name)[:_COMM_BYTES].decode(errors="replace")
+
+
+def has_name(pid: int, names: frozenset[str], short: Optional[str] = None) -> bool:
+    """Match as ``pgrep -x``; names longer than the kernel keeps are sought in the command line.
+
+    ``short`` is the name that the kernel keeps, if it is known.
+    """
+    short = process.name_of(pid) if short is None else short
     if short in names:
         return True
     long = [name for name in names if len(name.encode()) > _COMM_BYTES]

@@ -17,7 +17,7 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
-from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.cgroup import Cgroup, Mount
 from pybpfthrottle.model import Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
@@ -66,11 +66,13 @@ class Wanted:
 class Survey:
     """What the rules want of the processes that run now."""
 
-    def __init__(self, book: Rulebook, spared: Collection[int] = ()) -> None:
-        """``spared`` are processes that others limit."""
+    def __init__(
+        self, book: Rulebook, spared: Collection[int] = (), mounted: Optional[Mount] = None
+    ) -> None:
+        """``spared`` are processes that others limit; ``mounted`` tells where cgroup v2 is."""
         self._book = book
         self._spared = spared
-        self._mounted = cgroups.mount()
+        self.mounted = mounted or cgroups.mount()
         # The rule of each process, and of those that are limited one by one.
         self.decided: dict[int, Rule] = {}
         self._single: dict[int, Rule] = {}
@@ -82,7 +84,7 @@ class Survey:
         """Find the rule of each of some processes."""
         for pid in pids:
             if pid not in self._spared and not process.is_kernel_thread(pid):
-                facts = Facts(pid, self._mounted)
+                facts = Facts(pid, self.mounted)
                 rule = self._book.first(facts)
                 if rule is not None:
                     self._note(rule, facts)
@@ -193,12 +195,13 @@ class Keeper:
         self._now: Sequence[Rule] = ()
         self._machine = machine or ThisMachine()
         self._book = Rulebook((), spared)
+        self._mounted: Optional[Mount] = None
         self.held: dict[tuple[str, Key], Held] = {}
         self._executions: Optional[Executions] = None
         self._said: set[str] = set()
         self._look_s = math.inf
         self._others: tuple[float, frozenset[int]] = (-math.inf, frozenset())
-        self._ticking = Periodic(_TICK_S, self._tick)
+        self._ticking = Periodic(_TICK_S, self._tick, together=True)
 
     def begin(self, rules: Sequence[Rule]) -> None:
         """Put rules in force, and take over what a killed process has left of them."""
@@ -233,6 +236,7 @@ class Keeper:
         begin_s = time.thread_time()
         families = process.families()
         survey = Survey(self._book, self._limited_by_others())
+        self._mounted = survey.mounted
         survey.look(process.running())
         survey.inherit(families)
         self._part(survey.decided)
@@ -288,7 +292,7 @@ class Keeper:
 
     def _executed(self, pids: Collection[int]) -> None:
         """Limit those that match among processes that have executed a program."""
-        survey = Survey(self._book)
+        survey = Survey(self._book, mounted=self._mounted)
         survey.look(pids)
         found = list(survey.wanted({}))
         if not found:

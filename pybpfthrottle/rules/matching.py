@@ -124,7 +124,7 @@ def _any_of(values: Iterable[str]) -> Callable[[str], bool]:
 def _names(values: Sequence[str]) -> _Check:
     exact = frozenset(one for one in values if not is_pattern(one))
     pattern = _any_of([one for one in values if is_pattern(one)])
-    return lambda facts: targets.has_name(facts.pid, exact) or pattern(facts.name)
+    return lambda facts: targets.has_name(facts.pid, exact, facts.name) or pattern(facts.name)
 
 
 def _users(values: Sequence[str]) -> _Check:
@@ -224,10 +224,21 @@ class Rulebook:
         self.spared = frozenset({_FIRST, os.getpid(), *spared})
         self.rules = sorted(rules, key=lambda one: one.criteria.specificity(), reverse=True)
         self._matchers = [(one, Matcher(one.criteria)) for one in self.rules]
+        # Most rules are for a name: these need not be tried for other processes.
+        self._by_name: dict[str, list[int]] = {}
+        self._for_any_name = []
+        for number, rule in enumerate(self.rules):
+            names = rule.criteria.name
+            if not names or is_pattern(*names):
+                self._for_any_name.append(number)
+                continue
+            for name in names:
+                self._by_name.setdefault(targets.as_kept(name), []).append(number)
 
     def first(self, facts: Facts) -> Optional[Rule]:
         """Return the rule for a process."""
-        for rule, matcher in self._matchers:
+        for number in sorted([*self._by_name.get(facts.name, ()), *self._for_any_name]):
+            rule, matcher = self._matchers[number]
             if matcher.matches(facts):
                 return None if self._spares(rule, facts) else rule
         return None

@@ -22,6 +22,7 @@ from typing import (
     Optional,
     Sequence,
 )
+from weakref import WeakSet
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
@@ -35,13 +36,14 @@ from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
+from pybpfthrottle.supervisor import next_round
 from pybpfthrottle.targets import Selection
 
 log = logging.getLogger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
-# Scanning processes takes at most this fraction of one CPU's time.
+# Scanning processes for all limits of this program takes at most this fraction of a CPU's time.
 _MOST_OF_TIME = 0.01
 _MARK = b"\0\0\0\0"
 _EXECUTION = "sched_process_exec"
@@ -52,6 +54,10 @@ _OTHER_NAMESPACE = (
 
 # Shapes a connection that was open before; only valid within the context.
 Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
+
+
+# The marks of all limits of this process.
+_in_use: WeakSet[Marks] = WeakSet()
 
 
 class Marks:
@@ -82,6 +88,7 @@ class Marks:
         # Whether the kernel adds all new children of processes in the map.
         self._all_followed = False
         self._notes: dict[str, None] = {}
+        _in_use.add(self)
 
     def follow(self) -> None:
         """Follow the children started from now on, even if their parent ends.
@@ -145,8 +152,8 @@ class Marks:
         self.due_s = time.monotonic() + PERIOD_S
         self._pass()
         # A pass that had to wait for the CPU does not delay the next one.
-        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
-        self.due_s = time.monotonic() + max(PERIOD_S, pause_s)
+        pause_s = (time.thread_time() - begin_s) * len(_in_use) / _MOST_OF_TIME
+        self.due_s = next_round(PERIOD_S) + max(0.0, pause_s - PERIOD_S)
         self._look_for_sharing()
 
     def pids(self) -> list[int]:
@@ -163,6 +170,7 @@ class Marks:
 
     def close(self) -> None:
         """Follow no more processes."""
+        _in_use.discard(self)
         if self._tracing is not None:
             self._tracing.close()
             self._tracing = None

@@ -49,7 +49,7 @@ class OwnRecord:
         self._generation = 0
         self._is_current = True
         self.removed_by_others = False
-        self.chore = Periodic(_NOTICE_S, self._notice)
+        self.chore = Periodic(_NOTICE_S, self._notice, together=True)
 
     def create(self, maps: Mapping[str, Map[Any, Any]], *, kept: bool) -> None:
         """Write the record for the first time, into one of the throttle's maps."""
@@ -94,7 +94,7 @@ class OwnRecord:
             self._update_if_free()
 
     def _look(self) -> None:
-        if self.removed_by_others or self._map is None:
+        if self.removed_by_others or self._map is None or self._map.is_at(self._generation):
             return
         entry = self._map.read()
         if entry is None or entry.generation == self._generation:

@@ -56,6 +56,8 @@ class Placements:
         self._placed: list[Placed] = []
         # On removed cgroups: what their sockets still have to send is limited too.
         self._outlived: list[Placed] = []
+        # Whether something is attached below the root; None if that has to be looked up.
+        self._below_root: Optional[bool] = None
 
     def __bool__(self) -> bool:
         return bool(self._placed)
@@ -85,6 +87,7 @@ class Placements:
                 placed.append(one)
             undo.pop_all()
         self._placed += placed
+        self._below_root = None
 
     def attach_once_each_path(self, wanted: Iterable[Wanted]) -> None:
         """Attach one program, but not below itself, so that a packet passes it only once.
@@ -134,6 +137,12 @@ class Placements:
     def targets(self, direction: Optional[Direction] = None) -> list[Cgroup]:
         """Return the cgroups that one direction's programs, or all, are attached to."""
         return list(dict.fromkeys(one.target for one in self._of(direction)))
+
+    def is_below_root(self) -> bool:
+        """Whether something is attached to another cgroup than the root of all."""
+        if self._below_root is None:
+            self._below_root = any(not target.is_root() for target in self.targets())
+        return self._below_root
 
     def switching_off(self) -> Iterator[str]:
         """Return others' programs, attached later and above, that these keep from running."""

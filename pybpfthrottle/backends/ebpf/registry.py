@@ -10,6 +10,7 @@ import ctypes
 import json
 import logging
 import os
+import struct
 import time
 from contextlib import ExitStack, suppress
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
@@ -71,6 +72,13 @@ class RecordMap:
 
     def __init__(self, record: Map[Any, Any]) -> None:
         self._map: Map[int, ThrottleRecord] = record.typed(U32, StructureCodec(ThrottleRecord))
+        self._first = U32.encode(0)
+        self._generation = struct.Struct(f"={ThrottleRecord.generation.offset}xI")
+
+    def is_at(self, generation: int) -> bool:
+        """Whether the record is still that of a generation; quicker than reading it."""
+        (found,) = self._generation.unpack_from(self._map.elements.lookup(self._first))
+        return bool(found == generation)
 
     def read(self) -> Optional[Entry]:
         """Return the record; None if none was written yet, or by another version."""

@@ -76,7 +76,7 @@ class EbpfThrottle:
         self._attached.callback(lambda: self._unpin(self._pins))
         self._undo.callback(self._restore)
         self._undo.callback(self._record.say_removed)
-        self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above)
+        self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above, together=True)
 
     @property
     def limits(self) -> Limits:
@@ -485,7 +485,7 @@ class EbpfThrottle:
     def chores(self) -> Sequence[Chore]:
         """Return the chores that keep the throttle up to date."""
         found: list[Chore] = [self._record.chore, *self._gate.chores()]
-        if any(not target.is_root() for target in self._placed.targets()):
+        if self._placed.is_below_root():
             found.append(self._looking_above)
         if self._strays is not None:
             found.append(self._strays)
