@@ -22,7 +22,7 @@ from pybpfthrottle.bpf.errors import (
     UnresolvedError,
 )
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.obj import elf, relocate
+from pybpfthrottle.bpf.obj import relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
@@ -89,7 +89,7 @@ class Object:
 
 
 def load(
-    source: Union[ObjectSpec, bytes, elf.Path],
+    source: Union[ObjectSpec, bytes, descriptors.Path],
     select: Optional[Iterable[str]] = None,
     *,
     maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
@@ -151,9 +151,11 @@ def load(
     return Object(live_programs, live_maps, spec)
 
 
-def _spec_of(source: Union[ObjectSpec, bytes, elf.Path]) -> ObjectSpec:
+def _spec_of(source: Union[ObjectSpec, bytes, descriptors.Path]) -> ObjectSpec:
     if isinstance(source, ObjectSpec):
         return source
+    from pybpfthrottle.bpf.obj import elf
+
     return elf.read_object(source) if isinstance(source, bytes) else elf.read_file(source)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any, Iterable, NamedTuple, Optional, Union
 
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.obj import elf
+from pybpfthrottle.bpf.obj import stored
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
 from pybpfthrottle.linux.process import PACKAGE_ROOT
@@ -240,8 +241,15 @@ def read(name: str) -> ObjectSpec:
 
     The result is cached and shared by all callers: do not change it. Raises ObjectFileError.
     """
-    target = "bpfel" if sys.byteorder == "little" else "bpfeb"
-    return elf.read_object(data(f"{name}.{target}.o"), name=name)
+    file_name = f"{name}.{'bpfel' if sys.byteorder == 'little' else 'bpfeb'}"
+    found = data(f"{file_name}.o")
+    with suppress(ObjectFileError):
+        spec = stored.load(data(f"{file_name}.json"), found, name)
+        if spec is not None:
+            return spec
+    from pybpfthrottle.bpf.obj import elf  # with pyelftools, which takes a moment
+
+    return elf.read_object(found, name=name)
 
 
 def data(file_name: str) -> bytes:

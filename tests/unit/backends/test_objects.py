@@ -18,7 +18,7 @@ from pybpfthrottle.backends.ebpf import accounting, programs, records
 from pybpfthrottle.backends.ebpf.bucket import POLICE, Shaping
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
-from pybpfthrottle.bpf.obj import elf, relocate
+from pybpfthrottle.bpf.obj import elf, relocate, stored
 from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
@@ -301,6 +301,34 @@ def test_an_object_is_read_for_this_machine(name):
     """programs.read gives the object of this machine's byte order under its own name."""
     spec = programs.read(name)
     assert (spec.byteorder, spec.name) == (sys.byteorder, name)
+
+
+@pytest.mark.parametrize("name", sorted(MANIFEST["objects"]))
+def test_the_stored_spec_is_what_the_object_says(name):
+    """The JSON beside an object gives the same spec as reading the object."""
+    path = PREBUILT / name
+    data, text = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    stem = name.partition(".")[0]
+    assert stored.load(text, data, stem) == elf.read_object(data, name=stem)
+
+
+@pytest.mark.parametrize("text", [None, b"", b'{"version":1,"name":"throttle","object":[1,2]}'])
+def test_without_its_stored_spec_the_object_itself_is_read(monkeypatch, text):
+    """Where the JSON is missing or another object's, the spec comes from the object."""
+    wanted, data = programs.read("throttle"), programs.data
+
+    def without_the_json(name):
+        if name.endswith(".json"):
+            if text is None:
+                raise ObjectFileError(f"prebuilt/{name} is missing")
+            return text
+        return data(name)
+
+    monkeypatch.setattr(programs, "data", without_the_json)
+    read = []
+    monkeypatch.setattr(elf, "object_in", lambda *a, of=elf.object_in: read.append(1) or of(*a))
+    assert programs.read.__wrapped__("throttle") == wanted
+    assert read
 
 
 def test_an_object_that_is_missing_is_named():

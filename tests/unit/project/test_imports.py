@@ -59,8 +59,17 @@ def test_what_a_script_imports_is_there(script):
 
 def test_reading_an_object_loads_pyelftools_only():
     """Reading an object loads pyelftools, and neither click nor rich."""
-    statement = "from pybpfthrottle.backends.ebpf import programs; programs.read('throttle')"
+    statement = (
+        "from pybpfthrottle.backends.ebpf import programs; from pybpfthrottle.bpf.obj import elf\n"
+        "elf.read_object(programs.data('throttle.bpfel.o'))"
+    )
     assert loaded_by(statement) & HEAVY == {"elftools"}
+
+
+def test_reading_a_shipped_object_loads_no_package():
+    """What is stored beside a shipped object does without pyelftools."""
+    statement = "from pybpfthrottle.backends.ebpf import programs; programs.read('throttle')"
+    assert loaded_by(statement) & HEAVY == set()
 
 
 def test_each_public_name_is_there():
