@@ -211,15 +211,16 @@ def _settings(path: str) -> Mapping[str, str]:
 @cache
 def _own_types() -> Btf:
     """Return the types of the running kernel, which stay what they are."""
-    return _types(os.path.join(BTF_DIRECTORY, _VMLINUX))
+    return _types(os.path.join(BTF_DIRECTORY, _VMLINUX), trusted=True)
 
 
-def _types(path: str) -> Btf:
-    with open(path, "rb") as file:
+def _types(path: str, *, trusted: bool = False) -> Btf:
+    # Buffers would cut the kernel's megabytes into many calls.
+    with open(path, "rb", buffering=0) as file:
         if file.read(4) == b"\x7fELF":
             data = stored_section(path, ".BTF")
             if data is None:
                 raise ExternError(f"{path} has no section .BTF")
             return Btf(data)
         file.seek(0)
-        return Btf(file.read())
+        return Btf(file.read(), trusted=trusted)

@@ -1,14 +1,17 @@
 """BTF, the BPF Type Format: bytes -> types. No system calls.
 
-Nothing is decoded before it is asked for: the kernel's own BTF has more than 100,000 types.
+Nothing is decoded before it is asked for: the kernel's own BTF has more than 100,000 types. To
+find where they begin takes longer than all else that a start does, so that too waits if it may.
 Source: Documentation/bpf/btf.rst of the kernel.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from array import array
+from bisect import bisect_left
 from enum import IntEnum
 from typing import Iterator, NamedTuple, Optional
 
@@ -72,9 +75,11 @@ _ITEM_WORDS = {
     Kind.DATASEC: 3,
     Kind.ENUM64: 3,
 }
-# The same by number, for the loop over all types; 0 is for what is no kind of type.
-_FIXED = [_TYPE_WORDS + _TAIL_WORDS.get(Kind(n), 0) if 0 < n < len(Kind) else 0 for n in range(32)]
-_EACH = [_ITEM_WORDS.get(Kind(n), 0) if n < len(Kind) else 0 for n in range(32)]
+# What the bytes of a type's ``info`` may be, as a regular expression; its lower half may be all.
+_KIND = b"[\x01-%c\x81-%c]" % (max(Kind), 0x80 | max(Kind))
+_INFO = {"little": b"..\0" + _KIND, "big": _KIND + b"\0.."}
+# How many words are looked through at a time for where types begin.
+_STRIDE_WORDS = 1 << 14
 
 
 class Type(NamedTuple):
@@ -142,14 +147,30 @@ def words_of(data: bytes, byteorder: str) -> array[int]:
     return words
 
 
+class _Lengths(dict[int, int]):
+    """The length in words of a type by its ``info``. Raises KeyError for an unknown kind."""
+
+    def __missing__(self, info: int) -> int:
+        number = info >> 24 & 0x1F
+        if not 0 < number < len(Kind):
+            raise KeyError(info)
+        kind = Kind(number)
+        fixed = _TYPE_WORDS + _TAIL_WORDS.get(kind, 0)
+        self[info] = length = fixed + _ITEM_WORDS.get(kind, 0) * (info & 0xFFFF)
+        return length
+
+
 class Btf:
     """The types of one .BTF section; the type 0 is void. Raises ObjectFileError for bad data.
 
     A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends. ``name``
-    is the module's. Types of the same bytes are equal. It never changes.
+    is the module's. Types of the same bytes are equal. It never changes. What the kernel itself
+    says can be ``trusted``: its types are looked through no further than is asked for.
     """
 
-    def __init__(self, data: bytes, *, base: Optional[Btf] = None, name: str = "") -> None:
+    def __init__(
+        self, data: bytes, *, base: Optional[Btf] = None, name: str = "", trusted: bool = False
+    ) -> None:
         self.name = name
         self.base = base
         self._data = data
@@ -170,27 +191,39 @@ class Btf:
         if types_bytes % 4:
             raise self._bad("a type is cut off", types_bytes // 4)
         self._words = words_of(types, self.byteorder)
-        self._starts, self._names = self._scan()
+        self._bytes = types
+        # The words at which types begin, up to that at which the search goes on.
+        self._starts = array("I")
+        self._next = 0
+        self._lengths = _Lengths()
         self._found: dict[tuple[str, bool], list[int]] = {}
+        if not trusted:
+            self._scan(len(self._words))
 
-    def _scan(self) -> tuple[array[int], bytes]:
-        """Return the word at which each type begins, and all offsets of names as four bytes."""
-        words, starts, names = self._words, array("I"), array("I")
-        at, end, start = 0, len(self._words), 0
+    def _scan(self, end: int) -> None:
+        """Note where types begin, up to a word."""
+        words, starts, lengths, at = self._words, self._starts, self._lengths, self._next
         try:
             while at < end:
-                info, start = words[at + 1], at
-                fixed = _FIXED[info >> 24 & 0x1F]
-                if not fixed:
-                    raise self._bad(f"unknown kind of type {info >> 24 & 0x1F}", at)
                 starts.append(at)
-                names.append(words[at])
-                at += fixed + _EACH[info >> 24 & 0x1F] * (info & 0xFFFF)
+                at += lengths[words[at + 1]]
         except IndexError:
             raise self._bad("a type is cut off", at) from None
-        if at > end:
-            raise self._bad("a type is cut off", start)
-        return starts, names.tobytes()
+        except KeyError as error:
+            raise self._bad(f"unknown kind of type {error.args[0] >> 24 & 0x1F}", at) from None
+        if at > len(words):
+            raise self._bad("a type is cut off", starts[-1])
+        self._next = at
+
+    def _scan_all(self) -> array[int]:
+        self._scan(len(self._words))
+        return self._starts
+
+    def _has(self, index: int) -> bool:
+        """Whether there are so many types."""
+        while index >= len(self._starts) and self._next < len(self._words):
+            self._scan(min(self._next + _STRIDE_WORDS, len(self._words)))
+        return index < len(self._starts)
 
     def _bad(self, reason: str, word: int) -> ObjectFileError:
         return ObjectFileError(reason, section=_SECTION, offset=self._types_at + 4 * word)
@@ -213,7 +246,7 @@ class Btf:
     @property
     def count(self) -> int:
         """The number of types with void and the base's: the first id that does not exist."""
-        return self._first_id + len(self._starts)
+        return self._first_id + len(self._scan_all())
 
     @property
     def string_bytes(self) -> int:
@@ -246,7 +279,7 @@ class Btf:
             return Type(Kind.VOID, "", 0, 0, False, 0, 0)
         if self.base and type_id < self._first_id:
             return self.base.type(type_id)
-        if type_id >= self.count:
+        if not self._has(type_id - self._first_id):
             raise ObjectFileError(f"there is no type {type_id}", section=_SECTION)
         at = self._starts[type_id - self._first_id]
         name, info, size_or_type = self._words[at : at + _TYPE_WORDS]
@@ -263,7 +296,7 @@ class Btf:
     def words(self, type_id: int) -> array[int]:
         """Return the words of a type that is not the base's: struct btf_type and what follows."""
         index = type_id - self._first_id
-        following = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._words)
+        following = self._starts[index + 1] if self._has(index + 1) else len(self._words)
         return self._words[self._starts[index] : following]
 
     def resolve(self, type_id: int) -> Type:
@@ -278,7 +311,7 @@ class Btf:
     def of_kind(self, *kinds: Kind) -> Iterator[Type]:
         """Return the types of some kinds, without the base's, in order."""
         words = self._words
-        for index, start in enumerate(self._starts):
+        for index, start in enumerate(self._scan_all()):
             if words[start + 1] >> 24 & 0x1F in kinds:
                 yield self.type(self._first_id + index)
 
@@ -314,19 +347,29 @@ class Btf:
             if not self.base:
                 yield 0
             return
-        for wanted in (b"\0%b\0" % name, *([b"\0%b___" % name] if flavours else [])):
-            at = self._strings.find(wanted)
-            while at >= 0:
+        strings, wanted = self._strings, b"\0" + name
+        ends = (b"\0", b"___") if flavours else (b"\0",)
+        at = strings.find(wanted)
+        while at >= 0:
+            if strings.startswith(ends, at + len(wanted)):
                 yield self._first_string + at
-                at = self._strings.find(wanted, at + 1)
+            at = strings.find(wanted, at + 1)
 
     def _indexes_named(self, offset: int) -> Iterator[int]:
-        wanted = struct.pack("=I", offset)
-        at = self._names.find(wanted)
-        while at >= 0:
-            if at % 4 == 0:
-                yield at // 4
-            at = self._names.find(wanted, at + 1)
+        """Return the types that begin with the offset of a name, among all words that are equal."""
+        order = "<I" if self.byteorder == "little" else ">I"
+        name = re.escape(struct.pack(order, offset))
+        # What follows has to be a type's ``info``, which leaves few of the others.
+        pattern = re.compile(name + _INFO[self.byteorder], re.DOTALL)
+        found = pattern.search(self._bytes)
+        while found:
+            word, rest = divmod(found.start(), 4)
+            if not rest:
+                self._scan(word + 1)
+                index = bisect_left(self._starts, word)
+                if index < len(self._starts) and self._starts[index] == word:
+                    yield index
+            found = pattern.search(self._bytes, found.start() + 1)
 
     def member(self, aggregate: Type, index: int) -> Member:
         """Return a member of a struct or union; ``index`` is less than its vlen."""

@@ -244,3 +244,29 @@ def test_a_long_name_is_cut_off(types):
     """A name costs no more memory than 1024 bytes, however long it is."""
     types.add(Kind.STRUCT, "x" * 5000, size=4)
     assert Btf(types.build()).type(1).name == "x" * 1024
+
+
+def test_trusted_types_are_the_same_whatever_is_asked_for_first(types):
+    """What is looked through only as far as needed has the same types, ids and names."""
+    for number in range(2500):
+        members = ("m", number, 0x01000000, f"m{number}", 1, 0x05000000)
+        types.add(Kind.STRUCT, f"s{number}", size=8, vlen=2, flag=True, tail=members)
+    data = types.build()
+    wanted = Btf(data)
+    for name in ("s2499", "s0", "s1200", "m", "m7", "nothing"):
+        assert list(Btf(data, trusted=True).named(name)) == list(wanted.named(name))
+    assert Btf(data, trusted=True).type(2400) == wanted.type(2400)
+    assert Btf(data, trusted=True).words(2500) == wanted.words(2500)
+    assert Btf(data, trusted=True).types == wanted.types
+    with pytest.raises(ObjectFileError, match="no type 2501"):
+        Btf(data, trusted=True).type(2501)
+
+
+def test_a_number_that_is_the_offset_of_a_name_is_no_type(types):
+    """Only what a type begins with is its name, not a member or a number of the same value."""
+    named = types.add(Kind.STRUCT, "it", size=4)
+    offset = Btf(types.build()).words(named)[0]
+    for info in (0, 0x04000001, 0x0D000000):
+        types.add(Kind.STRUCT, "other", size=4, vlen=1, tail=(offset, info, 0))
+        types.add(Kind.STRUCT, "more", size=4, vlen=1, tail=(0, offset, info))
+    assert [found.id for found in Btf(types.build()).named("it")] == [named]
