@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any, Iterable, NamedTuple, Optional, TypeVar, Union
 
-from pybpfthrottle import networks, registry
+from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.process import Identity
-from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec
+from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.throttle import Throttle, limits_of, open_record, start
 
@@ -79,7 +79,11 @@ def limit(
         raise ThrottleError("no target was given: give pid, name, exe, user, cgroup or unit")
     if target.processes and (target.cgroups or target.units):
         raise ThrottleError("processes cannot share a limit with cgroups and units")
-    meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
+    meant = Traffic(loopback)
+    if traffic != "all" or to or but:
+        from pybpfthrottle import networks  # which takes a moment
+
+        meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
     throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
     registry.tidy_up()
     if supervise:

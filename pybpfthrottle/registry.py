@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import time
 from contextlib import suppress
-from typing import Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
-from pybpfthrottle.backends.protocol import Match, Record, all_backends
+from pybpfthrottle.backends import files, protocol
+from pybpfthrottle.backends.protocol import Backend, Match, Record
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -33,10 +33,9 @@ _TWICE = "packets would be charged to both limits. If you want both, add --stack
 
 def new_id() -> str:
     """Return an id that no throttle has."""
+    first, *others = os.urandom(_ID_CHARACTERS)
     digits = _LETTERS + "23456789"
-    return secrets.choice(_LETTERS) + "".join(
-        secrets.choice(digits) for _ in range(_ID_CHARACTERS - 1)
-    )
+    return _LETTERS[first % len(_LETTERS)] + "".join(digits[n % len(digits)] for n in others)
 
 
 def records() -> list[Record]:
@@ -48,11 +47,18 @@ def records() -> list[Record]:
     return sorted(found, key=lambda record: (record.since_ns, record.id))
 
 
+def _in_use() -> Iterator[Backend]:
+    """Return the backends that may have something in force; no other has to be imported."""
+    for name in protocol.NAMES:
+        if name in protocol.CARRYING or files.ids(name):
+            yield get_backend(name)
+
+
 def _known() -> list[Record]:
     """Return all records. Raises OSError if nothing is found where looking is not permitted."""
     found: list[Record] = []
     refused: Optional[OSError] = None
-    for backend in all_backends():
+    for backend in _in_use():
         try:
             found += backend.in_force()
         except OSError as error:
@@ -75,7 +81,7 @@ def tidy_up() -> None:
         for record in _known():
             if record.kept and record.expired and not record.supervised and not record.removed:
                 get_backend(record.backend).open(record).remove()
-    for backend in all_backends():
+    for backend in _in_use():
         with suppress(Error, OSError):
             backend.tidy_up()
     with suppress(Error, OSError):

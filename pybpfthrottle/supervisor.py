@@ -7,23 +7,22 @@ loop by ``step``, in a background thread, or on an asyncio event loop.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import select
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Callable, Iterable, Optional, Protocol, TypeVar
 
 from pybpfthrottle.errors import Error
+from pybpfthrottle.logger import Logger
 
 if TYPE_CHECKING:
     import asyncio
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 T = TypeVar("T")
 
@@ -146,6 +145,8 @@ class Supervisor:
         """Have ``serve`` call a function between two chores; return its result."""
         if self._thread == threading.get_ident():
             return function()
+        from concurrent.futures import Future  # with logging, which takes a moment
+
         result: Future[T] = Future()
 
         def run() -> None:

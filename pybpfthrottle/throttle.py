@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 
 from pybpfthrottle import registry, targets
 from pybpfthrottle.backends.protocol import (
+    CARRYING,
     Backend,
     Executions,
     Match,
@@ -41,12 +41,13 @@ from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free, unit_name
 from pybpfthrottle.linux.own_cgroups import Moved, OwnCgroup
 from pybpfthrottle.linux.process import Process, has_ended
 from pybpfthrottle.linux.units import Comings, Unit
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
 from pybpfthrottle.supervisor import Chore, Driver, InThread, OnEventLoop
 from pybpfthrottle.targets import Selection
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 T = TypeVar("T")
 
@@ -695,8 +696,7 @@ def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selectio
 
 def prepare() -> None:
     """Do slow work ahead of ``apply``, for example in a thread."""
-    for backend in all_backends():
-        backend.prepare()
+    next(all_backends()).prepare()  # the best is most likely the one
 
 
 def choose(direction: Direction, name: str = "auto", match: Match = Match.CGROUP) -> Backend:
@@ -755,7 +755,8 @@ def _escapes(origin: Cgroup, parent: Cgroup) -> str:
 
     Nobody's firewall is to be left by a limit.
     """
-    lost = [program for backend in all_backends() for program in backend.left(origin, parent)]
+    # Only what is attached to cgroups itself can be left, so that no other backend is asked.
+    lost = [program for name in CARRYING for program in get_backend(name).left(origin, parent)]
     return ", ".join(lost)
 
 

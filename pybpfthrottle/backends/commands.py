@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 from contextlib import ExitStack
@@ -11,8 +10,9 @@ from typing import Any, Optional
 
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux import netns, process
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _PATIENCE_S = 10.0
 _CAP_NET_ADMIN = 12

@@ -76,14 +76,21 @@ def read(backend: str, throttle_id: str) -> Optional[Entry]:
         return None
 
 
-def records(backend: str) -> Iterator[Record]:
-    """Return the throttles of a backend that have a file, leftovers of a crash included."""
+def ids(backend: str) -> list[str]:
+    """Return the ids of a backend's throttles that have a file, whatever is in it."""
     end = f".{backend}{_SUFFIX}"
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        for name in sorted(os.listdir(DIRECTORY)):
-            entry = read(backend, name[: -len(end)]) if name.endswith(end) else None
-            if entry is not None:
-                yield entry.record
+        names = sorted(os.listdir(DIRECTORY))
+        return [name[: -len(end)] for name in names if name.endswith(end)]
+    return []
+
+
+def records(backend: str) -> Iterator[Record]:
+    """Return the throttles of a backend that have a file, leftovers of a crash included."""
+    for throttle_id in ids(backend):
+        entry = read(backend, throttle_id)
+        if entry is not None:
+            yield entry.record
 
 
 def update(backend: str, throttle_id: str, **changes: Any) -> Optional[Entry]:

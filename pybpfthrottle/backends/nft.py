@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import ExitStack, contextmanager
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
@@ -11,8 +10,9 @@ from pybpfthrottle.backends.commands import Commands
 from pybpfthrottle.errors import BackendError, CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 FAMILY = "inet"
 PREFIX = "pybpfthrottle-"

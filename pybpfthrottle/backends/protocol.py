@@ -21,7 +21,7 @@ from pybpfthrottle.settings import BACKENDS
 from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.targets import Selection
 
-# The module of each backend in settings.BACKENDS, imported on demand.
+# The module of each backend in settings.BACKENDS, imported on demand; the best comes first.
 _HOMES = {
     "ebpf": ("pybpfthrottle.backends.ebpf.backend", "EbpfBackend"),
     "nftables": ("pybpfthrottle.backends.nftables.backend", "NftablesBackend"),
@@ -324,6 +324,11 @@ def get(name: str) -> Backend:
     return backend
 
 
-def all_backends() -> list[Backend]:
-    """Return all backends, best first."""
-    return sorted(map(get, _HOMES), key=lambda backend: -backend.priority)
+# The backends whose throttles carry their records; those of all others are recorded in files.
+CARRYING = ("ebpf",)
+NAMES = tuple(_HOMES)
+
+
+def all_backends() -> Iterator[Backend]:
+    """Return all backends, best first; each is imported when its turn comes."""
+    return map(get, _HOMES)

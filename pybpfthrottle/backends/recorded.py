@@ -6,7 +6,6 @@ What all of them do is here; what differs is the ``Rules`` that a backend puts i
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from collections import Counter
@@ -31,11 +30,12 @@ from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleErro
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.targets import Selection, select
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # How soon it is noticed that somebody has removed the rules: each look starts a program, for 4 ms.
 _LOOK_S = 0.5

@@ -18,7 +18,7 @@ _DIRECTIONS = (Direction.UPLOAD, Direction.DOWNLOAD)
 
 def show(*, as_json: bool, try_them: bool) -> int:
     """List the backends; with ``try_them`` send a packet through each. Return the exit status."""
-    backends = all_backends()
+    backends = list(all_backends())
     records = {backend.name: _record(backend) for backend in backends}
     if try_them:
         for backend in backends:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from typing import Optional, Sequence, Union
@@ -19,6 +17,7 @@ from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import locked
 from pybpfthrottle.linux.signals import SignalQueue
+from pybpfthrottle.logger import log_to
 from pybpfthrottle.model import Direction
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Throttle, take_over
@@ -37,9 +36,7 @@ class Background:
         sys.stdout, sys.stderr = (
             os.fdopen(os.dup(number), "w", errors="backslashreplace") for number in (1, 2)
         )
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)
+        log_to(sys.stderr)
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
@@ -88,6 +85,8 @@ def pick_up() -> None:
         return
     if ids:
         say(f"the process that kept {', '.join(ids)} has ended; another one goes on")
+        import subprocess
+
         subprocess.Popen(
             [sys.executable, "-m", "pybpfthrottle", "supervise", *ids],
             env={**os.environ, "PYTHONPATH": process.PACKAGE_ROOT},

@@ -9,7 +9,8 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from errno import ENOSPC
-from typing import NamedTuple, Optional, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
 import click
 
@@ -18,7 +19,6 @@ from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
-from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.signals import SignalQueue
@@ -26,6 +26,9 @@ from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Each, Throttle, start
+
+if TYPE_CHECKING:
+    from pybpfthrottle.cli.watch import Watch
 
 _REFUTED = 3
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -158,7 +161,13 @@ class _Command:
         self._mute = request.quiet or any(one.on_stdout for one in self._outputs)
         self.failed = self.refuted = False
         self.each: Optional[Each] = None
-        self.sampling = Periodic(SAMPLE_S, self._sample)
+
+    @cached_property
+    def sampling(self) -> Periodic:
+        """The chore that shows the rates."""
+        from pybpfthrottle.cli.watch import SAMPLE_S
+
+        return Periodic(SAMPLE_S, self._sample)
 
     @property
     def said_so(self) -> bool:
@@ -167,6 +176,8 @@ class _Command:
 
     def begin(self, throttle: Throttle) -> None:
         """Show a limit that has begun."""
+        from pybpfthrottle.cli.watch import Watch  # now that the limit is in force
+
         pids = throttle.spec.target.pids
         name = process.name_of(pids[0]) if pids else ""
         several = self.each is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from contextlib import suppress
 from typing import Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 
@@ -338,6 +339,8 @@ def wish_by_settings() -> Any:
 
 def start_logging(verbose: int) -> None:
     """Log to standard error: -v says what is done, -vv how; without, errors are one line."""
+    if not verbose and "logging" not in sys.modules:
+        return  # nobody listens
     from pybpfthrottle.cli import logs
 
     logs.start(verbose)

@@ -9,14 +9,12 @@ import sys
 import time
 from contextlib import ExitStack
 from threading import Thread
-from typing import Optional, Sequence, TextIO
+from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
 from pybpfthrottle import registry, throttle
-from pybpfthrottle.cli import background
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import Output
 from pybpfthrottle.cli.say import PROGRAM, say, say_error
-from pybpfthrottle.cli.watch import SAMPLE_S, Watch
 from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.launch import Command, User
@@ -26,6 +24,9 @@ from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
 from pybpfthrottle.throttle import Throttle
+
+if TYPE_CHECKING:
+    from pybpfthrottle.cli.watch import Watch
 
 _FAILED = 125
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -73,14 +74,16 @@ def _run(
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         sent = stack.enter_context(SentSignals(_SENT))
-        # Moving a process takes the kernel about 15 ms: read the object meanwhile.
-        Thread(target=throttle.prepare).start()
+        # Moving a process takes the kernel about 15 ms: read and import the rest meanwhile.
+        Thread(target=_prepare).start()
         spec = request.spec(Target(command=tuple(argv)))
         wish = Wish(backends=request.backends, options=request.options)
         live, own = throttle.start_command(command.pid, spec, wish)
         stack.callback(_end, live, own)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
+        from pybpfthrottle.cli.watch import Watch
+
         watch = Watch(
             live,
             pid=command.pid,
@@ -92,6 +95,8 @@ def _run(
             prove=request.prove,
         )
         command.let_go()
+        from pybpfthrottle.cli import background
+
         registry.tidy_up()
         background.pick_up()
         watch.start(pid=command.pid, command=list(argv))
@@ -102,6 +107,11 @@ def _run(
         return _Run(command, live, watch, wait=wait).until_the_end(
             supervisor, signals, sent, request.duration_s
         )
+
+
+def _prepare() -> None:
+    throttle.prepare()
+    from pybpfthrottle.cli import watch  # noqa: F401 - what comes after the limit
 
 
 def _end(live: Throttle, own: Optional[OwnCgroup]) -> None:
@@ -164,6 +174,8 @@ class _Run:
         end = time.monotonic() + (duration_s or math.inf)
         self._say_notes()
         supervisor.add(self._live.chores)
+        from pybpfthrottle.cli.watch import SAMPLE_S
+
         sampling = Periodic(SAMPLE_S, self._sample)
         supervisor.add(lambda: [signals, sent, sampling], strict=True)
         while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from contextlib import suppress
 from errno import ENOSPC
@@ -17,6 +16,7 @@ from pybpfthrottle.cli.say import PROGRAM, echo, echo_lines, say
 from pybpfthrottle.errors import Error
 from pybpfthrottle.idle import Idleness, Reason
 from pybpfthrottle.linux import cgroup
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.meter import Meter, Reading
 from pybpfthrottle.model import Limits
 from pybpfthrottle.throttle import Throttle
@@ -25,7 +25,7 @@ from pybpfthrottle.witness import RoundTrips
 if TYPE_CHECKING:
     from pybpfthrottle.proof import Proof, Prover
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 SAMPLE_S = 1.0
 # A limit may begin between a packet and its answer.

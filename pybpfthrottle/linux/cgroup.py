@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import threading
@@ -18,8 +17,9 @@ from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 from pybpfthrottle.linux import libc
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # Planning and attaching never take that long.
 _PATIENCE_S = 5.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from functools import partial
 from typing import Callable, Iterator, Optional, Sequence
@@ -19,12 +18,12 @@ from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.signals import held_back
+from pybpfthrottle.logger import DEBUG, INFO, WARNING, Logger
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import ATTACH_METHODS, AttachPolicy
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 # Log records are shown only if somebody asked for them.
-logging.getLogger("pybpfthrottle").addHandler(logging.NullHandler())
 
 ATTACH_TYPES = {
     Direction.DOWNLOAD: AttachType.CGROUP_INET_INGRESS,
@@ -69,7 +68,7 @@ def attach(
     if policy.method not in ATTACH_METHODS:
         known = ", ".join(ATTACH_METHODS)
         raise ValueError(f"unknown attach method {policy.method!r}; choose from {known}")
-    level = logging.DEBUG if repeats else logging.INFO
+    level = DEBUG if repeats else INFO
     fd = cgroup.open()
     try:
         log.debug('Opened cgroup file: "%s"', cgroup.path)
@@ -182,7 +181,7 @@ def _attach(
             raise
         log.debug("Found OSError with errno %d in error chain", found)
         log.log(
-            logging.WARNING if level == logging.INFO else level,
+            WARNING if level == INFO else level,
             "Modern attach failed with %s, falling back to legacy method...",
             errno_name(found),
         )

@@ -67,7 +67,9 @@ class EbpfBackend:
         return []
 
     def prepare(self) -> None:
-        """Read the object ahead; what is wrong with it is told when it is applied."""
+        """Read the object and import ahead; what is wrong is told when it is applied."""
+        from pybpfthrottle.backends.ebpf import throttle  # noqa: F401
+
         with suppress(Error):
             programs.read(programs.object_for(Scope.ALL))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional
@@ -22,9 +21,10 @@ from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # The map that the address of the other end is looked up in.
 NETWORKS = "CGROUP_NETWORKS"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import socket
@@ -25,11 +24,12 @@ from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.sockets import Borrowed, TcpInfo
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
 from pybpfthrottle.supervisor import Chore
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # The socket storage map: from a socket's descriptor to its ThrottleSocket.
 SOCKETS = "SOCKETS"

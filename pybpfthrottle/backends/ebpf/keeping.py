@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import select
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,8 +20,9 @@ from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.linux import netns, process
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # The map that all gates of a process write acknowledgements into.
 RING = "GATE_RING"
@@ -162,6 +161,8 @@ class KeeperProcess:
                 self._restart()
 
     def _start(self) -> None:
+        import subprocess  # which takes a moment, and most limits need no keeper
+
         self._starts += 1
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The keeper needs no other package.
@@ -199,10 +200,12 @@ class KeeperProcess:
             self._serve(kept)
 
     def _end_process(self) -> Optional[int]:
+        from subprocess import TimeoutExpired
+
         self._socket.close()
         try:
             self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self._process.kill()
             self._process.wait()
         for kept in self._kept.values():

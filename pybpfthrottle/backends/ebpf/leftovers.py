@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 from contextlib import nullcontext, suppress
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
@@ -33,9 +32,10 @@ from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups, process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 
 class Leftover(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 from typing import Any, Iterator, Optional, Sequence
 
@@ -18,10 +17,11 @@ from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.errors import BpfError
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Limits
 from pybpfthrottle.settings import AttachPolicy
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 
 class Loaded:

@@ -7,7 +7,6 @@ descriptors.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -36,10 +35,11 @@ from pybpfthrottle.errors import Error, NoMarksError, ProcessError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.supervisor import next_round
 from pybpfthrottle.targets import Selection
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from contextlib import suppress
 from typing import Container, Iterable, Optional
 
@@ -30,7 +29,7 @@ def pin(throttle_id: str, links: Iterable[Link]) -> str:
 
     Raises OSError; then none is pinned.
     """
-    path = os.path.join(_mount(), _DIRECTORY, f"{throttle_id}-{secrets.token_hex(4)}")
+    path = os.path.join(_mount(), _DIRECTORY, f"{throttle_id}-{os.urandom(4).hex()}")
     try:
         os.makedirs(path, mode=0o700)
         for number, link in enumerate(links):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 import os
 import struct
 import time
@@ -36,9 +35,10 @@ from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec, Traffic
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 CONFIGS = "CGROUP_CONFIGS"
 MARKS, PROCESSES = "MARKS", "PROCESSES"

@@ -8,7 +8,6 @@ systemd scope). Both are limited by marks, from the same token bucket.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from contextlib import suppress
@@ -23,8 +22,9 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.sockets import Borrowed, Place
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 PERIOD_S = 1.0
 # A command that leaves its cgroup does so when it starts.

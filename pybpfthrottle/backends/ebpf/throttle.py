@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import (
     Any,
@@ -33,12 +32,13 @@ from pybpfthrottle.linux import carriers, clock, process, sockets
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed, Place
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.targets import Selection
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # How soon it is noticed that another tool's program above does not run since this one does.
 _LOOK_ABOVE_S = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
 from typing import Optional, Sequence
 
@@ -21,9 +20,10 @@ from pybpfthrottle.backends.protocol import (
 from pybpfthrottle.backends.recorded import RecordedBackend
 from pybpfthrottle.errors import BackendError, CgroupError
 from pybpfthrottle.linux import cgroup
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Rate
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _NO_SOCKETS = "nftables tells cgroups apart, and not single sockets"
 _LOSES = (

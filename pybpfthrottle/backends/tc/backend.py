@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 from functools import cached_property
 from typing import ClassVar, Iterator, Optional, Sequence
@@ -23,9 +22,10 @@ from pybpfthrottle.backends.tc.iproute import Scratch
 from pybpfthrottle.backends.tc.sockets import limited_processes
 from pybpfthrottle.errors import BackendError, CgroupError
 from pybpfthrottle.linux import cgroup
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Rate
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _RATE = Rate(1_000_000)
 _TRIAL = "pybpf-trial"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import suppress
 from typing import Any, Iterable, Mapping, Optional, Sequence
@@ -10,8 +9,9 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 from pybpfthrottle.backends.commands import Commands
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux import netns
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _PACKAGE = "iproute2"
 _IFB = "ifb"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -15,10 +14,11 @@ from pybpfthrottle.backends.tc import shaper
 from pybpfthrottle.backends.tc.iproute import Iproute, Listing, devices
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup, locked_if_free
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore, Periodic
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _FOLLOW_S = 1.0
 # Other characters may mean something to tc or nft.

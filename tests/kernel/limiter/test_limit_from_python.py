@@ -219,3 +219,25 @@ def test_a_burst_of_threads_may_use_one_throttle(scratch: Cgroup) -> None:
         assert throttle.limits[Direction.UPLOAD] in rates
         time.sleep(0.3)
         assert throttle.limits[Direction.UPLOAD] in rates
+
+
+# What takes long to import, and no start of a limit has to wait for.
+UNUSED = {
+    *("click", "rich", "elftools", "logging", "subprocess", "concurrent", "tempfile", "csv"),
+    *("pybpfthrottle.backends.nft", "pybpfthrottle.backends.tc", "pybpfthrottle.networks"),
+}
+
+
+def test_a_start_imports_only_what_it_needs(scratch: Cgroup) -> None:
+    """A limit is in force without any other package, and without the backends it does not use."""
+    code = (
+        "import sys, pybpfthrottle\n"
+        f"limit = pybpfthrottle.limit(cgroup={scratch.path!r}, upload=10**9, supervise=False)\n"
+        "print(*sys.modules)\n"
+        "limit.remove()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert UNUSED & set(done.stdout.split()) == set()

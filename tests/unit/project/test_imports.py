@@ -72,6 +72,23 @@ def test_reading_a_shipped_object_loads_no_package():
     assert loaded_by(statement) & HEAVY == set()
 
 
+def test_the_best_backend_comes_first_and_is_imported_alone():
+    """Backends come in the order of their priorities, and each when its turn has come."""
+    names = ("ebpf", "nft", "nftables", "recorded", "tc")
+    code = (
+        "import sys\nfrom pybpfthrottle.backends.protocol import all_backends\n"
+        "backends = all_backends()\nnext(backends)\n"
+        f"print(*(n for n in {names!r} if 'pybpfthrottle.backends.' + n in sys.modules))\n"
+        "print(*(int(one.priority) for one in all_backends()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    first, priorities = done.stdout.splitlines()
+    assert first == "ebpf"
+    assert priorities.split() == sorted(priorities.split(), reverse=True)
+
+
 def test_each_public_name_is_there():
     """Each name in __all__ can be imported from the package, and they are sorted."""
     import pybpfthrottle
