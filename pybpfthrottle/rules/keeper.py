@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
@@ -26,7 +26,7 @@ from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.throttle import Throttle, start, take_over
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 _TICK_S = 1.0
 # Looking at all processes takes at most this fraction of one CPU's time.
