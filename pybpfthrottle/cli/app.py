@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from pybpfthrottle import __version__
+from pybpfthrottle.cli import completing
 from pybpfthrottle.cli.bpf import bpf
 from pybpfthrottle.cli.options import (
     BackendOption,
@@ -59,7 +60,12 @@ status of its command, or 125 failed, 126 cannot be executed, 127 not found.
     help="Limit this process and its children. Repeat it to share the limit among several.",
 )
 @click.option(
-    "--name", "names", multiple=True, metavar="NAME", help="Limit all processes with this name."
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=completing.names,
+    help="Limit all processes with this name.",
 )
 @click.option(
     "--exe",
@@ -74,6 +80,7 @@ status of its command, or 125 failed, 126 cannot be executed, 127 not found.
     "users",
     multiple=True,
     metavar="USER",
+    shell_complete=completing.users,
     help="Limit all processes of this user. With --name or --exe: only those that match both.",
 )
 @click.option(
@@ -93,6 +100,7 @@ status of its command, or 125 failed, 126 cannot be executed, 127 not found.
     "cgroups",
     multiple=True,
     metavar="PATH",
+    shell_complete=completing.cgroups,
     help="Limit a cgroup (v2) and those below it. Repeat it to share the limit among several.",
 )
 @click.option(
@@ -100,6 +108,7 @@ status of its command, or 125 failed, 126 cannot be executed, 127 not found.
     "units",
     multiple=True,
     metavar="NAME",
+    shell_complete=completing.units,
     help="Limit a systemd unit, even after it restarts.",
 )
 @click.option(
@@ -210,7 +219,10 @@ Examples:
 )
 @limit_options
 @click.option(
-    "--user", metavar="NAME[:GROUP]", help="Run the command as this user instead of this one."
+    "--user",
+    metavar="NAME[:GROUP]",
+    shell_complete=completing.users,
+    help="Run the command as this user instead of this one.",
 )
 @click.option(
     "--wait", is_flag=True, help="Keep the limit while processes of the command outlive it."
@@ -266,7 +278,15 @@ def plot(file: TextIO, output: Optional[str], direction: Optional[str]) -> None:
     plot_command.plot(file, output, direction)
 
 
-@cli.command()
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle demo
+  sudo pybpfthrottle demo --download-limit 2M --seconds 2
+  sudo pybpfthrottle demo --loopback
+""",
+)
 @click.option(
     "-d", "--download-limit", metavar="RATE", default="10M", show_default=True, callback=parse_rate
 )
@@ -306,20 +326,38 @@ def _parse_change(ctx: click.Context, param: click.Parameter, text: Optional[str
 def _which_options(function: Any) -> Any:
     """Add the options that choose throttles."""
     for option in (
-        click.option("--unit", metavar="NAME", help="Choose the throttles of a systemd unit."),
-        click.option("--cgroup", metavar="PATH", help="Choose the throttles of a cgroup."),
+        click.option(
+            "--unit",
+            metavar="NAME",
+            shell_complete=completing.units,
+            help="Choose the throttles of a systemd unit.",
+        ),
+        click.option(
+            "--cgroup",
+            metavar="PATH",
+            shell_complete=completing.cgroups,
+            help="Choose the throttles of a cgroup.",
+        ),
         click.option(
             "--pid",
             type=ProcessId(),
             help="Choose the throttles that limit this process, or that it keeps in force.",
         ),
-        click.argument("name", metavar="[ID]", required=False),
+        click.argument("name", metavar="[ID]", required=False, shell_complete=completing.throttles),
     ):
         function = option(function)
     return function
 
 
-@cli.command("list")
+@cli.command(
+    "list",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle list
+  sudo pybpfthrottle list --json | jq -r '.throttles[].id'
+""",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_throttles(as_json: bool) -> None:
     """List the throttles that are in force, whoever made them."""
@@ -328,7 +366,16 @@ def list_throttles(as_json: bool) -> None:
     throttles.show_all(as_json=as_json)
 
 
-@cli.command("show")
+@cli.command(
+    "show",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle show web
+  sudo pybpfthrottle show --pid 1234
+  sudo pybpfthrottle show --unit backup --json
+""",
+)
 @_which_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_throttle(as_json: bool, **which: Any) -> None:
@@ -385,7 +432,16 @@ def set_throttle(
     throttles.change(_which(which), limits, bpf_attach_method)
 
 
-@cli.command("remove")
+@cli.command(
+    "remove",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle remove web
+  sudo pybpfthrottle remove --unit backup
+  sudo pybpfthrottle remove --all
+""",
+)
 @_which_options
 @click.option("--all", "all_of_them", is_flag=True, help="Remove all throttles.")
 def remove_throttle(all_of_them: bool, **which: Any) -> None:
@@ -398,7 +454,15 @@ def remove_throttle(all_of_them: bool, **which: Any) -> None:
     throttles.remove(_which(which, all_of_them), all_of_them=all_of_them)
 
 
-@cli.command("pause")
+@cli.command(
+    "pause",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle pause web
+  sudo pybpfthrottle pause --pid 1234
+""",
+)
 @_which_options
 def pause(**which: Any) -> None:
     """Lift a throttle for now: all packets pass until pybpfthrottle resume.
@@ -410,7 +474,15 @@ def pause(**which: Any) -> None:
     throttles.pause(_which(which))
 
 
-@cli.command("resume")
+@cli.command(
+    "resume",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle resume web
+  sudo pybpfthrottle resume --unit backup
+""",
+)
 @_which_options
 def resume(**which: Any) -> None:
     """Put back the limits that pybpfthrottle pause has lifted.
@@ -433,7 +505,7 @@ Examples:
 Exit status: 0 done, or nothing to do; 1 no throttle could be kept; 2 wrong usage.
 """,
 )
-@click.argument("ids", metavar="[ID]...", nargs=-1)
+@click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=completing.throttles)
 def supervise(ids: tuple[str, ...]) -> None:
     """Keep the throttles of --detach whose process was killed, until they end.
 
@@ -543,7 +615,13 @@ def _which(given: dict[str, Any], all_of_them: Optional[bool] = None) -> Any:
     return which
 
 
-@cli.command()
+@cli.command(
+    epilog="""
+\b
+Example:
+  sudo pybpfthrottle switch 4711 legacy
+""",
+)
 @click.argument("pid", type=ProcessId())
 @click.argument("method", type=click.Choice(["link", "legacy"]))
 def switch(pid: int, method: str) -> None:
@@ -590,6 +668,7 @@ def _traffic_options(command: Any) -> Any:
             "interfaces",
             multiple=True,
             metavar="NAME",
+            shell_complete=completing.interfaces,
             help="Only what passes this interface of a process's network namespace.",
         ),
         click.option(
@@ -601,9 +680,27 @@ def _traffic_options(command: Any) -> Any:
         ),
         click.option("--lines", type=click.IntRange(min=1), help="Show at most so many lines."),
         click.option("--pid", "pids", type=ProcessId(), multiple=True, help="Only this process."),
-        click.option("--name", "names", multiple=True, help="Only processes of this name."),
-        click.option("--user", "users", multiple=True, help="Only processes of this user."),
-        click.option("--cgroup", "cgroups", multiple=True, help="Only what is in this cgroup."),
+        click.option(
+            "--name",
+            "names",
+            multiple=True,
+            shell_complete=completing.names,
+            help="Only processes of this name.",
+        ),
+        click.option(
+            "--user",
+            "users",
+            multiple=True,
+            shell_complete=completing.users,
+            help="Only processes of this user.",
+        ),
+        click.option(
+            "--cgroup",
+            "cgroups",
+            multiple=True,
+            shell_complete=completing.cgroups,
+            help="Only what is in this cgroup.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     )
     for option in reversed(options):
@@ -727,7 +824,14 @@ def backends(try_them: bool, as_json: bool) -> None:
     sys.exit(backends_command.show(as_json=as_json, try_them=try_them))
 
 
-@cli.command()
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle cleanup --dry-run
+  sudo pybpfthrottle cleanup
+""",
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cleanup(dry_run: bool, as_json: bool) -> None:
@@ -757,8 +861,15 @@ python -m pybpfthrottle.diagnostics does the same where click and rich are missi
 """,
 )
 @click.option("--pid", type=ProcessId(), help="Examine the cgroup of this process.")
-@click.option("--cgroup", metavar="PATH", help="Examine this cgroup.")
-@click.option("--unit", metavar="NAME", help="Examine the cgroup of this systemd unit.")
+@click.option(
+    "--cgroup", metavar="PATH", shell_complete=completing.cgroups, help="Examine this cgroup."
+)
+@click.option(
+    "--unit",
+    metavar="NAME",
+    shell_complete=completing.units,
+    help="Examine the cgroup of this systemd unit.",
+)
 @click.option(
     "--root-cgroup",
     is_flag=True,
@@ -787,7 +898,15 @@ def verify_setup(**options: Any) -> None:
     sys.exit(verify.verify(asked))
 
 
-@cli.command()
+@cli.command(
+    epilog="""
+\b
+Examples:
+  pybpfthrottle inspect filter.o
+  pybpfthrottle inspect filter.o --types
+  pybpfthrottle inspect filter.o --json | jq '.programs[].name'
+""",
+)
 @click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
 @click.option("--types", "with_types", is_flag=True, help="Also show the types, as C declarations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -801,13 +920,28 @@ def inspect(path: str, with_types: bool, as_json: bool) -> None:
     inspect_command.inspect(path, as_json=as_json, with_types=with_types)
 
 
-@cli.group()
+@cli.group(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle cgroup show /sys/fs/cgroup/system.slice
+  sudo pybpfthrottle cgroup tree
+""",
+)
 def cgroup() -> None:
     """Show which BPF programs are attached to cgroups, whoever attached them."""
 
 
-@cgroup.command("show")
-@click.argument("path")
+@cgroup.command(
+    "show",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle cgroup show /sys/fs/cgroup/system.slice
+  sudo pybpfthrottle cgroup show /sys/fs/cgroup/system.slice --effective
+""",
+)
+@click.argument("path", shell_complete=completing.cgroups)
 @click.option("--effective", is_flag=True, help="Also show programs inherited from its ancestors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
@@ -817,8 +951,16 @@ def cgroup_show(path: str, effective: bool, as_json: bool) -> None:
     attachments.show(path, effective=effective, as_json=as_json)
 
 
-@cgroup.command("tree")
-@click.argument("path", required=False)
+@cgroup.command(
+    "tree",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle cgroup tree
+  sudo pybpfthrottle cgroup tree /sys/fs/cgroup/user.slice --json
+""",
+)
+@click.argument("path", required=False, shell_complete=completing.cgroups)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def cgroup_tree(path: Optional[str], as_json: bool) -> None:
     """Show what is attached at and below PATH, or to all visible cgroups."""
@@ -830,12 +972,12 @@ def cgroup_tree(path: Optional[str], as_json: bool) -> None:
 cli.add_command(bpf)
 
 
-@cli.group()
+@cli.group(epilog="\b\nExample:\n  pybpfthrottle config show")
 def config() -> None:
     """Show the settings."""
 
 
-@config.command()
+@config.command(epilog="\b\nExample:\n  pybpfthrottle config show --json")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(as_json: bool) -> None:
     """Print each setting, its value, and where it came from.
@@ -846,6 +988,35 @@ def show(as_json: bool) -> None:
     from pybpfthrottle.cli import config as config_command
 
     config_command.show(as_json=as_json)
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle completion bash --install
+  pybpfthrottle completion fish --install
+  eval "$(pybpfthrottle completion zsh)"
+""",
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.option(
+    "--install",
+    is_flag=True,
+    help="Write it to where SHELL looks for it: for all users if this is root, else for this user.",
+)
+def completion(shell: str, install: bool) -> None:
+    """Print the script by which SHELL completes this command line.
+
+    It completes commands, options and their values, and the processes, users, units, throttles and
+    interfaces of this machine. Throttles are only visible to root.
+    """
+    from pybpfthrottle.cli import completion as completion_command
+
+    if install:
+        completion_command.install(shell, cli)
+    else:
+        completion_command.show(shell, cli)
 
 
 def main(argv: Optional[list[str]] = None) -> NoReturn:

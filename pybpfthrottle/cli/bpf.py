@@ -19,7 +19,15 @@ def _one_or_more(function: F) -> F:
     return decorated
 
 
-@click.group()
+@click.group(
+    epilog="""
+\b
+Examples:
+  pybpfthrottle bpf load filter.o
+  pybpfthrottle bpf prog list
+  pybpfthrottle bpf map dump --name counts
+"""
+)
 def bpf() -> None:
     """Load BPF objects; show the programs, maps and links of the system.
 
@@ -64,12 +72,12 @@ def load(
     bpf_load.load(path, directory, names, show_log=log, as_json=as_json)
 
 
-@bpf.group()
+@bpf.group(epilog="\b\nExample:\n  pybpfthrottle bpf prog show --name ingress")
 def prog() -> None:
     """Show programs."""
 
 
-@prog.command("list")
+@prog.command("list", epilog="\b\nExample:\n  pybpfthrottle bpf prog list --json")
 @_json
 def prog_list(as_json: bool) -> None:
     """List all programs of the system."""
@@ -98,12 +106,12 @@ def prog_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None
     bpf_dump.dump_program(target, name, as_json=as_json)
 
 
-@bpf.group("map")
+@bpf.group("map", epilog="\b\nExample:\n  pybpfthrottle bpf map list")
 def map_() -> None:
     """Show maps."""
 
 
-@map_.command("list")
+@map_.command("list", epilog="\b\nExample:\n  pybpfthrottle bpf map list --json")
 @_json
 def map_list(as_json: bool) -> None:
     """List all maps of the system."""
@@ -132,12 +140,12 @@ def map_dump(target: Optional[str], name: Optional[str], as_json: bool) -> None:
     bpf_dump.dump_map(target, name, as_json=as_json)
 
 
-@bpf.group()
+@bpf.group(epilog="\b\nExample:\n  pybpfthrottle bpf link show 7")
 def link() -> None:
     """Show links."""
 
 
-@link.command("list")
+@link.command("list", epilog="\b\nExample:\n  pybpfthrottle bpf link list --json")
 @_json
 def link_list(as_json: bool) -> None:
     """List all links of the system."""

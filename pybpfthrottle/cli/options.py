@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 import click
 from click.core import ParameterSource
 
+from pybpfthrottle.cli import completing
 from pybpfthrottle.cli.records import Output, record_option
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.errors import LimitError, SettingsError
@@ -72,6 +73,8 @@ def _seconds(text: str) -> float:
 class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read click
     """The id of a process, with clear errors for what ``--pid "$(pgrep x)"`` may give instead."""
 
+    name = "pid"
+
     def __init__(self) -> None:
         super().__init__(min=1)
 
@@ -87,6 +90,10 @@ class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read cli
         if re.match(r"-+[A-Za-z]", text):
             self.fail(f"a process id is missing before {text}")
         return super().convert(text, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        """Return the processes that run, with their names."""
+        return completing.pids(ctx, param, incomplete)
 
 
 class BackendOption(click.Option):  # type: ignore[misc]  # mypy does not read click

@@ -538,7 +538,12 @@ def _has_units() -> bool:
 
 def unit_name(name: str) -> str:
     """Return the full name of a unit: as for systemctl, the default suffix is ``.service``."""
-    return name if name.endswith(_UNIT_SUFFIXES) else name + ".service"
+    return name if is_unit(name) else name + ".service"
+
+
+def is_unit(name: str) -> bool:
+    """Whether this is the full name of a unit, one of those that have cgroups."""
+    return name.endswith(_UNIT_SUFFIXES)
 
 
 def unit_of(path: str) -> str:
@@ -547,7 +552,7 @@ def unit_of(path: str) -> str:
     A unit of a user's systemd comes behind that: ``user@1000.service/app-x.scope``. What is below a
     unit, such as the units inside a container, belongs to the unit.
     """
-    units = [part.lstrip("_") for part in path.split("/") if part.endswith(_UNIT_SUFFIXES)]
+    units = [part.lstrip("_") for part in path.split("/") if is_unit(part)]
     # Slices are units too, but hold other units rather than processes.
     units = [unit for unit in units if not unit.endswith(".slice")]
     if units and _USER_MANAGER.fullmatch(units[0]):

@@ -14,6 +14,13 @@ import pytest
 
 LIMIT = ("run", "-q", "--download-limit", "1M", "--upload-limit", "1M")
 OBJECTS = ("throttle.bpfel.o", "throttle.bpfeb.o", "throttle-direct.bpfel.o", "MANIFEST.json")
+SHARED = (
+    "man/man8/pybpfthrottle.8",
+    "man/man8/pybpfthrottle-bpf-prog-show.8",
+    "bash-completion/completions/pybpfthrottle",
+    "fish/vendor_completions.d/pybpfthrottle.fish",
+    "zsh/site-functions/_pybpfthrottle",
+)
 
 
 @pytest.fixture
@@ -80,6 +87,8 @@ def test_the_wheel_has_the_objects(source_copy, tmp_path, tool):
     assert {f"pybpfthrottle/prebuilt/{name}" for name in OBJECTS} <= names
     assert "pybpfthrottle/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "ebpf_src/"))]
+    (data,) = {name.partition("/")[0] for name in names if ".data/" in name}
+    assert {f"{data}/data/share/{name}" for name in SHARED} <= names
     tool.path = str(tmp_path / "installed")
     assert tool.run(*LIMIT, "--", "sh", "-c", "exit 3").status == 3
 
@@ -99,10 +108,11 @@ def test_the_sdist_has_sources_tools_and_objects(source_copy, tmp_path):
     """The sdist has all that a build of the objects needs, and the objects."""
     if importlib.util.find_spec("setuptools") is None:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "setuptools"], check=True)
-    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    code = "import sys; from packing.backend import build_sdist; build_sdist(sys.argv[1])"
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=source_copy,
+        env={**os.environ, "PYTHONPATH": "tools"},
         stdout=subprocess.DEVNULL,
         check=True,
     )
@@ -110,7 +120,8 @@ def test_the_sdist_has_sources_tools_and_objects(source_copy, tmp_path):
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = {"ebpf_src/throttle.h", "tools/build_prebuilt", "LICENSE", "README.md", "setup.cfg"}
-    assert wanted | {f"prebuilt/{name}" for name in OBJECTS} <= names
+    wanted |= {f"prebuilt/{name}" for name in OBJECTS} | {f"share/{name}" for name in SHARED}
+    assert wanted <= names
     assert not [name for name in names if name.endswith(".pyc")]
 
 
