@@ -201,7 +201,7 @@ _CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 # The keys of a rule, and how their values are read.
-_KEYS: dict[str, Callable[[Any], Any]] = {
+KEYS: dict[str, Callable[[Any], Any]] = {
     "name": _name,
     "match": _criteria,
     "download": _rate,
@@ -252,11 +252,11 @@ class _File:
         given: dict[str, Any] = {}
         for key, value in table.items():
             line = self._line(rf"(\[+\s*rule\s*\.\s*)?[\"']?{re.escape(key)}\b", after=start)
-            if key not in _KEYS:
-                self._add(line, _unknown(key, list(_KEYS)))
+            if key not in KEYS:
+                self._add(line, _unknown(key, list(KEYS)))
                 continue
             try:
-                given[key] = _KEYS[key](value)
+                given[key] = KEYS[key](value)
             except _MistakeError as mistake:
                 self._add(line, f"{key} is {_shown(value)}: {mistake}")
         if len(self._mistakes) == before:
