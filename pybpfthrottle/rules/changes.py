@@ -6,6 +6,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.inforce import InForce
 from pybpfthrottle.linux import process
+from pybpfthrottle.linux.cgroup import Mount
 from pybpfthrottle.model import Limits
 from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules, in_force_now
 from pybpfthrottle.rules.matching import Rulebook
@@ -88,7 +89,7 @@ def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
         for one in left
         if not _may_stay(one, rules)
     ]
-    precedences, spared_ones = _told(book, pids)
+    precedences, spared_ones = _told(book, pids, survey.mounted)
     return Changes(tuple(changes), precedences, (*spared_ones, *survey.notes))
 
 
@@ -121,12 +122,14 @@ def _change(wanted: Wanted, found: Optional[InForce]) -> Change:
     return Change(kind, rule.name, what, before, rule.limits)
 
 
-def _told(book: Rulebook, pids: Sequence[int]) -> tuple[tuple[Precedence, ...], tuple[str, ...]]:
+def _told(
+    book: Rulebook, pids: Sequence[int], mounted: Mount
+) -> tuple[tuple[Precedence, ...], tuple[str, ...]]:
     """Return which rules go before which, and which processes are spared."""
     pairs: dict[tuple[str, str], list[int]] = {}
     spared: dict[str, None] = {}
     for pid in pids:
-        decision = book.decide(pid)
+        decision = book.decide(pid, mounted)
         if decision.rule is None:
             continue
         for other in decision.others:

@@ -68,6 +68,12 @@ class Facts:
         return below_mount(self.cgroup, self._mounted)
 
     @cached_property
+    def units(self) -> tuple[str, ...]:
+        """The units that it is in: ``user@1000.service/app-x.scope``, and each of these."""
+        unit = cgroups.unit_of(self.path)
+        return tuple(dict.fromkeys((unit, *unit.split("/")))) if unit else ()
+
+    @cached_property
     def container(self) -> Optional[containers.Container]:
         """The container that it is in."""
         return containers.of_path(self.path)
@@ -76,7 +82,7 @@ class Facts:
 def below_mount(cgroup: Cgroup, mounted: Optional[Mount] = None) -> str:
     """Return the path of a cgroup below the mount of cgroup v2; ``/`` for the root."""
     top = (mounted or cgroups.mount()).path
-    return "/" + os.path.relpath(cgroup.path, top).lstrip("./") if cgroup.path != top else "/"
+    return cgroup.path[len(top.rstrip("/")) :] or "/"
 
 
 def places(path: str) -> Iterator[str]:
@@ -151,12 +157,7 @@ def _slices(values: Sequence[str]) -> _Check:
 
 def _units(values: Sequence[str]) -> _Check:
     wanted = _any_of([cgroups.unit_name(one) for one in values])
-
-    def check(facts: Facts) -> bool:
-        unit = cgroups.unit_of(facts.path)
-        return bool(unit) and any(map(wanted, (unit, *unit.split("/"))))
-
-    return check
+    return lambda facts: any(map(wanted, facts.units))
 
 
 def _containers(values: Sequence[str]) -> _Check:
@@ -224,29 +225,40 @@ class Rulebook:
         self.spared = frozenset({_FIRST, os.getpid(), *spared})
         self.rules = sorted(rules, key=lambda one: one.criteria.specificity(), reverse=True)
         self._matchers = [(one, Matcher(one.criteria)) for one in self.rules]
-        # Most rules are for a name: these need not be tried for other processes.
+        # Most rules are for a name or a unit: these need not be tried for other processes.
         self._by_name: dict[str, list[int]] = {}
-        self._for_any_name = []
+        self._by_unit: dict[str, list[int]] = {}
+        self._others = []
         for number, rule in enumerate(self.rules):
-            names = rule.criteria.name
-            if not names or is_pattern(*names):
-                self._for_any_name.append(number)
-                continue
-            for name in names:
-                self._by_name.setdefault(targets.as_kept(name), []).append(number)
+            names, units = rule.criteria.name, rule.criteria.unit
+            if names and not is_pattern(*names):
+                for name in names:
+                    self._by_name.setdefault(targets.as_kept(name), []).append(number)
+            elif units and not is_pattern(*units):
+                for unit in units:
+                    self._by_unit.setdefault(cgroups.unit_name(unit), []).append(number)
+            else:
+                self._others.append(number)
+
+    def matching(self, facts: Facts) -> Iterator[Rule]:
+        """Yield the rules that match a process, the most specific first."""
+        tried = {*self._others, *self._by_name.get(facts.name, ())}
+        if self._by_unit:
+            tried.update(number for unit in facts.units for number in self._by_unit.get(unit, ()))
+        for number in sorted(tried):
+            rule, matcher = self._matchers[number]
+            if matcher.matches(facts):
+                yield rule
 
     def first(self, facts: Facts) -> Optional[Rule]:
         """Return the rule for a process."""
-        for number in sorted([*self._by_name.get(facts.name, ()), *self._for_any_name]):
-            rule, matcher = self._matchers[number]
-            if matcher.matches(facts):
-                return None if self._spares(rule, facts) else rule
-        return None
+        rule = next(self.matching(facts), None)
+        return None if rule is None or self._spares(rule, facts) else rule
 
-    def decide(self, pid: int) -> Decision:
+    def decide(self, pid: int, mounted: Optional[Mount] = None) -> Decision:
         """Return the rule for a process, and what else there is to tell."""
-        facts = Facts(pid)
-        found = [rule for rule, matcher in self._matchers if matcher.matches(facts)]
+        facts = Facts(pid, mounted)
+        found = list(self.matching(facts))
         if not found:
             return Decision()
         return Decision(found[0], tuple(found[1:]), self._spares(found[0], facts))
@@ -299,14 +311,3 @@ def carries_login(cgroup: Cgroup) -> bool:
 
 def _names_a_server(rule: Rule) -> bool:
     return bool(_LOGIN_SERVERS.intersection(rule.criteria.name))
-
-
-def matching(book: Rulebook, pids: Iterable[int]) -> dict[int, Rule]:
-    """Return the rule of each process that has one."""
-    mounted = cgroups.mount()
-    found = {}
-    for pid in pids:
-        rule = book.first(Facts(pid, mounted))
-        if rule is not None and not process.is_kernel_thread(pid):
-            found[pid] = rule
-    return found
