@@ -23,8 +23,9 @@ from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate, printable
 
 PREFIX = "pybpfthrottle.io/"
 _TRAFFIC = PREFIX + "traffic"
-# Of a pod that the kubelet reads from a file the API has another UID than the kubelet.
-_STATIC = "kubernetes.io/config.hash"
+# Of a pod that the kubelet reads from a file the API has another UID than the kubelet. Elsewhere
+# anybody could give a pod this annotation, with the UID of somebody else's.
+_STATIC, _STATIC_NAMESPACE = "kubernetes.io/config.hash", "kube-system"
 _UID = re.compile(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}")
 # The qualities of service; pods of the best one are directly in the cgroup of all pods.
 _QUALITIES = ("", "burstable", "besteffort")
@@ -60,8 +61,10 @@ def pod(metadata: Any) -> Pod:
     ours = {
         str(key): str(value) for key, value in all_of_them.items() if str(key).startswith(PREFIX)
     }
-    uid = str(all_of_them.get(_STATIC) or fields.get("uid", ""))
-    return Pod(printable(f"{fields.get('namespace')}/{fields.get('name')}"), uid, ours)
+    uid = fields.get("uid", "")
+    if fields.get("namespace") == _STATIC_NAMESPACE:
+        uid = all_of_them.get(_STATIC, uid)
+    return Pod(printable(f"{fields.get('namespace')}/{fields.get('name')}"), str(uid), ours)
 
 
 def rules(pods: Iterable[Pod], tops: Sequence[str]) -> Written:
@@ -70,12 +73,13 @@ def rules(pods: Iterable[Pod], tops: Sequence[str]) -> Written:
     A pod with a mistake in an annotation has no rule.
     """
     texts, mistakes = [], []
-    for one in sorted(pods):
-        if one.annotations:
-            try:
-                texts.append(_rule(one, tops))
-            except LimitError as error:
-                mistakes.append(f"pod {one.name} is not limited: {error}")
+    # Two rules of one name would be a mistake of the whole file.
+    by_uid = {one.uid: one for one in pods if one.annotations}
+    for one in sorted(by_uid.values(), key=lambda each: each[:2]):
+        try:
+            texts.append(_rule(one, tops))
+        except LimitError as error:
+            mistakes.append(f"pod {one.name} is not limited: {error}")
     return Written("\n".join([HEADING, *texts]), tuple(mistakes))
 
 
@@ -99,7 +103,8 @@ def _rule(one: Pod, tops: Sequence[str]) -> str:
     name = f"{one.name[:_LONGEST_NAME]} {one.uid}"
     places = [place for top in tops for place in _places(top, one.uid)]
     head = ["[[rule]]", f"name = {_toml(name)}", f"match = {{ cgroup = {_toml(places)} }}"]
-    return "\n".join([*head, *sorted(lines), ""])
+    # Else a pod could free itself by a process that is named as a server for logins is.
+    return "\n".join([*head, *sorted(lines), "insist = true", ""])
 
 
 def _rate(key: str, value: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from typing import Callable, Collection, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import targets
@@ -225,6 +226,8 @@ class Rulebook:
         self.spared = frozenset({_FIRST, os.getpid(), *spared})
         self.rules = sorted(rules, key=lambda one: one.criteria.specificity(), reverse=True)
         self._matchers = [(one, Matcher(one.criteria)) for one in self.rules]
+        # What limits_whole_cgroups has found: it is asked for each process.
+        self._whole: dict[str, bool] = {}
         # Most rules are for a name or a unit: these need not be tried for other processes.
         self._by_name: dict[str, list[int]] = {}
         self._by_unit: dict[str, list[int]] = {}
@@ -268,11 +271,15 @@ class Rulebook:
 
         It does where no process in them can be for a more specific rule.
         """
-        if not rule.criteria.only_places or rule.criteria.slice:
+        if rule.name not in self._whole:
+            above = takewhile(lambda one: one != rule, self.rules)
             # A login may come into a slice.
-            return False
-        above = self.rules[: self.rules.index(rule)]
-        return all(one.criteria.apart_from(rule.criteria) for one in above)
+            self._whole[rule.name] = (
+                rule.criteria.only_places
+                and not rule.criteria.slice
+                and all(one.criteria.apart_from(rule.criteria) for one in above)
+            )
+        return self._whole[rule.name]
 
     def cgroup_of(self, rule: Rule, facts: Facts) -> Optional[Cgroup]:
         """Return the topmost cgroup around a process that a rule for whole cgroups is for."""

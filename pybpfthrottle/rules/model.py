@@ -58,10 +58,10 @@ class Criteria:
     def apart_from(self, other: Criteria) -> bool:
         """Whether no process can match both, as two names of units cannot."""
         mine, others = self.given(), other.given()
-        return any(
+        return _in_other_cgroups(self.cgroup, other.cgroup) or any(
             not is_pattern(*mine[kind])
             and not is_pattern(*others[kind])
-            # A process may be in several slices and cgroups, one in another.
+            # A process may be in several slices, one in another.
             and not set(mine[kind]) & set(others[kind])
             for kind in ("container", "unit", "name")
             if kind in mine and kind in others
@@ -69,6 +69,19 @@ class Criteria:
 
     def __str__(self) -> str:
         return ", ".join(f"{kind} {' or '.join(values)}" for kind, values in self.given().items())
+
+
+def _in_other_cgroups(mine: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether no cgroup can be in, or within, those of both."""
+    if not mine or not others or is_pattern(*mine, *others):
+        return False
+    mine, others = (tuple(one.strip("/") for one in paths) for paths in (mine, others))
+    return _with_ancestors(mine).isdisjoint(others) and _with_ancestors(others).isdisjoint(mine)
+
+
+def _with_ancestors(paths: tuple[str, ...]) -> frozenset[str]:
+    parts = (one.split("/") for one in paths)
+    return frozenset("/".join(names[:count]) for names in parts for count in range(len(names) + 1))
 
 
 def is_pattern(*values: str) -> bool:

@@ -30,6 +30,8 @@ class FakeKubernetes(ThreadingHTTPServer):
         self.lists = 0
         self.version = 100
         self.waiting: list[queue.Queue[bytes]] = []
+        self.told: list[tuple[int, bytes]] = []
+        self._lock = threading.Lock()
         self.ended = threading.Event()
         scheme = "http"
         if context is not None:
@@ -56,11 +58,24 @@ class FakeKubernetes(ThreadingHTTPServer):
 
     def tell(self, kind: str, metadata: dict[str, Any]) -> None:
         """Tell an event to all who wait."""
-        self.version += 1
-        told = {**metadata, "resourceVersion": str(self.version)}
-        event = {"type": kind, "object": {"kind": "PartialObjectMetadata", "metadata": told}}
-        for one in self.waiting:
-            one.put(json.dumps(event).encode() + b"\n")
+        with self._lock:
+            self.version += 1
+            told = {**metadata, "resourceVersion": str(self.version)}
+            event = {"type": kind, "object": {"kind": "PartialObjectMetadata", "metadata": told}}
+            line = json.dumps(event).encode() + b"\n"
+            self.told.append((self.version, line))
+            for one in self.waiting:
+                one.put(line)
+
+    def wait(self, version: int) -> queue.Queue[bytes]:
+        """Return what is told after a version, now and later."""
+        found: queue.Queue[bytes] = queue.Queue()
+        with self._lock:
+            for at, line in self.told:
+                if at > version:
+                    found.put(line)
+            self.waiting.append(found)
+        return found
 
     def __enter__(self) -> FakeKubernetes:
         self._thread.start()
@@ -94,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         if status:
             self.send_error(status)
         elif "watch" in query:
-            self._watch()
+            self._watch(int(query["resourceVersion"]))
         else:
             self._list(kind)
 
@@ -108,9 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _watch(self) -> None:
-        told: queue.Queue[bytes] = queue.Queue()
-        self.server.waiting.append(told)
+    def _watch(self, version: int) -> None:
+        told = self.server.wait(version)
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import uuid
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from by_backend import tool
 from fake_kubernetes import TOKEN, FakeKubernetes
 from lab import ENVIRONMENT
 from redis_server import until
@@ -19,6 +17,7 @@ from redis_server import until
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.rules import instance
+from pybpfthrottle.rules.keeper import by_rules
 
 # One daemon keeps the rules of a machine.
 pytestmark = pytest.mark.alone
@@ -58,15 +57,10 @@ def account(tmp_path: Path) -> Path:
 
 def limits(uid: str) -> dict[str, Any]:
     """What a pod's limits are, by direction, and the cgroups that they are on."""
-    listed = json.loads(tool("list", "--json").stdout)["throttles"]
-    mine = [one for one in listed if one["name"].endswith(f" {uid}")]
-    assert len(mine) <= 1
-    return {
-        key: value
-        for one in mine
-        for key, value in {**one["limits"], "on": one["target"]["cgroups"]}.items()
-        if value
-    }
+    specs = [part.spec for one in by_rules() for part in one.parts]
+    mine = [spec for spec in specs if spec.target.rule.endswith(f" {uid}")]
+    rates = {str(way): rate.bytes_per_s for one in mine for way, rate in one.limits.items() if rate}
+    return {**rates, "on": list(mine[0].target.cgroups)} if mine else {}
 
 
 @pytest.fixture
@@ -90,7 +84,12 @@ def test_pods_are_limited_by_their_annotations(api: FakeKubernetes, account: Pat
             command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         ) as running:
             try:
-                until(lambda: limits(first) == {"upload": 5 << 20, "on": on})
+
+                def begun() -> bool:
+                    assert running.poll() is None, running.communicate()[1]
+                    return limits(first) == {"upload": 5 << 20, "on": on}
+
+                until(begun)
                 # Its annotations are known before its cgroup is there.
                 api.put(second, "db-0", download="8mbit", upload="1M")
                 other = kubelet.start(second).path

@@ -38,6 +38,7 @@ def test_a_pod_becomes_a_rule(tmp_path):
         "download": 1_000_000,
     }
     assert rule.kind == "internet"
+    assert rule.insist  # a process in it that is named sshd does not free it
     assert rule.criteria.cgroup == (
         f"/kubepods.slice/{SYSTEMD.format('')}",
         f"/kubepods.slice/kubepods-burstable.slice/{SYSTEMD.format('-burstable')}",
@@ -77,11 +78,20 @@ def test_the_tops_are_searched_for(tmp_path):
     assert tops(str(tmp_path)) == ["/a.slice/a-kubepods.slice", "/kubepods"]
 
 
-def test_a_static_pod_has_the_uid_that_the_kubelet_knows():
-    """It is in an annotation."""
+@pytest.mark.parametrize(("namespace", "static"), [("kube-system", True), ("default", False)])
+def test_a_static_pod_has_the_uid_that_the_kubelet_knows(namespace, static):
+    """It is in an annotation, which counts only where not everybody can make pods."""
     known = "0123456789abcdef0123456789abcdef"
-    metadata = {"uid": UID, "annotations": {"kubernetes.io/config.hash": known}}
-    assert pod(metadata).uid == known
+    annotations = {"kubernetes.io/config.hash": known}
+    metadata = {"uid": UID, "namespace": namespace, "annotations": annotations}
+    assert pod(metadata).uid == (known if static else UID)
+
+
+def test_two_pods_of_one_uid_are_one_rule(tmp_path):
+    """A file with two of a name would not be read at all."""
+    found, mistakes = read(tmp_path, annotated(upload="1M"), annotated(upload="2M"))
+    assert len(found) == 1
+    assert mistakes == ()
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,24 @@ def test_a_slice_is_never_limited_as_a_whole() -> None:
     """A login may begin in it."""
     users = rule("users", slice="user.slice")
     assert not Rulebook([users]).limits_whole_cgroups(users)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ("/a/b", "/a/c", True),
+        ("/a/b", ["/a/bc", "x"], True),
+        ("/a/b", "a/b/", False),
+        ("/a", "/a/b", False),
+        (["/x", "/a/b/c"], "/a", False),
+        ("/", "/a", False),
+        ("/a/b", "/c*", False),
+    ],
+)
+def test_rules_for_other_cgroups_leave_them_whole(one, other, apart):
+    """Unless one is within the other, or where a pattern does not say where it ends."""
+    rules = [rule("one", cgroup=one), rule("other", cgroup=other)]
+    last = Rulebook(rules).rules[1]
+    assert Rulebook(rules).limits_whole_cgroups(last) is apart
+    assert rules[0].criteria.apart_from(rules[1].criteria) is apart
+    assert rules[1].criteria.apart_from(rules[0].criteria) is apart
