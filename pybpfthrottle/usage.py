@@ -125,15 +125,14 @@ class Interval(NamedTuple):
         With ``interface`` only what passed that one counts.
         """
         groups: dict[str, list[ProcessTraffic]] = {}
-        for one in _shares(_through(filter(keeps, self.after), interface), group):
+        shown = list(_shares(_through(filter(keeps, self.after), interface), group))
+        for one in shown:
             groups.setdefault(GROUPS[group](one), []).append(one)
-        began = _shares(_through(self.before, interface), group)
-        earlier = {(one.number, one.share): one for one in began}
+        known = earlier(_shares(_through(self.before, interface), group), shown)
         rows = []
         for label, members in groups.items():
-            known = [earlier.get((one.number, one.share)) for one in members]
             total = _sum(members, SCOPES[scope])
-            past = _sum(filter(None, known), SCOPES[scope])
+            past = _sum((had for one in members for had in known(one)), SCOPES[scope])
             # A listener's process was charged for what another one accepts: no negative rate.
             moved = Usage(*(max(0, count) for count in total.minus(past)))
             if any(total):
@@ -150,6 +149,28 @@ class Interval(NamedTuple):
     def _throttles(self, members: Iterable[ProcessTraffic]) -> tuple[InForce, ...]:
         found = (each for one in members for each in self.cover.of(one.pid, one.cgroup))
         return tuple({each.id: each for each in found}.values())
+
+
+def earlier(
+    before: Iterable[ProcessTraffic], after: Iterable[ProcessTraffic]
+) -> Callable[[ProcessTraffic], Sequence[ProcessTraffic]]:
+    """Return what finds for one of ``after`` those of ``before`` that it is made of.
+
+    That is itself; and, where many have ended, those that are added up since then.
+    """
+    known = {(one.number, one.share): one for one in before}
+    found: dict[tuple[int, str], list[ProcessTraffic]] = {}
+    sums: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for one in after:
+        key = (one.number, one.share)
+        found[key] = [known.pop(key)] if key in known else []
+        if one.processes > 1:
+            sums[one.name, one.user, one.cgroup, one.share] = key
+    for gone in known.values():
+        taken_in = sums.get((gone.name, gone.user, gone.cgroup, gone.share))
+        if taken_in is not None:
+            found[taken_in].append(gone)
+    return lambda one: found[one.number, one.share]
 
 
 def _through(found: Iterable[ProcessTraffic], interface: str) -> Iterator[ProcessTraffic]:

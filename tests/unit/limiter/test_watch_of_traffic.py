@@ -366,6 +366,14 @@ def test_what_is_moved_to_another_process_is_no_negative_rate(rows) -> None:
     assert rows(one(1, "a", 10), before=[one(1, "a", 1000)])[0].down == 0.0
 
 
+def test_ended_processes_that_are_added_up_have_no_rate(rows) -> None:
+    """Their sum is that of both, which was moved long ago; what is new has one."""
+    before = [one(1, "a", 1000), one(2, "a", 500), one(3, "b", 70)]
+    for total, rate in ((1500, 0.0), (1600, 50.0)):
+        found = rows(replace(one(1, "a", total), processes=2), one(3, "b", 70), before=before)
+        assert [(row.down, row.total.download_bytes) for row in found] == [(rate, total), (0, 70)]
+
+
 def test_a_scope_leaves_the_rest_out(rows) -> None:
     """Loopback counts only where it was asked for."""
     assert rows(one(1, "a", 0), scope="internet")[0].total == (1, 0, 0, 0)
