@@ -19,6 +19,7 @@
     ├── ProcessError                   a process that does not exist or cannot be limited
     ├── SettingsError                  a setting that is not allowed, or cannot be read
     ├── RulesError                     rules with mistakes; .mistakes has a line for each
+    ├── StoreError                     the file of what was counted cannot be used
     ├── ThrottleError                  a throttle that was refused, or is gone
     │   ├── BackendError               what one backend cannot do here; another one may
     │   └── NoMarksError               single processes cannot be limited here, cgroups can
@@ -69,6 +70,7 @@ __all__ = [
     "ProgramLoadError",
     "RulesError",
     "SettingsError",
+    "StoreError",
     "ThrottleError",
     "UnresolvedError",
     "UnsupportedMachineError",
@@ -103,6 +105,10 @@ class RulesError(Error):
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
         super().__init__(mistakes[0] + more)
         self.mistakes = tuple(mistakes)
+
+
+class StoreError(Error):
+    """The file of what was counted cannot be used; what is counted goes on without it."""
 
 
 class ThrottleError(Error):

@@ -17,6 +17,8 @@ _BYTE_UNITS = {
     **dict.fromkeys(("g", "gb", "gib"), _K**3),
 }
 _BIT_UNITS = {"kbit": 1000, "mbit": 1000**2, "gbit": 1000**3}
+_SIZE_UNITS = {**_BYTE_UNITS, **dict.fromkeys(("t", "tb", "tib"), _K**4)}
+_MAX_BYTES = 1000 * _K**4
 _NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
 _MAX_DIGITS = 30
 
@@ -44,22 +46,14 @@ class Rate(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Rate:
         """Read ``500K``, ``1.5MB`` or ``8mbit``; raises LimitError with what is accepted."""
-        given = text.strip()
-        match = _NUMBER.match(given)
-        whole, fraction = match.groups() if match else ("", "")
-        written = match.group() if match else ""
-        unit = _unit(given[len(written) :].strip())
-        known = unit in _BYTE_UNITS or unit in _BIT_UNITS
-        # Unicode has other digits too, and a K that becomes an ASCII one in lower case.
-        if not (whole + fraction and known and text.isascii()):
-            raise LimitError(_refusal(text, written, unit))
-        if len(whole + fraction) > _MAX_DIGITS:
+        found = _Amount.read(text)
+        if not (found.digits and (found.unit in _BYTE_UNITS or found.unit in _BIT_UNITS)):
+            raise LimitError(_refusal(text, found.written, found.unit))
+        if len(found.digits) > _MAX_DIGITS:
             raise LimitError(f"{text!r} is out of range: {RANGE}")
-        number = int(whole + fraction)
-        scale = 10 ** len(fraction)
-        if unit in _BIT_UNITS:
-            return cls.of(number * _BIT_UNITS[unit] // (8 * scale), text)
-        return cls.of(number * _BYTE_UNITS[unit] // scale, text)
+        if found.unit in _BIT_UNITS:
+            return cls.of(found.times(_BIT_UNITS[found.unit], 8), text)
+        return cls.of(found.times(_BYTE_UNITS[found.unit]), text)
 
     @classmethod
     def of(cls, bytes_per_s: int, text: Optional[str] = None) -> Rate:
@@ -80,6 +74,43 @@ class Rate(NamedTuple):
             if 8 * self.bytes_per_s % _BIT_UNITS[unit] == 0:
                 return f"{8 * self.bytes_per_s // _BIT_UNITS[unit]}{unit}"
         return str(self.bytes_per_s)
+
+
+class _Amount(NamedTuple):
+    """A number and a unit as they were written; ``digits`` is empty where there is no number."""
+
+    written: str
+    digits: str
+    decimals: int
+    unit: str
+
+    @classmethod
+    def read(cls, text: str) -> _Amount:
+        """Take a text apart."""
+        given = text.strip()
+        match = _NUMBER.match(given)
+        whole, fraction = match.groups() if match else ("", "")
+        written = match.group() if match else ""
+        # Unicode has other digits too, and a K that becomes an ASCII one in lower case.
+        digits = whole + fraction if text.isascii() else ""
+        return cls(written, digits, len(fraction), _unit(given[len(written) :].strip()))
+
+    def times(self, factor: int, divisor: int = 1) -> int:
+        """Return the number, multiplied and divided, without what is behind the point."""
+        return int(int(self.digits) * factor // (divisor * 10**self.decimals))
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of data: ``500M``, ``1.5GB``, ``2T``. Raises LimitError."""
+    found = _Amount.read(text)
+    unit = 0 if "/" in text else _SIZE_UNITS.get(found.unit, 0)
+    count = found.times(unit) if 0 < len(found.digits) <= _MAX_DIGITS else 0
+    if not 0 < count <= _MAX_BYTES:
+        raise LimitError(
+            f"{text!r} is not an amount of data: give bytes with K, M, G or T (1024-based: 500M,"
+            " 1.5G, 2TB), up to 1000T"
+        )
+    return count
 
 
 def _unit(given: str) -> str:
@@ -154,6 +185,22 @@ class Counters(NamedTuple):
             f" dropped={self.packets_dropped} ({share:.1%}),"
             f" bytes={self.bytes_total}, dropped_bytes={self.bytes_dropped}"
         )
+
+
+class Moved(NamedTuple):
+    """Bytes, by direction in the order of Direction."""
+
+    download: int = 0
+    upload: int = 0
+
+    @classmethod
+    def passed(cls, counters: Mapping[Direction, Counters]) -> Moved:
+        """Return what has passed a throttle."""
+        return cls(*(counters[one].bytes_passed if one in counters else 0 for one in Direction))
+
+    def plus(self, other: Moved) -> Moved:
+        """Return the sum."""
+        return Moved(self.download + other.download, self.upload + other.upload)
 
 
 class Verdict(Enum):

@@ -1,0 +1,193 @@
+"""Quotas: how much a rule may pass in a day, week or month, and what happens then. Pure.
+
+A rule has one as ``quota = { month = "100G", then = "limit", rate = "500K" }``::
+
+    quota = Quota.from_toml(table, "rules.toml, line 7")
+    decision = quota.decide(lambda span: ledger.used("video", span), time.time())
+    if decision.then == "limit":
+        ...  # to decision.rate, until decision.until_s
+
+What has passed is counted by ``ledger.Ledger``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from typing import Any, Callable, Mapping, NamedTuple, Optional
+
+from pybpfthrottle.errors import LimitError, SettingsError
+from pybpfthrottle.model import Rate, format_bytes, parse_bytes
+from pybpfthrottle.periods import Period, Span, day_of
+
+THEN = ("limit", "block", "warn")
+_PERIODS = tuple(one.value for one in Period)
+_KEYS = (*_PERIODS, "then", "rate", "start_day", "timezone")
+
+
+class Standing(NamedTuple):
+    """How much of one period's quota is used. Times are in seconds since 1970."""
+
+    period: Period
+    span: Span
+    begins_s: float
+    ends_s: float
+    used_bytes: int
+    quota_bytes: int
+
+    @property
+    def left_bytes(self) -> int:
+        """How much may still pass."""
+        return max(0, self.quota_bytes - self.used_bytes)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether nothing is left."""
+        return self.used_bytes >= self.quota_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "period": self.period.value,
+            "begins": self.begins_s,
+            "ends": self.ends_s,
+            "quota_bytes": self.quota_bytes,
+            "used_bytes": self.used_bytes,
+            "left_bytes": self.left_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a quota stands at a moment, a standing for each of its periods."""
+
+    quota: Quota
+    standings: tuple[Standing, ...]
+
+    @property
+    def exceeded(self) -> Optional[Standing]:
+        """The standing that decides: of those that are exceeded the one that ends last."""
+        found = (one for one in self.standings if one.exceeded)
+        return max(found, key=lambda one: one.ends_s, default=None)
+
+    @property
+    def then(self) -> str:
+        """What applies now: one of THEN, or empty while something is left."""
+        return self.quota.then if self.exceeded else ""
+
+    @property
+    def rate(self) -> Optional[Rate]:
+        """The limit that applies now, None if none does."""
+        return self.quota.rate if self.then == "limit" else None
+
+    @property
+    def until_s(self) -> Optional[float]:
+        """When it applies no longer."""
+        return self.exceeded.ends_s if self.exceeded else None
+
+    def text(self, rule: str) -> str:
+        """Return in a sentence that a rule's quota is used up, and what happens; else empty."""
+        one = self.exceeded
+        if one is None:
+            return ""
+        what = {
+            "limit": f"it is limited to {self.quota.rate} until",
+            "block": "nothing more passes until",
+            "warn": f"the next {one.period.value} begins",
+        }[self.quota.then]
+        ends = datetime.fromtimestamp(one.ends_s, self.quota.zone).strftime("%Y-%m-%d %H:%M")
+        return (
+            f"{rule} has used {format_bytes(one.used_bytes)} of its"
+            f" {format_bytes(one.quota_bytes)} a {one.period.value}; {what} {ends}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "then": self.then or None,
+            "rate": self.rate.bytes_per_s if self.rate else None,
+            "until": self.until_s,
+            "periods": [one.to_json() for one in self.standings],
+        }
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many bytes may pass in a period, in both directions together, and what happens then.
+
+    ``then`` is one of THEN; ``rate`` is the limit of "limit". Months begin on ``start_day``.
+    ``zone`` is the time zone, None that of the machine.
+    """
+
+    amounts: Mapping[Period, int]
+    then: str = "block"
+    rate: Optional[Rate] = None
+    start_day: int = 1
+    zone: Optional[tzinfo] = None
+
+    @classmethod
+    def from_toml(cls, table: Any, where: str = "quota") -> Quota:
+        """Return the quota of a rule. Raises SettingsError, which begins with ``where``."""
+        if not isinstance(table, dict):
+            raise SettingsError(f'{where}: a quota is a table such as {{ month = "100G" }}')
+        unknown = [key for key in table if key not in _KEYS]
+        if unknown:
+            raise SettingsError(
+                f"{where}: a quota has no {unknown[0]!r} (known: {', '.join(_KEYS)})"
+            )
+        try:
+            return cls._of(table)
+        except (LimitError, ValueError) as error:
+            raise SettingsError(f"{where}: {error}") from error
+
+    @classmethod
+    def _of(cls, table: Mapping[str, Any]) -> Quota:
+        amounts = {one: parse_bytes(str(table[one.value])) for one in Period if one.value in table}
+        then, start_day = table.get("then", "block"), table.get("start_day", 1)
+        rate = Rate.parse(str(table["rate"])) if "rate" in table else None
+        if not amounts:
+            raise ValueError(f"a quota needs one of {', '.join(_PERIODS)}")
+        if then not in THEN:
+            raise ValueError(f"then is {then!r}; it must be one of {', '.join(THEN)}")
+        if (then == "limit") != (rate is not None):
+            raise ValueError('rate goes with then = "limit", which needs it: rate = "500K"')
+        if type(start_day) is not int or not 1 <= start_day <= 31:
+            raise ValueError(f"start_day is {start_day!r}; it must be from 1 to 31")
+        if "start_day" in table and Period.MONTH not in amounts:
+            raise ValueError("start_day goes with month")
+        return cls(amounts, then, rate, start_day, _zone(table.get("timezone")))
+
+    def day(self, now_s: float) -> str:
+        """Return the day that something is counted on, in the quota's time zone."""
+        return day_of(now_s, self.zone).isoformat()
+
+    def decide(self, used: Callable[[Span], int], now_s: float) -> Decision:
+        """Return how it stands; ``used`` returns the bytes that have passed on some days."""
+        today = day_of(now_s, self.zone)
+        spans = {period: period.around(today, self.start_day) for period in self.amounts}
+        return Decision(
+            self,
+            tuple(
+                Standing(
+                    *(period, span, span.begins_s(self.zone), span.ends_s(self.zone)),
+                    used_bytes=used(span),
+                    quota_bytes=self.amounts[period],
+                )
+                for period, span in spans.items()
+            ),
+        )
+
+
+def _zone(name: Any) -> Optional[tzinfo]:
+    """Return a time zone by its name. Raises ValueError."""
+    if name is None:
+        return None
+    from zoneinfo import ZoneInfo
+
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError, TypeError) as error:
+        raise ValueError(
+            f"timezone is {name!r}; it must be a name such as Europe/Berlin that"
+            " timedatectl list-timezones shows"
+        ) from error
