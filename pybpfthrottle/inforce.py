@@ -10,7 +10,7 @@ from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import process
-from pybpfthrottle.model import Direction, Limits, Rate, Traffic
+from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic
 from pybpfthrottle.throttle import Throttle, open_record
 
 
@@ -82,6 +82,15 @@ class InForce(NamedTuple):
         finally:
             for _, throttle in opened:
                 throttle.close()
+
+    def counters(self) -> dict[Direction, Counters]:
+        """Return what each direction has counted. Raises ThrottleError if it is gone."""
+        with self.opened() as parts:
+            return {
+                direction: counted
+                for _, throttle in parts
+                for direction, counted in throttle.counters().items()
+            }
 
     def set_limits(self, limits: Limits) -> None:
         """Change limits; None lifts one. Raises ThrottleError for a direction that it lacks."""

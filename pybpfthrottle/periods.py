@@ -11,6 +11,9 @@ from calendar import monthrange
 from datetime import date, datetime, timedelta, tzinfo
 from enum import Enum
 from typing import NamedTuple, Optional
+from zoneinfo import ZoneInfo
+
+from pybpfthrottle.errors import SettingsError
 
 
 class Span(NamedTuple):
@@ -54,6 +57,17 @@ class Period(Enum):
         if day < this:
             return Span(_in_month(*_before(day.year, day.month), start_day), this)
         return Span(this, _in_month(*_after(day.year, day.month), start_day))
+
+
+def zone_named(name: object) -> ZoneInfo:
+    """Return a time zone. Raises SettingsError."""
+    try:
+        return ZoneInfo(str(name))
+    except (KeyError, ValueError, OSError):  # that has no such zone, no name, or a directory
+        raise SettingsError(
+            f'there is no time zone {name!r}: write one such as "Europe/Berlin" (timedatectl'
+            " list-timezones lists them; they are in the package tzdata)"
+        ) from None
 
 
 def day_of(at_s: float, zone: Optional[tzinfo] = None) -> date:

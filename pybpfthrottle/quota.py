@@ -2,7 +2,7 @@
 
 A rule has one as ``quota = { month = "100G", then = "limit", rate = "500K" }``::
 
-    quota = Quota.from_toml(table, "rules.toml, line 7")
+    quota = quota.parse(table)
     decision = quota.decide(lambda span: ledger.used("video", span), time.time())
     if decision.then == "limit":
         ...  # to decision.rate, until decision.until_s
@@ -18,11 +18,12 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.model import Rate, format_bytes, parse_bytes
-from pybpfthrottle.periods import Period, Span, day_of
+from pybpfthrottle.periods import Period, Span, day_of, zone_named
 
 THEN = ("limit", "block", "warn")
 _PERIODS = tuple(one.value for one in Period)
-_KEYS = (*_PERIODS, "then", "rate", "start_day", "timezone")
+_KEYS = (*_PERIODS, "then", "rate", "start_day", "zone")
+_ACCEPTED = '{ month = "100G", then = "limit", rate = "500K" }'
 
 
 class Standing(NamedTuple):
@@ -125,38 +126,6 @@ class Quota:
     start_day: int = 1
     zone: Optional[tzinfo] = None
 
-    @classmethod
-    def from_toml(cls, table: Any, where: str = "quota") -> Quota:
-        """Return the quota of a rule. Raises SettingsError, which begins with ``where``."""
-        if not isinstance(table, dict):
-            raise SettingsError(f'{where}: a quota is a table such as {{ month = "100G" }}')
-        unknown = [key for key in table if key not in _KEYS]
-        if unknown:
-            raise SettingsError(
-                f"{where}: a quota has no {unknown[0]!r} (known: {', '.join(_KEYS)})"
-            )
-        try:
-            return cls._of(table)
-        except (LimitError, ValueError) as error:
-            raise SettingsError(f"{where}: {error}") from error
-
-    @classmethod
-    def _of(cls, table: Mapping[str, Any]) -> Quota:
-        amounts = {one: parse_bytes(str(table[one.value])) for one in Period if one.value in table}
-        then, start_day = table.get("then", "block"), table.get("start_day", 1)
-        rate = Rate.parse(str(table["rate"])) if "rate" in table else None
-        if not amounts:
-            raise ValueError(f"a quota needs one of {', '.join(_PERIODS)}")
-        if then not in THEN:
-            raise ValueError(f"then is {then!r}; it must be one of {', '.join(THEN)}")
-        if (then == "limit") != (rate is not None):
-            raise ValueError('rate goes with then = "limit", which needs it: rate = "500K"')
-        if type(start_day) is not int or not 1 <= start_day <= 31:
-            raise ValueError(f"start_day is {start_day!r}; it must be from 1 to 31")
-        if "start_day" in table and Period.MONTH not in amounts:
-            raise ValueError("start_day goes with month")
-        return cls(amounts, then, rate, start_day, _zone(table.get("timezone")))
-
     def day(self, now_s: float) -> str:
         """Return the day that something is counted on, in the quota's time zone."""
         return day_of(now_s, self.zone).isoformat()
@@ -178,16 +147,37 @@ class Quota:
         )
 
 
-def _zone(name: Any) -> Optional[tzinfo]:
-    """Return a time zone by its name. Raises ValueError."""
-    if name is None:
-        return None
-    from zoneinfo import ZoneInfo
-
+def parse(value: Any) -> Quota:
+    """Read the quota of a rule. Raises SettingsError with what is accepted."""
+    if not isinstance(value, dict) or not value:
+        raise SettingsError(f"it must be a table such as {_ACCEPTED}")
+    unknown = [key for key in value if key not in _KEYS]
+    if unknown:
+        raise SettingsError(f"unknown key {unknown[0]}: known are {', '.join(_KEYS)}")
     try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError, TypeError) as error:
-        raise ValueError(
-            f"timezone is {name!r}; it must be a name such as Europe/Berlin that"
-            " timedatectl list-timezones shows"
-        ) from error
+        amounts = {one: parse_bytes(str(value[one.value])) for one in Period if one.value in value}
+        rate = Rate.parse(str(value["rate"])) if "rate" in value else None
+    except LimitError as error:
+        raise SettingsError(str(error)) from error
+    if not amounts:
+        raise SettingsError(f"it has no {' or '.join(_PERIODS)}: write {_ACCEPTED}")
+    zone = zone_named(value["zone"]) if "zone" in value else None
+    return Quota(amounts, _then(value), rate, _start_day(value, amounts), zone)
+
+
+def _then(value: Mapping[str, Any]) -> str:
+    then = value.get("then", "block")
+    if then not in THEN:
+        raise SettingsError(f"then is {then!r}: it must be one of {', '.join(THEN)}")
+    if (then == "limit") != ("rate" in value):
+        raise SettingsError(f'it has a rate if then is "limit", and only then: {_ACCEPTED}')
+    return str(then)
+
+
+def _start_day(value: Mapping[str, Any], amounts: Mapping[Period, int]) -> int:
+    day = value.get("start_day", 1)
+    if type(day) is not int or not 1 <= day <= 31:
+        raise SettingsError(f"start_day is {day!r}: it must be from 1 to 31")
+    if "start_day" in value and Period.MONTH not in amounts:
+        raise SettingsError("start_day is for a month, which is missing")
+    return day

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 
 from pybpfthrottle.errors import Error
 from pybpfthrottle.inforce import Cover, InForce, limits_together
-from pybpfthrottle.model import Limits
+from pybpfthrottle.model import Limits, Moved
 from pybpfthrottle.traffic import ProcessTraffic, Scope, Usage, Watch
 
 # By the names of --scope.
@@ -171,6 +171,21 @@ def earlier(
         if taken_in is not None:
             found[taken_in].append(gone)
     return lambda one: found[one.number, one.share]
+
+
+def moved_since(
+    before: Iterable[ProcessTraffic], after: Sequence[ProcessTraffic], scopes: Iterable[Scope]
+) -> Iterator[tuple[ProcessTraffic, Moved]]:
+    """Yield those that have moved something, and how much.
+
+    That is negative for what has turned out to be another one's, which has as much more.
+    """
+    known = earlier(before, after)
+    for one in after:
+        usage = one.usage(*scopes).minus(_sum(known(one), scopes))
+        moved = Moved(usage.download_bytes, usage.upload_bytes)
+        if any(moved):
+            yield one, moved
 
 
 def _through(found: Iterable[ProcessTraffic], interface: str) -> Iterator[ProcessTraffic]:

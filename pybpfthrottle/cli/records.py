@@ -11,7 +11,17 @@ import json
 import os
 import time
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Optional, Protocol, Sequence, TextIO
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Iterable,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    TextIO,
+)
 
 import click
 
@@ -68,7 +78,7 @@ class Output:
             self._lines(json.dumps(fields) + "\n")
             return
         rows = [] if self._begun else [list(fields)]
-        self._lines(_rows([*rows, [_cell(value) for value in fields.values()]]))
+        self._lines(csv_text([*rows, list(fields.values())]))
 
     def _lines(self, text: str) -> None:
         if self.failed:
@@ -246,9 +256,10 @@ def _by_direction(sample: Sample) -> dict[str, Any]:
     return {"elapsed_s": round(sample.elapsed_s, 3), **rates}
 
 
-def _rows(rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as CSV, in which no name is a formula."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(_cell, row) for row in rows)
     return text.getvalue()
 
 

@@ -33,6 +33,7 @@ from zoneinfo import ZoneInfo
 
 from pybpfthrottle.errors import LimitError, SettingsError
 from pybpfthrottle.model import Direction, Limits, Rate
+from pybpfthrottle.periods import zone_named
 
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _DAY_MIN = 24 * 60
@@ -172,7 +173,7 @@ def _window(table: Mapping[str, Any]) -> Iterator[_Span]:
     if unknown or not table:
         what = f"unknown key {unknown[0]}" if unknown else "nothing in it"
         raise SettingsError(f"schedule has {what}: known are {', '.join(_KEYS)}")
-    zone = _zone(table["zone"]) if "zone" in table else None
+    zone = zone_named(table["zone"]) if "zone" in table else None
     limits = {
         direction: _rate(table[str(direction)], f"{direction} of a schedule")
         for direction in Direction
@@ -234,16 +235,6 @@ def _minute(text: str, where: str, *, last: int) -> int:
 
 def _clock(minute: int) -> str:
     return f"{minute // 60:02}:{minute % 60:02}"
-
-
-def _zone(name: object) -> ZoneInfo:
-    try:
-        return ZoneInfo(str(name))
-    except (KeyError, ValueError, OSError):  # that has no such zone, no name, or a directory
-        raise SettingsError(
-            f'there is no time zone {name!r}: write one such as "Europe/Berlin" (timedatectl'
-            " list-timezones lists them; they are in the package tzdata)"
-        ) from None
 
 
 def _shown(day: date, minute: int, zone: Optional[ZoneInfo]) -> Iterator[datetime]:

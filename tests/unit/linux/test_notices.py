@@ -17,7 +17,7 @@ import pytest
 
 from pybpfthrottle.linux import desktop, journal
 from pybpfthrottle.notices import Notices
-from pybpfthrottle.quota import Quota
+from pybpfthrottle.quota import parse
 
 
 @dataclass
@@ -180,7 +180,7 @@ def test_without_a_desktop_nobody_is_notified(users, monkeypatch, lacks) -> None
 
 def test_a_quota_that_is_used_up_is_told_once(listening, users) -> None:
     """In each of its periods; while something is left nothing is told."""
-    quota = Quota.from_toml({"day": "1K", "then": "warn"})
+    quota = parse({"day": "1K", "then": "warn"})
     notices = Notices()
     noon = 1795694400.0
     assert not notices.tell("video", quota.decide(lambda _: 1023, noon))
@@ -199,6 +199,6 @@ def test_without_a_journal_it_is_logged(monkeypatch, users, caplog) -> None:
     """With a hostile name escaped."""
     for where in ("_JOURNAL", "_SYSLOG"):
         monkeypatch.setattr(journal, where, "/nonexistent/socket")
-    quota = Quota.from_toml({"day": "1K", "then": "block"})
+    quota = parse({"day": "1K", "then": "block"})
     assert Notices().tell("a\x1b[31m\nb", quota.decide(lambda _: 1024, 0.0))
     assert "a\\x1b[31m\\nb has used" in caplog.text
