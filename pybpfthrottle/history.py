@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from datetime import date, timedelta
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.errors import Error
-from pybpfthrottle.inforce import in_force
+from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.ledger import Tally
-from pybpfthrottle.model import Moved, printable
+from pybpfthrottle.model import Counters, Direction, Moved, printable
 from pybpfthrottle.periods import Span, day_of, start_of
 from pybpfthrottle.store import Store, reading
 from pybpfthrottle.supervisor import Chore
@@ -73,11 +73,13 @@ class Throttled(NamedTuple):
     passed: Moved
 
 
-def throttles_in_force() -> Iterator[Throttled]:
-    """Return what each throttle in force has passed. Raises OSError."""
+def throttles_in_force(
+    counters: Callable[[InForce], Mapping[Direction, Counters]] = InForce.counters,
+) -> Iterator[Throttled]:
+    """Return what each throttle in force has passed, as ``counters`` reads it. Raises OSError."""
     for one in in_force(registry.records()):
         try:
-            passed = Moved.passed(one.counters())
+            passed = Moved.passed(counters(one))
         except (Error, OSError):  # it has ended meanwhile
             continue
         name = one.record.spec.name or one.target

@@ -205,8 +205,8 @@ def reading(path: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
     """
     if not os.path.lexists(path):
         raise StoreError(
-            f"nothing was recorded yet: there is no {path}. pybpfthrottle usage --record records"
-            " from now on"
+            f"nothing was recorded yet: there is no {path}. pybpfthrottle usage --record, or"
+            " daemon --usage, records from now on"
         )
     _refuse_directory(path, os.stat(os.path.dirname(os.path.abspath(path))))
     try:

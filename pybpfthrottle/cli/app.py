@@ -568,23 +568,38 @@ def apply_rules(
 Examples:
   sudo pybpfthrottle daemon
   sudo pybpfthrottle daemon -v /etc/pybpfthrottle/rules.d
+  sudo pybpfthrottle daemon --metrics 9853 --usage
 
 \b
 Exit status: 0 told to stop; 1 failed, or a mistake in the rules; 2 wrong usage.
 """,
 )
 @_rules_argument
+@click.option(
+    "--metrics",
+    metavar="[ADDRESS:]PORT",
+    help="Serve metrics by HTTP; on this machine only if there is no ADDRESS.",
+)
+@click.option(
+    "--usage",
+    "counts",
+    is_flag=True,
+    help="Count all traffic, for pybpfthrottle usage and --metrics.",
+)
 @click.option("-v", "--verbose", count=True, help="Log what is done (-v), and how (-vv).")
-def daemon(files: tuple[str, ...], verbose: int) -> None:
+def daemon(files: tuple[str, ...], metrics: Optional[str], counts: bool, verbose: int) -> None:
     """Keep rules in force until told to stop: pybpfthrottle apply for a service manager.
 
     SIGHUP has it read the rules again; with mistakes those of before go on. SIGTERM and Ctrl-C
     remove all limits of rules. If it is killed they stay, and the next start takes them over.
     """
     from pybpfthrottle.cli import rules
+    from pybpfthrottle.cli.accounts import Accounts
+    from pybpfthrottle.endpoint import Address
 
     start_logging(verbose)
-    sys.exit(rules.daemon(files))
+    address = None if metrics is None else Address.parse(metrics)
+    sys.exit(rules.daemon(files, Accounts(address, counts)))
 
 
 @cli.command(
@@ -798,9 +813,10 @@ Examples:
 def usage(path: Optional[str], **options: Any) -> None:
     """Show what was sent and received on the last days, today included.
 
-    The usage is recorded by pybpfthrottle daemon, or by usage --record, which counts the packets of
-    every process in every network namespace, with their headers, loopback excluded. Days are those
-    of local time. 400 of them are kept, and on each at least the hundred that have moved the most.
+    The usage is recorded by pybpfthrottle daemon --usage, or by usage --record, which count the
+    packets of every process in every network namespace, with their headers, loopback excluded. Days
+    are those of local time. 400 of them are kept, and on each at least the hundred that have moved
+    the most.
     """
     from pybpfthrottle.cli import usage as usage_command
 

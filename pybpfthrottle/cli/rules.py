@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.cli import background, tables
+from pybpfthrottle.cli.accounts import Accounts
 from pybpfthrottle.cli.background import Background
 from pybpfthrottle.cli.options import wish_by_settings
 from pybpfthrottle.cli.say import echo, say
@@ -99,7 +100,7 @@ def _make_it_so(sources: Sources, rules: Rules, keeps: Optional[Instance], *, qu
     else:
         going_on = background.begin()
         if isinstance(going_on, Background):
-            return _keep(APPLY, sources, rules, keeps, going_on)
+            return _keep(APPLY, sources, rules, keeps, going_on, Accounts())
         if going_on:
             return going_on
     if not quiet:
@@ -112,14 +113,14 @@ def _count(rules: Rules) -> str:
     return f"{count} rule{'s are' if count != 1 else ' is'}"
 
 
-def daemon(given: Sequence[str]) -> int:
+def daemon(given: Sequence[str], accounts: Accounts) -> int:
     """Keep rules in force until told to stop; return the exit status."""
     sources = Sources.of(given)
     rules = sources.read()
     keeps = instance.current()
     if keeps is not None and keeps.kind == DAEMON:
         raise ThrottleError(f"process {keeps.owner.pid} is pybpfthrottle daemon already")
-    return _keep(DAEMON, sources, rules, keeps, None)
+    return _keep(DAEMON, sources, rules, keeps, None, accounts)
 
 
 def _keep(
@@ -128,6 +129,7 @@ def _keep(
     rules: Rules,
     before: Optional[Instance],
     going_on: Optional[Background],
+    accounts: Accounts,
 ) -> int:
     """Keep rules in force, in place of the process that did so before."""
     spared = login.processes()
@@ -139,6 +141,7 @@ def _keep(
         supervisor = stack.enter_context(Supervisor())
         keeper = Keeper(wish_by_settings(), say, spared)
         stack.callback(keeper.remove)
+        accounts.begin(supervisor, stack, keeper.throttles)
         keeper.begin(rules.rules)
         registry.tidy_up()
         own = _told(own, rules)

@@ -257,6 +257,10 @@ class Keeper:
             found += held.throttle.chores()
         return found
 
+    def throttles(self) -> dict[str, Throttle]:
+        """Return the throttles of the rules by their ids."""
+        return {held.throttle.id: held.throttle for held in self.held.values()}
+
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
         return -1 if self._executions is None else self._executions.fileno()

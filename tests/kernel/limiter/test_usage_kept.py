@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterator
@@ -20,11 +23,16 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from since import since
 from targets import eventually
 
-from pybpfthrottle import limit
+from pybpfthrottle import Throttle, limit
+from pybpfthrottle.cli.accounts import Accounts
+from pybpfthrottle.endpoint import Address
+from pybpfthrottle.errors import StoreError
 from pybpfthrottle.history import throttles_in_force
 from pybpfthrottle.inforce import Cover
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.metrics import Collector
+from pybpfthrottle.store import Store
+from pybpfthrottle.supervisor import Supervisor
 
 SIZE = 400_000
 ACCEPT = {"Accept": "application/openmetrics-text;version=1.0.0"}
@@ -115,3 +123,35 @@ def test_a_throttle_is_told_with_its_counters(own: Lab, scratch: Cgroup) -> None
         assert f"pybpfthrottle_throttle_paused{series}}} 1\n" in page
         assert "limit_bytes_per_second{" not in page
     assert label not in [one.rule for one in throttles_in_force()]
+
+
+@since("5.10")
+def test_a_daemon_keeps_account(scratch: Cgroup, tmp_path: Path, monkeypatch, capsys) -> None:
+    """In its own loop: of its own throttles without opening them, and of the usage."""
+    state = tmp_path / "state"
+    monkeypatch.setenv("STATE_DIRECTORY", str(state))
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        address = Address(*found.getsockname())
+    label = f"own{os.getpid()}"
+    with limit(cgroup=scratch.path, upload="50M", label=label) as throttle:
+        asked = []
+
+        def own() -> dict[str, Throttle]:
+            asked.append(throttle.id)
+            return {throttle.id: throttle}
+
+        with ExitStack() as stack:
+            supervisor = stack.enter_context(Supervisor())
+            Accounts(address, usage=True).begin(supervisor, stack, own)
+            with pytest.raises(StoreError, match="another process records"):
+                Store.open(str(state / "usage.db"))
+            with ThreadPoolExecutor() as pool:
+                page = pool.submit(downloads, f"http://{address}/metrics")
+                while not page.done():
+                    supervisor.step(time.monotonic() + 0.02)
+            page.result()
+        assert asked
+    with Store.open(str(state / "usage.db")) as store:
+        keys = [key for (key,) in store.rows("SELECT key FROM counter")]
+        assert any(key.startswith(f"{throttle.id}-") for key in keys)
+    assert capsys.readouterr().err == ""
