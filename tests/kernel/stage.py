@@ -26,6 +26,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 from compiled import compiled
 from lab import ENVIRONMENT, ROOT, pace
 from pages import Block, Section
+from since import needs_command
 from targets import eventually, rates_over
 
 from pybpfthrottle.demo import peer
@@ -345,6 +346,15 @@ class Stage:
         """JSON is JSON."""
         json.loads(block.text)
 
+    def yaml(self, block: Block) -> None:
+        """A file for Prometheus is one that it accepts."""
+        path = self._directory / "prometheus.yml"
+        path.write_text(block.text)
+        what = "rules" if block.text.startswith("groups:") else "config"
+        command = [needs_command("promtool"), "check", what, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def text(self, block: Block) -> None:
         """Nothing of it can be run."""
 
@@ -371,6 +381,7 @@ _RUNNERS: dict[str, Callable[[Stage, Block], None]] = {
     "toml": Stage.settings,
     "python": Stage.python,
     "json": Stage.json,
+    "yaml": Stage.yaml,
     "text": Stage.text,
     "c": Stage.text,
 }
