@@ -116,6 +116,7 @@ class Recorder:
         self._before: Sequence[ProcessTraffic] = watch.snapshot() if watch else ()
         self._new: dict[_Key, Moved] = {}
         self._last_day = ""
+        self._ended = False
         self._begin()
         store.add(self)
 
@@ -127,12 +128,19 @@ class Recorder:
         """Return -1: it has no descriptor."""
         return -1
 
+    def end(self) -> None:
+        """Note what was moved until now, and nothing from now on; the store still writes it."""
+        self.update()
+        self._ended = True
+
     def run(self) -> None:
         """Note what was moved until midnight."""
         self.update()
 
     def update(self) -> None:
         """Note what was moved since the last time, on the day when that was."""
+        if self._ended:
+            return
         day = self._day
         for note in (self._note_traffic, self._note_throttles):
             try:

@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, Optional
 from pybpfthrottle.errors import StoreError
 from pybpfthrottle.model import Counters, Direction, Moved
 from pybpfthrottle.periods import Span
-from pybpfthrottle.store import Store
+from pybpfthrottle.store import Store, reading
 
 # A month of 31 days, and another one that a clock may have been in.
 _MOST_DAYS = 100
@@ -31,6 +31,20 @@ SELECT coalesce(sum(download + upload), 0) FROM passed WHERE rule = ? AND day >=
 _FORGET_COUNTERS = """
 DELETE FROM counter WHERE rowid NOT IN (SELECT rowid FROM counter ORDER BY rowid DESC LIMIT ?)
 """
+
+
+def used_in_file(path: str, rule: str, span: Span) -> int:
+    """Return what the file says that a rule has used on some days; 0 if it cannot be read."""
+    try:
+        with reading(path) as query:
+            [[found]] = query(_USED, rule, *_days(span))
+    except StoreError:
+        return 0
+    return int(found)
+
+
+def _days(span: Span) -> tuple[str, str]:
+    return span.first.isoformat(), span.after.isoformat()
 
 
 class Tally:
@@ -127,7 +141,7 @@ class Ledger:
 
     def _added(self, rule: str, span: Span) -> int:
         """Return what is not in the file yet."""
-        first, after = span.first.isoformat(), span.after.isoformat()
+        first, after = _days(span)
         return sum(
             sum(passed)
             for (whose, day), passed in self._new.items()
@@ -139,9 +153,8 @@ class Ledger:
         if (rule, span) not in self._known:
             if self._store is None:
                 return 0
-            days = (span.first.isoformat(), span.after.isoformat())
             try:
-                [[self._known[rule, span]]] = self._store.rows(_USED, rule, *days)
+                [[self._known[rule, span]]] = self._store.rows(_USED, rule, *_days(span))
             except StoreError:
                 return 0
         return self._known[rule, span]

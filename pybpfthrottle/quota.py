@@ -17,7 +17,7 @@ from datetime import datetime, tzinfo
 from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.errors import LimitError, SettingsError
-from pybpfthrottle.model import Rate, format_bytes, parse_bytes
+from pybpfthrottle.model import MIN_RATE, Direction, Limits, Rate, format_bytes, parse_bytes
 from pybpfthrottle.periods import Period, Span, day_of, zone_named
 
 THEN = ("limit", "block", "warn")
@@ -45,6 +45,10 @@ class Standing(NamedTuple):
     def exceeded(self) -> bool:
         """Whether nothing is left."""
         return self.used_bytes >= self.quota_bytes
+
+    def __str__(self) -> str:
+        used, most, left = map(format_bytes, (self.used_bytes, self.quota_bytes, self.left_bytes))
+        return f"{used} of {most} a {self.period.value} are used, {left} are left"
 
     def to_json(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -81,6 +85,17 @@ class Decision:
         """The limit that applies now, None if none does."""
         return self.quota.rate if self.then == "limit" else None
 
+    def limits(self, own: Limits) -> Limits:
+        """Return the limits of a rule that has these, of both directions."""
+        found = {direction: own.get(direction) for direction in Direction}
+        if self.then in ("", "warn"):
+            return found
+        most = self.rate or MIN_RATE
+        return {
+            direction: most if rate is None else min(rate, most)
+            for direction, rate in found.items()
+        }
+
     @property
     def until_s(self) -> Optional[float]:
         """When it applies no longer."""
@@ -93,7 +108,7 @@ class Decision:
             return ""
         what = {
             "limit": f"it is limited to {self.quota.rate} until",
-            "block": "nothing more passes until",
+            "block": f"it is limited to the least, {MIN_RATE}, until",
             "warn": f"the next {one.period.value} begins",
         }[self.quota.then]
         ends = datetime.fromtimestamp(one.ends_s, self.quota.zone).strftime("%Y-%m-%d %H:%M")
@@ -116,8 +131,9 @@ class Decision:
 class Quota:
     """How many bytes may pass in a period, in both directions together, and what happens then.
 
-    ``then`` is one of THEN; ``rate`` is the limit of "limit". Months begin on ``start_day``.
-    ``zone`` is the time zone, None that of the machine.
+    ``then`` is one of THEN; ``rate`` is the limit of "limit", and "block" limits to the least that
+    there is, which breaks no connection. Months begin on ``start_day``. ``zone`` is the time zone,
+    None that of the machine.
     """
 
     amounts: Mapping[Period, int]
@@ -125,6 +141,16 @@ class Quota:
     rate: Optional[Rate] = None
     start_day: int = 1
     zone: Optional[tzinfo] = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for JSON, with amounts in bytes."""
+        return {
+            **{period.value: amount for period, amount in self.amounts.items()},
+            "then": self.then,
+            "rate": self.rate.bytes_per_s if self.rate else None,
+            "start_day": self.start_day,
+            "zone": None if self.zone is None else str(self.zone),
+        }
 
     def day(self, now_s: float) -> str:
         """Return the day that something is counted on, in the quota's time zone."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.cli import background, tables
-from pybpfthrottle.cli.accounts import Accounts
+from pybpfthrottle.cli.accounts import Accounts, StoreWhenNeeded
 from pybpfthrottle.cli.background import Background
 from pybpfthrottle.cli.options import wish_by_settings
 from pybpfthrottle.cli.say import echo, say
@@ -25,6 +26,7 @@ from pybpfthrottle.rules.instance import APPLY, DAEMON, HAND_OVER, RELOAD, Insta
 from pybpfthrottle.rules.keeper import Keeper, in_force_now
 from pybpfthrottle.rules.matching import Facts, Matcher, Rulebook
 from pybpfthrottle.rules.model import Rule
+from pybpfthrottle.rules.quotas import Quotas, used
 from pybpfthrottle.rules.reading import Rules
 from pybpfthrottle.rules.when import ThisMachine
 from pybpfthrottle.supervisor import Supervisor
@@ -139,9 +141,10 @@ def _keep(
         own = instance.claim(kind, sources.paths)
         stack.callback(instance.leave)
         supervisor = stack.enter_context(Supervisor())
-        keeper = Keeper(wish_by_settings(), say, spared)
+        store = stack.enter_context(StoreWhenNeeded(supervisor))
+        keeper = Keeper(wish_by_settings(), say, spared, quotas=Quotas(store.get))
         stack.callback(keeper.remove)
-        accounts.begin(supervisor, stack, keeper.throttles)
+        accounts.begin(supervisor, stack, keeper, store)
         keeper.begin(rules.rules)
         registry.tidy_up()
         own = _told(own, rules)
@@ -158,6 +161,8 @@ def _keep(
                     return 0
                 if number is HAND_OVER:
                     # The kernel keeps the limits, and the next process takes them over.
+                    keeper.charge()
+                    store.close()
                     instance.leave()
                     os._exit(0)
                 notify("RELOADING=1")
@@ -213,9 +218,12 @@ class _Explained:
 
     def __init__(self, rules: Sequence[Rule], pid: int) -> None:
         self._pid = pid
-        now = in_force_now(rules, ThisMachine())
+        machine = ThisMachine(used=used)
+        now = in_force_now(rules, machine)
         self._book = Rulebook(now, login.processes())
         self._from, self._decision = self._decided(pid)
+        rule = self._decision.rule
+        self._quota = None if rule is None else rule.decision(time.time(), machine)
         facts = Facts(pid)
         names = {rule.name for rule in now}
         self._asleep = [
@@ -250,6 +258,8 @@ class _Explained:
             found = [f"{who}: rule {rule.name} ({rule.where}): {rule.criteria}"]
             if self._from != self._pid:
                 found.append(f"  It was started by {process.listed([self._from])}, which matches.")
+            if self._quota is not None:
+                found += [f"  Quota: {one}." for one in self._quota.standings]
             if self._book.limits_whole_cgroups(rule):
                 found.append("  The whole cgroup is limited: no other rule is for parts of it.")
         found += [
@@ -273,6 +283,7 @@ class _Explained:
             "pid": self._pid,
             "name": process.name_of(self._pid),
             "rule": None if rule is None else rule.to_json(),
+            "quota": None if self._quota is None else self._quota.to_json(),
             "matched_pid": self._from if rule is not None else None,
             "spared": self._decision.spared or None,
             "less_specific": [one.name for one in self._decision.others],

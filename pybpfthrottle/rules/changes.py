@@ -11,6 +11,7 @@ from pybpfthrottle.model import Limits
 from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules, in_force_now
 from pybpfthrottle.rules.matching import Rulebook
 from pybpfthrottle.rules.model import Rule, limits_to_json
+from pybpfthrottle.rules.quotas import used
 from pybpfthrottle.rules.when import ThisMachine
 
 _SIGNS = {"new": "+", "changed": "~", "removed": "-", "same": "="}
@@ -69,7 +70,7 @@ class Changes(NamedTuple):
 
 def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
     """Return what it takes to put rules in force now. Raises OSError."""
-    rules = in_force_now(rules, ThisMachine())
+    rules = in_force_now(rules, ThisMachine(used=used))
     book = Rulebook(rules, spared)
     survey = Survey(book)
     families = process.families()

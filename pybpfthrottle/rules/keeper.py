@@ -20,8 +20,10 @@ from pybpfthrottle.linux.cgroup import Cgroup, Mount
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
+from pybpfthrottle.quota import Decision
 from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
 from pybpfthrottle.rules.model import Rule
+from pybpfthrottle.rules.quotas import Quotas
 from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.throttle import Throttle, start, take_over
@@ -185,6 +187,7 @@ class Keeper:
         say: Callable[[str], None],
         spared: Collection[int] = (),
         machine: Optional[Machine] = None,
+        quotas: Optional[Quotas] = None,
     ) -> None:
         """``say`` gets a line for people; ``spared`` are processes that no rule limits."""
         self._wish = dataclasses.replace(wish, stack=True)
@@ -193,7 +196,8 @@ class Keeper:
         # As they are written, and those of them that are in force now.
         self._rules: Sequence[Rule] = ()
         self._now: Sequence[Rule] = ()
-        self._machine = machine or ThisMachine()
+        self._quotas = quotas or Quotas()
+        self._machine = machine or ThisMachine(used=self._quotas.used)
         self._book = Rulebook((), spared)
         self._mounted: Optional[Mount] = None
         self.held: dict[tuple[str, Key], Held] = {}
@@ -252,7 +256,7 @@ class Keeper:
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while the rules are in force."""
-        found: list[Chore] = [self._ticking, self]
+        found: list[Chore] = [self._ticking, self, *self._quotas.chores()]
         for held in self.held.values():
             found += held.throttle.chores()
         return found
@@ -260,6 +264,15 @@ class Keeper:
     def throttles(self) -> dict[str, Throttle]:
         """Return the throttles of the rules by their ids."""
         return {held.throttle.id: held.throttle for held in self.held.values()}
+
+    def charge(self) -> None:
+        """Charge the rules that have a quota with what their throttles have passed."""
+        for held in self.held.values():
+            self._charge(held)
+
+    def decisions(self) -> dict[str, Decision]:
+        """Return how the quota of each rule in force that has one stands."""
+        return self._quotas.decisions(self._now)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
@@ -368,10 +381,19 @@ class Keeper:
     def _end(self, name: str, key: Key) -> None:
         held = self.held.pop((name, key), None)
         if held is not None:
+            self._charge(held)
             held.throttle.remove()
+
+    def _charge(self, held: Held) -> None:
+        try:
+            self._quotas.charge(held.wanted.rule, held.throttle.id, held.throttle.counters)
+        except (Error, OSError) as error:
+            self._say_once(f"{held.wanted.rule.name}: its quota cannot be charged now: {error}")
 
     def _tick(self) -> None:
         """Follow time and circumstances, and remove throttles that limit nothing any more."""
+        self.charge()
+        self._quotas.tell(self._now)
         by_itself = any(rule.changes_by_itself for rule in self._rules)
         if by_itself and self._in_force() != self._now:
             self.change(self._rules)
@@ -403,6 +425,7 @@ class Keeper:
                 if rule is None or not self._fits(rule, one.parts):
                     one.remove()
                     continue
+                self._quotas.charge(rule, one.id, one.counters, one.record.owner)
                 throttle = take_over(one.parts, self._wish.options)
             except (Error, OSError) as error:
                 log.info("%s is not taken over: %s", one.id, error)

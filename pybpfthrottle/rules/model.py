@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Protocol
 
 from pybpfthrottle.model import Limits, Rate
+from pybpfthrottle.periods import Span
+from pybpfthrottle.quota import Decision, Quota
 from pybpfthrottle.rules.schedule import Schedule
 from pybpfthrottle.rules.when import Condition, Machine
 
@@ -98,13 +100,21 @@ def _rank(kind: str, values: tuple[str, ...]) -> int:
     return len(_BROAD) + len(_BY_PATTERN) + len(_EXACT) - _EXACT.index(kind)
 
 
+class Charged(Protocol):
+    """Knows what rules have used."""
+
+    def used(self, rule: str, span: Span) -> int:
+        """Return how many bytes a rule has passed on some days."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is limited by itself. ``where`` tells the file and line, for people.
 
     ``limits`` has a rate for each direction that is limited. ``each`` gives each process, or
     cgroup, a limit of its own. ``kind``, ``to`` and ``but`` are as in networks.traffic. ``insist``
-    allows a limit on a login. With ``schedule`` or ``when`` the rule is not always in force.
+    allows a limit on a login. With ``schedule`` or ``when`` the rule is not always in force. With a
+    ``quota`` other limits apply when it is used up, and both directions are counted.
     """
 
     name: str
@@ -119,24 +129,37 @@ class Rule:
     insist: bool = False
     schedule: Optional[Schedule] = None
     when: Optional[Condition] = None
+    quota: Optional[Quota] = None
     where: str = field(default="", compare=False)
 
     @property
     def changes_by_itself(self) -> bool:
         """Whether time or circumstances change it."""
-        return self.schedule is not None or self.when is not None
+        return not (self.schedule is None and self.when is None and self.quota is None)
 
     def at(self, now: datetime, machine: Machine) -> Optional[Rule]:
         """Return the rule with the limits of a moment; None if it is not in force then."""
         if self.when is not None and not self.when.holds(machine):
             return None
-        if self.schedule is None:
+        if self.schedule is None and self.quota is None:
             return self
-        limits = self.schedule.at(now)
-        if limits is None:
-            return None
-        limited = {one: rate for one, rate in {**self.limits, **limits}.items() if rate is not None}
+        limits = self.limits
+        if self.schedule is not None:
+            scheduled = self.schedule.at(now)
+            if scheduled is None:
+                return None
+            limits = {**limits, **scheduled}
+        decision = self.decision(now.timestamp(), machine)
+        if decision is not None:
+            return replace(self, limits=decision.limits(limits))
+        limited = {one: rate for one, rate in limits.items() if rate is not None}
         return replace(self, limits=limited) if limited else None
+
+    def decision(self, now_s: float, machine: Charged) -> Optional[Decision]:
+        """Return how its quota stands; None if it has none."""
+        if self.quota is None:
+            return None
+        return self.quota.decide(lambda span: machine.used(self.name, span), now_s)
 
     @property
     def means(self) -> tuple[Any, ...]:
@@ -160,6 +183,7 @@ class Rule:
             "except": list(self.but),
             "loopback": self.loopback,
             "insist": self.insist,
+            "quota": None if self.quota is None else self.quota.to_json(),
             "where": self.where,
         }
 

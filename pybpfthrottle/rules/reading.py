@@ -8,9 +8,10 @@ import os
 import re
 from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
-from pybpfthrottle import networks, settings
+from pybpfthrottle import networks, quota, settings
 from pybpfthrottle.errors import LimitError, RulesError, SettingsError
 from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
+from pybpfthrottle.quota import Quota
 from pybpfthrottle.rules import schedule, when
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
 from pybpfthrottle.rules.schedule import Schedule
@@ -194,6 +195,13 @@ def _condition(value: Any) -> Condition:
         raise _MistakeError(str(error)) from error
 
 
+def _quota(value: Any) -> Quota:
+    try:
+        return quota.parse(value)
+    except SettingsError as error:
+        raise _MistakeError(str(error)) from error
+
+
 _CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "command_regex": _check_expressions,
     "label": _check_labels,
@@ -216,6 +224,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "enabled": _flag,
     "schedule": _schedule,
     "when": _condition,
+    "quota": _quota,
 }
 # A field of Rule that is called otherwise.
 _FIELDS = {"match": "criteria", "traffic": "kind", "except": "but"}
@@ -274,7 +283,7 @@ class _File:
         if "match" not in given:
             self._add(start, "this rule matches nothing: add match = { ... }")
         if not _limits_something(given):
-            self._add(start, "this rule limits nothing: add download, upload or both")
+            self._add(start, "this rule limits nothing: add download, upload or a quota")
 
     def _add(self, line: int, text: str) -> None:
         self._mistakes.append(f"{self._path}, line {line}: {text}")
@@ -291,7 +300,7 @@ class _File:
 
 def _limits_something(given: Mapping[str, Any]) -> bool:
     timetable = given.get("schedule")
-    return any(str(one) in given for one in Direction) or (
+    return any(key in given for key in (*map(str, Direction), "quota")) or (
         timetable is not None and any(span.limits for span in timetable.spans)
     )
 

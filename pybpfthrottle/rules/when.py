@@ -24,6 +24,7 @@ from pybpfthrottle.errors import ProcessError, SettingsError
 from pybpfthrottle.linux import network_manager, process, surroundings
 from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.network_manager import Networks
+from pybpfthrottle.periods import Span
 from pybpfthrottle.targets import Selection
 
 T = TypeVar("T")
@@ -55,6 +56,9 @@ class Machine(Protocol):
 
     def runs(self, program: str) -> bool:
         """Whether a process of a name, or of the executable at a path, is running."""
+
+    def used(self, rule: str, span: Span) -> int:
+        """Return how many bytes a rule has passed on some days."""
 
     def notes(self) -> Sequence[str]:
         """Return what could not be known so far, each once."""
@@ -119,12 +123,14 @@ class ThisMachine:
         networks: Callable[[], Networks] = network_manager.networks,
         interfaces: Callable[[], frozenset[str]] = surroundings.default_devices,
         on_battery: Callable[[], Optional[bool]] = surroundings.on_battery,
+        used: Callable[[str, Span], int] = lambda rule, span: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask_networks = networks
         self._ask_interfaces = interfaces
         self._ask_on_battery = on_battery
         self._clock = clock
+        self.used = used
         self._kept: dict[str, _Kept] = {}
         self._notes: dict[str, None] = {}
         self._found: dict[str, tuple[int]] = {}

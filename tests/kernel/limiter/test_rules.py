@@ -20,6 +20,7 @@ from lab import ENVIRONMENT, TOOL, Lab, lab
 from shells import RATE, Shell
 from targets import eventually
 
+from pybpfthrottle import quota
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -395,3 +396,21 @@ def test_mistakes_change_nothing(rules: Path, sleep: str) -> None:
         assert "line 4: upload is '1 apple'" in failed.stderr
         assert "line 5: each is 7" in failed.stderr
         assert throttles("mine") == [before]
+
+
+def test_a_quota_that_is_used_up_limits(shell: Shell, scratch: Cgroup) -> None:
+    """What a rule's processes move is charged to it, until another limit applies."""
+    given = {"day": "300K", "then": "limit", "rate": str(RATE.bytes_per_s)}
+    place = rule("mine", {}, cgroup=below_mount(scratch))
+    with kept(dataclasses.replace(place, quota=quota.parse(given))) as found:
+
+        def limits() -> Any:
+            held = found.keeper.held.get(("mine", ""))
+            return None if held is None else dict(held.throttle.limits)
+
+        eventually(lambda: limits() == dict.fromkeys(Direction))
+        assert not shell.is_limited()
+        eventually(lambda: limits() == dict.fromkeys(Direction, RATE))
+        assert shell.is_limited()
+        (standing,) = found.keeper.decisions()["mine"].standings
+        assert standing.exceeded

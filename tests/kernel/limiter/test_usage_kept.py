@@ -24,13 +24,15 @@ from since import since
 from targets import eventually
 
 from pybpfthrottle import Throttle, limit
-from pybpfthrottle.cli.accounts import Accounts
+from pybpfthrottle.cli.accounts import Accounts, StoreWhenNeeded
 from pybpfthrottle.endpoint import Address
 from pybpfthrottle.errors import StoreError
 from pybpfthrottle.history import throttles_in_force
 from pybpfthrottle.inforce import Cover
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.metrics import Collector
+from pybpfthrottle.plan import Wish
+from pybpfthrottle.rules.keeper import Keeper
 from pybpfthrottle.store import Store
 from pybpfthrottle.supervisor import Supervisor
 
@@ -125,6 +127,20 @@ def test_a_throttle_is_told_with_its_counters(own: Lab, scratch: Cgroup) -> None
     assert label not in [one.rule for one in throttles_in_force()]
 
 
+class Owner(Keeper):
+    """Keeps one throttle."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        super().__init__(Wish(), pytest.fail)
+        self.throttle = throttle
+        self.asked = 0
+
+    def throttles(self) -> dict[str, Throttle]:
+        """As Keeper.throttles."""
+        self.asked += 1
+        return {self.throttle.id: self.throttle}
+
+
 @since("5.10")
 def test_a_daemon_keeps_account(scratch: Cgroup, tmp_path: Path, monkeypatch, capsys) -> None:
     """In its own loop: of its own throttles without opening them, and of the usage."""
@@ -134,15 +150,11 @@ def test_a_daemon_keeps_account(scratch: Cgroup, tmp_path: Path, monkeypatch, ca
         address = Address(*found.getsockname())
     label = f"own{os.getpid()}"
     with limit(cgroup=scratch.path, upload="50M", label=label) as throttle:
-        asked = []
-
-        def own() -> dict[str, Throttle]:
-            asked.append(throttle.id)
-            return {throttle.id: throttle}
-
+        keeper = Owner(throttle)
         with ExitStack() as stack:
             supervisor = stack.enter_context(Supervisor())
-            Accounts(address, usage=True).begin(supervisor, stack, own)
+            file = stack.enter_context(StoreWhenNeeded(supervisor))
+            Accounts(address, usage=True).begin(supervisor, stack, keeper, file)
             with pytest.raises(StoreError, match="another process records"):
                 Store.open(str(state / "usage.db"))
             with ThreadPoolExecutor() as pool:
@@ -150,7 +162,7 @@ def test_a_daemon_keeps_account(scratch: Cgroup, tmp_path: Path, monkeypatch, ca
                 while not page.done():
                     supervisor.step(time.monotonic() + 0.02)
             page.result()
-        assert asked
+        assert keeper.asked
     with Store.open(str(state / "usage.db")) as store:
         keys = [key for (key,) in store.rows("SELECT key FROM counter")]
         assert any(key.startswith(f"{throttle.id}-") for key in keys)

@@ -183,7 +183,11 @@ def test_the_last_byte_is_the_last() -> None:
 
 @pytest.mark.parametrize(
     ("then", "what"),
-    [("limit", "limited to 500.0 KB/s"), ("block", "nothing more"), ("warn", "next month begins")],
+    [
+        ("limit", "limited to 500.0 KB/s"),
+        ("block", "limited to the least"),
+        ("warn", "next month begins"),
+    ],
 )
 def test_it_says_in_a_sentence_what_happens(then, what) -> None:
     """With the end in the quota's own time zone."""
