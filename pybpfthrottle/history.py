@@ -74,7 +74,7 @@ class Throttled(NamedTuple):
 
 
 def throttles_in_force(
-    counters: Callable[[InForce], Mapping[Direction, Counters]] = InForce.counters,
+    counters: Callable[[InForce], Mapping[Direction, Counters]] = lambda one: one.counters(),
 ) -> Iterator[Throttled]:
     """Return what each throttle in force has passed, as ``counters`` reads it. Raises OSError."""
     for one in in_force(registry.records()):

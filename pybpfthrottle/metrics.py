@@ -184,7 +184,7 @@ class Collector:
         watch: Optional[Watch] = None,
         quotas: Callable[[], Mapping[str, Decision]] = dict,
         throttles: Callable[[], Sequence[InForce]] = lambda: in_force(registry.records()),
-        counters: Callable[[InForce], Mapping[Direction, Counters]] = InForce.counters,
+        counters: Callable[[InForce], Mapping[Direction, Counters]] = lambda one: one.counters(),
     ) -> None:
         self._watch = watch
         self._quotas = quotas
