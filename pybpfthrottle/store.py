@@ -203,11 +203,15 @@ def reading(path: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
 
     Raises StoreError, which says what to do where there is no such file.
     """
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError as error:
         raise StoreError(
             f"nothing was recorded yet: there is no {path}. pybpfthrottle usage --record, or"
             " daemon --usage, records from now on"
-        )
+        ) from error
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; only root may") from error
     _refuse_directory(path, os.stat(os.path.dirname(os.path.abspath(path))))
     try:
         with closing(_connected(path, writes=False)) as database, _translated(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Mapping
+from typing import Mapping, Optional
 
 WARNING, NOTICE, INFO = 4, 5, 6  # of syslog(3)
 
@@ -17,13 +17,14 @@ _NAME = "pybpfthrottle"
 _LONGEST = 4096
 
 
-def send(text: str, priority: int = WARNING, fields: Mapping[str, str] = {}) -> bool:
+def send(text: str, priority: int = WARNING, fields: Optional[Mapping[str, str]] = None) -> bool:
     """Send a message, with fields whose names are in upper case; return whether it was taken.
 
     Only the journal keeps the fields.
     """
     text = text[:_LONGEST]
-    entry = {"MESSAGE": text, "PRIORITY": str(priority), "SYSLOG_IDENTIFIER": _NAME, **fields}
+    entry = {"MESSAGE": text, "PRIORITY": str(priority), "SYSLOG_IDENTIFIER": _NAME}
+    entry.update(fields or {})
     line = f"<{_DAEMON | priority}>{_NAME}[{os.getpid()}]: {text}".replace("\n", " ")
     return _datagram(_JOURNAL, b"".join(_field(*one) for one in entry.items())) or _datagram(
         _SYSLOG, line.encode(errors="backslashreplace")

@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from since import needs_machine
 
 from pybpfthrottle import store as store_module
 from pybpfthrottle.errors import StoreError
@@ -119,6 +120,20 @@ def test_two_processes_do_not_write_to_it(path) -> None:
     Store.open(path).close()
 
 
+def test_who_may_not_read_it_is_told_so(path) -> None:
+    """And not that nothing was recorded."""
+    needs_machine("root, to become somebody else", found=os.geteuid() == 0)
+    Store.open(path).close()
+    os.seteuid(65534)
+    try:
+        with pytest.raises(StoreError, match="only root may"), reading(path):
+            pass
+    finally:
+        os.seteuid(0)
+    with pytest.raises(StoreError, match="nothing was recorded yet"), reading(path + "2"):
+        pass
+
+
 def spoil(path: str, how: str) -> None:
     """Do something to the file or its directory that somebody else could have done."""
     directory = os.path.dirname(path)
@@ -168,6 +183,8 @@ def spoil(path: str, how: str) -> None:
 )
 def test_what_somebody_else_may_have_made_is_refused(path, how, says) -> None:
     """Root writes to nothing that others chose, and leaves it as it is."""
+    if how.endswith("another user"):
+        needs_machine("root, to give a file away", found=os.geteuid() == 0)
     spoil(path, how)
     with pytest.raises(StoreError, match=says):
         Store.open(path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from since import needs_machine
 
 from pybpfthrottle.linux import desktop, journal
 from pybpfthrottle.notices import Notices
@@ -94,6 +95,7 @@ def test_without_anybody_it_is_not_taken(monkeypatch) -> None:
 @pytest.fixture
 def users(monkeypatch):
     """Two users: one has a bus that is theirs, the other one's belongs to somebody else."""
+    needs_machine("root, to become somebody else", found=os.geteuid() == 0)
     # Only root may enter what pytest makes.
     top = Path(tempfile.mkdtemp())
     top.chmod(0o755)
