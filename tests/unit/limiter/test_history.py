@@ -113,7 +113,7 @@ def test_a_day_ends_at_local_midnight(world, clock) -> None:
     world.recorder.run()
     world.watch.found = [one(1, "curl", 100)]
     assert world.recorder.due_s - time.monotonic() == pytest.approx(30, abs=5)
-    clock("2026-11-27T00:00:00.1")
+    clock("2026-11-27T00:00:00.100")
     world.recorder.run()
     world.watch.found = [one(1, "curl", 105)]
     assert world.recorder.due_s - time.monotonic() == pytest.approx(86400, abs=5)

@@ -435,10 +435,9 @@ def test_head_has_the_length_of_the_page(served) -> None:
     assert len(body) > 1000
 
 
-def test_who_is_slow_holds_nobody_up(served, monkeypatch) -> None:
+def test_who_is_slow_holds_nobody_up(served) -> None:
     """Not even as many as are served at all; and they are cut off in the end."""
     made, supervisor = served
-    monkeypatch.setattr(endpoint, "_PATIENCE_S", 0.5)
     slow = []
     for _ in range(40):
         slow.append(connect(made))
@@ -447,6 +446,9 @@ def test_who_is_slow_holds_nobody_up(served, monkeypatch) -> None:
     status, *_ = ask(served, b"GET /healthz HTTP/1.1\r\n\r\n")
     assert status == 200
     assert len(made._connections) <= endpoint._MOST_CONNECTIONS
+    for one in made._connections.values():
+        assert one.deadline_s <= time.monotonic() + endpoint._PATIENCE_S
+        one.deadline_s = time.monotonic()
     for client in slow:
         with closing(client), suppress(ConnectionResetError):
             assert receive(client, supervisor) == b""
