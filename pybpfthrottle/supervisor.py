@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from contextlib import ExitStack, suppress
+from operator import is_not
 from typing import TYPE_CHECKING, Callable, Iterable, Optional, Protocol, TypeVar
 
 from pybpfthrottle.errors import Error
@@ -80,11 +81,32 @@ class Periodic:
         self._work()
 
 
+# How soon it is noticed in any case that a source has other chores.
+_ASK_AGAIN_S = 0.5
+
+
+class _Asked:
+    """A source, and the chores that it had when it was asked last."""
+
+    def __init__(self, source: Source, strict: bool) -> None:
+        self.source = source
+        self.strict = strict
+        self.chores: list[Chore] = []
+        self.is_stale = True
+
+
 class Supervisor:
-    """Does the chores of its sources. ``close`` or ``with`` ends it."""
+    """Does the chores of its sources. ``close`` or ``with`` ends it.
+
+    With many limits something is due all the time. While it serves, it therefore asks a source for
+    its chores only after one of them was done, after a call, and now and then.
+    """
 
     def __init__(self) -> None:
-        self._sources: list[tuple[Source, bool]] = []
+        self._sources: list[_Asked] = []
+        # All chores, each with its sources: limits may share one.
+        self._chores: dict[int, tuple[Chore, list[_Asked]]] = {}
+        self._ask_again_s = -math.inf
         self._calls: deque[Callable[[], None]] = deque()
         self._resources = ExitStack()
         self._epoll = select.epoll()
@@ -93,17 +115,18 @@ class Supervisor:
         self._resources.callback(os.close, self._wake_read)
         self._resources.callback(os.close, self._wake_write)
         self._epoll.register(self._wake_read, select.EPOLLIN)
-        self._registered: dict[int, None] = {}
+        self._registered: set[int] = set()
         self._stopped = False
         self._thread: Optional[int] = None
 
     def add(self, source: Source, *, strict: bool = False) -> None:
         """Do a source's chores from now on; if ``strict``, ``step`` raises their errors."""
-        self._sources.append((source, strict))
+        self._sources.append(_Asked(source, strict))
 
     def discard(self, source: Source) -> None:
         """Stop doing a source's chores."""
-        self._sources = [one for one in self._sources if one[0] != source]
+        self._sources = [one for one in self._sources if one.source != source]
+        self._ask_again_s = -math.inf
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when ``step`` has something to do."""
@@ -111,21 +134,32 @@ class Supervisor:
 
     def due_s(self) -> float:
         """When ``step`` has something to do in any case, on time.monotonic(); may be infinite."""
-        return min((chore.due_s for chore, _ in self._chores()), default=math.inf)
+        self._ask_again_s = -math.inf
+        self._ask()
+        return self._due_s()
+
+    def _due_s(self) -> float:
+        return min((chore.due_s for chore, _ in self._chores.values()), default=math.inf)
 
     def step(self, until_s: float = -math.inf) -> None:
         """Wait for a due chore, at most until ``until_s`` (on time.monotonic()); do what is due."""
-        chores = self._chores()
-        self._register(chore.fileno() for chore, _ in chores)
-        wait_s = min([until_s, *(chore.due_s for chore, _ in chores)]) - time.monotonic()
+        self._ask_again_s = -math.inf  # the caller may have changed anything
+        self._do_next(until_s)
+
+    def _do_next(self, until_s: float) -> None:
+        self._ask()
+        wait_s = min(until_s, self._due_s()) - time.monotonic()
         timeout = None if math.isinf(wait_s) and wait_s > 0 else max(0.0, wait_s)
         ready = {fd for fd, _ in self._epoll.poll(timeout)}
         if self._wake_read in ready:
             self._answer()
-            chores = self._chores()  # a call may have ended a limit
-        for chore, strict in chores:
+            self._ask_again_s = -math.inf  # a call may have ended a limit
+            self._ask()
+        for chore, sources in list(self._chores.values()):
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
-                _do(chore, strict)
+                for source in sources:
+                    source.is_stale = True
+                _do(chore, any(source.strict for source in sources))
 
     def serve(self) -> None:
         """Do what is due, in this thread, until ``stop`` is called."""
@@ -133,7 +167,7 @@ class Supervisor:
         with self:
             while not self._stopped:
                 try:
-                    self.step(math.inf)
+                    self._do_next(math.inf)
                 except Exception:  # from one limit: the others go on
                     log.exception("A limit's chore failed")
 
@@ -169,25 +203,45 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _chores(self) -> list[tuple[Chore, bool]]:
-        # Limits may share a chore.
-        found = {
-            id(chore): (chore, strict) for source, strict in self._sources for chore in source()
-        }
-        return list(found.values())
+    def _ask(self) -> None:
+        """Ask the sources whose chores may have changed, and wait for their descriptors."""
+        if time.monotonic() >= self._ask_again_s:
+            self._ask_again_s = time.monotonic() + _ASK_AGAIN_S
+            asked = self._sources
+            are_new = True
+        else:
+            asked = [source for source in self._sources if source.is_stale]
+            are_new = False
+        for source in asked:
+            before, source.chores = source.chores, list(source.source())
+            source.is_stale = False
+            are_new |= len(before) != len(source.chores) or any(map(is_not, before, source.chores))
+        if are_new:
+            self._chores = {}
+            for source in self._sources:
+                for chore in source.chores:
+                    self._chores.setdefault(id(chore), (chore, []))[1].append(source)
+        self._register([chore for source in asked for chore in source.chores], are_new)
 
-    def _register(self, descriptors: Iterable[int]) -> None:
-        """Wait for these descriptors, and no others.
+    def _register(self, asked: Iterable[Chore], are_new: bool) -> None:
+        """Wait for the descriptors of all chores, and no others.
 
-        A closed descriptor leaves the epoll instance by itself, and its number may be reused: so
-        all are registered again each time. They are few.
+        A closed descriptor leaves the epoll instance by itself, and its number may be used again:
+        so the descriptors of the chores that may have changed are registered again each time.
         """
-        for fd in self._registered:
-            with suppress(OSError):
-                self._epoll.unregister(fd)
-        self._registered = dict.fromkeys(fd for fd in descriptors if fd >= 0)
-        for fd in self._registered:
-            self._epoll.register(fd, select.EPOLLIN)
+        if are_new:
+            fds = {chore.fileno() for chore, _ in self._chores.values()}
+            again = self._registered
+        else:
+            fds = again = {chore.fileno() for chore in asked}
+        for fd in again:
+            if fd >= 0:
+                with suppress(OSError):
+                    self._epoll.unregister(fd)
+        for fd in fds:
+            if fd >= 0:
+                self._epoll.register(fd, select.EPOLLIN)
+        self._registered = fds if are_new else self._registered | fds
 
     def _answer(self) -> None:
         with suppress(BlockingIOError):
