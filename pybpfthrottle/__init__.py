@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pybpfthrottle import bpf, traffic
     from pybpfthrottle.errors import Error
-    from pybpfthrottle.face import limit, throttles
+    from pybpfthrottle.face import group, limit, throttles
     from pybpfthrottle.linux import cgroup
     from pybpfthrottle.linux.process import Process
     from pybpfthrottle.model import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Verdict,
     )
     from pybpfthrottle.plan import Wish
+    from pybpfthrottle.shares import GroupSpec, Member
     from pybpfthrottle.targets import Selection
     from pybpfthrottle.throttle import Throttle, apply, start
 
@@ -39,6 +40,8 @@ __all__ = [
     "Counters",
     "Direction",
     "Error",
+    "GroupSpec",
+    "Member",
     "Process",
     "Rate",
     "Selection",
@@ -51,6 +54,7 @@ __all__ = [
     "apply",
     "bpf",
     "cgroup",
+    "group",
     "limit",
     "start",
     "throttles",
@@ -63,6 +67,8 @@ _HOMES = {
     "Counters": "model",
     "Direction": "model",
     "Error": "errors",
+    "GroupSpec": "shares",
+    "Member": "shares",
     "Process": "linux.process",
     "Rate": "model",
     "Selection": "targets",
@@ -73,6 +79,7 @@ _HOMES = {
     "Verdict": "model",
     "Wish": "plan",
     "apply": "throttle",
+    "group": "face",
     "limit": "face",
     "start": "throttle",
     "throttles": "face",

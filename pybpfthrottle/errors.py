@@ -22,7 +22,8 @@
     ├── StoreError                     the file of what was counted cannot be used
     ├── ThrottleError                  a throttle that was refused, or is gone
     │   ├── BackendError               what one backend cannot do here; another one may
-    │   └── NoMarksError               single processes cannot be limited here, cgroups can
+    │   ├── NoMarksError               single processes cannot be limited here, cgroups can
+    │   └── ShareError                 what a group or its members ask for cannot be
     ├── LaunchError                    a command that could not be started; .status is a shell's
     ├── NamespaceError                 the network namespaces of the demo cannot be made
     └── DemoError                      a transfer of the demo that failed
@@ -70,6 +71,7 @@ __all__ = [
     "ProgramLoadError",
     "RulesError",
     "SettingsError",
+    "ShareError",
     "StoreError",
     "ThrottleError",
     "UnresolvedError",
@@ -121,6 +123,10 @@ class BackendError(ThrottleError):
 
 class NoMarksError(ThrottleError):
     """Sockets cannot be marked here, so single processes cannot be limited; cgroups can."""
+
+
+class ShareError(ThrottleError):
+    """What a group or its members ask for cannot be: unknown groups, floors above the total."""
 
 
 class LaunchError(Error):

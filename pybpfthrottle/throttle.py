@@ -15,6 +15,7 @@ from pybpfthrottle import registry, targets
 from pybpfthrottle.backends.protocol import (
     CARRYING,
     Backend,
+    Dial,
     Executions,
     Match,
     Offer,
@@ -112,6 +113,15 @@ class Throttle:
     def burst_bytes(self, direction: Direction) -> int:
         """Return what may pass at once after an idle time, beyond the rate."""
         return self._do(lambda: self._parts[direction].burst_bytes(direction))
+
+    def dial(self, direction: Direction) -> Dial:
+        """Return what moves a direction's rate below its limit, for the chores of a group.
+
+        Raises ThrottleError if that is not possible.
+        """
+        if direction not in self._parts:
+            raise ThrottleError(f"the throttle {self.id} has no {direction} limit to share")
+        return self._do(lambda: self._parts[direction].dial(direction))
 
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""

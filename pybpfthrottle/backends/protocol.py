@@ -130,6 +130,46 @@ class Record:
         return [cgroup for cgroup in found if cgroup is not None]
 
 
+class Use(NamedTuple):
+    """What a direction's packets have used of its rate.
+
+    ``unused_ns`` is the time since when the rate has not been used up, less than 0 while more was
+    used; it does not grow beyond the burst.
+    """
+
+    bytes_passed: int
+    packets_dropped: int
+    unused_ns: int
+
+
+class Dial(Protocol):
+    """Reads how one direction's rate is used, and moves it below its limit, within microseconds.
+
+    All methods raise ThrottleError or OSError if the throttle is gone.
+    """
+
+    @property
+    def limit(self) -> Optional[Rate]:
+        """The limit as it is recorded; None if there is none now."""
+
+    @property
+    def rate(self) -> Optional[Rate]:
+        """The rate in force."""
+
+    @property
+    def patience_ns(self) -> int:
+        """The least ``unused_ns`` that says that more is not wanted, at the rate in force."""
+
+    def is_still(self) -> bool:
+        """Whether nothing has passed since ``look`` was called; the least that can be asked."""
+
+    def look(self) -> Use:
+        """Return what is used."""
+
+    def move(self, rate: Rate) -> None:
+        """Put another rate in force until the next change of the limit, which stays recorded."""
+
+
 class Part(Protocol):
     """A limit in force on some directions, by one backend."""
 
@@ -150,6 +190,12 @@ class Part(Protocol):
 
     def burst_bytes(self, direction: Direction) -> int:
         """Return how much may pass at once after an idle time, beyond the rate."""
+
+    def dial(self, direction: Direction) -> Dial:
+        """Return what moves a direction's rate many times a second.
+
+        Raises ThrottleError if that is not possible.
+        """
 
     def switch(self, method: str) -> None:
         """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
@@ -195,6 +241,13 @@ class Part(Protocol):
 
     def close(self) -> None:
         """Close a limit opened by ``open``, leaving it in force as it is."""
+
+
+def no_dial(backend: str) -> ThrottleError:
+    """Return the error of a part whose rate cannot be moved many times a second."""
+    return ThrottleError(
+        f"a limit by {backend} cannot share with others: only the backend ebpf moves rates quickly"
+    )
 
 
 class ChoosesOnce:

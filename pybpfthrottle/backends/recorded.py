@@ -25,7 +25,15 @@ from typing import (
 
 from pybpfthrottle.backends import files
 from pybpfthrottle.backends.files import OwnFile
-from pybpfthrottle.backends.protocol import ChoosesOnce, Executions, Match, Order, Record
+from pybpfthrottle.backends.protocol import (
+    ChoosesOnce,
+    Dial,
+    Executions,
+    Match,
+    Order,
+    Record,
+    no_dial,
+)
 from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
@@ -267,6 +275,10 @@ class OwnThrottle(ChoosesOnce):
         """Take notice of a limit that somebody else has put in force."""
         self._limits[direction] = rate
 
+    def dial(self, direction: Direction) -> Dial:
+        """Raise ThrottleError: each change starts a program."""
+        raise no_dial(self._kind.backend)
+
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""
         raise _no_methods(self._kind, method)
@@ -362,6 +374,10 @@ class FoundThrottle(ChoosesOnce):
             self._rules.set_limit(direction, rate)
             self._limits[direction] = rate
             files.set_limit(self._found, direction, rate, paused)
+
+    def dial(self, direction: Direction) -> Dial:
+        """Raise ThrottleError: each change starts a program."""
+        raise no_dial(self._kind.backend)
 
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""

@@ -147,17 +147,26 @@ def config_for(
         | (ThrottleFlags.NETWORKS if networks else 0),
         expires_ns=_on_the_buckets_clock(expires_ns),
     )
-    if rate is None:
-        return config
+    if rate is not None:
+        _set_rate(config, rate, shaping)
+    return config
+
+
+def inverse_of(rate: Rate) -> int:
+    """Return the time that a byte takes, as the programs reckon with it."""
+    return (_NS_PER_S << ThrottleShift.INVERSE_RATE_SHIFT) // rate.bytes_per_s
+
+
+def _set_rate(config: ThrottleConfig, rate: Rate, shaping: Shaping) -> None:
+    """Fill in what a rate decides."""
     per_s = rate.bytes_per_s
     # At low rates both grow, in proportion, until they hold the largest packet.
     stretch = max(1.0, BURST_BYTES * _NS_PER_S / per_s / shaping.burst_ns)
     config.rate_bytes_per_s = per_s
-    config.inverse_rate = (_NS_PER_S << ThrottleShift.INVERSE_RATE_SHIFT) // per_s
+    config.inverse_rate = inverse_of(rate)
     config.credit_ns = int(shaping.credit_ns * stretch)
     config.debt_ns = int(shaping.debt_ns * stretch)
     config.small_ns = SMALL_NS
-    return config
 
 
 def _on_the_buckets_clock(boottime_ns: int) -> int:
@@ -221,6 +230,8 @@ class Bucket:
         self._owner = owner
         self._expires_ns = expires_ns
         self.rates = dict(limits)
+        # The rates in force that are not the limits.
+        self._moved: dict[Direction, Rate] = {}
         self.refused: dict[str, str] = {}
         self._shapings = dict.fromkeys(limits, POLICE)
         self._configs: Map[int, ThrottleConfig] = maps["CGROUP_CONFIGS"].typed(
@@ -270,7 +281,23 @@ class Bucket:
         self._configs[direction] = config
         self._shapings[direction] = shaping
         self.rates[direction] = rate
+        self._moved.pop(direction, None)
         log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
+
+    def move_rate(self, direction: Direction, rate: Rate) -> None:
+        """Put another rate in force, by the method of the limit, which stays in ``rates``."""
+        config = self._configs[direction]
+        _set_rate(config, rate, self._shapings[direction])
+        self._configs[direction] = config
+        self._moved[direction] = rate
+
+    def in_force(self, direction: Direction) -> Optional[Rate]:
+        """Return the rate in force: the limit, unless it was moved."""
+        return self._moved.get(direction, self.rates[direction])
+
+    def method(self, direction: Direction) -> str:
+        """Return the method by which a direction is to be kept, whatever the kernel refuses."""
+        return self._shapings[direction].method
 
     def stop_shaping(self) -> None:
         """Only drop what is over the limit."""
@@ -325,7 +352,7 @@ class Bucket:
 
     def burst_bytes(self, direction: Direction) -> int:
         """Return the credit, the debt, and the packet that goes into debt."""
-        rate = self.rates[direction]
+        rate = self.in_force(direction)
         if rate is None:
             return 0
         config = self._configs[direction]

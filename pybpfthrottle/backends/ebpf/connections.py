@@ -89,13 +89,17 @@ class Connections:
         for direction in self._bucket.rates:
             paced = direction is Direction.UPLOAD
             if paced and self._bucket.paces(direction):
-                self._pacer.set_rate(self._bucket.rates[direction])
+                self._pacer.set_rate(self._bucket.in_force(direction))
             self._bucket.leave_room(direction, ThrottleSlack.PACING_SLACK_NS if paced else 0)
             log.info("%s: of open connections %s", direction, self.describe(direction))
 
     def set_rate(self, rate: Optional[Rate]) -> None:
         """Pace uploads at another rate; None restores the connections."""
         self._pacer.set_rate(rate)
+
+    def move_rate(self, rate: Rate) -> None:
+        """Pace uploads at another rate from the pacer's next round on."""
+        self._pacer.rate = rate
 
     def describe(self, direction: Direction) -> Optional[str]:
         """Return how the connections not adopted by the kernel are limited; None without any."""

@@ -13,7 +13,7 @@ from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFlags, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap, record_of
-from pybpfthrottle.backends.protocol import ChoosesOnce, Match, Record
+from pybpfthrottle.backends.protocol import ChoosesOnce, Dial, Match, Record
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import LinkType
 from pybpfthrottle.bpf.maps import Map
@@ -97,6 +97,13 @@ class FoundThrottle(ChoosesOnce):
             if entry is not None:
                 spec = record_of(entry, 0).spec.with_limit(direction, rate, paused)
                 self._write({**entry.fields, "spec": spec.to_json()}, entry.flags)
+
+    def dial(self, direction: Direction) -> Dial:
+        """Raise ThrottleError: the rate is the owner's to move."""
+        raise ThrottleError(
+            f"the throttle {self._found.id} cannot share with others here: process"
+            f" {self._found.owner.pid} keeps it"
+        )
 
     def switch(self, method: str) -> None:
         """Have the owner attach the throttle by another method, and wait until that is done.

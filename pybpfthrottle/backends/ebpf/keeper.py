@@ -62,7 +62,8 @@ _CLOSING_NS = 500 * _MS
 _REPEAT_NS, _MAX_REPEATS = 20 * _MS, 4
 # A sender that does not answer a window has nothing to send: its share goes to the others.
 _SILENT_NS = 60 * _MS
-_SHORTEST_WAIT_NS = 50_000
+# The rate may change while a window waits.
+_SHORTEST_WAIT_NS, _LONGEST_WAIT_NS = 50_000, 20 * _MS
 _SHORTEST_MEMORY_NS = 60_000 * _MS
 # After this many unanswered windows a connection is left to the kernel.
 _MAX_UNANSWERED = 2
@@ -225,12 +226,13 @@ class Gate:
         self._granted: dict[int, Flow] = {}  # may still use a window, or need it repeated
         self._forget_ns = 0
         self._rate = self._inverse = 0
-        self._even_at_ns = 0
+        self._even_at_ns = self._charged_at = 0
 
     def begin_turn(self) -> None:
         """Read the rate, and how much is owed at present."""
         self.shared.oldest_ns = 0
-        self._even_at_ns = self._bucket.read().even_at_ns
+        bucket = self._bucket.read()
+        self._even_at_ns, self._charged_at = bucket.even_at_ns, bucket.inverse_rate
         config = self._config.read()
         if config.rate_bytes_per_s != self._rate:
             self._rate, self._inverse = config.rate_bytes_per_s, config.inverse_rate
@@ -333,7 +335,7 @@ class Gate:
             wants = self._wants(flow)
             wait = self._wait(flow, now) if wants else 0
             if wait > 0:
-                due = now + max(wait, _SHORTEST_WAIT_NS)
+                due = now + min(max(wait, _SHORTEST_WAIT_NS), _LONGEST_WAIT_NS)
                 break
             self._queue.popleft()
             flow.queued = False
@@ -449,12 +451,23 @@ class Gate:
                 weighted += outstanding * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
             if not outstanding and not each.repeat_ns:
                 del self._granted[each.cookie]
-        owed = self._even_at_ns - now + (near * self._inverse >> _SHIFT)
+        owed = self._owed(now) + (near * self._inverse >> _SHIFT)
         if flow.round_trip_ns <= SHORT_ROUND_TRIP_NS:
             return owed
         ahead = weighted // far if far else 0
         ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
         return owed + (far * self._inverse >> _SHIFT) - ahead
+
+    def _owed(self, now: int) -> int:
+        """Return for how many nanoseconds the limit is used up.
+
+        After a change of the rate the programs charge it anew with the next packet only, which may
+        be one that waits for its window.
+        """
+        owed = self._even_at_ns - now
+        if owed > 0 and self._charged_at:
+            return owed * self._inverse // self._charged_at
+        return owed
 
     def _grant(self, flow: Flow, now: int) -> None:
         # If much of the last window is left, the answer does not measure the round trip.

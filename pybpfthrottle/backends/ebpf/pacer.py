@@ -80,7 +80,8 @@ class Pacer:
         self._records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
         self._seen = seen
         self._flows: dict[int, _Flow] = {}
-        self._rate: Optional[Rate] = None
+        # What they share; None leaves them as they were.
+        self.rate: Optional[Rate] = None
         self._level = 0.0
         self._passed = _Usage(0, time.monotonic())
         self.due_s = math.inf
@@ -103,7 +104,7 @@ class Pacer:
 
     def set_rate(self, rate: Optional[Rate]) -> None:
         """Share a new rate from now on; None restores the connections."""
-        self._rate = rate
+        self.rate = rate
         self.run()
 
     def fileno(self) -> int:
@@ -136,7 +137,7 @@ class Pacer:
         This is a fair share of the rate: a little more while next to nothing is owed (TCP paces
         its headers too), and less while much is owed.
         """
-        if self._rate is None:
+        if self.rate is None:
             return 0
         seen = self._seen()
         wants = [flow.wants for flow in self._flows.values()]
@@ -146,7 +147,7 @@ class Pacer:
             ours = sum(flow.usage.bytes_per_s or 0 for flow in self._flows.values())
             each = max(0, (self._passed.bytes_per_s or 0) - ours) / seen.flows
             wants += [each if 2 * each < self._level else math.inf] * seen.flows
-        self._level = fair_share(self._rate.bytes_per_s, wants)
+        self._level = fair_share(self.rate.bytes_per_s, wants)
         extra = 1 - max(0, seen.owed_ns) / ThrottlePacing.PACING_TARGET_NS
         factor = max(1 + extra / _EXTRA, 1 / _LEAST_SHARE)
         return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)

@@ -17,6 +17,7 @@ from typing import (
 from pybpfthrottle.backends.ebpf import connections, pins, programs
 from pybpfthrottle.backends.ebpf.bucket import Bucket, with_room
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
+from pybpfthrottle.backends.ebpf.dial import MapDial
 from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.loaded import Loaded
 from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
@@ -66,6 +67,7 @@ class EbpfThrottle:
         # The directory of its pins, if it is kept.
         self._pins = ""
         self._record = OwnRecord(self)
+        self._is_removed = False
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
         self._undo.callback(self._loaded.close)
@@ -445,6 +447,19 @@ class EbpfThrottle:
         if self._connections is not None and direction is Direction.UPLOAD:
             self._connections.set_rate(rate if self._bucket.paces(direction) else None)
 
+    def dial(self, direction: Direction) -> MapDial:
+        """Return what moves a direction's rate many times a second."""
+
+        def moved(rate: Rate) -> None:
+            if self._connections is not None and direction is Direction.UPLOAD:
+                self._connections.move_rate(rate)
+
+        return MapDial(
+            *(self._loaded.maps, self._bucket, direction),
+            moved=moved,
+            is_gone=lambda: self._is_removed,
+        )
+
     def switch(self, method: str) -> None:
         """Attach by another method. Raises AttachError; then what was attached before still is."""
         self.attach_by(method)
@@ -507,6 +522,7 @@ class EbpfThrottle:
 
     def remove(self) -> None:
         """Restore connections, detach everything, and close what was loaded."""
+        self._is_removed = True
         self._undo.close()
 
     def close(self) -> None:
