@@ -276,9 +276,10 @@ class Share(NamedTuple):
         """Return it with a ceiling of at most so much."""
         return self._replace(floor=min(self.floor, ceiling), ceiling=min(self.ceiling, ceiling))
 
-    def want(self, demand: float) -> Want:
-        """Return what it is to have if it can use so much."""
-        return Want(self.weight, min(self.floor, demand), min(self.ceiling, demand))
+    def want(self, demand: float, least: float = 0.0) -> Want:
+        """Return what it is to have if it can use so much: at least ``least``, if it may."""
+        most = min(self.ceiling, demand)
+        return Want(self.weight, min(max(self.floor, least), most), most)
 
 
 class Want(NamedTuple):

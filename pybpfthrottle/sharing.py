@@ -52,6 +52,9 @@ _SILENT_S, _MUCH_OWED_NS = 15 * _MS, 70_000_000
 _MARGIN, _DECAY = 1.04, 0.25
 # An idle member has at least so much, if the total allows: two segments in 20 ms to begin with.
 _FIRST_RATE = 150_000.0
+# Nobody starves, whatever the weights: its connections would be slow to take what others leave. All
+# together have a 20th of the total for that, and none needs more than this.
+_LEAST_PART, _LEAST_RATE = 1 / 20, 150_000.0
 # Smaller changes are not worth it.
 _LEAST_CHANGE = 1 / 64
 # What a sender was allowed at the old rate has to fit into the debt at the new one.
@@ -88,7 +91,8 @@ class Seat:
     ) -> None:
         self.throttle = throttle
         self.member = member
-        self.guaranteed = 0.0
+        # What it has while all want more, and while others have much more weight.
+        self.guaranteed = self.least = 0.0
         # Whether it wants more than it has; whether it has moved something lately.
         self.is_held = self.is_active = False
         # What it used in the time between the last two looks, and what it can use.
@@ -148,7 +152,7 @@ class Seat:
 
     def want(self, demand: float) -> Want:
         """Return what it is to have if it can use so much."""
-        return self.share.want(0.0 if self.is_out else demand)
+        return self.share.want(0.0 if self.is_out else demand, self.least)
 
     def move(self, rate: float) -> None:
         """Put a rate in force. Raises ThrottleError or OSError if its throttle is gone."""
@@ -207,6 +211,10 @@ class Pool:
 
     def _arrange(self) -> None:
         """Find out what each has while all want more."""
+        spare = self._total - sum(seat.share.floor for seat in self)
+        each = max(min(spare, self._total * _LEAST_PART), 0.0) / max(len(list(self)), 1)
+        for seat in self:
+            seat.least = min(each, _LEAST_RATE)
         parts = self._divided(self._total, [seat.want(math.inf) for seat in self])
         for seat, part in zip(self, parts):
             seat.guaranteed = part

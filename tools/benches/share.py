@@ -323,7 +323,8 @@ def _dynamic(case: Case, moved: Sequence[Moved]) -> dict[str, float]:
         changed_s = first.begin_s
         due = case.total.bytes_per_s * case.weights[0] / sum(case.weights)
         takers = [first]
-    end_s = min(each.begin_s + len(each.bins) * BIN_S for each in takers)
+    running = others if case.scene == "lend" else moved
+    end_s = min(each.begin_s + len(each.bins) * BIN_S for each in running)
     after_s = changed_s + _SETTLED_S
     whole = sum(each.between(after_s, end_s) for each in moved)
     return {
