@@ -11,7 +11,6 @@ until the next look. What passes by that beyond the total is made up for afterwa
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from contextlib import ExitStack, suppress
@@ -21,12 +20,13 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequ
 
 from pybpfthrottle.backends.protocol import Dial
 from pybpfthrottle.errors import Error, ThrottleError
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import MIN_RATE, Direction, Limits, Rate
 from pybpfthrottle.shares import Branch, GroupSpec, Member, Want, check, divide
 from pybpfthrottle.supervisor import Chore, Driver, InThread
 from pybpfthrottle.throttle import Throttle
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 T = TypeVar("T")
 G = TypeVar("G", bound="Group")
