@@ -80,6 +80,19 @@ def test_the_traffic_benchmark_tells_whose_bytes_are_right() -> None:
         assert row["pybpfthrottle"] == pytest.approx(1.0, abs=0.005)
 
 
+def test_the_share_benchmark_compares_a_group_with_htb() -> None:
+    """Two flows, for a second."""
+    small = ["--totals", "4M", "--weights", "2,1", "--directions", "download", "--seconds", "1.5"]
+    done = subprocess.run(
+        [*BENCH, "share", *small, "--scenes", "weights", "--json"],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    rows = json.loads(done.stdout)
+    assert [row["method"] for row in rows] == ["group", "htb"]
+    assert all(row["total"] > 0 for row in rows)
+
+
 def test_the_shape_benchmark_compares_methods(tmp_path: Path) -> None:
     """Each method that this kernel has comes out with figures, any other with a reason."""
     found = tmp_path / "found.json"
