@@ -20,7 +20,7 @@ from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.errors import CgroupError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
@@ -108,6 +108,8 @@ def limit(request: Request, wanted: Wanted) -> int:
     mistake = wanted.mistake() or _mistake(request, wanted)
     if mistake:
         raise click.UsageError(mistake)
+    if request.mount_cgroup2:
+        cgroup.mount_if_missing()
     going_on = background.begin() if wanted.detach else None
     if isinstance(going_on, int):
         return going_on

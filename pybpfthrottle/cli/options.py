@@ -204,6 +204,11 @@ def limit_options(function: F) -> F:
                 " police: drop packets. auto (the default) chooses.",
             ),
             click.option(
+                "--mount-cgroup2",
+                is_flag=True,
+                help="If cgroup v2 is not mounted, mount it on /run/cgroup2. It stays mounted.",
+            ),
+            click.option(
                 "--download-backend",
                 type=click.Choice(BACKENDS),
                 help="How to limit downloads: auto (the default) takes the best of those that"
@@ -240,6 +245,7 @@ class Request(NamedTuple):
     quiet: bool
     record: Optional[Output]
     prove: bool
+    mount_cgroup2: bool = False
 
     def spec(self, target: Target, *, kept: bool = False) -> ThrottleSpec:
         """Return the requested throttle for a target, which begins now."""
@@ -288,6 +294,7 @@ def request_from(given: dict[str, Any]) -> Request:
         quiet=given.pop("quiet"),
         record=given.pop("record"),
         prove=given.pop("prove"),
+        mount_cgroup2=given.pop("mount_cgroup2"),
     )
     if not limits:
         raise click.UsageError("no limit: give --download-limit, --upload-limit or both")

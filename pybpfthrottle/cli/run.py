@@ -16,7 +16,7 @@ from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import Output
 from pybpfthrottle.cli.say import PROGRAM, say, say_error
 from pybpfthrottle.errors import Error, LaunchError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.own_cgroups import OwnCgroup
 from pybpfthrottle.linux.signals import SentSignals, SignalQueue
@@ -69,6 +69,8 @@ def _run(
     wait: bool,
     outputs: Sequence[Output],
 ) -> int:
+    if request.mount_cgroup2:
+        cgroup.mount_if_missing()
     with ExitStack() as stack:
         command = Command(argv, user=None if user is None else User.parse(user))
         stack.callback(command.abandon)

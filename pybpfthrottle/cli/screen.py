@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Mapping, Optional, TextIO
 
 from pybpfthrottle.cli.options import wish_by_settings
@@ -25,6 +26,8 @@ def is_possible() -> bool:
 
 
 def _has_textual() -> bool:
+    if find_spec("pybpfthrottle.tui") is None:  # a zip that is without
+        return False
     try:
         return int(version("textual").partition(".")[0]) >= _OLDEST_TEXTUAL
     except (PackageNotFoundError, ValueError):

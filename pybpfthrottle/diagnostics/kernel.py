@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import os
 import platform
 from importlib import import_module
@@ -15,7 +14,7 @@ from pybpfthrottle.bpf import features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.bpf.obj.insn import CALL, decoded
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import Error, ObjectFileError
 
 _REQUIRED_OPTIONS = (
     "CONFIG_BPF",
@@ -42,12 +41,24 @@ def configuration() -> Optional[tuple[str, dict[str, str]]]:
         try:
             with open(path, "rb") as file:
                 data = file.read()
-            text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
-        except (OSError, EOFError, ValueError):
+            if path.endswith(".gz"):
+                import gzip
+
+                data = gzip.decompress(data)
+            text = data.decode()
+        except (OSError, EOFError, ValueError, ImportError):  # a Python without zlib
             continue
         lines = (line.split("=", 1) for line in text.splitlines() if line[:7] == "CONFIG_")
         return path, {pair[0]: pair[1] for pair in lines if len(pair) == 2}
     return None
+
+
+def _is_stored() -> bool:
+    """Whether the shipped objects can be read without pyelftools."""
+    try:
+        return bool(programs.read_anew("throttle"))
+    except ObjectFileError:
+        return False
 
 
 def _python(setup: Setup) -> Result:
@@ -63,9 +74,10 @@ def _python(setup: Setup) -> Result:
             import_module(name)
             packages.append(f"{name} is installed")
         except ImportError as error:
-            if name == "elftools":
+            if name == "elftools" and not _is_stored():
                 return failed(f"{found} lacks pyelftools", str(error), cause="no-pyelftools")
-            packages.append(f"{name} is missing; only the command line needs it")
+            users = "other objects than the shipped ones" if name == "elftools" else "commands"
+            packages.append(f"{name} is missing; only {users} need it")
     return passed(found, *packages)
 
 
@@ -165,8 +177,8 @@ CHECKS = (
         "python",
         "Python",
         "the interpreter",
-        "bpf(2) is called through ctypes, and objects are read with pyelftools",
-        "install a Python with ctypes, and pip install pyelftools",
+        "bpf(2) is called through ctypes",
+        "install a Python with ctypes",
         _python,
     ),
     Check(

@@ -9,7 +9,6 @@ import sys
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
-from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ProgramSpec
 from pybpfthrottle.diagnostics import inspection
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed
@@ -56,7 +55,7 @@ def _files(setup: Setup) -> Result:
             return failed(str(error), cause="missing")
         if f".{target}." in name:
             try:
-                spec = elf.read_object(data, name=name)
+                spec = programs.read_anew(name.partition(".")[0])
             except ObjectFileError as error:
                 return failed(f"{name}: {error}", cause="truncated")
             wrong = list(inspection.faults(spec))

@@ -267,7 +267,7 @@ def _elsewhere(table: Sequence[Mount]) -> Mount:
     usual = "mkdir -p /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"
     outside = _outside(table)
     if outside is None:
-        raise CgroupError(f"cgroup v2 is not mounted; mount it: {usual}")
+        raise CgroupError(f"cgroup v2 is not mounted; mount it (--mount-cgroup2): {usual}")
     if not (_hidden and _hidden[0].mount.path == outside.path and os.path.isdir(_hidden[0].base)):
         try:
             fd = libc.mount_nowhere("cgroup2")
@@ -282,6 +282,31 @@ def _elsewhere(table: Sequence[Mount]) -> Mount:
         there = outside._replace(device=device, root="/")
         _hidden[:] = [_Hidden(there, f"/proc/self/fd/{fd}", fd)]
     return _hidden[0].mount
+
+
+# Where to mount it. The second place is there even if no directory can be made.
+_PLACES = ("/run/cgroup2", "/sys/fs/cgroup")
+
+
+def mount_if_missing() -> Mount:
+    """Return where cgroup v2 is mounted; mount it if it is not. It stays mounted.
+
+    Needs CAP_SYS_ADMIN. Raises CgroupError.
+    """
+    with suppress(CgroupError):
+        return mount()
+    reasons = []
+    for path in _PLACES:
+        try:
+            os.makedirs(path, exist_ok=True)
+            # What is mounted there, such as version 1, is not to be hidden.
+            if not os.listdir(path):
+                libc.mount("cgroup2", path)
+                return mount()
+            reasons.append(f"{path} is not empty")
+        except OSError as error:
+            reasons.append(f"{path}: {error.strerror}")
+    raise CgroupError(f"cannot mount cgroup v2: {'; '.join(reasons)}")
 
 
 def _outside(table: Sequence[Mount]) -> Optional[Mount]:

@@ -19,6 +19,12 @@ NO_CGROUP2 = [
     _EACH_MOUNT + 'mount --make-private "$m"; umount "$m"; done; exec "$@"',
     "sh",
 ]
+# Without cgroup v2, and nothing that is mounted is seen outside.
+PRIVATE = [
+    *("unshare", "--mount", "--propagation", "private", "sh", "-ec"),
+    _EACH_MOUNT + 'umount "$m"; done; exec "$@"',
+    *("sh", "sh", "-c"),
+]
 READ_ONLY = [
     *_UNSHARE,
     _EACH_MOUNT + 'mount --make-private "$m"; mount -o remount,bind,ro "$m"; done; exec "$@"',
@@ -32,6 +38,19 @@ def test_run_without_cgroup_v2_is_125(tool):
     assert result.status == 125
     assert "cgroup v2 is not mounted" in result.complaint
     assert "mount -t cgroup2" in result.complaint
+
+
+def test_cgroup_v2_is_mounted_only_on_request(tool):
+    """--mount-cgroup2 mounts it on /run/cgroup2, where it stays, and the limit is in force."""
+    shown = "awk '/ - cgroup2 /{print $5}' /proc/self/mountinfo >&2"
+    after = [*PRIVATE, 'status=0; "$@" || status=$?; ' + shown + "; exit $status", "sh"]
+    made = not os.path.exists("/run/cgroup2")
+    try:
+        result = tool.run("run", *LIMIT, "--mount-cgroup2", "--", "true", prefix=after)
+        assert (result.status, result.err.split()) == (0, ["/run/cgroup2"])
+    finally:
+        if made:
+            os.rmdir("/run/cgroup2")
 
 
 @pytest.mark.parametrize("target", ["--cgroup", "--unit"])
@@ -180,14 +199,16 @@ def test_help_into_a_closed_pipe_is_no_traceback(tool):
     assert tool.finish(process).err == ""
 
 
-def test_run_without_pyelftools_names_it(tool):
-    """It is what is missing, not the object that is broken."""
+@pytest.mark.parametrize("stored", [True, False])
+def test_run_needs_pyelftools_only_for_objects_that_are_not_stored(tool, copied_package, stored):
+    """Without it run works; with an object that is not stored, it is named as what is missing."""
+    if not stored:
+        for path in copied_package.rglob("throttle*.json"):
+            path.unlink()
     hide = "import sys; sys.modules['elftools'] = None; import runpy; "
     main = "sys.argv[0] = 'pybpfthrottle'; runpy.run_module('pybpfthrottle', run_name='__main__')"
     command = [tool.python, "-c", hide + main, "run", *LIMIT, "--", "true"]
-    done = subprocess.run(
-        command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": tool.path}, text=True
-    )
-    assert done.returncode == 125
-    assert "pyelftools is missing: pip install pyelftools" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    path = {**os.environ, "PYTHONPATH": str(copied_package)}
+    done = subprocess.run(command, stderr=subprocess.PIPE, env=path, cwd="/", text=True)
+    wrong = "pybpfthrottle: error: pyelftools is missing: pip install pyelftools"
+    assert (done.returncode, done.stderr.split("\n")[0]) == ((0, "") if stored else (125, wrong))

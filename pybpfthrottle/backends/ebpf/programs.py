@@ -241,6 +241,11 @@ def read(name: str) -> ObjectSpec:
 
     The result is cached and shared by all callers: do not change it. Raises ObjectFileError.
     """
+    return read_anew(name)
+
+
+def read_anew(name: str) -> ObjectSpec:
+    """Read an object as ``read`` does, whether or not it was read before."""
     file_name = f"{name}.{'bpfel' if sys.byteorder == 'little' else 'bpfeb'}"
     found = data(f"{file_name}.o")
     with suppress(ObjectFileError):

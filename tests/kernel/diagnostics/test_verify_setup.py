@@ -383,13 +383,14 @@ runpy.run_module("pybpfthrottle.diagnostics", run_name="__main__")
 """
 
 
-def without(modules: str, *options: str) -> subprocess.CompletedProcess[str]:
+def without(modules: str, *options: str, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The examination by a Python that lacks some modules."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT, modules, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(package)},
+        cwd=package,
         text=True,
     )
 
@@ -409,9 +410,19 @@ def test_a_python_without_ctypes_is_named() -> None:
     assert "Traceback" not in done.stdout
 
 
-def test_missing_pyelftools_is_the_cause() -> None:
-    """The objects could not be read."""
-    done = without("elftools", "--json")
+def test_pyelftools_is_not_needed(scratch: Cgroup) -> None:
+    """The shipped objects are read without it, and the checks say who needs it."""
+    done = without("elftools", "-v", "--cgroup", scratch.path)
+    assert done.returncode == 0, done.stdout
+    assert "✓ This machine can limit" in done.stdout
+    assert "elftools is missing; only other objects than the shipped ones need it" in done.stdout
+
+
+def test_missing_pyelftools_is_the_cause(tmp_path: Path) -> None:
+    """Where what is stored beside the objects is missing, they could not be read."""
+    for name in ("pybpfthrottle", "prebuilt"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*el.json"))
+    done = without("elftools", "--json", package=tmp_path)
     assert json.loads(done.stdout)["conclusion"]["id"] == "pyelftools-missing"
 
 

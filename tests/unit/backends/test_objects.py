@@ -327,7 +327,7 @@ def test_without_its_stored_spec_the_object_itself_is_read(monkeypatch, text):
     monkeypatch.setattr(programs, "data", without_the_json)
     read = []
     monkeypatch.setattr(elf, "object_in", lambda *a, of=elf.object_in: read.append(1) or of(*a))
-    assert programs.read.__wrapped__("throttle") == wanted
+    assert programs.read_anew("throttle") == wanted
     assert read
 
 

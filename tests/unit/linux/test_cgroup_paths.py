@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 
 import pytest
 
 from pybpfthrottle.errors import CgroupError, ProcessError
-from pybpfthrottle.linux import cgroup
+from pybpfthrottle.linux import cgroup, libc
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
 
 V2 = "30 24 0:27 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -129,6 +130,37 @@ def test_without_version_2_the_remedy_is_told(mounted, table):
     mounted(table)
     with pytest.raises(CgroupError, match="mount -t cgroup2"):
         cgroup.mount()
+
+
+def test_what_is_mounted_is_not_mounted_again(mounted, monkeypatch):
+    """Where cgroup v2 is mounted, it is returned, and nothing is mounted."""
+    monkeypatch.setattr(libc, "mount", lambda *_: pytest.fail("mounted"))
+    mounted(V2)
+    assert cgroup.mount_if_missing().path == "/sys/fs/cgroup"
+
+
+def test_it_is_mounted_where_that_is_possible(mounted, monkeypatch, tmp_path):
+    """What has contents is left alone; where a directory cannot be made another place is used."""
+    full, free = tmp_path / "full", tmp_path / "free"
+    (full / "v1").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cgroup, "_PLACES", (f"{tmp_path}/file/x", str(full), str(free)))
+    monkeypatch.setattr(libc, "mount", lambda _, path: mounted(V2.replace("/sys/fs/cgroup", path)))
+    mounted("")
+    assert cgroup.mount_if_missing().path == str(free)
+
+
+def test_where_it_cannot_be_mounted_each_reason_is_told(mounted, monkeypatch, tmp_path):
+    """Without the right to mount, the error says so for each place."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(cgroup, "_PLACES", (str(tmp_path),))
+    monkeypatch.setattr(libc, "mount", refuse)
+    mounted("")
+    with pytest.raises(CgroupError, match=f"{tmp_path}: not permitted"):
+        cgroup.mount_if_missing()
 
 
 def test_the_mount_that_shows_most_is_used(mounted):
