@@ -76,8 +76,10 @@ def _run(
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         sent = stack.enter_context(SentSignals(_SENT))
-        # Moving a process takes the kernel about 15 ms: read and import the rest meanwhile.
-        Thread(target=_prepare).start()
+        # Moving a process takes the kernel about 15 ms: read and import the rest meanwhile. Python
+        # 3.9 lets two threads import the same module from a zip, and one of them gets half of it.
+        if sys.version_info >= (3, 10):
+            Thread(target=_prepare).start()
         spec = request.spec(Target(command=tuple(argv)))
         wish = Wish(backends=request.backends, options=request.options)
         live, own = throttle.start_command(command.pid, spec, wish)
