@@ -25,6 +25,7 @@
     │   ├── NoMarksError               single processes cannot be limited here, cgroups can
     │   └── ShareError                 what a group or its members ask for cannot be
     ├── LaunchError                    a command that could not be started; .status is a shell's
+    ├── ServiceError                   a service that cannot be limited or installed by systemd
     ├── NamespaceError                 the network namespaces of the demo cannot be made
     └── DemoError                      a transfer of the demo that failed
 
@@ -70,6 +71,7 @@ __all__ = [
     "ProcessError",
     "ProgramLoadError",
     "RulesError",
+    "ServiceError",
     "SettingsError",
     "ShareError",
     "StoreError",
@@ -135,6 +137,10 @@ class LaunchError(Error):
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class ServiceError(Error):
+    """A service that cannot be limited, or installed, by means of systemd."""
 
 
 class NamespaceError(Error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pwd
 import time
@@ -11,7 +12,7 @@ from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux import login, process
+from pybpfthrottle.linux import login, process, systemd
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.process import Process
@@ -185,6 +186,21 @@ def given_cgroups(target: Target, *, insist: bool) -> list[Cgroup]:
     if not insist:
         _refuse_own_session(chosen, "add --whole-cgroup")
     return chosen
+
+
+def with_sockets(target: Target) -> Target:
+    """Return a target with the socket units that start its services, as far as they are active.
+
+    In the cgroup of such a unit systemd creates the sockets that it hands over. They remain there,
+    with all connections that they accept.
+    """
+    units = list(target.units)
+    for service in target.units:
+        for name in systemd.sockets_of(cgroups.unit_name(service)):
+            with suppress(CgroupError):  # it is not active, or systemd has no cgroup for it
+                cgroups.from_unit(name)
+                units.append(name)
+    return dataclasses.replace(target, units=tuple(dict.fromkeys(units)))
 
 
 def whole_cgroups(selection: Selection) -> list[Cgroup]:

@@ -31,6 +31,7 @@ from pybpfthrottle.errors import (
     AttachError,
     BackendError,
     BpfError,
+    CgroupError,
     Error,
     NoMarksError,
     ProcessError,
@@ -261,16 +262,17 @@ class Throttle:
         self._goes_on = lambda: goes_on() and not self.vanished()
         self._end = "exited"
 
-    def follow_units(self) -> None:
+    def follow_units(self, stand_ins: Mapping[Cgroup, str] = MappingProxyType({})) -> None:
         """Limit its units again when they restart, each in a new cgroup.
 
-        The throttle then waits for units that do not run.
+        The throttle then waits for units that do not run. ``stand_ins`` are cgroups in place of
+        those that the named units do not have yet.
         """
-        names = {unit_name(name) for name in self.spec.target.units}
+        names = set(map(unit_name, self.spec.target.units))
+        found = {cgroup: os.path.basename(cgroup.path) for cgroup in self.cgroups}
+        found.update(stand_ins)
         units = [
-            Unit(name, cgroup, self._ids[cgroup])
-            for cgroup in self.cgroups
-            for name in names.intersection([os.path.basename(cgroup.path)])
+            Unit(name, cgroup, self._ids[cgroup]) for cgroup, name in found.items() if name in names
         ]
         if units:
             self._comings = Comings(units, self._unit_moved, self._unit_stopped)
@@ -381,6 +383,7 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
 
     Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
+    spec = dataclasses.replace(spec, target=targets.with_sockets(spec.target))
     with locked():
         selection, cgroups, situation = _resolved(spec, wish)
 
@@ -680,18 +683,42 @@ def take_over(records: Sequence[Record], options: Mapping[str, Any]) -> Throttle
         for record in records:
             undo.callback(get_backend(record.backend).open(record).hand_over())
         selection, cgroups = _still_there(first, pids)
+        stand_ins = _stand_ins(first, cgroups, undo)
         throttle = _enforce(
-            *(spec, chosen, cgroups, selection, options, ExitStack()), throttle_id=first.id
+            *(spec, chosen, [*cgroups, *stand_ins], selection, options, ExitStack()),
+            throttle_id=first.id,
         )
     if selection is None:
-        throttle.follow_units()
+        throttle.follow_units(stand_ins)
+        throttle.what = ", ".join([*(one.path for one in cgroups), *stand_ins.values()])
     return throttle
+
+
+def _stand_ins(record: Record, cgroups: Sequence[Cgroup], undo: ExitStack) -> dict[Cgroup, str]:
+    """Make a cgroup for each unit of a throttle that does not run, and is waited for.
+
+    ``undo`` removes them: then it is as if the units had stopped. Raises CgroupError.
+    """
+    stand_ins: dict[Cgroup, str] = {}
+    running = {os.path.basename(cgroup.path) for cgroup in cgroups}
+    for name in sorted(set(map(unit_name, record.spec.target.units)) - running):
+        # The unit's own first; others are of the same slice, or stood in for it.
+        before = sorted(record.cgroups, key=lambda path: os.path.basename(path) != name)
+        parents = [Cgroup(os.path.dirname(path)) for path in before]
+        try:
+            parent = next(filter(Cgroup.exists, parents), cgroups_v2.root())
+            made = own_cgroups.create_empty(parent)
+        except OSError as error:
+            raise CgroupError(f"cannot wait for {name}: {error.strerror}") from error
+        undo.callback(made.remove)
+        stand_ins[made.cgroup] = name
+    return stand_ins
 
 
 def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selection], list[Cgroup]]:
     """Return the processes or the cgroups of a throttle that has limited ``pids`` until now."""
     if record.match is Match.CGROUP:
-        return None, record.visible_cgroups()
+        return None, _cgroups_again(record)
     target = record.spec.target
     if target.by_rule:
         found = tuple(Process(pid) for pid in pids if not has_ended(pid))
@@ -702,6 +729,15 @@ def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selectio
         if not pids and not target.matches:
             raise ProcessError("all processes that it limited have ended")
     return targets.select(target), []
+
+
+def _cgroups_again(record: Record) -> list[Cgroup]:
+    """Return the cgroups of a throttle that are left, with the new ones of restarted units."""
+    found = record.visible_cgroups()
+    for name in record.spec.target.units:
+        with suppress(CgroupError):
+            found.append(cgroups_v2.from_unit(name))
+    return list(dict.fromkeys(found))
 
 
 def prepare() -> None:

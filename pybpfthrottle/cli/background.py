@@ -14,8 +14,8 @@ from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.errors import Error, ThrottleError
 from pybpfthrottle.inforce import InForce, in_force
-from pybpfthrottle.linux import clock, process
-from pybpfthrottle.linux.cgroup import locked
+from pybpfthrottle.linux import clock, process, systemd
+from pybpfthrottle.linux.cgroup import from_pid, locked, unit_of
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.logger import log_to
 from pybpfthrottle.model import Direction
@@ -88,7 +88,7 @@ def pick_up() -> None:
         import subprocess
 
         subprocess.Popen(
-            [sys.executable, "-m", "pybpfthrottle", "supervise", *ids],
+            [*_apart(), sys.executable, "-m", "pybpfthrottle", "supervise", *ids],
             env={**os.environ, "PYTHONPATH": process.PACKAGE_ROOT},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -96,6 +96,19 @@ def pick_up() -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+
+
+def _apart() -> list[str]:
+    """Return what starts a command outside of the service of systemd that this process is in.
+
+    When a service stops, all of its processes are ended, and with them the limits that they keep.
+    """
+    with suppress(Error):
+        unit = unit_of(from_pid(os.getpid()).path)
+        if systemd.runs() and unit.endswith(".service"):
+            package = f"--setenv=PYTHONPATH={process.PACKAGE_ROOT}"
+            return ["systemd-run", "--quiet", "--collect", "--no-block", package]
+    return []
 
 
 def supervise(ids: Sequence[str]) -> int:

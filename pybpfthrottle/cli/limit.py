@@ -21,6 +21,7 @@ from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup, process
+from pybpfthrottle.linux.notify import notify
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
@@ -132,6 +133,7 @@ def limit(request: Request, wanted: Wanted) -> int:
         background.pick_up()
         if going_on is not None:
             going_on.ready()
+        notify("READY=1")
         supervisor.add(lambda: [signals, command.sampling], strict=True)
         command.until_the_end(supervisor, signals)
         if command.failed and not command.said_so:

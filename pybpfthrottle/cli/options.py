@@ -232,6 +232,65 @@ def limit_options(function: F) -> F:
     return function
 
 
+def check_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[str]:
+    """Return a limit as it was typed, for another command line."""
+    parse_rate(ctx, param, text)
+    return text
+
+
+def drop_in_options(function: F) -> F:
+    """Add the options for limits that can be written down for later; ``words_of`` does that."""
+    for option in reversed(
+        (
+            click.option(
+                *("-d", "--download-limit"),
+                metavar="RATE",
+                callback=check_rate,
+                help="Limit downloads: 500K or 1.5M bytes per second, or 8mbit.",
+            ),
+            click.option(
+                *("-u", "--upload-limit"),
+                metavar="RATE",
+                callback=check_rate,
+                help="Limit uploads, with the same units.",
+            ),
+            click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
+            click.option(
+                "--traffic",
+                type=click.Choice(TRAFFIC_KINDS),
+                default="all",
+                show_default=True,
+                help="Limit only this traffic.",
+            ),
+            click.option(
+                "--to",
+                multiple=True,
+                metavar="NETWORK",
+                help="Limit only this address or network. May be repeated.",
+            ),
+            click.option(
+                *("--except", "but"),
+                multiple=True,
+                metavar="NETWORK",
+                help="Do not limit this address or network. May be repeated.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def words_of(given: Mapping[str, Any]) -> list[str]:
+    """Return the options of ``drop_in_options`` that were given, as words of a command line."""
+    _traffic(dict(given))  # says what is wrong
+    named = {"upload_limit": "--upload-limit", "download_limit": "--download-limit"}
+    words = [f"{option}={given[name]}" for name, option in named.items() if given[name]]
+    words += ["--loopback"] * given["loopback"]
+    words += [f"--traffic={given['traffic']}"] * (given["traffic"] != "all")
+    words += [f"--to={network}" for network in given["to"]]
+    return words + [f"--except={network}" for network in given["but"]]
+
+
 class Request(NamedTuple):
     """What the shared options ask for. ``backends`` and ``options`` are as in plan.Wish."""
 

@@ -24,7 +24,7 @@ _EVENTS_BYTES = 1 << 16
 
 @dataclass
 class Unit:
-    """A unit's name, and its present or last cgroup."""
+    """A unit's name, and its present or last cgroup; or one beside the one that it will have."""
 
     name: str
     cgroup: Cgroup
@@ -90,7 +90,7 @@ class Comings:
     def _look(self, unit: Unit, searches: bool) -> None:
         if unit.cgroup.is_still(unit.cgroup_id):
             return
-        found = _present(unit.cgroup)
+        found = _present(Cgroup(os.path.join(os.path.dirname(unit.cgroup.path), unit.name)))
         if found is None and searches:
             with suppress(CgroupError):
                 found = cgroups.from_unit(unit.name)

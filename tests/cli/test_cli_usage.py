@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from pybpfthrottle.linux import cgroup as cgroups
+
 TOO_LARGE = "1" + "0" * 30
 
 
@@ -336,15 +338,18 @@ def test_behind_two_hyphens_nothing_is_ours(tool):
     assert (result.status, result.out) == (0, b"--pid 1 --wait -d\n")
 
 
-def test_a_unit_without_systemd_says_what_to_use(tool):
-    """Where there are neither units' cgroups nor systemd."""
+def test_a_unit_without_systemd_says_what_to_use(tool, scratch):
+    """Where there are neither units' cgroups nor systemd: other tests may have some."""
+    cgroup = scratch.cgroup()
+    hide = f"mount --bind {cgroup.path} {cgroups.mount().path}"
     result = tool.run(
         *("--unit", "x", "-d", "1M"),
         prefix=[
             *("unshare", "-mC", "sh", "-c"),
-            'test ! -d /run/systemd || mount -t tmpfs x /run/systemd; exec "$@"',
+            f'{hide}; test ! -d /run/systemd || mount -t tmpfs x /run/systemd; exec "$@"',
             "sh",
         ],
+        preexec_fn=lambda: cgroup.move_in(0),
     )
     assert result.status == 1
     assert "systemd does not run here" in result.complaint

@@ -1,0 +1,199 @@
+"""Limits that systemd itself starts, and limits of its units, with a real systemd."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Iterator
+
+import pytest
+from booted import Machine, booted
+from targets import eventually
+
+UNITS = "/etc/systemd/system"
+# Datagrams to nobody: what is counted of them is all that is sent.
+SEND = """
+import socket
+for _ in range(3):
+    socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 9))
+"""
+# Each connection gets so many bytes.
+ANSWER_BYTES = 50_000
+SERVE = f"""
+import socket
+listener = socket.socket(fileno=3)
+while True:
+    connection, _ = listener.accept()
+    connection.sendall(b"x" * {ANSWER_BYTES})
+    connection.close()
+"""
+FETCH = """
+import socket
+connection = socket.create_connection(("127.0.0.1", 8080))
+print(sum(iter(lambda: len(connection.recv(65536)), 0)))
+"""
+LIMIT = ("--upload-limit", "2M", "--loopback")
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """One for all of these tests, with two services."""
+    with booted() as made:
+        made.write("/opt/send.py", SEND)
+        made.write("/opt/serve.py", SERVE)
+        made.write(
+            f"{UNITS}/send@.service",
+            "[Service]\nExecStartPre=python3 /opt/send.py\nExecStart=sleep 600\n"
+            "ExecStartPost=python3 /opt/send.py\n",
+        )
+        made.write(f"{UNITS}/web.socket", "[Socket]\nListenStream=127.0.0.1:8080\n")
+        made.write(f"{UNITS}/web.service", "[Service]\nExecStart=python3 /opt/serve.py\n")
+        made.run("systemctl", "daemon-reload")
+        yield made
+
+
+def limits_of(machine: Machine, unit: str) -> list[dict[str, Any]]:
+    """The throttles in force on a unit, as they are shown."""
+    shown = machine.tool("show", "--unit", unit, "--json", check=False).stdout
+    return json.loads(shown)["throttles"] if shown else []
+
+
+def sent(machine: Machine, unit: str) -> Any:
+    """What the limit of a unit has counted of what it sends."""
+    (one,) = limits_of(machine, unit)
+    return one["counters"]["upload"]
+
+
+def fetched(machine: Machine) -> int:
+    """How many bytes a connection to web.socket gives."""
+    return int(machine.run("python3", "-c", FETCH).stdout)
+
+
+# With what systemd itself escapes, and a template.
+UNIT, KEEPER = "send@a\\x2db.service", "pybpfthrottle-limit-send@a\\x2db.service"
+
+
+@pytest.mark.parametrize("given", [UNIT, "send@.service"])
+def test_a_drop_in_limits_from_the_first_packet_on(machine: Machine, given: str) -> None:
+    """Whenever the service starts, also what its first commands send; and it ends with it."""
+    machine.tool("drop-in", given, *LIMIT)
+    try:
+        machine.run("systemctl", "start", UNIT)
+        assert sent(machine, UNIT)["packets_total"] == 6
+        first = limits_of(machine, UNIT)
+        machine.run("systemctl", "restart", UNIT)
+        assert sent(machine, UNIT)["packets_total"] == 6
+        assert limits_of(machine, UNIT)[0]["id"] != first[0]["id"]
+        machine.run("systemctl", "stop", UNIT)
+        eventually(lambda: machine.state(KEEPER) == "inactive")
+        assert limits_of(machine, UNIT) == []
+    finally:
+        machine.tool("drop-in", given, "--remove")
+        machine.run("systemctl", "stop", UNIT)
+    assert not machine.exists(f"{UNITS}/{given}.d")
+    assert not machine.exists(f"{UNITS}/pybpfthrottle-limit-{given}")
+
+
+def test_a_service_that_runs_is_limited_at_once(machine: Machine) -> None:
+    """And no longer when the drop-in is removed, while it goes on."""
+    machine.run("systemctl", "start", UNIT)
+    said = machine.tool("drop-in", UNIT, *LIMIT).stdout
+    assert "is limited now, and whenever it runs" in said
+    assert len(limits_of(machine, UNIT)) == 1
+    machine.tool("drop-in", UNIT, "--upload-limit", "3M")
+    assert [one["limits"]["upload"] for one in limits_of(machine, UNIT)] == [3 << 20]
+    machine.tool("drop-in", UNIT, "--remove")
+    assert limits_of(machine, UNIT) == []
+    assert machine.state(UNIT) == "active"
+    machine.run("systemctl", "stop", UNIT)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_cannot_be_limited_does_not_start(machine: Machine, optional: bool) -> None:
+    """Unless that is wanted."""
+    machine.write(f"{UNITS}/{KEEPER}.d/fails.conf", "[Service]\nExecStartPre=/bin/false\n")
+    machine.tool("drop-in", UNIT, *LIMIT, *["--optional"] * optional)
+    started = machine.run("systemctl", "start", UNIT, check=False)
+    state = machine.state(UNIT)
+    machine.run("systemctl", "stop", UNIT)
+    machine.tool("drop-in", UNIT, "--remove")
+    machine.run("rm", "-r", f"{UNITS}/{KEEPER}.d")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "reset-failed")
+    assert (started.returncode == 0, state) == ((True, "active") if optional else (False, "failed"))
+
+
+def test_a_drop_in_that_fails_is_taken_back(machine: Machine) -> None:
+    """The service that runs is not left with a limit that keeps it from its next start."""
+    machine.run("systemctl", "start", UNIT)
+    machine.write(f"{UNITS}/{KEEPER}.d/fails.conf", "[Service]\nExecStartPre=/bin/false\n")
+    done = machine.tool("drop-in", UNIT, *LIMIT, check=False)
+    assert done.returncode == 1
+    assert "systemctl restart" in done.stderr
+    assert not machine.exists(f"{UNITS}/{UNIT}.d")
+    machine.run("rm", "-r", f"{UNITS}/{KEEPER}.d")
+    machine.run("systemctl", "stop", UNIT)
+    machine.run("systemctl", "reset-failed")
+
+
+def test_what_a_socket_unit_accepts_is_limited(machine: Machine) -> None:
+    """Its sockets are in a cgroup of their own; the connection that starts the service counts."""
+    machine.run("systemctl", "start", "web.socket")
+    said = machine.tool("drop-in", "web", *LIMIT).stdout
+    try:
+        assert "web.socket starts it" in said
+        assert fetched(machine) == ANSWER_BYTES
+        assert sent(machine, "web")["bytes_total"] >= ANSWER_BYTES
+    finally:
+        machine.tool("drop-in", "web", "--remove")
+        machine.run("systemctl", "stop", "web.socket", "web.service")
+
+
+# Any command that limits has another process keep what is kept by the kernel alone.
+@pytest.mark.alone
+def test_a_limit_that_is_kept_waits_for_its_unit(machine: Machine) -> None:
+    """Though its process is killed, and the unit does not run when another one takes over.
+
+    The service that has another one do so may end meanwhile.
+    """
+    machine.tool("drop-in", UNIT, *LIMIT)
+    machine.run("systemctl", "start", "web.socket", "web.service")
+    machine.tool("--unit", "web", *LIMIT, "--detach")
+    try:
+        owner = limits_of(machine, "web")[0]["owner_pid"]
+        machine.run("systemctl", "restart", "web")
+        fetched(machine)
+        assert sent(machine, "web")["bytes_total"] >= ANSWER_BYTES
+        machine.run("kill", "-9", str(owner))
+        machine.run("systemctl", "stop", "web.socket", "web.service")
+        machine.run("systemctl", "start", UNIT)
+        machine.run("systemctl", "stop", UNIT)
+        eventually(lambda: machine.state(KEEPER) == "inactive")
+        eventually(lambda: limits_of(machine, "web")[0]["supervised"])
+        machine.run("systemctl", "start", "web.socket", "web.service")
+        fetched(machine)
+        assert sent(machine, "web")["bytes_total"] >= ANSWER_BYTES
+    finally:
+        machine.tool("remove", "--unit", "web", check=False)
+        machine.tool("drop-in", UNIT, "--remove")
+        machine.run("systemctl", "stop", "web.socket", "web.service")
+
+
+def test_the_service_is_installed_and_removed(machine: Machine) -> None:
+    """It runs now and after each boot, keeps the rules, reads them again, and ends with them."""
+    machine.run("systemctl", "start", "web.socket", "web.service")
+    rules = "/etc/pybpfthrottle/rules.d/web.toml"
+    machine.write(rules, '[[rule]]\nname = "w"\nmatch = { unit = "web" }\nupload = "2M"\n')
+    machine.tool("install-service")
+    try:
+        assert machine.state("pybpfthrottle") == "active"
+        assert machine.run("systemctl", "is-enabled", "pybpfthrottle").stdout == "enabled\n"
+        assert "2.0 MB/s" in machine.tool("list").stdout
+        machine.write(rules, '[[rule]]\nname = "w"\nmatch = { unit = "web" }\nupload = "3M"\n')
+        machine.run("systemctl", "reload", "pybpfthrottle")
+        eventually(lambda: "3.0 MB/s" in machine.tool("list").stdout)
+    finally:
+        machine.tool("install-service", "--uninstall")
+        machine.run("systemctl", "stop", "web.socket", "web.service")
+    assert machine.state("pybpfthrottle") == "inactive"
+    assert not machine.exists(f"{UNITS}/pybpfthrottle.service")
+    assert "3.0 MB/s" not in machine.tool("list").stdout
