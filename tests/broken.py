@@ -87,6 +87,8 @@ class _OwnTypes:
     def types(self) -> Kernel:
         return Kernel(self._spec.btf or Btf(b""))
 
+    core_types = types
+
     def setting(self, name: str) -> Optional[str]:
         return "y" if len(name) % 2 else "250"
 

@@ -1,4 +1,4 @@
-"""Compiles the C fixtures of fixtures/ with clang, once for each content and set of flags."""
+"""Compiles the fixtures of fixtures/ with clang, once for each content and set of flags."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ CLANG = "clang-14"
 _BY_DEFAULT = (("-target", "bpf", "-g", "-mcpu=v3", "-Wall"), ("-gbtf",))
 # Which kernel tests ask for with other flags as well; core_fields has to have types.
 _ALSO_WITH = {"object_calls": ["-g0"], "object_data": ["-g0"], "object_legacy": ["-g", "-g0"]}
+_ALSO_WITH["object_statics"] = ["-DSECOND"]
 
 
 def compilers() -> list[str]:
@@ -34,12 +35,12 @@ def compiled(name: str, *flags: str, compiler: str = CLANG) -> bytes:
     kept = Path(os.environ.get("TESTS_FIXTURES", "/nowhere"), _key(name, flags, compiler))
     if kept.exists():
         return kept.read_bytes()
-    return _compiled(_sources(name), FIXTURES / f"{name}.bpf.c", flags, compiler)
+    return _compiled(_sources(name), _source(name), flags, compiler)
 
 
 def keep(directory: Path) -> None:
     """Compile all that kernel tests ask for, for machines without a compiler."""
-    for source in FIXTURES.glob("*.bpf.c"):
+    for source in FIXTURES.glob("*.bpf.c*"):
         name = source.name.partition(".")[0]
         for flags in [(), *((flag,) for flag in _ALSO_WITH.get(name, ()))]:
             (directory / _key(name, flags, CLANG)).write_bytes(compiled(name, *flags))
@@ -52,7 +53,12 @@ def _key(name: str, flags: tuple[str, ...], compiler: str) -> str:
 
 def _sources(name: str) -> bytes:
     headers = b"".join(path.read_bytes() for path in sorted(FIXTURES.glob("*.h")))
-    return (FIXTURES / f"{name}.bpf.c").read_bytes() + headers
+    return _source(name).read_bytes() + headers
+
+
+def _source(name: str) -> Path:
+    """C, or C++ where its name says so."""
+    return next(FIXTURES.glob(f"{name}.bpf.c*"))
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import struct
 import sys
 from collections.abc import Sequence
@@ -134,12 +133,17 @@ class DataclassCodec(Generic[T]):
         return cast(T, _from_structure(self._type, self._structure.from_buffer_copy(data)))
 
 
+def _is_dataclass(type_: object) -> bool:
+    # As dataclasses tells it, whose import takes longer than that of all of this package.
+    return hasattr(type_, "__dataclass_fields__")
+
+
 def _structure_of(type_: type) -> Any:
     """Return a ctypes.Structure with the fields of a dataclass."""
     fields = []
     for name, hint in get_type_hints(type_, include_extras=True).items():
         layout = getattr(hint, "__metadata__", (hint,))[0]
-        if dataclasses.is_dataclass(layout):
+        if _is_dataclass(layout):
             layout = _structure_of(cast(type, layout))
         try:
             ctypes.sizeof(layout)
@@ -239,7 +243,7 @@ def codec_for(wanted: CodecLike, size: int) -> Codec[Any]:
         return IntCodec(size)
     if issubclass(wanted, ctypes.Structure):
         return StructureCodec(wanted)
-    if dataclasses.is_dataclass(wanted):
+    if _is_dataclass(wanted):
         return DataclassCodec(wanted)
     raise TypeError(
         f"cannot convert to {wanted.__name__}: give a codec, a ctypes.Structure, a dataclass,"

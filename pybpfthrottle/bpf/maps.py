@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
+from contextlib import ExitStack
 from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
 
 from pybpfthrottle.bpf import abi, descriptors, elements, syscall
@@ -248,18 +249,30 @@ def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
     section (5.5), the name (4.15). Raises MapCreateError.
     """
     spec = corrected(spec)
-    created = adopt(_create(spec, btf_fd), spec)
-    try:
-        if spec.contents is not None:
-            created.typed(U32, RAW)[0] = spec.contents
-        if spec.frozen:
-            _freeze_where_possible(created)
-    except OSError as error:
-        created.close()
-        raise MapCreateError(
-            f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
-        ) from error
+    _refuse_cut(spec)
+    with ExitStack() as undo:
+        created = undo.enter_context(adopt(_create(spec, btf_fd), spec))
+        try:
+            if spec.contents is not None:
+                created.typed(U32, RAW)[0] = spec.contents.ljust(spec.value_size, b"\0")
+            if spec.frozen:
+                _freeze_where_possible(created)
+        except OSError as error:
+            raise MapCreateError(
+                f"cannot fill the map {spec.name!r}: {error}", errno=error.errno or 0
+            ) from error
+        undo.pop_all()
     return created
+
+
+def _refuse_cut(spec: MapSpec) -> None:
+    """Refuse a data section that was made smaller: variables would lie outside of it."""
+    size = len(spec.contents or b"")
+    if size > spec.value_size:
+        raise MapCreateError(
+            f"cannot create the map {spec.name!r}: its contents have {size} bytes, but its"
+            f" value_size is {spec.value_size}; a data section can only be made larger"
+        )
 
 
 def corrected(spec: MapSpec) -> MapSpec:

@@ -13,7 +13,7 @@ from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
 from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.maps import legal_name
 from pybpfthrottle.bpf.obj import asm
-from pybpfthrottle.bpf.obj.insn import INSN_BYTES
+from pybpfthrottle.bpf.obj.insn import BPF_JMP, BPF_JMP32, CLASS_MASK, EXIT, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
 from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.links import Link
     from pybpfthrottle.bpf.maps import Map
 
-_FIRST_LOG_BYTES = 1 << 16  # most logs are shorter
+_FIRST_LOG_BYTES = 1 << 18  # most logs are shorter
 _MAX_LOG_BYTES = (1 << 24) - 1  # UINT_MAX >> 8, the most that kernels before 5.2 take
 _TRIES = 5  # signals may come one after the other; libbpf tries as often
 # A test run's packet may grow to the largest that the kernel has, and contexts are below this.
@@ -35,6 +35,7 @@ _SOURCE_FIELDS = (
     *("prog_btf_fd", "func_info_rec_size", "func_info", "func_info_cnt"),
     *("line_info_rec_size", "line_info", "line_info_cnt"),
 )
+_NO_FLAGS = (1 << 32) - 1
 _UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
 
 
@@ -251,7 +252,7 @@ def _load_as_far_as_known(attr: Attr) -> int:
         refusal = error
     for fields in (_SOURCE_FIELDS, ("expected_attach_type",), ("prog_name",)):
         if any(getattr(attr.prog_load, field) for field in fields):
-            if not _is_unknown(fields, refusal):
+            if not _is_unknown(attr, fields, refusal):
                 break
             for field in fields:
                 abi.clear(attr.prog_load, field)
@@ -262,14 +263,37 @@ def _load_as_far_as_known(attr: Attr) -> int:
     raise refusal
 
 
-def _is_unknown(fields: tuple[str, ...], refusal: OSError) -> bool:
+def _is_unknown(attr: Attr, fields: tuple[str, ...], refusal: OSError) -> bool:
     """Whether a refusal may be for these fields.
 
     4.15 and 4.16 have four bytes of room where later ones have the attach type: that is EINVAL.
     """
     if refusal.errno == errno.EINVAL and fields == ("expected_attach_type",):
         return not _knows_attach_types()
-    return refusal.errno == errno.E2BIG
+    return refusal.errno == errno.E2BIG and not (_may_be_complex(attr) and _knows_fields(attr))
+
+
+def _may_be_complex(attr: Attr) -> bool:
+    """Whether E2BIG may also be for a million steps of the verifier: that takes jumps or calls."""
+    load = attr.prog_load
+    opcodes = set(ctypes.string_at(load.insns, load.insn_cnt * INSN_BYTES)[::INSN_BYTES])
+    return any(code & CLASS_MASK in (BPF_JMP, BPF_JMP32) for code in opcodes - {EXIT})
+
+
+def _knows_fields(attr: Attr) -> bool:
+    """Ask whether the kernel knows all fields, by flags that no kernel has: it looks at them next.
+
+    Without the fields the verifier would take seconds to find out the same.
+    """
+    flags = attr.prog_load.prog_flags
+    attr.prog_load.prog_flags = _NO_FLAGS
+    try:
+        os.close(syscall.bpf(Cmd.PROG_LOAD, attr))
+    except OSError as error:
+        return error.errno != errno.E2BIG
+    finally:
+        attr.prog_load.prog_flags = flags
+    return True
 
 
 def _knows_attach_types() -> bool:
@@ -372,7 +396,10 @@ def _unresolved(
 
 
 def _verifier_log(attr: Attr) -> str:
-    """Load once more, for the log; the buffer grows until it fits."""
+    """Load once more, for the log, and again if it does not fit: with as much room as it needs.
+
+    Kernels before 6.4 do not tell how much that is, and the others keep its end.
+    """
     size = _FIRST_LOG_BYTES
     while True:
         buffer = ctypes.create_string_buffer(size)
@@ -383,11 +410,13 @@ def _verifier_log(attr: Attr) -> str:
             os.close(_load(attr))
             return ""  # whatever it was, the verifier accepts it
         except OSError as error:
-            if error.errno == errno.ENOSPC and size < _MAX_LOG_BYTES:
-                size = min(size * 4, _MAX_LOG_BYTES)
+            needed = attr.prog_load.log_true_size or _MAX_LOG_BYTES
+            if error.errno == errno.ENOSPC and size < needed <= _MAX_LOG_BYTES:
+                size = needed
                 continue
         finally:
             attr.prog_load.log_level = attr.prog_load.log_size = attr.prog_load.log_buf = 0
+            attr.prog_load.log_true_size = 0
         return buffer.value.decode("utf-8", "replace")
 
 

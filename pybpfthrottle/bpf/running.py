@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import re
 import struct
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
-from pybpfthrottle.bpf.errors import ExternError
+from pybpfthrottle.bpf.errors import ExternError, ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.elffile import stored_section
+from pybpfthrottle.bpf.obj.plain import Data
 
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Kernel
@@ -82,12 +82,13 @@ def _version_of_notes(image: bytes) -> int:
     raise ValueError("no note of Linux")
 
 
-@dataclass(frozen=True)
-class RunningKernel:
+class RunningKernel(Data, frozen=True):
     """The files that tell of the running kernel, each read at most once, when it is asked for.
 
-    ``types_path`` may name other types than the kernel's own: BTF as it is, or an ELF file with a
-    section .BTF. ``config_path`` may name another configuration, compressed or not.
+    ``types_path`` may name other types for CO-RE than the kernel's own: BTF as it is, or an ELF
+    file with a section .BTF. They may be less than the kernel's, and numbered otherwise: functions
+    and targets are those of the running kernel. ``config_path`` may name another configuration,
+    compressed or not.
     """
 
     types_path: Optional[str] = None
@@ -172,29 +173,34 @@ class RunningKernel:
         """
         from pybpfthrottle.bpf.obj.core import Kernel
 
-        path = self.types_path or os.path.join(self.directory, _VMLINUX)
-        try:
-            is_own = not self.types_path and self.directory == BTF_DIRECTORY
+        is_own = self.directory == BTF_DIRECTORY
+        with _told():
+            path = os.path.join(self.directory, _VMLINUX)
             return Kernel(_own_types() if is_own else _types(path), lambda: self.modules)
-        except OSError as error:
-            raise ExternError(
-                f"cannot read the kernel's types ({error}): this needs a kernel with"
-                " CONFIG_DEBUG_INFO_BTF, or a file with the types of exactly this kernel"
-            ) from error
+
+    @cached_property
+    def core_types(self) -> Kernel:
+        """The types that answer CO-RE: those of ``types_path``, or else the kernel's own.
+
+        Raises ExternError where there are none, or ObjectFileError.
+        """
+        from pybpfthrottle.bpf.obj.core import Kernel
+
+        if self.types_path is None:
+            return self.types
+        with _told():
+            return Kernel(_types(self.types_path))
 
     @cached_property
     def modules(self) -> tuple[Btf, ...]:
-        """The types of the modules, each with its module's name; they go on from the kernel's.
-
-        None where other types than the kernel's own are given.
-        """
-        if self.types_path or not os.path.isdir(self.directory):
+        """The types of the modules, each with its module's name; they go on from the kernel's."""
+        if not os.path.isdir(self.directory):
             return ()
-        modules = []
+        base, modules = self.types.types, []
         for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
-            # A module may be unloaded in the meantime.
-            with suppress(FileNotFoundError), open(f"{self.directory}/{name}", "rb") as file:
-                modules.append(Btf(file.read(), base=self.types.types, name=name))
+            # A module may be unloaded in the meantime, or have been built for another kernel.
+            with suppress(OSError, ObjectFileError), open(f"{self.directory}/{name}", "rb") as file:
+                modules.append(Btf(file.read(), base=base, name=name))
         return tuple(modules)
 
 
@@ -206,6 +212,18 @@ def _settings(path: str) -> Mapping[str, str]:
 
         data = gzip.decompress(data)
     return dict(re.findall(r"^(CONFIG_\w+)=(.*)$", data.decode("utf-8", "replace"), re.MULTILINE))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell what types that cannot be read are for."""
+    try:
+        yield
+    except OSError as error:
+        raise ExternError(
+            f"cannot read the kernel's types ({error}): this needs a kernel with"
+            " CONFIG_DEBUG_INFO_BTF, or for CO-RE a file with the types of exactly this kernel"
+        ) from error
 
 
 @cache

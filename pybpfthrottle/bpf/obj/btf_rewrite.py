@@ -6,6 +6,7 @@ kernel/bpf/btf.c of the kernel.
 
 from __future__ import annotations
 
+import re
 import struct
 from array import array
 from typing import Callable, Container, Mapping, NamedTuple, Optional
@@ -16,6 +17,18 @@ from pybpfthrottle.bpf.obj.specs import SectionLayout
 _MAGIC, _VERSION, _HEADER_BYTES = 0xEB9F, 1, 24
 _INFO, _SIZE = 1, 2  # words of struct btf_type
 _KIND_SHIFT = 24
+_TYPE_WORDS = 3
+# What has names, by kind and number of words; and what has none itself.
+_ITEM_WORDS = {
+    **dict.fromkeys((Kind.STRUCT, Kind.UNION, Kind.ENUM64), 3),
+    **dict.fromkeys((Kind.ENUM, Kind.FUNC_PROTO), 2),
+}
+_NAMELESS = frozenset(
+    (Kind.PTR, Kind.ARRAY, Kind.CONST, Kind.VOLATILE, Kind.RESTRICT, Kind.FUNC_PROTO)
+)
+_TAGS = frozenset((Kind.DECL_TAG, Kind.TYPE_TAG))
+_LEGAL = re.compile(rb"[A-Za-z_.][A-Za-z0-9_.]*").fullmatch
+_UNDERSCORES = re.sub(rb"[^A-Za-z0-9_.]", b"_", bytes(range(256)))
 
 
 def _stand_in() -> array[int]:
@@ -27,6 +40,7 @@ class _Rewriting:
 
     def __init__(self, btf: Btf) -> None:
         self._btf = btf
+        self._strings = btf.strings
         self._types = [btf.words(type_id) for type_id in range(1, btf.count)]
 
     def __getitem__(self, type_id: int) -> array[int]:
@@ -46,10 +60,33 @@ class _Rewriting:
             if 0 < declared < self._btf.count and self[declared] == _stand_in():
                 self.stand_in(tag.id)
 
+    def make_names_legal(self) -> None:
+        """Put an underscore in place of what no name in C has: ``box<u32>`` is ``box_u32_``.
+
+        Compilers of Rust, C++ and Zig write such names, and some where the kernel wants none.
+        """
+        offsets: set[int] = set()
+        for words in self._types:
+            kind = Kind(words[_INFO] >> _KIND_SHIFT & 0x1F)
+            if kind in _NAMELESS:
+                words[0] = 0
+            elif kind not in _TAGS:
+                offsets.add(words[0])
+            if kind in _ITEM_WORDS:
+                offsets.update(words[_TYPE_WORDS :: _ITEM_WORDS[kind]])
+        strings = bytearray(self._strings)
+        for offset in offsets:
+            end = strings.find(0, offset)
+            name = bytes(strings[offset:end])
+            if name and not _LEGAL(name):
+                legal = name.translate(_UNDERSCORES)
+                strings[offset:end] = b"_" + legal[1:] if legal[:1].isdigit() else legal
+        self._strings = bytes(strings)
+
     def build(self) -> bytes:
         """Return the section, in the byte order of this machine."""
         types = b"".join(words.tobytes() for words in self._types)
-        strings = self._btf.strings
+        strings = self._strings
         header = struct.pack(
             "=HBBIIIII",
             *(_MAGIC, _VERSION, 0, _HEADER_BYTES, 0, len(types), len(types), len(strings)),
@@ -75,6 +112,7 @@ def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[s
         elif function.name in static:
             out[function.id][_INFO] = Kind.FUNC << _KIND_SHIFT | Linkage.STATIC
     out.take_tags_away()
+    out.make_names_legal()
     return out.build()
 
 
@@ -82,8 +120,9 @@ def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[in
     """Return a section with the places of its variables, or None if not all are known."""
     rows = []
     for variable in btf.variables(section):
-        place = layout.places.get(btf.type(variable.type).name)
-        if place is None or btf.type(variable.type).kind != Kind.VAR:
+        var = btf.type(variable.type)
+        place = layout.place(var.name, variable.offset)
+        if place is None or var.kind != Kind.VAR:
             return None
         rows.append((place.offset, variable.type, place.size))
     words = btf.words(section.id)[:3]

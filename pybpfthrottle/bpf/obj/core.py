@@ -41,6 +41,17 @@ class Kernel(NamedTuple):
     types: Btf
     modules: Callable[[], Iterable[Btf]] = tuple
 
+    def find(self, kind: Kind, name: str) -> Iterator[tuple[Btf, Type]]:
+        """Return the kernel's type of a kind and name; if it has none, those of its modules."""
+        btf_type = self.types.find(kind, name)
+        if btf_type is not None:
+            yield self.types, btf_type
+            return
+        for module in self.modules():
+            btf_type = module.find(kind, name)
+            if btf_type is not None:
+                yield module, btf_type
+
 
 class Load(NamedTuple):
     """How many bytes a load or store of a field moves, here and there.

@@ -8,7 +8,7 @@ from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Type
-from pybpfthrottle.bpf.obj.elffile import Elf, Section
+from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
 from pybpfthrottle.bpf.obj.specs import MapSpec, VariableSpec
 
 _PREFIXES = (".rodata", ".data", ".bss")
@@ -30,19 +30,39 @@ def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSp
 
 
 def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
-    """Return the variables of all data maps; those that are static come first."""
+    """Return the variables of all data maps; those that are static come last."""
     signs = _Signs(btf)
-    for number, spec in maps.items():
-        types = _types(btf, spec.value_type)
-        symbols = [s for s in elf.symbols_of(elf.sections[number]) if s.type == "STT_OBJECT"]
-        for symbol in sorted(symbols, key=lambda symbol: not symbol.local):
-            if symbol.size and symbol.value + symbol.size <= spec.value_size:
-                type_id = types.get(symbol.name, 0)
-                signed = signs.of(type_id, symbol.size)
-                yield VariableSpec(
-                    *(symbol.name, spec, symbol.value, symbol.size),
-                    *(elf.byteorder, signed, type_id),
-                )
+    found = [
+        (spec, types, symbol)
+        for number, spec in maps.items()
+        for types in [_Types(btf, spec.value_type)]
+        for symbol in elf.symbols_of(elf.sections[number])
+        if symbol.type == "STT_OBJECT"
+        and symbol.size
+        and symbol.value + symbol.size <= spec.value_size
+    ]
+    for spec, types, symbol in sorted(found, key=lambda row: row[2].local):
+        type_id = types.of(symbol)
+        yield VariableSpec(
+            *(symbol.name, spec, symbol.value, symbol.size),
+            *(elf.byteorder, signs.of(type_id, symbol.size), type_id),
+        )
+
+
+class Names:
+    """Names of static variables: those of several sources may be the same, until they are taken."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def take(self, name: str) -> str:
+        """Return a name, or where another has it NAME.1 and so on."""
+        free = name
+        while free in self._taken:
+            self._taken[name] += 1
+            free = f"{name}.{self._taken[name]}"
+        self._taken[free] = 0
+        return free
 
 
 def _map(section: Section, type_id: int, object_name: str) -> MapSpec:
@@ -60,6 +80,7 @@ def _map(section: Section, type_id: int, object_name: str) -> MapSpec:
         frozen=constant,
         value_type=type_id,
         section=section.name,
+        addresses=tuple(sorted({relocation.offset for relocation in section.relocations})),
     )
 
 
@@ -74,12 +95,26 @@ def _name(object_name: str, section: str) -> str:
     return object_name[: max(0, room)] + section
 
 
-def _types(btf: Optional[Btf], datasec_id: int) -> dict[str, int]:
-    """Return the types of the variables of a section, by their names."""
-    if btf is None or not datasec_id:
-        return {}
-    types = (btf.type(variable.type) for variable in btf.variables(btf.type(datasec_id)))
-    return {var.name: var.size_or_type for var in types if var.kind == Kind.VAR}
+class _Types:
+    """The types of the variables of a section."""
+
+    def __init__(self, btf: Optional[Btf], datasec_id: int) -> None:
+        self._by_name: dict[str, int] = {}
+        self._by_place: dict[tuple[str, int], int] = {}
+        variables = btf.variables(btf.type(datasec_id)) if btf and datasec_id else ()
+        for variable in variables:
+            var = btf.type(variable.type) if btf else None
+            if var is not None and var.kind == Kind.VAR:
+                self._by_name[var.name] = var.size_or_type
+                self._by_place[var.name, variable.offset] = var.size_or_type
+
+    def of(self, symbol: Symbol) -> int:
+        """Return the type of a variable, or 0.
+
+        Where names do not tell, places do: linkers fill them in, compilers leave them open.
+        """
+        name = symbol.name
+        return self._by_place.get((name, symbol.value), self._by_name.get(name, 0))
 
 
 class _Signs:

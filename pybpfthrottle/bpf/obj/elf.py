@@ -10,12 +10,13 @@ from typing import Iterator, Optional, Union
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import datasections, elffile, sections
-from pybpfthrottle.bpf.obj.btf import Btf, Kind
-from pybpfthrottle.bpf.obj.elffile import Elf, Section
+from pybpfthrottle.bpf.obj.btf import Btf, Kind, Linkage
+from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
 from pybpfthrottle.bpf.obj.functions import Function, Places, read_functions
-from pybpfthrottle.bpf.obj.legacymaps import legacy_maps
+from pybpfthrottle.bpf.obj.legacymaps import LegacyMaps
 from pybpfthrottle.bpf.obj.specs import (
     FunctionKey,
+    FunctionSpec,
     MapSpec,
     ObjectSpec,
     Place,
@@ -24,6 +25,7 @@ from pybpfthrottle.bpf.obj.specs import (
 )
 from pybpfthrottle.bpf.obj.typedmaps import TypedMaps
 
+_EXCEPTION_CALLBACK = "exception_callback"
 _EXTERN_SECTIONS = (".kconfig", ".ksyms")
 # The largest that are known, with DWARF and the whole kernel's types in them, have a tenth of it.
 _MAX_FILE_BYTES = 64 << 20
@@ -105,22 +107,27 @@ class _Reading:
     def read(self) -> ObjectSpec:
         """Return the whole object."""
         typed = TypedMaps(self._elf, self._btf)
-        defined = {**legacy_maps(self._elf), **typed.maps}
+        legacy = LegacyMaps(self._elf)
+        defined = {**legacy.maps, **typed.maps}
         data = datasections.data_maps(self._elf, self._btf, self.spec.name)
         for (number, offset), spec in defined.items():
             self._add_map(spec, number, offset)
         for number, spec in data.items():
             self._add_map(spec, number, 0)
+        names = datasections.Names()
         for variable in datasections.variables(self._elf, self._btf, data):
+            variable.name = names.take(variable.name)
             self.spec.variables[variable.name] = variable
         self._read_code(
             Places(
                 {place: spec.name for place, spec in defined.items()},
                 {number: spec.name for number, spec in data.items()},
                 _externs(self._btf),
+                _declared(self._btf),
             )
         )
         typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
+        legacy.fill(self.spec)
         return self.spec
 
     def _add_map(self, spec: MapSpec, section: int, offset: int) -> None:
@@ -138,13 +145,20 @@ class _Reading:
             for section in self._elf.sections.values()
             if section.executable and section.size
         ]
+        callbacks = _exception_callbacks(self._btf, [f for _, found in read for f in found])
         for section, functions in read:
+            functions[:] = [_with_callback(function, callbacks) for function in functions]
             self._add_functions(section, functions)
+        self.spec.constants = {
+            constant.name: 0
+            for function in self.spec.functions.values()
+            for constant in function.constant_references
+        }
         called = {
             call.target
             for function in self.spec.functions.values()
             for call in function.call_references
-        }
+        } | set(callbacks.values())
         for section, functions in read:
             self._add_programs(section, functions, called)
 
@@ -188,19 +202,19 @@ def _license(elf: Elf) -> str:
 def _layouts(elf: Elf) -> dict[str, SectionLayout]:
     """Return where the variables are in each section of data."""
     return {
-        section.name: SectionLayout(
-            section.size,
-            {
-                symbol.name: Place(symbol.value, symbol.size)
-                for symbol in elf.symbols_of(section)
-                if symbol.type == "STT_OBJECT"
-                and symbol.size
-                and symbol.value + symbol.size <= section.size
-            },
-        )
+        section.name: _layout(section.size, elf.symbols_of(section))
         for section in elf.sections.values()
         if 0 < section.size <= datasections.MAX_BYTES and not section.executable
     }
+
+
+def _layout(size: int, symbols: list[Symbol]) -> SectionLayout:
+    found = [
+        (symbol.name, Place(symbol.value, symbol.size))
+        for symbol in symbols
+        if symbol.type == "STT_OBJECT" and symbol.size and symbol.value + symbol.size <= size
+    ]
+    return SectionLayout(size, dict(found), {(name, place.offset): place for name, place in found})
 
 
 def _hidden(elf: Elf) -> frozenset[str]:
@@ -221,3 +235,37 @@ def _externs(btf: Optional[Btf]) -> frozenset[str]:
         if btf and datasec
         for variable in btf.variables(datasec)
     )
+
+
+def _declared(btf: Optional[Btf]) -> Optional[frozenset[str]]:
+    """Return the names of all functions and variables that the types leave to others to define."""
+    if btf is None:
+        return None
+    found = btf.of_kind(Kind.FUNC, Kind.VAR)
+    return frozenset(item.name for item in found if btf.linkage(item) == Linkage.EXTERN)
+
+
+def _exception_callbacks(btf: Optional[Btf], functions: list[Function]) -> dict[str, FunctionKey]:
+    """Return the functions that tags name to be called when a function throws, by its name."""
+    callbacks: dict[str, FunctionKey] = {}
+    tags = btf.of_kind(Kind.DECL_TAG) if btf else ()
+    keys = {function.name: function.spec.key for function in functions if not function.local}
+    for tag in tags:
+        mark, _, callback = tag.name.partition(":")
+        if btf is None or mark != _EXCEPTION_CALLBACK:
+            continue
+        thrower = btf.type(tag.size_or_type).name
+        if callback not in keys or callbacks.setdefault(thrower, keys[callback]) != keys[callback]:
+            raise ObjectFileError(
+                f"{thrower!r} needs one global function {callback!r} as its exception callback",
+                section=".BTF",
+            )
+    return callbacks
+
+
+def _with_callback(function: Function, callbacks: dict[str, FunctionKey]) -> Function:
+    callback = callbacks.get(function.name)
+    if callback is None:
+        return function
+    spec = FunctionSpec(**{**vars(function.spec), "exception_callback": callback})
+    return function._replace(spec=spec)

@@ -5,14 +5,33 @@ Nothing else in the package knows pyelftools. No system calls.
 
 from __future__ import annotations
 
-import io
 import os
-from typing import Any, NamedTuple, Optional, Union
+import struct
+from typing import Any, Iterator, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 
 EXECUTABLE = 0x4  # SHF_EXECINSTR
-_SHN_XINDEX = 0xFFFF
+_ALLOC = 0x2  # SHF_ALLOC
+_MAX_ALIGNMENT = 4096
+_DATA = (".maps", ".rodata", ".data", ".struct_ops", "?.struct_ops")
+_EM_NONE, _EM_BPF = 0, 247
+_NULL, _PROGBITS, _SYMTAB, _STRTAB, _RELA, _NOBITS, _REL = 0, 1, 2, 3, 4, 8, 9
+_TYPES: dict[int, str] = {
+    **dict(enumerate(("SHT_NULL", "SHT_PROGBITS", "SHT_SYMTAB", "SHT_STRTAB", "SHT_RELA"))),
+    7: "SHT_NOTE",
+    8: "SHT_NOBITS",
+    9: "SHT_REL",
+    17: "SHT_GROUP",
+    18: "SHT_SYMTAB_SHNDX",
+    0x6FFF4C03: "SHT_LLVM_ADDRSIG",
+}
+_SYMBOL_TYPES = {
+    number: f"STT_{name}"
+    for number, name in enumerate(("NOTYPE", "OBJECT", "FUNC", "SECTION", "FILE", "COMMON", "TLS"))
+}
+_STB_LOCAL, _STB_WEAK = 0, 2
+_HIDDEN = (1, 2)  # STV_INTERNAL, STV_HIDDEN
 # The longest names that are seen are C++'s and Rust's. Names may share their bytes, so that
 # without a limit a small file could ask for more memory than there is.
 _MAX_NAME_BYTES = 1024
@@ -141,164 +160,268 @@ def refuse_other_files(data: bytes) -> None:
         raise ObjectFileError("not an ELF file")
 
 
-class _Reader:
-    """Reads the records of an ELF file by pyelftools' layouts.
+class _SectionHeader(NamedTuple):
+    """Elf64_Shdr, with its name."""
 
-    Its ELFFile, which would do this as well, imports a DWARF reader first: 12 ms that each
-    short program would pay for.
+    name: str
+    type: int
+    flags: int
+    offset: int
+    size: int
+    link: int
+    info: int
+    alignment: int
+
+
+class _Layouts:
+    """The records of a file for machines of 64 bits, in a byte order as struct marks it."""
+
+    def __init__(self, order: str) -> None:
+        texts = ("16sHHIQQQIHHHHHH", "IIQQQQIIQQ", "IBBHQQ", "QQ")
+        self.file, self.section, self.symbol, self.relocation = (
+            struct.Struct(order + text) for text in texts
+        )
+
+
+class _Reader:
+    """Reads the records of an ELF file, whose numbers and names pyelftools has.
+
+    Its parser takes 12 ms to import and as much for a small object, which each short program would
+    pay for.
     """
 
     def __init__(self, data: bytes) -> None:
-        from elftools.elf.structs import ELFStructs
+        # Here, so that its absence is told where an object is read.
+        from elftools.elf.constants import SHN_INDICES
 
+        named = ("SHN_UNDEF", "SHN_ABS", "SHN_COMMON")
+        self._indexes: dict[int, str] = {getattr(SHN_INDICES, name): name for name in named}
+        self._in_first: int = SHN_INDICES.SHN_XINDEX
         self._data = data
-        self._stream = io.BytesIO(data)
-        self._bits = {1: 32, 2: 64}.get(data[4], 0)
         self._little = data[5] == 1
-        self._layouts: Any = ELFStructs(little_endian=self._little, elfclass=self._bits)
-        self._layouts.create_basic_structs()
+        self._order: Any = "little" if self._little else "big"
+        self._layouts = _Layouts("<" if self._little else ">")
 
     def read(self) -> Elf:
         """Return all sections with contents, the symbols, and the relocations of what is loaded."""
-        file = self._parse(self._layouts.Elf_Ehdr, 0)
-        if self._bits != 64 or file["e_machine"] not in ("EM_BPF", "EM_NONE"):
-            raise ObjectFileError(
-                f"built for {file['e_machine']} ({self._bits} bit), not for BPF;"
-                " compile it with clang -target bpf"
-            )
-        self._layouts.create_advanced_structs(file["e_type"], file["e_machine"])
-        headers = self._headers(file)
+        self._refuse_other_machines()
+        headers = self._headers()
         self._refuse_overlaps(headers)
         sections = {
-            index: self._section(index, name, header)
-            for index, (name, header) in enumerate(headers)
-            if header["sh_type"] in ("SHT_PROGBITS", "SHT_NOBITS")
+            index: self._section(index, header)
+            for index, header in enumerate(headers)
+            if header.type in (_PROGBITS, _NOBITS)
         }
         symbols = self._symbols(headers)
         self._read_relocations(headers, sections, symbols)
+        joins = _joins(headers)
+        if joins:
+            self._move_records(headers, sections, symbols, joins)
+            sections = _joined(sections, joins)
+            symbols = [_moved(symbol, joins) for symbol in symbols]
         by_section: dict[Union[int, str], list[Symbol]] = {}
         for symbol in symbols:
             by_section.setdefault(symbol.section, []).append(symbol)
         comments = (s.data for s in sections.values() if s.name == ".comment")
         by_gcc = any(b"GCC:" in comment for comment in comments if comment)
         return Elf(
-            "little" if self._little else "big",
-            *(sections, by_section, by_gcc),
+            *(self._order, sections, by_section, by_gcc),
             tuple(
-                Header(name, header["sh_type"], header["sh_flags"], header["sh_size"])
-                for name, header in headers
+                Header(header.name, _TYPES.get(header.type, header.type), header.flags, header.size)
+                for header in headers
             ),
         )
 
-    def _headers(self, file: Any) -> list[tuple[str, Any]]:
+    def _refuse_other_machines(self) -> None:
+        bits = {1: 32, 2: 64}[self._data[4]]
+        machine = int.from_bytes(self._data[18:20], self._order)
+        if len(self._data) >= 20 and (bits != 64 or machine not in (_EM_BPF, _EM_NONE)):
+            raise ObjectFileError(
+                f"built for {_machine_name(machine)} ({bits} bit), not for BPF;"
+                " compile it with clang -target bpf"
+            )
+
+    def _headers(self) -> list[_SectionHeader]:
         """Return the section headers by number, each with its name."""
-        size, offset = file["e_shentsize"], file["e_shoff"]
-        layout = self._layouts.Elf_Shdr
+        layout = self._layouts.section
+        offset, *_, size, count, names_index = self._layouts.file.unpack_from(self._data)[6:]
         if not offset:
             return []
-        if size != layout.sizeof():
+        if size != layout.size:
             raise ObjectFileError(f"section headers of {size} bytes are not supported")
-        first = self._parse(layout, offset)
+        first = layout.unpack_from(self._data, offset)
         # Where the numbers do not fit, the first header holds them.
-        count = file["e_shnum"] or first["sh_size"]
-        names_index = file["e_shstrndx"]
-        if names_index == _SHN_XINDEX:
-            names_index = first["sh_link"]
+        count = count or first[5]
+        names_index = first[6] if names_index == self._in_first else names_index
         if offset + count * size > len(self._data):
             raise ObjectFileError(
                 f"truncated: the table of {count} sections goes past the end of the file"
             )
-        headers = [self._parse(layout, offset + size * index) for index in range(count)]
-        names = self._contents("of section names", headers[names_index])
-        return [(_string(names, header["sh_name"]), header) for header in headers]
+        rows = list(layout.iter_unpack(self._data[offset : offset + count * size]))
+        names = self._contents(_section_header("of section names", rows[names_index]))
+        return [_section_header(_string(names, row[0]), row) for row in rows]
 
-    def _refuse_overlaps(self, headers: list[tuple[str, Any]]) -> None:
+    def _refuse_overlaps(self, headers: list[_SectionHeader]) -> None:
         """Refuse sections that share their bytes: they would cost more memory than the file has."""
-        total = sum(
-            header["sh_size"]
-            for _, header in headers
-            if header["sh_type"] not in ("SHT_NULL", "SHT_NOBITS")
-        )
+        total = sum(header.size for header in headers if header.type not in (_NULL, _NOBITS))
         if total > len(self._data):
             raise ObjectFileError(
                 f"truncated, or its sections overlap: they add up to {total} bytes,"
                 f" but the file has {len(self._data)}"
             )
 
-    def _section(self, index: int, name: str, header: Any) -> Section:
-        stored = header["sh_type"] == "SHT_PROGBITS"
-        contents = self._contents(name, header) if stored else None
-        return Section(index, name, header["sh_flags"], header["sh_size"], contents, [])
+    def _section(self, index: int, header: _SectionHeader) -> Section:
+        contents = self._contents(header) if header.type == _PROGBITS else None
+        return Section(index, header.name, header.flags, header.size, contents, [])
 
-    def _symbols(self, headers: list[tuple[str, Any]]) -> list[Symbol]:
-        tables = [numbered for numbered in headers if numbered[1]["sh_type"] == "SHT_SYMTAB"]
+    def _symbols(self, headers: list[_SectionHeader]) -> list[Symbol]:
+        tables = [header for header in headers if header.type == _SYMTAB]
         if not tables:
             return []
         if len(tables) > 1:
-            raise ObjectFileError("the file has two symbol tables", section=tables[1][0])
-        name, header = tables[0]
-        names = self._contents(name, headers[header["sh_link"]][1])
-        return [
-            _symbol(symbol, names) for symbol in self._records(name, header, self._layouts.Elf_Sym)
-        ]
+            raise ObjectFileError("the file has two symbol tables", section=tables[1].name)
+        (table,) = tables
+        names = self._contents(headers[table.link]._replace(name=table.name))
+        rows = self._records(table, self._layouts.symbol)
+        return [_symbol(row, names, self._indexes) for row in rows]
 
     def _read_relocations(
         self,
-        headers: list[tuple[str, Any]],
+        headers: list[_SectionHeader],
         sections: dict[int, Section],
         symbols: list[Symbol],
     ) -> None:
-        for name, header in headers:
-            if header["sh_type"] not in ("SHT_REL", "SHT_RELA"):
+        for header in headers:
+            if header.type not in (_REL, _RELA):
                 continue
-            target = sections.get(header["sh_info"])
-            # Those of .BTF, .BTF.ext and .debug are for linkers.
-            if target is None or not (target.executable or target.name == ".maps"):
+            target = sections.get(header.info)
+            # Those of .BTF, .BTF.ext, .debug and .eh_frame are for linkers.
+            if target is None or not (target.executable or target.name.startswith(_DATA)):
                 continue
-            if header["sh_type"] == "SHT_RELA":
-                raise ObjectFileError("RELA relocations are not supported", section=name)
-            for record in self._records(name, header, self._layouts.Elf_Rel):
-                number = record["r_info_sym"]
+            if header.type == _RELA:
+                raise ObjectFileError("RELA relocations are not supported", section=header.name)
+            for offset, info in self._records(header, self._layouts.relocation):
+                number = info >> 32
                 if number >= len(symbols):
                     raise ObjectFileError(
                         f"a relocation refers to symbol {number}, which does not exist",
                         section=target.name,
-                        offset=record["r_offset"],
+                        offset=offset,
                     )
-                target.relocations.append(
-                    Relocation(record["r_offset"], record["r_info_type"], symbols[number])
-                )
+                target.relocations.append(Relocation(offset, info & 0xFFFFFFFF, symbols[number]))
 
-    def _contents(self, name: str, header: Any) -> bytes:
-        begin, size = header["sh_offset"], header["sh_size"]
-        contents = self._data[begin : begin + size]
-        if len(contents) != size:
+    def _move_records(
+        self,
+        headers: list[_SectionHeader],
+        sections: dict[int, Section],
+        symbols: list[Symbol],
+        joins: dict[int, _Join],
+    ) -> None:
+        """Let what .BTF.ext says of sections that are joined hold where their contents are now."""
+        for header in headers:
+            target = sections.get(header.info)
+            if header.type != _REL or target is None or target.name != ".BTF.ext":
+                continue
+            records = bytearray(target.data or b"")
+            for at, info in self._records(header, self._layouts.relocation):
+                section = symbols[info >> 32].section if info >> 32 < len(symbols) else 0
+                join = joins.get(section) if isinstance(section, int) else None
+                if join and at + 4 <= len(records):
+                    offset = int.from_bytes(records[at : at + 4], self._order) + join.at
+                    records[at : at + 4] = (offset & 0xFFFFFFFF).to_bytes(4, self._order)
+            sections[target.number] = target._replace(data=bytes(records))
+
+    def _contents(self, header: _SectionHeader) -> bytes:
+        contents = self._data[header.offset : header.offset + header.size]
+        if len(contents) != header.size:
             raise ObjectFileError(
-                f"truncated: expected {size} bytes, found {len(contents)}", section=name
+                f"truncated: expected {header.size} bytes, found {len(contents)}",
+                section=header.name,
             )
         return contents
 
-    def _records(self, name: str, header: Any, layout: Any) -> list[Any]:
-        size = len(self._contents(name, header))
-        begin, step = header["sh_offset"], layout.sizeof()
-        return [self._parse(layout, at) for at in range(begin, begin + size - step + 1, step)]
-
-    def _parse(self, layout: Any, offset: int) -> Any:
-        from elftools.common.utils import struct_parse
-
-        return struct_parse(layout, self._stream, offset)
+    def _records(self, header: _SectionHeader, layout: struct.Struct) -> Iterator[Any]:
+        """Return the records of a table; bytes at its end that make no whole one are left out."""
+        contents = self._contents(header)
+        return layout.iter_unpack(contents[: len(contents) // layout.size * layout.size])
 
 
-def _symbol(symbol: Any, names: bytes) -> Symbol:
+def _section_header(name: str, row: tuple[int, ...]) -> _SectionHeader:
+    _, type, flags, _, offset, size, link, info, alignment, _ = row  # noqa: A001
+    return _SectionHeader(name, type, flags, offset, size, link, info, alignment)
+
+
+def _machine_name(machine: int) -> Union[str, int]:
+    from elftools.elf.enums import ENUM_E_MACHINE
+
+    return next((name for name, number in ENUM_E_MACHINE.items() if number == machine), machine)
+
+
+class _Join(NamedTuple):
+    """The section that another one of its name is put behind, and at which byte of it."""
+
+    into: int
+    at: int
+
+
+def _joins(headers: list[_SectionHeader]) -> dict[int, _Join]:
+    """Return the sections that have the name of an earlier one, as those of C++'s templates do.
+
+    They are joined, as a linker joins them: their types are one section as well.
+    """
+    joins: dict[int, _Join] = {}
+    ends: dict[tuple[str, int], _Join] = {}
+    for index, header in enumerate(headers):
+        if header.type in (_PROGBITS, _NOBITS) and header.flags & _ALLOC:
+            key = header.name, header.type
+            if key in ends:
+                alignment = max(1, min(header.alignment, _MAX_ALIGNMENT))
+                at = -(-ends[key].at // alignment) * alignment
+                joins[index] = _Join(ends[key].into, at)
+                ends[key] = ends[key]._replace(at=at + header.size)
+            else:
+                ends[key] = _Join(index, header.size)
+    return joins
+
+
+def _joined(sections: dict[int, Section], joins: dict[int, _Join]) -> dict[int, Section]:
+    """Return the sections without those that are put behind others."""
+    result = dict(sections)
+    # By their places: of many sections each is copied once.
+    parts: dict[int, list[bytes]] = {}
+    for number, (into, at) in joins.items():
+        section, first = result.pop(number), result[into]
+        if section.data is not None and first.data is not None:
+            part = parts.setdefault(into, [first.data])
+            part.append(bytes(at - first.size) + section.data)
+        first.relocations.extend(
+            relocation._replace(offset=relocation.offset + at) for relocation in section.relocations
+        )
+        result[into] = first._replace(size=at + section.size)
+    for into, contents in parts.items():
+        result[into] = result[into]._replace(data=b"".join(contents))
+    for section in result.values():
+        section.relocations[:] = [
+            relocation._replace(symbol=_moved(relocation.symbol, joins))
+            for relocation in section.relocations
+        ]
+    return result
+
+
+def _moved(symbol: Symbol, joins: dict[int, _Join]) -> Symbol:
+    join = joins.get(symbol.section) if isinstance(symbol.section, int) else None
+    return symbol._replace(section=join.into, value=symbol.value + join.at) if join else symbol
+
+
+def _symbol(row: tuple[int, ...], names: bytes, indexes: dict[int, str]) -> Symbol:
+    name, info, other, section, value, size = row
     return Symbol(
-        _string(names, symbol["st_name"]),
-        symbol["st_shndx"],
-        symbol["st_value"],
-        symbol["st_size"],
-        symbol["st_info"]["type"],
-        symbol["st_info"]["bind"] == "STB_LOCAL",
-        symbol["st_info"]["bind"] == "STB_WEAK",
-        symbol["st_other"]["visibility"] in ("STV_HIDDEN", "STV_INTERNAL"),
+        _string(names, name) if name else "",
+        indexes.get(section, section),
+        *(value, size, _SYMBOL_TYPES.get(info & 0xF, str(info & 0xF))),
+        local=info >> 4 == _STB_LOCAL,
+        weak=info >> 4 == _STB_WEAK,
+        hidden=other & 0x3 in _HIDDEN,
     )
 
 

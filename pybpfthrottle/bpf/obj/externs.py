@@ -7,7 +7,7 @@ and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of lib
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Callable, Container, Iterator, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Callable, Container, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.errors import ExternError, ObjectFileError
@@ -164,17 +164,21 @@ class Symbols:
         self._is_symbol = is_symbol
         self._found: dict[int, Union[Address, KernelId, None]] = {}
 
-    def find(self, extern: Extern) -> Union[Address, KernelId, None]:
-        """Return where the kernel has an extern, or None where it lacks it."""
+    def find(self, extern: Extern, *, weak: bool) -> Union[Address, KernelId, None]:
+        """Return where the kernel has an extern, or None where it lacks it.
+
+        A weak function of another signature is lacking as well: an object may declare both, as
+        flavours, and call the one that is there.
+        """
         key = extern.declared.id
         if key not in self._found:
-            self._found[key] = self._find(extern)
+            self._found[key] = self._find(extern, weak)
         return self._found[key]
 
-    def _find(self, extern: Extern) -> Union[Address, KernelId, None]:
+    def _find(self, extern: Extern, weak: bool) -> Union[Address, KernelId, None]:
         declared = extern.declared
         if declared.kind == Kind.FUNC:
-            return self._typed(extern, Kind.FUNC)
+            return self._typed(extern, Kind.FUNC, optional=weak)
         # Declared as const void, so that only its address is wanted.
         if self._btf.resolve(declared.size_or_type).kind == Kind.VOID:
             address = self._address(extern.name)
@@ -182,24 +186,15 @@ class Symbols:
         # Without CONFIG_KALLSYMS_ALL the kernel has types of variables that it cannot find.
         return self._typed(extern, Kind.VAR) if self._is_symbol(extern.name) else None
 
-    def _typed(self, extern: Extern, kind: Kind) -> Optional[KernelId]:
-        for btf, btf_type in self._candidates(extern.name, kind):
+    def _typed(self, extern: Extern, kind: Kind, *, optional: bool = False) -> Optional[KernelId]:
+        for btf, btf_type in self._kernel().find(kind, extern.name):
             local = extern.declared.size_or_type
             if not types_compatible(self._btf, local, btf, btf_type.size_or_type):
+                if optional:
+                    return None
                 raise ExternError(f"{extern.name!r} has another type in this kernel")
             return KernelId(btf_type.id, btf)
         return None
-
-    def _candidates(self, name: str, kind: Kind) -> Iterator[tuple[Btf, Type]]:
-        kernel = self._kernel()
-        btf_type = kernel.types.find(kind, name)
-        if btf_type is not None:
-            yield kernel.types, btf_type
-            return
-        for module in kernel.modules():
-            btf_type = module.find(kind, name)
-            if btf_type is not None:
-                yield module, btf_type
 
 
 def missing(extern: Extern) -> ExternError:

@@ -43,6 +43,11 @@ class KernelFacts(Protocol):
         """The types of the kernel, and those of its modules."""
         ...
 
+    @property
+    def core_types(self) -> Kernel:
+        """The types that answer CO-RE, which may come from elsewhere."""
+        ...
+
     def setting(self, name: str) -> Optional[str]:
         """Return a setting of its configuration."""
         ...
@@ -145,7 +150,7 @@ class Fitting:
         """The resolver of the object's CO-RE relocations."""
         from pybpfthrottle.bpf.obj.core import Resolver
 
-        return Resolver(self.btf, lambda: self._kernel.types)
+        return Resolver(self.btf, lambda: self._kernel.core_types)
 
     @cached_property
     def symbols(self) -> Symbols:
@@ -223,7 +228,7 @@ class _Program:
             place = self._fitting.settings_layout.places[reference.name]
             self._settings.append(MapReference(at, externs.KCONFIG, place.offset))
             return
-        location = self._fitting.symbols.find(extern)
+        location = self._fitting.symbols.find(extern, weak=reference.weak)
         if location is None and not reference.weak:
             raise externs.missing(extern)
         if self._code[at] == CALL:

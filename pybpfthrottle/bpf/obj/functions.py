@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Collection, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import Collection, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section, Symbol
@@ -17,6 +17,7 @@ from pybpfthrottle.bpf.obj.insn import (
 )
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
+    ConstantReference,
     ExternReference,
     FunctionKey,
     FunctionSpec,
@@ -26,19 +27,22 @@ from pybpfthrottle.bpf.obj.specs import (
 # Which relocation an instruction may have; others are for data only.
 _TYPES = {LD_IMM64: RelocationType.R_BPF_64_64, CALL: RelocationType.R_BPF_64_32}
 
-_Reference = Union[MapReference, CallReference, ExternReference]
+_Reference = Union[MapReference, CallReference, ExternReference, ConstantReference]
+_R = TypeVar("_R")
 
 
 class Places(NamedTuple):
     """Targets that code may refer to, by the numbers of the sections.
 
     ``maps`` has the names of maps by their section and offset, ``data`` the names of data maps by
-    their section, ``externs`` the names that the kernel is to have.
+    their section, ``externs`` the names that the kernel is to have. ``declared`` has all names
+    that the types declare and do not define, and is None where there are no types.
     """
 
     maps: Mapping[tuple[int, int], str]
     data: Mapping[int, str]
     externs: Collection[str] = ()
+    declared: Optional[Collection[str]] = None
 
 
 class Function(NamedTuple):
@@ -123,9 +127,10 @@ class _Reader:
             name,
             FunctionKey(self._section.name, self._start),
             self._code,
-            tuple(reference for reference in references if isinstance(reference, MapReference)),
-            tuple(reference for reference in references if isinstance(reference, CallReference)),
-            tuple(reference for reference in references if isinstance(reference, ExternReference)),
+            _of(MapReference, references),
+            _of(CallReference, references),
+            _of(ExternReference, references),
+            _of(ConstantReference, references),
         )
 
     def _reference(self, relocation: Relocation) -> _Reference:
@@ -157,6 +162,8 @@ class _Reader:
         return CallReference(at, FunctionKey(section.name, symbol.value + extra))
 
     def _address(self, at: int, symbol: Symbol) -> Optional[_Reference]:
+        if self._is_constant(symbol):
+            return ConstantReference(at, symbol.name)
         section = self._section_of(symbol)
         if section is None:
             return None
@@ -169,6 +176,12 @@ class _Reader:
         if section.number in self._places.data and 0 <= offset <= section.size:
             return MapReference(at, self._places.data[section.number], offset)
         return None
+
+    def _is_constant(self, symbol: Symbol) -> bool:
+        """Return whether a symbol is known to inline assembly alone: C's are in the types."""
+        declared = self._places.declared
+        is_open = symbol.undefined and not symbol.local and bool(symbol.name)
+        return is_open and declared is not None and symbol.name not in declared
 
     def _offset(self, at: int, symbol: Symbol) -> int:
         """Return the place in its section that a load is of: the instruction has what to add."""
@@ -201,3 +214,7 @@ class _Reader:
             if code.source(at) == BPF_PSEUDO_CALL and at not in relocated:
                 target = FunctionKey(self._section.name, self._start + code.target(at))
                 yield CallReference(at, target)
+
+
+def _of(kind: type[_R], references: Iterable[object]) -> tuple[_R, ...]:
+    return tuple(reference for reference in references if isinstance(reference, kind))

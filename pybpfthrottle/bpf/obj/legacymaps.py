@@ -6,13 +6,15 @@ Such as libbpf before 1.0, aya and iproute2 have them; each has its own fields a
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import c_uint32
 from typing import Any
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
-from pybpfthrottle.bpf.obj.specs import MapSpec
+from pybpfthrottle.bpf.obj.relocate import maps_of
+from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec
 
 
 class LegacyMapDef(ctypes.Structure):
@@ -39,6 +41,9 @@ class NumberedMapDef(ctypes.Structure):
 
 # inner_idx of struct bpf_elf_map for what is in no other map.
 IPROUTE2_NO_INDEX = 0xFFFFFFFF
+# SEC("ID/KEY"): a program's place in the program array with that id.
+_ID = "(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)"
+_PLACE = re.compile(f"{_ID}/{_ID}", re.IGNORECASE)
 
 
 class Iproute2MapDef(ctypes.Structure):
@@ -53,20 +58,48 @@ class Iproute2MapDef(ctypes.Structure):
     )
 
 
-def legacy_maps(elf: Elf) -> dict[tuple[int, int], MapSpec]:
-    """Return the maps by the number of their section and their offset in it.
+class LegacyMaps:
+    """The maps of an object, by the number of their section and their offset in it.
 
     Raises ObjectFileError with the place of what is not understood.
     """
-    specs: dict[tuple[int, int], MapSpec] = {}
-    for section in elf.sections.values():
-        if section.name == "maps" or section.name.startswith("maps/"):
-            specs.update(_Definitions(elf, section).read())
-    return specs
+
+    def __init__(self, elf: Elf) -> None:
+        self.maps: dict[tuple[int, int], MapSpec] = {}
+        self._by_id: dict[int, MapSpec] = {}
+        for section in elf.sections.values():
+            if section.name == "maps" or section.name.startswith("maps/"):
+                definitions = _Definitions(elf, section)
+                self.maps.update(definitions.read())
+                self._by_id.update(definitions.by_id)
+
+    def fill(self, spec: ObjectSpec) -> None:
+        """Put programs in sections such as "0xabcd/1" into iproute2's program arrays.
+
+        They are of the type of those that jump to them: the section's name does not tell.
+        """
+        for program in spec.programs.values():
+            place = _PLACE.fullmatch(program.section)
+            held_by = self._by_id.get(_number(place[1])) if place else None
+            if place is None or held_by is None or held_by.type != abi.MapType.PROG_ARRAY:
+                continue
+            held_by.initial[_number(place[2])] = program.name
+            kinds = {
+                (user.type, user.expected_attach_type)
+                for user in spec.programs.values()
+                if user.type != abi.ProgType.UNSPEC and held_by.name in maps_of(spec, user)
+            }
+            if len(kinds) == 1 and program.type == abi.ProgType.UNSPEC:
+                program.type, program.expected_attach_type = kinds.pop()
+
+
+def _number(text: str) -> int:
+    """Return a number as scanf reads it by %i, which iproute2 does."""
+    return int(text, 8 if text.startswith("0") and text.isdecimal() else 0)
 
 
 class _Definitions:
-    """The maps of one section, each struct bpf_map_def or longer."""
+    """The maps of one section, each struct bpf_map_def or longer; ``by_id`` has iproute2's."""
 
     def __init__(self, elf: Elf, section: Section) -> None:
         self._section = section
@@ -78,6 +111,7 @@ class _Definitions:
             for layout in (LegacyMapDef, NumberedMapDef, Iproute2MapDef)
         ]
         self._symbols = elf.symbols_of(section)
+        self.by_id: dict[int, MapSpec] = {}
 
     def read(self) -> dict[tuple[int, int], MapSpec]:
         """Return the maps in the order of their definitions, nested where iproute2 nests them."""
@@ -91,6 +125,9 @@ class _Definitions:
         ]
         specs = {symbol.name: self._spec(symbol, define) for symbol, define in defined}
         self._nest(defined, specs)
+        # Those of iproute2 without inner maps look like the others, whose sixth field is a number.
+        ids = (getattr(d, "id", getattr(d, "inner_map_idx", 0)) for _, d in defined)
+        self.by_id = dict(zip(ids, specs.values()))
         number = self._section.number
         return {(number, symbol.value): specs[symbol.name] for symbol, _ in defined}
 

@@ -19,9 +19,12 @@ from pybpfthrottle.bpf.obj.specs import (
     FunctionKey,
     FunctionSpec,
     MapReference,
+    MapSpec,
     ObjectSpec,
     ProgramSpec,
 )
+
+_U64 = (1 << 64) - 1
 
 
 class Placed(NamedTuple):
@@ -58,6 +61,7 @@ class LinkedProgram(NamedTuple):
 def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
     """Append each function that is called once, and set the distances of the calls."""
     placed = _place(spec, program.function)
+    _refuse_addresses(spec, placed)
     starts = {function.key: start for start, function in placed}
     # One join, and changes in place: there may be a million instructions.
     code = bytearray().join(function.code for _, function in placed)
@@ -67,6 +71,9 @@ def link(spec: ObjectSpec, program: ProgramSpec) -> LinkedProgram:
             at = start + call.offset
             instructions.set_source(at, BPF_PSEUDO_FUNC if call.address else BPF_PSEUDO_CALL)
             instructions.set_target(at, starts[call.target])
+        for constant in function.constant_references:
+            value = spec.constants.get(constant.name, 0)
+            instructions.set_imm64(start + constant.offset, value & _U64)
     return LinkedProgram(
         spec.byteorder,
         bytes(code),
@@ -99,11 +106,15 @@ def functions_of(spec: ObjectSpec, program: ProgramSpec) -> list[FunctionSpec]:
 
 
 def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:
-    """Return the functions in libbpf's order: each before those that it calls."""
+    """Return the functions in libbpf's order: each before those that it calls.
+
+    The one that is called when the program throws comes last.
+    """
     placed: list[Placed] = []
     seen = set()
     length = 0
-    pending = [entry]
+    callback = entry.exception_callback
+    pending = [spec.functions[callback], entry] if callback else [entry]
     while pending:
         function = pending.pop()
         if function.key in seen:
@@ -115,6 +126,37 @@ def _place(spec: ObjectSpec, entry: FunctionSpec) -> list[Placed]:
         calls = sorted(function.call_references, key=lambda call: -call.offset)
         pending += [_callee(spec, function, call) for call in calls]
     return placed
+
+
+def _refuse_addresses(spec: ObjectSpec, placed: list[Placed]) -> None:
+    """Refuse code that uses a pointer in data: it would be null, as BPF's data has no addresses."""
+    for _, function in placed:
+        for at, name, value_offset in function.map_references:
+            data_map = spec.maps.get(name)
+            if data_map and _holds_address(spec, data_map, value_offset or 0):
+                raise ObjectFileError(
+                    f"{function.name!r} uses pointers in section {data_map.section!r}, which no"
+                    " loader can fill in; use arrays of a fixed length (char names[][16]), or a"
+                    " switch, instead of an array of pointers",
+                    section=function.key.section,
+                    offset=function.key.offset + at,
+                )
+
+
+def _holds_address(spec: ObjectSpec, data_map: MapSpec, offset: int) -> bool:
+    """Return whether the variable at a place of a data section has pointers in it."""
+    if not data_map.addresses:
+        return False
+    begin, end = next(
+        (
+            (variable.offset, variable.offset + variable.size)
+            for variable in spec.variables.values()
+            if variable.map is data_map
+            and variable.offset <= offset < variable.offset + variable.size
+        ),
+        (0, data_map.value_size),
+    )
+    return any(begin <= address < end for address in data_map.addresses)
 
 
 def _callee(spec: ObjectSpec, caller: FunctionSpec, call: CallReference) -> FunctionSpec:

@@ -9,11 +9,12 @@ A spec may be edited in place before it is loaded::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable, NamedTuple, Optional, Union
+from types import MappingProxyType
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.abi import MAPS_OF_MAPS, AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.plain import Data, made
 
 _RINGS = (MapType.RINGBUF, MapType.USER_RINGBUF)
 _ONE_PER_CPU = (MapType.PERF_EVENT_ARRAY, MapType.CPUMAP)
@@ -25,14 +26,14 @@ _ARRAYS_OF_OBJECTS = (
 _U32_BYTES = 4
 
 
-@dataclass
-class MapSpec:
+class MapSpec(Data):
     """One map. Sizes are in bytes; ``contents`` is what a data section's one element holds.
 
     ``key_type`` and ``value_type`` are ids in the object's BTF, 0 where there is none. ``inner``
     is the template for the maps in a map of maps. ``initial`` has the names of the maps or
     programs (by the map's type) that the object puts in. ``pinned`` maps are shared by name, under
-    the directory that the loader is given. ``section`` is where a data map comes from.
+    the directory that the loader is given. ``section`` is where a data map comes from, and
+    ``addresses`` are the places in it of pointers, which nothing can fill in.
     """
 
     name: str
@@ -48,9 +49,10 @@ class MapSpec:
     key_type: int = 0
     value_type: int = 0
     inner: Optional[MapSpec] = None
-    initial: dict[int, str] = field(default_factory=dict)
+    initial: dict[int, str] = made(default_factory=dict)
     pinned: bool = False
     section: Optional[str] = None
+    addresses: tuple[int, ...] = ()
 
     # The machine's facts are given, since a spec asks no machine.
     def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
@@ -58,9 +60,10 @@ class MapSpec:
 
         Ring buffers have no keys and values, and a power of two of pages. What holds one element
         for each CPU has no more than there are CPUs, and as many unless it says otherwise. Arrays
-        of other objects have keys and values of four bytes unless they say otherwise.
+        of other objects have keys and values of four bytes unless they say otherwise; the type of
+        the values of perf events is that of the events.
         """
-        spec = replace(self)
+        spec = MapSpec(**vars(self))
         if spec.type in _RINGS:
             spec.key_size = spec.value_size = spec.key_type = spec.value_type = 0
             spec.max_entries = _ring_bytes(spec.max_entries, page_bytes)
@@ -68,6 +71,8 @@ class MapSpec:
             spec.max_entries = min(spec.max_entries or cpus(), cpus())
         if spec.type in _ARRAYS_OF_OBJECTS:
             spec.key_size = spec.key_size or _U32_BYTES
+        if spec.type == MapType.PERF_EVENT_ARRAY and spec.value_type:
+            spec.value_size = _U32_BYTES
         if spec.type in _ARRAYS_OF_OBJECTS or spec.type in MAPS_OF_MAPS:
             spec.value_size = spec.value_size or _U32_BYTES
         return spec
@@ -115,9 +120,18 @@ class ExternReference(NamedTuple):
     weak: bool = False
 
 
-@dataclass(frozen=True)
-class FunctionSpec:
-    """One function's instructions, in the object's byte order, and what they refer to."""
+class ConstantReference(NamedTuple):
+    """A 64-bit load at byte ``offset`` of some code, of a number that the object leaves open."""
+
+    offset: int
+    name: str
+
+
+class FunctionSpec(Data, frozen=True):
+    """One function's instructions, in the object's byte order, and what they refer to.
+
+    ``exception_callback`` is called when the program throws: no instruction refers to it.
+    """
 
     name: str
     key: FunctionKey
@@ -125,10 +139,11 @@ class FunctionSpec:
     map_references: tuple[MapReference, ...] = ()
     call_references: tuple[CallReference, ...] = ()
     extern_references: tuple[ExternReference, ...] = ()
+    constant_references: tuple[ConstantReference, ...] = ()
+    exception_callback: Optional[FunctionKey] = None
 
 
-@dataclass
-class ProgramSpec:
+class ProgramSpec(Data):
     """An entry point. ``expected_attach_type`` is None where the section names none.
 
     ``type`` is UNSPEC where the section names none either: set it before loading. ``flags`` are
@@ -146,8 +161,7 @@ class ProgramSpec:
     autoload: bool = True
 
 
-@dataclass
-class VariableSpec:
+class VariableSpec(Data):
     """A variable in a data section: ``size`` bytes at ``offset`` of the value of a data map.
 
     ``signed`` is None for what is no number of up to 8 bytes; ``type`` is an id in the BTF, or 0.
@@ -209,32 +223,41 @@ class Place(NamedTuple):
 
 
 class SectionLayout(NamedTuple):
-    """The size of a section of data in bytes, and its variables by name."""
+    """The size of a section of data in bytes, and its variables by name.
+
+    ``at`` has them by their offsets too: static variables of several sources may share a name.
+    """
 
     size: int
     places: dict[str, Place]
+    at: Mapping[tuple[str, int], Place] = MappingProxyType({})
+
+    def place(self, name: str, offset: int) -> Optional[Place]:
+        """Return the place of a variable; of several of a name, the one at this offset."""
+        return self.at.get((name, offset)) or self.places.get(name)
 
 
-@dataclass
-class ObjectSpec:
+class ObjectSpec(Data):
     """Everything that one object file defines. ``byteorder`` is "little" or "big".
 
     ``btf`` are the types of section .BTF: parsed once, when the object is read, and decoded one by
     one as they are asked for. ``btf_ext`` are the bytes of section .BTF.ext, which only loading
     needs. ``layouts`` (by section) and ``hidden`` (functions that are not for other objects) are
-    what compilers leave open there.
+    what compilers leave open there. ``constants`` are the numbers that code loads by a symbol that
+    no section defines, as inline assembly does: 0 until they are set.
     """
 
     name: str
     byteorder: str
     license: str = ""
-    maps: dict[str, MapSpec] = field(default_factory=dict)
-    programs: dict[str, ProgramSpec] = field(default_factory=dict)
-    functions: dict[FunctionKey, FunctionSpec] = field(default_factory=dict)
-    variables: dict[str, VariableSpec] = field(default_factory=dict)
+    maps: dict[str, MapSpec] = made(default_factory=dict)
+    programs: dict[str, ProgramSpec] = made(default_factory=dict)
+    functions: dict[FunctionKey, FunctionSpec] = made(default_factory=dict)
+    variables: dict[str, VariableSpec] = made(default_factory=dict)
+    constants: dict[str, int] = made(default_factory=dict)
     btf: Optional[Btf] = None
     btf_ext: Optional[bytes] = None
-    layouts: dict[str, SectionLayout] = field(default_factory=dict)
+    layouts: dict[str, SectionLayout] = made(default_factory=dict)
     hidden: frozenset[str] = frozenset()
 
     @property

@@ -58,14 +58,8 @@ def find(program: ProgramSpec, kernel: Kernel) -> Target:
     """
     naming = _naming(program)
     if naming is not None and program.attach_to:
-        name = naming.prefix + program.attach_to
-        btf_type = kernel.types.find(naming.kind, name)
-        if btf_type is not None:
-            return Target(btf_type.id, kernel.types)
-        for module in kernel.modules():
-            btf_type = module.find(naming.kind, name)
-            if btf_type is not None:
-                return Target(btf_type.id, module)
+        for btf, btf_type in kernel.find(naming.kind, naming.prefix + program.attach_to):
+            return Target(btf_type.id, btf)
     raise ExternError(
         f"cannot attach {program.name!r} to {program.attach_to!r}: this kernel's types have no such"
         f" {'tracepoint' if naming and naming.kind == Kind.TYPEDEF else 'function'}"

@@ -12,6 +12,7 @@ from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
+from pybpfthrottle.bpf.obj.datasections import Names
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
 from pybpfthrottle.bpf.obj.insn import RelocationType
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec
@@ -24,6 +25,7 @@ _POINTER_RELOCATIONS = (
     RelocationType.R_BPF_64_ABS64,
     RelocationType.R_BPF_DATA_64,
 )
+_MAX_WRAPPINGS = 64
 _NUMBERS = {
     "type": "type",
     "max_entries": "max_entries",
@@ -72,16 +74,21 @@ class TypedMaps:
             raise ObjectFileError(
                 "the .BTF section does not describe it", section=SECTION, offset=0
             )
-        # The linker of an object file knows the offsets; clang leaves them 0 in the BTF.
-        symbols = {symbol.name: symbol for symbol in self._elf.symbols_of(section)}
+        # The symbol tells the offset. clang leaves it 0 in the BTF; linkers fill it in, which tells
+        # apart static maps of several sources.
+        symbols = self._elf.symbols_of(section)
+        by_name = {symbol.name: symbol for symbol in symbols}
+        by_place = {(symbol.name, symbol.value): symbol for symbol in symbols}
+        names = Names()
         for variable in btf.variables(datasec):
             var = btf.type(variable.type)
-            symbol = symbols.get(var.name)
+            symbol = by_place.get((var.name, variable.offset)) or by_name.get(var.name)
             if symbol is None:
                 raise ObjectFileError(
                     f"map {var.name!r} is not in the section", section=SECTION, offset=0
                 )
-            reader = _Reader(btf, var.name, symbol.value)
+            name = names.take(var.name) if symbol.local else var.name
+            reader = _Reader(btf, name, symbol.value)
             spec = reader.read(var.size_or_type)
             values_at = symbol.value + reader.values_at
             end = symbol.value + (symbol.size or section.size)
@@ -160,7 +167,7 @@ class _Reader:
 
     def read(self, type_id: int) -> MapSpec:
         """Return the map. Raises ObjectFileError for what is not known of a map."""
-        define = self._resolve(type_id)
+        define = self._unwrapped(type_id)
         if define.kind != Kind.STRUCT:
             raise self._bad("not a struct")
         seen = set()
@@ -174,6 +181,18 @@ class _Reader:
         if self._spec.inner is not None and self._spec.type not in abi.MAPS_OF_MAPS:
             raise self._bad("it has inner maps, but is not a map of maps")
         return self._spec
+
+    def _unwrapped(self, type_id: int) -> Type:
+        """Return the innermost of structs that hold a single struct, as those of aya do."""
+        for _ in range(_MAX_WRAPPINGS):
+            define = self._resolve(type_id)
+            if define.kind != Kind.STRUCT or define.vlen != 1:
+                return define
+            member = self._btf.member(define, 0)
+            if member.bit_offset or self._resolve(member.type).kind != Kind.STRUCT:
+                return define
+            type_id = member.type
+        raise self._bad("its definition is nested too deeply")
 
     def _take(self, member: Member) -> None:
         if member.name in ("key", "value"):

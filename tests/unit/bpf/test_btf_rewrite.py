@@ -150,3 +150,44 @@ def test_a_kernel_that_takes_no_types_is_no_error(kernel, types):
 
         kernel.handlers[Cmd.BTF_LOAD] = refuse
         assert btf_objects.load(everything(types)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "legal"),
+    [
+        ("box<u32>", "box_u32_"),
+        ("std::pair", "std__pair"),
+        ("[]const u8", "__const_u8"),
+        ("été", "__t__"),
+        ("7up", "_up"),
+        ("counter.1", "counter.1"),
+        ("__0", "__0"),
+    ],
+)
+def test_names_of_other_languages_become_those_of_c(types, name, legal):
+    """What a name in C cannot have becomes an underscore, in types and all that is in them."""
+    number = types.int()
+    types.struct(name, 4, (name, number, 0))
+    types.enum("values", **{name: 1})
+    types.add(Kind.FUNC_PROTO, vlen=1, tail=(name, number))
+    btf = rewritten(types)
+    struct, enum, proto = btf.type(2), btf.type(3), btf.type(4)
+    found = [*btf.members(struct), *btf.enumerators(enum), *btf.parameters(proto)]
+    assert [struct.name, *(item.name for item in found)] == [legal] * 4
+
+
+def test_names_of_what_has_none_are_taken_away(types):
+    """Rust gives pointers names, which the kernel refuses."""
+    types.add(Kind.PTR, "*mut u8")
+    types.add(Kind.ARRAY, "[u8; 4]", tail=(1, 1, 4))
+    assert [found.name for found in rewritten(types).types] == ["", "", ""]
+
+
+def test_texts_that_are_no_names_stay(types):
+    """Tags, and the source's lines among the strings, are not names."""
+    number = types.int()
+    types.add(Kind.DECL_TAG, "exception_callback:f", size=number, tail=(0xFFFFFFFF,))
+    line = types._strings.add("if (a < b)")
+    btf = rewritten(types)
+    assert btf.type(2).name == "exception_callback:f"
+    assert btf.string(line) == "if (a < b)"

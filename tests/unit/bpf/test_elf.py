@@ -9,6 +9,7 @@ import pytest
 from elf_builder import (
     ALLOC,
     EM_X86_64,
+    EXECUTABLE,
     LOCAL,
     NOBITS,
     NOTYPE,
@@ -745,3 +746,22 @@ def test_flags_of_sections_are_what_makes_code(builder):
     """A section is code by its flag, not by its name."""
     builder.section(INGRESS, builder.returns(), flags=ALLOC)
     assert read(builder).functions == {}
+
+
+def test_sections_of_one_name_are_put_behind_each_other(builder):
+    """Code, calls and data of a second section of a name are found behind those of the first."""
+    first = builder.code("tc", builder.returns(1) + builder.call(0) + builder.returns(2), "one")
+    data = [builder.section(".data", bytes([n] * 6)) for n in (1, 2)]
+    variable = builder.symbol("second", data[1], value=2, size=4, type=OBJECT)
+    code = builder.load() + builder.returns(3) + builder.returns(4)
+    second = builder.section("tc", code, flags=ALLOC | EXECUTABLE)
+    builder.symbol("two", second, size=32)
+    callee = builder.symbol("callee", second, value=32, size=16, bind=LOCAL)
+    builder.relocation(first, 16, callee, R_BPF_64_32)
+    builder.relocation(second, 0, variable, R_BPF_64_64)
+    spec = read(builder)
+    assert list(spec.programs) == ["one", "two"]
+    assert spec.programs["one"].function.call_references[0].target == FunctionKey("tc", 40 + 32)
+    assert spec.programs["two"].function.map_references == (MapReference(0, "test.data", 8),)
+    assert spec.maps["test.data"].contents == bytes([1] * 6 + [2] * 6)
+    assert spec.variables["second"].get() == b"\2\2\2\2"

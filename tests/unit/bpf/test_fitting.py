@@ -29,7 +29,7 @@ class Facts:
     """A kernel that has these types, and all settings and symbols."""
 
     def __init__(self, types, *modules):
-        self.types = Kernel(types, lambda: modules)
+        self.types = self.core_types = Kernel(types, lambda: modules)
 
     def setting(self, name):
         """Whatever is asked for is on."""

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from pybpfthrottle.bpf import programs
+from pybpfthrottle.bpf import abi, programs
 from pybpfthrottle.bpf.abi import Cmd, ProgType
 from pybpfthrottle.bpf.errors import ProgramLoadError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.obj import asm
@@ -84,3 +84,39 @@ def test_other_unknown_helpers_are_not_poisoned(kernel, number):
     with pytest.raises(ProgramLoadError) as caught:
         load(poisoned=[Poisoned("struct a.b", "a", "FIELD_BYTE_OFFSET")])
     assert not isinstance(caught.value, UnresolvedError)
+
+
+COMPLEX = asm.return_imm(1)[:8] + bytes([0x05, 0, 0xFF, 0xFF, 0, 0, 0, 0]) + asm.return_imm(1)
+
+
+def refuse_too_complex(kernel, known):
+    """A verifier that finds all programs too complex, of a kernel that knows these fields."""
+
+    def handle(attr):
+        given = attr.prog_load
+        unknown = [field for field, _ in given._fields_ if field not in known]
+        if any(getattr(given, field) for field in unknown):
+            raise OSError(errno.E2BIG, "unknown fields")
+        if given.prog_flags:
+            raise OSError(errno.EINVAL, "unknown flags")
+        if given.log_buf:
+            ctypes.memmove(given.log_buf, TOO_LARGE + b"\0", len(TOO_LARGE) + 1)
+        raise OSError(errno.E2BIG, "too large")
+
+    kernel.handlers[Cmd.PROG_LOAD] = handle
+
+
+TOO_LARGE = b"5: (05) goto pc-1\nBPF program is too large. Processed 1000001 insn\n"
+ALL = [field for field, _ in abi.ProgLoad._fields_]
+OF_4_17 = ALL[: ALL.index("prog_btf_fd")]
+
+
+@pytest.mark.parametrize(("known", "with_source"), [(ALL, [1, 1]), (OF_4_17, [1, 0, 0])])
+def test_a_too_complex_program_is_no_unknown_field(kernel, known, with_source):
+    """E2BIG of the verifier does not cost the program what is known of its source."""
+    refuse_too_complex(kernel, known)
+    with pytest.raises(VerifierError, match=r"too large.*a.c:5") as caught:
+        programs.load(COMPLEX, type=ProgType.XDP, license="MIT", name="big", source=SOURCE)
+    assert caught.value.errno == errno.E2BIG
+    loads = [call.attr.prog_load for call in kernel.calls if not call.attr.prog_load.prog_flags]
+    assert [load.func_info_cnt for load in loads] == with_source

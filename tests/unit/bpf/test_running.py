@@ -60,3 +60,31 @@ def test_symbols_that_may_not_be_seen_are_told():
     with pytest.raises(ExternError, match="2 symbols"):
         kernel.symbol("twice")
     assert kernel.symbol("idden") is None
+
+
+def test_a_modules_broken_types_are_passed_over(tmp_path):
+    """A module whose types cannot be read does not keep those of the others from being found."""
+    kernel = Types()
+    kernel.struct("shared", 4)
+    module = SplitTypes(kernel.btf())
+    module.struct("own", 8)
+    (tmp_path / "vmlinux").write_bytes(kernel.build())
+    (tmp_path / "broken").write_bytes(module.build()[:-20])
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "some_module").write_bytes(module.build())
+    types = RunningKernel(directory=str(tmp_path)).types
+    assert [found.name for found in types.modules()] == ["some_module"]
+
+
+def test_core_has_types_of_its_own(tmp_path):
+    """Types for CO-RE from a file leave the kernel's own as they are, modules included."""
+    own, other = Types(), Types()
+    own.struct("own", 4)
+    other.struct("other", 4)
+    (tmp_path / "vmlinux").write_bytes(own.build())
+    given = tmp_path / "given.btf"
+    given.write_bytes(other.build())
+    kernel = RunningKernel(types_path=str(given), directory=str(tmp_path))
+    assert kernel.types.types.find(Kind.STRUCT, "own")
+    assert kernel.core_types.types.find(Kind.STRUCT, "other")
+    assert list(kernel.core_types.modules()) == []
