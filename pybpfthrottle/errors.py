@@ -5,6 +5,7 @@
     Error                              the base of all of them
     ├── ObjectFileError                an object file that cannot be read
     ├── AmbiguousTypeError             the kernel has two types where an object asks for one
+    ├── CompileError                   a source that could not be compiled; .output says why
     ├── ExternError                    something of the kernel that an object needs is not there
     ├── BpfError                       what the kernel refused; .errno says with what
     │   ├── UnsupportedMachineError    bpf(2) cannot be called from here
@@ -42,6 +43,7 @@ from pybpfthrottle.bpf.errors import (
     AmbiguousTypeError,
     AttachError,
     BpfError,
+    CompileError,
     Error,
     ExternError,
     MapCreateError,
@@ -58,6 +60,7 @@ __all__ = [
     "BackendError",
     "BpfError",
     "CgroupError",
+    "CompileError",
     "DemoError",
     "Error",
     "ExternError",

@@ -33,6 +33,14 @@ class AmbiguousTypeError(Error):
     """Several types of the kernel that an object may mean, and that answer differently."""
 
 
+class CompileError(Error):
+    """A source that could not be compiled; ``output`` is what the compiler said."""
+
+    def __init__(self, message: str, *, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
+
+
 class ExternError(Error):
     """A variable, function or setting of the kernel that an object needs, but that is not there."""
 

@@ -53,6 +53,11 @@ class Object:
         self._memories: dict[str, Memory] = {}
 
     @property
+    def spec(self) -> ObjectSpec:
+        """The spec that it was loaded from."""
+        return self._spec or ObjectSpec("", sys.byteorder)
+
+    @property
     def variables(self) -> dict[str, Variable]:
         """The variables of the data maps that were loaded."""
         specs = self._spec.variables.values() if self._spec else ()

@@ -72,6 +72,75 @@ def load(
     bpf_load.load(path, directory, names, show_log=log, as_json=as_json)
 
 
+@bpf.command(
+    "compile",
+    epilog="""
+\b
+Examples:
+  pybpfthrottle bpf compile flows.bpf.c
+  pybpfthrottle bpf compile flows.bpf.c -o flows.o -D LIMIT=100
+  pybpfthrottle bpf compile flows.bpf.c --headers include
+""",
+)
+@click.argument("source", metavar="SOURCE", type=click.Path(exists=True, dir_okay=False))
+@click.option("-o", "--output", metavar="OBJECT", help="Write the object here.")
+@click.option("-D", "defines", metavar="NAME[=VALUE]", multiple=True, help="Define a macro.")
+@click.option("-I", "includes", metavar="DIR", multiple=True, help="Look for headers here too.")
+@click.option(
+    "--headers",
+    metavar="DIR",
+    help="Keep vmlinux.h and the other headers in this directory, for editors and the next time.",
+)
+def compile_(
+    source: str,
+    output: Optional[str],
+    defines: tuple[str, ...],
+    includes: tuple[str, ...],
+    headers: Optional[str],
+) -> None:
+    """Compile SOURCE, a C file, to a BPF object with clang.
+
+    Provides vmlinux.h, made of the running kernel's types, and bpf/bpf_helpers.h, bpf_core_read.h,
+    bpf_tracing.h and bpf_endian.h. SOURCE.c becomes SOURCE.o. $CLANG may name the compiler.
+    """
+    from pybpfthrottle.cli import bpf_load
+
+    flags = [*(f"-D{macro}" for macro in defines), *(f"-I{path}" for path in includes)]
+    bpf_load.compile_source(source, output, flags, headers)
+
+
+@bpf.command(
+    epilog="""
+\b
+Examples:
+  pybpfthrottle bpf stubs flows.o > flows.py
+  pybpfthrottle bpf stubs flows.o --type report > flows.py
+"""
+)
+@click.argument("path", metavar="OBJECT", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--type",
+    "types",
+    metavar="NAME",
+    multiple=True,
+    help="Add a struct, union or enum that no map or variable has. May be repeated.",
+)
+def stubs(path: str, types: tuple[str, ...]) -> None:
+    """Print a Python module with the maps, programs, variables and types of OBJECT.
+
+    Each has its own type, so that type checkers and editors know what is in the object. The text is
+    a module to import; as a .pyi file it is a stub.
+    """
+    from pybpfthrottle.bpf.obj import elf
+    from pybpfthrottle.bpf.obj import stubs as generator
+    from pybpfthrottle.cli import bpf_show
+    from pybpfthrottle.cli.say import echo_lines
+
+    with bpf_show.refused(f"read {path}"), elf.naming(path):
+        text = generator.module(elf.read_file(path), path, types)
+    echo_lines(text.rstrip("\n"))
+
+
 @bpf.group(epilog="\b\nExample:\n  pybpfthrottle bpf prog show --name ingress")
 def prog() -> None:
     """Show programs."""

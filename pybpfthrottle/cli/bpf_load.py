@@ -15,8 +15,24 @@ from pybpfthrottle.bpf.obj import elf
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.cli import bpf_show, tables
-from pybpfthrottle.cli.say import echo_lines
-from pybpfthrottle.errors import BpfError, VerifierError
+from pybpfthrottle.cli.say import echo, echo_lines
+from pybpfthrottle.errors import BpfError, CompileError, VerifierError
+
+
+def compile_source(
+    source: str, output: Optional[str], flags: Sequence[str], headers: Optional[str]
+) -> None:
+    """Compile a source, and say where the object is."""
+    from pybpfthrottle.bpf import compiling
+
+    try:
+        with bpf_show.refused("write the headers"):
+            built = compiling.compile_object(source, output, flags=flags, headers=headers)
+    except CompileError as error:
+        if error.output:
+            echo_lines(error.output.rstrip("\n"), err=True)
+        raise
+    echo(built)
 
 
 def load(

@@ -118,10 +118,13 @@ def loadable(btf: Btf, layouts: Mapping[str, SectionLayout], static: Container[s
 
 def _placed(btf: Btf, section: Type, layout: SectionLayout) -> Optional[array[int]]:
     """Return a section with the places of its variables, or None if not all are known."""
+    variables = [(variable, btf.type(variable.type)) for variable in btf.variables(section)]
+    # Only linkers make several of one name, and they fill the places in.
+    if len({var.name for _, var in variables}) < len(variables):
+        return btf.words(section.id)
     rows = []
-    for variable in btf.variables(section):
-        var = btf.type(variable.type)
-        place = layout.place(var.name, variable.offset)
+    for variable, var in variables:
+        place = layout.places.get(var.name)
         if place is None or var.kind != Kind.VAR:
             return None
         rows.append((place.offset, variable.type, place.size))

@@ -209,12 +209,14 @@ def _layouts(elf: Elf) -> dict[str, SectionLayout]:
 
 
 def _layout(size: int, symbols: list[Symbol]) -> SectionLayout:
-    found = [
-        (symbol.name, Place(symbol.value, symbol.size))
-        for symbol in symbols
-        if symbol.type == "STT_OBJECT" and symbol.size and symbol.value + symbol.size <= size
-    ]
-    return SectionLayout(size, dict(found), {(name, place.offset): place for name, place in found})
+    return SectionLayout(
+        size,
+        {
+            symbol.name: Place(symbol.value, symbol.size)
+            for symbol in symbols
+            if symbol.type == "STT_OBJECT" and symbol.size and symbol.value + symbol.size <= size
+        },
+    )
 
 
 def _hidden(elf: Elf) -> frozenset[str]:

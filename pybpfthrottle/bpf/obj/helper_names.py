@@ -5,6 +5,8 @@ The list is closed: what is new in the kernel is a kfunc.
 
 from __future__ import annotations
 
+from typing import Optional
+
 _IN_ORDER = """
 unspec map_lookup_elem map_update_elem map_delete_elem probe_read ktime_get_ns trace_printk
 get_prandom_u32 get_smp_processor_id skb_store_bytes l3_csum_replace l4_csum_replace tail_call
@@ -45,6 +47,11 @@ tcp_raw_gen_syncookie_ipv6 tcp_raw_check_syncookie_ipv4 tcp_raw_check_syncookie_
 ktime_get_tai_ns user_ringbuf_drain cgrp_storage_get cgrp_storage_delete
 """
 _NAMES = _IN_ORDER.split()
+
+
+def helper_number(name: str) -> Optional[int]:
+    """1 for ``map_lookup_elem``, without the prefix of all; None for what is no helper."""
+    return _NAMES.index(name) if name in _NAMES else None
 
 
 def helper_name(number: int) -> str:

@@ -9,8 +9,7 @@ A spec may be edited in place before it is loaded::
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.abi import MAPS_OF_MAPS, AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj.btf import Btf
@@ -225,16 +224,11 @@ class Place(NamedTuple):
 class SectionLayout(NamedTuple):
     """The size of a section of data in bytes, and its variables by name.
 
-    ``at`` has them by their offsets too: static variables of several sources may share a name.
+    Of static variables that share a name, from several sources, it has one.
     """
 
     size: int
     places: dict[str, Place]
-    at: Mapping[tuple[str, int], Place] = MappingProxyType({})
-
-    def place(self, name: str, offset: int) -> Optional[Place]:
-        """Return the place of a variable; of several of a name, the one at this offset."""
-        return self.at.get((name, offset)) or self.places.get(name)
 
 
 class ObjectSpec(Data):
