@@ -14,6 +14,7 @@ from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
+    ConstantReference,
     ExternReference,
     FunctionKey,
     FunctionSpec,
@@ -26,7 +27,7 @@ from pybpfthrottle.bpf.obj.specs import (
     VariableSpec,
 )
 
-VERSION = 1
+VERSION = 2
 
 
 def dump(spec: ObjectSpec, data: bytes) -> str:
@@ -98,13 +99,15 @@ def _map(fields: dict[str, Any], data: bytes) -> MapSpec:
         fields["contents"] = _bytes(fields["contents"], data)
     if "inner" in fields:
         fields["inner"] = _map(fields["inner"], data)
+    if "addresses" in fields:
+        fields["addresses"] = tuple(fields["addresses"])
     if "initial" in fields:
         fields["initial"] = dict(fields["initial"])
     return MapSpec(**fields)
 
 
 def _function(fields: dict[str, Any], data: bytes) -> FunctionSpec:
-    calls = fields["call_references"]
+    calls, callback = fields["call_references"], fields["exception_callback"]
     return FunctionSpec(
         fields["name"],
         FunctionKey(*fields["key"]),
@@ -112,6 +115,8 @@ def _function(fields: dict[str, Any], data: bytes) -> FunctionSpec:
         tuple(MapReference(*one) for one in fields["map_references"]),
         tuple(CallReference(at, FunctionKey(*key), address) for at, key, address in calls),
         tuple(ExternReference(*one) for one in fields["extern_references"]),
+        tuple(ConstantReference(*one) for one in fields["constant_references"]),
+        FunctionKey(*callback) if callback else None,
     )
 
 
