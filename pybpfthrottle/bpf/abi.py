@@ -234,10 +234,23 @@ class LinkType(IntEnum):
     SOCKMAP = 14
 
 
-# Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of them.
+# Flags of BPF_PROG_ATTACH. BPF_LINK_CREATE takes none of the first three.
 BPF_F_ALLOW_OVERRIDE = 1 << 0
 BPF_F_ALLOW_MULTI = 1 << 1
 BPF_F_REPLACE = 1 << 2
+BPF_F_BEFORE = 1 << 3
+BPF_F_AFTER = 1 << 4
+BPF_F_ID = 1 << 5
+BPF_F_PREORDER = 1 << 6
+BPF_F_LINK = 1 << 13
+
+# Flags of BPF_LINK_CREATE, each for one type of link.
+BPF_F_KPROBE_MULTI_RETURN = 1 << 0
+BPF_F_UPROBE_MULTI_RETURN = 1 << 0
+BPF_F_NETFILTER_IP_DEFRAG = 1 << 0
+XDP_FLAGS_SKB_MODE = 1 << 1
+XDP_FLAGS_DRV_MODE = 1 << 2
+XDP_FLAGS_HW_MODE = 1 << 3
 
 # Flags of BPF_PROG_QUERY.
 BPF_F_QUERY_EFFECTIVE = 1 << 0
@@ -252,6 +265,7 @@ BPF_F_XDP_HAS_FRAGS = 1 << 5
 # Flags of BPF_MAP_CREATE.
 BPF_F_NO_PREALLOC = 1 << 0
 BPF_F_NUMA_NODE = 1 << 2
+BPF_F_STACK_BUILD_ID = 1 << 5
 BPF_F_RDONLY_PROG = 1 << 7
 BPF_F_MMAPABLE = 1 << 10
 
@@ -260,6 +274,12 @@ BPF_STATS_RUN_TIME = 0
 
 # Flags of BPF_PROG_TEST_RUN.
 BPF_F_TEST_RUN_ON_CPU = 1 << 0
+
+# What an iterator of cgroups visits.
+BPF_CGROUP_ITER_SELF_ONLY = 1
+BPF_CGROUP_ITER_DESCENDANTS_PRE = 2
+BPF_CGROUP_ITER_DESCENDANTS_POST = 3
+BPF_CGROUP_ITER_ANCESTORS_UP = 4
 
 # Words of a ring buffer's record header.
 BPF_RINGBUF_BUSY_BIT = 1 << 31
@@ -449,15 +469,119 @@ class RawTracepointOpen(ctypes.Structure):
     )
 
 
+class IterParameters(ctypes.Structure):
+    """link_create.iter_info and iter_info_len."""
+
+    _fields_ = (("iter_info", c_uint64), ("iter_info_len", c_uint32))
+
+
+class PerfEventParameters(ctypes.Structure):
+    """link_create.perf_event."""
+
+    _fields_ = (("bpf_cookie", c_uint64),)
+
+
+class KprobeMultiParameters(ctypes.Structure):
+    """link_create.kprobe_multi."""
+
+    _fields_ = (
+        ("flags", c_uint32),
+        ("cnt", c_uint32),
+        ("syms", c_uint64),
+        ("addrs", c_uint64),
+        ("cookies", c_uint64),
+    )
+
+
+class TracingParameters(ctypes.Structure):
+    """link_create.tracing."""
+
+    _fields_ = (("target_btf_id", c_uint32), ("_pad", c_uint32), ("cookie", c_uint64))
+
+
+class NetfilterParameters(ctypes.Structure):
+    """link_create.netfilter."""
+
+    _fields_ = (
+        ("pf", c_uint32),
+        ("hooknum", c_uint32),
+        ("priority", c_int32),
+        ("flags", c_uint32),
+    )
+
+
+class OrderParameters(ctypes.Structure):
+    """link_create.tcx, netkit and cgroup: which program, or link, it goes before or after."""
+
+    _fields_ = (("relative_fd", c_uint32), ("_pad", c_uint32), ("expected_revision", c_uint64))
+
+
+class UprobeMultiParameters(ctypes.Structure):
+    """link_create.uprobe_multi."""
+
+    _fields_ = (
+        ("path", c_uint64),
+        ("offsets", c_uint64),
+        ("ref_ctr_offsets", c_uint64),
+        ("cookies", c_uint64),
+        ("cnt", c_uint32),
+        ("flags", c_uint32),
+        ("pid", c_uint32),
+    )
+
+
+class LinkParameters(ctypes.Union):
+    """The part of BPF_LINK_CREATE that depends on the type of link."""
+
+    _anonymous_ = ("_iter",)
+    _fields_ = (
+        ("_iter", IterParameters),
+        ("perf_event", PerfEventParameters),
+        ("kprobe_multi", KprobeMultiParameters),
+        ("tracing", TracingParameters),
+        ("netfilter", NetfilterParameters),
+        ("tcx", OrderParameters),
+        ("uprobe_multi", UprobeMultiParameters),
+        ("netkit", OrderParameters),
+        ("cgroup", OrderParameters),
+    )
+
+
 class LinkCreate(ctypes.Structure):
     """BPF_LINK_CREATE. ``target_fd`` is an interface's index where a program attaches to one."""
 
+    _anonymous_ = ("_parameters",)
     _fields_ = (
         ("prog_fd", c_uint32),
         ("target_fd", c_uint32),
         ("attach_type", c_uint32),
         ("flags", c_uint32),
+        ("_parameters", LinkParameters),
     )
+
+
+class IterMap(ctypes.Structure):
+    """bpf_iter_link_info.map."""
+
+    _fields_ = (("map_fd", c_uint32),)
+
+
+class IterCgroup(ctypes.Structure):
+    """bpf_iter_link_info.cgroup."""
+
+    _fields_ = (("order", c_uint32), ("cgroup_fd", c_uint32), ("cgroup_id", c_uint64))
+
+
+class IterTask(ctypes.Structure):
+    """bpf_iter_link_info.task."""
+
+    _fields_ = (("tid", c_uint32), ("pid", c_uint32), ("pid_fd", c_uint32))
+
+
+class IterInfo(ctypes.Union):
+    """union bpf_iter_link_info: what an iterator is restricted to."""
+
+    _fields_ = (("map", IterMap), ("cgroup", IterCgroup), ("task", IterTask))
 
 
 class IterCreate(ctypes.Structure):

@@ -51,6 +51,7 @@ class FormatCodec:
     def __init__(self, letter: str) -> None:
         # "=" has fixed sizes: "L" is four bytes, as C's u32 and unlike its long.
         self._struct = struct.Struct("=" + letter)
+        self.size = self._struct.size
 
     def encode(self, value: int) -> bytes:
         """Return the bytes of a value."""
@@ -66,6 +67,7 @@ class TupleCodec:
 
     def __init__(self, format: str) -> None:
         self._struct = struct.Struct(format)
+        self.size = self._struct.size
 
     def encode(self, value: Sequence[Any]) -> bytes:
         """Return the bytes of a value."""
@@ -96,6 +98,7 @@ class StructureCodec(Generic[S]):
 
     def __init__(self, structure: type[S]) -> None:
         self._structure = structure
+        self.size = ctypes.sizeof(structure)
 
     def encode(self, value: S) -> bytes:
         """Return the bytes of a value."""
@@ -123,6 +126,7 @@ class DataclassCodec(Generic[T]):
     def __init__(self, type: type[T]) -> None:
         self._type = type
         self._structure = _structure_of(type)
+        self.size = ctypes.sizeof(self._structure)
 
     def encode(self, value: T) -> bytes:
         """Return the bytes of a value."""
@@ -249,3 +253,11 @@ def codec_for(wanted: CodecLike, size: int) -> Codec[Any]:
         f"cannot convert to {wanted.__name__}: give a codec, a ctypes.Structure, a dataclass,"
         " bytes or int"
     )
+
+
+def size_of(codec: Codec[Any]) -> int:
+    """Return the bytes of each value of a codec. Raises TypeError for one of any size."""
+    size = getattr(codec, "size", 0)
+    if not isinstance(size, int) or size <= 0:
+        raise TypeError(f"a record of {type(codec).__name__} has no size of its own")
+    return size

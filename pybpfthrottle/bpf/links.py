@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import IntEnum
-from typing import BinaryIO, Iterator, NamedTuple, Optional, Protocol
+from types import MappingProxyType
+from typing import BinaryIO, Callable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, LinkType
@@ -105,6 +106,45 @@ class Link:
         return f"<Link fd={self.fd}>"
 
 
+class ProbeLink(Link):
+    """A program on a perf event; before Linux 5.15 the event's descriptor instead of a link.
+
+    Then ``info``, ``pin`` and ``update`` raise OSError. ``undo`` is called once it is detached.
+    """
+
+    def __init__(self, fd: int, undo: Optional[Callable[[], None]] = None) -> None:
+        super().__init__(fd)
+        self._undo = undo
+
+    def detach(self) -> None:
+        """Detach the program, and remove the probe if it was made for it."""
+        super().detach()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+
+class Links(Link):
+    """The links of one program in several places, such as one for each CPU; ``fd`` is the first's.
+
+    What concerns one link is to be done with one of ``parts``.
+    """
+
+    def __init__(self, parts: Sequence[Link]) -> None:
+        super().__init__(parts[0].fd)
+        self.parts = tuple(parts)
+
+    def detach(self) -> None:
+        """Detach the program everywhere."""
+        self.fd = -1
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.callback(part.detach)
+
+    def __repr__(self) -> str:
+        return f"<Links {len(self.parts)}>"
+
+
 class LegacyAttachment:
     """A legacy attachment: it outlives this process unless ``detach`` is called."""
 
@@ -151,29 +191,42 @@ class Attached(NamedTuple):
     program_ids: tuple[int, ...]
 
 
-def create_link(program: Program, target: int, attach_type: AttachType) -> Link:
+def create_link(
+    program: Program,
+    target: int,
+    attach_type: AttachType,
+    extra: Mapping[str, int] = MappingProxyType({}),
+    *,
+    flags: int = 0,
+) -> Link:
     """Attach by link, beside whatever else is attached. Linux 5.7. Raises OSError.
 
     ``target`` is a descriptor of a cgroup or a network namespace; for XDP (Linux 5.9), TCX (6.6)
-    and NETKIT (6.7) the index of an interface. The flags are always 0: for a cgroup each of the
-    legacy call's flags is EINVAL on every kernel.
+    and NETKIT (6.7) the index of an interface. ``flags`` and ``extra`` are what one type of link
+    has besides, such as "netfilter.priority"; for a cgroup each of the legacy call's flags is
+    EINVAL on every kernel.
     """
     attr = Attr()
     attr.link_create.prog_fd = program.fd
     attr.link_create.target_fd = target
     attr.link_create.attach_type = attach_type
+    attr.link_create.flags = flags
+    for name, value in extra.items():
+        part, _, field = name.rpartition(".")
+        setattr(getattr(attr.link_create, part) if part else attr.link_create, field, value)
     return Link(syscall.bpf(Cmd.LINK_CREATE, attr))
 
 
-def attach_raw_tracepoint(program: Program, name: str = "") -> Link:
+def attach_raw_tracepoint(program: Program, name: str = "", *, cookie: int = 0) -> Link:
     """Attach to a raw tracepoint; with no name, where a TRACING or LSM program says. Linux 4.17.
 
-    Raises OSError: ENOENT for a tracepoint that is not there.
+    Cookies: 6.10. Raises OSError: ENOENT for a tracepoint that is not there.
     """
     buffer = ctypes.create_string_buffer(name.encode())
     attr = Attr()
     attr.raw_tracepoint.name = ctypes.addressof(buffer) if name else 0
     attr.raw_tracepoint.prog_fd = program.fd
+    attr.raw_tracepoint.cookie = cookie
     return Link(syscall.bpf(Cmd.RAW_TRACEPOINT_OPEN, attr))
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
 
@@ -16,6 +17,7 @@ from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.btf_objects import ObjectTypes
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.errors import (
+    ExternError,
     MapCreateError,
     ObjectFileError,
     ProgramLoadError,
@@ -100,6 +102,7 @@ def load(
     maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
     pin_path: Optional[descriptors.Path] = None,
     kernel: Optional[RunningKernel] = None,
+    targets: Mapping[str, Program] = MappingProxyType({}),
 ) -> Object:
     """Load the programs named by ``select`` and the maps that they use. Linux 4.10.
 
@@ -115,6 +118,9 @@ def load(
     ``kernel`` may name other files for the kernel's types and configuration, which are read only
     if the programs ask for them.
 
+    ``targets`` has the live program, by the name of a program in "freplace/FUNCTION" (Linux 5.6),
+    or in fentry or fexit of a function of another BPF program (5.5), that this function is of.
+
     Raises KeyError for a name that the object does not have, ObjectFileError, ExternError,
     AmbiguousTypeError, MapCreateError, ProgramLoadError or VerifierError; then nothing stays open.
     """
@@ -129,7 +135,10 @@ def load(
         fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
         types.load(fitting.loadable_types())
         # Before any map is made: only fitted programs tell whether they need the settings.
-        fitted = {name: _fit(spec, spec.programs[name], fitting) for name in needed.programs}
+        fitted = {
+            name: _fit(spec, spec.programs[name], fitting, targets.get(name))
+            for name in needed.programs
+        }
         map_specs = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
         if any(KCONFIG in program.linked.maps for program in fitted.values()):
             map_specs[KCONFIG] = fitting.settings_map()
@@ -145,7 +154,9 @@ def load(
         }
         fds = {name: loaded_map.fd for name, loaded_map in {**live_maps, **given}.items()}
         live_programs = {
-            name: undo.enter_context(_load(spec, spec.programs[name], program, fds, types))
+            name: undo.enter_context(
+                _load(spec, spec.programs[name], program, fds, types, {**live_maps, **given})
+            )
             for name, program in fitted.items()
         }
         # Arrays of programs hold descriptors, and so are filled when all programs are there.
@@ -245,7 +256,9 @@ def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) ->
     return maps.create(spec, btf_fd=btf_fd)
 
 
-def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
+def _fit(
+    spec: ObjectSpec, program: ProgramSpec, fitting: Fitting, target: Optional[Program]
+) -> Fitted:
     if program.type == ProgType.UNSPEC:
         raise ObjectFileError(
             "the section's name does not give the program type (cgroup_skb/ingress would);"
@@ -253,11 +266,36 @@ def _fit(spec: ObjectSpec, program: ProgramSpec, fitting: Fitting) -> Fitted:
             section=program.section,
             offset=program.function.key.offset,
         )
-    return fitting.fit(program, relocate.link(spec, program))
+    linked = relocate.link(spec, program)
+    if target is None:
+        return fitting.fit(program, linked)
+    fitted = fitting.fit(replace(program, attach_to=None), linked)
+    return fitted._replace(target=_function_of(target, program))
+
+
+def _function_of(target: Program, program: ProgramSpec) -> tuple[int, int]:
+    """Return the type of a live program's function, and the program's descriptor."""
+    from pybpfthrottle.bpf import btf_objects
+    from pybpfthrottle.bpf.obj.btf import Btf, Kind
+
+    info = target.info()
+    types = Btf(btf_objects.data_by_id(info.btf_id)) if info.btf_id else None
+    function = types.find(Kind.FUNC, program.attach_to or "") if types else None
+    if function is None:
+        raise ExternError(
+            f"cannot attach {program.name!r} to {program.attach_to!r}: the program"
+            f" {target.name!r} has no function of this name, or no BTF"
+        )
+    return function.id, target.fd
 
 
 def _load(
-    spec: ObjectSpec, program: ProgramSpec, fitted: Fitted, fds: dict[str, int], types: ObjectTypes
+    spec: ObjectSpec,
+    program: ProgramSpec,
+    fitted: Fitted,
+    fds: dict[str, int],
+    types: ObjectTypes,
+    maps: dict[str, Map[Any, Any]],
 ) -> Program:
     return programs.load(
         relocate.resolve(fitted.linked, fds),
@@ -267,6 +305,8 @@ def _load(
         expected_attach_type=program.expected_attach_type,
         flags=program.flags,
         attach_to=program.attach_to,
+        section=program.section,
+        maps=maps,
         source=_source(fitted, types),
         modules=fitted.modules,
         poisoned=fitted.poisoned,

@@ -6,7 +6,18 @@ import ctypes
 import errno
 import os
 import re
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
+from types import MappingProxyType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Union,
+)
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
@@ -20,7 +31,8 @@ from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_cod
 
 # Attaching imports programs.
 if TYPE_CHECKING:
-    from pybpfthrottle.bpf.attaching import Place
+    from pybpfthrottle.bpf.attaching import Neighbour, Place
+    from pybpfthrottle.bpf.codecs import CodecLike
     from pybpfthrottle.bpf.links import Link
     from pybpfthrottle.bpf.maps import Map
 
@@ -52,8 +64,9 @@ class Program:
     """A program that this process has open; ``close`` or ``with`` ends it.
 
     The kernel keeps the program while it is attached. ``attach_to`` is what the section's name has
-    after the kind of program, such as a tracepoint; it and ``expected_attach_type`` are None where
-    that is not known. Linux 4.10; source: man 2 bpf.
+    after the kind of program, such as a tracepoint; it, ``section`` and ``expected_attach_type``
+    are None where that is not known. ``maps`` are those of its object, by name. Linux 4.10;
+    source: man 2 bpf.
     """
 
     def __init__(
@@ -64,12 +77,16 @@ class Program:
         type: int,
         expected_attach_type: Optional[AttachType],
         attach_to: Optional[str] = None,
+        section: Optional[str] = None,
+        maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
     ) -> None:
         self.fd = fd
         self.name = name
         self.type = type
         self.expected_attach_type = expected_attach_type
         self.attach_to = attach_to
+        self.section = section
+        self.maps = maps
 
     def attach(
         self,
@@ -79,26 +96,81 @@ class Program:
         netns: Optional[Place] = None,
         map: Optional[Map[Any, Any]] = None,
         tracepoint: Optional[str] = None,
+        function: Union[str, Sequence[str], None] = None,
+        binary: Optional[str] = None,
+        offset: Optional[int] = None,
+        probe: Optional[str] = None,
+        returns: Optional[bool] = None,
+        hook: Optional[str] = None,
+        family: Optional[str] = None,
+        priority: Optional[int] = None,
+        defragment: Optional[bool] = None,
+        frequency_hz: Optional[int] = None,
+        period: Optional[int] = None,
+        event: Optional[str] = None,
+        cpu: Optional[int] = None,
+        pid: Optional[int] = None,
+        cookie: Optional[int] = None,
+        cookies: Optional[Sequence[int]] = None,
+        mode: Optional[str] = None,
+        before: Optional[Neighbour] = None,
+        after: Optional[Neighbour] = None,
+        first: Optional[bool] = None,
         attach_type: Optional[AttachType] = None,
     ) -> Link:
         """Attach it, as what its section says, and return the link that detaches it when closed.
 
-        Programs of cgroups (cgroup_skb, sockops, ...) take the path or a descriptor of a
-        ``cgroup``; xdp, tcx and netkit the name or index of an ``interface``; sk_lookup and
-        flow_dissector a ``netns``, such as "/proc/self/ns/net"; sk_skb and sk_msg a ``map`` of
-        sockets; raw_tp a ``tracepoint``, unless its section names one. tp_btf, fentry, fexit,
-        fmod_ret, lsm and iter take nothing. ``attach_type`` is for sections that leave it open,
-        such as "tc" and "cgroup/skb".
+        What a section names need not be given; what is given comes before it. Programs of cgroups
+        (cgroup_skb, sockops, ...) take the path or a descriptor of a ``cgroup``; xdp, tcx and
+        netkit the name or index of an ``interface``; sk_lookup and flow_dissector a ``netns``, such
+        as "/proc/self/ns/net"; sk_skb and sk_msg a ``map`` of sockets; netfilter a ``hook`` such as
+        "input", and ``family``, ``priority`` and ``defragment``. tp_btf, fentry, fexit, fmod_ret,
+        lsm and freplace take nothing but a ``cookie``; iter what ``iterate`` takes.
 
-        Linux 5.7 for cgroups and namespaces, 5.9 xdp, 6.6 tcx, 6.7 netkit, 6.10 maps of sockets,
-        4.17 tracepoints, 5.5 functions, 5.8 iterators. Raises TypeError for an argument that such
-        a program does not take, or lacks; AttachError where the kernel refuses, and for programs
-        that links do not attach, with what to use.
+        kprobe takes a ``function`` of the kernel, uprobe one of a ``binary`` (a path, or a name
+        such as "libc.so.6"), usdt a ``probe`` of it ("PROVIDER:NAME"), each for a ``pid`` or for
+        all processes; the multi forms of the first two take patterns, or several names with
+        ``cookies``. raw_tp and tp take a ``tracepoint``. perf_event runs by ``frequency_hz`` or
+        ``period`` of an ``event``. What of this a program takes is in ``bpf.attaching`` and
+        ``bpf.tracing.by_section``.
+
+        ``before`` and ``after`` are a program or link at the same place (a link for cgroups);
+        ``first`` is before all of them. ``mode`` of xdp is "native", "generic" or "offload".
+        ``attach_type`` is for sections that leave it open, such as "tc" and "cgroup/skb".
+
+        Linux 5.7 for cgroups and namespaces, 5.9 xdp, 6.6 tcx (before that by tc), 6.7 netkit,
+        6.10 maps of sockets, 4.17 raw tracepoints, 5.5 functions, 5.8 iterators, 6.4 netfilter,
+        4.1 to 4.9 what is attached by perf events. Cookies: 5.15 there, 6.0 functions, 6.10 raw
+        tracepoints. Order: 6.6, 6.7, and 6.17 for cgroups. Raises TypeError for an argument that
+        such a program does not take, or lacks; AttachError where the kernel refuses, and for
+        programs that links do not attach, with what to use.
         """
         from pybpfthrottle.bpf import attaching
 
-        places = {"cgroup": cgroup, "interface": interface, "netns": netns, "map": map}
-        return attaching.attach(self, attach_type, tracepoint=tracepoint, **places)
+        given = {name: value for name, value in locals().items() if value is not None}
+        for name in ("self", "attaching", "attach_type"):
+            given.pop(name, None)
+        return attaching.attach(self, attach_type, **given)
+
+    def iterate(
+        self,
+        record: Optional[CodecLike] = None,
+        *,
+        map: Optional[Map[Any, Any]] = None,
+        cgroup: Optional[Place] = None,
+        order: Optional[str] = None,
+        pid: Optional[int] = None,
+    ) -> Iterator[Any]:
+        """Run an iterator, and return what it writes: lines of text, or records of a codec.
+
+        ``map`` is what an iterator of elements visits; ``cgroup`` restricts one of cgroups, by
+        ``order`` "self", "down" (the default), "up" or "post"; ``pid`` one of tasks to the threads
+        of a process (Linux 6.1). The program runs while this is read. Linux 5.8. Raises
+        AttachError, and OSError while it is read.
+        """
+        from pybpfthrottle.bpf import iterating
+
+        return iterating.iterate(self, record, map=map, cgroup=cgroup, order=order, pid=pid)
 
     def info(self) -> ProgramInfo:
         """Return what the kernel says of this object. Linux 4.13. Raises OSError."""
@@ -180,6 +252,8 @@ def load(
     expected_attach_type: Optional[AttachType] = None,
     flags: int = 0,
     attach_to: Optional[str] = None,
+    section: Optional[str] = None,
+    maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
     source: SourceInfo = SourceInfo(),  # noqa: B008 (it never changes)
     target: AttachTarget = AttachTarget(),  # noqa: B008
     modules: Sequence[int] = (),
@@ -220,6 +294,8 @@ def load(
         type=type,
         expected_attach_type=expected_attach_type,
         attach_to=attach_to,
+        section=section,
+        maps=maps,
     )
 
 

@@ -57,6 +57,11 @@ def version_code(release: str) -> int:
     return major << 16 | minor << 8 | min(patch, 255)  # 4.14.336 counts as 4.14.255
 
 
+def syscall_wrapper() -> Optional[str]:
+    """Return what the function of bpf(2) is called where system calls take a struct pt_regs."""
+    return _WRAPPERS.get(os.uname().machine)
+
+
 def _version_of_vdso() -> int:
     with open("/proc/self/auxv", "rb") as file:
         entries = dict(struct.iter_unpack("@NN", file.read()))
@@ -121,7 +126,7 @@ class RunningKernel(Data, frozen=True):
 
     def has_syscall_wrapper(self) -> bool:
         """Return whether system calls take a struct pt_regs (x86-64 since Linux 4.17)."""
-        wrapper = _WRAPPERS.get(os.uname().machine)
+        wrapper = syscall_wrapper()
         return wrapper is not None and any(self._lines_of(wrapper))
 
     def has_attach_cookie(self) -> bool:

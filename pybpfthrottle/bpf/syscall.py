@@ -1,4 +1,4 @@
-"""The only door to the kernel: bpf(2).
+"""The first door to the kernel: bpf(2). The other one is ``perf``.
 
 Call it through this module (``syscall.bpf(...)``), so that a test can put a whole fake kernel in
 its place.
@@ -11,7 +11,7 @@ import errno as errnos
 import os
 import sys
 from functools import cache
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Mapping, Optional
 
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.bpf.errors import UnsupportedMachineError
@@ -39,6 +39,16 @@ def number(machine: Optional[str] = None, *, bits: Optional[int] = None) -> int:
 
     Raises UnsupportedMachineError for one that is not known.
     """
+    return number_of("bpf", _NUMBERS, machine, bits=bits)
+
+
+def number_of(
+    call: str, numbers: Mapping[str, int], machine: Optional[str] = None, bits: Optional[int] = None
+) -> int:
+    """Return the number of a system call, by those of the machines that are known.
+
+    Raises UnsupportedMachineError.
+    """
     machine = machine or os.uname().machine
     bits = bits or (64 if sys.maxsize > 1 << 32 else 32)
     name = machine
@@ -49,11 +59,11 @@ def number(machine: Optional[str] = None, *, bits: Optional[int] = None) -> int:
     if bits == 32:
         name = _COMPAT.get(name, name)
     try:
-        return _NUMBERS[name]
+        return numbers[name]
     except KeyError:
         raise UnsupportedMachineError(
-            f"the number of the bpf system call is not known for the machine {machine!r}"
-            f" (known: {', '.join(sorted(_NUMBERS))})"
+            f"the number of the {call} system call is not known for the machine {machine!r}"
+            f" (known: {', '.join(sorted(numbers))})"
         ) from None
 
 

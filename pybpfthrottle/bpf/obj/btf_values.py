@@ -36,7 +36,7 @@ class BtfCodec:
     def __init__(self, btf: Btf, type_id: int) -> None:
         self._btf = btf
         self._type_id = type_id
-        self._size = btf.size(type_id)
+        self.size = self._size = btf.size(type_id)
         self._weights: dict[int, int] = {}
         if self._weight(type_id, 0) > _PARTS + _PARTS_OF_A_BYTE * self._size:
             raise ObjectFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
 import uuid
@@ -15,7 +16,7 @@ import pytest
 from compiled import compiled
 from since import since
 
-from pybpfthrottle.bpf import links, loader, maps
+from pybpfthrottle.bpf import links, loader, maps, tc
 from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.loader import Object
@@ -234,3 +235,107 @@ def test_a_place_that_is_not_there_is_named(load: Any):
         load("in_cgroup_egress").attach(cgroup="/no/such")
     with pytest.raises(AttachError, match="to cgroup /proc"):
         load("in_cgroup_egress").attach(cgroup="/proc")
+
+
+@since("6.6")
+def test_programs_of_an_interface_have_an_order(interface: str, load: Any):
+    """A program goes before or after another, by program or link, or before all of them."""
+    with ExitStack() as stack:
+
+        def attached(**order: Any) -> tuple[Program, Any]:
+            program = stack.enter_context(_load("tcx_egress")).programs["tcx_egress"]
+            return program, stack.enter_context(program.attach(interface=interface, **order))
+
+        middle, link = attached()
+        last, _ = attached(after=middle)
+        before, _ = attached(before=link)
+        first, _ = attached(first=True)
+        index = socket.if_nametoindex(interface)
+        order = links.query(index, AttachType.TCX_EGRESS).program_ids
+        assert order == tuple(one.info().id for one in (first, before, middle, last))
+        with pytest.raises(TypeError, match="goes to one place"):
+            attached(first=True, before=middle)
+        with pytest.raises(AttachError, match="to interface"):
+            attached(before=stack.enter_context(_load("tcx_egress")).programs["tcx_egress"])
+
+
+@since("6.17")
+def test_programs_of_a_cgroup_have_an_order(scratch: Cgroup):
+    """A program of a cgroup goes before the one of a link, or before all of them."""
+    with ExitStack() as stack:
+        programs = [
+            stack.enter_context(_load("in_cgroup_egress")).programs["in_cgroup_egress"]
+            for _ in range(3)
+        ]
+        middle, before, first = programs
+        link = stack.enter_context(middle.attach(cgroup=scratch.path))
+        stack.enter_context(before.attach(cgroup=scratch.path, before=link))
+        stack.enter_context(first.attach(cgroup=scratch.path, first=True))
+        with pytest.raises(TypeError, match="before or after a link"):
+            first.attach(cgroup=scratch.path, after=middle)
+        fd = scratch.open()
+        stack.callback(os.close, fd)
+        found = links.query(fd, AttachType.CGROUP_INET_EGRESS).program_ids
+        assert found == tuple(one.info().id for one in (first, before, middle))
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_xdp_has_modes(interface: str, load: Any, mode: str):
+    """A driver runs the program itself, or the kernel for it; a veth can do both."""
+    with load("in_xdp").attach(interface=interface, mode=mode) as link:
+        shown = subprocess.run(
+            ["ip", "-d", "link", "show", interface], check=True, capture_output=True, text=True
+        ).stdout
+        assert ("xdpgeneric" in shown) == (mode == "generic")
+        assert link.info().type == LinkType.XDP
+    with pytest.raises(TypeError, match="mode='fast' is not one of native, generic, offload"):
+        load("in_xdp").attach(interface=interface, mode="fast")
+    with pytest.raises(AttachError, match="to interface"):
+        load("in_xdp").attach(interface=interface, mode="offload")
+
+
+@since("6.4")
+def test_a_netfilter_program_is_asked(load: Any):
+    """A program at a hook of this network namespace is attached for one family and priority."""
+    program = load("filter")
+    for given in (
+        {"hook": "input"},
+        {"hook": "output", "family": "ipv6", "priority": 5},
+        {"hook": "prerouting", "defragment": True},
+    ):
+        with program.attach(**given) as link:
+            assert link.info().type == LinkType.NETFILTER
+    with pytest.raises(TypeError, match="hook='in' is not one of prerouting, "):
+        program.attach(hook="in")
+    with pytest.raises(AttachError, match="to hook input"):
+        program.attach(hook="input", priority=-(2**31))
+
+
+@pytest.mark.parametrize("attach_type", [AttachType.TCX_INGRESS, AttachType.TCX_EGRESS])
+def test_the_tc_of_old_kernels(interface: str, load: Any, attach_type: AttachType):
+    """A filter of tc is there until it is detached, and the qdisc that was made for it too."""
+    index = socket.if_nametoindex(interface)
+    direction = "ingress" if attach_type == AttachType.TCX_INGRESS else "egress"
+
+    def filters() -> str:
+        command = ["tc", "filter", "show", "dev", interface, direction]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
+    first = tc.attach(load("in_tc"), index, attach_type)
+    with tc.attach(load("in_tc"), index, attach_type, priority=7) as second:
+        assert filters().count("in_tc") >= 2
+        first.detach()
+        first.detach()
+        assert "pref 7" in filters()
+        with pytest.raises(OSError, match="BPF_OBJ_GET_INFO_BY_FD"):
+            second.info()
+    assert "in_tc" not in filters()
+    shown = subprocess.run(
+        ["tc", "qdisc", "show", "dev", interface], capture_output=True, text=True
+    )
+    # Its maker went first, and left it to the other.
+    assert "clsact" in shown.stdout
+    with tc.attach(load("in_tc"), index, attach_type):
+        pass
+    with pytest.raises(OSError, match="No such device"):
+        tc.attach(load("in_tc"), 1 << 30, attach_type)

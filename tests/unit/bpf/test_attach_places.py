@@ -70,12 +70,9 @@ def test_what_is_left_open_has_to_be_said(kernel, type):
     ("type", "attach_type", "remedy"),
     [
         (ProgType.SOCKET_FILTER, None, "SO_ATTACH_BPF"),
-        (ProgType.KPROBE, None, "use fentry or fexit"),
-        (ProgType.KPROBE, AttachType.TRACE_KPROBE_MULTI, "use fentry or fexit"),
-        (ProgType.TRACEPOINT, None, "use raw_tp or tp_btf"),
         (ProgType.SYSCALL, None, "test_run"),
         (ProgType.XDP, AttachType.XDP_DEVMAP, "DEVMAP"),
-        (ProgType.NETFILTER, AttachType.NETFILTER, "use cgroup_skb or tcx"),
+        (ProgType.EXT, None, "load it with targets="),
         (1000, None, "type 1000"),
     ],
 )

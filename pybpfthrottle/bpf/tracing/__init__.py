@@ -1,0 +1,1 @@
+"""What tracing takes: probes, tracepoints, profiles, stacks and symbols."""
