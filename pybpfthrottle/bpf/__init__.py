@@ -43,16 +43,19 @@ if TYPE_CHECKING:
     )
     from pybpfthrottle.bpf.features import Feature
     from pybpfthrottle.bpf.keyless import BloomFilter, Queue
-    from pybpfthrottle.bpf.links import Link, LinkInfo
+    from pybpfthrottle.bpf.links import Link, LinkInfo, Links
     from pybpfthrottle.bpf.loader import Object, load
     from pybpfthrottle.bpf.maps import Map, MapInfo
     from pybpfthrottle.bpf.obj.elf import read_file, read_object
     from pybpfthrottle.bpf.obj.inspection import Inspection, inspect
     from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec, VariableSpec
+    from pybpfthrottle.bpf.perfbuf import PerfBuffer
     from pybpfthrottle.bpf.program_info import ProgramInfo
     from pybpfthrottle.bpf.programs import Program, TestRunResult
+    from pybpfthrottle.bpf.records import RecordCodec
     from pybpfthrottle.bpf.ringbuf import RingBuffer
     from pybpfthrottle.bpf.running import RunningKernel
+    from pybpfthrottle.bpf.userring import UserRingBuffer
     from pybpfthrottle.bpf.variables import Variable
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "Link",
     "LinkInfo",
     "LinkType",
+    "Links",
     "Map",
     "MapCreateError",
     "MapInfo",
@@ -76,17 +80,20 @@ __all__ = [
     "Object",
     "ObjectFileError",
     "ObjectSpec",
+    "PerfBuffer",
     "ProgType",
     "Program",
     "ProgramInfo",
     "ProgramLoadError",
     "ProgramSpec",
     "Queue",
+    "RecordCodec",
     "RingBuffer",
     "RunningKernel",
     "TestRunResult",
     "UnresolvedError",
     "UnsupportedMachineError",
+    "UserRingBuffer",
     "Variable",
     "VariableSpec",
     "VerifierError",
@@ -109,6 +116,7 @@ _HOMES = {
     "Link": "links",
     "LinkInfo": "links",
     "LinkType": "abi",
+    "Links": "links",
     "Map": "maps",
     "MapCreateError": "errors",
     "MapInfo": "maps",
@@ -117,17 +125,20 @@ _HOMES = {
     "Object": "loader",
     "ObjectFileError": "errors",
     "ObjectSpec": "obj.specs",
+    "PerfBuffer": "perfbuf",
     "ProgType": "abi",
     "Program": "programs",
     "ProgramInfo": "program_info",
     "ProgramLoadError": "errors",
     "ProgramSpec": "obj.specs",
     "Queue": "keyless",
+    "RecordCodec": "records",
     "RingBuffer": "ringbuf",
     "RunningKernel": "running",
     "TestRunResult": "programs",
     "UnresolvedError": "errors",
     "UnsupportedMachineError": "errors",
+    "UserRingBuffer": "userring",
     "Variable": "variables",
     "VariableSpec": "obj.specs",
     "VerifierError": "errors",

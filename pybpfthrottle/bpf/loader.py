@@ -29,9 +29,11 @@ from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
+from pybpfthrottle.bpf.records import RecordCodec
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.variables import Memory, Variable
 
+_OF_EVENTS = (MapType.RINGBUF, MapType.USER_RINGBUF, MapType.PERF_EVENT_ARRAY)
 # What kernels say of what they do not know.
 _OF_OLD_KERNELS = (errno.EINVAL, errno.E2BIG, errno.EACCES, syscall.ENOTSUPP)
 
@@ -68,6 +70,18 @@ class Object:
             for variable in specs
             if variable.map.name in self.maps
         }
+
+    def record(self, name: str) -> RecordCodec:
+        """Return the codec of a struct of the object's types, such as events are.
+
+        ``bpf.RingBuffer(loaded.maps["events"], loaded.record("event"))``. Raises LookupError if
+        there is no struct of this name.
+        """
+        types = self._spec.btf if self._spec else None
+        found = types.find(Kind.STRUCT, name) if types else None
+        if types is None or found is None:
+            raise LookupError(f"the object's types have no struct {name!r}")
+        return RecordCodec(types, found.id)
 
     def _memory(self, name: str) -> Memory:
         if name not in self._memories:
@@ -162,6 +176,8 @@ def load(
         # Arrays of programs hold descriptors, and so are filled when all programs are there.
         program_fds = {name: program.fd for name, program in live_programs.items()}
         _fill(live_maps, {**fds, **program_fds})
+        for name, loaded_map in live_maps.items():
+            loaded_map.record = _record_of(spec, name)
         # The Object owns them from here on.
         undo.pop_all()
     return Object(live_programs, live_maps, spec)
@@ -239,6 +255,16 @@ def _source(fitted: Fitted, types: ObjectTypes) -> SourceInfo:
     if not types.functions:
         return SourceInfo(at=fitted.source)
     return SourceInfo(types.fd, fitted.functions, fitted.lines, fitted.source)
+
+
+def _record_of(spec: ObjectSpec, name: str) -> Optional[RecordCodec]:
+    """Return what a map of events was declared with, if that is a struct."""
+    declared = spec.maps.get(name)
+    if declared is None or spec.btf is None or not declared.value_type:
+        return None
+    is_struct = spec.btf.resolve(declared.value_type).kind == Kind.STRUCT
+    is_events = declared.type in _OF_EVENTS
+    return RecordCodec(spec.btf, declared.value_type) if is_events and is_struct else None
 
 
 def _fitting(given: Map[Any, Any], spec: MapSpec) -> Map[Any, Any]:

@@ -67,6 +67,8 @@ class Map(MutableMapping[K, V]):
     def __init__(self, fd: int, spec: MapSpec, key: Codec[K], value: Codec[V]) -> None:
         self.fd = fd
         self.spec = spec
+        # What its readers give, where the object declares it.
+        self.record: Optional[Codec[Any]] = None
         self._key = key
         self._value = value
         self._value_bytes = spec.value_size

@@ -7,7 +7,7 @@ A program reserves a record by moving the writers' position on, and commits it b
 bit of its header, both with release semantics. A reader has to load them with acquire semantics,
 and to store its position with release semantics when it has copied the record. Python has no such
 loads and stores. But it reads and writes an aligned word at once, on x86 and s390 plain accesses
-have this order, and for other machines there is ``_barrier``: to take and give back a lock is an
+have this order, and for other machines there is ``barrier``: to take and give back a lock is an
 atomic exchange on either side.
 
 Source: kernel/bpf/ringbuf.c and Documentation/bpf/ringbuf.rst of the kernel.
@@ -16,35 +16,42 @@ Source: kernel/bpf/ringbuf.c and Documentation/bpf/ringbuf.rst of the kernel.
 from __future__ import annotations
 
 import mmap
+import os
 import select
-import time
+from contextlib import suppress
 from threading import Lock
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
-from pybpfthrottle.bpf.codecs import CodecLike, codec_for
+from pybpfthrottle.bpf.codecs import CodecLike
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.readers import Reader, codec_of
 
 _LENGTH = abi.BPF_RINGBUF_DISCARD_BIT - 1
-# A program submits what it has reserved within microseconds.
-_BUSY_PAUSE_S = 0.0001
+_BUSY, _DISCARDED = abi.BPF_RINGBUF_BUSY_BIT, abi.BPF_RINGBUF_DISCARD_BIT
+_HEADER = abi.BPF_RINGBUF_HDR_SZ
+# Whose loads and stores are ordered without our help.
+_ORDERED = os.uname().machine in ("x86_64", "i386", "i486", "i586", "i686", "s390x")
 
 _lock = Lock()
 
 
-class RingBuffer:
+class RingBuffer(Reader):
     """The records of a ring buffer; ``close`` or ``with`` ends it. One reader a map at a time.
 
-    Records are bytes, or what ``record`` makes of them: a codec, or what ``codecs.codec_for``
-    takes. The map stays the owner of its descriptor, and must not be closed before this. Raises
+    Records are what ``record`` makes of them: a codec such as ``Object.record`` returns, or what
+    ``codecs.codec_for`` takes. Without one they are bytes, unless the map was declared with a type
+    of values. With ``memoryview`` they are the ring's own memory, not copied, and valid until the
+    next one is asked for. One that a program has reserved and not yet submitted holds up those
+    behind it. The map stays the owner of its descriptor, and must not be closed before this. Raises
     TypeError for a map of another type, and OSError.
     """
 
-    def __init__(self, of: Map[Any, Any], record: CodecLike = bytes) -> None:
+    def __init__(self, of: Map[Any, Any], record: Optional[CodecLike] = None) -> None:
         if of.spec.type != MapType.RINGBUF:
             raise TypeError(f"map {of.spec.name!r} has type {of.spec.type}, not RINGBUF")
-        self._codec = codec_for(record, 0)
+        self._codec = codec_of(of, record)
         self._size = of.spec.max_entries
         page = mmap.PAGESIZE
         # Only the reader's page may be mapped for writing.
@@ -67,29 +74,6 @@ class RingBuffer:
         """Return a descriptor for select and asyncio; it is readable when there may be records."""
         return self._epoll.fileno()
 
-    def read(self, timeout_s: Optional[float] = None) -> Iterator[Any]:
-        """Records as they come, until none has come for ``timeout_s``; None waits for ever.
-
-        0 gives the records that are there. Each is consumed when it is given. One that a program
-        has reserved and not yet submitted holds up those behind it.
-        """
-        end = _deadline(timeout_s)
-        while True:
-            record = self._next()
-            if record is not None:
-                yield self._codec.decode(record)
-                end = _deadline(timeout_s)
-            elif not self._wait(end):
-                return
-
-    def consume(self, callback: Callable[[Any], object], timeout_s: float = 0) -> int:
-        """Call back with each record that ``read`` gives, and tell how many there were."""
-        count = 0
-        for record in self.read(timeout_s):
-            callback(record)
-            count += 1
-        return count
-
     def unread_bytes(self) -> int:
         """Return how many bytes of the buffer are taken, by records and their headers."""
         return self._written_to[0] - self._read_to[0]
@@ -100,57 +84,81 @@ class RingBuffer:
             for view in (self._headers, self._data, self._written_to, self._read_to):
                 view.release()
             self._own.close()
-            self._rest.close()
+            # A record that a caller keeps would keep the memory mapped; that is no failure.
+            with suppress(BufferError):
+                self._rest.close()
             self._epoll.close()
 
     def __enter__(self) -> RingBuffer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    # The speed of reading is decided here: no call, and no attribute, that need not be.
+    def _available(self) -> Iterator[Any]:
+        if self._codec is None:
+            yield from self._views()
+            return
+        read_to, written_to, headers = self._read_to, self._written_to, self._headers
+        memory, page, mask, decode = self._rest, mmap.PAGESIZE, self._size - 1, self._codec.decode
+        while (position := read_to[0]) != written_to[0]:
+            if not _ORDERED:
+                barrier()
+            at = position & mask
+            header = headers[at >> 2]
+            if header & _BUSY:
+                return
+            if not _ORDERED:
+                barrier()
+            begin, length = page + at + _HEADER, header & _LENGTH
+            record = memory[begin : begin + length]
+            if not _ORDERED:
+                barrier()
+            read_to[0] = position + (length + _HEADER + 7 & ~7)
+            if not header & _DISCARDED:
+                yield decode(record)
 
-    def _next(self) -> Optional[bytes]:
-        """Consume and return the next record that is not discarded; None if there is none yet."""
-        while not self._is_held_up():
-            position = self._read_to[0]
-            at = position % self._size
-            header = self._headers[at // 4]
+    def _views(self) -> Iterator[memoryview]:
+        """Return the records as memory of the ring, each given back when the next is asked for."""
+        read_to, written_to, headers, data = (
+            *(self._read_to, self._written_to, self._headers, self._data),
+        )
+        mask = self._size - 1
+        while (position := read_to[0]) != written_to[0]:
+            if not _ORDERED:
+                barrier()
+            at = position & mask
+            header = headers[at >> 2]
+            if header & _BUSY:
+                return
+            if not _ORDERED:
+                barrier()
             length = header & _LENGTH
-            begin = at + abi.BPF_RINGBUF_HDR_SZ
-            record = bytes(self._data[begin : begin + length])
-            _barrier()
-            self._read_to[0] = position + (length + abi.BPF_RINGBUF_HDR_SZ + 7) // 8 * 8
-            if not header & abi.BPF_RINGBUF_DISCARD_BIT:
-                return record
-        return None
+            following = position + (length + _HEADER + 7 & ~7)
+            if not header & _DISCARDED:
+                at += _HEADER
+                try:
+                    yield data[at : at + length]
+                finally:
+                    if not _ORDERED:
+                        barrier()
+                    read_to[0] = following
+            else:
+                read_to[0] = following
+
+    def _poll(self, timeout_s: Optional[float]) -> bool:
+        return bool(self._epoll.poll(timeout_s))
 
     def _is_held_up(self) -> bool:
         """Return whether there is no record, or the next one is not committed."""
         position = self._read_to[0]
         if position == self._written_to[0]:
             return True
-        _barrier()
-        busy = self._headers[position % self._size // 4] & abi.BPF_RINGBUF_BUSY_BIT
-        _barrier()
+        barrier()
+        busy = self._headers[position % self._size // 4] & _BUSY
+        barrier()
         return bool(busy)
 
-    def _wait(self, end: Optional[float]) -> bool:
-        """Wait until a record is committed or discarded. Return whether one is."""
-        while True:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not self._epoll.poll(left):
-                return False
-            if not self._is_held_up():
-                return True
-            if left == 0:
-                return False
-            time.sleep(_BUSY_PAUSE_S)  # a reserved record makes the buffer readable as well
 
-
-def _deadline(timeout_s: Optional[float]) -> Optional[float]:
-    return None if timeout_s is None else time.monotonic() + timeout_s
-
-
-def _barrier() -> None:
+def barrier() -> None:
+    """Keep what is behind it from being done before what is in front of it."""
     with _lock:
         pass
