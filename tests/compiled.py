@@ -13,6 +13,7 @@ from pathlib import Path
 from since import needs_command
 
 FIXTURES = Path(__file__).parent / "fixtures"
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 CLANG = "clang-14"
 # Of clang, and of gcc.
 _BY_DEFAULT = (("-target", "bpf", "-g", "-mcpu=v3", "-Wall"), ("-gbtf",))
@@ -28,7 +29,9 @@ def compilers() -> list[str]:
 
 
 def compiled(name: str, *flags: str, compiler: str = CLANG) -> bytes:
-    """Return the object that clang makes of fixtures/NAME.bpf.c, for this machine's byte order.
+    """Return the object that clang makes of NAME.bpf.c, for this machine's byte order.
+
+    It is one of tests/fixtures, or else of docs/examples.
 
     A machine without a compiler takes what ``keep`` left in the directory TESTS_FIXTURES.
     """
@@ -40,7 +43,7 @@ def compiled(name: str, *flags: str, compiler: str = CLANG) -> bytes:
 
 def keep(directory: Path) -> None:
     """Compile all that kernel tests ask for, for machines without a compiler."""
-    for source in FIXTURES.glob("*.bpf.c*"):
+    for source in (*FIXTURES.glob("*.bpf.c*"), *EXAMPLES.glob("*.bpf.c")):
         name = source.name.partition(".")[0]
         for flags in [(), *((flag,) for flag in _ALSO_WITH.get(name, ()))]:
             (directory / _key(name, flags, CLANG)).write_bytes(compiled(name, *flags))
@@ -51,14 +54,15 @@ def _key(name: str, flags: tuple[str, ...], compiler: str) -> str:
     return "_".join([name, content[:16], compiler, *flags]) + ".o"
 
 
-def _sources(name: str) -> bytes:
-    headers = b"".join(path.read_bytes() for path in sorted(FIXTURES.glob("*.h")))
-    return _source(name).read_bytes() + headers
-
-
 def _source(name: str) -> Path:
     """C, or C++ where its name says so."""
-    return next(FIXTURES.glob(f"{name}.bpf.c*"))
+    return next(path for place in (FIXTURES, EXAMPLES) for path in place.glob(f"{name}.bpf.c*"))
+
+
+def _sources(name: str) -> bytes:
+    source = _source(name)
+    headers = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.h")))
+    return source.read_bytes() + headers
 
 
 @cache

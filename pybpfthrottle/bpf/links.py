@@ -125,13 +125,13 @@ class ProbeLink(Link):
 
 
 class Links(Link):
-    """The links of one program in several places, such as one for each CPU; ``fd`` is the first's.
+    """Links of one program in several places, such as one for each CPU, or of several programs.
 
-    What concerns one link is to be done with one of ``parts``.
+    ``fd`` is the first one's. What concerns one link is to be done with one of ``parts``.
     """
 
     def __init__(self, parts: Sequence[Link]) -> None:
-        super().__init__(parts[0].fd)
+        super().__init__(parts[0].fd if parts else -1)
         self.parts = tuple(parts)
 
     def detach(self) -> None:

@@ -23,6 +23,7 @@ from pybpfthrottle.bpf.errors import (
     ProgramLoadError,
     UnresolvedError,
 )
+from pybpfthrottle.bpf.links import Links
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
@@ -70,6 +71,17 @@ class Object:
             for variable in specs
             if variable.map.name in self.maps
         }
+
+    def attach(self) -> Links:
+        """Attach all programs as their sections say, and return what detaches them when closed.
+
+        Raises TypeError for a program whose section leaves open where it is attached, and
+        AttachError; then none is attached.
+        """
+        with ExitStack() as undo:
+            links = [undo.enter_context(one.attach()) for one in self.programs.values()]
+            undo.pop_all()
+        return Links(links)
 
     def record(self, name: str) -> RecordCodec:
         """Return the codec of a struct of the object's types, such as events are.
