@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from compiled import CLANG, compiled
-from since import needs_command
+from since import needs_command, running
 
 from pybpfthrottle import bpf
 from pybpfthrottle.bpf.tracing import binaries
@@ -42,7 +42,8 @@ def test_a_stack_has_names():
         assert user[0].name in ("getppid", "__getppid")
         assert "libc" in user[0].module
         kernel = names.kernel(stacks.get(live.variables["kernel_stack"].get() & 0xFFFFFFFF))
-        assert kernel
+        # Older ones have no stack of the kernel where a system call begins.
+        assert kernel or running() < (6, 1)
         assert all(symbol.name for symbol in kernel)
         assert stacks.get(-14) == []
         with pytest.raises(KeyError):

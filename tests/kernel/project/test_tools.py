@@ -41,6 +41,7 @@ def test_the_demo_shows_that_limits_hold(place: list[str]) -> None:
     ("what", "row", "column"),
     [
         ("cost", "throttle: IPv4 TCP", "ns"),
+        ("events", "ring: typed by BTF", "events_per_s"),
         ("live", "3 throttles", "upload_ns"),
         ("load", "shipped: pybpfthrottle", "peak_mb"),
         ("start", "pybpfthrottle run", "ms"),
