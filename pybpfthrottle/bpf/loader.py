@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf import descriptors, maps, pins, programs, syscall
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -23,16 +23,19 @@ from pybpfthrottle.bpf.errors import (
     ProgramLoadError,
     UnresolvedError,
 )
-from pybpfthrottle.bpf.links import Links
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
-from pybpfthrottle.bpf.records import RecordCodec
 from pybpfthrottle.bpf.running import RunningKernel
 from pybpfthrottle.bpf.variables import Memory, Variable
+
+# Few programs need these, and all would wait for them.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.links import Links
+    from pybpfthrottle.bpf.records import RecordCodec
 
 _OF_EVENTS = (MapType.RINGBUF, MapType.USER_RINGBUF, MapType.PERF_EVENT_ARRAY)
 # What kernels say of what they do not know.
@@ -78,6 +81,8 @@ class Object:
         Raises TypeError for a program whose section leaves open where it is attached, and
         AttachError; then none is attached.
         """
+        from pybpfthrottle.bpf.links import Links
+
         with ExitStack() as undo:
             links = [undo.enter_context(one.attach()) for one in self.programs.values()]
             undo.pop_all()
@@ -89,6 +94,9 @@ class Object:
         ``bpf.RingBuffer(loaded.maps["events"], loaded.record("event"))``. Raises LookupError if
         there is no struct of this name.
         """
+        from pybpfthrottle.bpf.obj.btf import Kind
+        from pybpfthrottle.bpf.records import RecordCodec
+
         types = self._spec.btf if self._spec else None
         found = types.find(Kind.STRUCT, name) if types else None
         if types is None or found is None:
@@ -274,9 +282,14 @@ def _record_of(spec: ObjectSpec, name: str) -> Optional[RecordCodec]:
     declared = spec.maps.get(name)
     if declared is None or spec.btf is None or not declared.value_type:
         return None
-    is_struct = spec.btf.resolve(declared.value_type).kind == Kind.STRUCT
-    is_events = declared.type in _OF_EVENTS
-    return RecordCodec(spec.btf, declared.value_type) if is_events and is_struct else None
+    if declared.type not in _OF_EVENTS:
+        return None
+    from pybpfthrottle.bpf.obj.btf import Kind
+    from pybpfthrottle.bpf.records import RecordCodec
+
+    if spec.btf.resolve(declared.value_type).kind != Kind.STRUCT:
+        return None
+    return RecordCodec(spec.btf, declared.value_type)
 
 
 def _fitting(given: Map[Any, Any], spec: MapSpec) -> Map[Any, Any]:
