@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from pybpfthrottle import bpf
-from pybpfthrottle.bpf.tracing.stacks import StackMap, Symbolizer, folded
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -34,13 +33,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         sample = loaded.programs["sample"]
         with sample.attach(frequency_hz=options.frequency, pid=options.pid):
             wait(options.seconds)
-        for line in folded(stacks(loaded)):
+        for line in bpf.folded(stacks(loaded)):
             print(line)
 
 
 def stacks(loaded: bpf.Object) -> dict[tuple[str, ...], int]:
     """Return how often each stack was found, the innermost function first."""
-    addresses, names = StackMap(loaded.maps["stacks"]), Symbolizer()
+    addresses, names = bpf.StackMap(loaded.maps["stacks"]), bpf.Symbolizer()
     found: dict[tuple[str, ...], int] = {}
     for key, count in loaded.maps["counts"].typed_by_btf().items():
         kernel = names.kernel(addresses.get(key["kernel"]))

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.records import RecordCodec
     from pybpfthrottle.bpf.ringbuf import RingBuffer
     from pybpfthrottle.bpf.running import RunningKernel
+    from pybpfthrottle.bpf.tracing.stacks import StackMap, Symbolizer, folded
     from pybpfthrottle.bpf.userring import UserRingBuffer
     from pybpfthrottle.bpf.variables import Variable
 
@@ -90,6 +91,8 @@ __all__ = [
     "RecordCodec",
     "RingBuffer",
     "RunningKernel",
+    "StackMap",
+    "Symbolizer",
     "TestRunResult",
     "UnresolvedError",
     "UnsupportedMachineError",
@@ -97,6 +100,7 @@ __all__ = [
     "Variable",
     "VariableSpec",
     "VerifierError",
+    "folded",
     "inspect",
     "load",
     "read_file",
@@ -135,6 +139,8 @@ _HOMES = {
     "RecordCodec": "records",
     "RingBuffer": "ringbuf",
     "RunningKernel": "running",
+    "StackMap": "tracing.stacks",
+    "Symbolizer": "tracing.stacks",
     "TestRunResult": "programs",
     "UnresolvedError": "errors",
     "UnsupportedMachineError": "errors",
@@ -142,6 +148,7 @@ _HOMES = {
     "Variable": "variables",
     "VariableSpec": "obj.specs",
     "VerifierError": "errors",
+    "folded": "tracing.stacks",
     "inspect": "obj.inspection",
     "load": "loader",
     "read_file": "obj.elf",

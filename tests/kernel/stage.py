@@ -40,6 +40,7 @@ _PATIENCE_S = 40.0
 _MEASURED_S = 0.8
 # The burst, and a machine that does other things besides.
 _MOST_RATIO = 1.35
+_OBJECTS = ("events", "flows", "opensnoop", "profile", "tracing")
 _PIDS = ("1234", "5678")
 _DOWNLOADERS = ("apt-get", "crawl", "hf", "ollama", "pip")
 _UPLOADERS = ("borg", "restic", "rsync")
@@ -133,8 +134,9 @@ class Stage:
         blocks = [block for block in section.blocks if block.excuse is None]
         text = "".join(block.text for block in blocks)
         self._cast(text)
-        if "flows.o" in text:
-            (self._directory / "flows.o").write_bytes(compiled("flows"))
+        for name in _OBJECTS:
+            if f"{name}.o" in text:
+                (self._directory / f"{name}.o").write_bytes(compiled(name))
         for block in blocks:
             _RUNNERS[block.language](self, block)
         self._interrupt()
