@@ -23,6 +23,13 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> Sample:
     return (first - begin) / 1e6, second
 
 
+def ended(command: Sequence[str], environment: Mapping[str, str]) -> Sample:
+    """Milliseconds until a command has ended."""
+    begin = time.time_ns()
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=True)
+    return (time.time_ns() - begin) / 1e6, 0
+
+
 def medians(samples: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
     """A row for each name."""
     return {

@@ -1,56 +1,91 @@
-"""Time from process start to both directions attached, and peak memory."""
+"""Time from process start to both directions attached, or to the end, and peak memory.
+
+The last column is how many times the bare interpreter that is.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benches.process import Sample, medians, timed
+from benches.process import Sample, ended, medians, timed
 from benches.table import configure, show
 from pybpfthrottle.linux import cgroup
 
 __all__ = ["configure", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
+BARE, RUN = "bare interpreter", "pybpfthrottle run"
+# Measured until they end.
+ENDING = ("pybpfthrottle --help", "pybpfthrottle list")
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Each way ends in a command that tells when it got there, and what its parent needed."""
-    arrived = ["sh", "-c", "date +%s%N; grep VmHWM /proc/$PPID/status"]
-    limits = ["--download-limit", "1G", "--upload-limit", "1G"]
-    bare = f"import os; os.spawnvp(os.P_WAIT, 'sh', {arrived!r})"
-    tool = [sys.executable, "-m", "pybpfthrottle"]
-    ways = {
-        "bare interpreter": [sys.executable, "-c", bare],
-        "pybpfthrottle run": [*tool, "run", "--quiet", *limits, "--", *arrived],
-    }
+    """Each way ends in a command that tells when it got there, or simply ends."""
     with tempfile.TemporaryDirectory() as directory:
         # Modules are compiled once, in the first round, as in an installed package.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": directory}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         scratch = cgroup.root().create_child(f"bench-{os.getpid()}")
         try:
-            if shutil.which("bpftool"):
-                script = Path(directory, "bpftool.sh")
-                script.write_text(_BPFTOOL)
-                target = "bpfel" if sys.byteorder == "little" else "bpfeb"
-                built = str(ROOT / "prebuilt" / f"throttle.{target}.o")
-                arguments = [str(script), directory, built, scratch.path]
-                ways["bpftool, 3 calls"] = ["unshare", "--mount", "sh", *arguments]
+            ways = _ways(directory, scratch.path)
             samples: dict[str, list[Sample]] = {name: [] for name in ways}
+            imports: list[Sample] = []
             for _ in range(rounds):
                 for name, command in ways.items():
-                    samples[name].append(timed(command, environment))
+                    take = ended if name in ENDING else timed
+                    samples[name].append(take(command, environment))
+                imports.append((_importing_ms(ways[RUN], environment), 0))
         finally:
             scratch.remove()
-    return medians(samples)
+    rows = medians({**samples, f"{RUN}: its imports, traced": imports})
+    for row in rows.values():
+        row["times"] = round(row["ms"] / rows[BARE]["ms"], 1)
+    return rows
 
 
+def _ways(directory: str, path: str) -> dict[str, list[str]]:
+    """The commands by their names; ``path`` is that of a cgroup to be limited."""
+    arrived = ["sh", "-c", "date +%s%N; grep VmHWM /proc/$PPID/status"]
+    limits = ["--download-limit", "1G", "--upload-limit", "1G"]
+    tool = [sys.executable, "-m", "pybpfthrottle"]
+    ways = {
+        BARE: [sys.executable, "-c", f"import os; os.spawnvp(os.P_WAIT, 'sh', {arrived!r})"],
+        RUN: [*tool, "run", "--quiet", *limits, "--", *arrived],
+        "pybpfthrottle.limit(cgroup=)": [sys.executable, "-c", _CORE.format(path, arrived)],
+        "pybpfthrottle --help": [*tool, "--help"],
+        "pybpfthrottle list": [*tool, "list"],
+    }
+    if shutil.which("bpftool"):
+        script = Path(directory, "bpftool.sh")
+        script.write_text(_BPFTOOL)
+        target = "bpfel" if sys.byteorder == "little" else "bpfeb"
+        built = str(ROOT / "prebuilt" / f"throttle.{target}.o")
+        ways["bpftool, 3 calls"] = ["unshare", "--mount", "sh", str(script), directory, built, path]
+    return ways
+
+
+def _importing_ms(command: list[str], environment: dict[str, str]) -> float:
+    """How long all imports of a command take, as Python tells; to tell it takes time as well."""
+    traced = {**environment, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(command, env=traced, capture_output=True, text=True, check=True)
+    lines = (line.partition("import time:")[2] for line in done.stderr.splitlines())
+    own_us = (line.split("|")[0].strip() for line in lines)
+    return sum(int(microseconds) for microseconds in own_us if microseconds.isdigit()) / 1000
+
+
+_CORE = """
+import os, pybpfthrottle
+limit = pybpfthrottle.limit(cgroup={!r}, download="1G", upload="1G", supervise=False)
+os.spawnvp(os.P_WAIT, "sh", {!r})
+limit.remove()
+"""
 # The time of mounting is not bpftool's: it ends before the first call begins.
 _BPFTOOL = """
 mount -t bpf none "$1" || exit 1
