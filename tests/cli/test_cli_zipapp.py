@@ -93,6 +93,17 @@ def test_a_command_runs_on_a_bare_python_from_a_read_only_disk(archive, tmp_path
     assert [path.name for path in archive.parent.iterdir()] == [archive.name]
 
 
+def test_a_limit_needs_neither_sys_nor_the_kernels_log(archive, tmp_path):
+    """Without /sys and /dev/kmsg, and with cgroup v2 elsewhere, a command is limited as well."""
+    script = (
+        'mount -t cgroup2 none "$0"; umount -R -l /sys; mount --bind /dev/null /dev/kmsg; exec "$@"'
+    )
+    in_place = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
+    command = [sys.executable, "-S", str(archive), *LIMIT, "sh", "-c", "ls /sys; exit 3"]
+    done = subprocess.run([*in_place, str(tmp_path), *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
 def test_a_python_without_its_optional_modules_suffices(archive):
     """A limit and the checks need none of the modules that small Pythons lack."""
     arguments = [str(archive), *LIMIT, "sh", "-c", "exit 3"]
