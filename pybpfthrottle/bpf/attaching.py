@@ -28,15 +28,13 @@ import socket
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Optional, Union
 
-from pybpfthrottle.bpf import abi, iterating, links
+from pybpfthrottle.bpf import abi, links
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.obj import releases
 from pybpfthrottle.bpf.privileges import capabilities_for, why_refused
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.bpf.running import version, version_code
-from pybpfthrottle.bpf.tracing import by_section, nearest, tracefs
 
 Place = Union[str, "os.PathLike[str]", int]
 # What a program goes before or after.
@@ -45,6 +43,8 @@ Neighbour = Union[Program, Link]
 _A, _P = AttachType, ProgType
 _NOWHERE = "none"
 _TCX = (_A.TCX_INGRESS, _A.TCX_EGRESS)
+# What is in tracing.by_section: few programs that are attached need that.
+_PROBES = (_P.KPROBE, _P.TRACEPOINT, _P.PERF_EVENT)
 _TRACEPOINTS = (_P.RAW_TRACEPOINT, _P.RAW_TRACEPOINT_WRITABLE)
 _ARGUMENTS = {
     **dict.fromkeys(
@@ -142,13 +142,17 @@ def attach(program: Program, attach_type: Optional[AttachType], **places: Any) -
 
     Raises TypeError for an argument that it does not take, or lacks, and AttachError.
     """
-    if by_section.is_probe(program):
+    if program.type in _PROBES:
+        from pybpfthrottle.bpf.tracing import by_section
+
         return by_section.attach(program, places)
     if attach_type is None:
         attach_type = program.expected_attach_type
     if attach_type is None:
         attach_type = _DEFAULTS.get(program.type)
     if attach_type is _A.TRACE_ITER:
+        from pybpfthrottle.bpf import iterating
+
         return iterating.attach(program, **_only_for_iterators(program, places))
     argument = _argument(program, attach_type)
     options = _options(places, attach_type, argument)
@@ -294,6 +298,8 @@ def _order(
 
 
 def _is_older_than_tcx(error: OSError) -> bool:
+    from pybpfthrottle.bpf.running import version, version_code
+
     return error.errno == errno.EINVAL and version() < version_code("6.6")
 
 
@@ -359,6 +365,8 @@ def _why(
 
 
 def _nearest_tracepoints(name: str) -> str:
+    from pybpfthrottle.bpf.tracing import nearest, tracefs
+
     try:
         with tracefs.directory() as place:
             known = tracefs.tracepoints(place)

@@ -457,11 +457,16 @@ def possible_cpus() -> int:
 
 def parse_cpus(text: str) -> int:
     """Return the number of CPUs in a list such as ``0-3,8``."""
-    count = 0
+    return len(cpu_numbers(text))
+
+
+def cpu_numbers(text: str) -> list[int]:
+    """Return the numbers of the CPUs in a list such as ``0-3,8``."""
+    numbers: list[int] = []
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
-        count += int(last or first) - int(first) + 1
-    return count
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _count_cpus() -> int:

@@ -47,6 +47,8 @@ class PerfBuffer(Reader):
     no power of two, and BpfError.
     """
 
+    _look_s = _LOOK_S
+
     def __init__(
         self,
         of: Map[Any, Any],

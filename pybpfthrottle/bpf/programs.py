@@ -145,11 +145,11 @@ class Program:
         such a program does not take, or lacks; AttachError where the kernel refuses, and for
         programs that links do not attach, with what to use.
         """
+        given = {name: value for name, value in locals().items() if value is not None}
+        given.pop("self")
+        given.pop("attach_type", None)
         from pybpfthrottle.bpf import attaching
 
-        given = {name: value for name, value in locals().items() if value is not None}
-        for name in ("self", "attaching", "attach_type"):
-            given.pop(name, None)
         return attaching.attach(self, attach_type, **given)
 
     def iterate(

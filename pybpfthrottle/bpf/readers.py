@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, AsyncIterator, Callable, Iterator, Optional
 
 from pybpfthrottle.bpf.codecs import RAW, Codec, CodecLike, codec_for
@@ -17,6 +18,9 @@ BUSY_PAUSE_S = 0.0001
 
 class Reader(ABC):
     """A reader of events; ``close`` or ``with`` ends it."""
+
+    # How often a reader on asyncio has a look without being woken; None for never.
+    _look_s: Optional[float] = None
 
     @abstractmethod
     def fileno(self) -> int:
@@ -76,7 +80,8 @@ class Reader(ABC):
                     yield record
                     if count % _TURN == 0:
                         await asyncio.sleep(0)
-                await ready.wait()
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ready.wait(), self._look_s)
                 ready.clear()
                 # One that is reserved and not submitted makes the buffer readable as well.
                 await asyncio.sleep(BUSY_PAUSE_S if self._is_held_up() else 0)

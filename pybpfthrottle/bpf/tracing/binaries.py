@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import struct
-import sysconfig
+import sys
 from contextlib import suppress
 from functools import cache, cached_property
 from typing import Any, Iterable, Iterator, NamedTuple, Optional
@@ -20,7 +20,7 @@ from pybpfthrottle.bpf.tracing import nearest
 _CACHE = "/etc/ld.so.cache"
 _CACHE_MAGIC = b"glibc-ld.so.cache1.1"
 _CACHE_HEADER, _CACHE_ENTRY = struct.Struct("=20s2I20x"), struct.Struct("=i2IIQ")
-_MULTIARCH = sysconfig.get_config_var("MULTIARCH") or "."  # such as x86_64-linux-gnu
+_MULTIARCH = getattr(sys.implementation, "_multiarch", ".")  # such as x86_64-linux-gnu
 _DIRECTORIES = (
     *(f"/lib/{_MULTIARCH}", f"/usr/lib/{_MULTIARCH}", "/lib64", "/usr/lib64", "/lib", "/usr/lib"),
 )

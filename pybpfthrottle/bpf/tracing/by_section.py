@@ -138,16 +138,10 @@ _OF_ATTACH_TYPES = {
     AttachType.TRACE_UPROBE_MULTI: "uprobe.multi",
     AttachType.TRACE_UPROBE_SESSION: "uprobe.session",
 }
-_TYPES = (ProgType.KPROBE, *_OF_TYPES)
-
-
-def is_probe(program: Program) -> bool:
-    """Return whether a program is attached by what is here."""
-    return program.type in _TYPES
 
 
 def attach(program: Program, given: Given) -> Link:
-    """Attach a program for which ``is_probe``, by what is given and what its section says.
+    """Attach a probe, or a profile, by what is given and what its section says.
 
     Raises TypeError for an argument that it does not take, or lacks, and AttachError.
     """

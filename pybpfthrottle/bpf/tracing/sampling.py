@@ -9,6 +9,7 @@ from typing import Optional
 from pybpfthrottle.bpf import perf, perf_abi
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link, Links
+from pybpfthrottle.bpf.maps import cpu_numbers
 from pybpfthrottle.bpf.perf_abi import PerfEventAttr
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.tracing import events, nearest
@@ -85,15 +86,6 @@ def _why(error: OSError, pid: Optional[int]) -> str:
 def online() -> list[int]:
     """Return the numbers of the CPUs that are online."""
     try:
-        return parse(perf.read(ONLINE))
+        return cpu_numbers(perf.read(ONLINE))
     except OSError:
         return sorted(os.sched_getaffinity(0))
-
-
-def parse(text: str) -> list[int]:
-    """Return the numbers in a list such as "0-3,8"."""
-    numbers: list[int] = []
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers

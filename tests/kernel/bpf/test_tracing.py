@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 import pytest
 from compiled import CLANG, FIXTURES, compiled
-from since import needs_command, needs_machine, needs_option, needs_release, since
+from since import needs_command, needs_machine, needs_option, needs_release, parse, running, since
 
 from pybpfthrottle import bpf
 from pybpfthrottle.bpf.abi import LinkType
@@ -85,8 +85,6 @@ def needs_functions() -> None:
 
 def since_release(release: str) -> bool:
     """Whether the running kernel is of this release or a later one."""
-    from since import parse, running
-
     return running() >= parse(release)
 
 
@@ -300,22 +298,21 @@ class TestOfPrograms:
 class TestProfiles:
     """Programs that run by a frequency."""
 
-    @pytest.mark.parametrize("places", [{}, {"pid": os.getpid()}, {"cpu": 0}])
-    def test_a_frequency(self, places: dict[str, int]):
-        """A busy process is found running, on all CPUs, on one, or by its number."""
-        if "cpu" in places:
-            before = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, {0})
-        with loaded("at_sample") as live:
-            if "pid" in places:  # under xdist the process is another one
-                places = {"pid": os.getpid()}
-            with live.programs["at_sample"].attach(frequency_hz=500, **places):
-                deadline = time.monotonic() + 20
-                while not runs(live) and time.monotonic() < deadline:
-                    sum(range(100000))
-            assert runs(live) != 0
-        if "cpu" in places:
-            os.sched_setaffinity(0, before)
+    @pytest.mark.parametrize("of", ["all", "pid", "cpu"])
+    def test_a_frequency(self, of: str):
+        """A busy process is found running, on all CPUs, by its number, or on one."""
+        allowed = os.sched_getaffinity(0)
+        places = {"all": {}, "pid": {"pid": os.getpid()}, "cpu": {"cpu": min(allowed)}}[of]
+        with ExitStack() as stack:
+            if of == "cpu":
+                os.sched_setaffinity(0, {min(allowed)})
+                stack.callback(os.sched_setaffinity, 0, allowed)
+            live = stack.enter_context(loaded("at_sample"))
+            stack.enter_context(live.programs["at_sample"].attach(frequency_hz=500, **places))
+            deadline = time.monotonic() + 20
+            while not runs(live) and time.monotonic() < deadline:
+                sum(range(100000))
+            assert runs(live)
 
     def test_what_is_wrong(self):
         """A frequency is needed, and an event that exists, and a process that does."""

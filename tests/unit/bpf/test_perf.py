@@ -133,6 +133,18 @@ def test_no_tracefs_is_said(monkeypatch):
         tracefs.tracepoint_id("sched/sched_switch")
 
 
+def test_a_kernel_without_probes_is_told(kernel, monkeypatch, tmp_path):
+    """Where there are neither events for probes nor tracefs's files, the option is named."""
+    (tmp_path / "events").mkdir()
+    monkeypatch.setattr(tracefs, "_PLACES", (str(tmp_path),))
+    monkeypatch.setattr(events, "device_type", lambda device: None)
+    with program() as one, pytest.raises(AttachError, match="no kprobes"):
+        one.attach(function="do_exit")
+    with program(section="uprobe") as one:
+        with pytest.raises(AttachError, match="CONFIG_UPROBE_EVENTS"):
+            one.attach(binary="/proc/self/exe", offset=64)
+
+
 def test_an_unknown_section_goes_by_what_is_given(kernel, made_up):
     """A program without a section, as one that is opened by its id, is told by its place."""
     with program(section=None) as one:
