@@ -8,7 +8,6 @@ import re
 import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
 
@@ -321,6 +320,8 @@ def _fit(
     linked = relocate.link(spec, program)
     if target is None:
         return fitting.fit(program, linked)
+    from dataclasses import replace
+
     fitted = fitting.fit(replace(program, attach_to=None), linked)
     return fitted._replace(target=_function_of(target, program))
 

@@ -266,6 +266,14 @@ class TestOfPrograms:
             with pytest.raises(ValueError, match="1 cookies do not suit 2"):
                 live.programs["at_many_of_libc"].attach(function=["getppid", "getpid"], cookies=[1])
 
+    @since("6.13")
+    def test_a_session(self):
+        """A program in uprobe.session runs at both ends of a function."""
+        with loaded("at_both_ends_of_getppid") as live:
+            with live.programs["at_both_ends_of_getppid"].attach():
+                getppid()
+            assert runs(live) == 2
+
     @since("5.15")
     @pytest.mark.parametrize("stripped", [False, True])
     def test_a_usdt_probe(self, tmp_path: Path, stripped: bool):
