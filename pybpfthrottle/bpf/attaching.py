@@ -135,6 +135,8 @@ _SINCE: dict[Union[AttachType, str], str] = {
     "tracepoint": "4.17",
     _NOWHERE: "5.5",
 }
+# The same for options, where they are newer than the links.
+_NEWER = {"cgroup": "6.17", "tracepoint": "6.10", _NOWHERE: "6.0"}
 
 
 def attach(program: Program, attach_type: Optional[AttachType], **places: Any) -> Link:
@@ -165,7 +167,7 @@ def attach(program: Program, attach_type: Optional[AttachType], **places: Any) -
         raise AttachError(
             f"cannot attach {_described(program, attach_type)}"
             f"{'' if place is None else f' to {argument} {place!s}'}:"
-            f" {_why(error, program, attach_type, argument, place)}",
+            f" {_why(error, program, attach_type, argument, place, options)}",
             errno=error.errno or 0,
         ) from error
 
@@ -181,6 +183,8 @@ def _options(
     places: dict[str, Any], attach_type: Optional[AttachType], argument: str
 ) -> dict[str, Any]:
     """Take out what is not the place."""
+    if attach_type is None and argument == _NOWHERE:
+        return {}
     by_type = _OPTIONS.get(attach_type) if attach_type is not None else None
     names = _OPTIONS.get(argument, ()) if by_type is None else by_type
     return {name: places.pop(name) for name in names if places.get(name) is not None}
@@ -350,6 +354,7 @@ def _why(
     attach_type: Optional[AttachType],
     argument: str,
     place: Any,
+    options: Iterable[str],
 ) -> str:
     if error.errno in (errno.EPERM, errno.ENOSYS):
         return why_refused(error, str(error.filename), capabilities_for(program.type))
@@ -357,6 +362,9 @@ def _why(
         return f"{error}{_nearest_tracepoints(place)}"
     if error.errno != errno.EINVAL:
         return str(error)
+    newer = [f"{name}= needs Linux {_NEWER[argument]}" for name in options if argument in _NEWER]
+    if newer:
+        return f"{error} ({', '.join(newer)})"
     release = _SINCE[argument] if attach_type is None else _SINCE.get(attach_type, _SINCE[argument])
     older = ""
     if argument in ("cgroup", "map"):

@@ -44,6 +44,8 @@ def attach(
     """
     if sum(place is not None for place in (map, cgroup, pid)) > 1:
         raise TypeError(f"{program.name!r} visits one place: map=, cgroup= or pid=")
+    if order is not None and order not in _ORDERS:
+        raise TypeError(f"order={order!r} is not one of {', '.join(_ORDERS)}")
     info = abi.IterInfo()
     with ExitStack() as opened:
         if map is not None:

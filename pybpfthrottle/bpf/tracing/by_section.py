@@ -40,20 +40,27 @@ class Kind(NamedTuple):
     fixed: Given = {}  # noqa: RUF012 (never changed)
 
 
-def _kprobe(program: Program, function: str, **options: Any) -> Link:
-    return kernel_probes.attach_kprobe(program, function, **options)
+def _kprobe(program: Program, function: Any, **options: Any) -> Link:
+    return kernel_probes.attach_kprobe(program, _one(program, function), **options)
 
 
-def _syscall(program: Program, function: str, **options: Any) -> Link:
-    return kernel_probes.attach_syscall(program, function, **options)
+def _syscall(program: Program, function: Any, **options: Any) -> Link:
+    return kernel_probes.attach_syscall(program, _one(program, function), **options)
+
+
+def _one(program: Program, function: Any) -> str:
+    if not isinstance(function, str):
+        raise TypeError(f"{program.name!r} takes one function; those in .multi sections take many")
+    return function
 
 
 def _kprobe_multi(program: Program, function: Any, **options: Any) -> Link:
     return kernel_probes.attach_kprobe_multi(program, function, **options)
 
 
-def _uprobe(program: Program, **options: Any) -> Link:
-    return user_probes.attach_uprobe(program, **options)
+def _uprobe(program: Program, function: Any = None, **options: Any) -> Link:
+    name = None if function is None else _one(program, function)
+    return user_probes.attach_uprobe(program, function=name, **options)
 
 
 def _uprobe_multi(program: Program, binary: str, function: Any, **options: Any) -> Link:

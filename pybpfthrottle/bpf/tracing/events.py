@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.links import Link, ProbeLink
 from pybpfthrottle.bpf.perf_abi import PerfEventAttr
 from pybpfthrottle.bpf.privileges import Capability, missing_capabilities
 from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.bpf.tracing.tracefs import Probe
 
 _DEVICES = "/sys/bus/event_source/devices"
 _PARANOID = "/proc/sys/kernel/perf_event_paranoid"
@@ -82,6 +83,21 @@ def attach(
             os.close(event)  # the link keeps it
         failed.pop_all()
         return ProbeLink(fd, undo)
+
+
+def attach_made(
+    program: Program, probe: Probe, *, pid: Optional[int] = None, cookie: Optional[int] = None
+) -> Link:
+    """Attach to a probe that was made in tracefs; it is removed with the link, or if this fails.
+
+    Raises OSError, or AttachError.
+    """
+    try:
+        event = open_tracepoint(probe.id, pid)
+    except BaseException:
+        probe.remove()
+        raise
+    return attach(program, event, cookie=cookie, undo=probe.remove)
 
 
 def _link(program: Program, event: int, cookie: Optional[int]) -> Optional[int]:

@@ -61,13 +61,7 @@ def attach_kprobe(
     try:
         if device is None:
             probe = tracefs.make_probe("kprobe_events", str(place), returns=returns)
-            undo = probe.remove
-            try:
-                event = events.open_tracepoint(probe.id)
-            except BaseException:
-                undo()
-                raise
-            return events.attach(program, event, cookie=cookie, undo=undo)
+            return events.attach_made(program, probe, cookie=cookie)
         return events.attach(program, _open(place, device, returns=returns), cookie=cookie)
     except OSError as error:
         raise AttachError(

@@ -94,12 +94,7 @@ def attach_at(
             counter = f"({ref_counter:#x})" if ref_counter else ""
             where = f"{path}:{offset:#x}{counter}"
             probe = tracefs.make_probe("uprobe_events", where, returns=returns)
-            try:
-                event = events.open_tracepoint(probe.id, pid)
-            except BaseException:
-                probe.remove()
-                raise
-            return events.attach(program, event, cookie=cookie, undo=probe.remove)
+            return events.attach_made(program, probe, pid=pid, cookie=cookie)
         name = ctypes.create_string_buffer(os.fsencode(path))
         attr = PerfEventAttr(type=device, config1=ctypes.addressof(name), config2=offset)
         attr.config = ref_counter << _REF_COUNTER_SHIFT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from since import needs_option, needs_release
 
-from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf import abi, perf_abi
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.insn import INSN_BYTES
 
@@ -135,6 +135,38 @@ def test_each_link_info_has_the_kernels_layout(types, name):
     expected = types.fields(inner)
     found = our_fields(dict(abi.LinkDetails._fields_)[name])
     assert found == {field: expected[field][:2] for field in found}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, _ in abi.LinkParameters._fields_ if not name.startswith("_")]
+)
+def test_each_links_parameters_have_the_kernels_layout(types, name):
+    """Each field that a type of link has besides is where the kernel has it, and as large."""
+    at, _, inner = types.fields(types.attr_member("link_create"))[name]
+    assert at == abi.LinkCreate._parameters.offset * 8
+    expected = types.fields(inner)
+    found = our_fields(dict(abi.LinkParameters._fields_)[name])
+    assert found == {field: expected[field][:2] for field in found}
+
+
+@pytest.mark.parametrize("name", [name for name, _ in abi.IterInfo._fields_])
+def test_each_restriction_of_iterators_has_the_kernels_layout(types, name):
+    """Each field of union bpf_iter_link_info is where the kernel has it, and as large."""
+    union = types.btf.find(Kind.UNION, "bpf_iter_link_info")
+    expected = types.fields(types.fields(union)[name][2])
+    found = our_fields(dict(abi.IterInfo._fields_)[name])
+    assert found == {field: expected[field][:2] for field in found}
+
+
+def test_a_perf_event_has_the_kernels_layout(types):
+    """Each field of struct perf_event_attr is where the kernel has it, and as large."""
+    expected = types.fields(types.struct("perf_event_attr"))
+    names = {"flags": "disabled"}  # the first of its bits
+    found = our_fields(perf_abi.PerfEventAttr)
+    for field, place in found.items():
+        theirs = expected[names.get(field, field)]
+        assert (field, place[0]) == (field, theirs[0])
+        assert field == "flags" or place[1] == theirs[1]
 
 
 def test_an_instruction_has_the_kernels_layout(types):

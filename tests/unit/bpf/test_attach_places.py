@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import errno
 
 import pytest
 
-from pybpfthrottle.bpf import privileges, programs
+from pybpfthrottle.bpf import abi, privileges, programs
 from pybpfthrottle.bpf.abi import AttachType, Cmd, ProgType
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.obj import asm
@@ -122,3 +123,44 @@ def test_a_program_that_was_loaded_for_a_function_takes_no_place(kernel):
         with one.attach():
             (attr,) = kernel.given(Cmd.RAW_TRACEPOINT_OPEN)
     assert attr.raw_tracepoint.name == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "words"),
+    [
+        ((ProgType.TRACING, AttachType.TRACE_FENTRY, "do_exit"), {"cookie": 1}, "cookie= .* 6.0"),
+        ((ProgType.CGROUP_SKB, INGRESS), {"cgroup": CGROUP_FD, "first": True}, "first= .* 6.17"),
+    ],
+)
+def test_an_option_that_is_newer_is_told_of(kernel, kind, places, words):
+    """EINVAL names the release with the option, where the links are older than that."""
+    kernel.refuse(Cmd.LINK_CREATE, errno.EINVAL)
+    with program(*kind) as one, pytest.raises(AttachError, match=words):
+        one.attach(**places)
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "words"),
+    [
+        ((ProgType.EXT, None, "one"), {"cookie": 1}, "cannot be attached by cookie="),
+        ((ProgType.TRACING, AttachType.TRACE_ITER, "task"), {"interface": 1}, "by interface="),
+        ((ProgType.KPROBE, None), {"function": ["a", "b"]}, "takes one function"),
+        ((ProgType.TRACEPOINT, None), {"function": "a"}, "by function="),
+    ],
+)
+def test_an_option_has_to_suit_the_program(kernel, kind, places, words):
+    """What a kind of program does not take is refused, and not left out."""
+    with program(*kind) as one, pytest.raises(TypeError, match=words):
+        one.attach(**places)
+
+
+def test_iterators_visit_one_place(kernel):
+    """Two restrictions at once, and an order that there is not, are refused."""
+    with program(ProgType.TRACING, AttachType.TRACE_ITER, "cgroup") as one:
+        with pytest.raises(TypeError, match="visits one place"):
+            one.iterate(cgroup=CGROUP_FD, pid=1)
+        with pytest.raises(TypeError, match="order='sideways' is not one of self, down"):
+            one.iterate(cgroup=CGROUP_FD, order="sideways")
+        one.attach(cgroup=CGROUP_FD).close()
+    (attr,) = kernel.given(Cmd.LINK_CREATE)
+    assert attr.link_create.iter_info_len == ctypes.sizeof(abi.IterInfo)
