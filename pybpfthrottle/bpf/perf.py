@@ -69,12 +69,12 @@ def append(path: str, text: str) -> None:
         os.close(fd)
 
 
-def mount_tracefs() -> int:
-    """Return a descriptor of tracefs's root, mounted where nobody else sees it.
+def mount_nowhere(kind: str) -> int:
+    """Return a descriptor of a file system's root, such as tracefs's, mounted at no path.
 
     The mount ends with the descriptor. Linux 5.2; needs CAP_SYS_ADMIN. Raises OSError.
     """
-    name = ctypes.create_string_buffer(b"tracefs")
+    name = ctypes.create_string_buffer(kind.encode())
     context = _call("fsopen", _FSOPEN, ctypes.addressof(name), _CLOEXEC)
     try:
         _call("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, 0, 0, 0)

@@ -30,7 +30,7 @@ def directory() -> Iterator[str]:
             yield place
             return
     try:
-        fd = perf.mount_tracefs()
+        fd = perf.mount_nowhere("tracefs")
     except OSError as error:
         raise AttachError(
             f"tracefs is not mounted, and cannot be mounted for this process alone ({error});"

@@ -19,6 +19,7 @@ from compiled import CLANG, FIXTURES, compiled
 from since import needs_command, needs_machine, needs_option, needs_release, parse, running, since
 
 from pybpfthrottle import bpf
+from pybpfthrottle.bpf import perf
 from pybpfthrottle.bpf.abi import LinkType
 from pybpfthrottle.bpf.errors import AttachError, ProgramLoadError
 from pybpfthrottle.bpf.loader import Object
@@ -198,10 +199,11 @@ class TestOfTheKernel:
     def test_a_security_hook(self):
         """A program of a security hook is asked, where the BPF security module is on."""
         needs_functions()
-        modules = Path("/sys/kernel/security/lsm")
-        if not modules.exists():
-            subprocess.run(["mount", "-t", "securityfs", "s", "/sys/kernel/security"], check=True)
-        on = "bpf" in modules.read_text().split(",")
+        security = perf.mount_nowhere("securityfs")
+        try:
+            on = "bpf" in Path(f"/proc/self/fd/{security}/lsm").read_text().split(",")
+        finally:
+            os.close(security)
         needs_option("CONFIG_BPF_LSM", works=on)
         check("at_file_open", open_null)
 

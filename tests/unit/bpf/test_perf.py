@@ -124,11 +124,11 @@ def test_a_refused_event_leaves_nothing_open(kernel, made_up, monkeypatch):
 def test_no_tracefs_is_said(monkeypatch):
     """Where tracefs is not mounted and may not be, the error says how to mount it."""
 
-    def refused():
+    def refused(kind):
         raise PermissionError(errno.EPERM, "Operation not permitted", "fsmount")
 
     monkeypatch.setattr(tracefs, "_PLACES", ("/nowhere",))
-    monkeypatch.setattr(perf, "mount_tracefs", refused)
+    monkeypatch.setattr(perf, "mount_nowhere", refused)
     with pytest.raises(AttachError, match="as root: mount -t tracefs"):
         tracefs.tracepoint_id("sched/sched_switch")
 
