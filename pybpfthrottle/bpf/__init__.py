@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         AmbiguousTypeError,
         AttachError,
         BpfError,
+        CompileError,
         Error,
         ExternError,
         MapCreateError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.records import RecordCodec
     from pybpfthrottle.bpf.ringbuf import RingBuffer
     from pybpfthrottle.bpf.running import RunningKernel
+    from pybpfthrottle.bpf.struct_ops import StructOps
     from pybpfthrottle.bpf.tracing.stacks import StackMap, Symbolizer, folded
     from pybpfthrottle.bpf.userring import UserRingBuffer
     from pybpfthrottle.bpf.variables import Variable
@@ -65,6 +67,7 @@ __all__ = [
     "AttachType",
     "BloomFilter",
     "BpfError",
+    "CompileError",
     "Error",
     "ExternError",
     "Feature",
@@ -92,6 +95,7 @@ __all__ = [
     "RingBuffer",
     "RunningKernel",
     "StackMap",
+    "StructOps",
     "Symbolizer",
     "TestRunResult",
     "UnresolvedError",
@@ -113,6 +117,7 @@ _HOMES = {
     "AttachType": "abi",
     "BloomFilter": "keyless",
     "BpfError": "errors",
+    "CompileError": "errors",
     "Error": "errors",
     "ExternError": "errors",
     "Feature": "features",
@@ -140,6 +145,7 @@ _HOMES = {
     "RingBuffer": "ringbuf",
     "RunningKernel": "running",
     "StackMap": "tracing.stacks",
+    "StructOps": "struct_ops",
     "Symbolizer": "tracing.stacks",
     "TestRunResult": "programs",
     "UnresolvedError": "errors",

@@ -268,6 +268,9 @@ BPF_F_NUMA_NODE = 1 << 2
 BPF_F_STACK_BUILD_ID = 1 << 5
 BPF_F_RDONLY_PROG = 1 << 7
 BPF_F_MMAPABLE = 1 << 10
+BPF_F_LINK = 1 << 13
+BPF_F_VTYPE_BTF_OBJ_FD = 1 << 15
+BPF_F_TOKEN_FD = 1 << 16
 
 # What BPF_ENABLE_STATS enables.
 BPF_STATS_RUN_TIME = 0
@@ -308,6 +311,8 @@ class MapCreate(ctypes.Structure):
         ("btf_value_type_id", c_uint32),
         ("btf_vmlinux_value_type_id", c_uint32),
         ("map_extra", c_uint64),
+        ("value_type_btf_obj_fd", c_int32),
+        ("map_token_fd", c_int32),
     )
 
 
@@ -368,6 +373,7 @@ class ProgLoad(ctypes.Structure):
         ("core_relos", c_uint64),
         ("core_relo_rec_size", c_uint32),
         ("log_true_size", c_uint32),
+        ("prog_token_fd", c_int32),
     )
 
 
@@ -425,6 +431,9 @@ class BtfLoad(ctypes.Structure):
         ("btf_size", c_uint32),
         ("btf_log_size", c_uint32),
         ("btf_log_level", c_uint32),
+        ("btf_log_true_size", c_uint32),
+        ("btf_flags", c_uint32),
+        ("btf_token_fd", c_int32),
     )
 
 

@@ -38,12 +38,19 @@ if TYPE_CHECKING:
     from pybpfthrottle.bpf.records import RecordCodec
 
 _OF_EVENTS = (MapType.RINGBUF, MapType.USER_RINGBUF, MapType.PERF_EVENT_ARRAY)
+_OF_PROGRAMS = (MapType.PROG_ARRAY, MapType.STRUCT_OPS)
+# Few programs need these, and all would wait for them.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.obj import structops
+    from pybpfthrottle.bpf.records import RecordCodec
+    from pybpfthrottle.bpf.struct_ops import StructOps
+
 # What kernels say of what they do not know.
 _OF_OLD_KERNELS = (errno.EINVAL, errno.E2BIG, errno.EACCES, syscall.ENOTSUPP)
 
 
 class Object:
-    """The loaded programs, maps and variables of one object, by name.
+    """The loaded programs, maps, variables and struct_ops of one object, by name.
 
     Each of them owns one descriptor; ``close`` or ``with`` ends them all. Maps that were given to
     ``load`` are not among them.
@@ -54,9 +61,11 @@ class Object:
         programs: dict[str, Program],
         maps: dict[str, Map[Any, Any]],
         spec: Optional[ObjectSpec] = None,
+        struct_ops: Mapping[str, StructOps] = MappingProxyType({}),
     ) -> None:
         self.programs = programs
         self.maps = maps
+        self.struct_ops = dict(struct_ops)
         self._spec = spec
         self._memories: dict[str, Memory] = {}
 
@@ -176,6 +185,11 @@ def load(
         map_specs = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
         if any(KCONFIG in program.linked.maps for program in fitted.values()):
             map_specs[KCONFIG] = fitting.settings_map()
+        structs = {
+            name: fitting.struct_ops(name)
+            for name, map_spec in map_specs.items()
+            if map_spec.type == MapType.STRUCT_OPS
+        }
         given = {
             name: _fitting(maps[name], map_spec)
             for name, map_spec in map_specs.items()
@@ -184,8 +198,11 @@ def load(
         live_maps = {
             name: undo.enter_context(_create(map_spec, pin_path, types.fd))
             for name, map_spec in map_specs.items()
-            if name not in given
+            if name not in given and name not in structs
         }
+        for name, struct in structs.items():
+            created = _create_struct(map_specs[name], struct, types)
+            live_maps[name] = undo.enter_context(created)
         fds = {name: loaded_map.fd for name, loaded_map in {**live_maps, **given}.items()}
         live_programs = {
             name: undo.enter_context(
@@ -200,7 +217,7 @@ def load(
             loaded_map.record = _record_of(spec, name)
         # The Object owns them from here on.
         undo.pop_all()
-    return Object(live_programs, live_maps, spec)
+    return Object(live_programs, live_maps, spec, _struct_ops(structs, live_maps, program_fds))
 
 
 def _spec_of(source: Union[ObjectSpec, bytes, descriptors.Path]) -> ObjectSpec:
@@ -221,7 +238,7 @@ class _Needed(NamedTuple):
 def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
     """Return what is selected, and all that this refers to."""
     names = deque(p.name for p in spec.programs.values() if p.autoload)
-    held = deque(spec.maps)
+    held = deque(name for name, map_spec in spec.maps.items() if map_spec.autoload)
     if select is not None:
         names, held = deque(spec.programs[name].name for name in select), deque()
     needed = _Needed({}, {})
@@ -231,13 +248,24 @@ def _needed(spec: ObjectSpec, select: Optional[Iterable[str]]) -> _Needed:
             if name not in needed.programs:
                 needed.programs[name] = None
                 held.extend(relocate.maps_of(spec, spec.programs[name]))
+                held.extend(_structs_of(spec, name))
         else:
             name = held.popleft()
             if name not in needed.maps:
                 needed.maps[name] = None
-                into = names if spec.maps[name].type == MapType.PROG_ARRAY else held
+                into = names if spec.maps[name].type in _OF_PROGRAMS else held
                 into.extend(spec.maps[name].initial.values())
     return needed
+
+
+def _structs_of(spec: ObjectSpec, program: str) -> list[str]:
+    """Return the struct_ops that a program is for, which it cannot be loaded without."""
+    found = [
+        one
+        for one in spec.maps.values()
+        if one.type == MapType.STRUCT_OPS and program in one.initial.values()
+    ]
+    return [one.name for one in found if one.autoload] or [one.name for one in found]
 
 
 @contextmanager
@@ -307,6 +335,29 @@ def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) ->
     return maps.create(spec, btf_fd=btf_fd)
 
 
+def _struct_ops(
+    structs: Mapping[str, structops.Fitted],
+    live_maps: Mapping[str, Map[Any, Any]],
+    program_fds: Mapping[str, int],
+) -> dict[str, StructOps]:
+    if not structs:
+        return {}
+    from pybpfthrottle.bpf.struct_ops import StructOps
+
+    return {
+        name: StructOps(live_maps[name], struct.filled(program_fds))
+        for name, struct in structs.items()
+    }
+
+
+def _create_struct(spec: MapSpec, struct: structops.Fitted, types: ObjectTypes) -> Map[Any, Any]:
+    """Create the map of a struct of functions, which is empty until the struct is attached."""
+    fields = {**vars(spec), "value_size": len(struct.value), "kernel_type": struct.value_type}
+    fields.update(contents=None, value_type=0, initial={})
+    module_fd = types.descriptor(struct.btf) if struct.btf.base else 0
+    return maps.create(MapSpec(**fields), btf_fd=types.fd, module_fd=module_fd)
+
+
 def _fit(
     spec: ObjectSpec, program: ProgramSpec, fitting: Fitting, target: Optional[Program]
 ) -> Fitted:
@@ -320,9 +371,8 @@ def _fit(
     linked = relocate.link(spec, program)
     if target is None:
         return fitting.fit(program, linked)
-    from dataclasses import replace
-
-    fitted = fitting.fit(replace(program, attach_to=None), linked)
+    untargeted = ProgramSpec(**{**vars(program), "attach_to": None})
+    fitted = fitting.fit(untargeted, linked)
     return fitted._replace(target=_function_of(target, program))
 
 
@@ -356,6 +406,7 @@ def _load(
         license=spec.license,
         name=program.name,
         expected_attach_type=program.expected_attach_type,
+        member=fitted.member,
         flags=program.flags,
         attach_to=program.attach_to,
         section=program.section,

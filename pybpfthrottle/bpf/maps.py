@@ -243,17 +243,18 @@ class _Values(ValuesView[V]):
         return len(self._map.items())
 
 
-def create(spec: MapSpec, *, btf_fd: int = 0) -> Map[Any, Any]:
+def create(spec: MapSpec, *, btf_fd: int = 0, module_fd: int = 0) -> Map[Any, Any]:
     """Create a map; keys and values are bytes until ``typed``. Linux 4.10.
 
-    ``btf_fd`` is the BTF that the spec's types are of, 0 for none. What the kernel may not know is
+    ``btf_fd`` is the BTF that the spec's types are of, 0 for none; ``module_fd`` that of the module
+    that the spec's ``kernel_type`` is of, 0 for the kernel itself. What the kernel may not know is
     left out where it refuses it: types (not for all maps, and from 4.18), mapping of a data
     section (5.5), the name (4.15). Raises MapCreateError.
     """
     spec = corrected(spec)
     _refuse_cut(spec)
     with ExitStack() as undo:
-        created = undo.enter_context(adopt(_create(spec, btf_fd), spec))
+        created = undo.enter_context(adopt(_create(spec, btf_fd, module_fd), spec))
         try:
             if spec.contents is not None:
                 created.typed(U32, RAW)[0] = spec.contents.ljust(spec.value_size, b"\0")
@@ -353,18 +354,17 @@ def _opened(fd: int) -> Map[Any, Any]:
     return Map(fd, spec, RAW, _value_codec(spec, RAW))
 
 
-def _create(spec: MapSpec, btf_fd: int = 0) -> int:
+def _create(spec: MapSpec, btf_fd: int = 0, module_fd: int = 0) -> int:
     if spec.type not in abi.MAPS_OF_MAPS:
-        return _create_as_far_as_known(spec, btf_fd)
+        return _create_as_far_as_known(spec, _attr(spec, btf_fd, 0, module_fd))
     if spec.inner is None:
         raise MapCreateError(f"cannot create the map {spec.name!r}: no inner map is defined for it")
     with create(spec.inner, btf_fd=btf_fd) as template:
-        return _create_as_far_as_known(spec, btf_fd, template.fd)
+        return _create_as_far_as_known(spec, _attr(spec, btf_fd, template.fd))
 
 
-def _create_as_far_as_known(spec: MapSpec, btf_fd: int, inner_fd: int = 0) -> int:
+def _create_as_far_as_known(spec: MapSpec, attr: Attr) -> int:
     """Create; without what the kernel may not know, if it refuses it."""
-    attr = _attr(spec, btf_fd, inner_fd)
     refusals: list[OSError] = []
     for change in ({}, *_omissions(spec, attr.map_create)):
         for field, value in change.items():
@@ -383,7 +383,7 @@ def _create_as_far_as_known(spec: MapSpec, btf_fd: int, inner_fd: int = 0) -> in
     ) from told
 
 
-def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
+def _attr(spec: MapSpec, btf_fd: int, inner_fd: int, module_fd: int = 0) -> Attr:
     attr = Attr()
     attr.map_create.map_type = spec.type
     attr.map_create.key_size = spec.key_size
@@ -394,7 +394,14 @@ def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
     attr.map_create.numa_node = spec.numa_node
     attr.map_create.map_extra = spec.extra
     attr.map_create.map_name = legal_name(spec.name)
-    if btf_fd and spec.value_type:
+    if spec.kernel_type:
+        # The kernel wants the object's types all the same.
+        attr.map_create.btf_fd = btf_fd
+        attr.map_create.btf_vmlinux_value_type_id = spec.kernel_type
+        if module_fd:
+            attr.map_create.value_type_btf_obj_fd = module_fd
+            attr.map_create.map_flags |= abi.BPF_F_VTYPE_BTF_OBJ_FD
+    elif btf_fd and spec.value_type:
         attr.map_create.btf_fd = btf_fd
         attr.map_create.btf_key_type_id = spec.key_type
         attr.map_create.btf_value_type_id = spec.value_type
@@ -403,7 +410,7 @@ def _attr(spec: MapSpec, btf_fd: int, inner_fd: int) -> Attr:
 
 def _omissions(spec: MapSpec, wanted: abi.MapCreate) -> Iterator[dict[str, Any]]:
     """Return what to leave out in turn, as fields and their values."""
-    if wanted.btf_fd:
+    if wanted.btf_fd and not spec.kernel_type:
         yield {"btf_fd": 0, "btf_key_type_id": 0, "btf_value_type_id": 0}
     if spec.section is not None and wanted.map_flags & abi.BPF_F_MMAPABLE:
         yield {"map_flags": wanted.map_flags & ~abi.BPF_F_MMAPABLE}

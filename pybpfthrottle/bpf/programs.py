@@ -250,6 +250,7 @@ def load(
     license: str,
     name: str = "",
     expected_attach_type: Optional[AttachType] = None,
+    member: int = 0,
     flags: int = 0,
     attach_to: Optional[str] = None,
     section: Optional[str] = None,
@@ -262,7 +263,8 @@ def load(
     """Load instructions, in the byte order of this machine. Linux 4.10; man 2 bpf.
 
     What the source is (Linux 5.0), the expected attach type (4.17) and the name (4.15) are left
-    out where the kernel knows none. ``target`` is what a tracing program is loaded for (5.5).
+    out where the kernel knows none. ``target`` is what a tracing program is loaded for (5.5), or
+    the struct whose ``member`` a struct_ops program is (5.6).
     ``modules`` are descriptors of the types of modules whose functions are called (5.16). The
     verifier's log is asked for only after a refusal. Raises VerifierError with that log
     (UnresolvedError if the program reaches a ``poisoned`` instruction), or ProgramLoadError.
@@ -276,7 +278,7 @@ def load(
     attr.prog_load.license = ctypes.addressof(license_buffer)
     attr.prog_load.prog_flags = flags
     attr.prog_load.prog_name = legal_name(name)
-    attr.prog_load.expected_attach_type = expected_attach_type or 0
+    attr.prog_load.expected_attach_type = expected_attach_type or member
     attr.prog_load.attach_btf_id = target.btf_id
     attr.prog_load.attach_prog_fd = target.btf_fd
     descriptors = (ctypes.c_int32 * (len(modules) + 1))(0, *modules)

@@ -13,6 +13,8 @@ from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, MODIFIERS, Btf, Kind, M
 from pybpfthrottle.bpf.obj.btf_text import declaration
 
 _PREFIX = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}
+# What takes so many bits, at a place that they are a divisor of.
+_UNITS = tuple(zip(("long", "int", "short", *("char",) * 4), (64, 32, 16, 8, 4, 2, 1)))
 # The sizes of enums that are not of four bytes.
 _MODES = {1: "QI", 2: "HI", 8: "DI"}
 # Compilers know it, and each calls something else so.
@@ -187,22 +189,23 @@ class _Header:
 
     def _members(self, composite: Type) -> Iterator[str]:
         for member, at, gap in self._layouts.members(composite):
-            yield from _padding(at - gap, at)
+            if composite.kind == Kind.UNION and gap:
+                yield f"char __size[{gap // 8}];"
+            else:
+                yield from _padding(at - gap, at)
             if member is not None:
                 width = f" : {member.bits}" if member.bits else ""
                 yield f"{self._declaration(member.type, member.name)}{width};"
 
 
 def _padding(begin: int, end: int) -> Iterator[str]:
-    """Return members that take the bits of a struct from one up to another."""
-    if begin % 8 and begin < end:
-        whole = min(end, begin // 8 * 8 + 8)
-        yield f"unsigned char : {whole - begin};"
-        begin = whole
-    if end - begin >= 8:
-        yield f"char __pad_{begin // 8}[{(end - begin) // 8}];"
-    if (end - begin) % 8:
-        yield f"unsigned char : {(end - begin) % 8};"
+    """Return members without a name that take the bits of a struct from one up to another."""
+    while begin < end:
+        kind, bits = next(
+            (kind, bits) for kind, bits in _UNITS if begin % bits == 0 and begin + bits <= end
+        )
+        yield f"{kind} : {bits};"
+        begin += bits
 
 
 class _Layouts:

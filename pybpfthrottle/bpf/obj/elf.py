@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import contextmanager
-from typing import Iterator, Optional, Union
+from typing import TYPE_CHECKING, Iterator, Optional, Union
 
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.errors import ObjectFileError
@@ -24,6 +24,10 @@ from pybpfthrottle.bpf.obj.specs import (
     SectionLayout,
 )
 from pybpfthrottle.bpf.obj.typedmaps import TypedMaps
+
+# Which few objects have.
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.obj.structops import StructOpsMaps
 
 _EXCEPTION_CALLBACK = "exception_callback"
 _EXTERN_SECTIONS = (".kconfig", ".ksyms")
@@ -108,7 +112,8 @@ class _Reading:
         """Return the whole object."""
         typed = TypedMaps(self._elf, self._btf)
         legacy = LegacyMaps(self._elf)
-        defined = {**legacy.maps, **typed.maps}
+        structs = self._struct_ops()
+        defined = {**legacy.maps, **typed.maps, **(structs.maps if structs else {})}
         data = datasections.data_maps(self._elf, self._btf, self.spec.name)
         for (number, offset), spec in defined.items():
             self._add_map(spec, number, offset)
@@ -128,7 +133,16 @@ class _Reading:
         )
         typed.fill({p.function.key: p.name for p in self.spec.programs.values()})
         legacy.fill(self.spec)
+        if structs:
+            structs.fill(self.spec)
         return self.spec
+
+    def _struct_ops(self) -> Optional[StructOpsMaps]:
+        if not any(".struct_ops" in section.name for section in self._elf.sections.values()):
+            return None
+        from pybpfthrottle.bpf.obj.structops import StructOpsMaps
+
+        return StructOpsMaps(self._elf, self._btf)
 
     def _add_map(self, spec: MapSpec, section: int, offset: int) -> None:
         if spec.name in self.spec.maps:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
+from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj import externs
 from pybpfthrottle.bpf.obj.btf import Btf
@@ -30,6 +31,7 @@ from pybpfthrottle.bpf.obj.specs import (
 
 # What asks for the kernel's types imports these itself: most objects do not.
 if TYPE_CHECKING:
+    from pybpfthrottle.bpf.obj import structops
     from pybpfthrottle.bpf.obj.core import Kernel, Resolver
 
 R = TypeVar("R", FunctionInfo, CoreRelocation)
@@ -67,7 +69,7 @@ class Fitted(NamedTuple):
     ``modules`` are descriptors for fd_array. ``functions`` and ``lines`` are struct bpf_func_info
     and bpf_line_info, empty where the object does not say all that the kernel wants; ``source``
     tells the line of an instruction. ``target`` is the function that it is loaded for: its type,
-    and the descriptor of its module's types.
+    and the descriptor of its module's types; or the struct of functions, whose ``member`` it is.
     """
 
     linked: LinkedProgram
@@ -77,6 +79,7 @@ class Fitted(NamedTuple):
     lines: bytes = b""
     source: Callable[[int], Optional[str]] = lambda _: None
     target: tuple[int, int] = (0, 0)
+    member: int = 0
 
 
 class Fitting:
@@ -92,6 +95,7 @@ class Fitting:
         self._kernel = kernel
         self._descriptor = descriptor
         self._btf = spec.btf
+        self._structs: dict[str, structops.Fitted] = {}
         self._records = BtfExt(spec.btf_ext, spec.btf) if spec.btf and spec.btf_ext else None
 
     def fit(self, program: ProgramSpec, linked: LinkedProgram) -> Fitted:
@@ -102,6 +106,18 @@ class Fitting:
             work.answer()
             work.find_externs()
             fitted = work.finished()
+        if program.type == ProgType.STRUCT_OPS:
+            from pybpfthrottle.bpf.obj import structops
+
+            structs = {
+                name: self.struct_ops(name)
+                for name, spec in self._spec.maps.items()
+                if spec.type == MapType.STRUCT_OPS and program.name in spec.initial.values()
+            }
+            slot = structops.slot_of(program, structs)
+            return fitted._replace(
+                target=(slot.struct, self.descriptor(slot.btf)), member=slot.number
+            )
         if not program.attach_to:
             return fitted
         from pybpfthrottle.bpf.obj import targets
@@ -110,6 +126,15 @@ class Fitting:
             return fitted
         target = targets.find(program, self._kernel.types)
         return fitted._replace(target=(target.type, self.descriptor(target.btf)))
+
+    def struct_ops(self, name: str) -> structops.Fitted:
+        """Return a struct of functions as the kernel has it."""
+        from pybpfthrottle.bpf.obj import structops
+
+        if name not in self._structs:
+            struct = self._spec.maps[name]
+            self._structs[name] = structops.fit(self._spec, struct, self._kernel.types)
+        return self._structs[name]
 
     def loadable_types(self) -> Optional[bytes]:
         """Return the object's types for BPF_BTF_LOAD, if it has any."""

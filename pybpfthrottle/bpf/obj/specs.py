@@ -32,7 +32,9 @@ class MapSpec(Data):
     is the template for the maps in a map of maps. ``initial`` has the names of the maps or
     programs (by the map's type) that the object puts in. ``pinned`` maps are shared by name, under
     the directory that the loader is given. ``section`` is where a data map comes from, and
-    ``addresses`` are the places in it of pointers, which nothing can fill in.
+    ``addresses`` are the places in it of pointers, which nothing can fill in. ``kernel_type`` is an
+    id in the kernel's types, for a value of the kernel's own. Without ``autoload`` the map is
+    created only if a program that is selected needs it.
     """
 
     name: str
@@ -52,6 +54,8 @@ class MapSpec(Data):
     pinned: bool = False
     section: Optional[str] = None
     addresses: tuple[int, ...] = ()
+    kernel_type: int = 0
+    autoload: bool = True
 
     # The machine's facts are given, since a spec asks no machine.
     def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
