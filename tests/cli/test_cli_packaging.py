@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,8 +93,67 @@ def test_the_wheel_has_the_objects(source_copy, tmp_path, tool):
     assert not [name for name in names if name.startswith(("tests/", "tools/", "ebpf_src/"))]
     (data,) = {name.partition("/")[0] for name in names if ".data/" in name}
     assert {f"{data}/data/share/{name}" for name in SHARED} <= names
+    assert _is_accepted(wheel)
+    _check_sbom(tmp_path / "installed")
     tool.path = str(tmp_path / "installed")
     assert tool.run(*LIMIT, "--", "sh", "-c", "exit 3").status == 3
+
+
+def _is_accepted(path):
+    """Whether a package index accepts it, without a warning."""
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "PASSED" in done.stdout
+
+
+def _check_sbom(installed):
+    """The SBOM of an unpacked wheel has what is in there, and what it needs."""
+    (path,) = installed.glob("*.dist-info/sboms/*.cdx.json")
+    sbom = json.loads(path.read_text())
+    assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5")
+    metadata = (path.parents[1] / "METADATA").read_text()
+    needed = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M)}
+    components = {one["name"]: one for one in sbom["components"]}
+    required = {name for name, one in components.items() if one["scope"] == "required"}
+    assert {"click", "rich", "pyelftools"} == required & needed
+    assert "textual" in components
+    for name in OBJECTS[:3]:
+        (found,) = components[f"pybpfthrottle/prebuilt/{name}"]["hashes"]
+        content = (installed / "pybpfthrottle/prebuilt" / name).read_bytes()
+        assert found == {"alg": "SHA-256", "content": hashlib.sha256(content).hexdigest()}
+    record = (path.parents[1] / "RECORD").read_text()
+    digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest())
+    assert f"sboms/{path.name},sha256={digest.rstrip(b'=').decode()}," in record
+    refs = {one["bom-ref"] for one in sbom["components"]}
+    assert {one["ref"] for one in sbom["dependencies"][1:]} == refs
+
+
+def test_the_recipes_name_the_version_and_the_sdist(source_copy, tmp_path):
+    """Each of them builds this version; the checksum is that of the sdist beside them."""
+    from pybpfthrottle import __version__
+
+    command = [sys.executable, "tools/build_recipes", "-o", str(tmp_path)]
+    subprocess.run(command, cwd=source_copy, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    script = '. ./PKGBUILD; echo "$pkgver ${source[0]} ${sha256sums[0]}"; declare -F build package'
+    shown = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    assert shown == f"{__version__} {sdist.name} {digest}\nbuild\npackage\n"
+    spec = (tmp_path / "pybpfthrottle.spec").read_text()
+    assert f"Version:        {__version__}\n" in spec
+    assert "@VERSION@" not in spec
+
+
+def test_it_can_be_cited(repository):
+    """In the form that archives read; the version is in one place, and not in this one."""
+    import yaml
+
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
+    assert "version" not in citation
 
 
 def _builds_wheels():
@@ -122,6 +185,7 @@ def test_the_sdist_has_sources_tools_and_objects(source_copy, tmp_path):
     wanted = {"ebpf_src/throttle.h", "tools/build_prebuilt", "LICENSE", "README.md", "setup.cfg"}
     wanted |= {f"prebuilt/{name}" for name in OBJECTS} | {f"share/{name}" for name in SHARED}
     assert wanted <= names
+    assert _is_accepted(archive)
     assert not [name for name in names if name.endswith(".pyc")]
 
 

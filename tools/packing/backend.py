@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ def build_wheel(directory: str, config_settings: Any = None, metadata: Any = Non
     """Build a wheel with manual pages and completion."""
     _write_share()
     name: str = build_meta.build_wheel(directory, config_settings, metadata)
+    _add_sbom(Path(directory, name))
     return name
 
 
@@ -50,6 +54,24 @@ def build_sdist(directory: str, config_settings: Any = None) -> str:
     _write_share()
     name: str = build_meta.build_sdist(directory, config_settings)
     return name
+
+
+def _add_sbom(wheel: Path) -> None:
+    """Put the SBOM where PEP 770 says, and into the wheel's record of its files."""
+    from packing import sbom
+
+    text = sbom.text().encode()
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
+    old = wheel.rename(wheel.with_suffix(".old"))
+    with zipfile.ZipFile(old) as before, zipfile.ZipFile(wheel, "w") as after:
+        for info in before.infolist():
+            content = before.read(info)
+            if info.filename.endswith(".dist-info/RECORD"):
+                place = info.filename.replace("RECORD", f"sboms/{sbom.NAME}")
+                content = f"{place},sha256={digest},{len(text)}\n".encode() + content
+                after.writestr(place, text, zipfile.ZIP_DEFLATED)
+            after.writestr(info, content, zipfile.ZIP_DEFLATED)
+    old.unlink()
 
 
 def _write_share() -> None:
