@@ -45,8 +45,9 @@ _SOON_S = 10 * _MS
 _IDLE_S = 0.5
 # Who uses almost all of its rate may want more.
 _ALMOST_ALL = 0.9
-# Who sends nothing for so long after what came last has no more, unless much is owed for that.
-_SILENT_S, _MUCH_OWED_NS = 15 * _MS, 70_000_000
+# Who sends nothing for so long after what came last should be through has no more, unless it owes
+# much.
+_SILENT_S, _MUCH_OWED_NS = 10 * _MS, 70_000_000
 # What a member keeps that uses less than it has: a little more than it uses. If it uses less and
 # less, that falls to no less than this share of it from one look to the next.
 _MARGIN, _DECAY = 1.04, 0.25
@@ -99,8 +100,11 @@ class Seat:
         self.used = self.demand = 0.0
         self._own_share = member.share(direction)
         self._dial = dial
-        # When something came last, and how long that takes at its rate.
-        self._came_s, self._lasts_s = -math.inf, 0.0
+        self._came_s = -math.inf
+        # From when on it has no more to send, unless something comes before; and whether something
+        # should have come already, as it did in each look before.
+        self.silent_s = -math.inf
+        self.is_late = False
         self._passed, self._dropped, _ = dial.look()
         self._see_limit()
 
@@ -130,9 +134,11 @@ class Seat:
         has_dropped, self._dropped = use.packets_dropped > self._dropped, use.packets_dropped
         self.used = came / seconds
         if came:
-            self._came_s, self._lasts_s = now, came / self.rate
+            self._came_s = now
+            self.silent_s = now + came / self.rate + _SILENT_S
         self.is_active = now - self._came_s < _IDLE_S
         self.is_held = not self.is_out and (has_dropped or self._is_held_back(now, use.unused_ns))
+        self.is_late = self.is_held and not came and self.silent_s - self._came_s < 2 * seconds
         if self.is_held:
             self.demand = math.inf
         elif came:
@@ -144,7 +150,7 @@ class Seat:
 
     def _is_held_back(self, now: float, unused_ns: int) -> bool:
         """Whether it would use more if it had more."""
-        if now - self._came_s > self._lasts_s + _SILENT_S and unused_ns > -_MUCH_OWED_NS:
+        if now >= self.silent_s and unused_ns > -_MUCH_OWED_NS:
             return False
         # Once it is held back, more has to be left before it is not.
         enough_ns = self._dial.patience_ns if self.is_held else self._dial.patience_ns // 2
@@ -190,6 +196,11 @@ class Pool:
     def demand(self) -> float:
         """What all together can use, in bytes per second; at most the total."""
         return min(sum(seat.demand for seat in self), self._total)
+
+    @property
+    def due_s(self) -> float:
+        """When to look in any case: then somebody is through who is late already."""
+        return min((seat.silent_s for seat in self if seat.is_late), default=math.inf)
 
     def set_total(self, total: Rate) -> None:
         """Share another total from now on."""
@@ -407,6 +418,8 @@ class Group:
         self._cost_s += ((time.thread_time_ns() - began_ns) / _NS_PER_S - self._cost_s) / 8
         if self._members:
             self.due_s = now + (_SOON_S if begun else self._period_s(now))
+            due_s = min((pool.due_s for pool in pools), default=math.inf)
+            self.due_s = min(self.due_s, max(due_s, now + _SOON_S))
 
     def _period_s(self, now: float) -> float:
         if now - self._moved_s > _QUIET_S:
