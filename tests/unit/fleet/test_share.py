@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from pybpfthrottle.fleet.share import FleetShare, chore
 from pybpfthrottle.model import MIN_RATE, Rate
 
 TOTAL = Rate(100_000_000)
+GUIDE = Path(__file__).parents[3] / "docs/guides/fleet.md"
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +78,23 @@ def test_a_server_that_is_gone_leaves_the_last_part_and_then_a_safe_one():
         with redis(port=port):
             until(lambda: parts(machines, *wanted) == [32, 4, 32, 32])
             until(lambda: not machines[0].notes())
+
+
+def test_the_rights_that_the_guide_names_are_enough():
+    """And none of them is missing for what is done only now and then."""
+    [told] = re.findall(r"^redis-cli (ACL SETUSER .*)$", GUIDE.read_text(), re.M)
+    with redis() as (_, port):
+        where = f"127.0.0.1:{port}/0"
+        with Connection(parse(f"redis://{where}"), 20.0) as connection:
+            old = ("HSET", "pybpfthrottle:backups", "old", "1 1")
+            assert connection.ask(tuple(shlex.split(told)), old) == [b"OK", 1]
+        with FleetShare(
+            f"redis://throttle:password@{where}", "backups", TOTAL, machines=9
+        ) as share:
+            until(lambda: parts([share], None) == [100])
+            assert share.notes() == []
+        with Connection(parse(f"redis://{where}"), 20.0) as connection:
+            assert connection.ask(("HLEN", "pybpfthrottle:backups")) == [0]
 
 
 def test_without_an_answer_as_many_share_as_are_told_at_least():
