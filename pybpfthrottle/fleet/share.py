@@ -19,7 +19,6 @@ from typing import Callable, Mapping, NamedTuple, Optional
 from pybpfthrottle.fleet import fair, redis
 from pybpfthrottle.fleet.redis import Connection, Value
 from pybpfthrottle.model import MIN_RATE, Rate
-from pybpfthrottle.supervisor import Periodic
 
 _PERIOD_S = 1.0
 _PATIENCE_S = 2.0
@@ -202,39 +201,3 @@ def _milliseconds(time_of_day: Value) -> int:
             seconds, microseconds = (_digits(word) for word in words)
             return seconds * 1000 + microseconds // 1000
     raise OSError(errno.EPROTO, "it does not tell the time as Redis does")
-
-
-def chore(
-    share: FleetShare, moved: Callable[[], int], set_total: Callable[[Rate], object]
-) -> Periodic:
-    """Return a chore that sets the total of a local group to this machine's part, each second.
-
-    ``moved`` returns the bytes that the group has moved so far.
-    """
-    state = _Followed(share, moved, set_total)
-    return Periodic(_PERIOD_S, state.follow)
-
-
-class _Followed:
-    """The total that a local group has now, and what it had moved when it was looked at last."""
-
-    def __init__(
-        self, share: FleetShare, moved: Callable[[], int], set_total: Callable[[Rate], object]
-    ) -> None:
-        self._share = share
-        self._moved = moved
-        self._set_total = set_total
-        self._before = (time.monotonic(), moved())
-        self._part = share.part()
-        set_total(self._part)
-
-    def follow(self) -> None:
-        """Tell what the group wants now, and give it the part that was agreed on."""
-        (then_s, before), now = self._before, (time.monotonic(), self._moved())
-        self._before = now
-        moved = int((now[1] - before) / max(now[0] - then_s, 1e-3))
-        wanted = fair.demand(moved, self._part.bytes_per_s, self._share.total)
-        part = self._share.part(wanted)
-        if part != self._part:
-            self._set_total(part)
-            self._part = part

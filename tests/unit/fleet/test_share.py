@@ -15,7 +15,7 @@ from redis_server import fake, free_port, redis, until
 from pybpfthrottle.errors import SettingsError
 from pybpfthrottle.fleet import share as shares
 from pybpfthrottle.fleet.redis import Connection, parse
-from pybpfthrottle.fleet.share import FleetShare, chore
+from pybpfthrottle.fleet.share import FleetShare
 from pybpfthrottle.model import MIN_RATE, Rate
 
 TOTAL = Rate(100_000_000)
@@ -188,24 +188,6 @@ def test_thousands_of_false_machines_slow_it_down_to_the_least_rate_only():
     share = FleetShare("redis://x", "g", Rate(2_000_000))
     share._agree(Told([b"7", b"0"], flat))
     assert share.part() == MIN_RATE
-
-
-def test_a_chore_gives_a_local_group_its_part():
-    """It tells what the group moves, and sets its total when that changes."""
-    given: list[Rate] = []
-    moved = [0]
-    share = FleetShare("redis://x", "g", TOTAL, machines=2)
-    work = chore(share, lambda: moved[0], given.append)
-    assert given == [Rate(50_000_000)]
-    work.run()
-    assert share._demand == 0
-    moved[0] += 10**12
-    work.run()
-    assert share._demand == TOTAL.bytes_per_s
-    share._agree(Told([b"7", b"0"], [b"other", b"7000 1000000"]))
-    work.run()
-    work.run()
-    assert given == [Rate(50_000_000), Rate(99_000_000)]
 
 
 def test_an_address_that_is_none_is_refused():
