@@ -145,7 +145,7 @@ def _keep(
         keeper = Keeper(wish_by_settings(), say, spared, quotas=Quotas(store.get))
         stack.callback(keeper.remove)
         accounts.begin(supervisor, stack, keeper, store)
-        keeper.begin(rules.rules)
+        keeper.begin(rules.rules, rules.groups)
         registry.tidy_up()
         own = _told(own, rules)
         if going_on is not None:
@@ -184,7 +184,7 @@ def _reloaded(own: Instance, sources: Sources, keeper: Keeper) -> Instance:
         for mistake in error.mistakes:
             say(f"error: {mistake}; the rules of before go on")
         return _told(own, Rules(digest=own.digest), error.mistakes)
-    keeper.change(rules.rules)
+    keeper.change(rules.rules, rules.groups)
     return _told(own, rules)
 
 
@@ -193,6 +193,7 @@ def _show_json(rules: Rules, found: changes.Changes) -> None:
         {
             "schema": SCHEMA,
             "rules": [rule.to_json() for rule in rules.rules],
+            "groups": [group.to_json() for group in rules.groups],
             "changes": [one.to_json() for one in found.changes],
             "precedences": [one._asdict() for one in found.precedences],
             "notes": list(found.spared),

@@ -21,10 +21,12 @@ from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Target, ThrottleSpec
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.quota import Decision
+from pybpfthrottle.rules.groups import GroupRule, Groups
 from pybpfthrottle.rules.matching import Facts, Rulebook, carries_login
 from pybpfthrottle.rules.model import Rule
 from pybpfthrottle.rules.quotas import Quotas
 from pybpfthrottle.rules.when import Machine, ThisMachine
+from pybpfthrottle.sharing import Now
 from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.throttle import Throttle, start, take_over
 
@@ -190,13 +192,14 @@ class Keeper:
         quotas: Optional[Quotas] = None,
     ) -> None:
         """``say`` gets a line for people; ``spared`` are processes that no rule limits."""
-        self._wish = dataclasses.replace(wish, stack=True)
+        self._wish = wish
         self._say = say
         self._spared = spared
         # As they are written, and those of them that are in force now.
         self._rules: Sequence[Rule] = ()
         self._now: Sequence[Rule] = ()
         self._quotas = quotas or Quotas()
+        self._groups = Groups()
         self._machine = machine or ThisMachine(used=self._quotas.used)
         self._book = Rulebook((), spared)
         self._mounted: Optional[Mount] = None
@@ -207,18 +210,33 @@ class Keeper:
         self._others: tuple[float, frozenset[int]] = (-math.inf, frozenset())
         self._ticking = Periodic(_TICK_S, self._tick, together=True)
 
-    def begin(self, rules: Sequence[Rule]) -> None:
+    def begin(self, rules: Sequence[Rule], groups: Sequence[GroupRule] = ()) -> None:
         """Put rules in force, and take over what a killed process has left of them."""
         self._listen()
         self._rules = rules
+        self._regroup(groups)
         self._now = self._in_force()
         self._book = Rulebook(self._now, self._spared)
         self._pick_up()
         self.look()
 
-    def change(self, rules: Sequence[Rule]) -> None:
+    def change(self, rules: Sequence[Rule], groups: Sequence[GroupRule] = ()) -> None:
         """Put other rules in force in place of these."""
         self._rules = rules
+        if tuple(groups) != self._groups.rules:
+            self._regroup(groups)
+        self._follow_rules()
+
+    def _regroup(self, groups: Sequence[GroupRule]) -> None:
+        """Have throttles share in other groups; ``look`` has them join."""
+        for held in self.held.values():
+            self._groups.leave(held.throttle)
+        self._groups.close()
+        self._groups = Groups(groups)
+        self._groups.start()
+
+    def _follow_rules(self) -> None:
+        """Put the rules in force that are to be now."""
         self._now = self._in_force()
         self._book = Rulebook(self._now, self._spared)
         known = {rule.name: rule for rule in self._book.rules}
@@ -256,7 +274,7 @@ class Keeper:
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while the rules are in force."""
-        found: list[Chore] = [self._ticking, self, *self._quotas.chores()]
+        found: list[Chore] = [self._ticking, self, *self._quotas.chores(), *self._groups.chores()]
         for held in self.held.values():
             found += held.throttle.chores()
         return found
@@ -264,6 +282,10 @@ class Keeper:
     def throttles(self) -> dict[str, Throttle]:
         """Return the throttles of the rules by their ids."""
         return {held.throttle.id: held.throttle for held in self.held.values()}
+
+    def shares(self) -> list[Now]:
+        """Return what each throttle that shares a total has at the moment."""
+        return self._groups.state()
 
     def charge(self) -> None:
         """Charge the rules that have a quota with what their throttles have passed."""
@@ -297,6 +319,7 @@ class Keeper:
         if self._executions is not None:
             self._executions.close()
             self._executions = None
+        self._groups.close()
 
     def _listen(self) -> None:
         try:
@@ -358,12 +381,13 @@ class Keeper:
         name, key = wanted.rule.name, wanted.key
         try:
             held = self.held.get((name, key))
-            if held is not None and held.refresh(wanted):
+            if held is not None and self._refresh(held, wanted):
                 return
             self._end(name, key)
             wish = dataclasses.replace(self._wish, insist=wanted.rule.insist)
             throttle = start(self._spec(wanted), wish)
             self.held[name, key] = Held(wanted, throttle)
+            self._groups.join(wanted.rule, throttle)
             if wanted.target.by_rule:
                 throttle.follow(wanted.pids)
             for note in throttle.plan_notes:
@@ -372,6 +396,16 @@ class Keeper:
             if all(map(process.has_ended, wanted.pids or (0,))) and wanted.pids:
                 return  # it has ended meanwhile
             self._say_once(f"rule {name} is not in force for all that it matches: {error}")
+
+    def _refresh(self, held: Held, wanted: Wanted) -> bool:
+        """Have a throttle limit what is wanted now, and share as it is to."""
+        before = held.wanted.rule
+        if (before.member, before.limits) != (wanted.rule.member, wanted.rule.limits):
+            self._groups.leave(held.throttle)
+        if not held.refresh(wanted):
+            return False
+        self._groups.join(wanted.rule, held.throttle)
+        return True
 
     def _spec(self, wanted: Wanted) -> ThrottleSpec:
         rule = wanted.rule
@@ -382,6 +416,7 @@ class Keeper:
         held = self.held.pop((name, key), None)
         if held is not None:
             self._charge(held)
+            self._groups.leave(held.throttle)
             held.throttle.remove()
 
     def _charge(self, held: Held) -> None:
@@ -396,7 +431,9 @@ class Keeper:
         self._quotas.tell(self._now)
         by_itself = any(rule.changes_by_itself for rule in self._rules)
         if by_itself and self._in_force() != self._now:
-            self.change(self._rules)
+            self._follow_rules()
+        for note in self._groups.notes():
+            self._say_once(note)
         now = time.monotonic()
         for (name, key), held in list(self.held.items()):
             ended = held.throttle.ended()

@@ -11,6 +11,7 @@ from pybpfthrottle.periods import Span
 from pybpfthrottle.quota import Decision, Quota
 from pybpfthrottle.rules.schedule import Schedule
 from pybpfthrottle.rules.when import Condition, Machine
+from pybpfthrottle.shares import Member
 
 GLOB_CHARACTERS = frozenset("*?[")
 
@@ -114,7 +115,8 @@ class Rule:
     ``limits`` has a rate for each direction that is limited. ``each`` gives each process, or
     cgroup, a limit of its own. ``kind``, ``to`` and ``but`` are as in networks.traffic. ``insist``
     allows a limit on a login. With ``schedule`` or ``when`` the rule is not always in force. With a
-    ``quota`` other limits apply when it is used up, and both directions are counted.
+    ``quota`` other limits apply when it is used up, and both directions are counted. A ``member``
+    of a group shares its total; ``limits`` are then the most that it gets.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Rule:
     schedule: Optional[Schedule] = None
     when: Optional[Condition] = None
     quota: Optional[Quota] = None
+    member: Optional[Member] = None
     where: str = field(default="", compare=False)
 
     @property
@@ -184,6 +187,7 @@ class Rule:
             "loopback": self.loopback,
             "insist": self.insist,
             "quota": None if self.quota is None else self.quota.to_json(),
+            "share": None if self.member is None else self.member.to_json(),
             "where": self.where,
         }
 

@@ -6,16 +6,19 @@ import glob
 import hashlib
 import os
 import re
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 
-from pybpfthrottle import networks, quota, settings
-from pybpfthrottle.errors import LimitError, RulesError, SettingsError
+from pybpfthrottle import networks, quota, settings, shares
+from pybpfthrottle.errors import LimitError, RulesError, SettingsError, ShareError
+from pybpfthrottle.fleet import redis
 from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
 from pybpfthrottle.quota import Quota
-from pybpfthrottle.rules import schedule, when
+from pybpfthrottle.rules import groups, schedule, when
+from pybpfthrottle.rules.groups import GroupRule
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
 from pybpfthrottle.rules.schedule import Schedule
 from pybpfthrottle.rules.when import Condition
+from pybpfthrottle.shares import GroupSpec, Member, Rates
 
 SYSTEM_DIRECTORY = "/etc/pybpfthrottle/rules.d"
 MOST_RULES = 2000
@@ -30,6 +33,7 @@ class Rules(NamedTuple):
     """
 
     rules: tuple[Rule, ...] = ()
+    groups: tuple[GroupRule, ...] = ()
     files: tuple[str, ...] = ()
     digest: str = ""
 
@@ -48,19 +52,24 @@ def read(sources: Sequence[str]) -> Rules:
     files = [path for source in sources for path in _files(source)]
     mistakes: list[str] = []
     rules: list[Rule] = []
+    found: list[GroupRule] = []
     digest = hashlib.sha256()
     for path in files:
         text = _text(path, mistakes)
         if text is None:
             continue
         digest.update(f"{path}\0{text}\0".encode())
-        rules += _File(path, text, mistakes).rules()
+        file = _File(path, text, mistakes)
+        rules += file.rules()
+        found += file.groups()
     _refuse_twice(rules, mistakes)
     if len(rules) > MOST_RULES:
         mistakes.append(f"{len(rules)} rules are too many: at most {MOST_RULES}")
+    mistakes = mistakes or groups.mistakes(found, rules)
     if mistakes:
         raise RulesError(mistakes)
-    return Rules(tuple(rules), tuple(files), digest.hexdigest())
+    seated = tuple(groups.seated(rule, found) for rule in rules)
+    return Rules(seated, tuple(found), tuple(files), digest.hexdigest())
 
 
 def _files(source: str) -> list[str]:
@@ -202,6 +211,39 @@ def _quota(value: Any) -> Quota:
         raise _MistakeError(str(error)) from error
 
 
+def _weight(value: Any) -> float:
+    try:
+        return Member.of("", weight=value).weight
+    except ShareError as error:
+        raise _MistakeError(str(error)) from error
+
+
+def _rates(value: Any) -> Rates:
+    """Return a rate for both directions, or of each one of ``{ download = "2M" }``."""
+    rates = value.values() if isinstance(value, dict) else [value]
+    found = [_rate(one) for one in rates]
+    if not isinstance(value, dict):
+        return dict.fromkeys(Direction, found[0])
+    try:
+        return shares.rates("rate", dict(zip(value, found)))
+    except ShareError as error:
+        raise _MistakeError(str(error)) from error
+
+
+def _address(value: Any) -> str:
+    try:
+        redis.parse(_text_of(value))
+    except SettingsError as error:
+        raise _MistakeError(str(error)) from error
+    return str(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _MistakeError("it must be a number from 1 up")
+    return int(value)
+
+
 _CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "command_regex": _check_expressions,
     "label": _check_labels,
@@ -225,7 +267,24 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "schedule": _schedule,
     "when": _condition,
     "quota": _quota,
+    "group": _text_of,
+    "weight": _weight,
+    "floor": _rates,
+    "ceiling": _rates,
 }
+# Those of a group.
+GROUP_KEYS: dict[str, Callable[[Any], Any]] = {
+    "total": _rate,
+    "download": _rate,
+    "upload": _rate,
+    "group": _text_of,
+    "weight": _weight,
+    "floor": _rates,
+    "ceiling": _rates,
+    "shared": _address,
+    "machines": _count,
+}
+_SHARE = ("weight", "floor", "ceiling")
 # A field of Rule that is called otherwise.
 _FIELDS = {"match": "criteria", "traffic": "kind", "except": "but"}
 
@@ -246,8 +305,9 @@ class _File:
     def rules(self) -> list[Rule]:
         """Return its rules, as far as they have no mistake."""
         for key in self._tree:
-            if key != "rule":
-                self._add(self._line(rf"\[*\s*{re.escape(key)}\b"), _unknown(key, ["rule"]))
+            if key not in ("rule", "group"):
+                line = self._line(rf"\[*\s*{re.escape(key)}\b")
+                self._add(line, _unknown(key, ["rule", "group"]))
         tables = self._tree.get("rule", [])
         if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
             self._add(self._line(r"\[?\s*rule\b"), "write [[rule]] above each rule")
@@ -258,23 +318,78 @@ class _File:
     def _rule(self, number: int, table: Mapping[str, Any]) -> Optional[Rule]:
         before = len(self._mistakes)
         start = self._line(r"\[\[\s*rule\s*\]\]", skip=number)
-        given: dict[str, Any] = {}
-        for key, value in table.items():
-            line = self._line(rf"(\[+\s*rule\s*\.\s*)?[\"']?{re.escape(key)}\b", after=start)
-            if key not in KEYS:
-                self._add(line, _unknown(key, list(KEYS)))
-                continue
-            try:
-                given[key] = KEYS[key](value)
-            except _MistakeError as mistake:
-                self._add(line, f"{key} is {_shown(value)}: {mistake}")
+        given = self._given(table, KEYS, start)
         if len(self._mistakes) == before:
             self._check(start, given)
+            given["member"] = self._member(start, given)
         if len(self._mistakes) > before or not given.pop("enabled", True):
             return None
         limits = {one: given.pop(str(one)) for one in Direction if str(one) in given}
         fields = {_FIELDS.get(key, key): value for key, value in given.items()}
         return Rule(limits=limits, where=f"{self._path}, line {start}", **fields)
+
+    def groups(self) -> list[GroupRule]:
+        """Return its groups, as far as they have no mistake."""
+        tables = self._tree.get("group", {})
+        if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+            self._add(self._line(r"\[?\[?\s*group\b"), "write [group.NAME] above each group")
+            return []
+        found = [self._group(name, table) for name, table in tables.items()]
+        return [group for group in found if group is not None]
+
+    def _group(self, name: str, table: Mapping[str, Any]) -> Optional[GroupRule]:
+        before = len(self._mistakes)
+        start = self._line(rf"\[\s*group\s*\.\s*[\"']?{re.escape(name)}\b")
+        given = self._given(table, GROUP_KEYS, start)
+        within = self._member(start, given)
+        if given.get("shared") and within is not None:
+            self._add(start, "a group within a group cannot be shared: share the outer one")
+        fleet = {key: given.pop(key) for key in ("shared", "machines") if key in given}
+        if len(self._mistakes) > before:
+            return None
+        try:
+            spec = GroupSpec.of(name, within=within, **given)
+        except ShareError as error:
+            self._add(start, str(error))
+            return None
+        return GroupRule(spec, where=f"{self._path}, line {start}", **fleet)
+
+    def _given(
+        self, table: Mapping[str, Any], keys: Mapping[str, Callable[[Any], Any]], start: int
+    ) -> dict[str, Any]:
+        """Return the values of a table, as far as they have no mistake."""
+        given: dict[str, Any] = {}
+        for key, value in table.items():
+            line = self._line(rf"(\[+\s*rule\s*\.\s*)?[\"']?{re.escape(key)}\b", after=start)
+            if key not in keys:
+                self._add(line, _unknown(key, list(keys)))
+                continue
+            try:
+                given[key] = keys[key](value)
+            except _MistakeError as mistake:
+                self._add(line, f"{key} is {_shown(value)}: {mistake}")
+        return given
+
+    def _member(self, start: int, given: dict[str, Any]) -> Optional[Member]:
+        """Take what makes it a member of a group out of what is given; limits are ceilings too."""
+        weight, floor, ceiling = (given.pop(key, None) for key in _SHARE)
+        group = given.pop("group", None)
+        if group is None:
+            lacks = [key for key, value in zip(_SHARE, (weight, floor, ceiling)) if value]
+            if lacks:
+                self._add(start, f'{lacks[0]} needs a group: add group = "..."')
+            return None
+        ceilings = dict(ceiling or {})
+        for one in Direction:
+            rates = [rate for rate in (ceilings.get(one), given.get(str(one))) if rate]
+            ceilings.update({one: min(rates)} if rates else {})
+        try:
+            return Member.of(
+                group, weight=weight or 1, floor=_by_name(floor), ceiling=_by_name(ceilings)
+            )
+        except ShareError as error:
+            self._add(start, str(error))
+            return None
 
     def _check(self, start: int, given: Mapping[str, Any]) -> None:
         """Add what is wrong with the rule as a whole."""
@@ -283,7 +398,7 @@ class _File:
         if "match" not in given:
             self._add(start, "this rule matches nothing: add match = { ... }")
         if not _limits_something(given):
-            self._add(start, "this rule limits nothing: add download, upload or a quota")
+            self._add(start, "this rule limits nothing: add download, upload, a quota or a group")
 
     def _add(self, line: int, text: str) -> None:
         self._mistakes.append(f"{self._path}, line {line}: {text}")
@@ -298,9 +413,13 @@ class _File:
         return after
 
 
+def _by_name(rates: Optional[Rates]) -> dict[str, Union[str, int, Rate]]:
+    return {str(direction): rate for direction, rate in (rates or {}).items()}
+
+
 def _limits_something(given: Mapping[str, Any]) -> bool:
     timetable = given.get("schedule")
-    return any(key in given for key in (*map(str, Direction), "quota")) or (
+    return any(key in given for key in (*map(str, Direction), "quota", "group")) or (
         timetable is not None and any(span.limits for span in timetable.spans)
     )
 

@@ -27,10 +27,12 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.rules import instance
+from pybpfthrottle.rules.groups import GroupRule, seated
 from pybpfthrottle.rules.keeper import Keeper
 from pybpfthrottle.rules.matching import below_mount
 from pybpfthrottle.rules.model import Criteria, Rule
 from pybpfthrottle.rules.when import Condition
+from pybpfthrottle.shares import GroupSpec, Member
 from pybpfthrottle.supervisor import InThread
 
 LIMITS = {Direction.DOWNLOAD: RATE}
@@ -66,9 +68,13 @@ class Kept:
         """Put rules in force."""
         self._driver.call(lambda: self.keeper.begin(rules))
 
-    def change(self, *rules: Rule) -> None:
+    def change(self, *rules: Rule, groups: Any = ()) -> None:
         """Put others in force instead."""
-        self._driver.call(lambda: self.keeper.change(rules))
+        self._driver.call(lambda: self.keeper.change(rules, groups))
+
+    def call(self, function: Any) -> Any:
+        """Call a function where the rules are kept."""
+        return self._driver.call(function)
 
     def processes(self, name: str) -> set[int]:
         """Return the processes that a rule limits one by one."""
@@ -277,6 +283,37 @@ def test_circumstances_decide_whether_a_rule_is_in_force(sleep: str) -> None:
         machine.on = False
         eventually(lambda: found.processes("always") == {one.pid})
         assert found.processes("travelling") == set()
+
+
+def test_rules_share_a_total(sleep: str, scratch: Cgroup) -> None:
+    """Each has its part by its weight; what a rule gets anew is its part of the group then."""
+    line = GroupRule(GroupSpec.of("line", download="1M"))
+    heavy, light = (
+        seated(
+            dataclasses.replace(rule(name, {}, **match), member=Member.of("line", weight=weight)),
+            [line],
+        )
+        for name, weight, match in (
+            ("heavy", 3, {"name": os.path.basename(sleep)}),
+            ("light", 1, {"cgroup": below_mount(scratch)}),
+        )
+    )
+    with running(sleep, "60"), running("sleep", "60", where=scratch), kept() as found:
+        found.change(heavy, light, groups=[line])
+
+        def guaranteed() -> dict[str, int]:
+            names = {one.throttle.id: name for (name, _), one in found.keeper.held.items()}
+            return {names[now.throttle]: now.guaranteed for now in found.keeper.shares()}
+
+        total = 1024**2
+        parts = found.call(guaranteed)
+        assert sum(parts.values()) == pytest.approx(total, abs=2)
+        assert parts["heavy"] > 2 * parts["light"]
+        found.change(light, groups=[line])
+        assert found.call(guaranteed) == {"light": pytest.approx(total, abs=2)}
+        found.change(dataclasses.replace(light, member=None, limits=LIMITS))
+        assert found.call(guaranteed) == {}
+        assert found.keeper.held["light", ""].throttle.limits == LIMITS
 
 
 # The one process that keeps the rules of the machine.

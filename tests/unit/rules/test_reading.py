@@ -11,6 +11,7 @@ from pybpfthrottle.errors import RulesError
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.rules import reading
 from pybpfthrottle.rules.model import Criteria, Rule
+from pybpfthrottle.shares import Member
 
 RULE = '[[rule]]\nname = "a"\nmatch = { name = "rsync" }\nupload = "1M"\n'
 
@@ -178,3 +179,58 @@ def test_five_hundred_rules_are_read_in_a_moment(tmp_path: Path) -> None:
     """As many as a site may have."""
     text = "\n".join(RULE.replace('"a"', f'"{number}"') for number in range(500))
     assert len(read(tmp_path, text)) == 500
+
+
+LINE = '[group.line]\ntotal = "20M"\n'
+
+
+def test_a_rule_shares_a_total(tmp_path: Path) -> None:
+    """Its limits are the most that it gets: the total, its ceiling, and its own rates."""
+    rule, other = read(
+        tmp_path,
+        f"""
+{LINE}
+[group.guests]
+group = "line"
+ceiling = "5M"
+{RULE}group = "line"
+weight = 5
+floor = {{ download = "2M" }}
+{RULE.replace('"a"', '"b"').replace('upload = "1M"', "")}group = "guests"
+""",
+    )
+    assert rule.member == Member.of("line", weight=5, floor={"download": "2M"}, ceiling=rule_most())
+    assert rule.limits == {Direction.DOWNLOAD: rate("20M"), Direction.UPLOAD: rate("1M")}
+    assert other.limits == dict.fromkeys(Direction, rate("5M"))
+
+
+def rate(text: str) -> Rate:
+    """A rate as it is written."""
+    return Rate.parse(text)
+
+
+def rule_most() -> dict[str, str]:
+    """The ceiling that the rule's own limit is."""
+    return {"upload": "1M"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (RULE + 'group = "lin"', "is in the group lin, which does not exist"),
+        (RULE + "weight = 5", "line 1: weight needs a group"),
+        (LINE + RULE + 'group = "line"\nweight = 0', "line 8: weight is 0: the weight 0 is out"),
+        (LINE + RULE + 'group = "line"\nfloor = "30M"', "floor"),
+        (LINE + RULE + 'group = "line"\nfloor = "2M"\nceiling = "1M"', "is above the ceiling"),
+        ("[group.line]\nweight = 5", "line 1: weight needs a group"),
+        ("[group.line]", "line 1: the group line has nothing to share"),
+        (LINE + "shares = 1", "line 3: unknown key shares (known: total"),
+        (LINE + 'shared = "http://x"', "line 3: shared is 'http://x'"),
+        (LINE + "machines = 0", "line 3: machines is 0: it must be a number from 1 up"),
+        ("[[group]]", "line 1: write [group.NAME] above each group"),
+    ],
+)
+def test_groups_are_checked(tmp_path: Path, text: str, told: str) -> None:
+    """A mistake in a group, or in what a rule asks of it, is told like any other."""
+    found = mistakes(tmp_path, text)
+    assert any(told in mistake for mistake in found), found
