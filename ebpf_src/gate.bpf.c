@@ -37,6 +37,14 @@
 #define TCP_FIN_SYN_RST 7
 #define TCP_ACK 16
 
+#ifdef SHARED
+#define PROGRAM(name) pybpfs_##name
+#define SLOT_OF(skb) ((skb)->cb[0])
+#else
+#define PROGRAM(name) pybpft_##name
+#define SLOT_OF(skb) 0
+#endif
+
 #include "record.h"
 #include "gate.h"
 #include "sockets.h"
@@ -303,12 +311,12 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 	}
 }
 
-SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
+SEC("cgroup_skb/egress") int PROGRAM(gate)(struct __sk_buff *skb)
 {
-	__u32 zero = 0, down = THROTTLE_DOWNLOAD, at, headers, payload, number, edge;
-	__u32 kept, round_trip_us;
+	__u32 slot = SLOT_OF(skb), down = ELEMENT(slot, THROTTLE_DOWNLOAD);
+	__u32 at, headers, payload, number, edge, kept, round_trip_us;
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
-	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
+	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &slot);
 	struct throttle_socket *socket;
 	struct bpf_sock *sk = skb->sk;
 	struct throttle_ack *ack;
@@ -324,7 +332,7 @@ SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 	if (!sk)
 		return PASS;
 	socket = bpf_sk_storage_get(&SOCKETS, sk, 0, 0);
-	if (!socket || state_of(sk, socket, gate) != GATE_READY)
+	if (!socket || socket->slot != slot || state_of(sk, socket, gate) != GATE_READY)
 		return PASS;
 	if (bpf_skb_load_bytes(skb, 0, start, LEAST_HEADER_BYTES))
 		return PASS;

@@ -86,7 +86,7 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 	__s64 owed = bucket->even_at_ns - now;
 	__u64 root = root_of_share(bucket, owed, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);
-	__u32 zero = 0;
+	__u32 slot = config->slot;
 	struct throttle_gate *gate;
 
 	/* A slow start doubles its rate each round trip: it has to be told at once. */
@@ -102,7 +102,7 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 		return !is_marked(skb);
 	if (direction != THROTTLE_DOWNLOAD || !(config->flags & THROTTLE_GATE))
 		return 0;
-	gate = bpf_map_lookup_elem(&GATE, &zero);
+	gate = bpf_map_lookup_elem(&GATE, &slot);
 	if (!gate)
 		return 0;
 	if ((__s64)(half_at - now) > OTHERS_HALF_NS) {

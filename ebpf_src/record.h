@@ -12,4 +12,9 @@ struct {
  * The kernel keeps a map as long as a program refers to it, and tells its id to whoever asks the
  * program. Loading the address into a register is such a reference, and no more than that.
  */
-#define HOLD_RECORD() asm volatile("" ::"r"(&THROTTLE))
+#define HOLD(map) asm volatile("" ::"r"(&(map)))
+#ifdef SHARED
+#define HOLD_RECORD() /* Their entries do. */
+#else
+#define HOLD_RECORD() HOLD(THROTTLE)
+#endif

@@ -123,6 +123,9 @@ static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int l
 static long (*bpf_getsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)57;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
+#ifdef SHARED
+static long (*bpf_sk_storage_delete)(void *map, void *sk) = (void *)108;
+#endif
 static void *(*bpf_skc_to_mptcp_sock)(void *sk) = (void *)196; /* Linux 5.19 */
 
 /*
@@ -164,9 +167,10 @@ struct {
 #include "sockets.h"
 
 /* The counts of an epoch, which begins when it is asked for first. */
-always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
+always_inline struct throttle_flows *flows_of(const struct throttle_config *config,
+					      __u32 direction, __u64 epoch)
 {
-	__u64 key = ON_STACK(direction);
+	__u64 key = ON_STACK(ELEMENT(config->slot, direction));
 	struct throttle_flows *flows = bpf_map_lookup_elem(&CGROUP_FLOWS, &key);
 
 	if (flows && flows->epoch != epoch) {
@@ -183,12 +187,14 @@ always_inline struct throttle_flows *flows_of(__u32 direction, __u64 epoch)
  * The counts of a direction, with a connection that has moved so many bytes so far. One that takes
  * next to nothing does not count.
  */
-always_inline struct throttle_flows *count_flow(struct throttle_share *share, __u32 direction,
-						__u64 bytes, __u64 rate, __u64 now)
+always_inline struct throttle_flows *count_flow(const struct throttle_config *config,
+						struct throttle_share *share, __u32 direction,
+						__u64 bytes, __u64 now)
 {
 	__u64 epoch = now >> EPOCH_SHIFT;
-	struct throttle_flows *flows = flows_of(direction, epoch);
-	__u64 least = share->counted ? rate >> LEAST_SHARE_SHIFT : LEAST_SHARE_BYTES;
+	struct throttle_flows *flows = flows_of(config, direction, epoch);
+	__u64 least = share->counted ? config->rate_bytes_per_s >> LEAST_SHARE_SHIFT :
+				       LEAST_SHARE_BYTES;
 
 	if (!flows)
 		return 0;
@@ -214,10 +220,11 @@ always_inline __u32 sharing(struct throttle_flows *flows)
  * What a connection may send before it is known how many share the limit. Many may begin at once;
  * those that begin later get less.
  */
-always_inline __u32 first_packets(__u32 direction, __u64 rate, __u64 now, int begins)
+always_inline __u32 first_packets(const struct throttle_config *config, __u32 direction, __u64 now,
+				  int begins)
 {
-	struct throttle_flows *flows = flows_of(direction, now >> EPOCH_SHIFT);
-	__u64 packets = rate / FIRST_PACKET_SHARE;
+	struct throttle_flows *flows = flows_of(config, direction, now >> EPOCH_SHIFT);
+	__u64 packets = config->rate_bytes_per_s / FIRST_PACKET_SHARE;
 
 	if (flows && begins) {
 		packets /= flows->begun + 1;
@@ -267,8 +274,8 @@ always_inline void police_instead(struct throttle_bucket *bucket, __u32 flag)
 always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			struct throttle_config *config, struct throttle_bucket *bucket, __u64 now)
 {
-	struct throttle_flows *counts = count_flow(&socket->share[THROTTLE_UPLOAD], THROTTLE_UPLOAD,
-						   ctx->bytes_acked, config->rate_bytes_per_s, now);
+	struct throttle_flows *counts = count_flow(config, &socket->share[THROTTLE_UPLOAD],
+						   THROTTLE_UPLOAD, ctx->bytes_acked, now);
 	__u32 flows = counts ? sharing(counts) : 1;
 	__s64 share = (__u64)flows * 2 * ctx->mss_cache * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* A queue that paces, as fq does, holds two of what TCP sends at once: charged, not sent yet. */
@@ -283,7 +290,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
 	if (!socket->pacing) {
-		packets = first_packets(THROTTLE_UPLOAD, config->rate_bytes_per_s, now, 1);
+		packets = first_packets(config, THROTTLE_UPLOAD, now, 1);
 		if (packets < MOST_FIRST_PACKETS)
 			set_option(ctx, SOL_TCP, TCP_BPF_IW, packets);
 	}
@@ -368,9 +375,9 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 				 struct throttle_config *config, struct throttle_bucket *bucket,
 				 struct throttle_flows *flows, __u64 now)
 {
-	__u64 zero = 0;
+	__u64 slot = ON_STACK(config->slot);
 	__u32 value;
-	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &zero);
+	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &slot);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
 	__u64 bytes, least, way_us, credit, slack;
 	int gated;
@@ -381,7 +388,7 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 		return 0;
 	if (!socket->segment) {
 		socket->segment = ctx->mss_cache;
-		socket->first = first_packets(THROTTLE_DOWNLOAD, config->rate_bytes_per_s, now, 0);
+		socket->first = first_packets(config, THROTTLE_DOWNLOAD, now, 0);
 		hurry_acknowledgements(ctx);
 	}
 	gated = socket->gated || (socket->gate == GATE_READY &&
@@ -556,8 +563,7 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 
 	if (!gates && !news)
 		return;
-	flows = count_flow(share, THROTTLE_DOWNLOAD, ctx->bytes_received, config->rate_bytes_per_s,
-			   now);
+	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
 	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
 		return;
 	if (news)
@@ -594,7 +600,7 @@ always_inline void remember(void *ctx, struct throttle_socket *socket)
 }
 
 /* In packets. */
-always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
+always_inline __u32 first_window(struct bpf_sock_ops *ctx, const struct throttle_config *config)
 {
 	__u32 clamp;
 
@@ -602,13 +608,13 @@ always_inline __u32 first_window(struct bpf_sock_ops *ctx, __u64 rate)
 	 * The window is scaled for the largest one that there may be. Where net.ipv4.tcp_rmem allows
 	 * more than usual, its unit is 1024 bytes, and none is less than a segment.
 	 */
-	if (rate <= USUAL_CLAMP_RATE &&
+	if (config->rate_bytes_per_s <= USUAL_CLAMP_RATE &&
 	    !get_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &clamp) &&
 	    (!clamp || clamp > USUAL_CLAMP)) {
 		clamp = USUAL_CLAMP;
 		set_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, clamp);
 	}
-	return first_packets(THROTTLE_DOWNLOAD, rate, bpf_ktime_get_ns(), 1);
+	return first_packets(config, THROTTLE_DOWNLOAD, bpf_ktime_get_ns(), 1);
 }
 
 /* Whether a limit is to be kept in a way, which this kernel has not refused. */
@@ -620,14 +626,37 @@ always_inline __u32 does(struct throttle_config *config, struct throttle_bucket 
 	return config->rate_bytes_per_s ? config->flags & ~bucket->refused & flag & ~over : 0;
 }
 
-always_inline int shape(struct bpf_sock_ops *ctx)
+#ifdef ENTRIES
+#include "entries.h"
+#else
+/* Another throttle may shape a connection that this one does not. */
+#ifdef SHARED
+#define LEAVE_TO_OTHERS(sk) bpf_sk_storage_delete(&SOCKETS, sk)
+#else
+#define LEAVE_TO_OTHERS(sk)
+#endif
+
+/*
+ * The connections of an MPTCP socket are policed alone: nobody could give them back what they had,
+ * since they have no descriptors. `multipath` says whether this kernel can tell (Linux 5.19).
+ */
+always_inline int shape_any(struct bpf_sock_ops *ctx, int multipath)
 {
-	__u64 up = ON_STACK(THROTTLE_UPLOAD), down = ON_STACK(THROTTLE_DOWNLOAD);
+	void *sk = ctx->sk;
+#ifdef SHARED
+	/* The entry has found out that it is its throttle's. */
+	struct throttle_socket *socket = sk ? bpf_sk_storage_get(&SOCKETS, sk, 0, 0) : 0;
+	__u32 slot = socket ? socket->slot : 0;
+#else
+	struct throttle_socket *socket = 0;
+	__u32 slot = 0;
+#endif
+	__u64 up = ON_STACK(ELEMENT(slot, THROTTLE_UPLOAD));
+	__u64 down = ON_STACK(ELEMENT(slot, THROTTLE_DOWNLOAD));
 	struct throttle_config *upload = bpf_map_lookup_elem(&CGROUP_CONFIGS, &up);
 	struct throttle_config *download = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
 	struct throttle_bucket *upload_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &up);
 	struct throttle_bucket *download_bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
-	struct throttle_socket *socket = 0;
 	int starts = 0;
 	__u32 paces, moves, gates;
 	__u64 now = bpf_ktime_get_ns();
@@ -641,17 +670,23 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
 		if (moves && !IS_EXEMPT(upload, ctx, remote_ip))
-			ctx->args[0] = first_window(ctx, download->rate_bytes_per_s);
+			ctx->args[0] = first_window(ctx, download);
 		return 1;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		if (IS_EXEMPT(upload, ctx, remote_ip) || !ctx->sk)
+		if (!sk)
 			return 1;
-		if (IS_LOCAL(ctx, remote_ip, local_ip)) {
-			leave_room(download, download_bucket);
+		if (IS_EXEMPT(upload, ctx, remote_ip)) {
+			LEAVE_TO_OTHERS(sk);
 			return 1;
 		}
-		socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (IS_LOCAL(ctx, remote_ip, local_ip) ||
+		    (multipath && bpf_skc_to_mptcp_sock(sk))) {
+			leave_room(download, download_bucket);
+			LEAVE_TO_OTHERS(sk);
+			return 1;
+		}
+		socket = bpf_sk_storage_get(&SOCKETS, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (!socket)
 			return 1;
 		remember(ctx, socket);
@@ -659,9 +694,9 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 		starts = 1;
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
-		if (!ctx->sk || ctx->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
+		if (!sk || ctx->args[0] == BPF_WRITE_HDR_TCP_CURRENT_MSS)
 			return 1;
-		socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0);
+		socket = bpf_sk_storage_get(&SOCKETS, sk, 0, 0);
 		break;
 	default:
 		return 1;
@@ -679,28 +714,20 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/*
- * The connections of an MPTCP socket are policed alone: nobody could give them back what they had,
- * since they have no descriptors.
- */
-always_inline int shape_but_multipath(struct bpf_sock_ops *ctx)
+always_inline int shape(struct bpf_sock_ops *ctx)
 {
-	__u32 down = THROTTLE_DOWNLOAD;
-	struct throttle_config *config;
-	struct throttle_bucket *bucket;
-
-	if ((ctx->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB ||
-	     ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) &&
-	    ctx->sk && bpf_skc_to_mptcp_sock(ctx->sk)) {
-		config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &down);
-		bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
-		if (config && bucket)
-			leave_room(config, bucket);
-		return 1;
-	}
-	return shape(ctx);
+	return shape_any(ctx, 0);
 }
 
+always_inline int shape_but_multipath(struct bpf_sock_ops *ctx)
+{
+	return shape_any(ctx, 1);
+}
+
+#define OWN_SLOT() 0
+#endif
+
+#ifndef SHARED
 #include "bpf_sock.h"
 
 /* The start of the context of setsockopt(2), as in linux/bpf.h. */
@@ -721,8 +748,8 @@ struct bpf_sockopt {
  */
 SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 {
-	__u32 direction = THROTTLE_UPLOAD;
-	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
+	__u32 slot = OWN_SLOT(), element = ELEMENT(slot, THROTTLE_UPLOAD);
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &element);
 	struct throttle_socket *socket;
 	__u32 flags = 0;
 
@@ -733,7 +760,10 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	if (!ctx->sk || !config || IS_LOCAL(ctx->sk, dst_ip, src_ip) ||
 	    IS_EXEMPT(config, ctx->sk, dst_ip))
 		return 0;
-	if (bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0)) {
+	socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0);
+	if (socket) {
+		if (socket->slot != slot)
+			return 0;
 		ctx->optlen = -1;
 		return 1;
 	}
@@ -745,6 +775,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 		return 0;
 	remember(ctx->sk, socket);
 	socket->promised = ctx->optname;
+	socket->slot = slot;
 	if (set_option(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, flags))
 		return 0;
 	/* The kernel itself is not to see it. */
@@ -758,8 +789,8 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
  */
 SEC("cgroup/setsockopt") int pybpft_belongs(struct bpf_sockopt *ctx)
 {
-	__u32 direction = THROTTLE_UPLOAD;
-	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
+	__u32 element = ELEMENT(OWN_SLOT(), THROTTLE_UPLOAD);
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &element);
 
 	HOLD_RECORD();
 	if (ctx->level != THROTTLE_ADOPT)
@@ -772,3 +803,4 @@ SEC("cgroup/setsockopt") int pybpft_belongs(struct bpf_sockopt *ctx)
 	ctx->optlen = -1;
 	return 1;
 }
+#endif

@@ -10,7 +10,8 @@
  * It has to load on Linux 4.14, so: the first instruction set (-mcpu=v1), no loops, no calls, only
  * helpers and context fields of that kernel. DIRECT_PACKET_ACCESS makes a second object of it, for
  * Linux 5.1 and later, which reads headers without a helper call each, and needs CAP_PERFMON for
- * it. MARKED makes one that limits the sockets of some processes alone.
+ * it. MARKED makes one that limits the sockets of some processes alone. SHARED makes one whose programs
+ * serve many throttles at once, and ENTRIES the small ones that each of these has, see entries.h.
  *
  * It includes no system headers, so that the objects are the same wherever they are built.
  */
@@ -140,6 +141,7 @@ always_inline const __u8 *bytes_at(struct __sk_buff *skb, __u32 offset, __u8 *ro
 #endif
 }
 
+#ifndef ENTRIES
 /* TCP bytes after the header at `offset`, or all of the packet if there is no sound header. */
 always_inline __u32 tcp_payload(__u32 offset, __u8 data_offset, __u32 len)
 {
@@ -268,6 +270,8 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 	return 1;
 }
 
+#endif
+
 #include "networks.h"
 #include "gate.h"
 #if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
@@ -278,11 +282,21 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 #define is_early(skb, bucket, config, direction, billed, now) 0
 #endif
 
+#ifdef SHARED
+#define PROGRAM(name) pybpfs_##name
+#define SLOT_OF(skb) ((skb)->cb[0])
+#else
+#define PROGRAM(name) pybpft_##name
+#define SLOT_OF(skb) 0
+#endif
+
+#ifndef ENTRIES
 always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 {
-	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction);
-	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &direction);
-	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &direction);
+	__u32 element = ELEMENT(SLOT_OF(skb), direction);
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &element);
+	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &element);
+	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &element);
 	__u32 billed;
 	__u64 now;
 
@@ -315,34 +329,36 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	stats->bytes_dropped += billed;
 	return drop;
 }
+#endif
 
 #include "shape.h"
 
-#ifdef MARKED
+#if defined(MARKED) || defined(ENTRIES)
 #include "marks.h"
-#else
-SEC("cgroup_skb/ingress") int pybpft_ingress(struct __sk_buff *skb)
+#endif
+#ifndef MARKED
+SEC("cgroup_skb/ingress") int PROGRAM(ingress)(struct __sk_buff *skb)
 {
 	return police(skb, THROTTLE_DOWNLOAD, DROP);
 }
 
-SEC("cgroup_skb/egress") int pybpft_egress(struct __sk_buff *skb)
+SEC("cgroup_skb/egress") int PROGRAM(egress)(struct __sk_buff *skb)
 {
 	return police(skb, THROTTLE_UPLOAD, DROP);
 }
 
 /* Tells TCP of a drop as of a full queue, where DROP would fail a UDP program's send with EPERM. */
-SEC("cgroup_skb/egress") int pybpft_egresscn(struct __sk_buff *skb)
+SEC("cgroup_skb/egress") int PROGRAM(egresscn)(struct __sk_buff *skb)
 {
 	return police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION);
 }
 
-SEC("sockops") int pybpft_sockops(struct bpf_sock_ops *ctx)
+SEC("sockops") int PROGRAM(sockops)(struct bpf_sock_ops *ctx)
 {
 	return shape(ctx);
 }
 
-SEC("sockops") int pybpft_sockopsp(struct bpf_sock_ops *ctx)
+SEC("sockops") int PROGRAM(sockopsp)(struct bpf_sock_ops *ctx)
 {
 	return shape_but_multipath(ctx);
 }

@@ -17,12 +17,17 @@ typedef unsigned long long __u64;
 typedef int __s32;
 typedef long long __s64;
 
-/* The key into each map. */
+/* With its slot, a throttle's key into each map. */
 enum throttle_direction {
 	THROTTLE_DOWNLOAD = 0, /* ingress */
 	THROTTLE_UPLOAD = 1,   /* egress */
 };
 #define THROTTLE_DIRECTIONS 2
+/*
+ * The slot tells apart throttles that share maps, from 1 on; 0 is that of a throttle with maps of its
+ * own. Where they are shared, slot 0 limits nothing.
+ */
+#define ELEMENT(slot, direction) ((slot) * THROTTLE_DIRECTIONS + (direction))
 
 enum throttle_flags {
 	THROTTLE_LOOPBACK = 1, /* limit the loopback device too */
@@ -101,7 +106,7 @@ struct throttle_config {
 	__u64 debt_ns;          /* how far it may run ahead before packets are dropped */
 	__u64 small_ns;         /* so much further for packets billed below SMALL_PACKET_BYTES */
 	__u32 flags;            /* enum throttle_flags */
-	__u32 reserved;
+	__u32 slot;
 	__u64 slack_ns; /* how much further for connections that nothing else slows down */
 	__s64 expires_ns; /* CLOCK_MONOTONIC time after which all packets pass; the largest: never */
 };
@@ -167,6 +172,8 @@ struct throttle_socket {
 	__u32 network; /* the inode of its network namespace */
 	__u32 room;    /* the window in bytes that its buffer was made large enough for */
 	__u32 way_us;  /* its round trip, as measured by us; 0: not yet */
+	__u32 slot;    /* of the throttle that shapes it */
+	__u32 reserved;
 	__u64 opened;  /* the number of the byte up to which its window was opened by us, */
 	__u64 answer;  /* that of one that only comes once the window opened at */
 	__u64 asked_ns; /* this time is known to the sender; 0: nothing is measured */
@@ -226,6 +233,14 @@ enum throttle_record_flags {
 	THROTTLE_REMOVED = 2, /* somebody has taken the limit away; the owner ends */
 };
 
+/* Where shared programs are in the maps by which they are entered. */
+enum throttle_entry {
+	ENTRY_DENY = 0, /* policers, by the verdict, and the only program in their map */
+	ENTRY_TELL = 1,
+	ENTRY_GATE = 2,
+};
+#define THROTTLE_ENTRIES 3
+
 /* Nothing has this type. It has what no map's value tells in the BTF of each object. */
 union throttle_constants {
 	struct throttle_ack ack;
@@ -234,6 +249,7 @@ union throttle_constants {
 	enum throttle_record_flags record_flags;
 	enum throttle_format format;
 	enum throttle_level level;
+	enum throttle_entry entry;
 	enum throttle_shift shift;
 	enum throttle_slack slack;
 	enum throttle_pacing pacing;
@@ -253,7 +269,7 @@ struct throttle_record {
 	__u32 generation;
 	__u32 flags;  /* enum throttle_record_flags */
 	__u32 length; /* of the text in bytes */
-	__u32 reserved;
+	__u32 slot;
 	char text[4072]; /* JSON */
 	union throttle_constants constants[0]; /* takes no room */
 };

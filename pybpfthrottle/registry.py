@@ -54,13 +54,16 @@ def _in_use() -> Iterator[Backend]:
             yield get_backend(name)
 
 
-def _known() -> list[Record]:
-    """Return all records. Raises OSError if nothing is found where looking is not permitted."""
+def _known(*, others: bool = False) -> list[Record]:
+    """Return all records; with ``others`` those of this process may be left out.
+
+    Raises OSError if nothing is found where looking is not permitted.
+    """
     found: list[Record] = []
     refused: Optional[OSError] = None
     for backend in _in_use():
         try:
-            found += backend.in_force()
+            found += backend.in_force(others=others)
         except OSError as error:
             # Without bpf(2) nothing can be limited by it.
             if error.errno not in (errno.ENOSYS, errno.EINVAL):
@@ -151,13 +154,13 @@ def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> 
 
 
 def _settled() -> list[Record]:
-    """Return all records once no killed instance is still being cleared up.
+    """Return all records of other processes once no killed instance is still being cleared up.
 
     Its guard would restore connections that are limited anew. This takes a moment at most.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        known = _known()
+        known = _known(others=True)
         if time.monotonic() >= deadline or not any(map(_is_cleared_up, known)):
             return known
         time.sleep(0.01)

@@ -96,6 +96,13 @@ def _own_login(period: int) -> frozenset[int]:
     return frozenset(login.processes())
 
 
+@lru_cache(maxsize=1)
+def _login_at(second: int, pid: int) -> tuple[Sequence[int], Sequence[login.Carrier]]:
+    """Return this session's processes and sockets: once a second, as to look takes milliseconds."""
+    pids = login.processes()
+    return pids, login.carriers(pids)
+
+
 def user_id(text: str) -> int:
     """Return the id of a user, given by name or number. Raises ProcessError."""
     if text.isdigit():
@@ -256,7 +263,7 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
     the session has left it, and the processes that serve it were moved elsewhere. ``insist`` says
     how to have it all the same, for a ``{path}``.
     """
-    pids = login.processes()
+    pids, carriers = _login_at(int(time.monotonic()), os.getpid())
     for pid in pids:
         try:
             where = cgroups.from_pid(pid)
@@ -269,7 +276,6 @@ def _refuse_own_session(chosen: Sequence[Cgroup], insist: str) -> None:
                     f" {process.listed([pid])}): the limit would slow down your own terminal or"
                     f" remote login. If you want that, {insist.format(path=cgroup.path)}"
                 )
-    carriers = login.carriers(pids)
     for cgroup in chosen if carriers else ():
         below = cgroup.ids_below()
         for carrier in carriers:

@@ -351,8 +351,11 @@ class Backend(Protocol):
     def executions(self) -> Executions:
         """Begin to report executions. Raises an error of this package, or OSError."""
 
-    def in_force(self) -> Iterator[Record]:
-        """Return what is in force on this machine, whoever made it. Raises OSError."""
+    def in_force(self, *, others: bool = False) -> Iterator[Record]:
+        """Return what is in force on this machine, whoever made it. Raises OSError.
+
+        With ``others`` what this process has made may be left out.
+        """
 
     def open(self, record: Record) -> Part:
         """Open a limit that another process keeps. Raises ThrottleError if it is gone."""

@@ -527,7 +527,7 @@ class RecordedBackend:
         """Raise BackendError: networking knows nothing of executions."""
         raise BackendError(f"{self.name} does not report executions")
 
-    def in_force(self) -> Iterator[Record]:
+    def in_force(self, *, others: bool = False) -> Iterator[Record]:
         """Return what is recorded, whoever made it."""
         return files.records(self.name)
 

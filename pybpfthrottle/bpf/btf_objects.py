@@ -81,6 +81,10 @@ class ObjectTypes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all descriptors."""
         self._undo.close()
 
 

@@ -167,57 +167,108 @@ def load(
     Raises KeyError for a name that the object does not have, ObjectFileError, ExternError,
     AmbiguousTypeError, MapCreateError, ProgramLoadError or VerifierError; then nothing stays open.
     """
-    spec = _spec_of(source)
-    if spec.byteorder != sys.byteorder:
-        raise ObjectFileError(
-            f"{spec.name!r} was built for {spec.byteorder}-endian machines;"
-            f" this one is {sys.byteorder}-endian"
-        )
-    needed = _needed(spec, select)
-    with ExitStack() as undo, ObjectTypes() as types, _naming_what_is_newer(spec, needed):
-        fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
-        types.load(fitting.loadable_types())
-        # Before any map is made: only fitted programs tell whether they need the settings.
-        fitted = {
-            name: _fit(spec, spec.programs[name], fitting, targets.get(name))
-            for name in needed.programs
-        }
-        map_specs = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
-        if any(KCONFIG in program.linked.maps for program in fitted.values()):
-            map_specs[KCONFIG] = fitting.settings_map()
-        structs = {
-            name: fitting.struct_ops(name)
-            for name, map_spec in map_specs.items()
-            if map_spec.type == MapType.STRUCT_OPS
-        }
-        given = {
-            name: _fitting(maps[name], map_spec)
-            for name, map_spec in map_specs.items()
-            if name in maps
-        }
-        live_maps = {
-            name: undo.enter_context(_create(map_spec, pin_path, types.fd))
-            for name, map_spec in map_specs.items()
-            if name not in given and name not in structs
-        }
-        for name, struct in structs.items():
-            created = _create_struct(map_specs[name], struct, types)
-            live_maps[name] = undo.enter_context(created)
-        fds = {name: loaded_map.fd for name, loaded_map in {**live_maps, **given}.items()}
-        live_programs = {
-            name: undo.enter_context(
-                _load(spec, spec.programs[name], program, fds, types, {**live_maps, **given})
+    with Loadable(source, select, kernel=kernel, targets=targets) as loadable:
+        return loadable.load(pin_path=pin_path, maps=maps)
+
+
+class Loadable:
+    """Programs of an object, fitted to this kernel once, to be loaded as often as is wanted.
+
+    The arguments are those of ``load``. ``close`` or ``with`` ends it; what was loaded stays.
+    Raises KeyError, ObjectFileError, ExternError or AmbiguousTypeError.
+    """
+
+    def __init__(
+        self,
+        source: Union[ObjectSpec, bytes, descriptors.Path],
+        select: Optional[Iterable[str]] = None,
+        *,
+        kernel: Optional[RunningKernel] = None,
+        targets: Mapping[str, Program] = MappingProxyType({}),
+    ) -> None:
+        self._spec = spec = _spec_of(source)
+        if spec.byteorder != sys.byteorder:
+            raise ObjectFileError(
+                f"{spec.name!r} was built for {spec.byteorder}-endian machines;"
+                f" this one is {sys.byteorder}-endian"
             )
-            for name, program in fitted.items()
-        }
-        # Arrays of programs hold descriptors, and so are filled when all programs are there.
-        program_fds = {name: program.fd for name, program in live_programs.items()}
-        _fill(live_maps, {**fds, **program_fds})
-        for name, loaded_map in live_maps.items():
-            loaded_map.record = _record_of(spec, name)
-        # The Object owns them from here on.
-        undo.pop_all()
-    return Object(live_programs, live_maps, spec, _struct_ops(structs, live_maps, program_fds))
+        self._needed = needed = _needed(spec, select)
+        self._types = types = ObjectTypes()
+        with ExitStack() as undo, _naming_what_is_newer(spec, needed):
+            undo.enter_context(types)
+            fitting = Fitting(spec, kernel or RunningKernel(), types.descriptor)
+            types.load(fitting.loadable_types())
+            # Before any map is made: only fitted programs tell whether they need the settings.
+            self._fitted = {
+                name: _fit(spec, spec.programs[name], fitting, targets.get(name))
+                for name in needed.programs
+            }
+            self._maps = {name: spec.maps[name] for name in spec.maps if name in needed.maps}
+            if any(KCONFIG in program.linked.maps for program in self._fitted.values()):
+                self._maps[KCONFIG] = fitting.settings_map()
+            self._structs = {
+                name: fitting.struct_ops(name)
+                for name, map_spec in self._maps.items()
+                if map_spec.type == MapType.STRUCT_OPS
+            }
+            undo.pop_all()
+
+    def load(
+        self,
+        *,
+        pin_path: Optional[descriptors.Path] = None,
+        maps: Mapping[str, Map[Any, Any]] = MappingProxyType({}),
+    ) -> Object:
+        """Create the maps and load the programs.
+
+        Raises MapCreateError, ProgramLoadError or VerifierError; then nothing stays open.
+        """
+        spec, types = self._spec, self._types
+        with ExitStack() as undo, _naming_what_is_newer(spec, self._needed):
+            given = {
+                name: _fitting(maps[name], map_spec)
+                for name, map_spec in self._maps.items()
+                if name in maps
+            }
+            live_maps = {
+                name: undo.enter_context(_create(map_spec, pin_path, types.fd))
+                for name, map_spec in self._maps.items()
+                if name not in given and name not in self._structs
+            }
+            for name, struct in self._structs.items():
+                created = _create_struct(self._maps[name], struct, types)
+                live_maps[name] = undo.enter_context(created)
+            used = {**live_maps, **given}
+            fds = {name: loaded_map.fd for name, loaded_map in used.items()}
+            live_programs = {
+                name: undo.enter_context(
+                    _load(spec, spec.programs[name], program, fds, types, used)
+                )
+                for name, program in self._fitted.items()
+            }
+            # Arrays of programs hold descriptors, and so are filled when all programs are there.
+            program_fds = {name: program.fd for name, program in live_programs.items()}
+            _fill(live_maps, {**fds, **program_fds})
+            for name, loaded_map in live_maps.items():
+                loaded_map.record = _record_of(spec, name)
+            # The Object owns them from here on.
+            undo.pop_all()
+        structs = _struct_ops(self._structs, live_maps, program_fds)
+        return Object(live_programs, live_maps, spec, structs)
+
+    def create(self, name: str) -> Map[Any, Any]:
+        """Create a map of the object, whatever uses it. Raises MapCreateError."""
+        return _create(self._spec.maps[name], None, self._types.fd)
+
+    def close(self) -> None:
+        """Close what was kept open to load with."""
+        self._types.close()
+
+    def __enter__(self) -> Loadable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _spec_of(source: Union[ObjectSpec, bytes, descriptors.Path]) -> ObjectSpec:
@@ -321,12 +372,19 @@ def _record_of(spec: ObjectSpec, name: str) -> Optional[RecordCodec]:
 
 
 def _fitting(given: Map[Any, Any], spec: MapSpec) -> Map[Any, Any]:
+    if _shape(given.spec) == _shape(spec):
+        return given
     different = pins.differences(given.fd, spec)
     if different:
         raise MapCreateError(
             f"the given map does not match {spec.name!r}: its {', its '.join(different)}"
         )
     return given
+
+
+def _shape(spec: MapSpec) -> tuple[int, ...]:
+    sizes = (spec.key_size, spec.value_size, spec.max_entries)
+    return (spec.type, *sizes, spec.flags, spec.extra)
 
 
 def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) -> Map[Any, Any]:

@@ -561,8 +561,11 @@ def _opened(fd: int) -> Program:
 
 def info_by_id(program_id: int) -> ProgramInfo:
     """Return what the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
-    with open_by_id(program_id) as program:
-        return program.info()
+    fd = descriptors.by_id(Cmd.PROG_GET_FD_BY_ID, program_id)
+    try:
+        return program_info(fd)
+    finally:
+        os.close(fd)
 
 
 def all_ids() -> Iterator[int]:

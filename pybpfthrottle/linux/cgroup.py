@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
@@ -190,7 +191,13 @@ def mounts() -> list[Mount]:
 
 def _mounts_of(process: str) -> list[Mount]:
     with open(f"/proc/{process}/mountinfo", errors="surrogateescape") as table:
-        return [parse_mount(line) for line in table]
+        return list(_parse_mounts(table.read()))
+
+
+# Asked for again and again, and long.
+@lru_cache(maxsize=4)
+def _parse_mounts(table: str) -> tuple[Mount, ...]:
+    return tuple(parse_mount(line) for line in table.split("\n") if line)
 
 
 def parse_mount(line: str) -> Mount:

@@ -15,8 +15,9 @@ from pybpfthrottle.bpf.abi import AttachType
 def refuse() -> None:
     """Have this process's kernel refuse it from now on."""
     (adopter,) = programs.with_role(Role.ADOPT)
-    spec = programs.read(programs.object_for(Scope.ALL))
-    spec.programs[adopter.name].expected_attach_type = AttachType.CGROUP_INET_INGRESS
+    for name in (programs.object_for(Scope.ALL), programs.ENTRIES):
+        adopting = programs.read(name).programs[adopter.name]
+        adopting.expected_attach_type = AttachType.CGROUP_INET_INGRESS
 
 
 if __name__ == "__main__":

@@ -12,18 +12,21 @@ from benches.table import configure, show
 from pybpfthrottle.backends.ebpf import features
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.bucket import config_for
-from pybpfthrottle.backends.ebpf.records import ThrottleConfig
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleConfig, element
+from pybpfthrottle.backends.ebpf.registry import RecordMap
+from pybpfthrottle.backends.ebpf.shared import Bank
 from pybpfthrottle.bpf import loader, programs
 from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
+from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate, Traffic
 
 __all__ = ["configure", "main"]
 
 _KTIME_GET_NS = 5
 _REPEAT = 1_000_000
+_SLOT = 1
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _TCP, _UDP, _ROUTING, _DESTINATION = 6, 17, 43, 60
 
@@ -51,7 +54,7 @@ def measure(rounds: int) -> dict[str, Any]:
     names = ["throttle"]
     if features.DIRECT_PACKET_ACCESS.available():
         if features.TEST_RUN_PACKET.available():
-            names.append("throttle-direct")
+            names += ["throttle-direct", shipped.ENTRIES]
         else:
             print(
                 "throttle-direct is left out: this kernel's test runs have no packet to read, so"
@@ -83,9 +86,16 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def _policer(name: str, rate: Rate, program: str = "pybpft_ingress") -> Program:
     """The download program of an object, with the loopback device limited: test packets use it."""
-    loaded = loader.load(shipped.read(name), [program])
-    configs = loaded.maps["CGROUP_CONFIGS"].typed(U32, StructureCodec(ThrottleConfig))
-    configs[Direction.DOWNLOAD] = config_for(rate, loopback=True)
+    if name == shipped.ENTRIES:
+        bank = Bank(2, Traffic())
+        loaded = bank.load([program], {})
+        RecordMap(loaded.maps[RECORD]).begin(_SLOT)
+        maps, slot = bank.maps, _SLOT
+    else:
+        loaded = loader.load(shipped.read(name), [program])
+        maps, slot = loaded.maps, 0
+    configs = maps["CGROUP_CONFIGS"].typed(U32, StructureCodec(ThrottleConfig))
+    configs[element(slot, Direction.DOWNLOAD)] = config_for(rate, loopback=True)
     return loaded.programs[program]
 
 

@@ -146,11 +146,11 @@ def overridden(cgroup: Cgroup, hook: AttachType, *, but: Collection[int] = ()) -
     """
     with suppress(OSError, CgroupError):
         for where in cgroup.with_ancestors():
-            # Check the mode first: an ancestor may have many programs to describe.
-            found = [one for one in _ids_at(where, hook) if one not in but or where != cgroup]
-            if found:
-                there = list(at(where, [hook])) if where != cgroup else []
-                return [one for one in there if one.mode is AttachMode.ALLOW_OVERRIDE]
+            found = _query(where, hook)
+            if [one for one in found.program_ids if one not in but or where != cgroup]:
+                # Check the mode first: an ancestor may have many programs to describe.
+                overridable = found.attach_flags == AttachMode.ALLOW_OVERRIDE and where != cgroup
+                return list(at(where, [hook])) if overridable else []
     return []
 
 
@@ -209,12 +209,17 @@ def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:
 
 
 def _ids_at(cgroup: Cgroup, hook: AttachType, *, effective: bool = False) -> tuple[int, ...]:
+    return _query(cgroup, hook, effective=effective).program_ids
+
+
+def _query(cgroup: Cgroup, hook: AttachType, *, effective: bool = False) -> links.Attached:
+    """Return what is attached at a hook: nothing if the kernel lacks it."""
     fd = cgroup.open()
     try:
-        return links.query(fd, hook, effective=effective).program_ids
+        return links.query(fd, hook, effective=effective)
     except OSError as error:
         if error.errno in _NO_HOOK:
-            return ()
+            return links.Attached(0, ())
         raise
     finally:
         os.close(fd)

@@ -104,9 +104,9 @@ class EbpfBackend:
 
         return Tracing.begin({}, executions=True, processes=False)
 
-    def in_force(self) -> Iterator[Record]:
+    def in_force(self, *, others: bool = False) -> Iterator[Record]:
         """Return what is in force on this machine, whoever made it. Raises OSError."""
-        return registry.in_force()
+        return registry.in_force(others=others)
 
     def open(self, record: Record) -> Part:
         """Take one in hand that somebody else keeps. Raises ThrottleError if it is gone."""

@@ -14,6 +14,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleFormat,
     ThrottleShift,
     ThrottleStats,
+    element,
 )
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
@@ -176,6 +177,21 @@ def _on_the_buckets_clock(boottime_ns: int) -> int:
     return clock.monotonic_ns() + boottime_ns - clock.boottime_ns()
 
 
+class ElementCodec:
+    """The directions of the throttle in a slot, as keys into its maps."""
+
+    def __init__(self, slot: int) -> None:
+        self._first = element(slot, 0)
+
+    def encode(self, value: int) -> bytes:
+        """Return the key of a direction."""
+        return U32.encode(self._first + value)
+
+    def decode(self, data: bytes) -> int:
+        """Return the direction of a key."""
+        return U32.decode(data) - self._first
+
+
 class Seen(NamedTuple):
     """What the programs know of uploads.
 
@@ -207,6 +223,17 @@ def with_room(spec: ObjectSpec, traffic: Traffic) -> ObjectSpec:
     return replace(spec, maps={**spec.maps, NETWORKS: large})
 
 
+def put_networks(maps: Mapping[str, Map[Any, Any]], traffic: Traffic) -> None:
+    """Tell the programs which networks are limited, once, before any rate is in force."""
+    if traffic.everywhere:
+        return
+    from pybpfthrottle import networks
+
+    tree = maps[NETWORKS].elements
+    for network, limited in networks.decisions(traffic).items():
+        tree.update(networks.key(network), U32.encode(limited))
+
+
 class Bucket:
     """The rates of a throttle, in its maps."""
 
@@ -219,12 +246,15 @@ class Bucket:
         shapes: Mapping[Direction, str],
         owner: Identity,
         expires_ns: int = 0,
+        slot: int = 0,
     ) -> None:
         """``shapes`` has one of settings.SHAPES for each direction that is not auto.
 
-        ``expires_ns`` is when the limits end, on CLOCK_BOOTTIME, or 0.
+        ``expires_ns`` is when the limits end, on CLOCK_BOOTTIME, or 0. ``slot`` tells throttles
+        apart that share maps.
         """
         self._maps = maps
+        self._slot = slot
         self._traffic = traffic
         self._shapes = shapes
         self._owner = owner
@@ -234,31 +264,26 @@ class Bucket:
         self._moved: dict[Direction, Rate] = {}
         self.refused: dict[str, str] = {}
         self._shapings = dict.fromkeys(limits, POLICE)
+        key = ElementCodec(slot)
         self._configs: Map[int, ThrottleConfig] = maps["CGROUP_CONFIGS"].typed(
-            U32, StructureCodec(ThrottleConfig)
+            key, StructureCodec(ThrottleConfig)
         )
         self._buckets: Map[int, ThrottleBucket] = maps["CGROUP_BUCKETS"].typed(
-            U32, StructureCodec(ThrottleBucket)
+            key, StructureCodec(ThrottleBucket)
         )
         self._stats: Map[int, list[ThrottleStats]] = maps["CGROUP_STATS"].typed(
-            U32, StructureCodec(ThrottleStats)
+            key, StructureCodec(ThrottleStats)
         )
 
     def begin(self, refused: Mapping[str, str]) -> None:
         """Put all rates in force. ``refused`` says why methods are unavailable."""
         self.refused = dict(refused)
+        # The shaper learns from any of them whether networks matter.
+        for direction in Direction:
+            if direction not in self.rates:
+                self._lift(direction)
         for direction, rate in self.rates.items():
             self.set_rate(direction, rate)
-
-    def put_networks(self) -> None:
-        """Tell the programs which networks are limited, once, before any rate is in force."""
-        if self._traffic.everywhere:
-            return
-        from pybpfthrottle import networks
-
-        tree = self._maps[NETWORKS].elements
-        for network, limited in networks.decisions(self._traffic).items():
-            tree.update(networks.key(network), U32.encode(limited))
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a rate immediately; the programs rescale the debt, which is constant in bytes.
@@ -277,6 +302,7 @@ class Bucket:
             owner=self._owner,
             expires_ns=self._expires_ns,
         )
+        config.slot = self._slot
         config.slack_ns = self._configs[direction].slack_ns
         self._configs[direction] = config
         self._shapings[direction] = shaping
@@ -306,7 +332,13 @@ class Bucket:
     def lift(self) -> None:
         """Let all packets pass, and stop shaping."""
         for direction in self.rates:
-            self._configs[direction] = config_for(None, loopback=False, owner=self._owner)
+            self._lift(direction)
+
+    def _lift(self, direction: Direction) -> None:
+        networks = not self._traffic.everywhere
+        config = config_for(None, loopback=False, owner=self._owner, networks=networks)
+        config.slot = self._slot
+        self._configs[direction] = config
 
     def shaping(self, direction: Direction) -> Shaping:
         """Return how a direction is kept to its limit."""
@@ -363,9 +395,9 @@ class Bucket:
 
     def seen(self) -> Seen:
         """Return what the programs know of uploads."""
-        flows: ThrottleFlows = self._maps["CGROUP_FLOWS"].typed(U32, StructureCodec(ThrottleFlows))[
-            Direction.UPLOAD
-        ]
+        flows: ThrottleFlows = self._maps["CGROUP_FLOWS"].typed(
+            ElementCodec(self._slot), StructureCodec(ThrottleFlows)
+        )[Direction.UPLOAD]
         even_at_ns = self._buckets[Direction.UPLOAD].even_at_ns
         now = clock.monotonic_ns()
         epochs_ago = (now >> ThrottleShift.EPOCH_SHIFT) - flows.epoch

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
@@ -16,8 +17,8 @@ from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.pacer import Pacer
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import ThrottleLevel, ThrottleSlack, ThrottleSocket
-from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import AttachError, BpfError, CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -38,6 +39,7 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _MOST_DESCRIPTORS = 1 << 20
 
 Pids = Callable[[], Iterable[int]]
+Load = Callable[[Scope, str], Object]
 
 
 class Connections:
@@ -53,15 +55,20 @@ class Connections:
         maps: Mapping[str, Map[Any, Any]],
         bucket: Bucket,
         *,
+        load: Load,
         limited: Pids,
         holders: Pids,
         policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
+        slot: int = 0,
     ) -> None:
-        self._maps = maps
+        """``load`` loads a program for a scope with the throttle's maps; ``slot`` is its place."""
+        self._shaped = maps[SOCKETS]
         self._bucket = bucket
+        self._load = load
         self._holders = holders
         self._policy = policy
-        self._pacer = Pacer(limited, maps[SOCKETS], bucket.seen)
+        self._slot = slot
+        self._pacer = Pacer(limited, maps[SOCKETS], bucket.seen, slot)
         self._unadopted = 0
         # What the user should know of it, a line each.
         self.notes: tuple[str, ...] = ()
@@ -71,10 +78,10 @@ class Connections:
         self, scope: Scope, cgroups: Sequence[Cgroup]
     ) -> Iterator[Callable[[Borrowed], None]]:
         """Yield a function that shapes the connection it is called with, if possible."""
-        spec = programs.read(programs.object_for(scope))
+        load = partial(self._load, scope)
         with ExitStack() as stack:
             adoption = _Adoption(
-                lambda program: _attach(spec, program, self._maps, cgroups, self._policy, stack),
+                lambda program: _attach(load, program, cgroups, self._policy, stack),
                 self._pacer,
             )
             yield adoption
@@ -115,7 +122,7 @@ class Connections:
 
     def restore(self) -> None:
         """Restore the pacing and window of all shaped connections."""
-        restore(self._holders(), self._maps[SOCKETS])
+        restore(self._holders(), self._shaped, self._slot)
 
 
 class _Adoption:
@@ -176,16 +183,15 @@ class _Adoption:
 
 
 def _attach(
-    spec: Any,
+    load: Callable[[str], Object],
     program: Shipped,
-    maps: Mapping[str, Map[Any, Any]],
     cgroups: Sequence[Cgroup],
     policy: AttachPolicy,
     stack: ExitStack,
 ) -> Callable[[], None]:
     """Load and attach a program temporarily; ``stack`` or the returned function detaches it."""
     with ExitStack() as undo:
-        loaded = undo.enter_context(loader.load(spec, [program.name], maps=maps))
+        loaded = undo.enter_context(load(program.name))
         for target in cgroups:
             live = loaded.programs[program.name]
             refuse_to_override(live, target, program.attach_type, policy)
@@ -209,15 +215,20 @@ def _ask(own: socket.socket, window: int) -> Optional[bool]:
     return True
 
 
-def restore(pids: Iterable[int], shaped: Map[Any, Any]) -> None:
+def restore(pids: Iterable[int], shaped: Map[Any, Any], slot: Optional[int] = None) -> None:
     """Give the connections of processes back the pacing and window they had.
 
-    ``shaped`` is the map SOCKETS, by descriptor. Closed sockets need no restoring.
+    ``shaped`` is the map SOCKETS, by descriptor. Closed sockets need no restoring. Only those of
+    the throttle in a ``slot``, if one is given: then another one may shape them.
     """
     records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
     for own in sockets.tcp_of(pids):
         with suppress(KeyError, OSError):
-            _restore(own, records[own.fileno()])
+            record = records[own.fileno()]
+            if slot in (None, record.slot):
+                _restore(own, record)
+                if slot:
+                    del records[own.fileno()]
 
 
 def forget(own: socket.socket, shaped: Map[Any, Any]) -> None:
@@ -254,13 +265,15 @@ class Guard:
     record, so that others see that the throttle is still being cleared up.
     """
 
-    def __init__(self, holders: Pids, maps: Mapping[str, Map[Any, Any]], record: str) -> None:
+    def __init__(
+        self, holders: Pids, maps: Mapping[str, Map[Any, Any]], record: str, slot: int = 0
+    ) -> None:
         kept = [maps[SOCKETS].fd, maps[record].fd]
         reading, self._writing = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _wait_and_restore(reading, holders, maps[SOCKETS], kept)
+                _wait_and_restore(reading, holders, maps[SOCKETS], kept, slot)
             finally:
                 os._exit(0)
         os.close(reading)
@@ -273,7 +286,7 @@ class Guard:
 
 
 def _wait_and_restore(
-    reading: int, holders: Pids, shaped: Map[Any, Any], kept: Sequence[int]
+    reading: int, holders: Pids, shaped: Map[Any, Any], kept: Sequence[int], slot: int
 ) -> None:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -284,4 +297,4 @@ def _wait_and_restore(
         os.closerange(first + 1, last)
     with suppress(OSError):
         os.read(reading, 1)
-    restore(holders(), shaped)
+    restore(holders(), shaped, slot)

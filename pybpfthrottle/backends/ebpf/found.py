@@ -42,6 +42,7 @@ class FoundThrottle(ChoosesOnce):
         self, record: Record, live: dict[str, Map[Any, Any]], resources: ExitStack
     ) -> None:
         self._found = record
+        self._slot = int(record.handles.get("slot", 0))
         self._maps = live
         self._resources = resources
         self._record = RecordMap(live[RECORD]) if RECORD in live else None
@@ -56,6 +57,7 @@ class FoundThrottle(ChoosesOnce):
             },
             owner=record.owner,
             expires_ns=record.spec.expires_ns,
+            slot=self._slot,
         )
         self._bucket.refused = record.handles.get("refused") or {}
 
@@ -202,7 +204,7 @@ class FoundThrottle(ChoosesOnce):
             where = self._found.visible_cgroups()
             if self._found.match is Match.MARKS:  # processes may hand sockets over
                 where = [cgroups_v2.root()]
-            connections.restore(connections.pids(where), self._maps[SOCKETS])
+            connections.restore(connections.pids(where), self._maps[SOCKETS], self._slot)
 
     def _detach(self) -> None:
         """Detach the programs from cgroups. Programs at tracepoints end with the owner."""

@@ -9,6 +9,7 @@ from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.keeping import RING, KeeperProcess, Kept, Pids
 from pybpfthrottle.backends.ebpf.programs import Role
+from pybpfthrottle.backends.ebpf.shared import GATE, Seat
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
 from pybpfthrottle.bpf.loader import Object
@@ -17,8 +18,7 @@ from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import Error
 from pybpfthrottle.supervisor import Chore
 
-_GATE = "GATE"
-_MAPS = (_GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
+_MAPS = (GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
 
 
 # By the words of the keeper.
@@ -60,16 +60,18 @@ class Gate:
         Raises ObjectFileError.
         """
         spec = programs.read(name)
-        if self._keeper is None or _GATE not in spec.maps:
+        if self._keeper is None or GATE not in spec.maps:
             return spec
         # The keeper maps it into its memory (Linux 5.5).
-        shared = replace(spec.maps[_GATE], flags=BPF_F_MMAPABLE)
-        return replace(spec, maps={**spec.maps, _GATE: shared})
+        shared = replace(spec.maps[GATE], flags=BPF_F_MMAPABLE)
+        return replace(spec, maps={**spec.maps, GATE: shared})
 
-    def load(self, maps: Mapping[str, Map[Any, Any]]) -> Optional[Object]:
+    def load(
+        self, maps: Mapping[str, Map[Any, Any]], seat: Optional[Seat] = None
+    ) -> Optional[Object]:
         """Load the program with a throttle's maps, and have the keeper serve it.
 
-        Return None if it is refused.
+        Return None if it is refused. With a ``seat`` the maps are shared.
         """
         if self._keeper is None:
             return None
@@ -77,13 +79,18 @@ class Gate:
             self.refuse("nothing is shaped")
             return None
         try:
-            used = {**maps, RING: self._keeper.ring()}
-            loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
+            ring = self._keeper.ring()
+            if seat is not None:
+                loaded = seat.load([self.program.name], maps, ring)
+            else:
+                used = {**maps, RING: ring}
+                loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
         except Error as error:
             self.refuse(str(error))
             return None
         gate, *limits = (maps[name] for name in _MAPS)
-        self._kept = self._keeper.serve(gate, limits, self._pids)
+        slot = 0 if seat is None else seat.slot
+        self._kept = self._keeper.serve(gate, limits, self._pids, slot)
         return loaded
 
     def wait(self) -> None:

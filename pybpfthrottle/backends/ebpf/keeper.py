@@ -42,7 +42,7 @@ from pybpfthrottle.linux import clock, libc
 _MS = 1_000_000
 _SECOND_NS = 1000 * _MS
 _PAGE = mmap.PAGESIZE
-_DOWNLOAD = 0
+_DOWNLOAD, _DIRECTIONS = 0, 2
 _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 
 # A window lasts this long, plus two round trips: short enough to serve a small flow in between,
@@ -686,18 +686,20 @@ class Keeper:
             gate = self._gates.pop(message["close"], None)
             if gate is not None:
                 gate.close()
-        elif "networks" in message:
-            self._serve(self._gates[message["gate"]], message["networks"])
         else:
-            self._open(message["gate"], *fds)
+            if fds:
+                self._open(message["gate"], message["slot"], *fds)
+            self._serve(self._gates[message["gate"]], message["networks"])
         return True
 
-    def _open(self, number: int, gate: int, buckets: int, configs: int) -> None:
-        memory = mmap.mmap(gate, _PAGE)
+    def _open(self, number: int, slot: int, gate: int, buckets: int, configs: int) -> None:
+        at = slot * ctypes.sizeof(ThrottleGate)
+        memory = mmap.mmap(gate, at + ctypes.sizeof(ThrottleGate))
         os.close(gate)
-        shared = ThrottleGate.from_buffer(memory)
-        bucket = Element(buckets, _DOWNLOAD, ThrottleBucket)
-        config = Element(configs, _DOWNLOAD, ThrottleConfig)
+        shared = ThrottleGate.from_buffer(memory, at)
+        element = slot * _DIRECTIONS + _DOWNLOAD
+        bucket = Element(buckets, element, ThrottleBucket)
+        config = Element(configs, element, ThrottleConfig)
         self._gates[number] = Gate(self, number, shared, bucket, config)
 
     def _serve(self, gate: Gate, networks: Sequence[int]) -> None:

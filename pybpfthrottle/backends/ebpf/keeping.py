@@ -37,28 +37,34 @@ Pids = Callable[[], Iterable[int]]
 class Kept:
     """A gate that a keeper serves: its maps, and what the keeper has told of it.
 
-    ``gate`` is the map of its ThrottleGate, ``limits`` the maps of its buckets and rates, and
-    ``pids`` returns the processes whose connections it has.
+    ``gate`` is the map of its ThrottleGate, ``limits`` the maps of its buckets and rates, ``slot``
+    where they have it, and ``pids`` returns the processes whose connections it has.
     """
 
     def __init__(
-        self, number: int, gate: Map[Any, Any], limits: Sequence[Map[Any, Any]], pids: Pids
+        self,
+        number: int,
+        gate: Map[Any, Any],
+        limits: Sequence[Map[Any, Any]],
+        pids: Pids,
+        slot: int,
     ) -> None:
         self.number = number
+        self.slot = slot
         self.maps = [gate, *limits]
         self.pids = pids
         self.networks: set[int] = set()
         self.is_served = False
         self.ungated: Counter[str] = Counter()
         self._shared = gate.typed(U32, StructureCodec(ThrottleGate))
-        self._shared[0] = ThrottleGate(id=number)
+        self._shared[slot] = ThrottleGate(id=number)
 
     def abandon(self) -> None:
         """Have all acknowledgements pass, even if the keeper cannot say so itself."""
-        shared = self._shared[0]
+        shared = self._shared[self.slot]
         if shared.alive:
             shared.alive = 0
-            self._shared[0] = shared
+            self._shared[self.slot] = shared
 
 
 class KeeperProcess:
@@ -125,11 +131,13 @@ class KeeperProcess:
                 self._tell_ring()
             return self._ring
 
-    def serve(self, gate: Map[Any, Any], limits: Sequence[Map[Any, Any]], pids: Pids) -> Kept:
+    def serve(
+        self, gate: Map[Any, Any], limits: Sequence[Map[Any, Any]], pids: Pids, slot: int = 0
+    ) -> Kept:
         """Have the keeper serve a gate, whose program is loaded with the keeper's ring."""
         with self._busy:
             self._numbers += 1
-            kept = self._kept[self._numbers] = Kept(self._numbers, gate, limits, pids)
+            kept = self._kept[self._numbers] = Kept(self._numbers, gate, limits, pids, slot)
             self._serve(kept)
         return kept
 
@@ -236,11 +244,16 @@ class KeeperProcess:
             self._serve_networks(kept)
 
     def _serve(self, kept: Kept) -> None:
-        self._tell({"gate": kept.number}, [one.fd for one in kept.maps])
-        self._serve_networks(kept)
+        networks = self._find_networks(kept)
+        message = {"gate": kept.number, "slot": kept.slot, "networks": networks}
+        self._tell(message, [one.fd for one in kept.maps])
 
     def _serve_networks(self, kept: Kept) -> None:
         """Give the keeper sockets in the namespaces of limited processes, and of this one."""
+        self._tell({"gate": kept.number, "networks": self._find_networks(kept)})
+
+    def _find_networks(self, kept: Kept) -> list[int]:
+        """Return the namespaces that a gate is served in, once the keeper has sockets there."""
         for pid in [os.getpid(), *kept.pids()]:
             path = f"/proc/{pid}/ns/net"
             # It has ended, or may not be looked into: the gate does not cover its connections.
@@ -252,7 +265,7 @@ class KeeperProcess:
                 if inode not in self._networks:
                     self._open_network(inode, path)
                 kept.networks.add(inode)
-        self._tell({"gate": kept.number, "networks": sorted(kept.networks)})
+        return sorted(kept.networks)
 
     def _open_network(self, inode: int, path: str) -> None:
         namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -10,6 +10,9 @@ from pybpfthrottle.backends.ebpf.bucket import Shaping, shaping_for
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.placed import Wanted
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
+from pybpfthrottle.backends.ebpf.records import RECORD
+from pybpfthrottle.backends.ebpf.registry import RecordMap
+from pybpfthrottle.backends.ebpf.shared import Seat
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
@@ -34,10 +37,18 @@ class Loaded:
     def __init__(self, limits: Limits, options: Options) -> None:
         self._limits = limits
         self._options = options
+        self._seat: Optional[Seat] = None
         self._closing = ExitStack()
         self.programs: dict[str, Program] = {}
         self.maps: dict[str, Map[Any, Any]] = {}
         self.object_name = ""
+
+    def share(self, seat: Optional[Seat]) -> None:
+        """Share most of what will be loaded with other throttles; with None share nothing."""
+        self._seat = seat
+        self.maps.clear()
+        if seat is not None:
+            self.maps.update(seat.maps)
 
     def load(self, scope: Scope, spec: ObjectSpec) -> Optional[str]:
         """Load the programs for a scope, and the shaper if wanted and supported by this kernel.
@@ -51,11 +62,11 @@ class Loaded:
         if any(self.shaping(direction).flags for direction in self._limits):
             shaper = programs.shaper(scope)
             try:
-                loaded = loader.load(spec, [*names, shaper.name], maps=self.maps)
+                loaded = self._load(spec, [*names, shaper.name])
             except BpfError as error:
                 refused = shaper.needs.why_refused(error)
                 log.debug("This kernel does not take %s: %s", shaper.name, error)
-        self.add(loaded or loader.load(spec, names, maps=self.maps))
+        self.add(loaded or self._load(spec, names))
         self.object_name = self.object_name or spec.name
         for direction, program in policers.items():
             log.debug(
@@ -70,6 +81,20 @@ class Loaded:
         self._closing.callback(loaded.close)
         self.programs.update(loaded.programs)
         self.maps.update(loaded.maps)
+        if self._seat is not None and RECORD in loaded.maps:
+            RecordMap(loaded.maps[RECORD]).begin(self._seat.slot)
+
+    def for_a_moment(self, scope: Scope, name: str) -> Object:
+        """Load a program that uses the throttle's maps, for the caller to close.
+
+        Raises BpfError.
+        """
+        return self._load(programs.read(programs.object_for(scope)), [name])
+
+    def _load(self, spec: ObjectSpec, names: Sequence[str]) -> Object:
+        if self._seat is not None:
+            return self._seat.load(names, self.maps)
+        return loader.load(spec, names, maps=self.maps)
 
     def shaping(self, direction: Direction) -> Shaping:
         """Return how a direction is to be kept to its limit, if the kernel refuses nothing."""
@@ -104,7 +129,9 @@ class Loaded:
 
     def ids(self) -> dict[str, int]:
         """Return the ids of the maps."""
-        return {name: live.info().id for name, live in self.maps.items()}
+        shared = {} if self._seat is None else self._seat.map_ids
+        own = {name: live.info().id for name, live in self.maps.items() if name not in shared}
+        return {**shared, **own}
 
     def close(self) -> None:
         """Close all programs and maps."""

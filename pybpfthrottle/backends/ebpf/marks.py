@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
+from functools import cache
 from typing import (
     Any,
     Callable,
@@ -26,9 +27,10 @@ from weakref import WeakSet
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess
-from pybpfthrottle.bpf import abi, links, loader
+from pybpfthrottle.bpf import abi, links
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
@@ -306,6 +308,12 @@ def _why_not_looked_at(error: OSError) -> str:
     return f"{text}: {why_refused(error).text}" if isinstance(error, PermissionError) else text
 
 
+@cache
+def _tracers(names: tuple[str, ...]) -> Loadable:
+    """Return programs that keep maps of processes up to date, fitted to this kernel once."""
+    return Loadable(programs.read("processes"), names)
+
+
 class Tracing:
     """Keeps the map PROCESSES up to date: adds children, removes processes that have ended.
 
@@ -335,7 +343,7 @@ class Tracing:
             if (executions if program.hook == _EXECUTION else processes)
         }
         with ExitStack() as undo:
-            loaded = undo.enter_context(loader.load(programs.read("processes"), hooks, maps=maps))
+            loaded = undo.enter_context(_tracers(tuple(hooks)).load(maps=maps))
             made = [
                 undo.enter_context(
                     links.attach_raw_tracepoint(loaded.programs[program], tracepoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Mapping, Optional, Protocol
 
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
-from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, record_of
+from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, own_records, record_of
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux.cgroup import locked, locked_if_free
@@ -54,6 +54,7 @@ class OwnRecord:
     def create(self, maps: Mapping[str, Map[Any, Any]], *, kept: bool) -> None:
         """Write the record for the first time, into one of the throttle's maps."""
         self._map = RecordMap(maps[RECORD])
+        own_records.add(maps[RECORD].info().id)
         self._flags = ThrottleRecordFlags.KEPT if kept else ThrottleRecordFlags(0)
         self._write()
 

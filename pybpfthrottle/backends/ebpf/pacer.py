@@ -74,8 +74,13 @@ class Pacer:
     """
 
     def __init__(
-        self, pids: Callable[[], Iterable[int]], shaped: Map[Any, Any], seen: Callable[[], Seen]
+        self,
+        pids: Callable[[], Iterable[int]],
+        shaped: Map[Any, Any],
+        seen: Callable[[], Seen],
+        slot: int = 0,
     ) -> None:
+        self._slot = slot
         self._pids = pids
         self._records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
         self._seen = seen
@@ -168,7 +173,9 @@ class Pacer:
         return False
 
     def _pace(self, flow: _Flow, own: socket.socket, pacing: int) -> None:
-        self._records[own.fileno()] = ThrottleSocket(pacing=pacing, original_pacing=flow.original)
+        self._records[own.fileno()] = ThrottleSocket(
+            pacing=pacing, original_pacing=flow.original, slot=self._slot
+        )
         option = (pacing or flow.original).to_bytes(4, sys.byteorder)
         own.setsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, option)
         flow.pacing = pacing

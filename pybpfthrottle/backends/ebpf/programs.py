@@ -21,6 +21,8 @@ from pybpfthrottle.model import Direction
 
 # The prefix of every program's name, in the kernel too.
 PREFIX = "pybpft_"
+# That of programs that belong to no throttle: several share them.
+SHARED_PREFIX = "pybpfs_"
 
 
 class Role(Enum):
@@ -33,6 +35,7 @@ class Role(Enum):
     BELONGS = "tells whether a connection that was open before belongs to the throttle"
     FOLLOW = "keeps up to date which processes are limited"
     GATE = "hands acknowledgements of downloads to the gate's keeper"
+    SHARED = "does the work of programs of several throttles, which only enter it"
     COUNT = "counts the packets of each process"
 
 
@@ -92,8 +95,12 @@ _SOCK_RELEASE = AttachType.CGROUP_INET_SOCK_RELEASE
 _DOWNLOAD, _UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 _ALL, _MARKED = Scope.ALL, Scope.MARKED
 
-_CGROUP = ("throttle", "throttle-direct")
-_MARKS = ("throttle-marked",)
+# Small programs that enter shared ones.
+ENTRIES = "throttle-entries"
+_CGROUP = ("throttle", "throttle-direct", ENTRIES)
+_MARKS = ("throttle-marked", ENTRIES)
+_SHARED = ("throttle-shared",)
+_BOTH = tuple(dict.fromkeys((*_CGROUP, *_MARKS)))
 _PROCESSES = ("processes",)
 _TRAFFIC = ("traffic", "traffic-remotes")
 
@@ -132,9 +139,20 @@ PROGRAMS = (
     ),
     Shipped("pybpft_psockops", _MARKS, _SOCK_OPS, Role.SHAPE, _MULTIPATH, _MARKED, multipath=True),
     Shipped("pybpft_create", _MARKS, _SOCK_CREATE, Role.MARK, _STORAGE),
-    Shipped("pybpft_adopt", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.ADOPT, _ADOPTING),
-    Shipped("pybpft_belongs", (*_CGROUP, *_MARKS), _SETSOCKOPT, Role.BELONGS, _ASKING),
-    Shipped("pybpft_gate", ("gate",), _EGRESS, Role.GATE, _GATE),
+    Shipped("pybpft_adopt", _BOTH, _SETSOCKOPT, Role.ADOPT, _ADOPTING),
+    Shipped("pybpft_belongs", _BOTH, _SETSOCKOPT, Role.BELONGS, _ASKING),
+    Shipped("pybpft_gate", ("gate", ENTRIES), _EGRESS, Role.GATE, _GATE),
+    *(
+        Shipped(name, objects, hook, Role.SHARED, needs, multipath=multipath)
+        for name, objects, hook, needs, multipath in (
+            ("pybpfs_ingress", _SHARED, _INGRESS, _PACKETS, False),
+            ("pybpfs_egress", _SHARED, _EGRESS, _PACKETS, False),
+            ("pybpfs_egresscn", _SHARED, _EGRESS, _VERDICT, False),
+            ("pybpfs_sockops", _SHARED, _SOCK_OPS, _CALLBACKS, False),
+            ("pybpfs_sockopsp", _SHARED, _SOCK_OPS, _MULTIPATH, True),
+            ("pybpfs_gate", ("gate-shared",), _EGRESS, _GATE, False),
+        )
+    ),
     Shipped("pybpft_owner", _TRAFFIC, _SOCK_CREATE, Role.COUNT, _STORAGE),
     Shipped("pybpft_received", _TRAFFIC, _INGRESS, Role.COUNT, _STORAGE),
     Shipped("pybpft_sent", _TRAFFIC, _EGRESS, Role.COUNT, _STORAGE),

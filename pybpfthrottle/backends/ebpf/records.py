@@ -17,6 +17,11 @@ from pybpfthrottle.model import Direction
 RECORD = "THROTTLE"
 
 
+def element(slot: int, direction: int) -> int:
+    """Return the key of a direction in maps that the throttle in a slot may share (ELEMENT)."""
+    return slot * len(Direction) + direction
+
+
 class ThrottleFlags(IntFlag):
     """enum throttle_flags: what the programs have to do."""
 
@@ -38,6 +43,14 @@ class ThrottleLevel(IntEnum):
     """enum throttle_level: the setsockopt(2) level that the programs handle."""
 
     ADOPT = 0x54425059
+
+
+class ThrottleEntry(IntEnum):
+    """enum throttle_entry: where shared programs are in the maps by which they are entered."""
+
+    ENTRY_DENY = 0
+    ENTRY_TELL = 1
+    ENTRY_GATE = 2
 
 
 class ThrottleShift(IntEnum):
@@ -110,7 +123,7 @@ class ThrottleConfig(ctypes.Structure):
         ("debt_ns", c_uint64),
         ("small_ns", c_uint64),
         ("flags", c_uint32),
-        ("reserved", c_uint32),
+        ("slot", c_uint32),
         ("slack_ns", c_uint64),
         ("expires_ns", c_int64),
     )
@@ -185,6 +198,8 @@ class ThrottleSocket(ctypes.Structure):
         ("network", c_uint32),
         ("room", c_uint32),
         ("way_us", c_uint32),
+        ("slot", c_uint32),
+        ("reserved", c_uint32),
         ("opened", c_uint64),
         ("answer", c_uint64),
         ("asked_ns", c_uint64),
@@ -255,6 +270,6 @@ class ThrottleRecord(ctypes.Structure):
         ("generation", c_uint32),
         ("flags", c_uint32),
         ("length", c_uint32),
-        ("reserved", c_uint32),
+        ("slot", c_uint32),
         ("text", c_char * 4072),
     )

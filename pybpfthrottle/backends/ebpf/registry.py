@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Container, Iterable, Iterator, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
@@ -24,6 +24,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleFormat,
     ThrottleRecord,
     ThrottleRecordFlags,
+    element,
 )
 from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.bpf import links, maps, programs
@@ -94,16 +95,26 @@ class RecordMap:
             time.sleep(0.001)
         return None
 
+    def slot(self) -> int:
+        """Return where the throttle's elements are in maps that it shares."""
+        return int(self._map[0].slot)
+
+    def begin(self, slot: int) -> None:
+        """Note where the throttle's elements are in maps that it shares, before it is attached."""
+        self._map[0] = ThrottleRecord(slot=slot)
+
     def write(self, fields: Mapping[str, Any], *, flags: int = 0) -> int:
         """Replace the fields; return the new generation."""
         text = _fitting(fields)
-        before = self._map[0].generation
+        written = self._map[0]
+        before = written.generation
         record = ThrottleRecord(
             magic=ThrottleFormat.MAGIC,
             version=ThrottleFormat.VERSION,
             generation=before | 1,
             flags=flags,
             length=len(text),
+            slot=written.slot,
         )
         self._map[0] = record
         record.text = text
@@ -134,30 +145,78 @@ def _fitting(fields: Mapping[str, Any]) -> bytes:
     ).encode()[:_MOST_BYTES]
 
 
-def in_force() -> Iterator[Record]:
+class Settled:
+    """Ids of objects that need no second look: the kernel gives none of them twice.
+
+    For one scan of all objects, ``new`` returns the others, and ``add`` settles one.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[int] = set()
+
+    def new(self, ids: Iterable[int]) -> list[int]:
+        """Return the ids that have to be looked at; those of objects that are gone are dropped."""
+        there = set(ids)
+        self._ids &= there
+        return sorted(there - self._ids)
+
+    def add(self, settled: int) -> None:
+        """Do not look at an object again."""
+        self._ids.add(settled)
+
+
+class OwnRecords:
+    """The ids of the record maps of this process's throttles, but not of its parent's."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._ids: set[int] = set()
+
+    def add(self, map_id: int) -> None:
+        """Add one."""
+        self._ids = {*self.ids(), map_id}
+        self._owner = os.getpid()
+
+    def ids(self) -> set[int]:
+        """Return them; some may be gone."""
+        return self._ids if self._owner == os.getpid() else set()
+
+
+own_records = OwnRecords()
+# Maps that are no records, and programs of throttles that have one, or that are not ours.
+_no_records, _of_records = Settled(), Settled()
+
+
+def in_force(*, others: bool = False) -> Iterator[Record]:
     """Return the throttles of this machine, including leftovers of a crash and removed ones.
 
-    Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError without.
+    With ``others`` without those of this process. Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError
+    without.
     """
     known: set[int] = set()
     nameless: set[int] = set()
-    yield from _recorded(known, nameless)
+    yield from _recorded(known, nameless, own_records.ids() if others else set())
     yield from _without_record(known)
     yield from _by_configs(nameless - known)
 
 
-def _recorded(known: set[int], nameless: set[int]) -> Iterator[Record]:
+def _recorded(known: set[int], nameless: set[int], but: Container[int] = ()) -> Iterator[Record]:
     """Return the throttles with a record, and add their maps to ``known``.
 
-    Each configuration map without a name is added to ``nameless``.
+    Each configuration map without a name is added to ``nameless``. ``but`` has the ids of records
+    to leave out.
     """
-    for map_id in maps.all_ids():
+    for map_id in _no_records.new(maps.all_ids()):
+        if map_id in but:
+            continue
         with suppress(OSError, KeyError, TypeError, ValueError):  # it may end meanwhile
             with maps.open_by_id(map_id) as live:
                 name = name_of(live)
                 if name == CONFIGS and not live.spec.name:
                     nameless.add(map_id)
                 if name != RECORD:
+                    if live.spec.name:
+                        _no_records.add(map_id)
                     continue
                 known.add(map_id)
                 entry = RecordMap(live).read()
@@ -221,12 +280,13 @@ def record_of(entry: Entry, map_id: int) -> Record:
 def _without_record(known: set[int]) -> Iterator[Record]:
     """Return the throttles of older versions, as far as their programs reveal them."""
     found: dict[int, Record] = {}
-    for info in our_programs():
+    for info in _programs(_of_records.new(_program_ids())):
         with suppress(OSError, KeyError):
             if known.intersection(info.map_ids):
                 continue
-            named = map_ids(info)
+            named = map_ids(info) if info.name.startswith(shipped.PREFIX) else {}
             if RECORD in named or CONFIGS not in named:
+                _of_records.add(info.id)
                 continue
             limits, owner = _limits_of(named[CONFIGS])
             if owner is not None and named[CONFIGS] not in found:
@@ -292,10 +352,18 @@ def our_programs() -> Iterator[ProgramInfo]:
 
 
 def _all_programs() -> Iterator[ProgramInfo]:
+    return _programs(_program_ids())
+
+
+def _program_ids() -> Iterator[int]:
     with suppress(OSError):  # they may not be seen
-        for program_id in programs.all_ids():
-            with suppress(OSError):  # it may end meanwhile
-                yield programs.info_by_id(program_id)
+        yield from programs.all_ids()
+
+
+def _programs(ids: Iterable[int]) -> Iterator[ProgramInfo]:
+    for program_id in ids:
+        with suppress(OSError):  # it may end meanwhile
+            yield programs.info_by_id(program_id)
 
 
 def programs_of(map_id: int) -> dict[int, shipped.Shipped]:
@@ -451,13 +519,22 @@ def _traffic(info: ProgramInfo, config: ThrottleConfig) -> Traffic:
     return Traffic(loopback=bool(config.flags & ThrottleFlags.LOOPBACK))
 
 
+def _slot_of(info: ProgramInfo) -> int:
+    """Return where a program's throttle has its elements in maps that others may share."""
+    record = open_map(info.map_ids, RECORD)
+    if record is None:
+        return 0
+    with record:
+        return RecordMap(record).slot()
+
+
 def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]:
     """Return the configuration of a direction; fields unknown to the writer's version are 0."""
     with suppress(OSError, KeyError):  # it may end meanwhile
         configs = configs_of(info.map_ids)
         if configs is not None:
             with configs:
-                record = configs[direction]
+                record = configs[element(_slot_of(info), direction)]
             return ThrottleConfig.from_buffer_copy(
                 record.ljust(ctypes.sizeof(ThrottleConfig), b"\0")
             )

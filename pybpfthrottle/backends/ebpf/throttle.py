@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import (
     Any,
     Callable,
@@ -15,7 +16,7 @@ from typing import (
 )
 
 from pybpfthrottle.backends.ebpf import connections, pins, programs
-from pybpfthrottle.backends.ebpf.bucket import Bucket, with_room
+from pybpfthrottle.backends.ebpf.bucket import Bucket, put_networks, with_room
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.dial import MapDial
 from pybpfthrottle.backends.ebpf.gate import Gate
@@ -26,6 +27,7 @@ from pybpfthrottle.backends.ebpf.own_record import OwnRecord
 from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD
+from pybpfthrottle.backends.ebpf.shared import Seat, sharing
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
@@ -52,6 +54,7 @@ class EbpfThrottle:
         self._id = throttle_id
         self._order = order
         self._options: Options = order.options or Options()
+        self._seat: Optional[Seat] = None
         self._loaded = Loaded(order.limits, self._options)
         self._placed = Placements(self._loaded.programs)
         self._marks: Optional[Marks] = None
@@ -63,6 +66,7 @@ class EbpfThrottle:
         # Where marks are looked at.
         self._marked_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
+        self._look_for_carriers = False
         self._bucket: Bucket
         # The directory of its pins, if it is kept.
         self._pins = ""
@@ -70,6 +74,7 @@ class EbpfThrottle:
         self._is_removed = False
         # What to undo, in this order. If one step raises, the rest still runs.
         self._undo = ExitStack()
+        self._seated = self._undo.enter_context(ExitStack())
         self._undo.callback(self._loaded.close)
         self._followed, self._attached, self._guarded = (
             self._undo.enter_context(ExitStack()) for _ in range(3)
@@ -91,6 +96,8 @@ class EbpfThrottle:
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
         self._order, self._id = order, throttle_id
+        if self._seat is not None:
+            self._seat.limit(order)
         self.put_in_force()
         return self
 
@@ -110,7 +117,6 @@ class EbpfThrottle:
         with self._all_or_nothing():
             if not self._loaded.programs:
                 self._prepare()
-            self._gate.wait()
             if self._order.cgroups:
                 self._limit_cgroups(self._order.cgroups)
             if self._order.processes is not None:
@@ -136,6 +142,7 @@ class EbpfThrottle:
 
     def _prepare(self) -> None:
         order = self._order
+        self._take_seat(sharing.join(order))
         self._gate = Gate(self._pids, self._why_no_gate())
         self._guarded.callback(self._gate.close)
         if order.cgroups:
@@ -154,16 +161,29 @@ class EbpfThrottle:
         # before there is a thread.
         if self._options.guard and not order.spec.kept and SOCKETS in self._loaded.maps:
             # By the time the guard acts, processes may have left the cgroups.
-            guard = Guard(lambda: connections.pids([cgroups_v2.root()]), self._loaded.maps, RECORD)
+            holders = partial(connections.pids, [cgroups_v2.root()])
+            guard = Guard(holders, self._loaded.maps, RECORD, self._slot)
             self._guarded.callback(guard.end)
             self._record.add(guard=list(process.Process(guard.pid).identity))
-        gate = self._gate.load(self._loaded.maps)
+        gate = self._gate.load(self._loaded.maps, self._seat)
         if gate is not None:
             self._loaded.add(gate)
         if order.processes is not None:
             self._marks = Marks(order.processes, self._loaded.maps, self._adopting_marked)
             self._followed.callback(self._marks.close)
             self._marks.follow()
+
+    def _take_seat(self, seat: Optional[Seat]) -> None:
+        """Share programs and maps with other throttles, if there is a seat."""
+        self._seat = seat
+        self._seated.callback(sharing.leave if seat is None else seat.leave)
+        if seat is not None:
+            self._loaded.share(seat)
+
+    @property
+    def _slot(self) -> int:
+        """Where it has its elements in maps that may be shared."""
+        return 0 if self._seat is None else self._seat.slot
 
     def _log(self, direction: Direction) -> None:
         """Log in one line what is attached, how, and at what rate."""
@@ -181,7 +201,16 @@ class EbpfThrottle:
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, which share the maps of those that are loaded already."""
         spec = with_room(self._gate.spec(programs.object_for(scope)), self._order.traffic)
-        refused = self._loaded.load(scope, spec)
+        try:
+            refused = self._loaded.load(scope, spec)
+        except BpfError as error:
+            if self._seat is None or self._loaded.programs:
+                raise
+            sharing.refuse(str(error))
+            self._loaded.share(None)
+            self._seated.close()
+            self._take_seat(sharing.join(self._order))
+            refused = self._loaded.load(scope, spec)
         self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
 
     def _begin(self, refused: Optional[Mapping[str, str]]) -> None:
@@ -194,8 +223,10 @@ class EbpfThrottle:
                 shapes=self._options.shape,
                 owner=process.identity(),
                 expires_ns=self._order.spec.expires_ns,
+                slot=self._slot,
             )
-            self._bucket.put_networks()
+            if self._seat is None:
+                put_networks(self._loaded.maps, self._order.traffic)
         # The gate comes last: until its keeper serves it, it opens no window.
         self._bucket.begin(refused or {"gate": "it is not open yet"})
 
@@ -218,8 +249,7 @@ class EbpfThrottle:
         self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
         if self._marks is not None:
             self._marks.begin(selection)
-            loopback = self._order.traffic.loopback
-            self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
+            self._look_for_carriers = True
 
     # Beside the cgroups, for Strays.
 
@@ -296,6 +326,7 @@ class EbpfThrottle:
         shaper = self._loaded.shaper(scope)
         if shaper is None:
             return False
+        self._gate.wait()
         try:
             self._placed.attach(self._loaded.everywhere(shaper, cgroups))
         except AttachError as error:
@@ -306,6 +337,8 @@ class EbpfThrottle:
             self._connections = Connections(
                 self._loaded.maps,
                 self._bucket,
+                load=self._loaded.for_a_moment,
+                slot=self._slot,
                 limited=self._pids,
                 holders=self._holders,
                 # Whatever the method of the limit: it is attached for a moment only.
@@ -378,6 +411,7 @@ class EbpfThrottle:
             match=(Match.CGROUP if self._order.cgroups else Match.MARKS).value,
             shapes={str(direction): shape for direction, shape in self._options.shape.items()},
             maps=self._loaded.ids(),
+            slot=self._slot,
         )
         self._record.create(self._loaded.maps, kept=self._order.spec.kept)
 
@@ -490,6 +524,11 @@ class EbpfThrottle:
 
     def notes(self) -> list[str]:
         """Return what is not covered, or covered in addition, a line each."""
+        if self._look_for_carriers and self._marks is not None:
+            self._look_for_carriers = False
+            # To look at all processes takes a while, so not before somebody wants to know.
+            loopback = self._order.traffic.loopback
+            self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
         found = [*self._notes, *self._bucket.shapes_not_kept()]
         found += self._connections.notes if self._connections is not None else ()
         found += self._gate.notes()
@@ -533,7 +572,7 @@ class EbpfThrottle:
         if self._placed and SOCKETS in self._loaded.maps:
             # The shaper sets nothing any more.
             self._bucket.lift()
-            connections.restore(self._holders(), self._loaded.maps[SOCKETS])
+            connections.restore(self._holders(), self._loaded.maps[SOCKETS], self._slot)
 
     def _pids(self) -> list[int]:
         """Return the processes whose sockets are limited."""

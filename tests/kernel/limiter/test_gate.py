@@ -137,7 +137,8 @@ def keeper() -> int:
 def taken() -> int:
     """How many packets the gate has told its keeper of."""
     with live_map("GATE") as shared:
-        return int(shared.typed(U32, StructureCodec(ThrottleGate))[0].taken)
+        gates = shared.typed(U32, StructureCodec(ThrottleGate)).values()
+        return int(sum(gate.taken for gate in gates))
 
 
 # On a wire nothing limits how soon an acknowledgement comes: there the window is no means.

@@ -60,6 +60,13 @@ def test_only_what_is_meant_is_limited(own: Lab, options: tuple[str, ...], limit
     assert (size < RATE.bytes_per_s * SECONDS * 1.1 + BURST) is limited, size
 
 
+def test_a_limit_for_one_direction_is_for_some_networks_too(own: Lab) -> None:
+    """The window of what is not meant stays as it is."""
+    options = [*LIMIT[:2], "--except", server(own)]
+    size = sum(count for _, count in own.download(options, SECONDS).events)
+    assert size > RATE.bytes_per_s * SECONDS * 1.1 + BURST
+
+
 def test_a_socket_tells_that_its_network_is_not_limited(own: Lab) -> None:
     """So does JSON, and the list of what is in force has the networks."""
     curl = own.inside("curl", "--globoff", "-sN", "--max-time", "20", own.url)

@@ -150,7 +150,7 @@ def test_the_constants_are_those_of_the_object(spec):
 def test_a_constant_of_c_is_an_enum():
     """What throttle.h defines without one Python need not know; none of it repeats a number."""
     defined = re.findall(r"^#define (\w+) \S", (ROOT / "ebpf_src/throttle.h").read_text(), re.M)
-    assert defined == ["THROTTLE_DIRECTIONS"]
+    assert defined == ["THROTTLE_DIRECTIONS", "THROTTLE_ENTRIES"]
 
 
 def test_what_makes_up_for_a_window_is_what_the_policers_burst_is_longer():
@@ -173,6 +173,9 @@ MAPS = {
     "GATE": (MapType.ARRAY, 4, SIZES["throttle_gate"], 1),
     "GATE_RING": (MapType.RINGBUF, 0, 0, records.ThrottleGateBounds.GATE_RING_BYTES),
     records.RECORD: (MapType.ARRAY, 4, SIZES["throttle_record"], 1),
+    "INGRESS": (MapType.PROG_ARRAY, 4, 4, 1),
+    "EGRESS": (MapType.PROG_ARRAY, 4, 4, len(records.ThrottleEntry)),
+    "SOCKOPS": (MapType.PROG_ARRAY, 4, 4, 1),
     "SOCKET_OWNERS": (MapType.SK_STORAGE, 4, SIZES["traffic_owner"], 0),
     "TRAFFIC_NAMES": (MapType.HASH, 4, SIZES["traffic_process"], 65536),
     "TRAFFIC": (MapType.PERCPU_HASH, SIZES["traffic_key"], SIZES["traffic_counts"], 131072),
@@ -189,6 +192,12 @@ MAPS_OF = {
     "throttle": {*_CGROUP, records.RECORD},
     "throttle-direct": {*_CGROUP, "CGROUP_NETWORKS", records.RECORD},
     "throttle-marked": {*_CGROUP, "CGROUP_NETWORKS", "MARKS", "PROCESSES", records.RECORD},
+    "throttle-shared": {*_CGROUP, "CGROUP_NETWORKS", records.RECORD},
+    "throttle-entries": {
+        *(*_CGROUP, "CGROUP_NETWORKS", "MARKS", "PROCESSES", records.RECORD),
+        *("INGRESS", "EGRESS", "SOCKOPS"),
+    },
+    "gate-shared": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
     "traffic": {*_TRAFFIC},
@@ -214,6 +223,7 @@ TYPES = {
     Role.GATE: ProgType.CGROUP_SKB,
     Role.FOLLOW: ProgType.RAW_TRACEPOINT,
     Role.COUNT: ProgType.CGROUP_SKB,
+    Role.SHARED: ProgType.CGROUP_SKB,
 }
 SECTIONS = {
     AttachType.CGROUP_INET_INGRESS: "cgroup_skb/ingress",
@@ -240,7 +250,7 @@ def test_the_programs_are_those_of_the_table(spec, rows):
     assert found == {
         row.name: (
             SECTIONS.get(row.hook, f"raw_tp/{row.hook}"),
-            TYPES_OF_HOOKS.get(row.hook, TYPES[row.role]),
+            TYPES_OF_HOOKS.get(row.hook) or TYPES[row.role],
             None if row.role is Role.FOLLOW else row.hook,
         )
         for row in rows
@@ -250,16 +260,18 @@ def test_the_programs_are_those_of_the_table(spec, rows):
 def test_each_program_refers_to_the_record(spec):
     """By any of its programs the kernel knows what a throttle is to limit; others have none."""
     for program in spec.programs.values():
-        counts = programs.by_name(program.name).role is Role.COUNT
-        assert (records.RECORD in relocate.link(spec, program).maps) is not counts
+        others = programs.by_name(program.name).role in (Role.COUNT, Role.SHARED)
+        assert (records.RECORD in relocate.link(spec, program).maps) is not others
 
 
 def test_the_table_names_each_program_once():
-    """All begin with the prefix, and a name tells one row."""
+    """All begin with a prefix, and a name tells one row."""
     names = [row.name for row in programs.PROGRAMS]
     assert len(set(names)) == len(names)
     assert all(programs.by_name(row.name) is row for row in programs.PROGRAMS)
-    assert all(name.startswith(programs.PREFIX) for name in names)
+    for row in programs.PROGRAMS:
+        shared = row.role is Role.SHARED
+        assert row.name.startswith(programs.SHARED_PREFIX if shared else programs.PREFIX)
     assert programs.by_name("pybpft_trial") is None
 
 
@@ -287,6 +299,9 @@ def test_the_policer_does_without_the_shapers_maps(spec, rows):
             # An array like the others, though the faster objects alone look at it.
             assert (spec.maps["GATE"].type, spec.maps["GATE"].flags) == (MapType.ARRAY, 0)
             used = relocate.link(spec, spec.programs[row.name]).maps - {"MARKS"}
+            if spec.name == programs.ENTRIES:
+                by = "INGRESS" if row.direction is Direction.DOWNLOAD else "EGRESS"
+                wanted = {by, "CGROUP_CONFIGS", records.RECORD}
             assert used - {"GATE"} == wanted
             assert used == wanted or spec.name != "throttle"
 
