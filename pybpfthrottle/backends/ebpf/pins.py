@@ -1,4 +1,4 @@
-"""Pinned links: what they attach outlives the process that has attached it.
+"""Pinned links and maps: what they attach outlives the process that has attached it.
 
 They are in a directory for each throttle and each time that it was pinned, in the bpf file system.
 If none is mounted, it is mounted while there are any. Call these under the lock of all throttles.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from typing import Container, Iterable, Optional
+from typing import Any, Container, Iterable, Optional, Union
 
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup, libc
 
@@ -24,16 +25,16 @@ _MOUNTED = "mounted-by-pybpfthrottle"
 _BUILT_IN = ("maps.debug", "progs.debug")
 
 
-def pin(throttle_id: str, links: Iterable[Link]) -> str:
-    """Pin links in a new directory; return its path. Linux 5.7; needs CAP_BPF or CAP_SYS_ADMIN.
+def pin(throttle_id: str, kept: Iterable[Union[Link, Map[Any, Any]]]) -> str:
+    """Pin links and maps in a new directory; return its path. Needs CAP_BPF or CAP_SYS_ADMIN.
 
-    Raises OSError; then none is pinned.
+    Links Linux 5.7. Raises OSError; then nothing is pinned.
     """
     path = os.path.join(_mount(), _DIRECTORY, f"{throttle_id}-{os.urandom(4).hex()}")
     try:
         os.makedirs(path, mode=0o700)
-        for number, link in enumerate(links):
-            link.pin(os.path.join(path, str(number)))
+        for number, one in enumerate(kept):
+            one.pin(os.path.join(path, str(number)))
     except OSError:
         unpin(path)
         raise

@@ -108,6 +108,10 @@ class Bank:
         with Loadable(spec, []) as types:
             return self._closing.enter_context(types.create(name))
 
+    def places(self) -> list[Map[Any, Any]]:
+        """Return the maps by which programs are entered."""
+        return list(self._places.values())
+
     @cached_property
     def map_ids(self) -> Mapping[str, int]:
         """The ids of the maps."""
@@ -218,6 +222,13 @@ class Seat:
         """Their ids."""
         return self._bank.map_ids
 
+    def places(self) -> list[Map[Any, Any]]:
+        """Return the maps by which programs are entered.
+
+        The kernel empties them with their last user: who goes on without this process pins them.
+        """
+        return self._bank.places()
+
     def load(
         self,
         names: Iterable[str],
@@ -270,11 +281,9 @@ class Sharing:
             return seat
 
     def _may_share(self, order: Order) -> bool:
-        # The first may well be the only one. What is to stay must not depend on others, nor on
-        # maps that the kernel empties when this process ends.
+        # The first may well be the only one.
         return (
-            not order.spec.kept
-            and bool(self._alone or self._banks)
+            bool(self._alone or self._banks)
             and not self.refused
             and features.DIRECT_PACKET_ACCESS.available()
         )

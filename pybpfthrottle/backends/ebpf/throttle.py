@@ -419,11 +419,15 @@ class EbpfThrottle:
         """Pin all links anew if the throttle is to outlive this process."""
         if not self._order.spec.kept:
             return
-        links = [*self._placed.links(), *(self._marks.links() if self._marks is not None else ())]
+        kept = [
+            *self._placed.links(),
+            *(self._marks.links() if self._marks is not None else ()),
+            *(self._seat.places() if self._seat is not None else ()),
+        ]
         before, self._pins = self._pins, ""
         try:
             with locked():
-                self._pins = pins.pin(self._id, links)
+                self._pins = pins.pin(self._id, kept)
         except OSError as error:
             self._notes.append(
                 f"the limit ends with process {process.identity().pid}, which keeps it, since the"

@@ -318,6 +318,8 @@ def test_rules_share_a_total(sleep: str, scratch: Cgroup) -> None:
 
 # The one process that keeps the rules of the machine.
 alone = pytest.mark.alone
+# Names that nobody else uses on this machine.
+MINE, SHELL = (f"{name}-{uuid.uuid4().hex[:6]}" for name in ("mine", "shell"))
 
 
 def throttles(name: str) -> list[dict[str, Any]]:
@@ -332,12 +334,12 @@ def rules(tmp_path: Path, sleep: str) -> Iterator[Path]:
     """A file with a rule for the program; nothing is kept at the end."""
     path = tmp_path / "rules.toml"
     match = f'match = {{ name = "{os.path.basename(sleep)}" }}'
-    path.write_text(f'[[rule]]\nname = "mine"\n{match}\nupload = "500K"\n')
+    path.write_text(f'[[rule]]\nname = "{MINE}"\n{match}\nupload = "500K"\n')
     try:
         yield path
     finally:
         tool("apply", "--stop")
-        assert not throttles("mine")
+        assert not throttles(MINE)
         assert instance.current() is None
 
 
@@ -346,24 +348,24 @@ def test_apply_makes_the_machine_match(rules: Path, sleep: str) -> None:
     """Twice is the same as once; what is changed in the file is changed in force."""
     with running(sleep, "60") as one:
         dry = tool("apply", "--dry-run", str(rules)).stdout
-        assert dry == f"+ mine: {process.listed([one.pid])}: upload 500.0 KB/s\n"
-        assert not throttles("mine")
+        assert dry == f"+ {MINE}: {process.listed([one.pid])}: upload 500.0 KB/s\n"
+        assert not throttles(MINE)
         said = tool("apply", str(rules))
         assert said.stdout == "1 rule is in force; pybpfthrottle apply --stop ends that.\n"
-        (first,) = throttles("mine")
-        assert first["target"]["rule"] == "mine"
+        (first,) = throttles(MINE)
+        assert first["target"]["rule"] == MINE
         tool("apply", str(rules))
-        assert throttles("mine") == [first]
+        assert throttles(MINE) == [first]
         rules.write_text(rules.read_text().replace("500K", "300K"))
         diff = tool("apply", "--diff", str(rules)).stdout
-        assert "~ mine: " in diff
+        assert f"~ {MINE}: " in diff
         assert "upload 500.0 KB/s -> upload 300.0 KB/s" in diff
-        assert throttles("mine")[0]["limits"]["upload"] == 300 * 1024
+        assert throttles(MINE)[0]["limits"]["upload"] == 300 * 1024
         assert "The machine matches the rules." in tool("apply", "-n", str(rules)).stdout
         told = json.loads(tool("apply", "--dry-run", "--json", str(rules)).stdout)
         assert [change["change"] for change in told["changes"]] == ["same"]
         explained = tool("explain", str(one.pid), str(rules)).stdout
-        assert f"rule mine ({rules}, line 1): name {os.path.basename(sleep)}" in explained
+        assert f"rule {MINE} ({rules}, line 1): name {os.path.basename(sleep)}" in explained
         assert f"Limited now by {first['id']}" in explained
 
 
@@ -372,13 +374,13 @@ def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
     """The limit stays; the next start takes it over, and has no second one."""
     with running(sleep, "60") as one:
         tool("apply", str(rules))
-        (first,) = throttles("mine")
+        (first,) = throttles(MINE)
         os.kill(first["owner_pid"], signal.SIGKILL)
-        eventually(lambda: not throttles("mine")[0]["supervised"])
+        eventually(lambda: not throttles(MINE)[0]["supervised"])
         # Another command does not try to keep what only the rules can tell.
         assert first["id"] not in tool("run", "-d", "1M", "--", "true").stderr
         tool("apply", str(rules))
-        (now,) = throttles("mine")
+        (now,) = throttles(MINE)
         assert now["id"] == first["id"]
         assert now["supervised"]
         with running(sleep, "60") as other:
@@ -390,6 +392,26 @@ def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
 
 
 @alone
+def test_the_kernel_keeps_many_rules_alone(scratch: Cgroup, shell: Shell, sleep: str, rules: Path):
+    """Although they share programs, which nobody but the kernel has then."""
+    place = below_mount(scratch)
+    more = f'[[rule]]\nname = "{SHELL}"\nmatch = {{ cgroup = "{place}" }}\ndownload = "300K"\n'
+    rules.write_text(rules.read_text() + more)
+    with running(sleep, "60"):
+        tool("apply", str(rules))
+        assert shell.is_limited()
+        (first,), (second,) = throttles(MINE), throttles(SHELL)
+        os.kill(first["owner_pid"], signal.SIGKILL)
+        eventually(lambda: not throttles(SHELL)[0]["supervised"])
+        assert shell.is_limited()
+        tool("remove", first["id"])
+        assert shell.is_limited()
+        tool("apply", str(rules))
+        assert throttles(SHELL)[0]["id"] == second["id"]
+        assert shell.is_limited()
+
+
+@alone
 def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
     """With mistakes those of before go on; it ends with all limits of rules."""
     daemon = [*TOOL, "daemon", str(rules)]
@@ -398,7 +420,7 @@ def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
             assert keeper.stderr
             eventually(instance.current)
             with running(sleep, "60"):
-                eventually(lambda: throttles("mine"))
+                eventually(lambda: throttles(MINE))
                 good = rules.read_text()
                 rules.write_text(good.replace("500K", "fast"))
                 keeper.send_signal(signal.SIGHUP)
@@ -407,7 +429,7 @@ def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
                 assert "the rules of before go on" in told
                 rules.write_text(good.replace("500K", "1M"))
                 assert tool("apply", str(rules)).returncode == 0
-                assert throttles("mine")[0]["limits"]["upload"] == 1024**2
+                assert throttles(MINE)[0]["limits"]["upload"] == 1024**2
                 other = tool("apply", str(rules.parent))
                 assert other.returncode == 1
                 assert "put the file there, or stop the daemon" in other.stderr
@@ -415,7 +437,7 @@ def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
                 assert "is pybpfthrottle daemon already" in tool("daemon", str(rules)).stderr
                 keeper.terminate()
                 assert keeper.wait(timeout=30) == 0
-                assert not throttles("mine")
+                assert not throttles(MINE)
         finally:
             keeper.kill()
 
@@ -425,14 +447,14 @@ def test_mistakes_change_nothing(rules: Path, sleep: str) -> None:
     """What ran goes on; each mistake is told with its line."""
     with running(sleep, "60"):
         tool("apply", str(rules))
-        (before,) = throttles("mine")
+        (before,) = throttles(MINE)
         rules.write_text(rules.read_text().replace("500K", "1 apple") + "each = 7\n")
         failed = tool("apply", str(rules))
         assert failed.returncode == 1
         assert failed.stderr.count("error: ") == 2
         assert "line 4: upload is '1 apple'" in failed.stderr
         assert "line 5: each is 7" in failed.stderr
-        assert throttles("mine") == [before]
+        assert throttles(MINE) == [before]
 
 
 def test_a_quota_that_is_used_up_limits(shell: Shell, scratch: Cgroup) -> None:
