@@ -20,7 +20,8 @@ from pybpfthrottle.rules.schedule import Schedule
 from pybpfthrottle.rules.when import Condition
 from pybpfthrottle.shares import GroupSpec, Member, Rates
 
-SYSTEM_DIRECTORY = "/etc/pybpfthrottle/rules.d"
+_DIRECTORY = "rules.d"
+SYSTEM_DIRECTORY = f"/etc/pybpfthrottle/{_DIRECTORY}"
 MOST_RULES = 2000
 _LONGEST_NAME = 64
 _PATTERN = "*.toml"
@@ -41,7 +42,7 @@ class Rules(NamedTuple):
 def directories(environment: Mapping[str, str]) -> list[str]:
     """Return where rules are by default: the system's directory, and the user's."""
     home = settings.config_home(environment)
-    return [SYSTEM_DIRECTORY, *([os.path.join(home, "rules.d")] if home else [])]
+    return [SYSTEM_DIRECTORY, *([os.path.join(home, _DIRECTORY)] if home else [])]
 
 
 def read(sources: Sequence[str]) -> Rules:
@@ -73,7 +74,8 @@ def read(sources: Sequence[str]) -> Rules:
 
 
 def _files(source: str) -> list[str]:
-    if os.path.isdir(source):
+    # The usual directories need not be there, or may be made later.
+    if os.path.isdir(source) or os.path.basename(source) == _DIRECTORY:
         return sorted(glob.glob(os.path.join(glob.escape(source), _PATTERN)))
     return [source]
 

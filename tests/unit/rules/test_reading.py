@@ -171,6 +171,7 @@ def test_root_does_not_use_what_others_write(tmp_path: Path) -> None:
 def test_no_directory_is_no_mistake_but_a_missing_file_is(tmp_path: Path) -> None:
     """There may be no rules; but a file that is named has to be there."""
     assert reading.read([str(tmp_path)]).rules == ()
+    assert reading.read(reading.directories({"HOME": str(tmp_path / "none")})[1:]).rules == ()
     with pytest.raises(RulesError, match="there is no file"):
         reading.read([str(tmp_path / "rules.toml")])
 
