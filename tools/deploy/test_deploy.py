@@ -51,6 +51,7 @@ RULES = {
         ]
     },
 }
+CONFIG = {"backends": {"upload": "ebpf"}, "bpf": {"upload": {"attach_method": "auto"}}}
 
 
 def run(*command: str | Path, where: Path = ROOT, status: int = 0) -> str:
@@ -121,8 +122,12 @@ def test_the_manifests_fit_the_program(rendered: Path) -> None:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the role installs, instead of in the system's directories."""
-    return tmp_path_factory.mktemp("machine")
+    """Where the role installs, instead of in the system's directories; and what it installs."""
+    found = tmp_path_factory.mktemp("machine")
+    # Building it leaves files in its tree.
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "site", "tests", "*.egg-info")
+    shutil.copytree(ROOT, found / "source", ignore=unwanted)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +144,9 @@ def play(machine: Path, rules: Any, status: int = 0, **more: Any) -> str:
     given = {
         "ansible_become": False,
         "ansible_connection": "local",
-        "pybpfthrottle_package": f"{ROOT}[config]",
+        "pybpfthrottle_package": f"{machine / 'source'}[config]",
         "pybpfthrottle_environment": str(machine / "environment"),
-        "pybpfthrottle_directory": str(machine / "etc"),
+        "pybpfthrottle_directory": str(machine / "pybpfthrottle"),
         "pybpfthrottle_units": str(machine / "units"),
         "pybpfthrottle_service": False,
         "pybpfthrottle_rules": rules,
@@ -161,10 +166,9 @@ def rules(program: Path) -> Any:
 @pytest.fixture(scope="module")
 def installed(machine: Path, rules: Any) -> Path:
     """A machine that the role was run on."""
-    (machine / "etc/rules.d").mkdir(parents=True)
-    (machine / "etc/rules.d/old.toml").write_text("# of before\n")
-    config = {"backends": {"upload": "ebpf"}, "bpf": {"upload": {"attach_method": "auto"}}}
-    said = play(machine, rules, pybpfthrottle_config=config)
+    (machine / "pybpfthrottle/rules.d").mkdir(parents=True)
+    (machine / "pybpfthrottle/rules.d/old.toml").write_text("# of before\n")
+    said = play(machine, rules, pybpfthrottle_config=CONFIG)
     assert "failed=0" in said
     return machine
 
@@ -177,27 +181,32 @@ def read(path: Path) -> Any:
 
 def test_the_role_writes_what_it_was_given(installed: Path, rules: Any) -> None:
     """Every value of every rule; what was there before is removed."""
-    directory = installed / "etc/rules.d"
+    directory = installed / "pybpfthrottle/rules.d"
     assert {path.stem: read(path) for path in directory.iterdir()} == rules
-    assert read(installed / "etc/config.toml")["bpf"] == {"upload": {"attach_method": "auto"}}
+    assert read(installed / "pybpfthrottle/config.toml")["bpf"] == {
+        "upload": {"attach_method": "auto"}
+    }
     assert (directory / "backups.toml").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_second_run_changes_nothing(installed: Path, rules: Any) -> None:
     """The role is idempotent; an installation from a checkout alone is always new."""
-    config = {"backends": {"upload": "ebpf"}, "bpf": {"upload": {"attach_method": "auto"}}}
-    said = play(installed, rules, pybpfthrottle_config=config)
+    said = play(installed, rules, pybpfthrottle_config=CONFIG)
     changed = re.findall(r"TASK \[pybpfthrottle : (.*)\] \*+\nchanged", said)
     assert set(changed) <= {"Install pybpfthrottle"}
 
 
 def test_rules_with_a_mistake_are_not_installed(installed: Path, rules: Any) -> None:
     """The machine keeps those that it has, and the mistake is told."""
-    before = {path.name: path.read_text() for path in (installed / "etc/rules.d").iterdir()}
+    before = {
+        path.name: path.read_text() for path in (installed / "pybpfthrottle/rules.d").iterdir()
+    }
     wrong = {"backups": {"rule": [{**rules["backups"]["rule"][0], "upload": "fast"}]}}
     said = play(installed, wrong, status=2)
     assert "'fast' is not a limit" in said
-    assert {path.name: path.read_text() for path in (installed / "etc/rules.d").iterdir()} == before
+    assert {
+        path.name: path.read_text() for path in (installed / "pybpfthrottle/rules.d").iterdir()
+    } == before
 
 
 @pytest.fixture
@@ -205,7 +214,8 @@ def daemon(installed: Path) -> Iterator[subprocess.Popen[str]]:
     """What the unit of the service starts."""
     unit = (installed / "units/pybpfthrottle.service").read_text()
     [command] = re.findall("^ExecStart=(.*)$", unit, re.M)
-    with subprocess.Popen(command.split(), stderr=subprocess.PIPE, text=True) as running:
+    where = {**os.environ, "XDG_CONFIG_HOME": str(installed)}
+    with subprocess.Popen(command.split(), env=where, stderr=subprocess.PIPE, text=True) as running:
         yield running
         running.send_signal(signal.SIGTERM)
         assert running.wait(PATIENCE_S) == 0
@@ -229,5 +239,7 @@ def test_what_was_installed_limits(installed: Path, program: Path, daemon: Any) 
 
 def test_systemd_accepts_the_unit(installed: Path) -> None:
     """Every setting in it is known."""
-    said = run("systemd-analyze", "verify", installed / "units/pybpfthrottle.service")
+    unit = installed / "units/pybpfthrottle.service"
+    said = run("systemd-analyze", "verify", "--man=no", unit)
     assert "pybpfthrottle.service" not in said
+    assert "CapabilityBoundingSet=CAP_BPF" in unit.read_text()
