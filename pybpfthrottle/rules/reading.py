@@ -25,6 +25,8 @@ SYSTEM_DIRECTORY = f"/etc/pybpfthrottle/{_DIRECTORY}"
 MOST_RULES = 2000
 _LONGEST_NAME = 64
 _PATTERN = "*.toml"
+# In an address, which is shown where it has a mistake.
+_PASSWORD = re.compile("//.*@")
 
 
 class Rules(NamedTuple):
@@ -427,7 +429,7 @@ def _limits_something(given: Mapping[str, Any]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _PASSWORD.sub("//...@", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -17,11 +17,14 @@ from typing import Any, Iterator
 import pytest
 from by_backend import tool
 from lab import ENVIRONMENT, TOOL, Lab, lab
+from redis_server import redis
 from shells import RATE, Shell
 from targets import eventually
 
 from pybpfthrottle import quota
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.fleet import share as shares
+from pybpfthrottle.fleet.share import FleetShare
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
@@ -314,6 +317,34 @@ def test_rules_share_a_total(sleep: str, scratch: Cgroup) -> None:
         found.change(dataclasses.replace(light, member=None, limits=LIMITS))
         assert found.call(guaranteed) == {}
         assert found.keeper.held["light", ""].throttle.limits == LIMITS
+
+
+def test_rules_share_with_other_machines(scratch: Cgroup, monkeypatch: Any) -> None:
+    """While nothing moves here another machine has the total, and an equal part without it."""
+    monkeypatch.setattr(shares, "_PERIOD_S", 0.1)
+    monkeypatch.setattr(shares, "_KEEP_S", 1.0)
+    total = Rate.parse("10M")
+    with (
+        redis() as (server, port),
+        FleetShare(f"redis://127.0.0.1:{port}", "line:upload", total) as other,
+    ):
+        spec = GroupSpec.of("line", upload=total)
+        line = GroupRule(spec, shared=f"redis://127.0.0.1:{port}", machines=4)
+        here = dataclasses.replace(
+            rule("here", {}, cgroup=below_mount(scratch)), member=Member.of("line")
+        )
+        with running("sleep", "60", where=scratch), kept() as found:
+            found.change(seated(here, [line]), groups=[line])
+
+            def part() -> float:
+                [now] = found.call(found.keeper.shares)
+                return now.guaranteed / total.bytes_per_s
+
+            eventually(lambda: part() < 0.05)
+            eventually(lambda: other.part().bytes_per_s / total.bytes_per_s > 0.9)
+            server.kill()
+            eventually(lambda: part() == pytest.approx(0.25, abs=0.01))
+            assert any("no agreement through" in line for line in found.said)
 
 
 # The one process that keeps the rules of the machine.

@@ -94,7 +94,7 @@ def test_the_rights_that_the_guide_names_are_enough():
             until(lambda: parts([share], None) == [100])
             assert share.notes() == []
         with Connection(parse(f"redis://{where}"), 20.0) as connection:
-            assert connection.ask(("HLEN", "pybpfthrottle:backups")) == [0]
+            until(lambda: connection.ask(("HLEN", "pybpfthrottle:backups")) == [0])
 
 
 def test_without_an_answer_as_many_share_as_are_told_at_least():

@@ -227,6 +227,7 @@ def rule_most() -> dict[str, str]:
         ("[group.line]", "line 1: the group line has nothing to share"),
         (LINE + "shares = 1", "line 3: unknown key shares (known: total"),
         (LINE + 'shared = "http://x"', "line 3: shared is 'http://x'"),
+        (LINE + 'shared = "redis//:p/w@x"', "line 3: shared is 'redis//...@x'"),
         (LINE + "machines = 0", "line 3: machines is 0: it must be a number from 1 up"),
         ("[[group]]", "line 1: write [group.NAME] above each group"),
     ],

@@ -1,4 +1,4 @@
-"""What docs/guides/rules.md shows are rules."""
+"""What docs/guides/rules.md and fleet.md show are rules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from pybpfthrottle.rules import reading
 from pybpfthrottle.rules.model import KINDS
 
-PAGE = (Path(__file__).parents[3] / "docs/guides/rules.md").read_text()
-BLOCKS = re.findall(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)
+GUIDES = Path(__file__).parents[3] / "docs/guides"
+PAGE = (GUIDES / "rules.md").read_text()
+BLOCKS = re.findall(r"^```toml\n(.*?)^```", PAGE + (GUIDES / "fleet.md").read_text(), re.M | re.S)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
