@@ -33,6 +33,7 @@ from pybpfthrottle.demo import peer
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.rules import reading
 
 # Of what is not limited: a few times the limits of the pages, so that it soon comes down to them.
 _FASTEST = Rate.parse("6M")
@@ -309,7 +310,10 @@ class Stage:
             self._start(Command(command, []), self._here(command))
 
     def settings(self, block: Block) -> None:
-        """A config file is one that the tool reads without a warning."""
+        """A config file is one that the tool reads without a warning; rules are those it reads."""
+        if _RULES.search(block.text):
+            self._rules(block)
+            return
         home = self._directory / "pybpfthrottle"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(block.text)
@@ -317,6 +321,12 @@ class Stage:
         assert done.returncode == 0, done.stdout
         assert "warning" not in done.stdout, done.stdout
         assert str(home) in done.stdout
+
+    def _rules(self, block: Block) -> None:
+        """Rules, or some keys of one."""
+        path = self._directory / "rules.toml"
+        path.write_text(block.text if "[[rule]]" in block.text else _RULE + block.text)
+        reading.read([str(path)])
 
     def python(self, block: Block) -> None:
         """Run Python, with what earlier blocks of the section have defined, and its prints."""
@@ -376,6 +386,8 @@ class Stage:
         return {**ENVIRONMENT, "PATH": path, "HOME": str(self._directory)}
 
 
+_RULES = re.compile(r"^(\[\[rule\]\]|\[group\.|schedule =|when =)", re.M)
+_RULE = '[[rule]]\nname = "a"\nmatch = { name = "a" }\nupload = "1M"\n'
 _RUNNERS: dict[str, Callable[[Stage, Block], None]] = {
     "console": Stage.commands,
     "sh": Stage.commands,
