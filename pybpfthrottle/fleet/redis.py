@@ -9,7 +9,6 @@ import errno
 import io
 import os
 import socket
-import ssl
 import time
 from typing import Any, NamedTuple, Optional, Union
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -194,6 +193,9 @@ def _connected(server: Server, patience_s: float) -> socket.socket:
     plain = socket.create_connection((server.host, server.port), patience_s)
     if not server.tls:
         return plain
+    # Few servers need it, and rules are read more often than any server is asked.
+    import ssl
+
     try:
         context = ssl.create_default_context(cafile=server.authorities)
         return context.wrap_socket(plain, server_hostname=server.host)

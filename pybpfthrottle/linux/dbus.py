@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any, Callable
 
@@ -113,10 +114,11 @@ class Bus:
     def _wait(self, step: Callable[[], Any]) -> Any:
         """Do one step with the socket, within what is left of all the time there is."""
         left_s = self._deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "D-Bus")
-        self._socket.settimeout(left_s)
-        return step()
+        if left_s > 0:
+            self._socket.settimeout(left_s)
+            with suppress(socket.timeout):  # which is no TimeoutError before Python 3.10
+                return step()
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "D-Bus")
 
 
 def _path() -> str:
