@@ -19,7 +19,7 @@ from pybpfthrottle.bpf.obj.helper_names import helper_number
 from pybpfthrottle.bpf.running import RunningKernel
 
 VMLINUX = "vmlinux.h"
-HEADERS = ("bpf_helpers.h", "bpf_core_read.h", "bpf_tracing.h", "bpf_endian.h")
+HEADERS = ("bpf_helpers.h", "bpf_core_read.h", "bpf_tracing.h", "bpf_endian.h", "usdt.bpf.h")
 _DEFINITIONS = "bpf_helper_defs.h"
 _UAPI = "/usr/include/linux/bpf.h"
 _NEWEST = 40

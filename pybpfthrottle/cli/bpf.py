@@ -101,7 +101,8 @@ def compile_(
     """Compile SOURCE, a C file, to a BPF object with clang.
 
     Provides vmlinux.h, made of the running kernel's types, and bpf/bpf_helpers.h, bpf_core_read.h,
-    bpf_tracing.h and bpf_endian.h. SOURCE.c becomes SOURCE.o. $CLANG may name the compiler.
+    bpf_tracing.h, bpf_endian.h and usdt.bpf.h. SOURCE.c becomes SOURCE.o. $CLANG may name the
+    compiler.
     """
     from pybpfthrottle.cli import bpf_load
 

@@ -21,6 +21,7 @@ from since import needs_command, needs_machine, needs_option, needs_release, par
 from pybpfthrottle import bpf
 from pybpfthrottle.bpf import perf
 from pybpfthrottle.bpf.abi import LinkType
+from pybpfthrottle.bpf.compiling import compile_object
 from pybpfthrottle.bpf.errors import AttachError, ProgramLoadError
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.tracing import kernel_probes, tracefs, user_probes
@@ -280,29 +281,66 @@ class TestOfPrograms:
     @pytest.mark.parametrize("stripped", [False, True])
     def test_a_usdt_probe(self, tmp_path: Path, stripped: bool):
         """A probe's argument and cookie are seen; one with a semaphore is switched on by it."""
-        path = str(tmp_path / "probed")
-        flags = ["-s"] if stripped else []
-        command = [needs_command(CLANG), "-O1", *flags, "-o", path, str(FIXTURES / "probed.c")]
-        subprocess.run(command, check=True)
-        spec = bpf.read_object(compiled("tracing"))
-        with ExitStack() as stack:
-            live = stack.enter_context(bpf.load(spec, ["at_usdt"]))
-            process = stack.enter_context(
-                subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
-            stack.callback(process.kill)
-            assert process.stdin
-            assert process.stdout
-            for probe, number in ((":plain", 1234), ("probed:counted", -5)):
-                with live.programs["at_usdt"].attach(binary=path, probe=probe, cookie=77):
-                    process.stdin.write(b"%d\n" % number)
-                    process.stdin.flush()
-                    process.stdout.readline()
-                    process.stdout.readline()
-                seen = ctypes.c_int32(live.variables["argument"].get() & 0xFFFFFFFF).value
-                assert (seen, live.variables["cookie"].get()) == (number, 77)
+        path = built(tmp_path, *["-s"] * stripped)
+        with bpf.load(bpf.read_object(compiled("tracing")), ["at_usdt"]) as live:
+            program, seen = live.programs["at_usdt"], live.variables
+            with probed(path) as send:
+                for probe, number in ((":plain", 1234), ("probed:counted", -5)):
+                    with program.attach(binary=path, probe=probe, cookie=77):
+                        send(number)
+                    value: Any = seen["argument"].get()
+                    assert ctypes.c_int32(value & 0xFFFFFFFF).value == number
+                    assert seen["cookie"].get() == 77
             with pytest.raises(AttachError, match="did you mean probed:plain"):
-                live.programs["at_usdt"].attach(binary=path, probe="probed:plan")
+                program.attach(binary=path, probe="probed:plan")
+
+    @since("5.15")
+    def test_arguments_of_a_usdt_probe(self, tmp_path: Path):
+        """Our header for programs finds arguments, by process too; a missing one is told."""
+        path, source = built(tmp_path), str(FIXTURES / "usdt.src.c")
+        spec = bpf.read_file(compile_object(source, str(tmp_path / "usdt.o")))
+        with bpf.load(spec) as live, probed(path) as send:
+            probe = {"binary": path, "probe": "probed:counted", "pid": send.pid}
+            with live.programs["at_probe"].attach(cookie=8, **probe):
+                send(-7)
+            values = {name: variable.get() for name, variable in live.variables.items()}
+            assert values == {"number": -7, "cookie": 8, "count": 1, "missing": -2}
+
+
+def built(directory: Path, *flags: str) -> str:
+    """The path of a program with USDT probes."""
+    path = str(directory / "probed")
+    source = str(FIXTURES / "probed.c")
+    subprocess.run([needs_command(CLANG), "-O1", *flags, "-o", path, source], check=True)
+    return path
+
+
+class Probed:
+    """A program with USDT probes, which are passed with a number."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.pid = process.pid
+        self._process = process
+
+    def __call__(self, number: int) -> None:
+        """Have the program pass its probes with a number."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(b"%d\n" % number)
+        self._process.stdin.flush()
+        # It answers behind them, with the line and an empty one.
+        self._process.stdout.readline()
+        self._process.stdout.readline()
+
+
+@contextmanager
+def probed(path: str) -> Iterator[Probed]:
+    """Such a program, as it runs."""
+    with subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield Probed(process)
+        finally:
+            process.kill()
 
 
 class TestProfiles:
