@@ -157,7 +157,7 @@ def _compiled(directory: Path) -> dict[str, str]:
 
 
 def _has_bcc() -> bool:
-    done = subprocess.run([_SYSTEM_PYTHON, "-c", _BCC], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([_SYSTEM_PYTHON, "-c", _BCC], capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it failed"]
         _left_out("BCC", f"{lines[-1]} (see --help)")
