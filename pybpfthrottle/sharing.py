@@ -43,8 +43,6 @@ _QUIET_S, _QUIET_PERIOD_S = 1.0, 80 * _MS
 _SOON_S = 10 * _MS
 # A member is idle after so long without a packet.
 _IDLE_S = 0.5
-# Who uses almost all of its rate may want more.
-_ALMOST_ALL = 0.9
 # Who sends nothing for so long after what came last should be through has no more, unless it owes
 # much.
 _SILENT_S, _MUCH_OWED_NS = 10 * _MS, 70_000_000
@@ -154,7 +152,8 @@ class Seat:
             return False
         # Once it is held back, more has to be left before it is not.
         enough_ns = self._dial.patience_ns if self.is_held else self._dial.patience_ns // 2
-        return unused_ns < enough_ns or self.used >= _ALMOST_ALL * self.rate
+        # One that begins uses up its burst first.
+        return unused_ns < enough_ns or self.used >= self.rate
 
     def want(self, demand: float) -> Want:
         """Return what it is to have if it can use so much."""
@@ -178,6 +177,8 @@ class Pool:
         self._inner = {each.name: each.share(direction) for each in inner}
         # By the name of the group within this one that they are in, or "".
         self._seats: dict[str, list[Seat]] = {name: [] for name in ("", *self._inner)}
+        # Throttles that are gone, and have left by that.
+        self.lost: list[Throttle] = []
         # The bytes that have passed beyond the total.
         self._over = 0.0
         # Whether all have what they have while nobody moves anything.
@@ -269,8 +270,8 @@ class Pool:
         """Return the rate that each is to have.
 
         Who is held back gets its part of what the others leave. The others may begin at any moment:
-        they have what they are guaranteed, and what they would get if only those wanted more that
-        have moved something lately.
+        besides what they use they have what they are guaranteed, and what they would get if those
+        wanted more that have moved something lately.
         """
         total = max(self._total / 2, self._total - max(self._over, 0.0) / _REPAY_S)
         parts = self._divided(total, [seat.want(seat.demand) for seat in self])
@@ -280,7 +281,9 @@ class Pool:
             active = self._divided(self._total, wants)
         first = min(_FIRST_RATE, self._total / max(len(parts), 1))
         return [
-            part if seat.is_held else min(max(seat.guaranteed, other, first), seat.share.ceiling)
+            part
+            if seat.is_held
+            else min(max(part, other, seat.guaranteed, first), seat.share.ceiling)
             for seat, part, other in zip(self, parts, active)
         ]
 
@@ -302,6 +305,7 @@ class Pool:
 
     def _lose(self, seat: Seat, error: Exception) -> None:
         log.info("The throttle %s has left its group: %s", seat.throttle.id, error)
+        self.lost.append(seat.throttle)
         self.discard(seat.throttle)
 
 
@@ -366,12 +370,15 @@ class Group:
         self._do(partial(self._discard, throttle))
 
     def _discard(self, throttle: Throttle) -> None:
-        self._members.pop(throttle, None)
-        for pool in self._pools.values():
-            pool.discard(throttle)
+        self._forget(throttle)
         with suppress(Error, OSError):  # it may be gone
             for direction in self._pools.keys() & throttle.limits.keys():
                 throttle.set_limit(direction, throttle.limits[direction])
+
+    def _forget(self, throttle: Throttle) -> None:
+        self._members.pop(throttle, None)
+        for pool in self._pools.values():
+            pool.discard(throttle)
         if not self._members:
             self.due_s = math.inf
 
@@ -413,13 +420,14 @@ class Group:
         begun = [pool for pool in pools if pool.look(now, seconds)]
         for pool in pools:
             pool.turn()
+            while pool.lost:
+                self._forget(pool.lost.pop())
         if not all(pool.is_quiet for pool in pools):
             self._moved_s = now
         self._cost_s += ((time.thread_time_ns() - began_ns) / _NS_PER_S - self._cost_s) / 8
-        if self._members:
-            self.due_s = now + (_SOON_S if begun else self._period_s(now))
-            due_s = min((pool.due_s for pool in pools), default=math.inf)
-            self.due_s = min(self.due_s, max(due_s, now + _SOON_S))
+        late_s = min((pool.due_s for pool in pools), default=math.inf)
+        due_s = now + (_SOON_S if begun else self._period_s(now))
+        self.due_s = min(due_s, max(late_s, now + _SOON_S)) if self._members else math.inf
 
     def _period_s(self, now: float) -> float:
         if now - self._moved_s > _QUIET_S:
@@ -441,12 +449,9 @@ class Group:
         if driver is not None:
             driver.release()
         with ExitStack() as stack:
-            for throttle in self._members:
+            for throttle in list(self._members):
                 stack.callback(throttle.remove)
-                for pool in self._pools.values():
-                    pool.discard(throttle)
-            self._members = {}
-            self.due_s = math.inf
+                self._forget(throttle)
 
     def __enter__(self: G) -> G:
         self.supervise()

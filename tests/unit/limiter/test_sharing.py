@@ -161,6 +161,15 @@ def test_who_uses_little_leaves_the_rest():
     assert machine.run(1) == pytest.approx([1_000_000, 9_000_000], rel=STEP)
 
 
+def test_who_uses_more_than_its_part_keeps_that():
+    """Of what others leave that are active as well; else it would be held back now and then."""
+    machine = Machine(*members(1, 1, 2))
+    for source, wants in zip(machine.sources, (3_000_000, math.inf, 50_000)):
+        source.wants = wants
+    machine.run(1)
+    assert machine.run(2) == pytest.approx([3_000_000, 6_950_000, 50_000], rel=STEP)
+
+
 def test_who_begins_has_its_part_at_once():
     """And the others come down to theirs."""
     machine = Machine(*members(1, 1))
@@ -371,6 +380,18 @@ def test_members_come_and_go(line):
     assert first.rate == first.limit == TOTAL
     line.discard(second)
     assert line.due_s == math.inf
+
+
+def test_a_member_that_was_removed_is_none_any_more(line):
+    """Nobody has to tell; its floor is there for others then."""
+    first, second = Source(), Source()
+    line.add(first, Member.of("line", floor=8_000_000))
+    first.remove()
+    line.run()
+    assert first not in line
+    assert line.due_s == math.inf
+    line.add(second, Member.of("line", floor=8_000_000))
+    assert [now.throttle for now in line.state()] == [second.id]
 
 
 def test_a_member_that_cannot_be_is_refused_and_changes_nothing(line):
