@@ -310,6 +310,10 @@ class Bucket:
         self._moved.pop(direction, None)
         log.debug("%s: %s, since %s", direction, shaping.method, shaping.reason)
 
+    def element(self, direction: Direction) -> int:
+        """Return the key of a direction into each of the maps."""
+        return element(self._slot, direction)
+
     def move_rate(self, direction: Direction, rate: Rate) -> None:
         """Put another rate in force, by the method of the limit, which stays in ``rates``."""
         config = self._configs[direction]

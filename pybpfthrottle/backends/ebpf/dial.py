@@ -47,9 +47,10 @@ class MapDial:
         self._direction = direction
         self._moved = moved
         self._is_gone = is_gone
-        self._level = Element(maps["CGROUP_BUCKETS"].fd, direction, ThrottleBucket)
+        element = bucket.element(direction)
+        self._level = Element(maps["CGROUP_BUCKETS"].fd, element, ThrottleBucket)
         counts = ctypes.c_uint64 * (len(_FIELDS) * possible_cpus())
-        self._stats = Element(maps["CGROUP_STATS"].fd, direction, counts)
+        self._stats = Element(maps["CGROUP_STATS"].fd, element, counts)
         self._counts = memoryview(self._stats.value).cast("B").cast("Q")
         self._even_at_ns = -1
         self._passed = self._dropped = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from typing import Iterator, Sequence
@@ -158,6 +159,38 @@ def test_what_others_do_to_a_member_is_noticed(places: list[Cgroup]) -> None:
         eventually(lambda: guaranteed() == [1 << 20, 3 << 20])
         first.remove()
         eventually(lambda: [now.throttle for now in line.state()] == [second.id])
+
+
+SENDER = """
+import socket, time
+own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own.bind(("127.0.0.1", 0))
+while True:
+    own.sendto(bytes(1000), own.getsockname())
+    time.sleep(0.005)
+"""
+
+
+def test_it_is_seen_who_of_them_moves_something(places: list[Cgroup]) -> None:
+    """Throttles of one process share programs and maps, where they have elements of their own."""
+    with pybpfthrottle.group(upload=TOTAL) as line:
+        members = [line.limit(cgroup=place.path, loopback=True) for place in places]
+        sender = subprocess.Popen(
+            [sys.executable, "-c", SENDER], preexec_fn=lambda: places[1].move_in(0)
+        )
+        seen: dict[str, int] = {}
+
+        def used() -> list[bool]:
+            for now in line.state():
+                seen[now.throttle] = max(now.used, seen.get(now.throttle, 0))
+            return [seen[member.id] > 0 for member in members]
+
+        try:
+            assert eventually(lambda: used()[1])
+            assert used() == [False, True, False]
+        finally:
+            sender.kill()
+            sender.wait()
 
 
 def test_what_cannot_share_is_refused_and_leaves_no_limit(places: list[Cgroup]) -> None:
