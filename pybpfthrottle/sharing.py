@@ -23,7 +23,7 @@ from pybpfthrottle.errors import Error, ThrottleError
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import MIN_RATE, Direction, Limits, Rate
 from pybpfthrottle.shares import Branch, GroupSpec, Member, Want, check, divide
-from pybpfthrottle.supervisor import Chore, Driver, InThread
+from pybpfthrottle.supervisor import Chore, Driver, Frequent, InThread
 from pybpfthrottle.throttle import Throttle
 
 log = Logger(__name__)
@@ -309,7 +309,7 @@ class Pool:
         self.discard(seat.throttle)
 
 
-class Group:
+class Group(Frequent):
     """Throttles that share a total, in groups within it too. ``remove`` or ``with`` ends them all.
 
     It is a chore, to be run in the same loop as those of its members.

@@ -42,6 +42,10 @@ class Chore(Protocol):
         """Do the chore, and advance ``due_s``. Errors of this package and OSError are logged."""
 
 
+class Frequent:
+    """The base of chores that are done many times a second, and change no others."""
+
+
 # Where a limit's chores come from: each call may return different ones.
 Source = Callable[[], Iterable[Chore]]
 
@@ -99,7 +103,7 @@ class Supervisor:
     """Does the chores of its sources. ``close`` or ``with`` ends it.
 
     With many limits something is due all the time. While it serves, it therefore asks a source for
-    its chores only after one of them was done, after a call, and now and then.
+    its chores only after one of them was done that is not Frequent, after a call, and now and then.
     """
 
     def __init__(self) -> None:
@@ -141,9 +145,13 @@ class Supervisor:
     def _due_s(self) -> float:
         return min((chore.due_s for chore, _ in self._chores.values()), default=math.inf)
 
-    def step(self, until_s: float = -math.inf) -> None:
-        """Wait for a due chore, at most until ``until_s`` (on time.monotonic()); do what is due."""
-        self._ask_again_s = -math.inf  # the caller may have changed anything
+    def step(self, until_s: float = -math.inf, *, ask_all: bool = True) -> None:
+        """Wait for a due chore, at most until ``until_s`` (on time.monotonic()); do what is due.
+
+        ``ask_all`` says that the caller may have changed what chores there are.
+        """
+        if ask_all:
+            self._ask_again_s = -math.inf
         self._do_next(until_s)
 
     def _do_next(self, until_s: float) -> None:
@@ -158,7 +166,7 @@ class Supervisor:
         for chore, sources in list(self._chores.values()):
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
                 for source in sources:
-                    source.is_stale = True
+                    source.is_stale |= not isinstance(chore, Frequent)
                 _do(chore, any(source.strict for source in sources))
 
     def serve(self) -> None:

@@ -153,8 +153,10 @@ def _keep(
         notify("READY=1")
         supervisor.add(keeper.chores)
         supervisor.add(lambda: [signals], strict=True)
+        reloaded = True
         while True:
-            supervisor.step(math.inf)
+            supervisor.step(math.inf, ask_all=reloaded)
+            reloaded = False
             for number in signals.take():
                 if number in _STOP:
                     notify("STOPPING=1")
@@ -167,6 +169,7 @@ def _keep(
                     os._exit(0)
                 notify("RELOADING=1")
                 own = _reloaded(own, sources, keeper)
+                reloaded = True
                 notify("READY=1")
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.supervisor import InThread, OnEventLoop, Periodic, Supervisor
+from pybpfthrottle.supervisor import Frequent, InThread, OnEventLoop, Periodic, Supervisor
 
 
 class Readable:
@@ -118,6 +118,44 @@ def test_a_descriptor_that_is_closed_in_between_is_no_trouble(supervisor):
     supervisor.step(math.inf)
     assert chores[0].seen == [b"y"]
     chores.pop().close()
+
+
+def test_who_serves_many_asks_only_those_whose_chores_may_have_changed(monkeypatch):
+    """After one that is frequent nobody; after another one its own source; after a call all."""
+    monkeypatch.setattr("pybpfthrottle.supervisor._ASK_AGAIN_S", 1000.0)
+    asked = []
+    ended = threading.Event()
+
+    class Often(Periodic, Frequent):
+        """One that changes no others."""
+
+    def source(name, *chores):
+        def ask():
+            asked.append(name)
+            return chores
+
+        return ask
+
+    def count():
+        rounds.append(list(asked))
+        asked.clear()
+        if len(rounds) == 4:
+            ended.set()
+
+    rounds = []
+    supervisor = Supervisor()
+    supervisor.add(source("often", Often(0.01, count)))
+    supervisor.add(source("rare", Periodic(0.025, lambda: None), Periodic(1000, lambda: None)))
+    supervisor.add(source("never", Periodic(1000, lambda: None)))
+    serving = threading.Thread(target=supervisor.serve)
+    serving.start()
+    assert ended.wait(20)
+    asked.clear()
+    supervisor.call(supervisor.stop)
+    serving.join()
+    assert rounds[0] == ["often", "rare", "never"]
+    assert {name for names in rounds[1:4] for name in names} <= {"rare"}
+    assert set(asked) == {"often", "rare", "never"}
 
 
 def test_what_fails_keeps_nothing_else_from_being_done(supervisor, caplog):
