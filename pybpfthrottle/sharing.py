@@ -125,7 +125,7 @@ class Seat:
         """
         if self.has_other_limit:
             self._see_limit()
-        elif not self.is_active and self._dial.is_still():
+        elif not (self.is_active or self.is_held) and self._dial.is_still():
             return 0
         use = self._dial.look()
         came, self._passed = use.bytes_passed - self._passed, use.bytes_passed
@@ -160,9 +160,10 @@ class Seat:
         return self.share.want(0.0 if self.is_out else demand, self.least)
 
     def move(self, rate: float) -> None:
-        """Put a rate in force. Raises ThrottleError or OSError if its throttle is gone."""
-        if self.is_out:
-            return
+        """Put a rate in force, for one that is not out.
+
+        Raises ThrottleError or OSError if its throttle is gone.
+        """
         self._in_force = Rate(max(MIN_RATE.bytes_per_s, int(rate)))
         self._dial.move(self._in_force)
         self.rate = float(self._in_force.bytes_per_s)
@@ -213,7 +214,8 @@ class Pool:
         seat = Seat(throttle, member, throttle.dial(self.direction), self.direction)
         self._seats[member.group if member.group in self._inner else ""].append(seat)
         self._arrange()
-        seat.move(seat.guaranteed)
+        if not seat.is_out:
+            seat.move(seat.guaranteed)
 
     def discard(self, throttle: Throttle) -> None:
         """Have a throttle leave, if it is here."""
@@ -253,7 +255,7 @@ class Pool:
         """Move the rates to what they are to be now: first down, then up."""
         if self._is_at_rest and self.is_quiet:
             return
-        wanted = list(zip(self, self._wanted()))
+        wanted = [(seat, rate) for seat, rate in zip(self, self._wanted()) if not seat.is_out]
         lowered = [(seat, rate) for seat, rate in wanted if rate < seat.rate * (1 - _LEAST_CHANGE)]
         raised = [(seat, rate) for seat, rate in wanted if rate > seat.rate * (1 + _LEAST_CHANGE)]
         self._is_at_rest = self.is_quiet and not lowered

@@ -24,8 +24,8 @@ from pybpfthrottle.throttle import Throttle
 DOWNLOAD, UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 TOTAL = Rate.parse("4M")
 # So long after a change the rates are what they should be, on a busy machine too.
-SETTLED_S = 1.0
-MEASURED_S = 2.0
+SETTLED_S = 0.7
+MEASURED_S = 1.2
 
 
 @pytest.fixture

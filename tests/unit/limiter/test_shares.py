@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pybpfthrottle.errors import LimitError, ShareError
@@ -18,6 +18,7 @@ M = 1 << 20
 # Rounding; the numbers are up to 1e9.
 CLOSE = 1e-6
 
+few = settings(max_examples=60, deadline=None)
 amounts = st.floats(0, 1e9)
 weights = st.floats(1, 10_000)
 totals = st.floats(1, 1e9)
@@ -47,6 +48,7 @@ def about(number: float) -> float:
     return CLOSE * max(1.0, number)
 
 
+@few
 @given(totals, members)
 def test_all_together_get_the_total_and_never_more(total, wanted):
     """Somebody who can use it gets what others leave: work-conserving."""
@@ -56,6 +58,7 @@ def test_all_together_get_the_total_and_never_more(total, wanted):
     assert sum(got) >= usable - about(usable)
 
 
+@few
 @given(totals, members)
 def test_nobody_gets_more_than_it_can_use_or_less_than_its_floor(total, wanted):
     """If there is enough for all floors; else each has the same part of its own."""
@@ -66,6 +69,7 @@ def test_nobody_gets_more_than_it_can_use_or_less_than_its_floor(total, wanted):
         assert got >= want.least * part - about(want.least)
 
 
+@few
 @given(totals, members)
 def test_who_is_held_back_has_no_less_by_weight_than_others_beyond_their_floor(total, wanted):
     """Weighted max-min: one can get more only at the cost of who has less."""
@@ -101,6 +105,7 @@ def test_weights_far_apart_are_priorities():
     assert fill(10 * M, [high._replace(most=0), low]) == [0, 10 * M]
 
 
+@few
 @given(totals, st.lists(shares(), min_size=1, max_size=6), shares(), shares())
 def test_a_group_in_a_group_keeps_to_its_own_part(total, inside, outside, group):
     """It gets what a member with its share would, and its members get all of that."""

@@ -80,7 +80,7 @@ class Source:
         """Send for some time; a token bucket says how much passes."""
         rate = self.rate.bytes_per_s if self.rate else math.inf
         usable = rate * seconds + self.spare_bytes
-        self.came = min(self.wants * seconds, usable)
+        self.came = max(min(self.wants * seconds, usable), 0.0)
         self.passed += self.came
         self.spare_bytes = min(usable - self.came, rate * CREDIT_S) if self.rate else 0.0
 
@@ -151,6 +151,18 @@ def test_what_one_leaves_is_used_within_100_ms():
     machine.run(0.1)
     used = machine.run(0.1)
     assert used == pytest.approx([0, TOTAL.bytes_per_s * 2 / 3, TOTAL.bytes_per_s / 3], rel=STEP)
+
+
+def test_what_one_leaves_that_owes_much_is_used_in_the_end():
+    """It may still wait for its turn; but not for ever."""
+    machine = Machine(*members(1, 1))
+    for source in machine.sources:
+        source.wants = math.inf
+    machine.run(1)
+    machine.sources[0].wants = 0.0
+    machine.sources[0].spare_bytes = -TOTAL.bytes_per_s / 2
+    machine.run(1)
+    assert machine.run(1) == pytest.approx([0, TOTAL.bytes_per_s], rel=STEP)
 
 
 def test_who_uses_little_leaves_the_rest():
