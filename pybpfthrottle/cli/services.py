@@ -32,14 +32,16 @@ class Limit(NamedTuple):
 def install_service(*, dry_run: bool) -> None:
     """Write, enable and start the service of the daemon. Raises ServiceError or OSError."""
     files = {UNITS / DAEMON: unitfiles.daemon(_program())}
-    if any((directory / DAEMON).exists() for directory in _PACKAGED):
-        files = {}  # what a package has brought is better kept up to date
+    packaged = [one / DAEMON for one in _PACKAGED if (one / DAEMON).exists()]
+    if packaged:
+        files = {}  # what a package has brought is kept up to date by that
+        echo(f"A package has brought {packaged[0]}.")
     if dry_run:
         _show(files)
         return
     with _written(files):
-        systemd.systemctl("enable", DAEMON)
         systemd.systemctl("restart", DAEMON, patience_s=_START_S)
+        systemd.systemctl("enable", DAEMON)
     echo(f"{DAEMON} runs, now and after each boot, by the rules in /etc/pybpfthrottle/rules.d.")
 
 
@@ -54,11 +56,14 @@ def uninstall_service(*, dry_run: bool) -> None:
     _refuse_foreign([path])
     if not dry_run:
         systemd.systemctl("disable", "--now", DAEMON, patience_s=_START_S)
+        echo(f"Stopped {DAEMON}: it does not start at boot any more.")
     _delete([path], dry_run=dry_run)
 
 
 def add(unit: str, limit: Limit, *, dry_run: bool) -> None:
     """Limit a service whenever it runs. Raises ServiceError or OSError."""
+    if not dry_run or systemd.runs():
+        unit = _known(unit)
     keeper, drop_in = _paths(unit)
     files = {
         keeper: unitfiles.limit(_program(), unit, limit.options),
@@ -67,7 +72,6 @@ def add(unit: str, limit: Limit, *, dry_run: bool) -> None:
     if dry_run:
         _show(files)
         return
-    _refuse_unknown(unit)
     with _written(files):
         running = _running(unit)
         for one in running:
@@ -80,6 +84,8 @@ def add(unit: str, limit: Limit, *, dry_run: bool) -> None:
 
 def remove(unit: str, *, dry_run: bool) -> None:
     """Limit a service no longer. Raises ServiceError or OSError."""
+    with suppress(ServiceError):  # it may have been uninstalled
+        unit = _known(unit)
     keeper, drop_in = _paths(unit)
     if not drop_in.exists() and not keeper.exists():
         raise ServiceError(f"there is no {drop_in}: {unit} is not limited by a drop-in")
@@ -138,12 +144,18 @@ def _running(unit: str) -> list[str]:
     return [line.split()[0] for line in shown.splitlines() if line.strip()]
 
 
-def _refuse_unknown(unit: str) -> None:
-    """Raise ServiceError if systemd has no such service."""
+def _known(unit: str) -> str:
+    """Return the name by which systemd has a service: cgroups have no aliases.
+
+    Raises ServiceError if it has none.
+    """
     asked = unit.replace("@.", "@x.") if _is_template(unit) else unit
-    state = systemd.systemctl("show", "--property=LoadState", "--value", "--", asked).strip()
+    shown = systemd.systemctl("show", "--property=Id", "--property=LoadState", "--", asked)
+    found = dict(line.partition("=")[::2] for line in shown.splitlines())
+    state = found.get("LoadState", "unknown")
     if state not in ("loaded", "stub", "merged"):
-        raise ServiceError(f"systemd has no service {unit} (its state: {state or 'unknown'})")
+        raise ServiceError(f"systemd has no service {unit} (its state: {state})")
+    return unit if _is_template(unit) else systemd.service_name(found.get("Id", unit))
 
 
 def _about_sockets(unit: str) -> Iterable[str]:

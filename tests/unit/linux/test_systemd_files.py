@@ -186,7 +186,7 @@ def test_the_sockets_of_a_service(systemctl):
 def test_a_service_that_systemd_does_not_know_is_refused(systemctl, monkeypatch, tmp_path):
     """Nothing is written for it."""
     monkeypatch.setattr(services, "UNITS", tmp_path / "units")
-    systemctl("echo not-found")
+    systemctl("echo LoadState=not-found")
     with pytest.raises(ServiceError, match="systemd has no service web"):
         services.add("web.service", services.Limit(["-u=1M"], optional=False), dry_run=False)
     assert not (tmp_path / "units").exists()
@@ -198,7 +198,7 @@ def test_files_of_others_stay(systemctl, monkeypatch, tmp_path):
     foreign = tmp_path / "web.service.d/50-pybpfthrottle.conf"
     foreign.parent.mkdir()
     foreign.write_text("[Service]\nNice=5\n")
-    systemctl("echo loaded")
+    systemctl("echo LoadState=loaded")
     with pytest.raises(ServiceError, match="was not written by pybpfthrottle"):
         services.add("web.service", services.Limit(["-u=1M"], optional=False), dry_run=False)
     with pytest.raises(ServiceError, match="was not written by pybpfthrottle"):
