@@ -175,7 +175,7 @@ def test_the_sdist_has_sources_tools_and_objects(source_copy, tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=source_copy,
-        env={**os.environ, "PYTHONPATH": "tools"},
+        env={**os.environ, "PYTHONPATH": "tools/packaging"},
         stdout=subprocess.DEVNULL,
         check=True,
     )

@@ -12,7 +12,7 @@ from typing import Any, Iterator
 
 from pybpfthrottle import __version__
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 NAME = "pybpfthrottle.cdx.json"
 _PURL = f"pkg:pypi/pybpfthrottle@{__version__}"
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?\s*([^;]*)(?:;\s*(.*))?")
