@@ -24,7 +24,6 @@ from pybpfthrottle.bpf.errors import (
 )
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import relocate
-from pybpfthrottle.bpf.obj.btf import Kind
 from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
@@ -437,7 +436,7 @@ def _fit(
 def _function_of(target: Program, program: ProgramSpec) -> tuple[int, int]:
     """Return the type of a live program's function, and the program's descriptor."""
     from pybpfthrottle.bpf import btf_objects
-    from pybpfthrottle.bpf.obj.btf import Btf
+    from pybpfthrottle.bpf.obj.btf import Btf, Kind
 
     info = target.info()
     types = Btf(btf_objects.data_by_id(info.btf_id)) if info.btf_id else None
