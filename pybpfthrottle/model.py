@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Any, Mapping, NamedTuple, Optional
 
+from pybpfthrottle.bpf.obj.plain import Data, made
 from pybpfthrottle.errors import LimitError
 
 _K = 1024
@@ -254,8 +254,7 @@ class Verdict(Enum):
 Limits = Mapping[Direction, Optional[Rate]]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Data, frozen=True):
     """What is limited: processes, cgroups, systemd units or a command.
 
     Processes are given by id (``pids``), or match one each of the given names, executables and
@@ -307,7 +306,7 @@ class Target:
         """Return the target that ``to_json`` wrote; fields of later versions are ignored."""
         known: dict[str, Any] = {
             name: tuple(record[name]) if isinstance(record[name], list) else record[name]
-            for name in cls.__dataclass_fields__
+            for name in cls.__annotations__
             if name in record
         }
         return cls(**known)
@@ -316,8 +315,7 @@ class Target:
 TRAFFIC_KINDS = ("all", "internet", "local")
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(Data, frozen=True):
     """Which packets of a target are limited.
 
     ``kind`` is one of TRAFFIC_KINDS: local are private, link-local and multicast addresses, and
@@ -352,8 +350,7 @@ class Traffic:
         return cls(bool(record.get("loopback")), str(networks["kind"]), *lists)
 
 
-@dataclass(frozen=True)
-class ThrottleSpec:
+class ThrottleSpec(Data, frozen=True):
     """A throttle as requested by the command line or Python, or as the kernel has it.
 
     ``kept`` says that it stays in force after the process that made it has ended, ``expires_ns``
@@ -366,15 +363,14 @@ class ThrottleSpec:
     name: str = ""
     kept: bool = False
     expires_ns: int = 0
-    paused: Limits = field(default_factory=dict)
+    paused: Limits = made(default_factory=dict)
 
     def with_limit(
         self, direction: Direction, rate: Optional[Rate], paused: Optional[Rate] = None
     ) -> ThrottleSpec:
         """Return it with another limit for a direction, and the one that is paused meanwhile."""
         left = {one: rate for one, rate in self.paused.items() if one is not direction}
-        return replace(
-            self,
+        return self.changed(
             limits={**self.limits, direction: rate},
             paused=left if paused is None else {**left, direction: paused},
         )

@@ -6,19 +6,18 @@ user has to know about it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Iterator, Mapping, Sequence
 
 from pybpfthrottle.backends.protocol import Match, Offer
+from pybpfthrottle.bpf.obj.plain import Data, made
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.model import Direction
 
 MATCHINGS = ("auto", "whole-cgroup", "move-cgroup")
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(Data, frozen=True):
     """Preferences for how a throttle is put in force.
 
     ``matching`` is one of MATCHINGS, for processes. ``backends`` names one for a direction;
@@ -27,8 +26,8 @@ class Wish:
     """
 
     matching: str = "auto"
-    backends: Mapping[Direction, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    backends: Mapping[Direction, str] = made(default_factory=dict)
+    options: Mapping[str, Any] = made(default_factory=dict)
     stack: bool = False
     insist: bool = False
 
@@ -49,8 +48,7 @@ class Place(Enum):
         return (Match.CGROUP, Match.MARKS) if self is Place.MOVED else (Match.CGROUP,)
 
 
-@dataclass(frozen=True)
-class Situation:
+class Situation(Data, frozen=True):
     """What is known about a target.
 
     ``processes``: processes are limited; ``matches``: they are chosen by their properties, so
@@ -64,8 +62,7 @@ class Situation:
     kept: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Data, frozen=True):
     """One way to put a throttle in force.
 
     ``why`` in a note is why the previous plan failed; without one it is this plan's ``why``: why

@@ -9,9 +9,9 @@ a ceiling is never exceeded. A group within a group divides what it is given in 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
+from pybpfthrottle.bpf.obj.plain import Data, made
 from pybpfthrottle.errors import ShareError
 from pybpfthrottle.model import Direction, Rate, printable
 
@@ -24,8 +24,7 @@ GivenRate = Union[str, int, Rate]
 GivenRates = Union[None, GivenRate, Mapping[str, GivenRate]]
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(Data, frozen=True):
     """What a throttle, or a group, is to have of the group named ``group``.
 
     ``weight`` is a number from 1 to 10000; ``floors`` and ``ceilings`` have a rate for some
@@ -34,8 +33,8 @@ class Member:
 
     group: str
     weight: float = 1
-    floors: Rates = field(default_factory=dict)
-    ceilings: Rates = field(default_factory=dict)
+    floors: Rates = made(default_factory=dict)
+    ceilings: Rates = made(default_factory=dict)
 
     @classmethod
     def of(
@@ -86,8 +85,7 @@ class Member:
 _WEIGHTS = f"a weight is between {LEAST_WEIGHT} and {MOST_WEIGHT}"
 
 
-@dataclass(frozen=True)
-class GroupSpec:
+class GroupSpec(Data, frozen=True):
     """A group as requested: the total of each direction that its members share.
 
     ``within`` is what it has of another group; then its totals are ceilings there, and may be
@@ -95,7 +93,7 @@ class GroupSpec:
     """
 
     name: str
-    totals: Rates = field(default_factory=dict)
+    totals: Rates = made(default_factory=dict)
     within: Optional[Member] = None
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pwd
 import time
@@ -207,7 +206,7 @@ def with_sockets(target: Target) -> Target:
             with suppress(CgroupError):  # it is not active, or systemd has no cgroup for it
                 cgroups.from_unit(name)
                 units.append(name)
-    return dataclasses.replace(target, units=tuple(dict.fromkeys(units)))
+    return target.changed(units=tuple(dict.fromkeys(units)))
 
 
 def whole_cgroups(selection: Selection) -> list[Cgroup]:

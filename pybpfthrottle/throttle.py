@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import time
@@ -383,7 +382,7 @@ def start(spec: ThrottleSpec, wish: Wish = Wish()) -> Throttle:  # noqa: B008 - 
 
     Raises ThrottleError, BpfError, CgroupError or ProcessError; then nothing stays attached.
     """
-    spec = dataclasses.replace(spec, target=targets.with_sockets(spec.target))
+    spec = spec.changed(target=targets.with_sockets(spec.target))
     with locked():
         selection, cgroups, situation = _resolved(spec, wish)
 
@@ -405,7 +404,7 @@ def foresee(spec: ThrottleSpec, wish: Wish = Wish()) -> Plan:  # noqa: B008 - im
     """
     *_, situation = _resolved(spec, wish)
     plan = next(_plans(situation, wish, list(spec.limits)))
-    return dataclasses.replace(plan, notes=tuple(note.format(why=plan.why) for note in plan.notes))
+    return plan.changed(notes=tuple(note.format(why=plan.why) for note in plan.notes))
 
 
 def _resolved(
@@ -676,7 +675,7 @@ def take_over(records: Sequence[Record], options: Mapping[str, Any]) -> Throttle
     first = records[0]
     limits = {one: rate for record in records for one, rate in record.spec.limits.items()}
     paused = {one: rate for record in records for one, rate in record.spec.paused.items()}
-    spec = dataclasses.replace(first.spec, limits=limits, paused=paused)
+    spec = first.spec.changed(limits=limits, paused=paused)
     chosen = {one: record.backend for record in records for one in record.spec.limits}
     with locked(), ExitStack() as undo:
         pids = get_backend(first.backend).processes(first)
@@ -725,7 +724,7 @@ def _still_there(record: Record, pids: Sequence[int]) -> tuple[Optional[Selectio
         return targets.select(target)._replace(processes=found), []
     if target.pids:
         # Its children too; a number that has been given to another process is not among these.
-        target = dataclasses.replace(target, pids=tuple(pids))
+        target = target.changed(pids=tuple(pids))
         if not pids and not target.matches:
             raise ProcessError("all processes that it limited have ended")
     return targets.select(target), []
@@ -1030,7 +1029,7 @@ class Each:
 
     def _put_in_force(self, pid: int) -> Throttle:
         target = self._target(pid)
-        spec = dataclasses.replace(self._spec, target=target)
+        spec = self._spec.changed(target=target)
         with ExitStack() as undo:
             ready = self._ready.pop(0) if self._ready else {}
             for one in ready.values():

@@ -6,7 +6,6 @@ removed: what a crash has left behind can be found by it. Write under the lock o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from contextlib import suppress
@@ -98,7 +97,7 @@ def update(backend: str, throttle_id: str, **changes: Any) -> Optional[Entry]:
     entry = read(backend, throttle_id)
     if entry is None:
         return None
-    changed = Entry(entry.generation + 1, dataclasses.replace(entry.record, **changes))
+    changed = Entry(entry.generation + 1, entry.record.changed(**changes))
     write(changed.record, changed.generation)
     return changed
 

@@ -7,11 +7,11 @@ A backend makes an offer for a direction and a way of matching packets, puts lim
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib import import_module
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
+from pybpfthrottle.bpf.obj.plain import Data, made
 from pybpfthrottle.errors import CgroupError, ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup, known_as
@@ -50,8 +50,7 @@ class Match(Enum):
     CGROUP = "cgroup"
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(Data, frozen=True):
     """What a backend can do for one direction and way of matching.
 
     ``refused`` is why it cannot, or None; ``loses`` lists what it would leave out, a sentence each.
@@ -86,8 +85,7 @@ class Order(NamedTuple):
         return self.spec.traffic
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Data, frozen=True):
     """A throttle in force, as it is registered: this process's own, or another's.
 
     ``owner`` is the process that keeps it, ``kept`` whether it outlives that process. ``since_ns``
@@ -109,7 +107,7 @@ class Record:
     removed: bool = False
     clears_up: Optional[Identity] = None
     attached_by: str = ""
-    handles: Mapping[str, Any] = field(default_factory=dict)
+    handles: Mapping[str, Any] = made(default_factory=dict)
 
     @property
     def supervised(self) -> bool:

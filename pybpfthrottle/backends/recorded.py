@@ -5,7 +5,6 @@ What all of them do is here; what differs is the ``Rules`` that a backend puts i
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections import Counter
@@ -186,7 +185,7 @@ class OwnThrottle(ChoosesOnce):
         cgroups = self._order.cgroups
         return Record(
             id=self._id,
-            spec=dataclasses.replace(self._order.spec, limits=self._limits),
+            spec=self._order.spec.changed(limits=self._limits),
             owner=process.identity(),
             backend=self._kind.backend,
             match=Match.CGROUP if cgroups else Match.MARKS,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from dataclasses import dataclass
 from functools import cache
 from typing import Callable, Optional
 
@@ -20,6 +19,7 @@ from pybpfthrottle.bpf.errors import BpfError, VerifierError
 from pybpfthrottle.bpf.obj import asm, releases
 from pybpfthrottle.bpf.obj.helper_names import helper_name
 from pybpfthrottle.bpf.obj.insn import INSN_BYTES
+from pybpfthrottle.bpf.obj.plain import Data
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import with_memlock
 
@@ -27,8 +27,7 @@ from pybpfthrottle.bpf.privileges import with_memlock
 _NO_SUCH_HELPER = ("unknown func", "invalid func", "cannot use helper")
 
 
-@dataclass(frozen=True)
-class Feature:
+class Feature(Data, frozen=True):
     """Something that a kernel may have: its name, the first release with it, and how to try it."""
 
     name: str

@@ -428,8 +428,7 @@ def _fit(
     linked = relocate.link(spec, program)
     if target is None:
         return fitting.fit(program, linked)
-    untargeted = ProgramSpec(**{**vars(program), "attach_to": None})
-    fitted = fitting.fit(untargeted, linked)
+    fitted = fitting.fit(program.changed(attach_to=None), linked)
     return fitted._replace(target=_function_of(target, program))
 
 

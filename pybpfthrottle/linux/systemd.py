@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import subprocess
 
 from pybpfthrottle.errors import ServiceError
+from pybpfthrottle.logger import Logger
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # systemd allows 255 characters in the name of a unit; others are named after these.
 _MOST = 220
@@ -43,6 +42,8 @@ def service_name(name: str) -> str:
 
 def systemctl(*arguments: str, patience_s: float = _PATIENCE_S) -> str:
     """Return what systemctl prints. Raises ServiceError."""
+    import subprocess  # which takes a moment, and most starts ask systemd nothing
+
     try:
         done = subprocess.run(
             ["systemctl", *arguments],

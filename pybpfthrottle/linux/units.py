@@ -6,7 +6,6 @@ import math
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Callable, Iterable, Optional
 
 from pybpfthrottle.errors import CgroupError
@@ -22,13 +21,13 @@ _IN_CREATE, _IN_ONLYDIR = 0x00000100, 0x01000000
 _EVENTS_BYTES = 1 << 16
 
 
-@dataclass
 class Unit:
     """A unit's name, and its present or last cgroup; or one beside the one that it will have."""
 
-    name: str
-    cgroup: Cgroup
-    cgroup_id: int
+    def __init__(self, name: str, cgroup: Cgroup, cgroup_id: int) -> None:
+        self.name = name
+        self.cgroup = cgroup
+        self.cgroup_id = cgroup_id
 
 
 class Comings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional
 
@@ -219,8 +218,8 @@ def with_room(spec: ObjectSpec, traffic: Traffic) -> ObjectSpec:
     from pybpfthrottle import networks
 
     count = len(networks.decisions(traffic))
-    large = replace(spec.maps[NETWORKS], max_entries=count)
-    return replace(spec, maps={**spec.maps, NETWORKS: large})
+    large = spec.maps[NETWORKS].changed(max_entries=count)
+    return spec.changed(maps={**spec.maps, NETWORKS: large})
 
 
 def put_networks(maps: Mapping[str, Map[Any, Any]], traffic: Traffic) -> None:

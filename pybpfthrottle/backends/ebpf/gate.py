@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
@@ -63,8 +62,8 @@ class Gate:
         if self._keeper is None or GATE not in spec.maps:
             return spec
         # The keeper maps it into its memory (Linux 5.5).
-        shared = replace(spec.maps[GATE], flags=BPF_F_MMAPABLE)
-        return replace(spec, maps={**spec.maps, GATE: shared})
+        shared = spec.maps[GATE].changed(flags=BPF_F_MMAPABLE)
+        return spec.changed(maps={**spec.maps, GATE: shared})
 
     def load(
         self, maps: Mapping[str, Map[Any, Any]], seat: Optional[Seat] = None

@@ -12,13 +12,13 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Optional
 
 from pybpfthrottle.backends.ebpf.bucket import Seen
 from pybpfthrottle.backends.ebpf.records import ThrottlePacing, ThrottlePacingRate, ThrottleSocket
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import Data
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
 from pybpfthrottle.model import Rate
@@ -34,8 +34,7 @@ _EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
 _LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
 
-@dataclass
-class _Usage:
+class _Usage(Data):
     """How fast a count of bytes has grown lately."""
 
     count: int
@@ -54,8 +53,7 @@ class _Usage:
         return self.bytes_per_s
 
 
-@dataclass
-class _Flow:
+class _Flow(Data):
     """A connection. ``wants`` is what it uses, or infinite if it uses about all it may."""
 
     place: Place

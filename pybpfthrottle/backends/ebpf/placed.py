@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, Mapping, Optional, Tuple
 
 from pybpfthrottle.backends.ebpf import attached
@@ -11,6 +10,7 @@ from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override, rung
 from pybpfthrottle.backends.ebpf.programs import Shipped
 from pybpfthrottle.backends.ebpf.registry import refuse_to_replace
 from pybpfthrottle.bpf.links import Attachment, Link
+from pybpfthrottle.bpf.obj.plain import Data
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
@@ -20,8 +20,7 @@ from pybpfthrottle.settings import AttachPolicy
 Wanted = Tuple[Shipped, Cgroup, AttachPolicy]
 
 
-@dataclass
-class Placed:
+class Placed(Data):
     """An attached program; a switch replaces ``attachment``."""
 
     program: Shipped

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, Iterable, NamedTuple, Optional, Union
@@ -14,6 +13,7 @@ from typing import Any, Iterable, NamedTuple, Optional, Union
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.obj import stored
+from pybpfthrottle.bpf.obj.plain import Data
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
 from pybpfthrottle.linux.process import PACKAGE_ROOT
@@ -59,8 +59,7 @@ class Needs(NamedTuple):
         return f"{self.feature} (Linux {self.release}): {error}"
 
 
-@dataclass(frozen=True)
-class Shipped:
+class Shipped(Data, frozen=True):
     """One program.
 
     ``hook`` is a cgroup attach type, or the name of a raw tracepoint. ``direction`` is None if the

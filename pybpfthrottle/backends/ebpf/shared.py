@@ -8,12 +8,10 @@ slot in the maps of the others.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Hashable, Iterable, Iterator, Mapping, NamedTuple, Optional
@@ -31,9 +29,10 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Traffic
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # The keeper maps it into its memory.
 GATE = "GATE"
@@ -185,17 +184,17 @@ class Bank:
         """Return an object with room for all slots in its maps."""
         spec = programs.read(name)
         fitting = {
-            one: replace(map_spec, max_entries=map_spec.max_entries * self.slots)
+            one: map_spec.changed(max_entries=map_spec.max_entries * self.slots)
             for one, map_spec in spec.maps.items()
             if one in _ARRAYS
         }
         if GATE in fitting:
-            fitting[GATE] = replace(fitting[GATE], flags=BPF_F_MMAPABLE)
+            fitting[GATE] = fitting[GATE].changed(flags=BPF_F_MMAPABLE)
         if NETWORKS in spec.maps and NETWORKS in self.maps:
-            fitting[NETWORKS] = replace(
-                spec.maps[NETWORKS], max_entries=self.maps[NETWORKS].spec.max_entries
+            fitting[NETWORKS] = spec.maps[NETWORKS].changed(
+                max_entries=self.maps[NETWORKS].spec.max_entries
             )
-        return replace(spec, maps={**spec.maps, **fitting})
+        return spec.changed(maps={**spec.maps, **fitting})
 
     def close(self) -> None:
         """Close all programs and maps."""
@@ -289,7 +288,7 @@ class Sharing:
         )
 
     def _seat(self, order: Order) -> Optional[Seat]:
-        traffic = replace(order.traffic, loopback=False)
+        traffic = order.traffic.changed(loopback=False)
         for bank in self._banks:
             seat = bank.take(order) if bank.traffic == traffic else None
             if seat is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import (
@@ -442,7 +441,7 @@ class EbpfThrottle:
 
     def recorded(self) -> Mapping[str, Any]:
         """Return the fields of the record that change while the throttle is in force."""
-        spec = dataclasses.replace(self._order.spec, limits=dict(self._bucket.rates))
+        spec = self._order.spec.changed(limits=dict(self._bucket.rates))
         cgroups = self._order.cgroups or self._placed.targets()
         return {
             "spec": spec.to_json(),

@@ -6,7 +6,7 @@ and text, and is a dataclass to all that asks (``dataclasses.replace``, ``fields
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -15,6 +15,9 @@ else:
     def dataclass_transform(**_: Any) -> Callable[[type], type]:
         """Tell type checkers what is a dataclass; at run time nothing."""
         return lambda cls: cls
+
+
+D = TypeVar("D", bound="Data")
 
 
 class _Made(NamedTuple):
@@ -74,6 +77,10 @@ class Data:
         if given or len(args) > len(cls._names):
             raise TypeError(f"{cls.__name__} has no {', '.join(given) or 'so many fields'}")
         self.__dict__.update(values)
+
+    def changed(self: D, **changes: Any) -> D:
+        """Return a copy with other values of some fields."""
+        return type(self)(**{**{name: self.__dict__[name] for name in self._names}, **changes})
 
     def _values(self) -> tuple[Any, ...]:
         return tuple(self.__dict__[name] for name in self._names)

@@ -224,6 +224,7 @@ def test_a_burst_of_threads_may_use_one_throttle(scratch: Cgroup) -> None:
 # What takes long to import, and no start of a limit has to wait for.
 UNUSED = {
     *("click", "rich", "elftools", "logging", "subprocess", "concurrent", "tempfile", "csv"),
+    *("dataclasses", "inspect", "ast"),
     *("pybpfthrottle.backends.nft", "pybpfthrottle.backends.tc", "pybpfthrottle.networks"),
 }
 

@@ -69,3 +69,11 @@ def test_dataclasses_takes_them_for_its_own():
     assert dataclasses.replace(Point(1), x=5) == Point(5)
     assert [field.name for field in dataclasses.fields(Point)] == ["x", "y", "names"]
     assert dataclasses.asdict(Constant(1)) == {"x": 1, "y": 2}
+
+
+def test_a_copy_has_other_values_of_some_fields():
+    """A changed copy is equal but for the fields that were given, and the first stays as it was."""
+    first = Constant(1)
+    assert (first.changed(y=3), first) == (Constant(1, 3), Constant(1, 2))
+    with pytest.raises(TypeError, match="z"):
+        first.changed(z=1)
