@@ -111,7 +111,7 @@ _OTHERS: dict[int, str] = {
     _P.LIRC_MODE2: "attach it to an infrared device with BPF_PROG_ATTACH",
     _P.SYSCALL: "run it with program.test_run()",
     _P.EXT: "load it with targets= for a function of another program",
-    _P.STRUCT_OPS: "it belongs in a map of type STRUCT_OPS",
+    _P.STRUCT_OPS: "its struct is what is attached: loaded.struct_ops[NAME].attach()",
 }
 # The same for attach types of programs that are attached otherwise.
 _IN_MAPS = {

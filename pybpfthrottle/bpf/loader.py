@@ -78,13 +78,15 @@ class Object:
         """The variables of the data maps that were loaded."""
         specs = self._spec.variables.values() if self._spec else ()
         return {
-            variable.name: Variable(variable, self._memory(variable.map.name))
+            variable.name: Variable(variable, self.memory(variable.map.name))
             for variable in specs
             if variable.map.name in self.maps
         }
 
     def attach(self) -> Links:
-        """Attach all programs as their sections say, and return what detaches them when closed.
+        """Attach all programs as their sections say, and all structs of functions.
+
+        Returns what detaches them when closed.
 
         Raises TypeError for a program whose section leaves open where it is attached, and
         AttachError; then none is attached.
@@ -92,7 +94,12 @@ class Object:
         from pybpfthrottle.bpf.links import Links
 
         with ExitStack() as undo:
-            links = [undo.enter_context(one.attach()) for one in self.programs.values()]
+            links = [
+                undo.enter_context(one.attach())
+                for one in self.programs.values()
+                if one.type != ProgType.STRUCT_OPS
+            ]
+            links += [undo.enter_context(one.attach()) for one in self.struct_ops.values()]
             undo.pop_all()
         return Links(links)
 
@@ -111,7 +118,8 @@ class Object:
             raise LookupError(f"the object's types have no struct {name!r}")
         return RecordCodec(types, found.id)
 
-    def _memory(self, name: str) -> Memory:
+    def memory(self, name: str) -> Memory:
+        """Return the memory of a data section's map or of an arena, by the map's name."""
         if name not in self._memories:
             self._memories[name] = Memory(self.maps[name])
         return self._memories[name]
@@ -239,6 +247,12 @@ class Loadable:
                 live_maps[name] = undo.enter_context(created)
             used = {**live_maps, **given}
             fds = {name: loaded_map.fd for name, loaded_map in used.items()}
+            # The verifier wants to know where an arena is, and programs find its variables there.
+            memories = {
+                name: _mapped_arena(loaded_map, undo)
+                for name, loaded_map in live_maps.items()
+                if loaded_map.spec.type == MapType.ARENA
+            }
             live_programs = {
                 name: undo.enter_context(
                     _load(spec, spec.programs[name], program, fds, types, used)
@@ -253,7 +267,9 @@ class Loadable:
             # The Object owns them from here on.
             undo.pop_all()
         structs = _struct_ops(self._structs, live_maps, program_fds)
-        return Object(live_programs, live_maps, spec, structs)
+        loaded = Object(live_programs, live_maps, spec, structs)
+        loaded._memories.update(memories)
+        return loaded
 
     def create(self, name: str) -> Map[Any, Any]:
         """Create a map of the object, whatever uses it. Raises MapCreateError."""
@@ -390,6 +406,20 @@ def _create(spec: MapSpec, pin_path: Optional[descriptors.Path], btf_fd: int) ->
     if spec.pinned and pin_path is not None:
         return pins.open_or_create(spec, pin_path, btf_fd=btf_fd)
     return maps.create(spec, btf_fd=btf_fd)
+
+
+def _mapped_arena(arena: Map[Any, Any], undo: ExitStack) -> Memory:
+    """Map an arena into this process, with what its variables begin with."""
+    memory = Memory(arena)
+    undo.callback(memory.close)
+    try:
+        if arena.spec.contents:
+            memory.write(0, arena.spec.contents)
+    except OSError as error:
+        raise MapCreateError(
+            f"cannot map the arena {arena.spec.name!r}: {error}", errno=error.errno or 0
+        ) from error
+    return memory
 
 
 def _struct_ops(

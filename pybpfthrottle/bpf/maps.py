@@ -256,7 +256,7 @@ def create(spec: MapSpec, *, btf_fd: int = 0, module_fd: int = 0) -> Map[Any, An
     with ExitStack() as undo:
         created = undo.enter_context(adopt(_create(spec, btf_fd, module_fd), spec))
         try:
-            if spec.contents is not None:
+            if spec.contents is not None and spec.type != MapType.ARENA:
                 created.typed(U32, RAW)[0] = spec.contents.ljust(spec.value_size, b"\0")
             if spec.frozen:
                 _freeze_where_possible(created)
@@ -271,10 +271,11 @@ def create(spec: MapSpec, *, btf_fd: int = 0, module_fd: int = 0) -> Map[Any, An
 def _refuse_cut(spec: MapSpec) -> None:
     """Refuse a data section that was made smaller: variables would lie outside of it."""
     size = len(spec.contents or b"")
-    if size > spec.value_size:
+    if size > spec.memory_bytes(mmap.PAGESIZE):
         raise MapCreateError(
             f"cannot create the map {spec.name!r}: its contents have {size} bytes, but its"
-            f" value_size is {spec.value_size}; a data section can only be made larger"
+            f" {'max_entries are pages' if spec.type == MapType.ARENA else 'value_size is'}"
+            f" {spec.memory_bytes(mmap.PAGESIZE)}; a data section can only be made larger"
         )
 
 

@@ -63,11 +63,11 @@ class Variable:
         self._memory.write(self.spec.offset, self.spec.encode(value))
 
     def __repr__(self) -> str:
-        return f"<Variable {self.spec.name!r} in {self.spec.map.section!r}>"
+        return f"<Variable {self.spec.name!r} in {self.spec.map.section or self.spec.map.name!r}>"
 
 
 def _map(data_map: Map[Any, Any]) -> Optional[mmap.mmap]:
-    pages = -(-data_map.spec.value_size // mmap.PAGESIZE)
+    pages = -(-data_map.spec.memory_bytes(mmap.PAGESIZE) // mmap.PAGESIZE)
     protection = mmap.PROT_READ | (0 if data_map.spec.frozen else mmap.PROT_WRITE)
     try:
         return mmap.mmap(data_map.fd, pages * mmap.PAGESIZE, mmap.MAP_SHARED, protection)

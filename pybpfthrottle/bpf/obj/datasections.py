@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
@@ -11,6 +11,8 @@ from pybpfthrottle.bpf.obj.btf import Btf, Kind, Type
 from pybpfthrottle.bpf.obj.elffile import Elf, Section, Symbol
 from pybpfthrottle.bpf.obj.specs import MapSpec, VariableSpec
 
+# Where clang puts variables of the address space that arenas are.
+_ARENA = ".addr_space.1"
 _PREFIXES = (".rodata", ".data", ".bss")
 MAX_BYTES = 1 << 30
 _MAX_NUMBER_BYTES = 8
@@ -29,17 +31,35 @@ def data_maps(elf: Elf, btf: Optional[Btf], object_name: str) -> dict[int, MapSp
     }
 
 
+def arena_data(elf: Elf, maps: Iterable[MapSpec]) -> dict[int, MapSpec]:
+    """Return the arena whose memory begins with the section of its variables, by its number.
+
+    Raises ObjectFileError for variables without an arena, or with several.
+    """
+    section = elf.named(_ARENA)
+    if section is None or not section.size:
+        return {}
+    arenas = [spec for spec in maps if spec.type == MapType.ARENA]
+    if len(arenas) != 1:
+        raise ObjectFileError(
+            f"variables of an arena need one map of type ARENA, not {len(arenas)}",
+            section=section.name,
+        )
+    arenas[0].contents = section.data or bytes(section.size)
+    return {section.number: arenas[0]}
+
+
 def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterator[VariableSpec]:
     """Return the variables of all data maps; those that are static come last."""
     signs = _Signs(btf)
     found = [
         (spec, types, symbol)
         for number, spec in maps.items()
-        for types in [_Types(btf, spec.value_type)]
+        for types in [_Types(btf, _datasec(elf, btf, number, spec))]
         for symbol in elf.symbols_of(elf.sections[number])
         if symbol.type == "STT_OBJECT"
         and symbol.size
-        and symbol.value + symbol.size <= spec.value_size
+        and symbol.value + symbol.size <= elf.sections[number].size
     ]
     for spec, types, symbol in sorted(found, key=lambda row: row[2].local):
         type_id = types.of(symbol)
@@ -47,6 +67,14 @@ def variables(elf: Elf, btf: Optional[Btf], maps: dict[int, MapSpec]) -> Iterato
             *(symbol.name, spec, symbol.value, symbol.size),
             *(elf.byteorder, signs.of(type_id, symbol.size), type_id),
         )
+
+
+def _datasec(elf: Elf, btf: Optional[Btf], number: int, spec: MapSpec) -> int:
+    """Return the type of a section of data; the value of an arena's map has none."""
+    if spec.type != MapType.ARENA or btf is None:
+        return spec.value_type
+    datasec = btf.find(Kind.DATASEC, elf.sections[number].name)
+    return datasec.id if datasec else 0
 
 
 class Names:

@@ -119,6 +119,7 @@ class _Reading:
             self._add_map(spec, number, offset)
         for number, spec in data.items():
             self._add_map(spec, number, 0)
+        data.update(datasections.arena_data(self._elf, defined.values()))
         names = datasections.Names()
         for variable in datasections.variables(self._elf, self._btf, data):
             variable.name = names.take(variable.name)

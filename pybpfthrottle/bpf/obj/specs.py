@@ -57,6 +57,11 @@ class MapSpec(Data):
     kernel_type: int = 0
     autoload: bool = True
 
+    def memory_bytes(self, page_bytes: int) -> int:
+        """Return the size of what is mapped of it: an arena's pages, or one value."""
+        is_arena = self.type == MapType.ARENA
+        return self.max_entries * page_bytes if is_arena else self.value_size
+
     # The machine's facts are given, since a spec asks no machine.
     def corrected(self, *, cpus: Callable[[], int], page_bytes: int) -> MapSpec:
         """Return the spec as the kernel takes it, where objects do not say all that it wants.

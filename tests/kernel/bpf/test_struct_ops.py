@@ -90,6 +90,16 @@ def test_a_link_takes_another_struct(spec):
 
 
 @since("6.4")
+def test_all_of_an_object_is_attached_at_once(loaded):
+    """Attaching an object attaches its structs, and closing that takes them back."""
+    with loaded.attach():
+        for control in ("pybpft_link", "pybpft_plain"):
+            transfer(control)
+    with pytest.raises(FileNotFoundError):
+        transfer("pybpft_link")
+
+
+@since("6.4")
 def test_a_name_that_is_in_use_is_told(loaded, spec):
     """Two structs of one name cannot be attached, and the error says so."""
     with loaded.struct_ops["with_link"].attach(), loader.load(spec) as again:

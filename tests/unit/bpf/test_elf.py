@@ -765,3 +765,12 @@ def test_sections_of_one_name_are_put_behind_each_other(builder):
     assert spec.programs["two"].function.map_references == (MapReference(0, "test.data", 8),)
     assert spec.maps["test.data"].contents == bytes([1] * 6 + [2] * 6)
     assert spec.variables["second"].get() == b"\2\2\2\2"
+
+
+def test_variables_of_an_arena_need_one(builder):
+    """Variables in the section of arenas are refused without an arena, with their section."""
+    builder.section(".addr_space.1", bytes(8))
+    builder.code("tc", builder.returns(1), "main")
+    error = refused(builder)
+    assert error.section == ".addr_space.1"
+    assert "need one map of type ARENA, not 0" in str(error)
