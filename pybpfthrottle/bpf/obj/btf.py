@@ -13,7 +13,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 
@@ -139,9 +139,10 @@ class Parameter(NamedTuple):
     type: int
 
 
-def words_of(data: bytes, byteorder: str) -> array[int]:
+def words_of(data: Union[bytes, memoryview], byteorder: str) -> array[int]:
     """Return the 32-bit words of data whose length is a multiple of four."""
-    words = array("I", data)
+    words = array("I")
+    words.frombytes(data)
     if byteorder != sys.byteorder:
         words.byteswap()
     return words
@@ -182,16 +183,18 @@ class Btf:
             order + "5I", data, 4
         )
         # One zero more in front, so that each string is what follows a zero.
-        self._strings = b"\0" + data[header + strings_at : header + strings_at + strings_bytes]
+        # Views: the kernel's types are megabytes, which a copy of each would double.
+        view, strings_at = memoryview(data), header + strings_at
+        self._strings = b"".join((b"\0", view[strings_at : strings_at + strings_bytes]))
         self._terminated = self._strings[-1:] == b"\0"
         self._types_at = header + types_at
-        types = data[self._types_at : self._types_at + types_bytes]
+        types = view[self._types_at : self._types_at + types_bytes]
         if len(types) != types_bytes:
             raise self._bad("the types go past the end of the section", 0)
         if types_bytes % 4:
             raise self._bad("a type is cut off", types_bytes // 4)
         self._words = words_of(types, self.byteorder)
-        self._bytes = types
+        self._types_end = self._types_at + types_bytes
         # The words at which types begin, up to that at which the search goes on.
         self._starts = array("I")
         self._next = 0
@@ -361,15 +364,16 @@ class Btf:
         name = re.escape(struct.pack(order, offset))
         # What follows has to be a type's ``info``, which leaves few of the others.
         pattern = re.compile(name + _INFO[self.byteorder], re.DOTALL)
-        found = pattern.search(self._bytes)
+        begin, end = self._types_at, self._types_end
+        found = pattern.search(self._data, begin, end)
         while found:
-            word, rest = divmod(found.start(), 4)
+            word, rest = divmod(found.start() - begin, 4)
             if not rest:
                 self._scan(word + 1)
                 index = bisect_left(self._starts, word)
                 if index < len(self._starts) and self._starts[index] == word:
                     yield index
-            found = pattern.search(self._bytes, found.start() + 1)
+            found = pattern.search(self._data, found.start() + 1, end)
 
     def member(self, aggregate: Type, index: int) -> Member:
         """Return a member of a struct or union; ``index`` is less than its vlen."""
