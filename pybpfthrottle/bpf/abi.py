@@ -51,6 +51,7 @@ class Cmd(IntEnum):
     ITER_CREATE = 33
     LINK_DETACH = 34
     PROG_BIND_MAP = 35
+    TOKEN_CREATE = 36
 
 
 class MapType(IntEnum):
@@ -593,6 +594,12 @@ class IterInfo(ctypes.Union):
     _fields_ = (("map", IterMap), ("cgroup", IterCgroup), ("task", IterTask))
 
 
+class TokenCreate(ctypes.Structure):
+    """BPF_TOKEN_CREATE."""
+
+    _fields_ = (("flags", c_uint32), ("bpffs_fd", c_uint32))
+
+
 class IterCreate(ctypes.Structure):
     """BPF_ITER_CREATE."""
 
@@ -643,6 +650,7 @@ class Attr(ctypes.Union):
         ("btf_load", BtfLoad),
         ("link_create", LinkCreate),
         ("iter_create", IterCreate),
+        ("token_create", TokenCreate),
         ("link_update", LinkUpdate),
         ("link_detach", LinkDetach),
         ("enable_stats", EnableStats),

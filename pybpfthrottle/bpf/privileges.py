@@ -25,6 +25,7 @@ class Capability(IntEnum):
     CAP_BPF = 39
 
 
+_FIRST_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO of include/linux/proc_ns.h
 _C, _P = Capability, ProgType
 # is_net_admin_prog_type and is_perfmon_prog_type of kernel/bpf/syscall.c, and CGROUP_SKB, which
 # needs CAP_NET_ADMIN when it is attached. EXT extends programs of any type.
@@ -54,6 +55,14 @@ def effective_capabilities() -> int:
     except OSError:
         pass
     return (1 << 64) - 1
+
+
+def in_user_namespace() -> bool:
+    """Return whether this process is in another user namespace than the machine's first."""
+    try:
+        return os.stat("/proc/self/ns/user").st_ino != _FIRST_USER_NAMESPACE
+    except OSError:
+        return False
 
 
 def capabilities_for(program_type: int) -> tuple[Capability, ...]:
@@ -103,6 +112,12 @@ def why_not_permitted(command: str, needed: Optional[Iterable[Capability]] = Non
         return (
             f"this process lacks {' and '.join(missing)};"
             " run it as root (sudo), or give it these capabilities"
+        )
+    if in_user_namespace():
+        return (
+            "this process has its capabilities in a user namespace only, as in a rootless"
+            f" container, and {command} wants those of the host: run it outside, or have a bpf file"
+            " system mounted here that delegates it (Linux 6.9, pybpfthrottle.bpf.token)"
         )
     text = (
         "this process has the capabilities, so a seccomp filter (as in containers), a security"

@@ -10,10 +10,11 @@ import ctypes
 import errno as errnos
 import os
 import sys
+from contextvars import ContextVar
 from functools import cache
 from typing import Callable, Iterator, Mapping, Optional
 
-from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.abi import BPF_F_TOKEN_FD, Attr, Cmd
 from pybpfthrottle.bpf.errors import UnsupportedMachineError
 
 # arch/*/entry/syscalls/syscall.tbl and include/uapi/asm-generic/unistd.h.
@@ -70,6 +71,9 @@ def number_of(
 # Asking uname(2) each time costs a fifth of a short command.
 _own_number = cache(number)
 
+# The token that allows what is done, or -1: see token.py.
+token_fd: ContextVar[int] = ContextVar("token_fd", default=-1)
+
 _libc_syscall: Optional[Callable[..., int]] = None
 
 
@@ -94,10 +98,25 @@ def bpf(cmd: Cmd, attr: Attr) -> int:
 
     Raises OSError with the command's name as its ``filename``.
     """
+    if token_fd.get() >= 0:
+        _allow(cmd, attr, token_fd.get())
     result = prepare()(_own_number(), cmd, ctypes.addressof(attr), ctypes.sizeof(attr))
     if result < 0:
         raise error(ctypes.get_errno(), cmd)
     return result
+
+
+def _allow(cmd: Cmd, attr: Attr, fd: int) -> None:
+    """Have a command allowed by a token. Linux 6.9."""
+    if cmd == Cmd.MAP_CREATE:
+        attr.map_create.map_token_fd = fd
+        attr.map_create.map_flags |= BPF_F_TOKEN_FD
+    elif cmd == Cmd.PROG_LOAD:
+        attr.prog_load.prog_token_fd = fd
+        attr.prog_load.prog_flags |= BPF_F_TOKEN_FD
+    elif cmd == Cmd.BTF_LOAD:
+        attr.btf_load.btf_token_fd = fd
+        attr.btf_load.btf_flags |= BPF_F_TOKEN_FD
 
 
 def all_ids(cmd: Cmd) -> Iterator[int]:

@@ -35,6 +35,7 @@ NAMED = {
     "link_update": "link_update",
     "link_detach": "link_detach",
     "enable_stats": "enable_stats",
+    "token_create": "token_create",
 }
 # Fields whose names differ from the kernel's.
 OTHER_NAMES = {("get_id", "id"): "start_id"}
