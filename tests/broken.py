@@ -5,12 +5,13 @@ A refusal is one of our errors; everything else that is raised is a bug.
 
 from __future__ import annotations
 
+import ast
 import json
 import struct
 from contextlib import suppress
 from typing import NamedTuple, Optional
 
-from pybpfthrottle.bpf.obj import disasm, relocate
+from pybpfthrottle.bpf.obj import btf_c, disasm, relocate, stubs
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
 from pybpfthrottle.bpf.obj.core import Kernel
@@ -22,7 +23,8 @@ from pybpfthrottle.errors import AmbiguousTypeError, ExternError, ObjectFileErro
 FIXTURES = (
     *("object_maps", "object_legacy", "object_data", "object_calls", "object_callbacks"),
     *("object_beyond", "object_sections", "core_reads", "core_fields", "externs", "values"),
-    *("flows", "ring", "targets"),
+    *("flows", "ring", "targets", "object_foreign", "object_iproute2", "object_struct_ops"),
+    *("object_arena", "object_templates", "object_statics"),
 )
 _REFUSALS = (ObjectFileError, ExternError, AmbiguousTypeError)
 _MAX_VALUE_BYTES = 1 << 12
@@ -40,8 +42,10 @@ def use(data: bytes) -> None:
         for line in disasm.function_lines(function, spec.byteorder):
             assert line.text
     for variable in spec.variables.values():
-        assert variable.offset + variable.size <= variable.map.value_size
+        room = max(variable.map.value_size, len(variable.map.contents or b""))
+        assert variable.offset + variable.size <= room
     _fit(spec)
+    _write(spec)
     _show_values(spec)
 
 
@@ -61,6 +65,14 @@ def _fit(spec: ObjectSpec) -> None:
             continue
     with suppress(*_REFUSALS):
         fitting.settings_map()
+
+
+def _write(spec: ObjectSpec) -> None:
+    """The module and the header that are made of it: whatever the names are, Python takes it."""
+    with suppress(ObjectFileError):
+        ast.parse(stubs.module(spec, "broken.o"))
+    with suppress(ObjectFileError):
+        btf_c.header(spec.btf or Btf(b""))
 
 
 def _show_values(spec: ObjectSpec) -> None:

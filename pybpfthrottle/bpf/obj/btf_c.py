@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.obj.btf_text import declaration
 _PREFIX = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}
 # What takes so many bits, at a place that they are a divisor of.
 _UNITS = tuple(zip(("long", "int", "short", *("char",) * 4), (64, 32, 16, 8, 4, 2, 1)))
+_LARGE_BITS = 8 << 12
 # The sizes of enums that are not of four bytes.
 _MODES = {1: "QI", 2: "HI", 8: "DI"}
 # Compilers know it, and each calls something else so.
@@ -200,6 +201,10 @@ class _Header:
 
 def _padding(begin: int, end: int) -> Iterator[str]:
     """Return members without a name that take the bits of a struct from one up to another."""
+    # A name costs nothing there, and a line for each word would.
+    if end - begin > _LARGE_BITS and begin % 8 == 0:
+        yield f"char __pad_{begin // 8}[{(end - begin) // 8}];"
+        begin += (end - begin) // 8 * 8
     while begin < end:
         kind, bits = next(
             (kind, bits) for kind, bits in _UNITS if begin % bits == 0 and begin + bits <= end

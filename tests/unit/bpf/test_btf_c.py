@@ -109,3 +109,11 @@ def test_types_without_an_end_are_refused(types):
     types.struct("endless", 8, ("inside", 1, 0))
     with pytest.raises(ObjectFileError, match="nested too deeply"):
         btf_c.header(types.btf())
+
+
+def test_a_large_gap_takes_one_line(tmp_path, types):
+    """A gap of any size is padded without a line for each of its words."""
+    char = types.int("char", 1)
+    types.struct("large", 1 << 29, ("a", char, 0), ("b", char, 1 << 28))
+    text = accepts(tmp_path, types, "__builtin_offsetof(struct large, b) == 1 << 28")
+    assert len(text) < 2000
