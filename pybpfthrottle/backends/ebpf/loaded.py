@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.bucket import Shaping, shaping_for
@@ -50,10 +50,11 @@ class Loaded:
         if seat is not None:
             self.maps.update(seat.maps)
 
-    def load(self, scope: Scope, spec: ObjectSpec) -> Optional[str]:
+    def load(self, scope: Scope, spec: Callable[[], ObjectSpec]) -> Optional[str]:
         """Load the programs for a scope, and the shaper if wanted and supported by this kernel.
 
-        Return why the kernel refuses the shaper, or None. Raises BpfError.
+        ``spec`` is asked for unless they are shared. Return why the kernel refuses the shaper, or
+        None. Raises BpfError.
         """
         policers = {direction: self._policer(scope, direction) for direction in self._limits}
         marks = programs.with_role(Role.MARK) if scope is Scope.MARKED else ()
@@ -67,7 +68,6 @@ class Loaded:
                 refused = shaper.needs.why_refused(error)
                 log.debug("This kernel does not take %s: %s", shaper.name, error)
         self.add(loaded or self._load(spec, names))
-        self.object_name = self.object_name or spec.name
         for direction, program in policers.items():
             log.debug(
                 "Program '%s' loaded with expected_attach_type: Some(%s)",
@@ -89,12 +89,15 @@ class Loaded:
 
         Raises BpfError.
         """
-        return self._load(programs.read(programs.object_for(scope)), [name])
+        return self._load(lambda: programs.read(programs.object_for(scope)), [name])
 
-    def _load(self, spec: ObjectSpec, names: Sequence[str]) -> Object:
+    def _load(self, spec: Callable[[], ObjectSpec], names: Sequence[str]) -> Object:
         if self._seat is not None:
-            return self._seat.load(names, self.maps)
-        return loader.load(spec, names, maps=self.maps)
+            loaded = self._seat.load(names, self.maps)
+        else:
+            loaded = loader.load(spec(), names, maps=self.maps)
+        self.object_name = self.object_name or loaded.spec.name
+        return loaded
 
     def shaping(self, direction: Direction) -> Shaping:
         """Return how a direction is to be kept to its limit, if the kernel refuses nothing."""

@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from contextlib import ExitStack
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any, Hashable, Iterable, Iterator, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.backends.ebpf import features, programs
@@ -325,12 +324,17 @@ class Sharing:
 def _limited(order: Order) -> Iterator[tuple[Hashable, list[Hashable]]]:
     """Yield what a throttle limits, as far as is known beforehand, each with what is above it."""
     for cgroup in order.cgroups:
-        yield cgroup.path, [*map(str, PurePath(cgroup.path).parents)]
+        yield cgroup.path, list(_parents(cgroup.path))
     if order.processes is not None:
         # Their sockets may be of any cgroup.
         top = cgroups_v2.root().path
         for process in order.processes.processes:
             yield process.pid, [top]
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path != (path := os.path.dirname(path)):
+        yield path
 
 
 sharing = Sharing()

@@ -29,6 +29,7 @@ from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.shared import Seat, sharing
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
+from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import carriers, clock, process, sockets
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -199,7 +200,10 @@ class EbpfThrottle:
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, which share the maps of those that are loaded already."""
-        spec = with_room(self._gate.spec(programs.object_for(scope)), self._order.traffic)
+
+        def spec() -> ObjectSpec:
+            return with_room(self._gate.spec(programs.object_for(scope)), self._order.traffic)
+
         try:
             refused = self._loaded.load(scope, spec)
         except BpfError as error:

@@ -32,9 +32,17 @@ def made(*, default_factory: Callable[[], Any]) -> Any:
 
 
 class _Fields:
-    """What dataclasses knows a dataclass by, made when it asks."""
+    """What dataclasses knows a dataclass by, made when it asks first."""
+
+    def __init__(self) -> None:
+        self._made: dict[type[Data], Any] = {}
 
     def __get__(self, _: object, owner: type[Data]) -> Any:
+        if owner not in self._made:
+            self._made[owner] = self._make(owner)
+        return self._made[owner]
+
+    def _make(self, owner: type[Data]) -> Any:
         import dataclasses
 
         def described(name: str) -> Any:
