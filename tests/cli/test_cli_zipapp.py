@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import importlib.util
+import json
 import os
 import runpy
 import subprocess
@@ -46,7 +47,8 @@ def build():
 @pytest.fixture(scope="session")
 def files(build):
     """What is in it."""
-    return dict([*build.own_files(), *build.packages()])
+    little = sys.byteorder == "little"
+    return dict([*build.own_files(big_endian=not little), *build.packages()])
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +74,25 @@ def test_the_same_files_give_the_same_bytes(build, files, archive):
 def test_all_of_the_package_but_the_full_screen_is_in_it(files):
     """Each module and object is there, without what only Textual could use."""
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pybpfthrottle").rglob("*.py")}
-    objects = {f"pybpfthrottle/prebuilt/{path.name}" for path in (ROOT / "prebuilt").iterdir()}
+    objects = {
+        f"pybpfthrottle/prebuilt/{path.name}"
+        for path in (ROOT / "prebuilt").iterdir()
+        if ".bpfeb." not in path.name
+    }
     packages = ("click/", "elftools/", "rich/")
     own = {name for name in files if name.startswith("pybpfthrottle/")}
     assert own == {name for name in modules | objects if "/tui/" not in name}
     assert all(any(name.startswith(package) for name in files) for package in packages)
+
+
+def test_the_objects_for_big_endian_machines_are_there_on_request(build):
+    """Without them the manifest does not list them either, so that verify-setup misses none."""
+    name = "pybpfthrottle/prebuilt/MANIFEST.json"
+    for big_endian in (False, True):
+        files = dict(build.own_files(big_endian=big_endian))
+        there = {path.rpartition("/")[2] for path in files if path.endswith(".o")}
+        assert there == set(json.loads(files[name])["objects"])
+        assert any(".bpfeb." in path for path in there) == big_endian
 
 
 def test_a_command_runs_on_a_bare_python_from_a_read_only_disk(archive, tmp_path):
