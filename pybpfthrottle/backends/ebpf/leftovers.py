@@ -12,7 +12,7 @@ from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.programs import Role, Scope
-from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat
+from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat, element
 from pybpfthrottle.backends.ebpf.registry import (
     CONFIGS,
     Entry,
@@ -22,6 +22,7 @@ from pybpfthrottle.backends.ebpf.registry import (
     in_force,
     open_map,
     our_programs,
+    slot_of,
 )
 from pybpfthrottle.bpf import features, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType
@@ -192,7 +193,8 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
         entry = _entry(info)
         return Identity(*entry.fields["owner"]) if entry is not None else None
     with configs:
-        heads = [Head.from_buffer_copy(record) for record in configs.values()]
+        own = _elements(info.map_ids)
+        heads = [Head.from_buffer_copy(one) for key, one in configs.items() if key in own]
     for head in heads:
         if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
             return head.owner
@@ -243,12 +245,21 @@ def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
     return True
 
 
+def _elements(map_ids: Sequence[int]) -> set[int]:
+    """Return the keys of a throttle into maps that it may share."""
+    slot = slot_of(map_ids)
+    return {element(slot, direction) for direction in Direction}
+
+
 def _disarm(map_ids: Sequence[int]) -> None:
     """Lift the limit in the program's map, so that it lets all packets pass."""
     configs = configs_of(map_ids)
     if configs is not None:
+        own = _elements(map_ids)
         with configs:
             for direction, record in list(configs.items()):
+                if direction not in own:
+                    continue
                 head = Head.from_buffer_copy(record)
                 head.rate_bytes_per_s = 0
                 configs[direction] = bytes(head) + record[ctypes.sizeof(Head) :]

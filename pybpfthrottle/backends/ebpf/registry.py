@@ -519,9 +519,9 @@ def _traffic(info: ProgramInfo, config: ThrottleConfig) -> Traffic:
     return Traffic(loopback=bool(config.flags & ThrottleFlags.LOOPBACK))
 
 
-def _slot_of(info: ProgramInfo) -> int:
-    """Return where a program's throttle has its elements in maps that others may share."""
-    record = open_map(info.map_ids, RECORD)
+def slot_of(map_ids: Iterable[int]) -> int:
+    """Return where a throttle has its elements in maps that others may share."""
+    record = open_map(map_ids, RECORD)
     if record is None:
         return 0
     with record:
@@ -534,7 +534,7 @@ def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]
         configs = configs_of(info.map_ids)
         if configs is not None:
             with configs:
-                record = configs[element(_slot_of(info), direction)]
+                record = configs[element(slot_of(info.map_ids), direction)]
             return ThrottleConfig.from_buffer_copy(
                 record.ljust(ctypes.sizeof(ThrottleConfig), b"\0")
             )

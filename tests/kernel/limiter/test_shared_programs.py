@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,7 @@ from since import needs_release
 from targets import eventually, target
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends.ebpf import features, shared
+from pybpfthrottle.backends.ebpf import features, pins, shared
 from pybpfthrottle.backends.ebpf import registry as kernel
 from pybpfthrottle.backends.ebpf import throttle as ebpf_throttle
 from pybpfthrottle.backends.ebpf.programs import HOOKS
@@ -183,13 +184,15 @@ def test_those_for_other_networks_share_nothing(scratch: Cgroup) -> None:
             assert packets(another) == 10
 
 
-def test_one_that_stays_shares_nothing(scratch: Cgroup) -> None:
-    """It must work without the process that has made it."""
+def test_one_that_stays_shares_too(scratch: Cgroup) -> None:
+    """What it is entered by is pinned, as it must work without the process that has made it."""
     with children(scratch, 2) as (one, kept), limited(one):
         spec = ThrottleSpec(What(cgroups=(kept.path,)), BOTH, kept=True)
         live = throttle.start(spec)
         try:
-            assert record_of(live).handles["slot"] == 0
+            assert record_of(live).handles["slot"] > 0
+            [place] = pins.of(live.id)
+            assert len(os.listdir(place)) > len(set(attached(kept, HOOKS)))
         finally:
             live.remove()
 
