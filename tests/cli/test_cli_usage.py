@@ -321,7 +321,7 @@ def test_a_process_id_that_is_missing_is_said(tool, pid, said, command):
         (("run", "-d", "1M", "--json", "--", "true"), "--json-file FILE"),
         (("--wait", "-d", "1M", "--pid", "1"), "pybpfthrottle run --wait ..."),
         (("--json-file", "x", "run", "-d", "1M", "true"), "an option of 'run'"),
-        (("--dry-run",), "pybpfthrottle cleanup --dry-run"),
+        (("--dry-run",), "pybpfthrottle apply --dry-run"),
         (("-d", "1M", "run", "true"), "--download-limit must come after 'run'"),
         (("--pid", "1", "run", "-d", "1M", "true"), "'run' does not accept --pid"),
         (("list", "--pid", "1"), "'list' does not accept --pid"),

@@ -191,11 +191,12 @@ def test_what_is_created_is_tried_as_far_as_the_kernel_knows_it(release, boot, t
     download, upload = (f"PROG_LOAD {row.object}/{p}" for p in ("pybpft_ingress", row.upload))
     if release == "4.14":
         creations = [f"MAP_CREATE {n}" for m in MAPS for n in (f"{m}: EINVAL", "-: ok")]
+        # E2BIG may also be for a program that is too complex: each time the fields are asked about.
         loads = [
-            f"{download} as pybpft_ingress 0: E2BIG",
+            *[f"{download} as pybpft_ingress 0: E2BIG"] * 2,
             f"{download} as - 0: ok",
-            f"{upload} as {row.upload} 1: E2BIG",
-            f"{upload} as {row.upload} 0: E2BIG",
+            *[f"{upload} as {row.upload} 1: E2BIG"] * 2,
+            *[f"{upload} as {row.upload} 0: E2BIG"] * 2,
             f"{upload} as - 0: ok",
         ]
     else:
