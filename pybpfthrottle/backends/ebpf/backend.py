@@ -126,7 +126,9 @@ class EbpfBackend:
 
         leftovers.remove_all()
         with locked():
-            pins.tidy_up({record.id for record in registry.in_force()})
+            # Who was removing one may have been killed while it did.
+            found = [one for one in registry.in_force() if one.supervised or not one.removed]
+            pins.tidy_up({record.id for record in found})
 
     def processes(self, record: Record) -> list[int]:
         """Return the processes whose sockets one limits, by their id in the first namespace."""

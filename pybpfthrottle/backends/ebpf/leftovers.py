@@ -189,22 +189,22 @@ def remove_all() -> list[Leftover]:
 def _owner(info: ProgramInfo) -> Optional[Identity]:
     """Return a program's creator; None if the program is not ours, or is disarmed already."""
     configs = configs_of(info.map_ids)
-    if configs is None:  # like the gate, it limits nothing by itself
-        entry = _entry(info)
-        return Identity(*entry.fields["owner"]) if entry is not None else None
-    with configs:
-        own = _elements(info.map_ids)
-        heads = [Head.from_buffer_copy(one) for key, one in configs.items() if key in own]
-    for head in heads:
-        if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
-            return head.owner
-    return None
+    if configs is not None:
+        with configs:
+            own = _elements(info.map_ids)
+            heads = [Head.from_buffer_copy(one) for key, one in configs.items() if key in own]
+        for head in heads:
+            if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
+                return head.owner
+    # Like the gate, it limits nothing by itself; or its limit was lifted, or was about to end.
+    entry = _entry(info)
+    return Identity(*entry.fields["owner"]) if entry is not None else None
 
 
 def _is_kept(info: ProgramInfo) -> bool:
-    """Whether a program's throttle should outlive its owner."""
+    """Whether a program's throttle should outlive its owner; not if that was about to remove it."""
     entry = _entry(info)
-    return entry is not None and entry.kept
+    return entry is not None and entry.kept and not entry.removed
 
 
 def _entry(info: ProgramInfo) -> Optional[Entry]:
@@ -252,7 +252,10 @@ def _elements(map_ids: Sequence[int]) -> set[int]:
 
 
 def _disarm(map_ids: Sequence[int]) -> None:
-    """Lift the limit in the program's map, so that it lets all packets pass."""
+    """Lift the limit in the program's map, so that it lets all packets pass, and clear its record.
+
+    Without both it is not found again.
+    """
     configs = configs_of(map_ids)
     if configs is not None:
         own = _elements(map_ids)
@@ -263,3 +266,7 @@ def _disarm(map_ids: Sequence[int]) -> None:
                 head = Head.from_buffer_copy(record)
                 head.rate_bytes_per_s = 0
                 configs[direction] = bytes(head) + record[ctypes.sizeof(Head) :]
+    told = open_map(map_ids, RECORD)
+    if told is not None:
+        with told:
+            RecordMap(told).clear()

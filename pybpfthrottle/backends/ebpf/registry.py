@@ -123,6 +123,10 @@ class RecordMap:
         self._map[0] = record
         return int(record.generation)
 
+    def clear(self) -> None:
+        """Make it one that was never written."""
+        self._map[0] = ThrottleRecord()
+
 
 def _fitting(fields: Mapping[str, Any]) -> bytes:
     """Return the fields as JSON, with as many names of the target as there is room for."""

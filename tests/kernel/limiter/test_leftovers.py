@@ -245,3 +245,37 @@ def test_a_record_of_another_version_is_known(scratch: Cgroup, record_bytes: int
             assert [one for one in leftovers.find() if one.program_id == program_id] == []
     finally:
         below.remove(patience_s=5)
+
+
+KILLED = """
+import os, signal, sys
+from pybpfthrottle import throttle
+from pybpfthrottle.backends.ebpf import connections
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.settings import AttachPolicy
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+legacy = Options(attach=dict.fromkeys(Direction, AttachPolicy("legacy")))
+limits = dict.fromkeys(Direction, Rate.parse("1M"))
+live = throttle.apply([Cgroup(sys.argv[1])], limits, options=legacy)
+connections.restore = die
+if sys.argv[2] == "pause":
+    live.pause()
+    die()
+live.remove()
+"""
+
+
+@pytest.mark.parametrize("how", ["pause", "remove"])
+def test_what_had_no_rate_when_it_was_killed_is_removed(scratch: Cgroup, how: str) -> None:
+    """It was paused, or had lifted its limits to detach its programs next."""
+    done = subprocess.run([sys.executable, "-c", KILLED, scratch.path, how], env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    left = attached(scratch, HOOKS)
+    assert left
+    assert {one["id"] for one in cleanup()["programs"]} == set(left)
+    assert attached(scratch, HOOKS) == []
