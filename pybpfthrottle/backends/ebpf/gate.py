@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
@@ -77,19 +78,22 @@ class Gate:
         if SOCKETS not in maps:
             self.refuse("nothing is shaped")
             return None
-        try:
-            ring = self._keeper.ring()
-            if seat is not None:
-                loaded = seat.load([self.program.name], maps, ring)
-            else:
-                used = {**maps, RING: ring}
-                loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
-        except Error as error:
-            self.refuse(str(error))
-            return None
         gate, *limits = (maps[name] for name in _MAPS)
         slot = 0 if seat is None else seat.slot
-        self._kept = self._keeper.serve(gate, limits, self._pids, slot)
+        with ExitStack() as undo:
+            try:
+                ring = self._keeper.ring()
+                if seat is not None:
+                    loaded = seat.load([self.program.name], maps, ring)
+                else:
+                    used = {**maps, RING: ring}
+                    loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
+                undo.callback(loaded.close)
+                self._kept = self._keeper.serve(gate, limits, self._pids, slot)
+            except (Error, OSError) as error:
+                self.refuse(str(error))
+                return None
+            undo.pop_all()
         return loaded
 
     def wait(self) -> None:

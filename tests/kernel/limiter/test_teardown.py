@@ -12,7 +12,7 @@ from lab import ENVIRONMENT, attached
 from since import since
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends.ebpf import connections, programs
+from pybpfthrottle.backends.ebpf import connections, keeping, programs
 from pybpfthrottle.bpf import links
 from pybpfthrottle.bpf.programs import open_by_id
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -71,6 +71,25 @@ def test_one_detachment_that_fails_keeps_no_other(
         fd = scratch.open()
         detach(program.fd, fd, failed[0][2])
         os.close(fd)
+
+
+def test_a_gate_that_is_not_served_is_closed_and_the_limit_holds(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused its map, and downloads are policed."""
+
+    def fail(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    before = descriptors()
+    monkeypatch.setattr(keeping, "Kept", fail)
+    live = throttle.apply([scratch], BOTH)
+    try:
+        assert live.how()[Direction.DOWNLOAD]["shape"] != "gate"
+        assert "Cannot allocate memory" in live.how()[Direction.DOWNLOAD]["shape_reason"]
+    finally:
+        live.remove()
+    assert descriptors() == before
 
 
 SCRIPT = """
