@@ -7,6 +7,8 @@ import stat
 from contextlib import suppress
 from typing import Optional
 
+from pybpfthrottle.linux import process
+
 DIRECTORY = "/run/pybpfthrottle"
 
 
@@ -38,6 +40,20 @@ def read(path: str) -> Optional[str]:
         if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
             return None
         return file.read()
+
+
+def tidy_up() -> None:
+    """Remove the drafts of processes that were killed, and the directory if nothing else is in it.
+
+    Call it under the lock of all throttles: then none of them is being written.
+    """
+    with suppress(OSError):
+        for name in os.listdir(DIRECTORY):
+            writer = name.rpartition(".")[2]
+            if writer.isdecimal() and process.has_ended(int(writer)):
+                with suppress(OSError):
+                    os.unlink(os.path.join(DIRECTORY, name))
+        os.rmdir(DIRECTORY)
 
 
 def delete(path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from pybpfthrottle.backends import files
 from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.errors import BackendError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import process, run_files
 from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
 
 RECORD = Record(
@@ -101,6 +102,31 @@ def test_the_directory_goes_with_its_last_file(directory):
     files.write(RECORD)
     files.delete("tables", "k3x9fd")
     assert not directory.exists()
+
+
+def test_the_draft_of_a_killed_process_is_removed(directory, monkeypatch):
+    """One that lives may be about to rename its own; records stay."""
+    monkeypatch.setattr(run_files, "DIRECTORY", str(directory))
+    files.write(RECORD)
+    done = subprocess.Popen(["true"])
+    done.wait()
+    dead = directory / f"b.tables.json.{done.pid}"
+    own = directory / f"b.tables.json.{os.getpid()}"
+    for draft in (dead, own):
+        draft.touch()
+    run_files.tidy_up()
+    assert not dead.exists()
+    assert own.exists()
+    assert list(files.records("tables")) == [RECORD]
+
+
+def test_a_directory_with_nothing_but_drafts_goes_too(directory, monkeypatch):
+    """As after a kill between its creation and the first file."""
+    monkeypatch.setattr(run_files, "DIRECTORY", str(directory))
+    directory.mkdir(exist_ok=True)
+    run_files.tidy_up()
+    assert not directory.exists()
+    run_files.tidy_up()
 
 
 def test_where_nothing_can_be_written_the_reason_is_told(monkeypatch, tmp_path):
