@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from typing import Any, Container, Iterable, Optional, Union
 
@@ -30,9 +31,13 @@ def pin(throttle_id: str, kept: Iterable[Union[Link, Map[Any, Any]]]) -> str:
 
     Links Linux 5.7. Raises OSError; then nothing is pinned.
     """
-    path = os.path.join(_mount(), _DIRECTORY, f"{throttle_id}-{os.urandom(4).hex()}")
+    place = os.path.join(_mount(), _DIRECTORY)
+    path = os.path.join(place, f"{throttle_id}-{os.urandom(4).hex()}")
     try:
-        os.makedirs(path, mode=0o700)
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        if not _is_trusted(place):
+            raise PermissionError(errno.EPERM, "it belongs to another user; remove it", place)
+        os.mkdir(path, mode=0o700)
         for number, one in enumerate(kept):
             one.pin(os.path.join(path, str(number)))
     except OSError:
@@ -69,8 +74,24 @@ def _all() -> list[tuple[str, str]]:
         return []
     place = os.path.join(top, _DIRECTORY)
     with suppress(OSError):
+        if not _is_trusted(place):
+            return []
         return [(os.path.join(place, name), name.partition("-")[0]) for name in os.listdir(place)]
     return []
+
+
+def _is_trusted(place: str) -> bool:
+    """Whether nobody else has made our directory, or a link in its place. Raises OSError.
+
+    Anybody can make either in a bpf file system that was mounted without a mode, and what is in it
+    is removed by root.
+    """
+    status = os.lstat(place)
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid in (0, os.geteuid())
+        and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
 
 
 def _mount() -> str:
