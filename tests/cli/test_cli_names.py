@@ -127,6 +127,8 @@ def test_commands_that_examine(text, tool, named):
     assert "\\u202e" in text("verify-setup", "-v", "--cgroup", cgroup.path)
     text("verify-setup", "--cgroup", cgroup.path, "-q", "--report", "-")
     process, terminal = tool.start_on_terminal("verify-setup", "-v", "--cgroup", cgroup.path)
+    # The kernel's log may be longer than a terminal takes unread.
+    terminal.wait_for("Symptoms: ")
     tool.finish(process)
     assert "\\u202e" in terminal.text
     assert "\u202e" not in terminal.text
