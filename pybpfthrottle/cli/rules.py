@@ -19,11 +19,12 @@ from pybpfthrottle.cli.say import echo, say
 from pybpfthrottle.errors import Error, RulesError, ThrottleError
 from pybpfthrottle.inforce import Cover
 from pybpfthrottle.linux import login, process
+from pybpfthrottle.linux.cgroup import locked
 from pybpfthrottle.linux.notify import notify
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.rules import changes, instance, reading
 from pybpfthrottle.rules.instance import APPLY, DAEMON, HAND_OVER, RELOAD, Instance
-from pybpfthrottle.rules.keeper import Keeper, in_force_now
+from pybpfthrottle.rules.keeper import Keeper, by_rules, in_force_now
 from pybpfthrottle.rules.matching import Facts, Matcher, Rulebook
 from pybpfthrottle.rules.model import Rule
 from pybpfthrottle.rules.quotas import Quotas, used
@@ -78,7 +79,8 @@ def apply(given: Sequence[str], *, dry_run: bool, diff: bool, stop: bool, as_jso
 
 def _stop(keeps: Optional[Instance]) -> int:
     if keeps is None:
-        echo("No process keeps rules.")
+        found = _remove_left()
+        echo("The limits of the rules are removed." if found else "No process keeps rules.")
         return 0
     if keeps.kind == DAEMON:
         raise ThrottleError(
@@ -88,6 +90,20 @@ def _stop(keeps: Optional[Instance]) -> int:
     keeps.stop()
     echo("The limits of the rules are removed.")
     return 0
+
+
+def _remove_left() -> bool:
+    """Remove what a process that kept the rules has left, if it was killed; return whether it had.
+
+    Raises ThrottleError or OSError.
+    """
+    with locked():
+        left = [one for one in by_rules() if not one.record.supervised]
+        for one in left:
+            one.remove()
+        if instance.current() is None:  # and nobody has begun meanwhile
+            instance.leave()
+    return bool(left)
 
 
 def _make_it_so(sources: Sources, rules: Rules, keeps: Optional[Instance], *, quiet: bool) -> int:

@@ -417,8 +417,8 @@ def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
         with running(sleep, "60") as other:
             shown = json.loads(tool("show", now["id"], "--json").stdout)
             assert shown
-            explained = tool("explain", str(other.pid), str(rules)).stdout
-            assert f"Limited now by {now['id']}" in explained
+            explain = ("explain", str(other.pid), str(rules))
+            eventually(lambda: f"Limited now by {now['id']}" in tool(*explain).stdout)
         assert one.poll() is None
 
 
@@ -440,6 +440,20 @@ def test_the_kernel_keeps_many_rules_alone(scratch: Cgroup, shell: Shell, sleep:
         tool("apply", str(rules))
         assert throttles(SHELL)[0]["id"] == second["id"]
         assert shell.is_limited()
+
+
+@alone
+def test_what_a_killed_keeper_has_left_is_stopped_too(rules: Path, sleep: str) -> None:
+    """Nobody has to apply the rules once more to be rid of them."""
+    with running(sleep, "60"):
+        tool("apply", str(rules))
+        (first,) = throttles(MINE)
+        os.kill(first["owner_pid"], signal.SIGKILL)
+        eventually(lambda: not throttles(MINE)[0]["supervised"])
+        assert "The limits of the rules are removed" in tool("apply", "--stop").stdout
+        assert throttles(MINE) == []
+        assert not os.path.exists(instance._PATH)
+        assert "No process keeps rules" in tool("apply", "--stop").stdout
 
 
 @alone

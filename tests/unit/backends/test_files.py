@@ -91,6 +91,39 @@ def test_a_file_that_others_can_write_is_skipped(directory):
     assert list(files.records("tables")) == []
 
 
+def test_nobody_else_can_read_a_record(directory):
+    """It tells what is limited."""
+    files.write(RECORD)
+    found = [one.stat().st_mode & 0o777 for one in (directory, directory / "k3x9fd.tables.json")]
+    assert found == [0o700, 0o600]
+
+
+def test_a_link_is_not_written_through(directory, tmp_path):
+    """In the place of a draft it is an error; in that of a record it is replaced."""
+    victim = tmp_path / "victim"
+    victim.write_text("important")
+    directory.mkdir()
+    draft = directory / f"k3x9fd.tables.json.{os.getpid()}"
+    draft.symlink_to(victim)
+    with pytest.raises(BackendError, match="cannot record"):
+        files.write(RECORD)
+    assert victim.read_text() == "important"
+    assert not draft.exists()
+    (directory / "k3x9fd.tables.json").symlink_to(victim)
+    files.write(RECORD)
+    assert victim.read_text() == "important"
+    assert list(files.records("tables")) == [RECORD]
+
+
+def test_a_link_is_not_read(directory, tmp_path):
+    """Wherever it leads."""
+    files.write(RECORD)
+    path = directory / "k3x9fd.tables.json"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert list(files.records("tables")) == []
+
+
 def test_there_may_be_no_directory():
     """Without one there are no records."""
     assert list(files.records("tables")) == []

@@ -83,3 +83,12 @@ def test_what_readme_links_to_is_there() -> None:
 def test_readme_has_no_picture_of_its_own() -> None:
     """A package index shows README without the files beside it: a relative image would break."""
     assert re.findall(r"!\[[^]]*\]\((?!https:)", (ROOT / "README.md").read_text()) == []
+
+
+def test_each_answer_to_a_threat_is_proven_by_a_test() -> None:
+    """The tests that the page on security names are there."""
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/security.md").read_text()))
+    files = (ROOT / "tests").rglob("test_*.py")
+    there = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert named
+    assert named <= there, named - there
