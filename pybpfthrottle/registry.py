@@ -17,7 +17,7 @@ from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups, process, run_files
-from pybpfthrottle.linux.cgroup import Cgroup, locked_if_free
+from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.targets import Selection
 
@@ -89,9 +89,8 @@ def tidy_up() -> None:
             backend.tidy_up()
     with suppress(Error, OSError):
         own_cgroups.remove_abandoned()
-    with locked_if_free() as is_free:
-        if is_free:
-            run_files.tidy_up()
+    with locked():
+        run_files.tidy_up()
 
 
 def find(

@@ -101,15 +101,15 @@ class Soak:
         """End the processes of a cgroup, and remove it, whatever limits it."""
         if len(self._cgroups) > 1:
             one = self._cgroups.pop(self._random.randrange(len(self._cgroups)))
-            for pid in one.pids_below():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
             self._remove(one)
 
     def _remove(self, cgroup: Cgroup) -> None:
-        """Remove a cgroup with those below it: what it ran may have been moved there."""
+        """Remove a cgroup with those below it, and end what is there, or is just coming."""
         deadline = time.monotonic() + _PATIENCE_S
         while cgroup.exists():
+            for pid in cgroup.pids_below():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._sealed.reap()
             for directory, _, _ in os.walk(cgroup.path, topdown=False):
                 with suppress(OSError):

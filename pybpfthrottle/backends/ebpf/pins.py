@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Container, Iterable, Optional, Union
 
 from pybpfthrottle.bpf.links import Link
@@ -20,6 +20,8 @@ from pybpfthrottle.linux import cgroup, libc
 _USUAL = "/sys/fs/bpf"
 _TYPE = "bpf"
 _DIRECTORY = "pybpfthrottle"
+# No throttle has such a short id.
+_DRAFT = "draft"
 # Beside our directory, where we have mounted the file system ourselves; it ends with that.
 _MOUNTED = "mounted-by-pybpfthrottle"
 # What the kernel puts there.
@@ -32,16 +34,19 @@ def pin(throttle_id: str, kept: Iterable[Union[Link, Map[Any, Any]]]) -> str:
     Links Linux 5.7. Raises OSError; then nothing is pinned.
     """
     place = os.path.join(_mount(), _DIRECTORY)
-    path = os.path.join(place, f"{throttle_id}-{os.urandom(4).hex()}")
+    number = os.urandom(4).hex()
+    # Half of its pins would keep a throttle that nobody can open any more.
+    draft, path = (os.path.join(place, f"{name}-{number}") for name in (_DRAFT, throttle_id))
     try:
         os.makedirs(place, mode=0o700, exist_ok=True)
         if not _is_trusted(place):
             raise PermissionError(errno.EPERM, "it belongs to another user; remove it", place)
-        os.mkdir(path, mode=0o700)
-        for number, one in enumerate(kept):
-            one.pin(os.path.join(path, str(number)))
+        os.mkdir(draft, mode=0o700)
+        for index, one in enumerate(kept):
+            one.pin(os.path.join(draft, str(index)))
+        os.rename(draft, path)
     except OSError:
-        unpin(path)
+        unpin(draft)
         raise
     return path
 
@@ -52,19 +57,27 @@ def of(throttle_id: str) -> list[str]:
 
 
 def unpin(path: str) -> None:
-    """Remove what was pinned in a directory, and the directory. Doing so twice is no error."""
-    with suppress(FileNotFoundError):
-        for name in os.listdir(path):
-            os.unlink(os.path.join(path, name))
-        os.rmdir(path)
-    _unmount(os.path.dirname(os.path.dirname(path)))
+    """Remove what was pinned in a directory, and the directory. Doing so twice is no error.
+
+    Raises OSError once all has been removed that can be.
+    """
+    with ExitStack() as steps:
+        steps.callback(_unmount, os.path.dirname(os.path.dirname(path)))
+        with suppress(FileNotFoundError):
+            names = os.listdir(path)
+            steps.callback(os.rmdir, path)
+            for name in names:
+                steps.callback(os.unlink, os.path.join(path, name))
 
 
 def tidy_up(known: Container[str]) -> None:
-    """Remove the pins of throttles that are not known any more."""
+    """Remove the pins of throttles that are not known any more, and what a kill left half made."""
     for path, throttle_id in _all():
         if throttle_id not in known:
             unpin(path)
+    top = _mounted_at()
+    if top is not None:
+        _unmount(top)
 
 
 def _all() -> list[tuple[str, str]]:

@@ -104,23 +104,28 @@ class RecordMap:
         self._map[0] = ThrottleRecord(slot=slot)
 
     def write(self, fields: Mapping[str, Any], *, flags: int = 0) -> int:
-        """Replace the fields; return the new generation."""
+        """Replace the fields; return the new generation.
+
+        Raises OSError; then the record is as before, and can still be read.
+        """
         text = _fitting(fields)
-        written = self._map[0]
-        before = written.generation
+        before = self._map[0]
         record = ThrottleRecord(
             magic=ThrottleFormat.MAGIC,
             version=ThrottleFormat.VERSION,
-            generation=before | 1,
+            generation=before.generation | 1,
             flags=flags,
             length=len(text),
-            slot=written.slot,
+            slot=before.slot,
         )
-        self._map[0] = record
-        record.text = text
-        self._map[0] = record
-        record.generation = (before | 1) + 1
-        self._map[0] = record
+        with ExitStack() as undo:
+            undo.callback(self._map.__setitem__, 0, before)
+            self._map[0] = record
+            record.text = text
+            self._map[0] = record
+            record.generation += 1
+            self._map[0] = record
+            undo.pop_all()
         return int(record.generation)
 
     def clear(self) -> None:

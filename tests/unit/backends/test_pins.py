@@ -38,6 +38,42 @@ def test_nobody_else_can_look_into_the_directory(top: Path) -> None:
     assert list(top.iterdir()) == []
 
 
+def test_a_kill_while_it_pins_leaves_nothing(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was pinned by then, whatever is known of its throttle, nor the directory."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt  # which nothing here undoes
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pins.pin("k3x9fd", [Pinned()])
+    assert pins.of("k3x9fd") == []
+    assert list(top.rglob("0"))
+    pins.tidy_up({"k3x9fd"})
+    assert list(top.iterdir()) == []
+
+
+def test_one_pin_that_cannot_be_removed_keeps_no_other(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is told, and the next start removes the rest."""
+    path = pins.pin("k3x9fd", [Pinned(), Pinned(), Pinned()])
+    unlink = os.unlink
+
+    def fail(name: str) -> None:
+        raise OSError(12, "Cannot allocate memory", name)
+
+    with monkeypatch.context() as refusing:
+        steps = iter([unlink, fail, unlink])
+        refusing.setattr(os, "unlink", lambda name: next(steps)(name))
+        with pytest.raises(OSError, match="not empty"):
+            pins.unpin(path)
+    assert len(os.listdir(path)) == 1
+    pins.tidy_up(())
+    assert list(top.iterdir()) == []
+
+
 def test_a_link_in_place_of_the_directory_is_not_followed(top: Path, tmp_path: Path) -> None:
     """Root would remove files anywhere, or pin something there."""
     victim = tmp_path / "etc" / "important"
