@@ -156,7 +156,7 @@ if way == "itself" or os.fork() == 0:
         time.sleep(0.6)
     fetch()
 elif way == "daemon":
-    time.sleep(1)
+    time.sleep(4)  # on a busy machine it is looked at once a second
     os._exit(0)
 else:
     os.wait()
