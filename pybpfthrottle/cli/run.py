@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
@@ -114,8 +114,10 @@ def _run(
 
 
 def _prepare() -> None:
-    throttle.prepare()
-    from pybpfthrottle.cli import watch  # noqa: F401 - what comes after the limit
+    # What fails here, such as for lack of descriptors, is told by whoever needs it.
+    with suppress(OSError, ImportError):
+        throttle.prepare()
+        from pybpfthrottle.cli import watch  # noqa: F401 - what comes after the limit
 
 
 def _end(live: Throttle, own: Optional[OwnCgroup]) -> None:
