@@ -18,7 +18,7 @@ from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
 from pybpfthrottle.logger import Logger
-from pybpfthrottle.model import Target, ThrottleSpec
+from pybpfthrottle.model import Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.quota import Decision
 from pybpfthrottle.rules.groups import GroupRule, Groups
@@ -215,8 +215,7 @@ class Keeper:
         self._listen()
         self._rules = rules
         self._regroup(groups)
-        self._now = self._in_force()
-        self._book = Rulebook(self._now, self._spared)
+        self._open_book()
         self._pick_up()
         self.look()
 
@@ -237,14 +236,18 @@ class Keeper:
 
     def _follow_rules(self) -> None:
         """Put the rules in force that are to be now."""
-        self._now = self._in_force()
-        self._book = Rulebook(self._now, self._spared)
+        self._open_book()
         known = {rule.name: rule for rule in self._book.rules}
         for (name, key), held in list(self.held.items()):
             rule = known.get(name)
             if rule is None or rule.criteria != held.wanted.rule.criteria:
                 self._end(name, key)
         self.look()
+
+    def _open_book(self) -> None:
+        """Have the rules decide that are in force now."""
+        self._now = self._in_force()
+        self._book = Rulebook(self._now, self._spared)
 
     def _in_force(self) -> list[Rule]:
         """Return the rules that are in force now, with their limits of now."""
@@ -409,8 +412,7 @@ class Keeper:
 
     def _spec(self, wanted: Wanted) -> ThrottleSpec:
         rule = wanted.rule
-        traffic = networks.traffic(rule.kind, rule.to, rule.but, loopback=rule.loopback)
-        return ThrottleSpec(wanted.target, rule.limits, traffic, rule.name, kept=True)
+        return ThrottleSpec(wanted.target, rule.limits, _traffic(rule), rule.name, kept=True)
 
     def _end(self, name: str, key: Key) -> None:
         held = self.held.pop((name, key), None)
@@ -472,11 +474,10 @@ class Keeper:
     def _fits(self, rule: Rule, parts: Sequence[Record]) -> bool:
         """Whether a throttle is as a rule would make it but for its limits."""
         spec = parts[0].spec
-        traffic = networks.traffic(rule.kind, rule.to, rule.but, loopback=rule.loopback)
         directions = {direction for part in parts for direction in part.spec.limits}
         return (
             not rule.each
-            and spec.traffic == traffic
+            and spec.traffic == _traffic(rule)
             and directions == set(rule.limits)
             and bool(spec.target.cgroups) == self._book.limits_whole_cgroups(rule)
             and spec.target.children == rule.children
@@ -511,6 +512,10 @@ def in_force_now(rules: Iterable[Rule], machine: Machine) -> list[Rule]:
     now = datetime.now(timezone.utc)
     at = (rule.at(now, machine) if rule.changes_by_itself else rule for rule in rules)
     return [rule for rule in at if rule is not None]
+
+
+def _traffic(rule: Rule) -> Traffic:
+    return networks.traffic(rule.kind, rule.to, rule.but, loopback=rule.loopback)
 
 
 def by_rules() -> list[InForce]:

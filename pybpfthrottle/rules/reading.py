@@ -9,15 +9,12 @@ import re
 from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 
 from pybpfthrottle import networks, quota, settings, shares
-from pybpfthrottle.errors import LimitError, RulesError, SettingsError, ShareError
+from pybpfthrottle.errors import Error, RulesError, SettingsError, ShareError
 from pybpfthrottle.fleet import redis
 from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
-from pybpfthrottle.quota import Quota
 from pybpfthrottle.rules import groups, schedule, when
 from pybpfthrottle.rules.groups import GroupRule
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
-from pybpfthrottle.rules.schedule import Schedule
-from pybpfthrottle.rules.when import Condition
 from pybpfthrottle.shares import GroupSpec, Member, Rates
 
 _DIRECTORY = "rules.d"
@@ -137,10 +134,7 @@ def _flag(value: Any) -> bool:
 def _rate(value: Any) -> Rate:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise _MistakeError('it must be a rate such as "500K", "1.5M" or "8mbit"')
-    try:
-        return Rate.parse(value) if isinstance(value, str) else Rate.of(value)
-    except LimitError as error:
-        raise _MistakeError(str(error)) from error
+    return Rate.parse(value) if isinstance(value, str) else Rate.of(value)
 
 
 def _kind(value: Any) -> str:
@@ -150,10 +144,7 @@ def _kind(value: Any) -> str:
 
 
 def _networks(value: Any) -> tuple[str, ...]:
-    try:
-        return tuple(str(networks.parse(text)) for text in _texts(value))
-    except LimitError as error:
-        raise _MistakeError(str(error)) from error
+    return tuple(str(networks.parse(text)) for text in _texts(value))
 
 
 def _criteria(value: Any) -> Criteria:
@@ -194,32 +185,8 @@ def _check_executables(values: Sequence[str]) -> None:
             raise _MistakeError(f"exe {one!r} is no absolute path: for the name alone use name")
 
 
-def _schedule(value: Any) -> Schedule:
-    try:
-        return schedule.parse(value)
-    except SettingsError as error:
-        raise _MistakeError(str(error)) from error
-
-
-def _condition(value: Any) -> Condition:
-    try:
-        return when.parse(value)
-    except SettingsError as error:
-        raise _MistakeError(str(error)) from error
-
-
-def _quota(value: Any) -> Quota:
-    try:
-        return quota.parse(value)
-    except SettingsError as error:
-        raise _MistakeError(str(error)) from error
-
-
 def _weight(value: Any) -> float:
-    try:
-        return Member.of("", weight=value).weight
-    except ShareError as error:
-        raise _MistakeError(str(error)) from error
+    return Member.of("", weight=value).weight
 
 
 def _rates(value: Any) -> Rates:
@@ -228,17 +195,11 @@ def _rates(value: Any) -> Rates:
     found = [_rate(one) for one in rates]
     if not isinstance(value, dict):
         return dict.fromkeys(Direction, found[0])
-    try:
-        return shares.rates("rate", dict(zip(value, found)))
-    except ShareError as error:
-        raise _MistakeError(str(error)) from error
+    return shares.rates("rate", dict(zip(value, found)))
 
 
 def _address(value: Any) -> str:
-    try:
-        redis.parse(_text_of(value))
-    except SettingsError as error:
-        raise _MistakeError(str(error)) from error
+    redis.parse(_text_of(value))
     return str(value)
 
 
@@ -268,9 +229,9 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "loopback": _flag,
     "insist": _flag,
     "enabled": _flag,
-    "schedule": _schedule,
-    "when": _condition,
-    "quota": _quota,
+    "schedule": schedule.parse,
+    "when": when.parse,
+    "quota": quota.parse,
     "group": _text_of,
     "weight": _weight,
     "floor": _rates,
@@ -370,7 +331,7 @@ class _File:
                 continue
             try:
                 given[key] = keys[key](value)
-            except _MistakeError as mistake:
+            except (_MistakeError, Error) as mistake:
                 self._add(line, f"{key} is {_shown(value)}: {mistake}")
         return given
 
