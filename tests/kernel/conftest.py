@@ -4,11 +4,13 @@ import uuid
 from typing import Iterator
 
 import pytest
-from lab import attached
+from lab import Lab, attached, lab
+from shells import Shell
 
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Rate
 
 
 @pytest.fixture
@@ -21,3 +23,20 @@ def scratch() -> Iterator[Cgroup]:
             assert attached(target, HOOKS) == []
     finally:
         target.remove(patience_s=5)
+
+
+@pytest.fixture(scope="module")
+def shells_lab() -> Iterator[Lab]:
+    """Two namespaces with a server at the far end."""
+    with lab(fastest=Rate.parse("10M")) as made:
+        yield made
+
+
+@pytest.fixture
+def shell(shells_lab: Lab, scratch: Cgroup) -> Iterator[Shell]:
+    """One in a cgroup of its own."""
+    made = Shell(shells_lab, scratch)
+    try:
+        yield made
+    finally:
+        made.end()

@@ -167,19 +167,24 @@ def _converse(where: Cgroup) -> None:
         os._exit(1)
 
 
-def attempt(sealed: Sealed, at: Place, scenario: str, point: int, way: int) -> Outcome:
-    """Run a scenario, meddle with one call, and look at what is left."""
-    doors = Doors(point, way)
+def _play(sealed: Sealed, at: Place, scenario: str, doors: Doors) -> tuple[int, str]:
+    """Run a scenario in a process of its own; return its status and what it says."""
+
+    def act() -> int:
+        doors.install()
+        return SCENARIOS[scenario](at)
+
     with tempfile.TemporaryFile() as output:
-
-        def act() -> int:
-            doors.install()
-            return SCENARIOS[scenario](at)
-
         pid, status = forked(act, output=output.fileno())
         sealed.knows(pid)
         output.seek(0)
-        said = output.read().decode("utf-8", "replace")
+        return status, output.read().decode("utf-8", "replace")
+
+
+def attempt(sealed: Sealed, at: Place, scenario: str, point: int, way: int) -> Outcome:
+    """Run a scenario, meddle with one call, and look at what is left."""
+    doors = Doors(point, way)
+    status, said = _play(sealed, at, scenario, doors)
     failure = ""
     if status not in (0, 128 + 9) or "Traceback" in said:
         failure = f"status {status}: {said[-1500:]}"
@@ -213,16 +218,7 @@ def _next_start(sealed: Sealed, at: Place, scenario: str) -> None:
 def count(sealed: Sealed, at: Place, scenario: str) -> int:
     """Return how many calls a scenario makes if nobody meddles. Raises RuntimeError if it fails."""
     doors = Doors()
-    with tempfile.TemporaryFile() as output:
-
-        def act() -> int:
-            doors.install()
-            return SCENARIOS[scenario](at)
-
-        pid, status = forked(act, output=output.fileno())
-        sealed.knows(pid)
-        output.seek(0)
-        said = output.read().decode("utf-8", "replace")
+    status, said = _play(sealed, at, scenario, doors)
     left = sealed.settled(_PATIENCE_S)
     if status or left or "error" in said:
         raise RuntimeError(f"{scenario}: status {status}, {said[-2000:]} left: {left}")

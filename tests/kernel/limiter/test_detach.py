@@ -14,7 +14,7 @@ from typing import Any, Iterator
 
 import pytest
 from by_backend import tool
-from lab import ENVIRONMENT, TOOL, Lab, lab
+from lab import ENVIRONMENT, TOOL, Lab
 from refusing import __file__ as refusing
 from shells import RATE, Shell
 from since import since
@@ -23,29 +23,11 @@ from targets import eventually
 from pybpfthrottle.bpf.abi import Cmd
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Rate
 
 LIMIT = ("--download-limit", str(RATE.bytes_per_s))
 # Any command that limits has another process keep what is kept by the kernel alone.
 kills = pytest.mark.alone
 PINNED = "/sys/fs/bpf/pybpfthrottle"
-
-
-@pytest.fixture(scope="module")
-def own() -> Iterator[Lab]:
-    """Two namespaces with a server at the far end."""
-    with lab(fastest=Rate.parse("10M")) as made:
-        yield made
-
-
-@pytest.fixture
-def shell(own: Lab, scratch: Cgroup) -> Iterator[Shell]:
-    """One in a cgroup of its own."""
-    made = Shell(own, scratch)
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 def listed(throttle_id: str) -> dict[str, Any]:
@@ -179,10 +161,10 @@ def test_a_pause_lifts_it_for_now(shell: Shell) -> None:
 
 @kills
 @since("5.13")
-def test_rules_of_nftables_stay_too(own: Lab, shell: Shell, scratch: Cgroup) -> None:
+def test_rules_of_nftables_stay_too(shells_lab: Lab, shell: Shell, scratch: Cgroup) -> None:
     """Their process is replaced like any other."""
     backend = ("--download-backend", "nftables")
-    prefix = tuple(own.inside())
+    prefix = tuple(shells_lab.inside())
     with detached("--cgroup", scratch.path, *LIMIT, *backend, prefix=prefix) as throttle_id:
         killed(throttle_id)
         tool("cleanup")

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 import pytest
 from by_backend import tool
-from lab import ENVIRONMENT, TOOL, Lab, lab
+from lab import ENVIRONMENT, TOOL, Lab
 from redis_server import redis
 from shells import RATE, Shell
 from targets import eventually
@@ -39,23 +39,6 @@ from pybpfthrottle.shares import GroupSpec, Member
 from pybpfthrottle.supervisor import InThread
 
 LIMITS = {Direction.DOWNLOAD: RATE}
-
-
-@pytest.fixture(scope="module")
-def own() -> Iterator[Lab]:
-    """Two namespaces with a server at the far end."""
-    with lab(fastest=Rate.parse("10M")) as made:
-        yield made
-
-
-@pytest.fixture
-def shell(own: Lab, scratch: Cgroup) -> Iterator[Shell]:
-    """One in a cgroup of its own."""
-    made = Shell(own, scratch)
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 class Kept:
@@ -191,7 +174,7 @@ def test_the_more_specific_rule_gets_the_process(scratch: Cgroup, sleep: str) ->
             os.kill(child, signal.SIGKILL)
 
 
-def test_sockets_go_with_their_process(own: Lab, shell: Shell, scratch: Cgroup) -> None:
+def test_sockets_go_with_their_process(shells_lab: Lab, shell: Shell, scratch: Cgroup) -> None:
     """What a rule let go is limited by the other rule alone."""
     slow = {Direction.DOWNLOAD: Rate(1000)}
     broad = rule("broad", slow, cgroup=below_mount(scratch) + "*")
