@@ -37,14 +37,6 @@
 #define TCP_FIN_SYN_RST 7
 #define TCP_ACK 16
 
-#ifdef SHARED
-#define PROGRAM(name) pybpfs_##name
-#define SLOT_OF(skb) ((skb)->cb[0])
-#else
-#define PROGRAM(name) pybpft_##name
-#define SLOT_OF(skb) 0
-#endif
-
 #include "record.h"
 #include "gate.h"
 #include "sockets.h"

@@ -15,6 +15,10 @@ struct {
 #define HOLD(map) asm volatile("" ::"r"(&(map)))
 #ifdef SHARED
 #define HOLD_RECORD() /* Their entries do. */
+#define PROGRAM(name) pybpfs_##name
+#define SLOT_OF(skb) ((skb)->cb[0]) /* as the entry has put it there */
 #else
 #define HOLD_RECORD() HOLD(THROTTLE)
+#define PROGRAM(name) pybpft_##name
+#define SLOT_OF(skb) 0
 #endif

@@ -282,14 +282,6 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 #define is_early(skb, bucket, config, direction, billed, now) 0
 #endif
 
-#ifdef SHARED
-#define PROGRAM(name) pybpfs_##name
-#define SLOT_OF(skb) ((skb)->cb[0])
-#else
-#define PROGRAM(name) pybpft_##name
-#define SLOT_OF(skb) 0
-#endif
-
 #ifndef ENTRIES
 always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 {
