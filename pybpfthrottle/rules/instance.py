@@ -68,11 +68,14 @@ class Instance:
 
     def hand_over(self) -> None:
         """Have it end, and leave the limits in force. Raises ThrottleError."""
-        self.send(HAND_OVER, lambda now: now is None or now.owner != self.owner)
+        self.send(HAND_OVER, self._has_left)
 
     def stop(self) -> None:
         """Have it remove its limits and end. Raises ThrottleError."""
-        self.send(signal.SIGTERM, lambda now: now is None or now.owner != self.owner)
+        self.send(signal.SIGTERM, self._has_left)
+
+    def _has_left(self, now: Optional[Instance]) -> bool:
+        return now is None or now.owner != self.owner
 
 
 def current() -> Optional[Instance]:
