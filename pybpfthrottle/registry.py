@@ -196,7 +196,8 @@ def _refuse_among_processes(
     limited = set(get_backend(record.backend).processes(record))
     for one in own:
         if one.pid in limited:
-            whose = "" if one.pid in record.spec.target.pids else ", with its parents,"
+            chosen_pids = record.spec.target.pids
+            whose = ", with its parents," if chosen_pids and one.pid not in chosen_pids else ""
             raise ProcessError(
                 f"process {one.pid} ({one.name}) is already limited{whose} by process"
                 f" {record.owner.pid}: its {_TWICE}"

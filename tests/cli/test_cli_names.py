@@ -147,7 +147,7 @@ def test_a_command_that_is_run(text, tool, tmp_path, log):
     """Its name is as the file system has it."""
     path = tmp_path / NASTY
     shutil.copy("/bin/sleep", path)
-    shown = text("run", *LIMIT, *log, "--", str(path), "1.2")
+    shown = text("run", *LIMIT, *log, "--", str(path), "1.2" if not log else "2.5")
     assert (SHOWN in shown) == bool(log)
     assert f"{SHOWN}: command not found" in text("run", *LIMIT, "--", NASTY)
 

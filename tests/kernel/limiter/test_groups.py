@@ -10,11 +10,13 @@ from typing import Iterator, Sequence
 
 import pytest
 from lab import Lab, lab
-from targets import eventually, live_map
+from targets import eventually
 
 import pybpfthrottle
 from pybpfthrottle import Direction, Rate, registry
-from pybpfthrottle.backends.ebpf.records import ThrottleConfig
+from pybpfthrottle.backends.ebpf.records import ThrottleConfig, element
+from pybpfthrottle.backends.ebpf.registry import slot_of
+from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.errors import ShareError, ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -102,11 +104,14 @@ def test_a_floor_holds_beside_others_with_more_weight(places: list[Cgroup]) -> N
             assert rates(members, DOWNLOAD) == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def in_force(direction: Direction) -> int:
-    """The rate that the programs of this process's only throttle keep to."""
-    with live_map("CGROUP_CONFIGS") as configs:
-        config = configs.typed(U32, StructureCodec(ThrottleConfig))[direction]
-        return int(config.rate_bytes_per_s)
+def in_force(member: Throttle) -> tuple[int, ...]:
+    """The rates that a throttle's programs keep to, by direction."""
+    (record,) = [one for one in registry.records() if one.id == member.id]
+    ids = record.handles["maps"]
+    slot = slot_of(ids.values())
+    with maps.open_by_id(ids["CGROUP_CONFIGS"]) as found:
+        configs = found.typed(U32, StructureCodec(ThrottleConfig))
+        return tuple(int(configs[element(slot, each)].rate_bytes_per_s) for each in Direction)
 
 
 def test_a_member_has_its_part_at_once_and_its_limit_again_afterwards(
@@ -119,7 +124,7 @@ def test_a_member_has_its_part_at_once_and_its_limit_again_afterwards(
     with pybpfthrottle.group(total=TOTAL, groups=[guests]) as line:
         member = line.limit(cgroup=places[0].path, within="guests", weight=2)
         assert member.limits == dict.fromkeys(Direction, Rate.parse("1M"))
-        assert (in_force(DOWNLOAD), in_force(UPLOAD)) == (1 << 20, 1 << 20)
+        assert in_force(member) == (1 << 20, 1 << 20)
         other = pybpfthrottle.throttle.apply([places[1]], line.limits(member_of_guests()))
         try:
             line.add(other, member_of_guests())

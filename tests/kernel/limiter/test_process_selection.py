@@ -234,6 +234,7 @@ def test_each_short_lived_one_has_its_limit(flood: Flood, own: Target) -> None:
     assert sum(map(bool, ended.values())) >= 4
 
 
+@pytest.mark.alone  # It limits everything else that this user runs.
 def test_this_session_is_not_selected(scratch: Cgroup) -> None:
     """--user of the one who types it is not for the shell and what else it runs below."""
     with tool("--user", str(os.geteuid()), "--no-children") as (running, _):
