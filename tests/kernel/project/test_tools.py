@@ -57,6 +57,13 @@ def test_a_benchmark_measures(what: str, row: str, column: str) -> None:
     assert json.loads(done.stdout)[row][column] > 0
 
 
+def test_the_programs_benchmark_measures_what_their_servers_sent() -> None:
+    """Of one program, for two seconds."""
+    brief = ["--programs", "curl", "--delays", "0", "--seconds", "2", "--json"]
+    done = subprocess.run([*BENCH, "programs", *brief], stdout=subprocess.PIPE, check=True)
+    assert 0.9 < json.loads(done.stdout)["curl, 2.0 MB/s, 0 ms"]["ratio"] < 1.1
+
+
 def test_the_traffic_benchmark_measures_what_counting_costs() -> None:
     """Of few processes, for a second."""
     few = ["--processes", "5", "--sockets", "10", "--seconds", "1", "--no-transfers", "--json"]
