@@ -1,6 +1,6 @@
 """A real systemd with the files of this machine, in namespaces and a cgroup of its own.
 
-It boots in about a second. Whatever is written there is gone with it.
+It boots in about a second. Whatever is written there is gone with it, but for a disk that is given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 from lab import ROOT
 
@@ -27,7 +27,8 @@ PATIENCE_S = 60.0
 MASKED = ("binfmt", "modules-load", "random-seed", "remount-fs", "sysctl", "udevd", "udev-trigger")
 MASKED += ("update-utmp",)
 
-# $0 is an empty directory, $1 the package, $2 the interpreter's tree.
+# $0 is an empty directory, $1 the package, $2 and $3 the interpreter's trees, $4 it itself, $5 the
+# services that are masked, $6 the disk with what an administrator configures.
 BOOT = """
 mount -t tmpfs tmpfs "$0"
 mkdir "$0/up" "$0/work" "$0/root"
@@ -51,7 +52,11 @@ mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount -t bpf bpf sys/fs/bpf
-for directory in run tmp dev etc/systemd/system; do mount -t tmpfs tmpfs $directory; done
+for directory in run tmp dev; do mount -t tmpfs tmpfs $directory; done
+for directory in systemd/system pybpfthrottle; do
+    mkdir -p "$6/$directory" etc/$directory
+    mount --bind "$6/$directory" etc/$directory
+done
 for name in null zero full random urandom tty; do
     : > dev/$name
     mount --bind /dev/$name dev/$name
@@ -59,8 +64,11 @@ done
 mkdir dev/shm dev/pts
 mount -t devpts devpts dev/pts -o newinstance,ptmxmode=0666
 ln -s pts/ptmx dev/ptmx
-for name in $5; do ln -s /dev/null etc/systemd/system/systemd-$name.service; done
+for name in $5; do ln -sf /dev/null etc/systemd/system/systemd-$name.service; done
 printf '[Unit]\\nDefaultDependencies=no\\n' > etc/systemd/system/tests.target
+# What is enabled is wanted by this one; systemd follows no link to such a directory.
+wants=etc/systemd/system/multi-user.target.wants
+if [ -d $wants ]; then cp -a $wants etc/systemd/system/tests.target.wants; fi
 ip link set lo up
 mkdir -p .outside
 pivot_root . .outside
@@ -110,14 +118,18 @@ class Machine:
 
 
 @contextmanager
-def booted() -> Iterator[Machine]:
-    """A machine whose systemd runs; nothing is left of it afterwards."""
+def booted(disk: Optional[str] = None) -> Iterator[Machine]:
+    """A machine whose systemd runs; nothing is left of it afterwards.
+
+    A directory ``disk`` has what it finds configured, and what is configured on it.
+    """
     own = Cgroup(os.path.join(cgroups.root().path, f"test-systemd-{uuid.uuid4().hex[:12]}"))
     os.mkdir(own.path)
     with tempfile.TemporaryDirectory(prefix="booted-") as scratch:
         namespaces = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
         namespaces += ["--cgroup", "--uts", "--ipc", "--net"]
         trees = [str(ROOT), sys.base_prefix, sys.executable, " ".join(MASKED)]
+        trees.append(disk or os.path.join(scratch, "disk"))
         command = ["unshare", *namespaces, "sh", "-euc", BOOT, scratch, str(ROOT), *trees]
         outer = subprocess.Popen(
             command,

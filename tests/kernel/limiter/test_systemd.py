@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -65,6 +66,12 @@ def limits_of(machine: Machine, unit: str) -> list[dict[str, Any]]:
     """The throttles in force on a unit, as they are shown."""
     shown = machine.tool("show", "--unit", unit, "--json", check=False).stdout
     return json.loads(shown)["throttles"] if shown else []
+
+
+def limiting(machine: Machine, unit: str) -> list[dict[str, Any]]:
+    """The throttles in force whose target has the name of a unit, as rules have them."""
+    shown = json.loads(machine.tool("list", "--json").stdout)["throttles"]
+    return [one for one in shown if unit in json.dumps(one["target"])]
 
 
 def sent(machine: Machine, unit: str) -> Any:
@@ -202,8 +209,7 @@ def test_the_service_is_installed_and_removed(machine: Machine) -> None:
     machine.write(rules, f'{text}"2M"\n')
 
     def uploads() -> list[int]:
-        shown = json.loads(machine.tool("list", "--json").stdout)["throttles"]
-        return [one["limits"]["upload"] for one in shown if WEB in json.dumps(one["target"])]
+        return [one["limits"]["upload"] for one in limiting(machine, WEB)]
 
     machine.tool("install-service")
     try:
@@ -219,3 +225,34 @@ def test_the_service_is_installed_and_removed(machine: Machine) -> None:
     assert machine.state("pybpfthrottle") == "inactive"
     assert not machine.exists(f"{UNITS}/pybpfthrottle.service")
     assert uploads() == []
+
+
+def test_a_boot_finds_the_same_limits(tmp_path: Path) -> None:
+    """Nothing is left of a machine that was turned off but its files; they give the same state."""
+    service = f"boot{OWN}.service"
+
+    def state(machine: Machine) -> list[Any]:
+        """What is in force for the service, but for what is of one boot: ids, times, counters."""
+        kept = ("target", "limits", "rule", "shape", "traffic", "backend", "supervised")
+        found = eventually(lambda: limiting(machine, service))
+        return [{name: one.get(name) for name in kept} for one in found]
+
+    with booted(str(tmp_path)) as machine:
+        machine.write(
+            f"{UNITS}/{service}",
+            "[Service]\nExecStart=sleep 600\n[Install]\nWantedBy=multi-user.target\n",
+        )
+        machine.write(
+            "/etc/pybpfthrottle/rules.d/boot.toml",
+            f'[[rule]]\nname = "b{OWN}"\nmatch = {{ unit = "{service}" }}\n'
+            'upload = "2M"\ndownload = "3M"\ntraffic = "internet"\n',
+        )
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "enable", "--now", service)
+        machine.tool("install-service")
+        before = state(machine)
+    assert [one["limits"] for one in before] == [{"download": 3 << 20, "upload": 2 << 20}]
+    with booted(str(tmp_path)) as machine:
+        assert state(machine) == before
+        assert machine.state(service) == "active"
+        assert machine.state("pybpfthrottle") == "active"
