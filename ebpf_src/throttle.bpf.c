@@ -319,7 +319,8 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	}
 	stats->packets_dropped++;
 	stats->bytes_dropped += billed;
-	return drop;
+	/* At a full queue TCP tries again each 0.5 s, 15 times: what is blocked is to last longer. */
+	return (__s64)config->debt_ns < 0 ? DROP : drop;
 }
 #endif
 

@@ -103,7 +103,7 @@ struct throttle_config {
 	__u64 rate_bytes_per_s;    /* 0: unlimited */
 	__u64 inverse_rate;     /* (10^9 << INVERSE_RATE_SHIFT) / rate_bytes_per_s */
 	__u64 credit_ns;        /* how far the bucket may lag behind the clock: the burst */
-	__u64 debt_ns;          /* how far it may run ahead before packets are dropped */
+	__u64 debt_ns;          /* how far it may run ahead before packets are dropped; < 0: blocked */
 	__u64 small_ns;         /* so much further for packets billed below SMALL_PACKET_BYTES */
 	__u32 flags;            /* enum throttle_flags */
 	__u32 slot;

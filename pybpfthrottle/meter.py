@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import Any, NamedTuple, Optional
@@ -39,20 +40,21 @@ class Reading(NamedTuple):
 
     @property
     def ratio(self) -> Optional[float]:
-        """The actual rate divided by the limit; None if there is no limit."""
-        return self.actual_bytes_per_s / self.limit.bytes_per_s if self.limit else None
+        """The actual rate divided by the limit; None if there is none, or all is blocked."""
+        if self.limit is None or self.limit.is_blocked:
+            return None
+        return self.actual_bytes_per_s / self.limit.bytes_per_s
 
     @property
     def verdict(self) -> Optional[Verdict]:
         """None if there is no limit."""
-        if not self.limit:
+        if self.limit is None:
             return None
+        if self.ratio is None:
+            return Verdict.NOT_WORKING if self.actual_bytes_per_s else Verdict.BLOCKED
         steady = max(self.actual_bytes_per_s - self.spare_bytes_per_s, 0.0)
-        return Verdict.judge(
-            self.actual_bytes_per_s / self.limit.bytes_per_s,
-            steady / self.limit.bytes_per_s,
-            dropped=bool(self.dropped),
-        )
+        steady_ratio = steady / self.limit.bytes_per_s
+        return Verdict.judge(self.ratio, steady_ratio, dropped=bool(self.dropped))
 
     def record(self) -> dict[str, Any]:
         """Return it for JSON; rates are in bytes per second."""
@@ -73,7 +75,7 @@ class Reading(NamedTuple):
         if self.verdict is None:
             return f"{self.direction}: actual={actual}, no limit"
         return (
-            f"{self.direction}: actual={actual}, limit={self.limit}, ratio={self.ratio:.2f}x"
+            f"{self.direction}: actual={actual}, limit={self.limit}{self._ratio(', ratio=')}"
             f" {self.verdict.value}"
         )
 
@@ -82,13 +84,16 @@ class Reading(NamedTuple):
         actual = format_rate(self.actual_bytes_per_s)
         if self.verdict is None:
             return f"{self.direction} {actual} no limit"
-        return f"{self.direction} {actual} {self.ratio:.2f}x {self.verdict.short}".rstrip()
+        return f"{self.direction} {actual}{self._ratio()} {self.verdict.short}".rstrip()
 
     def shortest(self) -> str:
         """``↓48.5K 0.97x``."""
         arrow = "↓" if self.direction is Direction.DOWNLOAD else "↑"
         actual = format_rate(self.actual_bytes_per_s).removesuffix("B/s").replace(" ", "")
-        return f"{arrow}{actual}" + ("" if self.ratio is None else f" {self.ratio:.2f}x")
+        return f"{arrow}{actual}{self._ratio()}"
+
+    def _ratio(self, before: str = " ") -> str:
+        return "" if self.ratio is None else f"{before}{self.ratio:.2f}x"
 
     def summary(self, elapsed_s: float) -> str:
         """Return the line, with the total amount."""
@@ -134,7 +139,7 @@ class Activity:
             self._pause_s += seconds
             return
         # At a low limit one packet takes long: the limit itself causes such pauses.
-        if self._pause_s > (_LARGEST_PACKET / limit.bytes_per_s if limit else 0.0):
+        if self._pause_s > _longest_pause_s(limit):
             self._end()
         if self._first.seconds:
             self._inner = self._inner.plus(self._last).plus(_Span(self._pause_s, 0))
@@ -161,6 +166,12 @@ class Activity:
         self._first = self._inner = self._last = _Span()
 
 
+def _longest_pause_s(limit: Optional[Rate]) -> float:
+    if limit is None:
+        return 0.0
+    return math.inf if limit.is_blocked else _LARGEST_PACKET / limit.bytes_per_s
+
+
 class Meter:
     """Turns a throttle's counters into rates."""
 
@@ -168,6 +179,7 @@ class Meter:
         self._throttle = throttle
         self._start = (time.monotonic(), throttle.counters())
         self._history = deque([self._start], maxlen=_WINDOW_SAMPLES + 1)
+        self._limits = dict(throttle.limits)
         self._activities = {direction: Activity() for direction in self._start[1]}
 
     @property
@@ -176,14 +188,18 @@ class Meter:
         return self._history[-1][0] - self._start[0]
 
     def sample(self) -> list[Reading]:
-        """Return the rates over the last few samples."""
+        """Return the rates over the last few samples, which all had the same limits."""
+        limits, self._limits = self._limits, dict(self._throttle.limits)
         self._look()
         first, last = self._history[0], self._history[-1]
+        if limits != self._limits:
+            # What has passed until here says nothing of the new ones.
+            self._history = deque([last], self._history.maxlen)
         elapsed = max(last[0] - first[0], 1e-6)
         return [
             Reading(
                 direction,
-                self._throttle.limits[direction],
+                limits[direction],
                 (counters.bytes_passed - first[1][direction].bytes_passed) / elapsed,
                 counters,
                 self._throttle.burst_bytes(direction) / elapsed,

@@ -65,7 +65,7 @@ FAMILIES = _families(
     Family(
         "throttle_limit_bytes_per_second",
         "gauge",
-        "The limit of a direction; none where it is not limited.",
+        "The limit of a direction; 0 where it is blocked, none where it is not limited.",
         "bytes_per_second",
     ),
     Family("throttle_passed_bytes", "counter", "Billed bytes that have passed.", "bytes"),

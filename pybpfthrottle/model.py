@@ -22,9 +22,12 @@ _MAX_BYTES = 1000 * _K**4
 _NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
 _MAX_DIGITS = 30
 
+_BLOCK = "block"
+
 ACCEPTED = (
     "bytes per second with K, M or G (1024-based: 500K, 1.5M, 2GB, 1MB/s),"
-    " or bits per second with kbit, mbit or gbit (1000-based: 8mbit)"
+    " or bits per second with kbit, mbit or gbit (1000-based: 8mbit),"
+    f" or {_BLOCK} to let nothing pass"
 )
 
 
@@ -39,13 +42,20 @@ class Direction(IntEnum):
 
 
 class Rate(NamedTuple):
-    """Bytes per second, from 1000 B/s to 100 GB/s."""
+    """Bytes per second, from 1000 B/s to 100 GB/s; or BLOCKED, which is 0 and lets nothing pass."""
 
     bytes_per_s: int
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether no payload passes."""
+        return self.bytes_per_s == 0
+
     @classmethod
     def parse(cls, text: str) -> Rate:
-        """Read ``500K``, ``1.5MB`` or ``8mbit``; raises LimitError with what is accepted."""
+        """Read ``500K``, ``8mbit`` or ``block``; raises LimitError with what is accepted."""
+        if text.strip().lower() == _BLOCK:
+            return BLOCKED
         found = _Amount.read(text)
         if not (found.digits and (found.unit in _BYTE_UNITS or found.unit in _BIT_UNITS)):
             raise LimitError(_refusal(text, found.written, found.unit))
@@ -63,10 +73,12 @@ class Rate(NamedTuple):
         return cls(bytes_per_s)
 
     def __str__(self) -> str:
-        return format_rate(self.bytes_per_s)
+        return "blocked" if self.is_blocked else format_rate(self.bytes_per_s)
 
     def written(self) -> str:
-        """Return it as ``parse`` reads it, exactly and as short as possible: 1M, 8mbit."""
+        """Return it as ``parse`` reads it, exactly and as short as possible: 1M, 8mbit, block."""
+        if self.is_blocked:
+            return _BLOCK
         for scale, unit in ((_K**3, "G"), (_K**2, "M"), (_K, "K")):
             if self.bytes_per_s % scale == 0:
                 return f"{self.bytes_per_s // scale}{unit}"
@@ -135,6 +147,7 @@ def _refusal(text: str, number: str, unit: str) -> str:
 
 
 MIN_RATE = Rate(1000)
+BLOCKED = Rate(0)
 MAX_RATE = Rate(100 * _K**3)
 RANGE = "a limit is between 1000 B/s and 100 GB/s"
 
@@ -210,6 +223,7 @@ class Verdict(Enum):
     BELOW = "below the limit"
     BURST = "within the burst"
     THROTTLED = "✅ THROTTLED"
+    BLOCKED = "⛔ BLOCKED"
     OVER_LIMIT = "⚠️ OVER LIMIT"
     NOT_WORKING = "⚠️ THROTTLE NOT WORKING"
 
@@ -221,6 +235,7 @@ class Verdict(Enum):
             Verdict.BELOW: "below",
             Verdict.BURST: "burst",
             Verdict.THROTTLED: "✅",
+            Verdict.BLOCKED: "⛔",
             Verdict.OVER_LIMIT: "⚠️ OVER",
             Verdict.NOT_WORKING: "⚠️ FAILS",
         }[self]
@@ -250,7 +265,7 @@ class Verdict(Enum):
         return cls.BELOW if ratio < 0.9 and not dropped else cls.THROTTLED
 
 
-# None means unlimited, but counted.
+# None means unlimited, but counted; BLOCKED lets nothing pass.
 Limits = Mapping[Direction, Optional[Rate]]
 
 

@@ -84,6 +84,8 @@ class Evidence(NamedTuple):
 
     def _is_over(self, limit: Rate) -> bool:
         allowed = limit.bytes_per_s * self.seconds
+        if not allowed:
+            return self.moved > 0
         steady = max(0, self.moved - self.burst) / allowed
         verdict = Verdict.judge(self.moved / allowed, steady, dropped=bool(self.dropped))
         return verdict in (Verdict.OVER_LIMIT, Verdict.NOT_WORKING)
@@ -94,7 +96,7 @@ class Evidence(NamedTuple):
         text = self.outcome.value
         if self.asked is None:
             text = "no limit"
-        elif self.outcome is Outcome.FAILS and not any(self._past()):
+        elif self.outcome is Outcome.FAILS and not any(self._past()) and not self.asked.is_blocked:
             text += f": {self.moved / self.asked.bytes_per_s / self.seconds:.2f} times the limit"
         elif self.outcome is Outcome.HOLDS and self._is_below():
             text += ", far below the limit"

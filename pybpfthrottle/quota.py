@@ -17,7 +17,7 @@ from datetime import datetime, tzinfo
 from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 from pybpfthrottle.errors import LimitError, SettingsError
-from pybpfthrottle.model import MIN_RATE, Direction, Limits, Rate, format_bytes, parse_bytes
+from pybpfthrottle.model import BLOCKED, Direction, Limits, Rate, format_bytes, parse_bytes
 from pybpfthrottle.periods import Period, Span, day_of, zone_named
 
 THEN = ("limit", "block", "warn")
@@ -90,7 +90,7 @@ class Decision:
         found = {direction: own.get(direction) for direction in Direction}
         if self.then in ("", "warn"):
             return found
-        most = self.rate or MIN_RATE
+        most = self.rate or BLOCKED
         return {
             direction: most if rate is None else min(rate, most)
             for direction, rate in found.items()
@@ -108,7 +108,7 @@ class Decision:
             return ""
         what = {
             "limit": f"it is limited to {self.quota.rate} until",
-            "block": f"it is limited to the least, {MIN_RATE}, until",
+            "block": "it is blocked until",
             "warn": f"the next {one.period.value} begins",
         }[self.quota.then]
         ends = datetime.fromtimestamp(one.ends_s, self.quota.zone).strftime("%Y-%m-%d %H:%M")
@@ -131,9 +131,8 @@ class Decision:
 class Quota:
     """How many bytes may pass in a period, in both directions together, and what happens then.
 
-    ``then`` is one of THEN; ``rate`` is the limit of "limit", and "block" limits to the least that
-    there is, which breaks no connection. Months begin on ``start_day``. ``zone`` is the time zone,
-    None that of the machine.
+    ``then`` is one of THEN; ``rate`` is the limit of "limit", and "block" lets nothing pass. Months
+    begin on ``start_day``. ``zone`` is the time zone, None that of the machine.
     """
 
     amounts: Mapping[Period, int]

@@ -155,7 +155,10 @@ def rates(what: str, given: GivenRates) -> dict[Direction, Rate]:
 def _rate(given: GivenRate) -> Rate:
     if isinstance(given, Rate):
         return given
-    return Rate.parse(given) if isinstance(given, str) else Rate.of(given)
+    rate = Rate.parse(given) if isinstance(given, str) else Rate.of(given)
+    if rate.is_blocked:
+        raise ShareError("nothing can be shared of what is blocked: give a rate such as 500K")
+    return rate
 
 
 def _to_json(given: Rates) -> dict[str, int]:

@@ -66,7 +66,8 @@ _REPAY_S, _MOST_OVER_S, _MOST_SPARE_S = 0.2, 0.5, 0.05
 class Now(NamedTuple):
     """What a member has of one direction at the moment; rates in bytes per second.
 
-    ``rate`` is None while its limit is paused. ``guaranteed`` is what it has while all want more.
+    ``rate`` is None while its limit is paused or blocked. ``guaranteed`` is what it has while all
+    want more.
     """
 
     throttle: str
@@ -113,10 +114,12 @@ class Seat:
 
     def _see_limit(self) -> None:
         limit, self._in_force = self._dial.limit, self._dial.rate
-        # While it is paused it has no part in all this.
-        self.is_out = limit is None or self._in_force is None
-        self.share = self._own_share.below(limit.bytes_per_s if limit else math.inf)
-        self.rate = float(self._in_force.bytes_per_s) if self._in_force else math.inf
+        # While it is paused or blocked it has no part in all this.
+        self.is_out = any(rate is None or rate.is_blocked for rate in (limit, self._in_force))
+        self.share, self.rate = self._own_share, math.inf
+        if limit and self._in_force and not self.is_out:
+            self.share = self._own_share.below(limit.bytes_per_s)
+            self.rate = float(self._in_force.bytes_per_s)
 
     def look(self, now: float, seconds: float) -> int:
         """Find out what it uses and wants; return the bytes that have passed since the last look.

@@ -105,6 +105,7 @@ class Kind(NamedTuple):
     ``open`` makes the rules of a throttle in a network namespace; nothing is in force by that.
     ``how`` tells how a rate is kept, ``burst_bytes`` what may pass at once after an idle time.
     ``leftovers`` is what a crash leaves, in the plural; ``usual_cause`` what others may do to it.
+    ``cannot_block`` is why it cannot let nothing pass, or empty.
     """
 
     backend: str
@@ -113,6 +114,12 @@ class Kind(NamedTuple):
     burst_bytes: Callable[[Optional[Rate]], int]
     leftovers: str
     usual_cause: str
+    cannot_block: str = ""
+
+    def check(self, rate: Optional[Rate]) -> None:
+        """Raise BackendError for what it cannot limit to."""
+        if self.cannot_block and rate is not None and rate.is_blocked:
+            raise BackendError(f"{self.backend} cannot block: {self.cannot_block}")
 
 
 class OwnThrottle(ChoosesOnce):
@@ -143,6 +150,8 @@ class OwnThrottle(ChoosesOnce):
     def put_in_force(self) -> None:
         """Create the rules. Raises BackendError; then all is undone."""
         try:
+            for rate in self._limits.values():
+                self._kind.check(rate)
             self._namespace = self._most_common_namespace()
             # Which numbers are free is not to change until they are used.
             with locked():
@@ -265,6 +274,7 @@ class OwnThrottle(ChoosesOnce):
         self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
     ) -> None:
         """Change the limit of a direction; None lifts it. Raises BackendError."""
+        self._kind.check(rate)
         with locked():
             self._rules.set_limit(direction, rate)
             self._limits[direction] = rate
@@ -369,6 +379,7 @@ class FoundThrottle(ChoosesOnce):
         self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
     ) -> None:
         """Change the limit of a direction at once, and tell its owner. Raises BackendError."""
+        self._kind.check(rate)
         with locked():
             self._rules.set_limit(direction, rate)
             self._limits[direction] = rate
@@ -485,7 +496,8 @@ def _open(kind: Kind, record: Record) -> Rules:
 
 
 def _how(kind: Kind, rate: Optional[Rate], name: str) -> dict[str, str]:
-    return {"backend": kind.backend, "attached_by": name, **kind.how(rate)}
+    how = {"backend": kind.backend, "attached_by": name, **kind.how(rate)}
+    return how | ({"shape": "block"} if rate and rate.is_blocked else {})
 
 
 def _no_methods(kind: Kind, method: str) -> ThrottleError:

@@ -223,7 +223,7 @@ def _print(details: dict[str, Any]) -> None:
         rate = details["limits"][direction]
         counters = details["counters"][direction]
         paused = details["paused"].get(direction)
-        shown = limit(Rate(rate) if rate else None, Rate(paused) if paused else None)
+        shown = limit(*(None if one is None else Rate(one) for one in (rate, paused)))
         rows.append((direction, f"{shown} ({how['shape']})"))
         rows.append(
             ("", f"{counters['bytes_total']} bytes, {counters['packets_dropped']} packets dropped")

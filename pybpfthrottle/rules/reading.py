@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 from pybpfthrottle import networks, quota, settings, shares
 from pybpfthrottle.errors import Error, RulesError, SettingsError, ShareError
 from pybpfthrottle.fleet import redis
-from pybpfthrottle.model import TRAFFIC_KINDS, Direction, Rate
+from pybpfthrottle.model import BLOCKED, TRAFFIC_KINDS, Direction, Rate
 from pybpfthrottle.rules import groups, schedule, when
 from pybpfthrottle.rules.groups import GroupRule
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
@@ -137,6 +137,15 @@ def _rate(value: Any) -> Rate:
     return Rate.parse(value) if isinstance(value, str) else Rate.of(value)
 
 
+def _block(value: Any) -> tuple[Direction, ...]:
+    if isinstance(value, bool):
+        return tuple(Direction) if value else ()
+    found = tuple(one for one in Direction if str(one) == value)
+    if not found:
+        raise _MistakeError('it must be true, "download" or "upload"')
+    return found
+
+
 def _kind(value: Any) -> str:
     if value not in TRAFFIC_KINDS:
         raise _MistakeError("it must be one of " + ", ".join(f'"{one}"' for one in TRAFFIC_KINDS))
@@ -221,6 +230,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "match": _criteria,
     "download": _rate,
     "upload": _rate,
+    "block": _block,
     "each": _flag,
     "children": _flag,
     "traffic": _kind,
@@ -290,6 +300,7 @@ class _File:
         if len(self._mistakes) > before or not given.pop("enabled", True):
             return None
         limits = {one: given.pop(str(one)) for one in Direction if str(one) in given}
+        limits.update(dict.fromkeys(given.pop("block", ()), BLOCKED))
         fields = {_FIELDS.get(key, key): value for key, value in given.items()}
         return Rule(limits=limits, where=f"{self._path}, line {start}", **fields)
 
@@ -363,7 +374,16 @@ class _File:
         if "match" not in given:
             self._add(start, "this rule matches nothing: add match = { ... }")
         if not _limits_something(given):
-            self._add(start, "this rule limits nothing: add download, upload, a quota or a group")
+            self._add(
+                start, "this rule limits nothing: add download, upload, block, a quota or a group"
+            )
+        for one in given.get("block", ()):
+            if str(one) in given:
+                self._add(start, f"{one} is both limited and blocked: remove one of the two")
+        if "group" in given and (
+            given.get("block") or any(given.get(str(one)) == BLOCKED for one in Direction)
+        ):
+            self._add(start, "what is blocked has no part of a group: remove group, or the block")
 
     def _add(self, line: int, text: str) -> None:
         self._mistakes.append(f"{self._path}, line {line}: {text}")
@@ -384,8 +404,10 @@ def _by_name(rates: Optional[Rates]) -> dict[str, Union[str, int, Rate]]:
 
 def _limits_something(given: Mapping[str, Any]) -> bool:
     timetable = given.get("schedule")
-    return any(key in given for key in (*map(str, Direction), "quota", "group")) or (
-        timetable is not None and any(span.limits for span in timetable.spans)
+    return (
+        any(key in given for key in (*map(str, Direction), "quota", "group"))
+        or bool(given.get("block"))
+        or (timetable is not None and any(span.limits for span in timetable.spans))
     )
 
 

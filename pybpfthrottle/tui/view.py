@@ -27,10 +27,13 @@ from pybpfthrottle.usage import GROUPS, ORDERS, SCOPES, Row
 _HISTORY = 30
 # The worst last: what a limit of both directions is judged by.
 _VERDICTS = (
-    *(Verdict.IDLE, Verdict.BELOW, Verdict.BURST, Verdict.THROTTLED),
+    *(Verdict.IDLE, Verdict.BELOW, Verdict.BURST, Verdict.THROTTLED, Verdict.BLOCKED),
     *(Verdict.OVER_LIMIT, Verdict.NOT_WORKING),
 )
-_STYLES = {Verdict.THROTTLED: "good", Verdict.OVER_LIMIT: "bad", Verdict.NOT_WORKING: "bad"}
+_STYLES = {
+    **dict.fromkeys((Verdict.THROTTLED, Verdict.BLOCKED), "good"),
+    **dict.fromkeys((Verdict.OVER_LIMIT, Verdict.NOT_WORKING), "bad"),
+}
 _LONGEST_AMOUNT = len("1023.9 KB")
 
 

@@ -22,7 +22,7 @@ from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.logger import Logger
-from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic
+from pybpfthrottle.model import MAX_RATE, Counters, Direction, Limits, Rate, Traffic
 
 log = Logger(__name__)
 
@@ -49,9 +49,18 @@ MOST_FOR_GATE = Rate(500_000_000)
 # window wait for no timeout. The shaper itself adds what shaped connections may owe beyond this.
 _POLICED = (150 * _MS, 100 * _MS)
 _WINDOW = (50 * _MS, 20 * _MS)
-_BURSTS = {"police": _POLICED, "pace": _POLICED, "window": _WINDOW, "gate": _WINDOW}
+_BURSTS = {
+    "police": _POLICED,
+    "block": _POLICED,
+    "pace": _POLICED,
+    "window": _WINDOW,
+    "gate": _WINDOW,
+}
+# Nothing passes a bucket that may run ahead of the clock by so much: it lags behind by less.
+_BLOCKING_DEBT_NS = -(1 << 62)
 _FLAGS = {
     "police": 0,
+    "block": 0,
     "pace": ThrottleFlags.PACE,
     "window": ThrottleFlags.WINDOW,
     "gate": ThrottleFlags.WINDOW | ThrottleFlags.GATE,
@@ -65,7 +74,10 @@ _MOST = {
 
 
 class Shaping(NamedTuple):
-    """How a direction is kept to its limit (one of settings.SHAPES except auto), and why."""
+    """How a direction is kept to its limit, and why.
+
+    ``method`` is one of settings.SHAPES except auto, or block.
+    """
 
     method: str
     reason: str
@@ -92,6 +104,7 @@ class Shaping(NamedTuple):
 
 
 POLICE = Shaping("police", "nothing else was asked for")
+BLOCK = Shaping("block", "nothing is to pass")
 
 
 def shaping_for(
@@ -105,6 +118,8 @@ def shaping_for(
 
     If the wanted method is refused, the next best is returned.
     """
+    if rate is not None and rate.is_blocked:
+        return BLOCK
     methods = _METHODS[direction]
     if wanted not in ("auto", *methods):
         return Shaping("police", f"--shape {wanted}")
@@ -154,12 +169,20 @@ def config_for(
 
 def inverse_of(rate: Rate) -> int:
     """Return the time that a byte takes, as the programs reckon with it."""
-    return (_NS_PER_S << ThrottleShift.INVERSE_RATE_SHIFT) // rate.bytes_per_s
+    return (_NS_PER_S << ThrottleShift.INVERSE_RATE_SHIFT) // _reckoned(rate)
+
+
+def _reckoned(rate: Rate) -> int:
+    """Return the rate for the programs, which take 0 for unlimited.
+
+    What is owed when a direction is blocked is soon paid at the highest rate.
+    """
+    return (MAX_RATE if rate.is_blocked else rate).bytes_per_s
 
 
 def _set_rate(config: ThrottleConfig, rate: Rate, shaping: Shaping) -> None:
     """Fill in what a rate decides."""
-    per_s = rate.bytes_per_s
+    per_s = _reckoned(rate)
     # At low rates both grow, in proportion, until they hold the largest packet.
     stretch = max(1.0, BURST_BYTES * _NS_PER_S / per_s / shaping.burst_ns)
     config.rate_bytes_per_s = per_s
@@ -167,6 +190,8 @@ def _set_rate(config: ThrottleConfig, rate: Rate, shaping: Shaping) -> None:
     config.credit_ns = int(shaping.credit_ns * stretch)
     config.debt_ns = int(shaping.debt_ns * stretch)
     config.small_ns = SMALL_NS
+    if rate.is_blocked:
+        config.credit_ns, config.debt_ns = 0, _BLOCKING_DEBT_NS
 
 
 def _on_the_buckets_clock(boottime_ns: int) -> int:
@@ -357,7 +382,8 @@ class Bucket:
             f" {shaping.method}: {shaping.reason}"
             for direction, rate in self.rates.items()
             for wanted, shaping in [(self._shapes.get(direction), self.shaping(direction))]
-            if wanted in _METHODS[direction] and shaping.method != wanted and rate is not None
+            if wanted in _METHODS[direction] and shaping.method != wanted and rate
+            if not rate.is_blocked
         ]
 
     def flags(self, direction: Direction) -> int:
@@ -388,7 +414,7 @@ class Bucket:
     def burst_bytes(self, direction: Direction) -> int:
         """Return the credit, the debt, and the packet that goes into debt."""
         rate = self.in_force(direction)
-        if rate is None:
+        if rate is None or rate.is_blocked:
             return 0
         config = self._configs[direction]
         bucket = self._buckets[direction]

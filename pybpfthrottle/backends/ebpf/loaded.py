@@ -102,7 +102,9 @@ class Loaded:
     def shaping(self, direction: Direction) -> Shaping:
         """Return how a direction is to be kept to its limit, if the kernel refuses nothing."""
         shape = self._options.shape.get(direction, "auto")
-        return shaping_for(direction, self._limits[direction], shape)
+        rate = self._limits[direction]
+        # What is blocked may have a rate later, which can be kept only by what is loaded now.
+        return shaping_for(direction, None if rate and rate.is_blocked else rate, shape)
 
     def shaper(self, scope: Scope) -> Optional[Shipped]:
         """Return the shaper that is loaded for a scope, if one is."""

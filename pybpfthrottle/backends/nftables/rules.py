@@ -19,6 +19,9 @@ MAX_RATE = Rate((2**64 - 1) // 10**9 - BURST_BYTES)
 # Behind filters (0) and security (50): what a firewall drops is not charged.
 _PRIORITY = 150
 
+# Of four bytes each.
+_TCP_HEADER_WORDS = range(5, 16)
+
 _HOOKS = {
     Direction.DOWNLOAD: ("input", "iifname"),
     Direction.UPLOAD: ("output", "oifname"),
@@ -155,13 +158,25 @@ def _limit(
     if not loopback:
         statements.append(f'{_HOOKS[direction][1]} "lo" accept')
     statements.append(f"counter name {limited}")
-    if rate is not None:
+    if rate is not None and rate.is_blocked:
+        statements += [*_pure_acknowledgements(), f"counter name {dropped} drop"]
+    elif rate is not None:
         statements[-1] += (
             f" limit rate over {rate.bytes_per_s} bytes/second burst {BURST_BYTES} bytes"
             f" counter name {dropped} drop"
         )
     for statement in statements:
         yield _rule(throttle_id, _limiting(direction), statement)
+
+
+def _pure_acknowledgements() -> Iterator[str]:
+    """Let TCP packets without data pass, by the lengths of headers.
+
+    nftables cannot subtract. Where IPv4 or IPv6 has options or extensions they are dropped too.
+    """
+    for words in _TCP_HEADER_WORDS:
+        yield f"ip hdrlength 5 ip length {20 + 4 * words} tcp doff {words} accept"
+        yield f"ip6 nexthdr tcp ip6 length {4 * words} tcp doff {words} accept"
 
 
 def _matches(throttle_id: str, direction: Direction, members: Sequence[Member]) -> Iterator[str]:

@@ -121,7 +121,7 @@ def _how(rate: Optional[Rate]) -> Mapping[str, str]:
 
 def _burst_bytes(rate: Optional[Rate]) -> int:
     """Return the size of the kernel's bucket: never less than a second's worth."""
-    return rate.bytes_per_s + rules.BURST_BYTES if rate else 0
+    return rate.bytes_per_s + rules.BURST_BYTES if rate and not rate.is_blocked else 0
 
 
 KIND = Kind(NAME, _open, _how, _burst_bytes, "tables", "nft flush ruleset")

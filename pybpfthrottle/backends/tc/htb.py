@@ -152,4 +152,12 @@ def _burst_bytes(rate: Optional[Rate]) -> int:
     return shaper.burst_bytes(rate) if rate else 0
 
 
-KIND = Kind(NAME, HtbRules, _how, _burst_bytes, "queueing disciplines", "tc qdisc del, nft flush")
+KIND = Kind(
+    NAME,
+    HtbRules,
+    _how,
+    _burst_bytes,
+    "queueing disciplines",
+    "tc qdisc del, nft flush",
+    shaper.CANNOT_BLOCK,
+)

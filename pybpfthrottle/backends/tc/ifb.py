@@ -210,4 +210,12 @@ def _burst_bytes(rate: Optional[Rate]) -> int:
     return shaper.burst_bytes(rate) if rate else 0
 
 
-KIND = Kind(NAME, IfbRules, _how, _burst_bytes, "IFB devices", "ip link delete, tc filter delete")
+KIND = Kind(
+    NAME,
+    IfbRules,
+    _how,
+    _burst_bytes,
+    "IFB devices",
+    "ip link delete, tc filter delete",
+    shaper.CANNOT_BLOCK,
+)

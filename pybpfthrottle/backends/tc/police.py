@@ -8,7 +8,7 @@ from pybpfthrottle.backends.recorded import Kind
 from pybpfthrottle.backends.tc.ingress import Ingress
 from pybpfthrottle.backends.tc.iproute import Listing
 from pybpfthrottle.backends.tc.on_devices import OnDevices
-from pybpfthrottle.backends.tc.shaper import MOST_BYTES
+from pybpfthrottle.backends.tc.shaper import CANNOT_BLOCK, MOST_BYTES
 from pybpfthrottle.model import MAX_RATE, Counters, Rate
 
 NAME = "tc_police"
@@ -90,4 +90,12 @@ def _how(rate: Optional[Rate]) -> Mapping[str, str]:
     }
 
 
-KIND = Kind(NAME, PoliceRules, _how, burst_bytes, "policers", "tc qdisc delete, tc filter delete")
+KIND = Kind(
+    NAME,
+    PoliceRules,
+    _how,
+    burst_bytes,
+    "policers",
+    "tc qdisc delete, tc filter delete",
+    CANNOT_BLOCK,
+)

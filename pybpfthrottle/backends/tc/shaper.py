@@ -17,6 +17,10 @@ _QUANTUM = 60_000
 _LARGEST_PACKET = 64 * 1024
 # Sizes are 32 bits in tc.
 MOST_BYTES = 1 << 30
+CANNOT_BLOCK = (
+    "it would hold back acknowledgements as well, and the other direction with them; use ebpf or"
+    " nftables"
+)
 
 
 def root(device: str, major: str = MAJOR, default: int = 0) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from pybpfthrottle.backends.nft import Member
 from pybpfthrottle.backends.nftables import rules
-from pybpfthrottle.model import Counters, Direction, Rate
+from pybpfthrottle.model import BLOCKED, Counters, Direction, Rate
 
 DOWNLOAD, UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 MEMBER = Member(2, "../../../proc/7/fd/3")
@@ -77,6 +77,17 @@ def test_a_lifted_limit_still_counts():
         "add rule inet pybpfthrottle-k3x9fd limit-upload counter name upload-limited"
         ' comment "pybpfthrottle k3x9fd"\n'
     )
+
+
+def test_what_is_blocked_lets_acknowledgements_pass():
+    """TCP packets without data, by the length of each possible header, and nothing else."""
+    text = rules.set_limit("k3x9fd", UPLOAD, BLOCKED)
+    assert " limit rate " not in text
+    *others, last = text.splitlines()
+    assert " counter name upload-dropped drop " in last
+    assert sum("tcp doff 8 accept" in line for line in others) == 2
+    assert any(" ip hdrlength 5 ip length 52 tcp doff 8 accept " in line for line in others)
+    assert any(" ip6 nexthdr tcp ip6 length 60 tcp doff 15 accept " in line for line in others)
 
 
 def test_other_cgroups_take_the_place_of_those_before():

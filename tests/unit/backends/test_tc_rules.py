@@ -12,8 +12,9 @@ from pybpfthrottle.backends.tc import htb, ifb, police, shaper
 from pybpfthrottle.backends.tc.ingress import nodes
 from pybpfthrottle.backends.tc.iproute import devices
 from pybpfthrottle.backends.tc.sockets import Flow, distinct, flows_of
+from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.netns import Listed
-from pybpfthrottle.model import MAX_RATE, Counters, Rate
+from pybpfthrottle.model import BLOCKED, MAX_RATE, Counters, Rate
 
 RATE = Rate.parse("1M")
 ANY = "0.0.0.0"  # noqa: S104 - nothing is bound
@@ -51,6 +52,15 @@ def test_a_class_has_room_for_the_largest_packets():
         "class replace dev wire parent 7b0f: classid 7b0f:1a htb rate 1048576bps ceil 1048576bps"
         " burst 65536 cburst 65536 quantum 60000"
     )
+
+
+@pytest.mark.parametrize("module", [htb, ifb, police], ids=lambda one: one.KIND.backend)
+def test_what_tc_cannot_block_is_refused(module):
+    """With what can; all rates are accepted, and no limit."""
+    for rate in (None, RATE):
+        module.KIND.check(rate)
+    with pytest.raises(BackendError, match=r"cannot block: .*; use ebpf or nftables"):
+        module.KIND.check(BLOCKED)
 
 
 def test_no_limit_is_the_highest_rate():

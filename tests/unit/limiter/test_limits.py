@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import (
     ACCEPTED,
+    BLOCKED,
     MAX_RATE,
     MIN_RATE,
     RANGE,
@@ -139,6 +140,16 @@ def test_an_ambiguous_unit_keeps_the_fraction_in_the_suggestions(number):
         Rate.parse(f"{number}mbps")
     assert f" {number}mbit " in str(caught.value)
     assert f" {number}MB " in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["block", " Block "])
+def test_block_lets_nothing_pass(text):
+    """It is a rate of its own, below all others, which reads back the same."""
+    rate = Rate.parse(text)
+    assert rate == BLOCKED < MIN_RATE
+    assert rate.is_blocked
+    assert not MIN_RATE.is_blocked
+    assert (str(rate), rate.written()) == ("blocked", "block")
 
 
 def test_a_limit_error_is_a_value_error_of_ours():

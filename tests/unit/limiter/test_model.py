@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.model import BLOCKED, Direction, Rate, Target, ThrottleSpec, Traffic
 
 SPECS = [
     ThrottleSpec(Target(pids=(12, 14)), {Direction.DOWNLOAD: Rate.parse("1M")}),
@@ -18,6 +18,7 @@ SPECS = [
     ),
     ThrottleSpec(Target(cgroups=("/sys/fs/cgroup/a b",), units=("nginx",)), {}),
     ThrottleSpec(Target(command=("sh", "-c", "exit")), {Direction.UPLOAD: Rate(2048)}),
+    ThrottleSpec(Target(pids=(12,)), {Direction.UPLOAD: BLOCKED, Direction.DOWNLOAD: None}),
     ThrottleSpec(
         Target(pids=(12,)),
         {Direction.UPLOAD: None},

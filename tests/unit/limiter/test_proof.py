@@ -11,7 +11,7 @@ from pybpfthrottle.linux import tcp
 from pybpfthrottle.linux.netns import Connection
 from pybpfthrottle.linux.sockets import TcpInfo
 from pybpfthrottle.linux.tcp import Look
-from pybpfthrottle.model import Counters, Direction, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.model import BLOCKED, Counters, Direction, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.proof import Evidence, Outcome, Proof, Prover
 
 LIMIT = Rate(1 << 20)
@@ -53,6 +53,8 @@ def evidence(
             "does not hold: 2.00 times the limit: 1.0 MB is exempt by its address",
         ),
         (evidence(9 * MB, asked=None), Outcome.HOLDS, "no limit"),
+        (evidence(0, 5, asked=BLOCKED), Outcome.HOLDS, "holds"),
+        (evidence(1, 5, asked=BLOCKED), Outcome.FAILS, "does not hold"),
     ],
 )
 def test_a_limit_is_for_all_that_its_target_moves(

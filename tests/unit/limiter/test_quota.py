@@ -185,7 +185,7 @@ def test_the_last_byte_is_the_last() -> None:
     ("then", "what"),
     [
         ("limit", "limited to 500.0 KB/s"),
-        ("block", "limited to the least"),
+        ("block", "it is blocked until"),
         ("warn", "next month begins"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pybpfthrottle.meter import Activity, Meter, Reading
-from pybpfthrottle.model import Counters, Direction, Rate, Verdict
+from pybpfthrottle.model import BLOCKED, Counters, Direction, Rate, Verdict
 
 LIMIT = Rate(10_000)
 
@@ -38,6 +38,16 @@ def test_without_a_limit_there_is_no_verdict() -> None:
     reading = Reading(Direction.DOWNLOAD, None, 1e6, Counters())
     assert reading.verdict is None
     assert reading.line() == "download: actual=976.6 KB/s, no limit"
+
+
+def test_what_is_blocked_has_no_ratio() -> None:
+    """Nothing passes, or it is not blocked."""
+    blocked = Reading(Direction.UPLOAD, BLOCKED, 0.0, Counters(), dropped=3)
+    assert blocked.line() == "upload: actual=0 B/s, limit=blocked ⛔ BLOCKED"
+    assert blocked.short() == "upload 0 B/s ⛔"
+    record = blocked.record()
+    assert (record["limit"], record["ratio"], record["verdict"]) == (0, None, "blocked")
+    assert Reading(Direction.UPLOAD, BLOCKED, 1.0, Counters()).verdict is Verdict.NOT_WORKING
 
 
 def test_what_was_held_back_is_not_below_the_limit() -> None:
@@ -133,3 +143,22 @@ def test_a_transfer_that_held_its_limit_ends_at_that(monkeypatch: pytest.MonkeyP
     assert meter.elapsed_s == 14
     assert total.record()["active_s"] == 10
     assert "ratio=1.00x ✅ THROTTLED, 10.0 MB in 10.0 of 14.0 s" in total.summary(meter.elapsed_s)
+
+
+def test_another_limit_is_judged_by_what_comes_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by what came before: what is blocked from now on is no broken limit."""
+    now = [100.0]
+    monkeypatch.setattr("pybpfthrottle.meter.time.monotonic", lambda: now[0])
+    throttle = Transfer()
+    meter = Meter(throttle)  # type: ignore[arg-type]
+    seen = []
+    for limit, passed in ((MB, 1 << 20), (BLOCKED, 1 << 20), (BLOCKED, 0)):
+        now[0] += 1
+        throttle.limits[Direction.DOWNLOAD] = limit
+        throttle.passed += passed
+        seen += [(one.limit, one.verdict) for one in meter.sample()]
+    assert seen == [
+        (MB, Verdict.THROTTLED),
+        (MB, Verdict.THROTTLED),
+        (BLOCKED, Verdict.BLOCKED),
+    ]

@@ -180,6 +180,8 @@ def test_what_is_no_rate_or_no_direction_is_refused():
         Member.of("line", floor="much")
     with pytest.raises(ShareError, match="a floor has no 'down': give upload or download"):
         Member.of("line", floor={"down": "1M"})
+    with pytest.raises(ShareError, match="nothing can be shared of what is blocked: give a rate"):
+        GroupSpec.of("line", total="block")
 
 
 def test_a_group_needs_something_to_share():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pybpfthrottle.backends.protocol import Use
 from pybpfthrottle.errors import ShareError, ThrottleError
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import BLOCKED, Direction, Rate
 from pybpfthrottle.shares import GroupSpec, Member
 from pybpfthrottle.sharing import Group, Pool, groups_of
 
@@ -66,7 +66,7 @@ class Source:
     def look(self):
         """What it has used."""
         self.is_still()
-        rate = self.rate.bytes_per_s if self.rate else math.inf
+        rate = max(self.rate.bytes_per_s, 1) if self.rate else math.inf
         return Use(int(self.passed), 0, int(self.spare_bytes / rate * 1e9))
 
     def move(self, rate):
@@ -299,17 +299,18 @@ def test_a_group_in_the_group_has_its_part():
     assert machine.run(1) == pytest.approx([7_000_000, 0, 3_000_000], rel=STEP)
 
 
-def test_one_that_is_paused_is_left_alone():
-    """Its part goes to the others until it is resumed."""
+@pytest.mark.parametrize("limit", [None, BLOCKED], ids=["paused", "blocked"])
+def test_one_that_is_paused_or_blocked_is_left_alone(limit):
+    """Its part goes to the others until its limit is back."""
     machine = Machine(*members(1, 1))
     paused, other = machine.sources
     other.wants = paused.wants = math.inf
     machine.run(1)
     paused.wants = 5_000_000
-    paused.set_limit(DOWNLOAD, None)
+    paused.set_limit(DOWNLOAD, limit)
     machine.run(0.2)
     assert machine.run(1)[1] == pytest.approx(TOTAL.bytes_per_s, rel=STEP)
-    assert paused.rate is None
+    assert paused.rate == limit
     paused.set_limit(DOWNLOAD, TOTAL)
     paused.wants = math.inf
     machine.run(0.2)

@@ -13,7 +13,7 @@ import pytest
 from pybpfthrottle import quota
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.process import Identity
-from pybpfthrottle.model import MIN_RATE, Counters, Direction, Rate
+from pybpfthrottle.model import BLOCKED, Counters, Direction, Rate
 from pybpfthrottle.rules import quotas, reading, schedule
 from pybpfthrottle.rules.model import Criteria, Rule
 from pybpfthrottle.rules.quotas import Quotas
@@ -46,7 +46,7 @@ def limits(of: Rule, used: int) -> Any:
     [
         ("limit", 1023, {DOWN: FAST, UP: None}),
         ("limit", 1024, {DOWN: Rate.parse("500K"), UP: Rate.parse("500K")}),
-        ("block", 1024, {DOWN: MIN_RATE, UP: MIN_RATE}),
+        ("block", 1024, {DOWN: BLOCKED, UP: BLOCKED}),
         ("warn", 10**9, {DOWN: FAST, UP: None}),
     ],
 )

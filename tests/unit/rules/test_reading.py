@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pybpfthrottle.errors import RulesError
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import BLOCKED, Direction, Limits, Rate
 from pybpfthrottle.rules import reading
 from pybpfthrottle.rules.model import Criteria, Rule
 from pybpfthrottle.shares import Member
 
+MB = Rate.parse("1M")
 RULE = '[[rule]]\nname = "a"\nmatch = { name = "rsync" }\nupload = "1M"\n'
 
 
@@ -101,11 +102,37 @@ def test_criteria_are_checked(tmp_path: Path, match: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "limits"),
+    [
+        ("block = true", dict.fromkeys(Direction, BLOCKED)),
+        ('block = "upload"', {Direction.UPLOAD: BLOCKED}),
+        ('upload = "block"', {Direction.UPLOAD: BLOCKED}),
+        ('block = "download"\nupload = "1M"', {Direction.DOWNLOAD: BLOCKED, Direction.UPLOAD: MB}),
+        ('block = false\nupload = "1M"', {Direction.UPLOAD: MB}),
+        ('schedule = "07:00,block 20:00,off"', {}),
+    ],
+)
+def test_a_rule_may_block(tmp_path: Path, written: str, limits: Limits) -> None:
+    """One direction or both, all the time or at some times."""
+    (rule,) = read(tmp_path, RULE.replace('upload = "1M"', written))
+    assert rule.limits == limits
+    assert rule.schedule is None or rule.schedule.spans[0].limits == dict.fromkeys(
+        Direction, BLOCKED
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ('[[rule]]\nmatch = { name = "x" }\nupload = "1M"', "line 1: this rule has no name: add"),
         ('\n[[rule]]\nname = "x"\nupload = "1M"', "line 2: this rule matches nothing: add match"),
         ('[[rule]]\nname = "x"\nmatch = { name = "y" }', "line 1: this rule limits nothing: add"),
+        (f"{RULE}block = true", "line 1: upload is both limited and blocked: remove one of the"),
+        (f"{RULE}block = 1", 'line 5: block is 1: it must be true, "download" or "upload"'),
+        (
+            RULE.replace("1M", "block") + 'group = "line"\n[group.line]\ntotal = "1M"',
+            "line 1: what is blocked has no part of a group: remove group, or the block",
+        ),
         (f"{RULE}\n{RULE}", "line 6: a rule 'a' is in line 1 already: give it another name"),
         ('[rule]\nname = "x"', "line 1: write [[rule]] above each rule"),
         ("rules = 1", "line 1: unknown key rules (known: rule"),
