@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Iterable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Iterable, Optional, TypeVar, Union
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic

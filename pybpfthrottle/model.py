@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from enum import Enum, IntEnum
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
-from pybpfthrottle.bpf.obj.plain import Data, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 from pybpfthrottle.errors import LimitError
 
 _K = 1024

@@ -9,8 +9,9 @@ import stat
 from contextlib import suppress
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import SettingsError
 from pybpfthrottle.model import Direction
 

@@ -9,9 +9,9 @@ a ceiling is never exceeded. A group within a group divides what it is given in 
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
-from pybpfthrottle.bpf.obj.plain import Data, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 from pybpfthrottle.errors import ShareError
 from pybpfthrottle.model import Direction, Rate, printable
 

@@ -16,9 +16,10 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, TypeVar
 
 from pybpfthrottle.backends.protocol import Dial
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import Error, ThrottleError
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import MIN_RATE, Direction, Limits, Rate

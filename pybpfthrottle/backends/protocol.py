@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import suppress
 from enum import Enum, IntEnum
 from importlib import import_module
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Sequence
 
-from pybpfthrottle.bpf.obj.plain import Data, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 from pybpfthrottle.errors import CgroupError, ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup, known_as

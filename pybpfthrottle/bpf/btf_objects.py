@@ -9,13 +9,14 @@ import ctypes
 import errno
 import os
 from contextlib import ExitStack, suppress
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, Optional
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.bpf.obj.btf_rewrite import CONCESSIONS, conceding
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.privileges import with_memlock
 
 _NAME_BYTES = 64  # MODULE_NAME_LEN

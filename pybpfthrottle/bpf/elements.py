@@ -11,10 +11,11 @@ import ctypes
 import errno
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 Pair = tuple[bytes, bytes]
 

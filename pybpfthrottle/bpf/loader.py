@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, Optional, Union
 
 from pybpfthrottle.bpf import descriptors, maps, pins, programs, syscall
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -26,6 +26,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj import relocate
 from pybpfthrottle.bpf.obj.externs import KCONFIG
 from pybpfthrottle.bpf.obj.fitting import Fitted, Fitting
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import MapSpec, ObjectSpec, ProgramSpec
 from pybpfthrottle.bpf.programs import AttachTarget, Program, SourceInfo
 from pybpfthrottle.bpf.running import RunningKernel

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import ItemsView, Mapping, MutableMapping, ValuesView
 from contextlib import ExitStack
-from typing import Any, Iterable, Iterator, NamedTuple, Optional, TypeVar
+from typing import Any, Iterable, Iterator, Optional, TypeVar
 
 from pybpfthrottle.bpf import abi, descriptors, elements, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, MapType
@@ -17,6 +17,7 @@ from pybpfthrottle.bpf.codecs import RAW, U32, Codec, CodecLike, PerCpuCodec, co
 from pybpfthrottle.bpf.elements import Elements, Pair
 from pybpfthrottle.bpf.errors import MapCreateError
 from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import MapSpec
 from pybpfthrottle.bpf.privileges import why_refused, with_memlock
 

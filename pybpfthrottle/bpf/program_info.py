@@ -6,10 +6,11 @@ import ctypes
 import errno
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 
 class ProgramInfo(NamedTuple):

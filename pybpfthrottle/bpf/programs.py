@@ -7,17 +7,7 @@ import errno
 import os
 import re
 from types import MappingProxyType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence, Union
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, ProgType
@@ -26,6 +16,7 @@ from pybpfthrottle.bpf.maps import legal_name
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.obj.insn import BPF_JMP, BPF_JMP32, CLASS_MASK, EXIT, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import POISON, Poisoned
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.privileges import capabilities_for, why_refused, with_memlock
 from pybpfthrottle.bpf.program_info import ProgramInfo, program_info, xlated_code
 

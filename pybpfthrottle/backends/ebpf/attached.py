@@ -8,11 +8,12 @@ import pwd
 import re
 from contextlib import suppress
 from functools import cached_property
-from typing import Collection, Iterator, NamedTuple, Optional, Sequence
+from typing import Collection, Iterator, Optional, Sequence
 
 from pybpfthrottle.bpf import features, links, programs
 from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
 from pybpfthrottle.bpf.links import AttachMode, LinkInfo
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.bpf.syscall import ENOTSUPP
 from pybpfthrottle.errors import CgroupError

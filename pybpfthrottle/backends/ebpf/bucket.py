@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
@@ -17,6 +17,7 @@ from pybpfthrottle.backends.ebpf.records import (
 )
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import clock, process

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 from contextlib import nullcontext, suppress
-from typing import Any, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -27,6 +27,7 @@ from pybpfthrottle.backends.ebpf.registry import (
 from pybpfthrottle.bpf import features, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.errors import CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Mapping, NamedTuple
+from typing import Mapping
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import AttachPolicy
 

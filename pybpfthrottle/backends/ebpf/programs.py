@@ -8,12 +8,12 @@ import sys
 from contextlib import suppress
 from enum import Enum
 from functools import cache
-from typing import Any, Iterable, NamedTuple, Optional, Union
+from typing import Any, Iterable, Optional, Union
 
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.obj import stored
-from pybpfthrottle.bpf.obj.plain import Data
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import BpfError, ObjectFileError, ProgramLoadError
 from pybpfthrottle.linux.process import PACKAGE_ROOT

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Container, Iterable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Container, Iterable, Iterator, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
@@ -31,6 +31,7 @@ from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import MapType, ProgType
 from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import process

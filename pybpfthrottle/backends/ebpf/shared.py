@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, Hashable, Iterable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Hashable, Iterable, Iterator, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.bucket import NETWORKS, put_networks, with_room
@@ -25,6 +25,7 @@ from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
 from pybpfthrottle.bpf.codecs import U32
 from pybpfthrottle.bpf.loader import Loadable, Object
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup as cgroups_v2

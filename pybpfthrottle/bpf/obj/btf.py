@@ -13,9 +13,10 @@ import sys
 from array import array
 from bisect import bisect_left
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Optional, Union
+from typing import Iterator, Optional, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _MAGIC = 0xEB9F
 _SECTION = ".BTF"

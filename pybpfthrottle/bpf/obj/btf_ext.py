@@ -10,12 +10,13 @@ from array import array
 from bisect import bisect_left, bisect_right
 from itertools import islice
 from operator import attrgetter, le, lt
-from typing import Callable, Generic, Iterator, NamedTuple, Optional, Sequence, TypeVar
+from typing import Callable, Generic, Iterator, Optional, Sequence, TypeVar
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, words_of
 from pybpfthrottle.bpf.obj.insn import INSN_BYTES
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _SECTION = ".BTF.ext"
 _HEADER_BYTES = 24

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import struct
 from array import array
-from typing import Callable, Container, Mapping, NamedTuple, Optional
+from typing import Callable, Container, Mapping, Optional
 
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Linkage, Type
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import SectionLayout
 
 _MAGIC, _VERSION, _HEADER_BYTES = 0xEB9F, 1, 24

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Any, Iterator, NamedTuple, Optional, Union
+from typing import Any, Iterator, Optional, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 EXECUTABLE = 0x4  # SHF_EXECINSTR
 _ALLOC = 0x2  # SHF_ALLOC

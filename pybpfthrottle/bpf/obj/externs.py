@@ -7,12 +7,13 @@ and functions of the kernel (``__ksym``) in .ksyms. Source: bpf_helpers.h of lib
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Callable, Container, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Callable, Container, Optional, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.errors import ExternError, ObjectFileError
 from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.flavours import essential, types_compatible
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import MapSpec, Place, SectionLayout
 
 if TYPE_CHECKING:

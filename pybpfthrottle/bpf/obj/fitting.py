@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cached_property
-from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -19,6 +19,7 @@ from pybpfthrottle.bpf.obj.btf_rewrite import loadable
 from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
 from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import Instructions, PatchError, Poisoned
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.relocate import LinkedProgram, Placed
 from pybpfthrottle.bpf.obj.specs import (
     ExternReference,

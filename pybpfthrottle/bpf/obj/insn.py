@@ -17,7 +17,9 @@ from __future__ import annotations
 import struct
 import sys
 from enum import IntEnum
-from typing import Iterator, NamedTuple, Union
+from typing import Iterator, Union
+
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 INSN_BYTES = 8
 

@@ -5,7 +5,7 @@ Source: Documentation/bpf/standardization/instruction-set.rst of the kernel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pybpfthrottle.bpf.obj.insn import (
     BPF_ALU,
@@ -23,6 +23,7 @@ from pybpfthrottle.bpf.obj.insn import (
     SOURCE_MASK,
     Code,
 )
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 if TYPE_CHECKING:
     from pybpfthrottle.bpf.obj.core import Answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Mapping, NamedTuple
+from typing import Mapping
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.insn import (
@@ -13,6 +13,7 @@ from pybpfthrottle.bpf.obj.insn import (
     BPF_PSEUDO_MAP_VALUE,
     Code,
 )
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ExternReference,

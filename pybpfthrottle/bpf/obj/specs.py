@@ -9,11 +9,11 @@ A spec may be edited in place before it is loaded::
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 from pybpfthrottle.bpf.abi import MAPS_OF_MAPS, AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj.btf import Btf
-from pybpfthrottle.bpf.obj.plain import Data, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 
 _RINGS = (MapType.RINGBUF, MapType.USER_RINGBUF)
 _ONE_PER_CPU = (MapType.PERF_EVENT_ARRAY, MapType.CPUMAP)

@@ -1,12 +1,14 @@
-"""Data is what a dataclass is, to its users and to the module of that name."""
+"""Data is what a dataclass is, and NamedTuple what typing's is, to users and to modules."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import typing
 
 import pytest
 
-from pybpfthrottle.bpf.obj.plain import Data, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 
 
 class Point(Data):
@@ -77,3 +79,65 @@ def test_a_copy_has_other_values_of_some_fields():
     assert (first.changed(y=3), first) == (Constant(1, 3), Constant(1, 2))
     with pytest.raises(TypeError, match="z"):
         first.changed(z=1)
+
+
+class Row(NamedTuple):
+    """A row with a method of its own."""
+
+    x: int
+    y: int = 2
+
+    def sum(self):
+        """Return the sum; ``__class__`` is known as in any class."""
+        return self.x + self.y if type(self) is __class__ else 0
+
+
+class Typed(typing.NamedTuple):
+    """The like by typing."""
+
+    x: int
+    y: int = 2
+
+
+class Narrow(Row):
+    """A row whose y is given."""
+
+    def __new__(cls, x):
+        """Take x only."""
+        return super().__new__(cls, x, 5)
+
+
+def test_a_named_tuple_is_an_ordinary_tuple():
+    """Its class is a tuple's, has no instance dictionary, and fields by name and place."""
+    row = Row(1)
+    assert (type(Row), Row.__mro__) == (type, (Row, tuple, object))
+    assert (row, row.x, row.y, row.sum()) == ((1, 2), 1, 2, 3)
+    assert not hasattr(row, "__dict__")
+    with pytest.raises(AttributeError):
+        row.x = 5
+
+
+def test_a_named_tuple_has_all_that_typings_has():
+    """Nothing that typing's has is missing, before the first tuple or after it."""
+    fresh = type(NamedTuple)("Fresh", (NamedTuple,), {"__annotations__": {"x": int, "y": int}})
+    assert fresh._make([3, 4])._asdict() == {"x": 3, "y": 4}
+    row = Row(1)
+    assert repr(row) == "Row(x=1, y=2)"
+    assert row._replace(y=7) == (1, 7)
+    assert copy.copy(row) == row
+    assert set(dir(Typed(1))) - set(dir(row)) <= {"__orig_bases__"}
+    assert (Row._fields, Row._field_defaults) == (Typed._fields, Typed._field_defaults)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"x": 1, "z": 2}])
+def test_a_named_tuple_refuses_what_does_not_fit(arguments):
+    """Too few and unknown fields are a TypeError, for the first tuple as for the later ones."""
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"x|z"):
+            Row(**arguments)
+
+
+def test_subclasses_of_named_tuples():
+    """A subclass has its own constructor, which calls that of the row."""
+    assert (Narrow(1), type(Narrow(1))) == ((1, 5), Narrow)
+    assert type(Narrow._make([1, 2])) is Narrow
