@@ -7,16 +7,19 @@ import pwd
 import time
 from contextlib import suppress
 from functools import lru_cache
-from typing import Iterable, Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Iterable, Iterator, Optional, Sequence
 
 from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux import login, process, systemd
+from pybpfthrottle.linux import process, systemd
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.linux.executable import Executable
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Target
+
+if TYPE_CHECKING:
+    from pybpfthrottle.linux import login
+    from pybpfthrottle.linux.executable import Executable
 
 # A tmux session may be attached from another login meanwhile. A check takes milliseconds.
 _LOGIN_LASTS_S = 10.0
@@ -93,12 +96,16 @@ class Selection(NamedTuple):
 @lru_cache(maxsize=1)
 def _own_login(period: int) -> frozenset[int]:
     """Return the processes of the login session in use, cached for one ``period``."""
+    from pybpfthrottle.linux import login  # what asks about sockets, which not all commands do
+
     return frozenset(login.processes())
 
 
 @lru_cache(maxsize=1)
 def _login_at(second: int, pid: int) -> tuple[Sequence[int], Sequence[login.Carrier]]:
     """Return this session's processes and sockets: once a second, as to look takes milliseconds."""
+    from pybpfthrottle.linux import login
+
     pids = login.processes()
     return pids, login.carriers(pids)
 
@@ -161,11 +168,19 @@ def select(target: Target) -> Selection:
     return Selection(
         tuple(Process(pid) for pid in dict.fromkeys(target.pids)),
         frozenset(target.names),
-        frozenset(map(Executable, target.executables)),
+        _executables(target.executables),
         frozenset(map(user_id, target.users)),
         children=target.children,
         rule=target.rule if target.by_rule else "",
     )
+
+
+def _executables(paths: Iterable[str]) -> frozenset[Executable]:
+    if not paths:
+        return frozenset()
+    from pybpfthrottle.linux.executable import Executable
+
+    return frozenset(map(Executable, paths))
 
 
 def target_of(selection: Optional[Selection], chosen: Sequence[Cgroup] = ()) -> Target:

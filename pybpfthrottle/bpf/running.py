@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Iterator, Mapping, Optional
 
 from pybpfthrottle.bpf.errors import ExternError, ObjectFileError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
-from pybpfthrottle.bpf.obj.elffile import stored_section
 from pybpfthrottle.bpf.obj.plain import Data
 
 if TYPE_CHECKING:
@@ -241,6 +240,8 @@ def _types(path: str, *, trusted: bool = False) -> Btf:
     # Buffers would cut the kernel's megabytes into many calls.
     with open(path, "rb", buffering=0) as file:
         if file.read(4) == b"\x7fELF":
+            from pybpfthrottle.bpf.obj.elffile import stored_section  # that kernel is rare
+
             data = stored_section(path, ".BTF")
             if data is None:
                 raise ExternError(f"{path} has no section .BTF")

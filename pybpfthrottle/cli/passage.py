@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Optional
 
 from pybpfthrottle import witness
-from pybpfthrottle.coverage import LOOPBACK, NOT_IP, Coverage
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import traffic
 from pybpfthrottle.throttle import Throttle
@@ -64,6 +63,8 @@ class Passage:
 
 
 def _some_escape(pids: list[int]) -> bool:
+    from pybpfthrottle.coverage import LOOPBACK, NOT_IP, Coverage  # a look that is rarely taken
+
     with suppress(Error, OSError), Coverage() as coverage:
         for pid in pids:
             with suppress(Error):

@@ -31,8 +31,8 @@ from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Match, Order
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
-from pybpfthrottle.linux import carriers, clock, process, sockets
 from pybpfthrottle.linux import cgroup as cgroups_v2
+from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.logger import Logger
@@ -534,6 +534,8 @@ class EbpfThrottle:
         if self._look_for_carriers and self._marks is not None:
             self._look_for_carriers = False
             # To look at all processes takes a while, so not before somebody wants to know.
+            from pybpfthrottle.linux import carriers
+
             loopback = self._order.traffic.loopback
             self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
         found = [*self._notes, *self._bucket.shapes_not_kept()]
