@@ -67,8 +67,9 @@ def _kind(fd: int) -> str:
 def fdinfo(fd: int) -> dict[str, str]:
     """Return what /proc/self/fdinfo says of an object; nothing without /proc."""
     try:
-        with open(f"/proc/self/fdinfo/{fd}") as lines:
-            pairs = (line.partition(":") for line in lines)
+        # Who looks for limits asks this of each map, so it reads without buffers.
+        with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
+            pairs = (line.partition(":") for line in file.read().decode().splitlines())
             return {name: value.strip() for name, _, value in pairs}
     except OSError:
         return {}

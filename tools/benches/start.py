@@ -1,13 +1,16 @@
 """Time from process start to both directions attached, or to the end, and peak memory.
 
-The last column is how many times the bare interpreter that is.
+Also the CPU time of the whole command, which says the same on a busy machine. ``times`` and
+``cpu_times`` are how many times the bare interpreter that is, up to the same point.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +25,9 @@ __all__ = ["configure", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE, RUN = "bare interpreter", "pybpfthrottle run"
+BARE_TO_ITS_END = "bare interpreter, to its end"
 # Measured until they end.
-ENDING = ("pybpfthrottle --help", "pybpfthrottle list")
+ENDING = (BARE_TO_ITS_END, "pybpfthrottle --help", "pybpfthrottle list")
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -36,18 +40,31 @@ def measure(rounds: int) -> dict[str, Any]:
         try:
             ways = _ways(directory, scratch.path)
             samples: dict[str, list[Sample]] = {name: [] for name in ways}
+            cpu_ms: dict[str, list[float]] = {name: [] for name in ways}
             imports: list[Sample] = []
             for _ in range(rounds):
                 for name, command in ways.items():
                     take = ended if name in ENDING else timed
+                    before_ms = _childrens_cpu_ms()
                     samples[name].append(take(command, environment))
+                    cpu_ms[name].append(_childrens_cpu_ms() - before_ms)
                 imports.append((_importing_ms(ways[RUN], environment), 0))
         finally:
             scratch.remove()
     rows = medians({**samples, f"{RUN}: its imports, traced": imports})
-    for row in rows.values():
-        row["times"] = round(row["ms"] / rows[BARE]["ms"], 1)
+    for name, used_ms in cpu_ms.items():
+        rows[name]["cpu_ms"] = round(statistics.median(used_ms), 1)
+    for name, row in rows.items():
+        bare = rows[BARE_TO_ITS_END if name in ENDING else BARE]
+        row["times"] = round(row["ms"] / bare["ms"], 1)
+        if "cpu_ms" in row:
+            row["cpu_times"] = round(row["cpu_ms"] / bare["cpu_ms"], 1)
     return rows
+
+
+def _childrens_cpu_ms() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) * 1000
 
 
 def _ways(directory: str, path: str) -> dict[str, list[str]]:
@@ -57,6 +74,7 @@ def _ways(directory: str, path: str) -> dict[str, list[str]]:
     tool = [sys.executable, "-m", "pybpfthrottle"]
     ways = {
         BARE: [sys.executable, "-c", f"import os; os.spawnvp(os.P_WAIT, 'sh', {arrived!r})"],
+        BARE_TO_ITS_END: [sys.executable, "-c", "pass"],
         RUN: [*tool, "run", "--quiet", *limits, "--", *arrived],
         "pybpfthrottle.limit(cgroup=)": [sys.executable, "-c", _CORE.format(path, arrived)],
         "pybpfthrottle --help": [*tool, "--help"],
