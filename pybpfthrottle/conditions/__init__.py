@@ -1,0 +1,1 @@
+"""Bad networks for one process: what is done to its packets."""
