@@ -10,20 +10,12 @@
  */
 
 #define BPF_MAP_TYPE_HASH 1
-#define BPF_F_CLONE (1 << 9)
 
 #include "processes.h"
 
 static __u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
 
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
-	__type(key, __u32);
-	__type(value, __u32);
-} MARKS SEC(".maps");
-
-#define IS_MARKED(sk) ((sk) && bpf_sk_storage_get(&MARKS, sk, 0, 0))
+#include "marked.h"
 
 /*
  * An MPTCP socket has its packets sent by others, which the kernel opens for it and nobody can

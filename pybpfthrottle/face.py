@@ -69,6 +69,32 @@ def limit(
     }
     if not limits:
         raise ThrottleError("no limit was given: give download, upload or both")
+    target = target_from(
+        pid=pid, name=name, exe=exe, user=user, cgroup=cgroup, unit=unit, children=children
+    )
+    meant = Traffic(loopback)
+    if traffic != "all" or to or but:
+        from pybpfthrottle import networks  # which takes a moment
+
+        meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
+    throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
+    registry.tidy_up()
+    if supervise:
+        throttle.supervise()
+    return throttle
+
+
+def target_from(
+    *,
+    pid: Some[int] = (),
+    name: Some[str] = (),
+    exe: Some[str] = (),
+    user: Some[str] = (),
+    cgroup: Some[str] = (),
+    unit: Some[str] = (),
+    children: bool = True,
+) -> Target:
+    """Return the target that is given as for ``limit``. Raises ThrottleError if there is none."""
     target = Target(
         pids=_some(pid),
         names=_some(name),
@@ -82,16 +108,7 @@ def limit(
         raise ThrottleError("no target was given: give pid, name, exe, user, cgroup or unit")
     if target.processes and (target.cgroups or target.units):
         raise ThrottleError("processes cannot share a limit with cgroups and units")
-    meant = Traffic(loopback)
-    if traffic != "all" or to or but:
-        from pybpfthrottle import networks  # which takes a moment
-
-        meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
-    throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
-    registry.tidy_up()
-    if supervise:
-        throttle.supervise()
-    return throttle
+    return target
 
 
 class Line(Group):

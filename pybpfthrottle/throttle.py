@@ -16,6 +16,7 @@ from pybpfthrottle.backends.protocol import (
     Backend,
     Dial,
     Executions,
+    Foothold,
     Match,
     Offer,
     Order,
@@ -122,6 +123,13 @@ class Throttle:
         if direction not in self._parts:
             raise ThrottleError(f"the throttle {self.id} has no {direction} limit to share")
         return self._do(lambda: self._parts[direction].dial(direction))
+
+    def foothold(self) -> Foothold:
+        """Return where its packets pass, for programs that do more with them.
+
+        Raises ThrottleError for what is limited by other means than eBPF, or by other processes.
+        """
+        return self._do(self._distinct_parts()[0].foothold)
 
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""

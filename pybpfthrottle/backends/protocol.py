@@ -17,7 +17,7 @@ from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup, known_as
 from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, ThrottleSpec, Traffic
-from pybpfthrottle.settings import BACKENDS
+from pybpfthrottle.settings import BACKENDS, AttachPolicy
 from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.targets import Selection
 
@@ -168,6 +168,19 @@ class Dial(Protocol):
         """Put another rate in force until the next change of the limit, which stays recorded."""
 
 
+class Foothold(NamedTuple):
+    """Where a limit's packets pass, for programs that do more with them than to limit them.
+
+    ``maps`` are the limit's by name, ``cgroups`` those that are limited as a whole, and
+    ``marked_at`` those in which the sockets that it has marked are looked at.
+    """
+
+    maps: Mapping[str, Any]
+    cgroups: tuple[Cgroup, ...]
+    marked_at: tuple[Cgroup, ...]
+    policy: AttachPolicy
+
+
 class Part(Protocol):
     """A limit in force on some directions, by one backend."""
 
@@ -194,6 +207,9 @@ class Part(Protocol):
 
         Raises ThrottleError if that is not possible.
         """
+
+    def foothold(self) -> Foothold:
+        """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
 
     def switch(self, method: str) -> None:
         """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
@@ -245,6 +261,13 @@ def no_dial(backend: str) -> ThrottleError:
     """Return the error of a part whose rate cannot be moved many times a second."""
     return ThrottleError(
         f"a limit by {backend} cannot share with others: only the backend ebpf moves rates quickly"
+    )
+
+
+def no_foothold(backend: str) -> ThrottleError:
+    """Return the error of a part whose packets no program of ours sees."""
+    return ThrottleError(
+        f"bad networks need the backend ebpf in this process; this limit is by {backend}"
     )
 
 

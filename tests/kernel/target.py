@@ -51,6 +51,45 @@ def make_many(count: int) -> list[int]:
     return [make(*kinds[index % len(kinds)]) for index in range(count)]
 
 
+def echoes(count: int) -> list[int]:
+    """Which packets arrive of those that are sent to oneself, by UDP, one after the other."""
+    found = []
+    with socket.socket(AF_INET, SOCK_DGRAM) as own:
+        own.bind(("127.0.0.1", 0))
+        own.setblocking(False)
+        for number in range(count):
+            own.sendto(b"%d" % number, own.getsockname())
+            with suppress(BlockingIOError):
+                found.append(int(own.recv(20)))
+    return found
+
+
+def asked(number: int, times: int) -> list[int]:
+    """How many answers come to each of some equal questions, from a server with this port."""
+    question = bytes(12) + b"\x07example\x03org\0" + bytes(4)
+    found = []
+    with socket.socket(AF_INET, SOCK_DGRAM) as server, socket.socket(AF_INET, SOCK_DGRAM) as own:
+        server.bind(("127.9.8.7", number))
+        own.setblocking(False)
+        for _ in range(times):
+            own.sendto(question, server.getsockname())
+            data, whose = server.recvfrom(100)
+            server.sendto(data + bytes(16), whose)
+            found.append(0)
+            with suppress(BlockingIOError):
+                found[-1] = len(own.recvfrom(100)[0]) and 1
+    return found
+
+
+def failure(number: int, seconds: float) -> Any:
+    """The error of connecting to a port of this machine, or None."""
+    try:
+        with socket.create_connection(("127.0.0.1", number), seconds):
+            return None
+    except OSError as error:
+        return error.errno or str(error)
+
+
 def listen() -> int:
     """A server on the loopback device."""
     return keep(socket.create_server(("127.0.0.1", 0)))

@@ -37,6 +37,8 @@ _HOOK_NAMES = {
     AttachType.CGROUP_SETSOCKOPT: "setsockopt",
     AttachType.CGROUP_INET_SOCK_CREATE: "sock_create",
     AttachType.CGROUP_INET_SOCK_RELEASE: "sock_release",
+    AttachType.CGROUP_INET4_CONNECT: "connect4",
+    AttachType.CGROUP_INET6_CONNECT: "connect6",
 }
 _NO_OVERRIDE = (
     "Ask its owner to attach it with BPF_F_ALLOW_MULTI, or limit processes with --pid, --name,"

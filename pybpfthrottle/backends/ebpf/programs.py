@@ -37,6 +37,7 @@ class Role(Enum):
     GATE = "hands acknowledgements of downloads to the gate's keeper"
     SHARED = "does the work of programs of several throttles, which only enter it"
     COUNT = "counts the packets of each process"
+    IMPAIR = "has a bad network lose packets, and refuse connections"
 
 
 class Scope(Enum):
@@ -90,6 +91,7 @@ _INGRESS, _EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRES
 _SOCK_OPS, _SETSOCKOPT = AttachType.CGROUP_SOCK_OPS, AttachType.CGROUP_SETSOCKOPT
 _SOCK_CREATE = AttachType.CGROUP_INET_SOCK_CREATE
 _SOCK_RELEASE = AttachType.CGROUP_INET_SOCK_RELEASE
+_CONNECT4, _CONNECT6 = AttachType.CGROUP_INET4_CONNECT, AttachType.CGROUP_INET6_CONNECT
 
 _DOWNLOAD, _UPLOAD = Direction.DOWNLOAD, Direction.UPLOAD
 _ALL, _MARKED = Scope.ALL, Scope.MARKED
@@ -102,6 +104,9 @@ _SHARED = ("throttle-shared",)
 _BOTH = tuple(dict.fromkeys((*_CGROUP, *_MARKS)))
 _PROCESSES = ("processes",)
 _TRAFFIC = ("traffic", "traffic-remotes")
+_CONDITIONS = ("conditions", "conditions-early")
+_CONDITIONS_MARKED = ("conditions-marked",)
+_CONDITIONS_CONNECT = ("conditions",)
 
 _POLICE = Role.POLICE
 _DENY, _TELL = "deny", "congestion"
@@ -114,6 +119,7 @@ _MULTIPATH = Needs("5.19", "the MPTCP socket of a packet, by the kernel's types"
 _ADOPTING = Needs("6.12", "callbacks for connections that are open (TCP_BPF_SOCK_OPS_CB_FLAGS)")
 _ASKING = Needs("5.3", "programs for setsockopt(2)")
 _GATE = Needs("5.10", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
+_CONNECTING = Needs("4.17", "programs for connect(2)")
 _TRACING = Needs("5.8", "ring buffers, and the kernel's types (CONFIG_DEBUG_INFO_BTF)")
 
 # In the order in which a throttle's programs are attached: the programs that follow processes
@@ -150,6 +156,21 @@ PROGRAMS = (
             ("pybpfs_sockops", _SHARED, _SOCK_OPS, _CALLBACKS, False),
             ("pybpfs_sockopsp", _SHARED, _SOCK_OPS, _MULTIPATH, True),
             ("pybpfs_gate", ("gate-shared",), _EGRESS, _GATE, False),
+        )
+    ),
+    *(
+        Shipped(name, objects, hook, Role.IMPAIR, needs, scope, direction, verdict)
+        for name, objects, hook, needs, scope, direction, verdict in (
+            ("pybpft_cin", _CONDITIONS, _INGRESS, _PACKETS, _ALL, _DOWNLOAD, _DENY),
+            ("pybpft_cout", _CONDITIONS, _EGRESS, _PACKETS, _ALL, _UPLOAD, _DENY),
+            ("pybpft_coutcn", _CONDITIONS, _EGRESS, _VERDICT, _ALL, _UPLOAD, _TELL),
+            ("pybpft_ccon4", _CONDITIONS_CONNECT, _CONNECT4, _CONNECTING, _ALL, None, None),
+            ("pybpft_ccon6", _CONDITIONS_CONNECT, _CONNECT6, _CONNECTING, _ALL, None, None),
+            ("pybpft_cmin", _CONDITIONS_MARKED, _INGRESS, _STORAGE, _MARKED, _DOWNLOAD, _DENY),
+            ("pybpft_cmout", _CONDITIONS_MARKED, _EGRESS, _STORAGE, _MARKED, _UPLOAD, _DENY),
+            ("pybpft_cmoutcn", _CONDITIONS_MARKED, _EGRESS, _STORAGE, _MARKED, _UPLOAD, _TELL),
+            ("pybpft_cmcon4", _CONDITIONS_MARKED, _CONNECT4, _STORAGE, _MARKED, None, None),
+            ("pybpft_cmcon6", _CONDITIONS_MARKED, _CONNECT6, _STORAGE, _MARKED, None, None),
         )
     ),
     Shipped("pybpft_owner", _TRAFFIC, _SOCK_CREATE, Role.COUNT, _STORAGE),

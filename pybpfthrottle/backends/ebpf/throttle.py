@@ -28,7 +28,7 @@ from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.shared import Seat, sharing
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
-from pybpfthrottle.backends.protocol import Match, Order
+from pybpfthrottle.backends.protocol import Foothold, Match, Order
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -65,6 +65,8 @@ class EbpfThrottle:
         self._strays: Optional[Strays] = None
         # Where marks are looked at.
         self._marked_at: Sequence[Cgroup] = ()
+        # And where they are looked at for the processes of the order.
+        self._processes_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._look_for_carriers = False
         self._bucket: Bucket
@@ -248,7 +250,7 @@ class EbpfThrottle:
 
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
-        cgroups = self._place_for_marks(selection)
+        cgroups = self._processes_at = self._place_for_marks(selection)
         self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
         if self._marks is not None:
             self._marks.begin(selection)
@@ -499,6 +501,13 @@ class EbpfThrottle:
             *(self._loaded.maps, self._bucket, direction),
             moved=moved,
             is_gone=lambda: self._is_removed,
+        )
+
+    def foothold(self) -> Foothold:
+        """Return where its packets pass."""
+        marked_at = tuple(dict.fromkeys([*self._processes_at, *self._marked_at]))
+        return Foothold(
+            *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy())
         )
 
     def switch(self, method: str) -> None:

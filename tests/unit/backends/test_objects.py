@@ -20,6 +20,7 @@ from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate, stored
 from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
+from pybpfthrottle.conditions import records as conditions
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
 from pybpfthrottle.traffic import Scope
@@ -27,13 +28,13 @@ from pybpfthrottle.traffic import Scope
 ROOT = Path(__file__).resolve().parents[3]
 PREBUILT = ROOT / "prebuilt"
 MANIFEST = json.loads((PREBUILT / "MANIFEST.json").read_text())
-# Of what throttles share, and of what counts.
-PREFIXES = ("throttle_", "traffic_")
+# Of what throttles share, of what counts, and of bad networks.
+PREFIXES = ("throttle_", "traffic_", "conditions_")
 # By their names in C.
 ENUMERATIONS = {"throttle_direction": Direction, "traffic_scope": Scope}
 RECORDS = {}
-for name, found in {**vars(records), **vars(accounting)}.items():
-    if isinstance(found, type) and name.startswith(("Throttle", "Traffic")):
+for name, found in {**vars(records), **vars(accounting), **vars(conditions)}.items():
+    if isinstance(found, type) and name.startswith(("Throttle", "Traffic", "Conditions")):
         in_c = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         (ENUMERATIONS if issubclass(found, Enum) else RECORDS)[in_c] = found
 COUNT = len(Direction)
@@ -136,15 +137,22 @@ def test_python_has_no_record_that_c_has_not():
 def test_the_constants_are_those_of_the_object(spec):
     """Each enum has the names and values that the object's BTF says, and Python has no other."""
     btf, theirs = shared(spec, *ENUMS)
-    prefix = PREFIXES[spec.name.startswith("traffic")]
+    prefixes = {"traffic": PREFIXES[1:2], "conditions": PREFIXES[::2]}
+    here = prefixes.get(spec.name.partition(".")[0].partition("-")[0], PREFIXES[:1])
     assert {
-        name: {one.name.replace(prefix.upper(), ""): one.value for one in btf.enumerators(enum)}
+        name: {_without_prefix(one.name, here): one.value for one in btf.enumerators(enum)}
         for name, enum in theirs.items()
     } == {
         name: {key: value.value for key, value in enum.__members__.items()}
         for name, enum in ENUMERATIONS.items()
-        if name.startswith(prefix)
+        if name.startswith(here)
     }
+
+
+def _without_prefix(name, prefixes):
+    for prefix in prefixes:
+        name = name.replace(prefix.upper(), "")
+    return name
 
 
 def test_a_constant_of_c_is_an_enum():
@@ -179,11 +187,15 @@ MAPS = {
     "SOCKET_OWNERS": (MapType.SK_STORAGE, 4, SIZES["traffic_owner"], 0),
     "TRAFFIC_NAMES": (MapType.HASH, 4, SIZES["traffic_process"], 65536),
     "TRAFFIC": (MapType.PERCPU_HASH, SIZES["traffic_key"], SIZES["traffic_counts"], 131072),
+    "COND_RULES": (MapType.ARRAY, 4, SIZES["conditions_rule"], COUNT),
+    "COND_COUNTS": (MapType.ARRAY, 4, SIZES["conditions_counts"], COUNT),
+    "COND_ANSWERS": (MapType.LRU_HASH, 16, 4, 4096),
     "TRAFFIC_REMOTES": (
         *(MapType.LRU_HASH, SIZES["traffic_remote"], SIZES["traffic_counts"], 65536),
     ),
 }
 _TRAFFIC = ("SOCKET_OWNERS", "TRAFFIC_NAMES", "TRAFFIC")
+_CONDITIONS = ("COND_RULES", "COND_COUNTS", "COND_ANSWERS", "CGROUP_CONFIGS", records.RECORD)
 _CGROUP = (
     *("CGROUP_CONFIGS", "CGROUP_BUCKETS", "CGROUP_STATS", "CGROUP_FLOWS"),
     *("SOCKETS", "GATE"),
@@ -200,6 +212,9 @@ MAPS_OF = {
     "gate-shared": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "processes": {"PROCESSES", "EXECUTED", records.RECORD},
+    "conditions": {*_CONDITIONS},
+    "conditions-early": {*_CONDITIONS},
+    "conditions-marked": {*_CONDITIONS, "MARKS"},
     "traffic": {*_TRAFFIC},
     "traffic-remotes": {*_TRAFFIC, "TRAFFIC_REMOTES"},
 }
@@ -224,6 +239,7 @@ TYPES = {
     Role.FOLLOW: ProgType.RAW_TRACEPOINT,
     Role.COUNT: ProgType.CGROUP_SKB,
     Role.SHARED: ProgType.CGROUP_SKB,
+    Role.IMPAIR: ProgType.CGROUP_SKB,
 }
 SECTIONS = {
     AttachType.CGROUP_INET_INGRESS: "cgroup_skb/ingress",
@@ -232,12 +248,16 @@ SECTIONS = {
     AttachType.CGROUP_SETSOCKOPT: "cgroup/setsockopt",
     AttachType.CGROUP_INET_SOCK_CREATE: "cgroup/sock_create",
     AttachType.CGROUP_INET_SOCK_RELEASE: "cgroup/sock_release",
+    AttachType.CGROUP_INET4_CONNECT: "cgroup/connect4",
+    AttachType.CGROUP_INET6_CONNECT: "cgroup/connect6",
 }
 # Programs that count have several.
 TYPES_OF_HOOKS = {
     AttachType.CGROUP_INET_SOCK_CREATE: ProgType.CGROUP_SOCK,
     AttachType.CGROUP_INET_SOCK_RELEASE: ProgType.CGROUP_SOCK,
     AttachType.CGROUP_SOCK_OPS: ProgType.SOCK_OPS,
+    AttachType.CGROUP_INET4_CONNECT: ProgType.CGROUP_SOCK_ADDR,
+    AttachType.CGROUP_INET6_CONNECT: ProgType.CGROUP_SOCK_ADDR,
 }
 
 

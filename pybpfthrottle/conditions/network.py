@@ -1,0 +1,284 @@
+"""A bad network in force for some processes or cgroups: the throttle, the hooks, the diversion."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Any, Optional
+
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.conditions import profiles, texts
+from pybpfthrottle.conditions.hooks import Counted, Hooks
+from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
+from pybpfthrottle.errors import LimitError, ThrottleError
+from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
+from pybpfthrottle.plan import Wish
+from pybpfthrottle.supervisor import Chore, Driver, InThread
+from pybpfthrottle.throttle import Throttle, limits_of, start
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a network is to be: limits, and what is wrong with it. ``profile`` is its name."""
+
+    conditions: Conditions
+    limits: Limits
+    profile: str = ""
+
+    @classmethod
+    def of(cls, profile: str = "", **given: Any) -> Asked:
+        """Read what is asked for: a profile, and rates and texts in place of the profile's own.
+
+        Raises LimitError or SettingsError.
+        """
+        named = profiles.find(profile) if profile else None
+        rates = {name: given.pop(name) for name in profiles.RATES if name in given}
+        wrong = {name: _text(name, value) for name, value in given.items() if value is not None}
+        limits: dict[Direction, Optional[Rate]] = dict.fromkeys(Direction)
+        limits.update(named.rates if named else {})
+        limits.update(limits_of(**rates))
+        found = named.conditions(wrong) if named else texts.conditions_from(wrong)
+        if not found and not any(limits.values()):
+            names = ", ".join(texts.ACCEPTED)
+            raise LimitError(f"nothing is asked for: give a profile, or {names}")
+        return cls(found, limits, profile)
+
+    def __str__(self) -> str:
+        """Return its numbers for people, with the profile's name."""
+        rates = [f"{one} {rate.written()}" for one, rate in self.limits.items() if rate]
+        wrong = [texts.described(self.conditions)] if self.conditions else []
+        numbers = ", ".join([*rates, *wrong])
+        return f"{self.profile}: {numbers}" if self.profile else numbers
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if name == "seed" and isinstance(value, int):
+        return str(value)
+    raise LimitError(f"{name} is {value!r}: give a text, {texts.ACCEPTED.get(name, '')}")
+
+
+def wish_for(limits: Limits, wish: Wish = Wish()) -> Wish:  # noqa: B008 - immutable
+    """Return how to start the throttle of a network: by eBPF, with nothing shaped without need.
+
+    Raises ThrottleError if another backend is asked for.
+    """
+    others = {*wish.backends.values()} - {"auto", "ebpf"}
+    if others:
+        raise ThrottleError(f"bad networks need the backend ebpf, not {', '.join(sorted(others))}")
+    options: Options = wish.options.get("ebpf") or Options()
+    free = dict.fromkeys((one for one, rate in limits.items() if rate is None), "police")
+    options = options._replace(shape={**options.shape, **free})
+    return wish.changed(
+        backends=dict.fromkeys(Direction, "ebpf"), options={**wish.options, "ebpf": options}
+    )
+
+
+class Network:
+    """A network with its faults, in force on what a throttle is for. ``close`` or ``with`` ends it.
+
+    The throttle ends with it if it is ``owned``.
+    """
+
+    def __init__(
+        self, throttle: Throttle, asked: Asked, *, loopback: bool = False, owned: bool = True
+    ) -> None:
+        """Put it in force. Raises ThrottleError, BpfError or CgroupError; then nothing is left."""
+        self.throttle = throttle
+        self._loopback = loopback
+        self._driver: Optional[Driver] = None
+        self._undo = ExitStack()
+        with ExitStack() as undo:
+            if owned:
+                undo.callback(throttle.remove)
+            refuse_what_is_missing(asked.conditions)
+            self._hooks = Hooks(throttle)
+            undo.callback(self._hooks.close)
+            self.asked = asked
+            self._put(asked)
+            self._undo = undo.pop_all()
+
+    @property
+    def conditions(self) -> Conditions:
+        """What is wrong with it now."""
+        return self.asked.conditions
+
+    def set(self, **given: Any) -> None:
+        """Make it another network: ``set(delay="200ms", loss="5%")``, with the names of options.
+
+        What is not given is not wrong any more. Raises LimitError or ThrottleError.
+        """
+        self._change(Asked.of(**given))
+
+    def profile(self, name: str, **given: Any) -> None:
+        """Make it the network of a profile, but for what is given. Raises LimitError."""
+        self._change(Asked.of(name, **given))
+
+    def offline(self) -> Offline:
+        """Have nothing get through until ``online``, or the end of ``with network.offline():``."""
+        self._put_conditions(self.asked.conditions.changed(outage=OFFLINE))
+        return Offline(self)
+
+    def online(self) -> None:
+        """End ``offline``: it is again as it was asked for."""
+        self._put_conditions(self.asked.conditions)
+
+    def injected(self) -> dict[Direction, Done]:
+        """Return what was done to the packets of each direction until now."""
+        return {direction: Done(hooks) for direction, hooks in self._hooks.counts().items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is asked for and what was done, for JSON."""
+        done = {str(one): each.to_json() for one, each in self.injected().items()}
+        return {"network": str(self.asked), "seed": self.conditions.download.seed, "injected": done}
+
+    def own_chores(self) -> list[Chore]:
+        """Return what a supervisor has to do for it, beside the throttle's chores."""
+        return [self._hooks.chore]
+
+    def chores(self) -> list[Chore]:
+        """Return all that a supervisor has to do for it."""
+        return [*self.throttle.chores(), *self.own_chores()]
+
+    def supervise(self) -> None:
+        """Run its chores in a background thread of this process until it is closed."""
+        if self._driver is None:
+            self.throttle.supervise()
+            self._driver = InThread(self.own_chores)
+
+    def notes(self) -> list[str]:
+        """Return what it does otherwise than may be expected, a line each."""
+        return [*self._hooks.notes, *inexact(self.conditions)]
+
+    def close(self) -> None:
+        """End it. Doing so twice is no error."""
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.release()
+        self._undo.close()
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _change(self, asked: Asked) -> None:
+        refuse_what_is_missing(asked.conditions)
+        self._put(asked)
+
+    def _put(self, asked: Asked) -> None:
+        self._put_conditions(asked.conditions)
+        for direction, rate in asked.limits.items():
+            if self.throttle.limits.get(direction) != rate:
+                self.throttle.set_limit(direction, rate)
+        self.asked = asked
+
+    def _put_conditions(self, conditions: Conditions) -> None:
+        self._hooks.set(conditions, loopback=self._loopback)
+
+
+class Offline:
+    """The time while a network is offline. ``with`` ends it."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __enter__(self) -> Network:
+        return self._network
+
+    def __exit__(self, *_: object) -> None:
+        self._network.online()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done to one direction's packets: by the hooks, and by the diversion."""
+
+    hooks: Counted
+    diverted: Optional[Injected] = None
+
+    @property
+    def seen(self) -> int:
+        """All packets that came, as large as on the wire."""
+        return self.hooks.seen
+
+    @property
+    def dropped(self) -> int:
+        """Those that got lost, whatever the reason."""
+        lost = self.diverted.lost + self.diverted.late_dropped if self.diverted else 0
+        return self.hooks.lost + self.hooks.outage + lost
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers by their names; times in seconds."""
+        found: dict[str, Any] = {**self.hooks._asdict(), "dropped": self.dropped}
+        if self.diverted is not None:
+            found["diverted"] = {
+                each.name: getattr(self.diverted, each.name) for each in fields(self.diverted)
+            }
+        return found
+
+    def __str__(self) -> str:
+        """Return it for people: ``dropped 12 of 1000``, and the delay if there was one."""
+        text = f"dropped {self.dropped} of {self.seen}"
+        more = (("blocked", self.hooks.blocked), ("DNS answers dropped", self.hooks.unanswered))
+        text += "".join(f", {name} {count}" for name, count in more if count)
+        one = self.diverted
+        if one is not None and one.delay_p50_s is not None and one.delay_p99_s is not None:
+            times = map(texts.as_time, (one.delay_p50_s, one.delay_p99_s))
+            text += ", delay p50 {}, p99 {}".format(*times)
+        return text
+
+
+def inexact(conditions: Conditions) -> list[str]:
+    """Return what the means at hand do otherwise than may be expected, a line each."""
+    found = []
+    if any(each.loss and not each.loss.nth for each in (conditions.download, conditions.upload)):
+        found.append(
+            "packets that the kernel has merged (GRO), or is to split (TSO), are lost as a whole:"
+            " the share of what is lost is kept, but it comes in bursts"
+        )
+    if conditions.upload.loss:
+        found.append("TCP is told at once of a packet that it sent and that was lost")
+    if conditions.dns == "slow":
+        found.append(
+            "the first of two answers to the same question is lost, so a name is found when its"
+            " resolver has asked again (glibc does so after 5 s)"
+        )
+    if conditions.dns:
+        found.append("names that another process looks up (nss-resolve, nscd) are found as before")
+    return found
+
+
+def refuse_what_is_missing(conditions: Conditions) -> None:
+    """Raise ThrottleError for what nothing here can do."""
+    up = conditions.upload
+    if up != Impairment(loss=up.loss, seed=up.seed):
+        raise ThrottleError(
+            "what is sent can only be lost; delay, jitter, reorder, duplicate and"
+            " corrupt are for what comes in, and a delay there makes the whole"
+            " round trip longer"
+        )
+    if conditions.dns == "servfail":
+        raise ThrottleError("DNS failures by SERVFAIL are not available; use lost or slow")
+    down = conditions.download
+    if down != Impairment(loss=down.loss, seed=down.seed):
+        raise ThrottleError("delay, jitter, reorder, duplicate and corrupt are not available here")
+
+
+def begin(
+    target: Target,
+    asked: Asked,
+    *,
+    wish: Wish = Wish(),  # noqa: B008 - immutable
+    loopback: bool = False,
+    label: str = "",
+) -> Network:
+    """Put a network in force on a target.
+
+    Raises ProcessError, CgroupError, ThrottleError or BpfError; then nothing is left of it.
+    """
+    refuse_what_is_missing(asked.conditions)
+    spec = ThrottleSpec(target, dict(asked.limits), Traffic(loopback), label)
+    return Network(start(spec, wish_for(asked.limits, wish)), asked, loopback=loopback)
