@@ -284,6 +284,26 @@ def plot(file: TextIO, output: Optional[str], direction: Optional[str]) -> None:
     epilog="""
 \b
 Examples:
+  pybpfthrottle profiles
+  pybpfthrottle profiles --json | jq -r '.profiles[].name'
+  sudo pybpfthrottle run --profile 3g -- chromium
+""",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def profiles(as_json: bool) -> None:
+    """List the networks that --profile knows by name, with their numbers.
+
+    Own ones are tables of profiles.toml, beside the configuration files (see config show).
+    """
+    from pybpfthrottle.cli import conditions
+
+    conditions.show_profiles(as_json=as_json)
+
+
+@cli.command(
+    epilog="""
+\b
+Examples:
   sudo pybpfthrottle demo
   sudo pybpfthrottle demo --download-limit 2M --seconds 2
   sudo pybpfthrottle demo --loopback

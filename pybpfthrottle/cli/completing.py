@@ -96,6 +96,15 @@ def throttles() -> _Found:
 
 
 @_completer
+def profiles() -> _Found:
+    """Names of networks that are known by them."""
+    from pybpfthrottle.conditions import profiles
+
+    for one in profiles.all_profiles().values():
+        yield one.name, one.numbers()
+
+
+@_completer
 def interfaces() -> _Found:
     """Network interfaces of this network namespace."""
     import socket

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 import click
 
 from pybpfthrottle import registry
-from pybpfthrottle.cli import background
+from pybpfthrottle.cli import background, conditions
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import BOTH_ON_STDOUT, JSON, Output
 from pybpfthrottle.cli.say import echo, say
@@ -25,11 +25,12 @@ from pybpfthrottle.linux.notify import notify
 from pybpfthrottle.linux.signals import SignalQueue
 from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
-from pybpfthrottle.supervisor import Periodic, Supervisor
+from pybpfthrottle.supervisor import Chore, Periodic, Supervisor
 from pybpfthrottle.throttle import Each, Throttle, start
 
 if TYPE_CHECKING:
     from pybpfthrottle.cli.watch import Watch
+    from pybpfthrottle.conditions.network import Network
 
 _REFUTED = 3
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -120,6 +121,7 @@ def limit(request: Request, wanted: Wanted) -> int:
         command = _Command(request, wanted)
         if wanted.each:
             command.each = stack.enter_context(Each(spec, wish))
+            stack.callback(command.end_networks)
             for throttle in command.each.throttles:
                 command.begin(throttle)
             command.each.begun = command.begin
@@ -127,8 +129,10 @@ def limit(request: Request, wanted: Wanted) -> int:
         else:
             throttle = start(spec, wish)
             stack.callback(throttle.remove)
+            stack.callback(command.end_networks)
             command.begin(throttle)
             supervisor.add(throttle.chores)
+        supervisor.add(command.network_chores)
         registry.tidy_up()
         background.pick_up()
         if going_on is not None:
@@ -165,6 +169,8 @@ class _Command:
         self._mute = request.quiet or any(one.on_stdout for one in self._outputs)
         self.failed = self.refuted = False
         self.each: Optional[Each] = None
+        # By the throttles that they are on.
+        self._networks: dict[Throttle, Network] = {}
 
     @cached_property
     def sampling(self) -> Periodic:
@@ -182,6 +188,11 @@ class _Command:
         """Show a limit that has begun."""
         from pybpfthrottle.cli.watch import Watch  # now that the limit is in force
 
+        network = conditions.begin(
+            throttle, self._request.network, loopback=self._request.traffic.loopback
+        )
+        if network is not None:
+            self._networks[throttle] = network
         pids = throttle.spec.target.pids
         name = process.name_of(pids[0]) if pids else ""
         several = self.each is not None
@@ -196,6 +207,7 @@ class _Command:
             prefix=f"{pids[0]} ({name}): " if several else "",
             several=several,
             prove=self._request.prove,
+            network=network,
         )
         self._shown.append((throttle, watch))
         watch.start(pid=pids[0] if pids else None, pids=list(pids), target=throttle.what)
@@ -212,10 +224,22 @@ class _Command:
                 watch.record_note(note)
                 self._say(note)
         end = f"pybpfthrottle remove {throttle.id}" if self._wanted.detach else "Ctrl-C"
-        self._say(f"Limiting {throttle.what}: {rates}. {end} ends it.")
+        if network is not None:
+            self._say(f"Bad network for {throttle.what}: {network.asked}. {end} ends it.")
+        else:
+            self._say(f"Limiting {throttle.what}: {rates}. {end} ends it.")
         self._say_notes()
         if throttle.selection is not None and not throttle.processes():
             self._say("No process matches yet; waiting for one to start.")
+
+    def network_chores(self) -> list[Chore]:
+        """Return what has to be done for the networks that are in force."""
+        return [one for network in self._networks.values() for one in network.own_chores()]
+
+    def end_networks(self) -> None:
+        """End the networks that are in force."""
+        while self._networks:
+            self._networks.popitem()[1].close()
 
     def until_the_end(self, supervisor: Supervisor, signals: SignalQueue) -> None:
         """Wait for a signal, the duration, or the end of all that is limited.
@@ -245,6 +269,8 @@ class _Command:
             watch.sample()
             if ended[id(throttle)] and self.each is not None:
                 self._end(watch, ended[id(throttle)])
+                if throttle in self._networks:
+                    self._networks.pop(throttle).close()
                 self.each.end(throttle)
                 self._shown.remove((throttle, watch))
 
@@ -261,7 +287,8 @@ class _Command:
     def _say_notes(self) -> None:
         """Print each note on what is covered or not, once."""
         for throttle, watch in self._shown:
-            for note in throttle.notes():
+            more = self._networks[throttle].notes() if throttle in self._networks else []
+            for note in [*throttle.notes(), *more]:
                 if note not in self._said:
                     self._said.add(note)
                     watch.note(note)

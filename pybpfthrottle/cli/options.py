@@ -6,15 +6,16 @@ import math
 import re
 import sys
 from contextlib import suppress
-from typing import Any, Callable, Mapping, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from pybpfthrottle.cli import completing
+from pybpfthrottle.cli.conditions import asked_from, condition_options
 from pybpfthrottle.cli.records import Output, record_option
 from pybpfthrottle.cli.say import say
-from pybpfthrottle.errors import LimitError, SettingsError
+from pybpfthrottle.errors import LimitError, SettingsError, ThrottleError
 from pybpfthrottle.linux import clock
 from pybpfthrottle.model import (
     TRAFFIC_KINDS,
@@ -26,6 +27,9 @@ from pybpfthrottle.model import (
     Traffic,
 )
 from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SHAPES
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -136,6 +140,7 @@ def limit_options(function: F) -> F:
             ),
             click.option("--loopback", is_flag=True, help="Also limit the loopback device."),
             record_option,
+            condition_options,
             click.option(
                 "--traffic",
                 cls=BackendOption,
@@ -305,17 +310,45 @@ class Request(NamedTuple):
     record: Optional[Output]
     prove: bool
     mount_cgroup2: bool = False
+    network: Optional[Asked] = None
 
     def spec(self, target: Target, *, kept: bool = False) -> ThrottleSpec:
         """Return the requested throttle for a target, which begins now."""
         expires_ns = 0
         if self.duration_s is not None:
             expires_ns = clock.boottime_ns() + int(self.duration_s * 1e9)
+        # What is wrong with a network ends with this process, so its throttle does too.
+        kept = kept and self.network is None
         return ThrottleSpec(target, self.limits, self.traffic, self.label, kept, expires_ns)
+
+    def for_network(self, network: Optional[Asked]) -> Request:
+        """Return the same with a network, in which what is not limited is let through."""
+        if network is None:
+            return self
+        from pybpfthrottle.conditions.network import refuse_what_is_missing, wish_for
+        from pybpfthrottle.plan import Wish
+
+        if self.traffic.changed(loopback=False) != Traffic():
+            raise click.UsageError(
+                "--traffic, --to and --except are for limits; a bad network is for all traffic"
+            )
+        if self.prove and not any(network.limits.values()):
+            raise click.UsageError("--prove needs a limit: a bad network counts what it does")
+        try:
+            refuse_what_is_missing(network.conditions)
+            wish = wish_for(network.limits, Wish(backends=self.backends, options=self.options))
+        except ThrottleError as error:
+            raise click.UsageError(str(error)) from error
+        return self._replace(
+            limits=network.limits,
+            backends=dict(wish.backends),
+            options=dict(wish.options),
+            network=network,
+        )
 
 
 def request_from(given: dict[str, Any]) -> Request:
-    """Take the shared options out of a command's options; a usage error if there is no limit."""
+    """Take the shared options out of a command's options; a usage error if nothing is asked for."""
     from pybpfthrottle import settings
     from pybpfthrottle.backends.ebpf.options import Options
 
@@ -334,6 +367,7 @@ def request_from(given: dict[str, Any]) -> Request:
         say(f"warning: {warning}")
     rates = {direction: given.pop(f"{direction}_limit") for direction in Direction}
     limits = {direction: rate for direction, rate in rates.items() if rate is not None}
+    network = asked_from(given, limits)
     verdict = given.pop("egress_verdict")
     request = Request(
         limits=limits,
@@ -355,14 +389,17 @@ def request_from(given: dict[str, Any]) -> Request:
         prove=given.pop("prove"),
         mount_cgroup2=given.pop("mount_cgroup2"),
     )
-    if not limits:
-        raise click.UsageError("no limit: give --download-limit, --upload-limit or both")
+    if not limits and network is None:
+        raise click.UsageError(
+            "no limit: give --download-limit, --upload-limit or both (or what is to be wrong with"
+            " the network: --profile, --loss, ...)"
+        )
     for direction in Direction:
         if direction not in limits and chosen[direction]:
             raise click.UsageError(f"--{direction}-backend needs --{direction}-limit")
     if Direction.UPLOAD not in limits and verdict != "auto":
         raise click.UsageError("--egress-verdict needs --upload-limit")
-    return request
+    return request.for_network(network)
 
 
 def _traffic(given: dict[str, Any]) -> Traffic:

@@ -42,12 +42,16 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Sample(NamedTuple):
-    """The readings at one moment. ``idle`` says why nothing passes, as a code and a text."""
+    """The readings at one moment. ``idle`` says why nothing passes, as a code and a text.
+
+    ``network`` says what was done to packets, where a bad network is in force.
+    """
 
     elapsed_s: float
     readings: Sequence[Reading]
     round_trip_ms: Optional[float] = None
     idle: Optional[Mapping[str, str]] = None
+    network: Optional[Mapping[str, Any]] = None
 
 
 class Output:
@@ -253,7 +257,8 @@ def _now() -> float:
 
 def _by_direction(sample: Sample) -> dict[str, Any]:
     rates = {str(reading.direction): reading.record() for reading in sample.readings}
-    return {"elapsed_s": round(sample.elapsed_s, 3), **rates}
+    network = {} if sample.network is None else {"network": sample.network}
+    return {"elapsed_s": round(sample.elapsed_s, 3), **rates, **network}
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:

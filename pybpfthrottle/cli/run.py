@@ -12,6 +12,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
 from pybpfthrottle import registry, throttle
+from pybpfthrottle.cli import conditions
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import Output
 from pybpfthrottle.cli.say import PROGRAM, say, say_error
@@ -27,6 +28,7 @@ from pybpfthrottle.throttle import Throttle
 
 if TYPE_CHECKING:
     from pybpfthrottle.cli.watch import Watch
+    from pybpfthrottle.conditions.network import Network
 
 _FAILED = 125
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -86,6 +88,9 @@ def _run(
         stack.callback(_end, live, own)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
+        network = conditions.begin(live, request.network, loopback=request.traffic.loopback)
+        if network is not None:
+            stack.callback(network.close)
         from pybpfthrottle.cli.watch import Watch
 
         watch = Watch(
@@ -97,6 +102,7 @@ def _run(
             quiet=request.quiet,
             prefix=PROGRAM,
             prove=request.prove,
+            network=network,
         )
         command.let_go()
         from pybpfthrottle.cli import background
@@ -108,7 +114,10 @@ def _run(
         if handed_over is not None:
             watch.note(handed_over)
         supervisor = stack.enter_context(Supervisor())
-        return _Run(command, live, watch, wait=wait).until_the_end(
+        if network is not None:
+            watch.note(f"Bad network: {network.asked}.")
+            supervisor.add(network.own_chores)
+        return _Run(command, live, watch, wait=wait, network=network).until_the_end(
             supervisor, signals, sent, request.duration_s
         )
 
@@ -160,11 +169,20 @@ def _handed_over(argv: Sequence[str]) -> Optional[str]:
 class _Run:
     """A running command and its limit, which may end earlier."""
 
-    def __init__(self, command: Command, live: Throttle, watch: Watch, *, wait: bool) -> None:
+    def __init__(
+        self,
+        command: Command,
+        live: Throttle,
+        watch: Watch,
+        *,
+        wait: bool,
+        network: Optional[Network] = None,
+    ) -> None:
         self._command = command
         self._live = live
         self._watch = watch
         self._wait = wait
+        self._network = network
         self._limited = True
         self._said: set[str] = set()
         self._status: Optional[int] = None
@@ -210,7 +228,8 @@ class _Run:
 
     def _say_notes(self) -> None:
         """Print each note, such as which processes have left the cgroup, once."""
-        for note in self._live.notes():
+        more = [] if self._network is None else self._network.notes()
+        for note in [*self._live.notes(), *more]:
             if note not in self._said:
                 self._said.add(note)
                 self._watch.note(note)
@@ -226,6 +245,8 @@ class _Run:
             )
             # Those in a cgroup are told when it is removed.
             pids = [] if self._live.cgroups else self._live.processes()
+            if self._network is not None:
+                self._network.close()
             self._live.remove()
             self._limited = False
             if pids and reason == "exited":

@@ -23,6 +23,7 @@ from pybpfthrottle.throttle import Throttle
 from pybpfthrottle.witness import RoundTrips
 
 if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Network
     from pybpfthrottle.proof import Proof, Prover
 
 log = Logger(__name__)
@@ -52,8 +53,10 @@ class Watch:
         several: bool = False,
         background: bool = False,
         prove: bool = False,
+        network: Optional[Network] = None,
     ) -> None:
         self._live = live
+        self._network = network
         self._pid = "-" if pid is None else str(pid)
         self._name = f" ({name})" if name else ""
         self._terminal = terminal
@@ -84,7 +87,8 @@ class Watch:
     def start(self, **fields: Any) -> None:
         """The limits are in force."""
         for recorder in self._recorders:
-            recorder.start(self._live, **fields)
+            about = {} if self._network is None else {"network": self._network.to_json()}
+            recorder.start(self._live, **fields, **about)
         if self._proves:
             from pybpfthrottle.proof import Prover
 
@@ -100,7 +104,7 @@ class Watch:
             self._passage.look()
             self._tell_if_not_working()
         reason = self._why_idle(readings)
-        self._line.draw(readings, reason.text if reason else "")
+        self._line.draw(readings, self._injected() or (reason.text if reason else ""))
         self._record(readings, reason)
         if self._prover is not None:
             self._tell(self._prover.sample())
@@ -111,6 +115,16 @@ class Watch:
                 *(self._backends[reading.direction].title, self._pid, self._cgroup_id()),
                 reading.counters,
             )
+
+    def _injected(self) -> str:
+        """Return what the network has done, for the live line; empty without one."""
+        if self._network is None or not self._line.enabled:
+            return ""
+        return "   ".join(self._network.told())
+
+    def _told_network(self) -> Optional[dict[str, Any]]:
+        """Return what the network has done, for JSON."""
+        return None if self._network is None else self._network.to_json()
 
     def _why_idle(self, readings: Sequence[Reading]) -> Optional[Reason]:
         """Return why nothing passes, where somebody reads it."""
@@ -123,7 +137,7 @@ class Watch:
             return
         idle = reason.to_json() if reason else None
         trip = self._round_trips.sample(_counted(readings))
-        sample = Sample(self._meter.elapsed_s, readings, trip, idle)
+        sample = Sample(self._meter.elapsed_s, readings, trip, idle, self._told_network())
         for recorder in self._recorders:
             recorder.sample(sample)
 
@@ -135,12 +149,18 @@ class Watch:
         last = self._meter.sample()
         readings = self._meter.total()
         for recorder in self._recorders:
-            samples = (Sample(self._meter.elapsed_s, one) for one in (last, readings))
+            network = self._told_network()
+            samples = (
+                Sample(self._meter.elapsed_s, one, network=network) for one in (last, readings)
+            )
             recorder.end(*samples, **fields)
         if self._quiet:
             return
         for reading in readings:
             self.say(reading.summary(self._meter.elapsed_s))
+        if self._network is not None:
+            for line in self._network.told():
+                self.say(line)
         if expect_traffic and not any(reading.counters.program_calls for reading in readings):
             self._say_why_nothing()
 

@@ -176,6 +176,19 @@ class Conditions:
         """Whether anything is wrong with the network."""
         return any(bool(getattr(self, each.name)) for each in fields(self))
 
+    @property
+    def is_by_chance(self) -> bool:
+        """Whether the seed makes a difference."""
+        both = (self.download, self.upload)
+        return any(
+            (one.loss is not None and not one.loss.nth)
+            or one.jitter_s
+            or one.duplicate
+            or one.reorder
+            or one.corrupt
+            for one in both
+        )
+
     def impairment(self, direction: Direction) -> Impairment:
         """Return what is done to the packets of a direction."""
         return self.download if direction is Direction.DOWNLOAD else self.upload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from secrets import randbelow
 from typing import Any, Optional
 
 from pybpfthrottle.backends.ebpf.options import Options
@@ -15,6 +16,9 @@ from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, T
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Chore, Driver, InThread
 from pybpfthrottle.throttle import Throttle, limits_of, start
+
+# Short enough to be typed again.
+_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Asked:
         named = profiles.find(profile) if profile else None
         rates = {name: given.pop(name) for name in profiles.RATES if name in given}
         wrong = {name: _text(name, value) for name, value in given.items() if value is not None}
+        if "seed" not in {*wrong, *(named.texts if named else ())}:
+            wrong["seed"] = str(randbelow(_SEEDS))
         limits: dict[Direction, Optional[Rate]] = dict.fromkeys(Direction)
         limits.update(named.rates if named else {})
         limits.update(limits_of(**rates))
@@ -47,7 +53,8 @@ class Asked:
         """Return its numbers for people, with the profile's name."""
         rates = [f"{one} {rate.written()}" for one, rate in self.limits.items() if rate]
         wrong = [texts.described(self.conditions)] if self.conditions else []
-        numbers = ", ".join([*rates, *wrong])
+        seed = [f"seed {self.conditions.download.seed}"] * self.conditions.is_by_chance
+        numbers = ", ".join([*rates, *wrong, *seed])
         return f"{self.profile}: {numbers}" if self.profile else numbers
 
 
@@ -128,10 +135,15 @@ class Network:
         """Return what was done to the packets of each direction until now."""
         return {direction: Done(hooks) for direction, hooks in self._hooks.counts().items()}
 
+    def told(self) -> list[str]:
+        """Return what was done to the packets of each direction, a line each, for people."""
+        return [f"{direction}: {done}" for direction, done in self.injected().items()]
+
     def to_json(self) -> dict[str, Any]:
         """Return what is asked for and what was done, for JSON."""
         done = {str(one): each.to_json() for one, each in self.injected().items()}
-        return {"network": str(self.asked), "seed": self.conditions.download.seed, "injected": done}
+        seed = self.conditions.download.seed
+        return {"profile": self.asked.profile, "asked": str(self.asked), "seed": seed, **done}
 
     def own_chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it, beside the throttle's chores."""

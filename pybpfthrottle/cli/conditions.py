@@ -1,0 +1,116 @@
+"""The options for a bad network, and the profiles that there are."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, TypeVar
+
+import click
+
+from pybpfthrottle.cli import completing
+from pybpfthrottle.errors import LimitError, SettingsError
+from pybpfthrottle.model import Direction, Rate
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Asked, Network
+    from pybpfthrottle.throttle import Throttle
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# By the names of what conditions are given by: what the option is followed by, and what it does.
+_HELP = {
+    "delay": ("TIME", "Delay what comes in by this time, such as 80ms: each round trip is longer."),
+    "jitter": ("TIME", "Let the delay vary by up to this time, such as 20ms, both ways."),
+    "loss": (
+        "SHARE",
+        "Lose packets both ways: 1% by chance, burst:1%,8 in bursts of 8, every:100 each 100th.",
+    ),
+    "download_loss": ("SHARE", "Lose packets that come in; as --loss."),
+    "upload_loss": ("SHARE", "Lose packets that go out; as --loss."),
+    "outage": ("TIME/TIME", "Let nothing through for 5s in each 60s (5s/60s), or always."),
+    "duplicate": ("SHARE", "Have this share of what comes in come twice."),
+    "reorder": (
+        "SHARE",
+        "Have this share of what comes in overtake others; see --delay.",
+    ),
+    "corrupt": ("SHARE", "Flip a bit in this share of what comes in."),
+    "block": (("refuse", "drop"), "Refuse new connections (refuse), or have them time out (drop)."),
+    "dns": (
+        ("lost", "slow"),
+        "Have names fail to be looked up: no answer (lost), or only to the second question (slow).",
+    ),
+    "seed": ("NUMBER", "Lose the same packets again as with this number before."),
+}
+
+
+def condition_options(function: F) -> F:
+    """Add the options for a bad network."""
+    for name, (what, text) in reversed(_HELP.items()):
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(what, str):
+            function = click.option(option, name, metavar=what, help=text)(function)
+        else:
+            function = click.option(option, name, type=click.Choice(what), help=text)(function)
+    option = click.option(
+        "--profile",
+        metavar="NAME",
+        shell_complete=completing.profiles,
+        help="Give a bad network by name, such as 3g: rates, delay, loss. See pybpfthrottle"
+        " profiles.",
+    )
+    made: F = option(function)
+    return made
+
+
+def asked_from(
+    given: dict[str, Any], limits: Mapping[Direction, Optional[Rate]]
+) -> Optional[Asked]:
+    """Take the options out of a command's; return what network they ask for, if any.
+
+    A usage error if they ask for what cannot be.
+    """
+    profile = given.pop("profile", None)
+    texts = {name: given.pop(name, None) for name in _HELP}
+    texts = {name: text for name, text in texts.items() if text is not None}
+    if not (profile or texts):
+        return None
+    from pybpfthrottle.conditions.network import Asked
+
+    rates = {str(direction): rate for direction, rate in limits.items()}
+    try:
+        return Asked.of(profile or "", **rates, **texts)
+    except (LimitError, SettingsError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def begin(throttle: Throttle, network: Optional[Asked], *, loopback: bool) -> Optional[Network]:
+    """Put a network in force on what a throttle is for, which stays the caller's to remove.
+
+    Raises ThrottleError, BpfError or CgroupError.
+    """
+    if network is None:
+        return None
+    from pybpfthrottle.conditions.network import Network
+
+    return Network(throttle, network, loopback=loopback, owned=False)
+
+
+def show_profiles(*, as_json: bool) -> None:
+    """Print the profiles, each with its numbers."""
+    from pybpfthrottle.cli.say import echo, echo_json
+    from pybpfthrottle.conditions import profiles
+
+    try:
+        found = profiles.all_profiles()
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        every = [one.to_json() for one in found.values()]
+        echo_json(json.dumps({"profiles": every, "files": profiles.files()}, indent=2))
+        return
+    width = max(map(len, found))
+    for one in found.values():
+        where = f"  ({one.source})" if one.source else ""
+        echo(f"{one.name:<{width}}  {one.numbers()}{where}")
+        if one.about:
+            echo(f"{'':<{width}}  {one.about}")
