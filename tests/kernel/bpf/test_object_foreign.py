@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
 import pytest
-from compiled import compiled
-from since import needs_command, since
+from compiled import FIXTURES, compiled
+from since import needs_command, needs_machine, since
 
+from pybpfthrottle import bpf
 from pybpfthrottle.bpf import descriptors, loader, maps, syscall
 from pybpfthrottle.bpf.abi import Cmd, MapInfo
 from pybpfthrottle.bpf.errors import MapCreateError, ObjectFileError, VerifierError
@@ -190,3 +192,16 @@ def test_a_too_complex_program_is_loaded_twice(monkeypatch):
     assert len(verified) == 2
     assert "object_complex.bpf.c:" in caught.value.source
     assert "; sum *= 3;" in caught.value.log
+
+
+@since("5.8")
+@pytest.mark.parametrize(("kind", "name"), [(bpf.PerfBuffer, "array"), (bpf.RingBuffer, "ring")])
+def test_an_object_of_pythonbpf_is_one_like_any_other(kind, name):
+    """What pythonbpf makes of Python is loaded and attached, and its maps and buffers are read."""
+    needs_machine("a little-endian machine", found=sys.byteorder == "little")
+    with bpf.load(FIXTURES / "pythonbpf" / "counts.bpfel.o") as loaded:
+        with loaded.programs["count"].attach(), kind(loaded.maps[name], "QQ") as buffer:
+            os.getpgid(0)
+            told = [process for process, _ in buffer.read(timeout_s=0)]
+        assert os.getpid() in told
+        assert loaded.maps["counts"].typed("Q", "Q")[os.getpid()] >= 1
