@@ -15,12 +15,9 @@ Sequence numbers have 32 bits, and are compared by their difference as a signed 
 from __future__ import annotations
 
 import ctypes
-import gc
-import json
 import mmap
 import os
 import select
-import signal
 import socket
 import struct
 import sys
@@ -37,7 +34,7 @@ from pybpfthrottle.backends.ebpf.records import (
 )
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
-from pybpfthrottle.linux import clock, libc
+from pybpfthrottle.linux import clock, helper, libc
 
 _MS = 1_000_000
 _SECOND_NS = 1000 * _MS
@@ -68,7 +65,6 @@ _SHORTEST_MEMORY_NS = 60_000 * _MS
 # After this many unanswered windows a connection is left to the kernel.
 _MAX_UNANSWERED = 2
 
-_PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
 _SO_MARK, _IP_PKTINFO = 36, 8
 _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 
@@ -78,8 +74,6 @@ _GATE_OF_ACK = struct.Struct("=I")
 _ACK = struct.Struct("=QQIIIIIIIIBBBx")  # struct throttle_ack without its packet
 # Signatures, and MPTCP's data sequence signals (the window there is the whole connection's).
 _FOREIGN_OPTIONS = {19, 29, 30}
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def signed(difference: int) -> int:
@@ -641,9 +635,7 @@ class Keeper:
 
     def tell(self, gate: Gate, **what: Any) -> None:
         """Tell the owner something of a gate."""
-        with suppress(OSError):
-            message = json.dumps({"gate": gate.number, **what})
-            self._owner.send(message.encode(), socket.MSG_DONTWAIT)
+        helper.report(self._owner, gate=gate.number, **what)
 
     def _turn(self) -> None:
         now = clock.monotonic_ns()
@@ -672,10 +664,10 @@ class Keeper:
 
     def _listen(self) -> bool:
         """Handle one of the owner's messages; return False if it is gone."""
-        data, fds, _, _ = socket.recv_fds(self._owner, 4096, 8)
-        if not data:
+        heard = helper.listen(self._owner)
+        if heard is None:
             return False
-        message = json.loads(data)
+        message, fds = heard
         if "network" in message:
             own = [socket.socket(fileno=fd) for fd in fds]
             self._networks[message["network"]] = Network(own[0], own[1] if len(own) > 1 else None)
@@ -711,22 +703,8 @@ class Keeper:
 
 def main(fd: int) -> None:
     """Keep the gates of the process at the other end of a Unix socket."""
-    for number in _SIGNALS:  # the owner ends it
-        signal.signal(number, signal.SIG_IGN)
-    name = ctypes.create_string_buffer(b"pybpft-keeper")
-    libc.prctl(_PR_SET_NAME, ctypes.addressof(name))
-    # By default the kernel coalesces timers within 50 us. Busy processes can wait.
-    with suppress(OSError):
-        libc.prctl(_PR_SET_TIMERSLACK, 1000)
-    with suppress(OSError):
-        os.nice(-20)
-    # With autogroup the CPU is shared by session: the niceness of the keeper's session counts.
-    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
-        autogroup.write("-20")
-    keeper = Keeper(socket.socket(fileno=fd))
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    keeper = Keeper(helper.begin(fd, "pybpft-keeper"))
+    helper.without_collector()
     with suppress(ConnectionError):
         keeper.run()
 

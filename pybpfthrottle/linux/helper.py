@@ -1,0 +1,233 @@
+"""A helper: a process of ours beside this one, for what has to be quick and must not wait for it.
+
+It has one end of a Unix socket, by which it is told what to do, and ends when the other end is
+closed: so it also ends after its owner was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Callable, ClassVar, Iterable, Mapping, Optional, TypeVar
+
+from pybpfthrottle.linux import libc, process
+from pybpfthrottle.logger import Logger
+
+log = Logger(__name__)
+
+_END_S = 2.0
+_MOST_STARTS = 5
+_MESSAGE_BYTES = 4096
+_PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+H = TypeVar("H", bound="SharedHelper")
+
+
+class SharedHelper:
+    """The owner's side: one helper process for all its users in this process.
+
+    It starts with the first user and ends with the last. As a chore it replaces a helper that has
+    died. A class of helpers has a ``title`` for people, and the ``module`` whose ``main`` is called
+    with the number of the helper's socket.
+    """
+
+    title: ClassVar[str]
+    module: ClassVar[str]
+    _sharing: ClassVar[threading.Lock] = threading.Lock()
+    _shared: ClassVar[Optional[SharedHelper]] = None
+
+    # Why it is not there any more.
+    ended: Optional[str] = None
+
+    @classmethod
+    def join(cls: type[H]) -> H:
+        """Return the helper of this process, begun to be started if there is none.
+
+        Each call needs one of ``leave``. Raises OSError if no helper can be started.
+        """
+        with cls._sharing:
+            shared = cls._shared
+            # A process that was forked has the handle of its parent's helper.
+            if (
+                not isinstance(shared, cls)
+                or shared._owner != os.getpid()
+                or shared.ended is not None
+            ):
+                shared = cls._shared = cls()
+            shared._users += 1
+            return shared
+
+    def leave(self) -> None:
+        """Give up a helper; without users it ends."""
+        with self._sharing:
+            self._users -= 1
+            if self._users:
+                return
+            if type(self)._shared is self:
+                type(self)._shared = None
+        with self._busy:
+            if self.ended is None:
+                self.ended = "no limit needs it any more"
+                self._end_process()
+            self._close()
+
+    def __init__(self) -> None:
+        """Begin to start the process. Raises OSError if that is impossible."""
+        self._owner = os.getpid()
+        self._users = self._starts = 0
+        self.due_s = math.inf
+        # Changes and the chore may be in different threads.
+        self._busy = threading.RLock()
+        self._start()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket that the helper reports on."""
+        return self._socket.fileno() if self.ended is None else -1
+
+    def run(self) -> None:
+        """Do what the helper asks for, or replace it if it has died."""
+        with self._busy:
+            if self.ended is None and not self._listen():
+                self._restart()
+
+    def wait_until(self, is_done: Callable[[], bool], patience_s: float) -> None:
+        """Wait for a time at most until the helper has told something."""
+        deadline_s = time.monotonic() + patience_s
+        while not is_done() and self.ended is None:
+            wait_s = deadline_s - time.monotonic()
+            if wait_s <= 0 or not select.select([self._socket], [], [], wait_s)[0]:
+                return
+            self.run()
+
+    def tell(self, message: Mapping[str, Any], fds: Iterable[int] = ()) -> None:
+        """Send the helper a message, and copies of descriptors."""
+        # It has died, and the next run replaces it; or it hangs, and nobody waits for it.
+        with suppress(ConnectionError, BlockingIOError):
+            socket.send_fds(self._socket, [json.dumps(message).encode()], list(fds))
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        """Handle one of the helper's messages."""
+        raise NotImplementedError
+
+    def _introduce(self) -> None:
+        """Tell a helper that replaces another one all that the other one knew."""
+        raise NotImplementedError
+
+    def _abandon(self) -> None:
+        """Have the kernel wait no longer for a helper that has ended."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Close what was shared with the helper."""
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        import subprocess  # which takes a moment, and most limits need no helper
+
+        self._starts += 1
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The helper needs no other package.
+        environment = {**os.environ, "PYTHONPATH": process.PACKAGE_ROOT}
+        program = f"from {self.module} import main; main({other.fileno()})"
+        with other:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-S", "-c", program],
+                    pass_fds=[other.fileno()],
+                    env=environment,
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except (OSError, ValueError):
+                self._socket.close()
+                raise
+        self._socket.setblocking(False)
+
+    def _restart(self) -> None:
+        code = self._end_process()
+        log.warning("%s has ended (exit status %s)", self.title, code)
+        if self._starts >= _MOST_STARTS:
+            self.ended = f"{self._starts} times, at last with exit status {code}"
+            return
+        try:
+            self._start()
+        except (OSError, ValueError) as error:
+            self.ended = str(error)
+            return
+        self._introduce()
+
+    def _end_process(self) -> Optional[int]:
+        from subprocess import TimeoutExpired
+
+        self._socket.close()
+        try:
+            self._process.wait(_END_S)
+        except TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._abandon()
+        return self._process.returncode
+
+    def _listen(self) -> bool:
+        """Read the helper's messages; return False if it is gone."""
+        with suppress(BlockingIOError):
+            while True:
+                try:
+                    data = self._socket.recv(_MESSAGE_BYTES)
+                except ConnectionError:
+                    return False
+                if not data:
+                    return False
+                self._hear(json.loads(data))
+        return True
+
+
+def begin(fd: int, name: str) -> socket.socket:
+    """Make this process a helper, as quick as may be; return its end of the owner's socket.
+
+    ``name`` is shown by ps, and has 15 characters at most.
+    """
+    for number in _SIGNALS:  # the owner ends it
+        signal.signal(number, signal.SIG_IGN)
+    shown = ctypes.create_string_buffer(name.encode())
+    libc.prctl(_PR_SET_NAME, ctypes.addressof(shown))
+    # By default the kernel coalesces timers within 50 us. Busy processes can wait.
+    with suppress(OSError):
+        libc.prctl(_PR_SET_TIMERSLACK, 1000)
+    with suppress(OSError):
+        os.nice(-20)
+    # With autogroup the CPU is shared by session: the niceness of the helper's session counts.
+    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+        autogroup.write("-20")
+    return socket.socket(fileno=fd)
+
+
+def without_collector() -> None:
+    """Collect garbage once and never again: collecting takes milliseconds."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def listen(owner: socket.socket, fds: int = 8) -> Optional[tuple[Any, list[int]]]:
+    """Return the owner's next message, and its descriptors; None if the owner is gone."""
+    data, received, _, _ = socket.recv_fds(owner, _MESSAGE_BYTES, fds)
+    return (json.loads(data), list(received)) if data else None
+
+
+def report(owner: socket.socket, **what: Any) -> None:
+    """Tell the owner something, unless it does not listen."""
+    with suppress(OSError):
+        owner.send(json.dumps(what).encode(), socket.MSG_DONTWAIT)
