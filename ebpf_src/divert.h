@@ -26,16 +26,6 @@ enum divert_mark {
 	DIVERT_TAKEN = 0x70594454,
 };
 
-/* What the keeper and the programs of all its diversions share. */
-struct divert_keeper {
-	__u32 alive;
-	__u32 ring_bytes;
-	__u64 oldest_ns;   /* when the first packet was taken that the keeper has not seen, or 0 */
-	__u64 next_due_ns; /* when the keeper has to give back the next one, or 0 */
-	__u64 asked_ns;
-	__u32 namespaces[DIVERT_NAMESPACES];
-};
-
 /* One diversion. User space writes the first four, the programs the rest, which are counts. */
 struct divert_state {
 	__u32 id;
@@ -79,6 +69,25 @@ struct divert_packet {
 	struct divert_translation wire;
 	__u32 unused;
 	__u8 packet[];
+};
+
+/* Nothing has this type. It has what no map's value tells in the object's BTF. */
+union divert_constants {
+	struct divert_packet packet;
+	enum divert_bounds bounds;
+	enum divert_tag tag;
+	enum divert_mark mark;
+};
+
+/* What the keeper and the programs of all its diversions share. */
+struct divert_keeper {
+	__u32 alive;
+	__u32 ring_bytes;
+	__u64 oldest_ns;   /* when the first packet was taken that the keeper has not seen, or 0 */
+	__u64 next_due_ns; /* when the keeper has to give back the next one, or 0 */
+	__u64 asked_ns;
+	__u32 namespaces[DIVERT_NAMESPACES];
+	union divert_constants constants[0]; /* takes no room */
 };
 
 #endif

@@ -37,6 +37,7 @@ always_inline int is_marked_multipath(void *sk)
 	return 1;
 }
 
+#ifndef MARKS_ONLY
 SEC("cgroup_skb/ingress") int pybpft_mingress(struct __sk_buff *skb)
 {
 	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
@@ -97,3 +98,4 @@ SEC("cgroup/sock_create") int pybpft_create(struct bpf_sock *ctx)
 		bpf_sk_storage_get(&MARKS, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	return 1;
 }
+#endif

@@ -24,6 +24,7 @@
     ├── ThrottleError                  a throttle that was refused, or is gone
     │   ├── BackendError               what one backend cannot do here; another one may
     │   ├── NoMarksError               single processes cannot be limited here, cgroups can
+    │   ├── DiversionError             packets cannot be held and given back here
     │   └── ShareError                 what a group or its members ask for cannot be
     ├── LaunchError                    a command that could not be started; .status is a shell's
     ├── ServiceError                   a service that cannot be limited or installed by systemd
@@ -62,6 +63,7 @@ __all__ = [
     "CgroupError",
     "CompileError",
     "DemoError",
+    "DiversionError",
     "Error",
     "ExternError",
     "LaunchError",
@@ -128,6 +130,10 @@ class BackendError(ThrottleError):
 
 class NoMarksError(ThrottleError):
     """Sockets cannot be marked here, so single processes cannot be limited; cgroups can."""
+
+
+class DiversionError(ThrottleError):
+    """Packets cannot be held and given back here: no TAP device, or no rights to make one."""
 
 
 class ShareError(ThrottleError):

@@ -94,6 +94,10 @@ class Ring:
         self._data = memoryview(rest)[_PAGE:]
         self._heads = self._data.cast("I")
 
+    def is_empty(self) -> bool:
+        """Whether there are no records, and none that is being written."""
+        return bool(self._consumed[0] == self._produced[0])
+
     def records(self) -> Iterator[memoryview]:
         """Yield the new records; each is valid until the next is requested."""
         position = self._consumed[0]

@@ -21,6 +21,7 @@ from pybpfthrottle.bpf.abi import AttachType, MapType, ProgType
 from pybpfthrottle.bpf.obj import elf, relocate, stored
 from pybpfthrottle.bpf.obj.btf import ENUMS, Kind
 from pybpfthrottle.conditions import records as conditions
+from pybpfthrottle.diversion import diverted
 from pybpfthrottle.errors import ObjectFileError
 from pybpfthrottle.model import Direction
 from pybpfthrottle.traffic import Scope
@@ -56,7 +57,8 @@ def rows(spec):
 
 def test_the_manifest_lists_all_objects():
     """Each object beside the manifest is in it, and none is missing."""
-    files = {f"{name}.{target}.o" for name in programs.OBJECTS for target in ("bpfel", "bpfeb")}
+    names = (*programs.OBJECTS, diverted.OBJECT)
+    files = {f"{name}.{target}.o" for name in names for target in ("bpfel", "bpfeb")}
     assert {path.name for path in PREBUILT.glob("*.o")} == set(MANIFEST["objects"]) == files
 
 

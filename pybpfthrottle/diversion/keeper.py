@@ -1,0 +1,311 @@
+"""The diversion's keeper: a process that holds packets back, and gives them back when they are due.
+
+The programs of divert.bpf.c copy them into a ring buffer and drop them. What becomes of each is
+decided when it is read, by the time at which it was taken: so it does not matter when the keeper
+gets to it. In between they are in a heap by the time at which they are due.
+
+The keeper alone holds the links of the programs and the devices by which packets come back. Nothing
+of them is left when it ends, in whatever way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import mmap
+import os
+import select
+import socket
+import struct
+from contextlib import suppress
+from typing import Any, Iterable, NamedTuple, Optional, Sequence
+
+from pybpfthrottle.backends.ebpf.keeper import Ring
+from pybpfthrottle.diversion import impairing, tap
+from pybpfthrottle.diversion.impairing import Impairing
+from pybpfthrottle.diversion.packets import Packet
+from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState
+from pybpfthrottle.diversion.tally import Count, Tally
+from pybpfthrottle.linux import clock, helper, libc
+
+# Packets that are read, and that are given back, before the other has its turn.
+_BATCH = 64
+# What comes later than this helps nobody: the sender has sent it once more.
+_LATEST_NS = 1_000_000_000
+# Of all diversions: as much as 10 Gbit/s have on their way in 200 ms.
+_MOST_BYTES = 256 << 20
+# An address may be changed.
+_ADDRESS_NS = 1_000_000_000
+
+_HEAD = struct.Struct("=QIIIIIHH")  # struct divert_packet up to the translation
+_WIRE = struct.Struct("=16s16sHH")
+_PORTS = struct.Struct("=HH")
+_PACKET_AT = ctypes.sizeof(DivertPacket)
+
+
+class Network(NamedTuple):
+    """The device in a network namespace, and what is to be closed with it."""
+
+    device: int
+    control: int
+    has_udp: bool
+    held: Sequence[int]
+
+
+class Line:
+    """One diversion."""
+
+    def __init__(self, state: int, tally: int, links: Sequence[int], told: Any) -> None:
+        self._memory = mmap.mmap(state, mmap.PAGESIZE)
+        self.state = DivertState.from_buffer(self._memory)
+        self.tally = Tally(tally)
+        self.impairing = Impairing(impairing.from_json(told))
+        self._fds = [state, *links]
+
+    def close(self) -> None:
+        """Let go of its programs, which detaches them."""
+        for fd in self._fds:
+            os.close(fd)
+        self.tally.close()
+
+
+class Held(NamedTuple):
+    """A packet that waits; ``number`` keeps the order of those that are due at the same time."""
+
+    due_ns: int
+    number: int
+    at_ns: int
+    packets: int
+    line: Line
+    device: int
+    frame: bytes
+
+
+class Keeper:
+    """The loop over the owner's messages, packets and the clock."""
+
+    def __init__(self, owner: socket.socket) -> None:
+        self._owner = owner
+        self._lines: dict[int, Line] = {}
+        self._networks: dict[int, Network] = {}
+        self._settings: list[int] = []
+        self._addresses: dict[tuple[int, int], tuple[int, bytes]] = {}
+        self._heap: list[Held] = []
+        self._held_bytes = self._number = self._armed_ns = 0
+        self._ring: Optional[Ring] = None
+        self._shared = DivertKeeper()
+        self._timer = libc.timerfd_create()
+        self._epoll = select.epoll()
+        self._epoll.register(self._timer, select.EPOLLIN)
+        self._epoll.register(owner, select.EPOLLIN)
+
+    def run(self) -> None:
+        """Serve until the owner is gone."""
+        is_idle = True
+        try:
+            while True:
+                ready = {fd for fd, _ in self._epoll.poll(-1 if is_idle else 0)}
+                if self._owner.fileno() in ready and not self._listen():
+                    return
+                if self._timer in ready:
+                    with suppress(BlockingIOError):
+                        os.read(self._timer, 8)
+                is_idle = self._turn()
+        finally:
+            self._drain(list(self._lines.values()))
+            self._shared.alive = 0
+            tap.restore(self._settings)
+
+    def _turn(self) -> bool:
+        """Read packets, and give some back; return whether that was all."""
+        self._shared.oldest_ns = 0
+        taken = self._take(_BATCH)
+        given = self._give(_BATCH)
+        if taken == _BATCH or given == _BATCH:
+            return False
+        # A packet that was taken and read in this turn has set it as well. Left so, the next one
+        # would be thought to come when the keeper does not keep up.
+        self._shared.oldest_ns = 0
+        if self._ring is not None and not self._ring.is_empty():
+            return False
+        due_ns = self._heap[0].due_ns if self._heap else 0
+        self._shared.next_due_ns = due_ns
+        if due_ns != self._armed_ns:
+            wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else 0
+            libc.timerfd_settime(self._timer, wait_ns)
+            self._armed_ns = due_ns
+        return True
+
+    def _take(self, most: int) -> int:
+        """Read so many packets at most; return how many there were."""
+        taken = 0
+        if self._ring is not None:
+            for record in self._ring.records():
+                self._record(record)
+                taken += 1
+                if taken == most:
+                    break
+        return taken
+
+    def _record(self, record: memoryview) -> None:
+        at_ns, number, length, device, segment, inode, tag, is_translated = _HEAD.unpack_from(
+            record
+        )
+        if not length:
+            helper.report(self._owner, unserved=inode)
+            return
+        line, network = self._lines.get(number), self._networks.get(inode)
+        if line is None or network is None:  # it was in the ring by then
+            return
+        packet = Packet(bytearray(record[_PACKET_AT : _PACKET_AT + length]), segment)
+        if is_translated:
+            _translate(packet, record)
+        line.tally.counts[Count.SEEN] += packet.count
+        address = self._address(inode, network.control, device, at_ns)
+        for one in packet.split() if _is_split(packet, line, network) else (packet,):
+            self._decide(line, one, at_ns, network.device, (address, tag, device))
+
+    def _decide(
+        self, line: Line, packet: Packet, at_ns: int, device: int, way: tuple[bytes, int, int]
+    ) -> None:
+        fate = line.impairing.decide(at_ns)
+        counts = line.tally.counts
+        if not fate.copies:
+            counts[Count.LOST] += packet.count
+            return
+        if fate.is_early:
+            counts[Count.REORDERED] += 1
+        if fate.is_damaged:
+            counts[Count.CORRUPTED] += 1
+            packet.damage(line.impairing.below)
+        counts[Count.DUPLICATED] += fate.copies - 1
+        frame = packet.frame(*way)
+        for _ in range(fate.copies):
+            if self._held_bytes + len(frame) > _MOST_BYTES:
+                counts[Count.FULL_DROPPED] += packet.count
+                continue
+            self._held_bytes += len(frame)
+            self._number += 1
+            held = Held(fate.due_ns, self._number, at_ns, packet.count, line, device, frame)
+            heapq.heappush(self._heap, held)
+
+    def _address(self, inode: int, control: int, device: int, now_ns: int) -> bytes:
+        until_ns, address = self._addresses.get((inode, device), (0, b""))
+        if now_ns >= until_ns:
+            address = tap.address_of(control, device)
+            self._addresses[inode, device] = now_ns + _ADDRESS_NS, address
+        return address
+
+    def _give(self, most: int) -> int:
+        """Give back so many packets at most that are due; return how many there were."""
+        given = 0
+        while self._heap and given < most:
+            now_ns = clock.monotonic_ns()
+            if self._heap[0].due_ns > now_ns:
+                break
+            self._shared.next_due_ns = 0
+            held = heapq.heappop(self._heap)
+            given += 1
+            if now_ns - held.due_ns > _LATEST_NS:
+                self._held_bytes -= len(held.frame)
+                held.line.tally.counts[Count.LATE_DROPPED] += held.packets
+            else:
+                self._write(held, now_ns)
+        return given
+
+    def _write(self, held: Held, now_ns: int) -> None:
+        self._held_bytes -= len(held.frame)
+        try:
+            os.write(held.device, held.frame)
+        except OSError:
+            held.line.tally.counts[Count.REFUSED] += held.packets
+            return
+        held.line.tally.delivered(now_ns - held.at_ns, held.packets)
+
+    def _drain(self, lines: Iterable[Line]) -> None:
+        """Give back at once, in order, all that is held for some diversions, and hold no more."""
+        lines = list(lines)
+        self._take_all()
+        self._give_all(lines)
+        for line in lines:
+            line.state.on = 0
+        # What was taken until then.
+        self._take_all()
+        self._give_all(lines)
+
+    def _take_all(self) -> None:
+        while self._take(_BATCH) == _BATCH:
+            pass
+
+    def _give_all(self, lines: Sequence[Line]) -> None:
+        now_ns = clock.monotonic_ns()
+        given = sorted(held for held in self._heap if held.line in lines)
+        self._heap = [held for held in self._heap if held.line not in lines]
+        heapq.heapify(self._heap)
+        for held in given:
+            self._write(held, now_ns)
+
+    def _listen(self) -> bool:
+        """Handle one of the owner's messages; return False if it is gone."""
+        heard = helper.listen(self._owner, _MOST_DESCRIPTORS)
+        if heard is None:
+            return False
+        message, fds = heard
+        if "ring" in message:
+            self._begin(message["ring"], *fds)
+        elif "network" in message:
+            device, control, *held = fds
+            inode = message["network"]
+            self._networks[inode] = Network(device, control, message["udp"], held)
+            self._shared.namespaces[message["index"]] = inode
+        elif "settings" in message:
+            tap.restore(self._settings)
+            self._settings = fds
+        elif "open" in message:
+            state, tally, *links = fds
+            self._lines[message["open"]] = Line(state, tally, links, message["impairment"])
+            self._shared.alive = 1
+            helper.report(self._owner, opened=message["open"])
+        elif "change" in message:
+            self._lines[message["change"]].impairing.change(
+                impairing.from_json(message["impairment"])
+            )
+        elif "close" in message:
+            self._end(message["close"])
+        return True
+
+    def _begin(self, size: int, shared: int, ring: int) -> None:
+        self._shared = DivertKeeper.from_buffer(mmap.mmap(shared, mmap.PAGESIZE))
+        self._ring = Ring(ring, size)
+        self._epoll.register(ring, select.EPOLLIN)
+
+    def _end(self, number: int) -> None:
+        line = self._lines.get(number)
+        if line is not None:
+            self._drain([line])
+            del self._lines[number]
+            line.close()
+        helper.report(self._owner, closed=number)
+
+
+# More than any message has.
+_MOST_DESCRIPTORS = 64
+
+
+def _translate(packet: Packet, record: memoryview) -> None:
+    """Have a packet the ends that it had on the wire."""
+    remote, local, remote_port, local_port = _WIRE.unpack_from(record, _HEAD.size)
+    size = 4 if packet.version == 4 else 16
+    packet.translate(remote[:size], local[:size], _PORTS.pack(remote_port, local_port))
+
+
+def _is_split(packet: Packet, line: Line, network: Network) -> bool:
+    return line.impairing.splits or not (packet.is_tcp or network.has_udp)
+
+
+def main(fd: int) -> None:
+    """Keep the diversions of the process at the other end of a Unix socket."""
+    keeper = Keeper(helper.begin(fd, "pybpfd-keeper"))
+    helper.without_collector()
+    with suppress(ConnectionError):
+        keeper.run()

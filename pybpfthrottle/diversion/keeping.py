@@ -1,0 +1,211 @@
+"""The owner's side of the diversion's keeper: one keeper process for all diversions of this one."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+
+from pybpfthrottle.backends.ebpf import programs
+from pybpfthrottle.bpf import loader, maps
+from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.conditions.model import Impairment
+from pybpfthrottle.diversion import impairing, tap
+from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper
+from pybpfthrottle.diversion.tally import Tally
+from pybpfthrottle.errors import Error
+from pybpfthrottle.linux import netns
+from pybpfthrottle.linux.helper import SharedHelper
+from pybpfthrottle.logger import Logger
+
+log = Logger(__name__)
+
+OBJECT = "divert"
+_BACK = "pybpfd_back"
+_READY_S, _DRAINED_S = 2.0, 2.0
+
+
+class Kept:
+    """A diversion that the keeper serves. ``attach`` attaches its programs anew."""
+
+    def __init__(
+        self,
+        state: Map[Any, Any],
+        tally: Tally,
+        attach: Callable[[], Sequence[Link]],
+        wanted: Impairment,
+        loopback: bool,
+    ) -> None:
+        self.state = state
+        self.tally = tally
+        self.attach = attach
+        self.wanted = wanted
+        self.loopback = loopback
+        self.is_open = self.is_closed = False
+        self.refused: Optional[str] = None
+
+
+class DiversionKeeper(SharedHelper):
+    """The keeper process of this process's diversions.
+
+    As a chore it also gives the keeper a device in each network namespace where packets come in.
+    """
+
+    title = "The keeper of delayed packets"
+    module = "pybpfthrottle.diversion.keeper"
+
+    def __init__(self) -> None:
+        """Begin to start the process. Raises OSError, BpfError or ObjectFileError."""
+        self._numbers = 0
+        self._kept: dict[int, Kept] = {}
+        # By the index in the record that the programs read.
+        self._networks: list[int] = []
+        self._settings: list[int] = []
+        self.unserved: dict[int, str] = {}
+        spec = programs.read(OBJECT)
+        with ExitStack() as undo:
+            self._back = undo.enter_context(loader.load(spec, [_BACK]))
+            self.shared = undo.enter_context(maps.create(spec.maps[KEEPER]))
+            self.ring = undo.enter_context(maps.create(spec.maps[RING]))
+            self._closing = undo
+            super().__init__()
+            self._tell_ring()
+            self._closing = undo.pop_all()
+
+    def number(self) -> int:
+        """Return a number for a new diversion."""
+        with self._busy:
+            self._numbers += 1
+            return self._numbers
+
+    def serve(self, number: int, kept: Kept, networks: Iterable[int]) -> None:
+        """Have the keeper serve a diversion, and wait until it does.
+
+        ``networks`` are the namespaces where it is sure to be needed. Raises AttachError,
+        CgroupError or OSError.
+        """
+        with self._busy:
+            for inode in networks:
+                self._serve_network(inode)
+            self._kept[number] = kept
+            try:
+                if kept.loopback:
+                    self._let_loopback_in()
+                self._open(number, kept)
+            except BaseException:
+                del self._kept[number]
+                raise
+        self.wait_until(lambda: kept.is_open, _READY_S)
+
+    def change(self, number: int, wanted: Impairment) -> None:
+        """Have what comes from now on impaired in another way."""
+        with self._busy:
+            self._kept[number].wanted = wanted
+            self.tell({"change": number, "impairment": impairing.to_json(wanted)})
+
+    def drop(self, number: int) -> None:
+        """Have the keeper give back what it holds for a diversion, and forget it."""
+        kept = self._kept[number]
+        with self._busy:
+            self.tell({"close": number})
+        self.wait_until(lambda: kept.is_closed, _DRAINED_S)
+        with self._busy:
+            del self._kept[number]
+            if self._settings and not any(each.loopback for each in self._kept.values()):
+                self._restore()
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        if "unserved" in message:
+            self._serve_network(message["unserved"])
+        for state in ("opened", "closed"):
+            kept = self._kept.get(message.get(state, 0))
+            if kept is not None:
+                kept.is_open, kept.is_closed = state == "opened", state == "closed"
+
+    def _introduce(self) -> None:
+        networks, self._networks = self._networks, []
+        self._tell_ring()
+        for inode in networks:
+            self._serve_network(inode)
+        if self._settings:
+            self.tell({"settings": True}, self._settings)
+        for number, kept in self._kept.items():
+            try:
+                self._open(number, kept)
+            except (Error, OSError) as error:
+                kept.refused = str(error)
+                log.warning("Packets are delayed no longer: %s", error)
+
+    def _abandon(self) -> None:
+        shared = self.shared.typed(U32, StructureCodec(DivertKeeper))
+        shared[0] = DivertKeeper()
+
+    def _close(self) -> None:
+        self._restore()
+        self._closing.close()
+
+    def _open(self, number: int, kept: Kept) -> None:
+        with ExitStack() as closing:
+            # The keeper alone has them: when it ends, however, nothing is diverted any more.
+            links = [closing.enter_context(link) for link in kept.attach()]
+            self.tell(
+                {"open": number, "impairment": impairing.to_json(kept.wanted)},
+                [kept.state.fd, kept.tally.fd, *(link.fd for link in links)],
+            )
+
+    def _serve_network(self, inode: int) -> None:
+        """Give the keeper a device in a network namespace, unless it has one."""
+        if inode in self._networks or inode in self.unserved:
+            return
+        if len(self._networks) == DivertBounds.DIVERT_NAMESPACES:
+            self.unserved[inode] = f"{len(self._networks)} network namespaces are served already"
+            return
+        try:
+            made = self._inside(inode, lambda: tap.create(self._back.programs[_BACK]))
+        except OSError as error:
+            self.unserved[inode] = f"no device can be made in its network namespace: {error}"
+            log.warning("Packets pass undelayed: %s", self.unserved[inode])
+            return
+        index = len(self._networks)
+        self._networks.append(inode)
+        message = {"network": inode, "index": index, "udp": made.has_udp}
+        self.tell(message, made.fds())
+        made.close()
+        if any(kept.loopback for kept in self._kept.values()):
+            self._let_loopback_in()
+
+    def _let_loopback_in(self) -> None:
+        for inode in self._networks:
+            self._settings += self._inside(inode, tap.let_loopback_in)
+        # The keeper restores them if this process cannot.
+        self.tell({"settings": True}, self._settings)
+
+    def _restore(self) -> None:
+        settings, self._settings = self._settings, []
+        tap.restore(settings)
+        if self.ended is None:
+            self.tell({"settings": False})
+
+    def _inside(self, inode: int, work: Callable[[], Any]) -> Any:
+        namespace = netns.open_by_number(inode)
+        if namespace is None:
+            raise OSError("it is gone, or cannot be seen from here")
+        try:
+            return netns.inside(namespace, work)
+        finally:
+            os.close(namespace)
+
+    def _tell_ring(self) -> None:
+        size = self.ring.info().max_entries
+        self.tell({"ring": size}, [self.shared.fd, self.ring.fd])
+
+
+def networks_of(pids: Iterable[int]) -> list[int]:
+    """Return the network namespaces of processes; this process's own if there are none."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended, or may not be looked into
+            found.add(netns.number(pid))
+    return sorted(found) or [netns.number()]

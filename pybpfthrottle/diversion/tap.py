@@ -1,0 +1,163 @@
+"""The device of a network namespace by which packets come back, and what loopback needs for it.
+
+Nothing but the keeper writes to it, it has no address, and it ends with its last descriptor.
+Source: Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h and sockios.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from contextlib import ExitStack, suppress
+from typing import NamedTuple, Optional, Sequence
+
+from pybpfthrottle.bpf import links, tc
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.programs import Program
+
+_TUN = "/dev/net/tun"
+# The direction of an ioctl is spelled in another way on some machines (asm/ioctl.h).
+_WRITES = 0x80000000 if os.uname().machine.startswith(("mips", "ppc", "sparc")) else 0x40000000
+_TUNSETIFF, _TUNSETOFFLOAD = _WRITES | 0x454CA, _WRITES | 0x454D0
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_TUN_F_CSUM, _TUN_F_USO4, _TUN_F_USO6 = 0x01, 0x20, 0x40
+_SIOCGIFNAME, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8910, 0x8913, 0x8914
+_SIOCSIFMTU, _SIOCGIFHWADDR, _SIOCGIFINDEX = 0x8922, 0x8927, 0x8933
+_IFF_UP = 1
+_NAME = b"pybpfd%d"
+# With the header of Ethernet, 64 KB less one byte.
+_LARGEST_BYTES = 65521
+_NAME_BYTES, _REQUEST_BYTES = 16, 40
+_ADDRESS = slice(18, 24)  # in struct ifreq, behind the name and the kind of address
+
+# Without these, packets with addresses of this machine vanish when they come in from outside; and
+# 127/8 is only for those that are sent here.
+_SETTINGS = ("accept_local", "route_localnet")
+_OFF = b"0"
+
+
+class Tap(NamedTuple):
+    """A device, in descriptors. ``link`` is that of its program, or None where tc has it.
+
+    ``control`` is a socket in its namespace, and ``has_udp`` whether it takes segmented UDP.
+    """
+
+    device: int
+    control: socket.socket
+    link: Optional[Link]
+    has_udp: bool
+
+    def close(self) -> None:
+        """Close all descriptors; with the last copies of them the device ends."""
+        os.close(self.device)
+        self.control.close()
+        if self.link is not None:
+            self.link.close()
+
+    def fds(self) -> list[int]:
+        """Return the descriptors: the device, the socket, and the link if there is one."""
+        own = [self.device, self.control.fileno()]
+        return own if self.link is None else [*own, self.link.fd]
+
+
+def create(back: Program) -> Tap:
+    """Create one in this thread's network namespace; ``back`` handles what is written to it.
+
+    Needs CAP_NET_ADMIN there. Raises OSError.
+    """
+    with ExitStack() as undo:
+        device = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        undo.callback(os.close, device)
+        control = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        request = _request(_NAME, struct.pack("=H", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+        name = fcntl.ioctl(device, _TUNSETIFF, request)[:_NAME_BYTES].rstrip(b"\0")
+        has_udp = _takes_udp(device)
+        # It is to say nothing by itself. /proc/sys may be read-only, and then nobody listens.
+        with (
+            suppress(OSError),
+            open(f"/proc/sys/net/ipv6/conf/{name.decode()}/disable_ipv6", "w") as file,
+        ):
+            file.write("1")
+        fcntl.ioctl(control, _SIOCSIFMTU, _request(name, struct.pack("=i", _LARGEST_BYTES)))
+        (flags,) = struct.unpack_from(
+            "=h", fcntl.ioctl(control, _SIOCGIFFLAGS, _request(name)), _NAME_BYTES
+        )
+        # Before it is up, so that nothing of it gets further.
+        link = _attach(back, control, name)
+        if link is not None:
+            undo.callback(link.close)
+        up = _request(name, struct.pack("=h", flags | _IFF_UP))
+        fcntl.ioctl(control, _SIOCSIFFLAGS, up)
+        undo.pop_all()
+    return Tap(device, control, link, has_udp)
+
+
+def _attach(back: Program, control: socket.socket, name: bytes) -> Optional[Link]:
+    answer = fcntl.ioctl(control, _SIOCGIFINDEX, _request(name))
+    (index,) = struct.unpack_from("=i", answer, _NAME_BYTES)
+    try:
+        return links.create_link(back, index, AttachType.TCX_INGRESS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # before Linux 6.6
+            raise
+    # It ends with its device, which nobody else attaches to.
+    tc.attach(back, index, AttachType.TCX_INGRESS)
+    return None
+
+
+def _takes_udp(device: int) -> bool:
+    """Whether UDP that is still to be segmented may be written to a device (Linux 6.2)."""
+    try:
+        fcntl.ioctl(device, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_USO4 | _TUN_F_USO6)
+    except OSError:
+        return False
+    fcntl.ioctl(device, _TUNSETOFFLOAD, 0)
+    return True
+
+
+def address_of(control: int, index: int) -> bytes:
+    """Return the Ethernet address of the device with an index in a socket's namespace.
+
+    Devices that have none have zeros, as has a device that is gone.
+    """
+    try:
+        request = struct.pack(f"={_NAME_BYTES}si", b"", index).ljust(_REQUEST_BYTES, b"\0")
+        name = fcntl.ioctl(control, _SIOCGIFNAME, request)[:_NAME_BYTES].rstrip(b"\0")
+        return fcntl.ioctl(control, _SIOCGIFHWADDR, _request(name))[_ADDRESS]
+    except OSError:
+        return bytes(6)
+
+
+def _request(name: bytes, value: bytes = b"") -> bytes:
+    return (name.ljust(_NAME_BYTES, b"\0") + value).ljust(_REQUEST_BYTES, b"\0")
+
+
+def let_loopback_in() -> list[int]:
+    """Have packets of this thread's network namespace come back by its loopback device.
+
+    Return descriptors of the settings that were changed, for ``restore``. Raises OSError.
+    """
+    changed: list[int] = []
+    with ExitStack() as undo:
+        for name in _SETTINGS:
+            fd = os.open(f"/proc/sys/net/ipv4/conf/lo/{name}", os.O_RDWR | os.O_CLOEXEC)
+            if os.read(fd, 1) != _OFF:
+                os.close(fd)
+                continue
+            undo.callback(restore, [fd])
+            os.pwrite(fd, b"1", 0)
+            changed.append(fd)
+        undo.pop_all()
+    return changed
+
+
+def restore(settings: Sequence[int]) -> None:
+    """Switch settings off again, and close them."""
+    for fd in settings:
+        with suppress(OSError):
+            os.pwrite(fd, _OFF, 0)
+        os.close(fd)
