@@ -301,6 +301,40 @@ def profiles(as_json: bool) -> None:
 
 
 @cli.command(
+    "network-helper",
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle network-helper
+  sudo pybpfthrottle network-helper --user ci --socket /run/ci-network.sock
+""",
+)
+@click.option(
+    "--socket",
+    "path",
+    metavar="PATH",
+    default="/run/pybpfthrottle-network.sock",
+    show_default=True,
+    help="Listen on this Unix socket; tests find it by PYBPFTHROTTLE_NETWORK_HELPER.",
+)
+@click.option(
+    "--user",
+    metavar="NAME",
+    shell_complete=completing.users,
+    help="Let this user connect; by default the one who called sudo.",
+)
+def network_helper(path: str, user: Optional[str]) -> None:
+    """Give bad networks to the tests of a user who is not root, until Ctrl-C.
+
+    It does nothing to a process that is not the user's own, and ends a network with the connection
+    that it was asked for by.
+    """
+    from pybpfthrottle.cli import conditions
+
+    sys.exit(conditions.help_tests(path, user))
+
+
+@cli.command(
     epilog="""
 \b
 Examples:

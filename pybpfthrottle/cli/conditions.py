@@ -114,3 +114,28 @@ def show_profiles(*, as_json: bool) -> None:
         echo(f"{one.name:<{width}}  {one.numbers()}{where}")
         if one.about:
             echo(f"{'':<{width}}  {one.about}")
+
+
+def help_tests(path: str, user: Optional[str]) -> int:
+    """Give bad networks to a user's tests until a signal comes; return the exit status."""
+    import os
+    import signal
+
+    from pybpfthrottle.cli.say import echo, say
+    from pybpfthrottle.conditions.helper import Helper
+    from pybpfthrottle.linux.launch import User
+    from pybpfthrottle.linux.signals import SignalQueue
+    from pybpfthrottle.supervisor import Supervisor
+
+    whose = User.parse(user or os.environ.get("SUDO_UID") or str(os.getuid()))
+    with SignalQueue((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as signals:
+        try:
+            helper = Helper(path, uid=whose.uid)
+        except OSError as error:
+            say(f"error: cannot listen on {path}: {error.strerror}")
+            return 1
+        with helper, Supervisor() as supervisor:
+            echo(f"Bad networks for processes of user {whose.uid}, by {path}. Ctrl-C ends it.")
+            supervisor.add(lambda: [signals], strict=True)
+            helper.serve(supervisor, lambda: bool(list(signals.take())))
+    return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from secrets import randbelow
-from typing import Any, Optional
+from typing import Any, Mapping, Optional, Protocol
 
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions import profiles, texts
@@ -191,14 +191,21 @@ class Network:
         self._hooks.set(conditions, loopback=self._loopback)
 
 
+class GoesOffline(Protocol):
+    """A network that was taken offline."""
+
+    def online(self) -> None:
+        """End that."""
+
+
 class Offline:
     """The time while a network is offline. ``with`` ends it."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: GoesOffline) -> None:
         self._network = network
 
-    def __enter__(self) -> Network:
-        return self._network
+    def __enter__(self) -> Offline:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._network.online()
@@ -230,6 +237,13 @@ class Done:
                 each.name: getattr(self.diverted, each.name) for each in fields(self.diverted)
             }
         return found
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Done:
+        """Return what ``to_json`` has written."""
+        diverted = given.get("diverted")
+        hooks = Counted(*(given[name] for name in Counted._fields))
+        return cls(hooks, None if diverted is None else Injected(**diverted))
 
     def __str__(self) -> str:
         """Return it for people: ``dropped 12 of 1000``, and the delay if there was one."""

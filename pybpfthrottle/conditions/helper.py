@@ -1,0 +1,213 @@
+"""The helper: puts bad networks in force for processes of those who may not do so themselves.
+
+It listens on a Unix socket, asks the kernel who is at the other end (SO_PEERCRED), and does nothing
+to a process that is not that user's own. Each connection has one network, which ends with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import struct
+from contextlib import suppress
+from typing import Any, Callable, Mapping, Optional
+
+from pybpfthrottle import registry
+from pybpfthrottle.conditions.network import Asked, Network, begin
+from pybpfthrottle.conditions.remote import LONGEST_LINE, owner_of
+from pybpfthrottle.errors import Error, ProcessError, SettingsError, ThrottleError
+from pybpfthrottle.linux import process
+from pybpfthrottle.logger import Logger
+from pybpfthrottle.model import Target
+from pybpfthrottle.supervisor import Chore, Supervisor
+
+log = Logger(__name__)
+
+MOST_NETWORKS = 64
+_CREDENTIALS = struct.Struct("=iII")
+_PATIENCE_S = 5.0
+
+
+class Peer:
+    """One client's connection, and its network if it has begun one. As a chore it answers."""
+
+    due_s = float("inf")
+
+    def __init__(self, own: socket.socket, gone: Callable[[Peer], None]) -> None:
+        """``gone`` is called when the client has ended."""
+        self._own = own
+        self._gone = gone
+        self._read = b""
+        given = own.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, self.uid, _ = _CREDENTIALS.unpack(given)
+        self.network: Optional[Network] = None
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor."""
+        return self._own.fileno()
+
+    def run(self) -> None:
+        """Answer what the client asks."""
+        data = b""
+        with suppress(OSError):
+            data = self._own.recv(LONGEST_LINE)
+        self._read += data
+        if not data or len(self._read) > LONGEST_LINE:
+            self._gone(self)
+            return
+        *lines, self._read = self._read.split(b"\n")
+        for line in lines:
+            try:
+                self._own.sendall((json.dumps(self._answer(line)) + "\n").encode())
+            except OSError:
+                self._gone(self)
+                return
+
+    def chores(self) -> list[Chore]:
+        """Return what is to be done for it: an answer, and what its network needs."""
+        return [self, *([] if self.network is None else self.network.chores())]
+
+    def close(self) -> None:
+        """End the connection, and its network."""
+        self._own.close()
+        network, self.network = self.network, None
+        if network is not None:
+            network.close()
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            asked = json.loads(line)
+            if not isinstance(asked, dict):
+                raise ThrottleError("a request is a JSON object")
+            return self._do(asked)
+        except (Error, SettingsError) as error:
+            return {"error": str(error), "kind": type(error).__name__}
+        except (ValueError, TypeError) as error:
+            return {"error": f"a request that cannot be read: {error}", "kind": "ThrottleError"}
+
+    def _do(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        what = asked.get("do")
+        if what == "begin":
+            return self._begin(asked)
+        if self.network is None:
+            raise ThrottleError("there is no network yet: begin one")
+        if what == "set":
+            self.network.profile(str(asked.get("profile", "")), **_given(asked))
+        elif what in ("offline", "online"):
+            getattr(self.network, what)()
+        elif what != "tell":
+            raise ThrottleError(f"there is no {what!r} to do")
+        return self.network.to_json()
+
+    def _begin(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        if self.network is not None:
+            raise ThrottleError("this connection has a network already")
+        pid = asked.get("pid")
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+            raise ProcessError("give the id of a process")
+        # First the process, then its user: a number that is given to another one is noticed.
+        target = process.Process(pid)
+        if owner_of(pid) != self.uid or not target.alive():
+            raise ProcessError(
+                f"process {pid} is not one of user {self.uid}; the helper does nothing"
+                " to those of others"
+            )
+        wanted = Asked.of(str(asked.get("profile", "")), **_given(asked))
+        self.network = begin(
+            Target(pids=(pid,)), wanted, loopback=bool(asked.get("loopback")), label="helper"
+        )
+        return self.network.to_json()
+
+
+def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
+    given = asked.get("given") or {}
+    if not isinstance(given, dict):
+        raise ThrottleError("what is given is a JSON object")
+    return given
+
+
+class Helper:
+    """Listens, and has a Peer for each client. As a chore it accepts. ``close`` ends all."""
+
+    due_s = float("inf")
+
+    def __init__(self, path: str, *, uid: int) -> None:
+        """Listen on a socket for this user, and for root. Raises OSError."""
+        self._peers: list[Peer] = []
+        self._uid = uid
+        self.path = path
+        _remove_leftover(path)
+        self._own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # Whoever connects is asked for by SO_PEERCRED; the file itself stays root's.
+        os.fchmod(self._own.fileno(), 0o666)
+        before = os.umask(0)
+        try:
+            self._own.bind(path)
+            self._own.listen(8)
+        except BaseException:
+            self._own.close()
+            raise
+        finally:
+            os.umask(before)
+        self._own.settimeout(_PATIENCE_S)
+
+    def fileno(self) -> int:
+        """Return the descriptor that clients connect to."""
+        return self._own.fileno()
+
+    def run(self) -> None:
+        """Accept a client; those of others are turned away, and too many."""
+        own, _ = self._own.accept()
+        own.settimeout(_PATIENCE_S)
+        peer = Peer(own, self._forget)
+        if peer.uid not in (self._uid, 0) or len(self._peers) >= MOST_NETWORKS:
+            peer.close()
+            return
+        self._peers.append(peer)
+
+    def chores(self) -> list[Chore]:
+        """Return what is to be done for all clients."""
+        return [self, *(chore for peer in self._peers for chore in peer.chores())]
+
+    def serve(self, supervisor: Supervisor, until: Callable[[], bool]) -> None:
+        """Answer until ``until`` says that it is enough."""
+        registry.tidy_up()
+        supervisor.add(self.chores)
+        while not until():
+            supervisor.step()
+
+    def close(self) -> None:
+        """End all networks, and listen no more."""
+        for peer in list(self._peers):
+            self._forget(peer)
+        self._own.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forget(self, peer: Peer) -> None:
+        self._peers = [one for one in self._peers if one is not peer]
+        try:
+            peer.close()
+        except (Error, OSError) as error:
+            log.warning("A network could not be ended well: %s", error)
+
+
+def _remove_leftover(path: str) -> None:
+    """Remove a socket that nobody listens on any more. Raises OSError if somebody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        try:
+            trial.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another helper listens there already", path)

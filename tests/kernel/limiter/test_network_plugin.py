@@ -1,0 +1,197 @@
+"""The pytest plugin, in a run of pytest of its own; and the helper for whoever is not root."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from lab import ENVIRONMENT, TOOL
+from targets import PATIENCE_S, Target, as_user, eventually, target
+
+from pybpfthrottle.conditions.helper import Helper
+from pybpfthrottle.conditions.remote import RemoteNetwork
+from pybpfthrottle.errors import LimitError, ProcessError, ThrottleError
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction
+
+NOBODY = 65534
+
+TESTS = """
+import socket
+import pytest
+
+def arrives(times=1):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+        own.bind(("127.0.0.1", 0))
+        own.setblocking(False)
+        count = 0
+        for _ in range(times):
+            own.sendto(b"x", own.getsockname())
+            try:
+                count += len(own.recv(9))
+            except BlockingIOError:
+                pass
+        return count
+
+@pytest.mark.network("offline", loopback=True)
+def test_marked():
+    assert arrives() == 0
+
+def test_good_again():
+    assert arrives() == 1
+
+def test_fixture(network):
+    network.loopback()
+    assert arrives() == 1
+    with network.offline():
+        assert arrives() == 0
+    assert arrives() == 1
+    network.set(upload_loss="every:2")
+    assert arrives(10) == 5
+    assert sum(one.dropped for one in network.injected().values()) == 6
+
+@pytest.mark.network(upload_loss="every:2", loopback=True)
+def test_red():
+    assert arrives(10) == 10
+"""
+
+
+def run(directory: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A run of pytest that has the plugin, whether or not the package is installed."""
+    (directory / "test_it.py").write_text(TESTS)
+    return subprocess.run(
+        [*(sys.executable, "-m", "pytest", "-p", "pybpfthrottle.pytest_plugin"), "-rs", *options],
+        cwd=directory,
+        env={**ENVIRONMENT, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def test_a_marked_test_has_a_bad_network_and_the_next_has_not(tmp_path: Path) -> None:
+    """A test that fails tells what was done to its packets."""
+    done = run(tmp_path)
+    assert "1 failed, 3 passed" in done.stdout, done.stdout
+    assert "network: upload loss of one packet in 2" in done.stdout
+    assert "upload: dropped 5 of 10" in done.stdout
+
+
+@contextmanager
+def helping(path: Path, uid: int) -> Iterator[subprocess.Popen[str]]:
+    """A helper for a user."""
+    command = [*TOOL, "network-helper", "--socket", str(path), "--user", str(uid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True) as process:
+        try:
+            assert process.stdout
+            assert "Ctrl-C ends it" in process.stdout.readline()
+            yield process
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def own(scratch: Cgroup) -> Iterator[Target]:
+    """A process to have a bad network."""
+    with target(scratch) as one:
+        yield one
+
+
+def test_the_helper_has_a_network_for_a_process_until_its_client_ends(
+    own: Target, tmp_path: Path
+) -> None:
+    """It can be changed and asked as one of one's own."""
+    path = tmp_path / "socket"
+    with helping(path, os.getuid()) as helper:
+        with RemoteNetwork(own.pid, path=str(path), loopback=True, upload_loss="every:2") as remote:
+            assert own.do("echoes(4)") == [0, 2]
+            with remote.offline():
+                assert own.do("echoes(4)") == []
+            remote.set(upload_loss="every:4")
+            assert own.do("echoes(4)") == [0, 1, 2]
+            assert remote.injected()[Direction.UPLOAD].dropped == 7
+            with pytest.raises(LimitError, match="is not a time"):
+                remote.set(delay="80")
+            with pytest.raises(OSError, match="another helper listens"):
+                Helper(str(path), uid=0)
+        assert eventually(lambda: own.do("echoes(4)") == [0, 1, 2, 3])
+        assert helper.poll() is None
+    assert not path.exists()
+
+
+def asks(uid: int, path: Path, pid: int) -> str:
+    """What the helper answers to a user who asks for a process of this number."""
+    request = {"do": "begin", "pid": pid, "given": {"loss": "100%"}, "loopback": True}
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE_S)
+        os.seteuid(uid)
+        try:
+            client.connect(str(path))
+        finally:
+            os.seteuid(0)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            client.sendall(json.dumps(request).encode() + b"\n")
+            return client.recv(9999).decode()
+    return ""
+
+
+def test_the_helper_does_nothing_to_what_is_not_the_callers_own(
+    own: Target, scratch: Cgroup
+) -> None:
+    """Neither to root's process, nor for a user whom it is not for."""
+    # Where each of them may connect.
+    path = Path(tempfile.gettempdir(), f"{uuid.uuid4()}.sock")
+    with helping(path, NOBODY):
+        assert "is not one of user 65534" in asks(NOBODY, path, own.pid)
+        assert asks(NOBODY - 1, path, own.pid) == ""
+        assert len(own.do("echoes(4)")) == 4
+        with target(scratch, lambda *command: as_user(NOBODY, *command)) as theirs:
+            assert '"asked": "loss 100% each way' in asks(NOBODY, path, theirs.pid)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("x", "cannot be read"),
+        ("[]", "is a JSON object"),
+        ('{"do": "tell"}', "begin one"),
+        ('{"do": "begin", "pid": "1"}', "the id of a process"),
+        ('{"do": "begin", "pid": 1, "given": 7}', "is a JSON object"),
+        ('{"do": "begin", "pid": 999999999}', "999999999"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path, line: str, said: str) -> None:
+    """With what is wrong; the connection goes on."""
+    with Helper(str(tmp_path / "socket"), uid=os.getuid()) as helper:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(helper.path)
+            helper.run()
+            (_, peer) = helper.chores()
+            client.settimeout(PATIENCE_S)
+            for _ in range(2):
+                client.sendall(line.encode() + b"\n")
+                peer.run()
+                assert said in json.loads(client.recv(9999))["error"]
+
+
+def test_without_a_helper_the_error_says_where_one_would_be(tmp_path: Path) -> None:
+    """The path, and why."""
+    with pytest.raises(ThrottleError, match=r"no helper listens on .*No such file"):
+        RemoteNetwork(1, "3g", path=str(tmp_path / "none"))
+
+
+def test_whose_number_is_nobodys_is_told(tmp_path: Path) -> None:
+    """A process that does not exist is an error of the process."""
+    with helping(tmp_path / "socket", os.getuid()), pytest.raises(ProcessError):
+        RemoteNetwork(2**22 + 5, "offline", path=str(tmp_path / "socket"))
