@@ -14,6 +14,7 @@
  */
 #include "throttle.h"
 #include "conditions.h"
+#include "divert.h"
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define BIG_ENDIAN_16(x) __builtin_bswap16(x)
@@ -24,7 +25,6 @@
 #endif
 #define SOCK_DGRAM 2
 #define LOOPBACK_IFINDEX 1 /* in each network namespace */
-#define PACKET_HOST 0
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPV6_HEADER_BYTES 40
@@ -164,14 +164,6 @@ always_inline __u32 transport(struct __sk_buff *skb, __u32 *offset)
 	return ip[9];
 }
 
-/* Whether a packet was taken out of the way, and comes again later: what is decided is decided then. */
-always_inline int comes_again(struct __sk_buff *skb, const struct conditions_rule *rule,
-			      __u32 protocol)
-{
-	return rule->diverted && skb->tc_index != rule->diverted && skb->pkt_type == PACKET_HOST &&
-	       (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP);
-}
-
 /* Whether an answer from a name server is to be dropped. */
 always_inline int is_unanswered(struct __sk_buff *skb, const struct conditions_rule *rule,
 				__u32 protocol, __u32 offset)
@@ -253,6 +245,9 @@ always_inline int judge(struct __sk_buff *skb, __u32 direction, int drop)
 	HOLD(CGROUP_CONFIGS); /* by which is found who has left this program behind */
 	if (!rule || !counts)
 		return PASS;
+	/* It comes again, late: what is decided is decided then. */
+	if (direction == THROTTLE_DOWNLOAD && skb->mark == DIVERT_TAKEN)
+		return PASS;
 #ifdef EARLY
 	packets = (skb->len + USUAL_SEGMENT_BYTES - 1) / USUAL_SEGMENT_BYTES;
 #else
@@ -267,8 +262,6 @@ always_inline int judge(struct __sk_buff *skb, __u32 direction, int drop)
 		return drop;
 	}
 	if (skb->ifindex == LOOPBACK_IFINDEX && !(rule->flags & CONDITIONS_LOOPBACK))
-		return PASS;
-	if (direction == THROTTLE_DOWNLOAD && comes_again(skb, rule, protocol))
 		return PASS;
 	__sync_fetch_and_add(&counts->seen, packets);
 	if (rule->period_ns &&

@@ -35,7 +35,7 @@ struct conditions_rule {
 	__u64 period_ns; /* 0: there is no outage */
 	__u64 up_ns;     /* of each period nothing passes after this time */
 	__u32 flags;     /* enum conditions_flags */
-	__u32 diverted;  /* the tc_index of packets that come a second time; 0: none do */
+	__u32 reserved;
 	union conditions_constants constants[0]; /* takes no room */
 };
 

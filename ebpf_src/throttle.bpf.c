@@ -16,6 +16,7 @@
  * It includes no system headers, so that the objects are the same wherever they are built.
  */
 #include "throttle.h"
+#include "divert.h"
 
 #define SMALL_PACKET_BYTES 160
 #define LOOPBACK_IFINDEX 1 /* in each network namespace */
@@ -294,6 +295,9 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 
 	HOLD_RECORD();
 	if (!config || !stats || !bucket)
+		return PASS;
+	/* A diversion has taken it: it is paid for when it comes again. */
+	if (direction == THROTTLE_DOWNLOAD && unlikely(skb->mark == DIVERT_TAKEN))
 		return PASS;
 	stats->program_calls++;
 	if (skb->ifindex == LOOPBACK_IFINDEX && !(config->flags & THROTTLE_LOOPBACK))

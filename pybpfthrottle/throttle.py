@@ -131,6 +131,13 @@ class Throttle:
         """
         return self._do(self._distinct_parts()[0].foothold)
 
+    def attach_last(self) -> None:
+        """Have what comes in meet the limit after all programs that are attached by now.
+
+        Raises an error of this package.
+        """
+        self._do(self._distinct_parts()[0].attach_last)
+
     def set_limit(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a limit while it is in force; None lifts it. Raises ThrottleError."""
         if direction not in self._parts:

@@ -211,6 +211,12 @@ class Part(Protocol):
     def foothold(self) -> Foothold:
         """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
 
+    def attach_last(self) -> None:
+        """Have what comes in meet it after all programs that are attached by now.
+
+        Raises an error of this package.
+        """
+
     def switch(self, method: str) -> None:
         """Attach by another method, with the limit in force throughout. Raises ThrottleError."""
 
@@ -264,13 +270,6 @@ def no_dial(backend: str) -> ThrottleError:
     )
 
 
-def no_foothold(backend: str) -> ThrottleError:
-    """Return the error of a part whose packets no program of ours sees."""
-    return ThrottleError(
-        f"bad networks need the backend ebpf in this process; this limit is by {backend}"
-    )
-
-
 class ChoosesOnce:
     """A part that limits what it did when it was made, as far as this process can change that.
 
@@ -292,6 +291,13 @@ class ChoosesOnce:
     def let_go(self, pids: Sequence[int]) -> None:
         """Raise ThrottleError."""
         raise ThrottleError("processes cannot be taken out of this limit from here")
+
+    def foothold(self) -> Foothold:
+        """Raise ThrottleError."""
+        raise ThrottleError("a bad network needs a limit of this process, by the backend ebpf")
+
+    def attach_last(self) -> None:
+        """Do nothing: no program has to come before it."""
 
 
 class Leftover(Protocol):

@@ -28,12 +28,10 @@ from pybpfthrottle.backends.protocol import (
     ChoosesOnce,
     Dial,
     Executions,
-    Foothold,
     Match,
     Order,
     Record,
     no_dial,
-    no_foothold,
 )
 from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
@@ -290,10 +288,6 @@ class OwnThrottle(ChoosesOnce):
         """Raise ThrottleError: each change starts a program."""
         raise no_dial(self._kind.backend)
 
-    def foothold(self) -> Foothold:
-        """Raise ThrottleError: no program of ours sees the packets."""
-        raise no_foothold(self._kind.backend)
-
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""
         raise _no_methods(self._kind, method)
@@ -394,10 +388,6 @@ class FoundThrottle(ChoosesOnce):
     def dial(self, direction: Direction) -> Dial:
         """Raise ThrottleError: each change starts a program."""
         raise no_dial(self._kind.backend)
-
-    def foothold(self) -> Foothold:
-        """Raise ThrottleError: no program of ours sees the packets."""
-        raise no_foothold(self._kind.backend)
 
     def switch(self, method: str) -> None:
         """Raise ThrottleError: there is only one way."""

@@ -7,7 +7,7 @@ record: whoever finds one that a crash has left knows whose it is.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.placed import Placements
@@ -19,6 +19,7 @@ from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.conditions.model import Conditions, Loss
+from pybpfthrottle.conditions.places import Places
 from pybpfthrottle.conditions.records import (
     ConditionsCounts,
     ConditionsFlags,
@@ -29,10 +30,8 @@ from pybpfthrottle.errors import BpfError, CgroupError, ThrottleError
 from pybpfthrottle.linux import clock
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
-from pybpfthrottle.supervisor import Periodic
 from pybpfthrottle.throttle import Throttle
 
-_LOOK_S = 0.25  # how soon the new cgroup of a restarted unit is found
 _NS_PER_S = 1_000_000_000
 _RULES, _COUNTS = "COND_RULES", "COND_COUNTS"
 _CONNECT = (AttachType.CGROUP_INET4_CONNECT, AttachType.CGROUP_INET6_CONNECT)
@@ -56,44 +55,40 @@ class Counted(NamedTuple):
 
 
 class Hooks:
-    """The programs of one network, on all that a throttle is for. ``close`` detaches them.
-
-    Its chore attaches them to what the throttle is for from now on.
-    """
+    """The programs of one network, on all that a throttle is for. ``close`` detaches them."""
 
     def __init__(self, throttle: Throttle) -> None:
-        """Attach programs that let everything pass, until ``set`` says otherwise.
-
-        Raises ThrottleError, BpfError or CgroupError; then nothing stays attached.
-        """
-        self._throttle = throttle
+        """Attach nothing yet: ``follow`` does, and ``set`` says what is to be done."""
         self._maps: dict[str, Map[Any, Any]] = {}
         self._loaded: dict[str, Object] = {}
-        self._placed: dict[tuple[Scope, Cgroup, int], ExitStack] = {}
+        self._places = Places(throttle, self._attach)
         self._refuses = False
-        self.notes: dict[str, None] = {}
         self._closing = ExitStack()
-        with ExitStack() as undo:
-            undo.callback(self.close)
-            self._follow()
-            undo.pop_all()
-        self.chore = Periodic(_LOOK_S, self._follow, together=True)
 
-    def set(self, conditions: Conditions, *, loopback: bool = False, diverted: int = 0) -> None:
+    def follow(self, *, anew: bool = False) -> None:
+        """Attach programs to what the throttle is for by now, or all of them ``anew``.
+
+        They let everything pass until ``set`` says otherwise. Raises ThrottleError, BpfError or
+        CgroupError.
+        """
+        self._places.follow(anew=anew)
+
+    def set(
+        self, conditions: Conditions, *, loopback: bool = False, diverted: bool = False
+    ) -> None:
         """Put other conditions in force; their first period begins now.
 
-        ``diverted`` is the tc_index of packets that come for a second time, or 0. What happens to
-        their first coming is up to those who divert them, so what is lost of downloads is too.
+        With ``diverted`` somebody else loses what comes in.
 
         Raises ThrottleError, BpfError or CgroupError if this kernel cannot refuse connections.
         """
         if conditions.block == "refuse" and not self._refuses:
             self._refuses = True
             try:
-                self._attach_anew()
+                self.follow(anew=True)
             except (BpfError, CgroupError):
                 self._refuses = False
-                self._attach_anew()
+                self.follow(anew=True)
                 raise
         rules = self._maps[_RULES].typed(U32, StructureCodec(ConditionsRule))
         for direction in Direction:
@@ -109,26 +104,8 @@ class Hooks:
 
     def close(self) -> None:
         """Detach the programs. Doing so twice is no error."""
-        while self._placed:
-            self._placed.popitem()[1].close()
+        self._places.close()
         self._closing.close()
-
-    def _follow(self) -> None:
-        """Attach to what the throttle is for now, and to nothing else."""
-        foothold = self._throttle.foothold()
-        wanted = dict(_places(foothold))
-        for key in self._placed.keys() - wanted.keys():
-            self._placed.pop(key).close()
-        for key in wanted.keys() - self._placed.keys():
-            self._placed[key] = self._attach(key[0], wanted[key], foothold)
-
-    def _attach_anew(self) -> None:
-        before, self._placed = self._placed, {}
-        try:
-            self._follow()
-        finally:
-            for one in before.values():
-                one.close()
 
     def _attach(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:
         found = _programs(scope, connect=self._refuses)
@@ -149,15 +126,6 @@ class Hooks:
             self._maps.update({name: one for name, one in loaded.maps.items() if name not in given})
             self._loaded[program.name] = loaded
         return self._loaded[program.name]
-
-
-def _places(foothold: Foothold) -> Iterator[tuple[tuple[Scope, Cgroup, int], Cgroup]]:
-    for scope, cgroups in ((Scope.ALL, foothold.cgroups), (Scope.MARKED, foothold.marked_at)):
-        for cgroup in cgroups:
-            try:
-                yield (scope, cgroup, cgroup.id), cgroup
-            except OSError:  # it is gone
-                continue
 
 
 def _programs(scope: Scope, *, connect: bool) -> list[Shipped]:
@@ -186,12 +154,12 @@ def _loaded(program: Shipped, maps: Mapping[str, Map[Any, Any]]) -> Object:
 
 
 def rule_of(
-    conditions: Conditions, direction: Direction, *, loopback: bool = False, diverted: int = 0
+    conditions: Conditions, direction: Direction, *, loopback: bool = False, diverted: bool = False
 ) -> ConditionsRule:
     """Return what the hooks have to do in a direction, as they read it."""
     impairment = conditions.impairment(direction)
-    divert = diverted if direction is Direction.DOWNLOAD else 0
-    loss = Loss() if divert else impairment.loss or Loss()
+    elsewhere = diverted and direction is Direction.DOWNLOAD
+    loss = Loss() if elsewhere else impairment.loss or Loss()
     outage = conditions.outage
     return ConditionsRule(
         seed=impairment.seed,
@@ -202,7 +170,6 @@ def rule_of(
         period_ns=round(outage.period_s * _NS_PER_S) if outage else 0,
         up_ns=round((outage.period_s - outage.down_s) * _NS_PER_S) if outage else 0,
         flags=_flags(conditions, direction) | ConditionsFlags.LOOPBACK * loopback,
-        diverted=divert,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Optional
+from typing import Optional, Sequence
 
 from pybpfthrottle.errors import LimitError
 from pybpfthrottle.model import Direction
@@ -216,6 +216,17 @@ class Injected:
     passed_undelayed: int = 0
     delay_p50_s: Optional[float] = None
     delay_p99_s: Optional[float] = None
+
+    @classmethod
+    def sum_of(cls, several: Sequence[Injected]) -> Injected:
+        """Return all together; the delays are those where most was delivered."""
+        counts = {
+            each.name: sum(getattr(one, each.name) for one in several)
+            for each in fields(cls)
+            if not each.name.startswith("delay_")
+        }
+        most = max(several, key=lambda one: one.delivered, default=cls())
+        return cls(**counts, delay_p50_s=most.delay_p50_s, delay_p99_s=most.delay_p99_s)
 
 
 def check_share(what: str, share: float) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from secrets import randbelow
-from typing import Any, Mapping, Optional, Protocol
+from typing import Any, Callable, Mapping, Optional, Protocol, TypeVar
 
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions import profiles, texts
+from pybpfthrottle.conditions.diversions import Diversions
 from pybpfthrottle.conditions.hooks import Counted, Hooks
 from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
 from pybpfthrottle.errors import LimitError, ThrottleError
 from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
-from pybpfthrottle.supervisor import Chore, Driver, InThread
+from pybpfthrottle.supervisor import Chore, Driver, InThread, Periodic
 from pybpfthrottle.throttle import Throttle, limits_of, start
 
+T = TypeVar("T")
+
+_LOOK_S = 0.25  # how soon the new cgroup of a restarted unit is found
 # Short enough to be typed again.
 _SEEDS = 1_000_000
 
@@ -100,10 +104,14 @@ class Network:
             if owned:
                 undo.callback(throttle.remove)
             refuse_what_is_missing(asked.conditions)
+            self._diversions = Diversions(throttle, loopback=loopback)
+            undo.callback(self._diversions.close)
             self._hooks = Hooks(throttle)
             undo.callback(self._hooks.close)
             self.asked = asked
+            self._hooks.follow()
             self._put(asked)
+            self._chore = Periodic(_LOOK_S, self._follow, together=True)
             self._undo = undo.pop_all()
 
     @property
@@ -116,24 +124,33 @@ class Network:
 
         What is not given is not wrong any more. Raises LimitError or ThrottleError.
         """
-        self._change(Asked.of(**given))
+        self.profile("", **given)
 
     def profile(self, name: str, **given: Any) -> None:
         """Make it the network of a profile, but for what is given. Raises LimitError."""
-        self._change(Asked.of(name, **given))
+        asked = Asked.of(name, **given)
+        refuse_what_is_missing(asked.conditions)
+        self._do(lambda: self._put(asked))
 
     def offline(self) -> Offline:
         """Have nothing get through until ``online``, or the end of ``with network.offline():``."""
-        self._put_conditions(self.asked.conditions.changed(outage=OFFLINE))
+        conditions = self.asked.conditions.changed(outage=OFFLINE)
+        self._do(lambda: self._put_conditions(conditions))
         return Offline(self)
 
     def online(self) -> None:
         """End ``offline``: it is again as it was asked for."""
-        self._put_conditions(self.asked.conditions)
+        self._do(lambda: self._put_conditions(self.asked.conditions))
 
     def injected(self) -> dict[Direction, Done]:
         """Return what was done to the packets of each direction until now."""
-        return {direction: Done(hooks) for direction, hooks in self._hooks.counts().items()}
+        return self._do(self._injected)
+
+    def _injected(self) -> dict[Direction, Done]:
+        hooks = self._hooks.counts()
+        found = {direction: Done(counted) for direction, counted in hooks.items()}
+        found[Direction.DOWNLOAD] = Done(hooks[Direction.DOWNLOAD], self._diversions.counts())
+        return found
 
     def told(self) -> list[str]:
         """Return what was done to the packets of each direction, a line each, for people."""
@@ -147,7 +164,7 @@ class Network:
 
     def own_chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it, beside the throttle's chores."""
-        return [self._hooks.chore]
+        return [self._chore, *self._diversions.chores()]
 
     def chores(self) -> list[Chore]:
         """Return all that a supervisor has to do for it."""
@@ -161,7 +178,10 @@ class Network:
 
     def notes(self) -> list[str]:
         """Return what it does otherwise than may be expected, a line each."""
-        return [*self._hooks.notes, *inexact(self.conditions)]
+        return [
+            *self._do(self._diversions.problems),
+            *inexact(self.conditions, diverted=bool(self._diversions)),
+        ]
 
     def close(self) -> None:
         """End it. Doing so twice is no error."""
@@ -176,9 +196,9 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _change(self, asked: Asked) -> None:
-        refuse_what_is_missing(asked.conditions)
-        self._put(asked)
+    def _do(self, function: Callable[[], T]) -> T:
+        """Call a function where the chores are run, so that they do not meet."""
+        return function() if self._driver is None else self._driver.call(function)
 
     def _put(self, asked: Asked) -> None:
         self._put_conditions(asked.conditions)
@@ -188,7 +208,24 @@ class Network:
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
-        self._hooks.set(conditions, loopback=self._loopback)
+        if self._diversions.set(conditions.download):
+            self._come_last()
+        self._hooks.set(conditions, loopback=self._loopback, diverted=bool(self._diversions))
+
+    def _follow(self) -> None:
+        """Be where the throttle's packets pass by now, such as in a restarted unit's cgroup."""
+        if self._diversions.follow():
+            self._come_last()
+        else:
+            self._hooks.follow()
+
+    def _come_last(self) -> None:
+        """Have the limit and the hooks look at packets after the diversion has.
+
+        What it takes comes again, and is to be counted only then.
+        """
+        self.throttle.attach_last()
+        self._hooks.follow(anew=True)
 
 
 class GoesOffline(Protocol):
@@ -221,7 +258,9 @@ class Done:
     @property
     def seen(self) -> int:
         """All packets that came, as large as on the wire."""
-        return self.hooks.seen
+        lost = self.diverted.lost + self.diverted.late_dropped if self.diverted else 0
+        twice = self.diverted.duplicated if self.diverted else 0
+        return self.hooks.seen + lost - twice
 
     @property
     def dropped(self) -> int:
@@ -257,10 +296,14 @@ class Done:
         return text
 
 
-def inexact(conditions: Conditions) -> list[str]:
-    """Return what the means at hand do otherwise than may be expected, a line each."""
+def inexact(conditions: Conditions, *, diverted: bool = False) -> list[str]:
+    """Return what the means at hand do otherwise than may be expected, a line each.
+
+    With ``diverted`` packets that come in are split before they get lost.
+    """
     found = []
-    if any(each.loss and not each.loss.nth for each in (conditions.download, conditions.upload)):
+    by_hooks = [conditions.upload] if diverted else [conditions.download, conditions.upload]
+    if any(each.loss and not each.loss.nth for each in by_hooks):
         found.append(
             "packets that the kernel has merged (GRO), or is to split (TSO), are lost as a whole:"
             " the share of what is lost is kept, but it comes in bursts"
@@ -288,9 +331,6 @@ def refuse_what_is_missing(conditions: Conditions) -> None:
         )
     if conditions.dns == "servfail":
         raise ThrottleError("DNS failures by SERVFAIL are not available; use lost or slow")
-    down = conditions.download
-    if down != Impairment(loss=down.loss, seed=down.seed):
-        raise ThrottleError("delay, jitter, reorder, duplicate and corrupt are not available here")
 
 
 def begin(

@@ -35,7 +35,7 @@ class ConditionsRule(ctypes.Structure):
         ("period_ns", c_uint64),
         ("up_ns", c_uint64),
         ("flags", c_uint32),
-        ("diverted", c_uint32),
+        ("reserved", c_uint32),
     )
 
 

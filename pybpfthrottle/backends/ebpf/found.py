@@ -16,10 +16,8 @@ from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, Entry, RecordMap
 from pybpfthrottle.backends.protocol import (
     ChoosesOnce,
     Dial,
-    Foothold,
     Match,
     Record,
-    no_foothold,
 )
 from pybpfthrottle.bpf import links, maps, programs
 from pybpfthrottle.bpf.abi import LinkType
@@ -113,10 +111,6 @@ class FoundThrottle(ChoosesOnce):
             f"the throttle {self._found.id} cannot share with others here: process"
             f" {self._found.owner.pid} keeps it"
         )
-
-    def foothold(self) -> Foothold:
-        """Raise ThrottleError: what else happens to the packets is the owner's to say."""
-        raise no_foothold(f"process {self._found.owner.pid}")
 
     def switch(self, method: str) -> None:
         """Have the owner attach the throttle by another method, and wait until that is done.

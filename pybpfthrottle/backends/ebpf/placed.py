@@ -45,6 +45,17 @@ class Placed(Data):
         before, self.attachment = self.attachment, attachment
         before.detach()
 
+    def renew(self) -> None:
+        """Attach once more, and end the old attachment. Raises AttachError or CgroupError."""
+        before = self.attachment
+        if not isinstance(before, Link):  # the kernel has a program at a cgroup only once
+            before.detach()
+        self.attachment = attach(
+            self.live, self.target, self.program.attach_type, self.policy, repeats=True
+        )
+        if isinstance(before, Link):
+            before.detach()
+
 
 class Placements:
     """The attached programs of one throttle. ``detach`` detaches them all."""
@@ -124,6 +135,15 @@ class Placements:
         """Attach by another method. Raises AttachError; then the old attachments remain."""
         for one in self._placed:
             one.switch(method)
+
+    def attach_last(self) -> None:
+        """Have the programs for what comes in run after all that is attached by now.
+
+        Raises AttachError or CgroupError.
+        """
+        for one in self._placed:
+            if one.program.direction is Direction.DOWNLOAD:
+                one.renew()
 
     def detach(self) -> None:
         """Detach all programs, last first, even if detaching one raises."""

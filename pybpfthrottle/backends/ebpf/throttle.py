@@ -510,6 +510,14 @@ class EbpfThrottle:
             *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy())
         )
 
+    def attach_last(self) -> None:
+        """Have what comes in meet it after all that is attached by now.
+
+        Raises AttachError or CgroupError.
+        """
+        self._placed.attach_last()
+        self._keep()
+
     def switch(self, method: str) -> None:
         """Attach by another method. Raises AttachError; then what was attached before still is."""
         self.attach_by(method)

@@ -1,0 +1,98 @@
+"""What comes in by a longer way: a diversion at each place where a throttle's packets pass."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Callable, Iterable, Optional
+
+from pybpfthrottle import diversion
+from pybpfthrottle.backends.ebpf.programs import Scope
+from pybpfthrottle.backends.protocol import Foothold
+from pybpfthrottle.conditions.model import Impairment, Injected
+from pybpfthrottle.conditions.places import Places
+from pybpfthrottle.diversion import Diversion
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.supervisor import Chore
+from pybpfthrottle.throttle import Throttle
+
+_MARKS = "MARKS"
+
+
+class Diversions:
+    """The diversions of one network, none until something needs them. ``close`` ends them."""
+
+    def __init__(self, throttle: Throttle, *, loopback: bool) -> None:
+        self._throttle = throttle
+        self._loopback = loopback
+        self._wanted = Impairment()
+        self._open: list[Diversion] = []
+        self._places: Optional[Places] = None
+        # What those have counted that are closed.
+        self._done: list[Injected] = []
+
+    def __bool__(self) -> bool:
+        return self._places is not None
+
+    def set(self, impairment: Impairment) -> bool:
+        """Impair what comes in from now on; return whether programs were attached for it.
+
+        Raises DiversionError, AttachError or CgroupError.
+        """
+        self._wanted = impairment
+        if not diversion.needs_diversion(impairment):
+            self.close()
+            return False
+        for one in self._open:
+            one.change(impairment)
+        if self._places is None:
+            self._places = Places(self._throttle, self._divert)
+            try:
+                return self.follow()
+            except BaseException:
+                self.close()
+                raise
+        return False
+
+    def follow(self) -> bool:
+        """Divert at the places that there are now; return whether any of them is new."""
+        return self._places is not None and self._places.follow()
+
+    def counts(self) -> Optional[Injected]:
+        """Return what was done so far, or None if nothing was ever diverted."""
+        found = [*self._done, *(one.counts() for one in self._open)]
+        return Injected.sum_of(found) if found else None
+
+    def problems(self) -> list[str]:
+        """Return what keeps packets from being impaired as asked for, a line each."""
+        return list(dict.fromkeys(text for one in self._open for text in one.problems()))
+
+    def chores(self) -> list[Chore]:
+        """Return what a supervisor has to do for them."""
+        found = {id(chore): chore for one in self._open for chore in one.chores()}
+        return list(found.values())
+
+    def close(self) -> None:
+        """Give back what is held, and end. Doing so twice is no error."""
+        places, self._places = self._places, None
+        if places is not None:
+            places.close()
+
+    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:
+        marks = foothold.maps[_MARKS] if scope is Scope.MARKED else None
+        pids: Optional[Callable[[], Iterable[int]]] = None
+        if marks is not None:
+            pids = self._throttle.processes
+        with ExitStack() as undo:
+            one = diversion.open(
+                cgroup, self._wanted, marks=marks, loopback=self._loopback, pids=pids
+            )
+            self._open.append(one)
+            undo.callback(self._end, one)
+            return undo.pop_all()
+
+    def _end(self, one: Diversion) -> None:
+        self._open.remove(one)
+        try:
+            self._done.append(one.counts())
+        finally:
+            one.close()

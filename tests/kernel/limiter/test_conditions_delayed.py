@@ -1,0 +1,78 @@
+"""Bad networks that delay: the diversion, a limit and the hooks on the same packets."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import pytest
+from echo import PORT, Far, Near
+
+from pybpfthrottle.conditions import conditions
+from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction
+
+pytestmark = pytest.mark.since("5.10")
+
+DOWN = Direction.DOWNLOAD
+# Far more than a machine takes by itself.
+DELAY_S = 0.1
+BYTES = 400_000
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[Wire]:
+    """Two namespaces with an echo at the far end."""
+    with Wire() as made:
+        far = Far(made.server.inside)
+        try:
+            yield made
+        finally:
+            far.end()
+
+
+@pytest.fixture
+def near(wire: Wire, scratch: Cgroup) -> Iterator[Near]:
+    """A process in the near namespace and in a cgroup of its own."""
+    made = Near(wire.client.inside)
+    scratch.move_in(made.process.pid)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.mark.parametrize("of", ["pid", "cgroup"])
+def test_what_is_delayed_is_limited_and_counted_once(
+    wire: Wire, near: Near, scratch: Cgroup, of: str
+) -> None:
+    """Each packet is seen twice by the kernel, and once by the limit and by the hooks."""
+    who: dict[str, Any] = {"pid": near.process.pid} if of == "pid" else {"cgroup": scratch.path}
+    host = wire.server.address
+    with conditions(delay="100ms", download="100M", **who) as network:
+        assert min(near.ask("ping", host, PORT, "tcp", 2)) >= DELAY_S
+        assert near.ask("bulk", host, PORT, BYTES)
+        billed = network.throttle.counters()[DOWN].bytes_total
+        assert BYTES * 0.99 <= billed < BYTES * 1.5
+        done = network.injected()[DOWN]
+        assert done.diverted is not None
+        assert done.diverted.delay_p50_s is not None
+        assert done.diverted.delay_p50_s >= DELAY_S * 0.95
+        assert BYTES / 65536 <= done.seen < 2 * done.diverted.seen
+        with network.offline():
+            near.ask("send", host, PORT, 3, 64)
+            assert near.ask("receive", 0.5)[0] == []
+        network.set(loss="0.0001%")
+        assert min(near.ask("ping", host, PORT, "udp", 3)) < DELAY_S
+        assert network.injected()[DOWN].diverted is not None
+
+
+def test_loss_and_delay_are_by_the_diversion_and_counted_there(wire: Wire, near: Near) -> None:
+    """All that comes in is lost; what goes out is not."""
+    with conditions(pid=near.process.pid, delay="1ms", download_loss="100%") as network:
+        near.ask("send", wire.server.address, PORT, 20, 64)
+        assert near.ask("receive", 0.5)[0] == []
+        done = network.injected()
+    assert done[DOWN].dropped == done[DOWN].seen == 20
+    assert done[DOWN].hooks.lost == 0
+    assert done[Direction.UPLOAD].dropped == 0
