@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from lab import ENVIRONMENT, TOOL
+from lab import ENVIRONMENT, ROOT, TOOL
 from targets import PATIENCE_S, Target, as_user, eventually, target
 
 from pybpfthrottle.conditions.helper import Helper
@@ -65,13 +66,13 @@ def test_red():
 """
 
 
-def run(directory: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(directory: Path, tests: str = TESTS) -> subprocess.CompletedProcess[str]:
     """A run of pytest that has the plugin, whether or not the package is installed."""
-    (directory / "test_it.py").write_text(TESTS)
+    (directory / "test_it.py").write_text(tests)
     return subprocess.run(
-        [*(sys.executable, "-m", "pytest", "-p", "pybpfthrottle.pytest_plugin"), "-rs", *options],
+        [*(sys.executable, "-m", "pytest", "-p", "pybpfthrottle.pytest_plugin"), "-rs"],
         cwd=directory,
-        env={**ENVIRONMENT, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables},
+        env={**ENVIRONMENT, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -85,6 +86,15 @@ def test_a_marked_test_has_a_bad_network_and_the_next_has_not(tmp_path: Path) ->
     assert "1 failed, 3 passed" in done.stdout, done.stdout
     assert "network: upload loss of one packet in 2" in done.stdout
     assert "upload: dropped 5 of 10" in done.stdout
+
+
+@pytest.mark.since("5.10")
+def test_the_example_of_the_guide_passes(tmp_path: Path) -> None:
+    """As it stands there, with a server of its own."""
+    guide = (ROOT / "docs" / "guides" / "test-on-bad-networks.md").read_text()
+    (example,) = re.findall(r"```python\n(import socket\n.*?)```", guide, re.DOTALL)
+    done = run(tmp_path, example)
+    assert "3 passed" in done.stdout, done.stdout
 
 
 @contextmanager
