@@ -16,6 +16,7 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from operator import is_not
 from typing import TYPE_CHECKING, Callable, Iterable, Optional, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from pybpfthrottle.errors import Error
 from pybpfthrottle.logger import Logger
@@ -43,7 +44,12 @@ class Chore(Protocol):
 
 
 class Frequent:
-    """The base of chores that are done many times a second, and change no others."""
+    """The base of chores that are done often, and seldom change what others there are.
+
+    ``changes_chores`` says whether the last run did.
+    """
+
+    changes_chores = False
 
 
 # Where a limit's chores come from: each call may return different ones.
@@ -85,8 +91,69 @@ class Periodic:
         self._work()
 
 
-# How soon it is noticed in any case that a source has other chores.
+class Budget:
+    """A share of one CPU's time that all who look around for one purpose have together."""
+
+    _SUM_AGAIN_S = 1.0
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._costs: WeakKeyDictionary[object, float] = WeakKeyDictionary()
+        self._total_s = 0.0
+        self._sum_again_s = -math.inf
+
+    def next_due_s(self, who: object, cost_s: float, least_s: float) -> float:
+        """Return when to look again, after a look that has cost so much; ``least_s`` is usual.
+
+        All wait equally long, as far as their usual time is the same, and look in one go.
+        """
+        self._total_s += cost_s - self._costs.get(who, 0.0)
+        self._costs[who] = cost_s
+        now = time.monotonic()
+        if now >= self._sum_again_s:  # who is gone costs nothing
+            self._total_s = sum(self._costs.values())
+            self._sum_again_s = now + self._SUM_AGAIN_S
+        times = max(1.0, self._total_s / self._share / least_s)
+        # By powers of two, or they would never meet.
+        return next_round(least_s * 2 ** math.ceil(math.log2(times)))
+
+
+# Of all limits of a process: for sockets and processes that escape them, or whatever else is new.
+LOOKS = Budget(0.005)
+
+
+class Look(Frequent):
+    """A chore that looks around, at regular intervals, and less often if the budget demands it.
+
+    The work returns whether there may be other chores now.
+    """
+
+    def __init__(
+        self, period_s: float, work: Callable[[], Optional[bool]], budget: Budget = LOOKS
+    ) -> None:
+        self._period_s = period_s
+        self._work = work
+        self._budget = budget
+        self.due_s = next_round(period_s)
+
+    def fileno(self) -> int:
+        """Return -1: it has no descriptor."""
+        return -1
+
+    def run(self) -> None:
+        """Do the work, and set when it is due again."""
+        begin_s = time.thread_time()
+        try:
+            self.changes_chores = bool(self._work())
+        finally:
+            cost_s = time.thread_time() - begin_s
+            self.due_s = self._budget.next_due_s(self, cost_s, self._period_s)
+
+
+# How soon it is noticed in any case that a source has other chores: at least, and as often as costs
+# this fraction of one CPU's time.
 _ASK_AGAIN_S = 0.5
+_MOST_ASKING = 0.002
 
 
 class _Asked:
@@ -103,7 +170,8 @@ class Supervisor:
     """Does the chores of its sources. ``close`` or ``with`` ends it.
 
     With many limits something is due all the time. While it serves, it therefore asks a source for
-    its chores only after one of them was done that is not Frequent, after a call, and now and then.
+    its chores only after one of them was done that may have changed others, after a call, and now
+    and then.
     """
 
     def __init__(self) -> None:
@@ -165,9 +233,10 @@ class Supervisor:
             self._ask()
         for chore, sources in list(self._chores.values()):
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
-                for source in sources:
-                    source.is_stale |= not isinstance(chore, Frequent)
                 _do(chore, any(source.strict for source in sources))
+                if getattr(chore, "changes_chores", True):
+                    for source in sources:
+                        source.is_stale = True
 
     def serve(self) -> None:
         """Do what is due, in this thread, until ``stop`` is called."""
@@ -213,8 +282,9 @@ class Supervisor:
 
     def _ask(self) -> None:
         """Ask the sources whose chores may have changed, and wait for their descriptors."""
-        if time.monotonic() >= self._ask_again_s:
-            self._ask_again_s = time.monotonic() + _ASK_AGAIN_S
+        begin_s = time.monotonic()
+        asks_all = begin_s >= self._ask_again_s
+        if asks_all:
             asked = self._sources
             are_new = True
         else:
@@ -230,6 +300,9 @@ class Supervisor:
                 for chore in source.chores:
                     self._chores.setdefault(id(chore), (chore, []))[1].append(source)
         self._register([chore for source in asked for chore in source.chores], are_new)
+        if asks_all:
+            now = time.monotonic()
+            self._ask_again_s = now + max(_ASK_AGAIN_S, (now - begin_s) / _MOST_ASKING)
 
     def _register(self, asked: Iterable[Chore], are_new: bool) -> None:
         """Wait for the descriptors of all chores, and no others.

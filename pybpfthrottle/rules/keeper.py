@@ -27,14 +27,16 @@ from pybpfthrottle.rules.model import Rule
 from pybpfthrottle.rules.quotas import Quotas
 from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.sharing import Now
-from pybpfthrottle.supervisor import Chore, Periodic
+from pybpfthrottle.supervisor import Budget, Chore, Frequent, Look
 from pybpfthrottle.throttle import Throttle, start, take_over
 
 log = Logger(__name__)
 
 _TICK_S = 1.0
-# Looking at all processes takes at most this fraction of one CPU's time.
-_MOST_OF_TIME = 0.005
+# Looking at all throttles takes at most this fraction of one CPU's time.
+_MOST_TICKING = 0.001
+# And so does looking at all processes: more if new ones are found by nothing else.
+_MOST_LOOKING, _MOST_WITHOUT_WORD = 0.002, 0.005
 _LEAST_PAUSE_S = 5.0
 # Without word of executions, new processes are found by looking.
 _PAUSE_WITHOUT_WORD_S = 1.0
@@ -180,8 +182,11 @@ class Held:
         return True
 
 
-class Keeper:
-    """The rules in force. ``chores`` keep them so; ``remove`` ends all."""
+class Keeper(Frequent):
+    """The rules in force. ``chores`` keep them so; ``remove`` ends all.
+
+    As a chore it limits processes that have begun to match.
+    """
 
     def __init__(
         self,
@@ -206,9 +211,12 @@ class Keeper:
         self.held: dict[tuple[str, Key], Held] = {}
         self._executions: Optional[Executions] = None
         self._said: set[str] = set()
+        # Whether throttles have come, gone or changed since somebody asked.
+        self._has_changed = False
         self._look_s = math.inf
         self._others: tuple[float, frozenset[int]] = (-math.inf, frozenset())
-        self._ticking = Periodic(_TICK_S, self._tick, together=True)
+        self._budget = Budget(_MOST_WITHOUT_WORD)
+        self._ticking = Look(_TICK_S, self._tick, Budget(_MOST_TICKING))
 
     def begin(self, rules: Sequence[Rule], groups: Sequence[GroupRule] = ()) -> None:
         """Put rules in force, and take over what a killed process has left of them."""
@@ -271,9 +279,8 @@ class Keeper:
             self._hold(wanted)
         for note in survey.notes:
             self._say_once(note)
-        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
-        least = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
-        self._look_s = time.monotonic() + max(least, pause_s)
+        least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
+        self._look_s = self._budget.next_due_s(self, time.thread_time() - begin_s, least_s)
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while the rules are in force."""
@@ -314,6 +321,11 @@ class Keeper:
             self._executed(set(self._executions.executed()))
         if time.monotonic() >= self._look_s:
             self.look()
+        self.changes_chores = self._take_change()
+
+    def _take_change(self) -> bool:
+        found, self._has_changed = self._has_changed, False
+        return found
 
     def remove(self) -> None:
         """Remove all throttles of rules."""
@@ -327,6 +339,7 @@ class Keeper:
     def _listen(self) -> None:
         try:
             self._executions = get_backend("ebpf").executions()
+            self._budget = Budget(_MOST_LOOKING)
         except (Error, OSError) as error:
             self._say_once(
                 f"new processes are limited within {_PAUSE_WITHOUT_WORD_S:g} s, not at once,"
@@ -337,9 +350,9 @@ class Keeper:
         """Limit those that match among processes that have executed a program."""
         survey = Survey(self._book, mounted=self._mounted)
         survey.look(pids)
-        found = list(survey.wanted({}))
-        if not found:
+        if not survey.decided:
             return
+        found = list(survey.wanted({}))
         others = self._limited_by_others()
         self._part(survey.decided)
         for wanted in found:
@@ -382,6 +395,7 @@ class Keeper:
     def _hold(self, wanted: Wanted) -> None:
         """Limit what is wanted, by the throttle that is there or by a new one."""
         name, key = wanted.rule.name, wanted.key
+        self._has_changed = True
         try:
             held = self.held.get((name, key))
             if held is not None and self._refresh(held, wanted):
@@ -417,6 +431,7 @@ class Keeper:
     def _end(self, name: str, key: Key) -> None:
         held = self.held.pop((name, key), None)
         if held is not None:
+            self._has_changed = True
             self._charge(held)
             self._groups.leave(held.throttle)
             held.throttle.remove()
@@ -427,7 +442,7 @@ class Keeper:
         except (Error, OSError) as error:
             self._say_once(f"{held.wanted.rule.name}: its quota cannot be charged now: {error}")
 
-    def _tick(self) -> None:
+    def _tick(self) -> bool:
         """Follow time and circumstances, and remove throttles that limit nothing any more."""
         self.charge()
         self._quotas.tell(self._now)
@@ -446,6 +461,7 @@ class Keeper:
                 self._look_s = now
             if ended or self._is_idle(held, now):
                 self._end(name, key)
+        return self._take_change()
 
     def _is_idle(self, held: Held, now: float) -> bool:
         if held.wanted.cgroups or held.throttle.processes():

@@ -123,8 +123,12 @@ _Check = Callable[[Facts], bool]
 
 def _any_of(values: Iterable[str]) -> Callable[[str], bool]:
     """Return what compares a text with some values, of which some may be patterns."""
-    exact = frozenset(one for one in values if not is_pattern(one))
-    patterns = [re.compile(fnmatch.translate(one)) for one in values if is_pattern(one)]
+    exact, patterns = set(), []
+    for one in values:
+        if is_pattern(one):
+            patterns.append(re.compile(fnmatch.translate(one)))
+        else:
+            exact.add(one)
     return lambda text: text in exact or any(one.match(text) for one in patterns)
 
 
@@ -145,8 +149,12 @@ def _users(values: Sequence[str]) -> _Check:
 
 
 def _cgroups(values: Sequence[str]) -> _Check:
-    wanted = _any_of(["/" + one.strip("/") for one in values])
+    wanted = _any_of(map(_below_root, values))
     return lambda facts: any(map(wanted, places(facts.path)))
+
+
+def _below_root(path: str) -> str:
+    return "/" + path.strip("/")
 
 
 def _slices(values: Sequence[str]) -> _Check:
@@ -228,18 +236,22 @@ class Rulebook:
         self._matchers = [(one, Matcher(one.criteria)) for one in self.rules]
         # What limits_whole_cgroups has found: it is asked for each process.
         self._whole: dict[str, bool] = {}
-        # Most rules are for a name or a unit: these need not be tried for other processes.
+        # Most rules are for a name or one place: these need not be tried for other processes.
         self._by_name: dict[str, list[int]] = {}
         self._by_unit: dict[str, list[int]] = {}
+        self._by_cgroup: dict[str, list[int]] = {}
         self._others = []
         for number, rule in enumerate(self.rules):
-            names, units = rule.criteria.name, rule.criteria.unit
+            names, units, paths = rule.criteria.name, rule.criteria.unit, rule.criteria.cgroup
             if names and not is_pattern(*names):
                 for name in names:
                     self._by_name.setdefault(targets.as_kept(name), []).append(number)
             elif units and not is_pattern(*units):
                 for unit in units:
                     self._by_unit.setdefault(cgroups.unit_name(unit), []).append(number)
+            elif paths and not is_pattern(*paths):
+                for path in paths:
+                    self._by_cgroup.setdefault(_below_root(path), []).append(number)
             else:
                 self._others.append(number)
 
@@ -248,6 +260,9 @@ class Rulebook:
         tried = {*self._others, *self._by_name.get(facts.name, ())}
         if self._by_unit:
             tried.update(number for unit in facts.units for number in self._by_unit.get(unit, ()))
+        if self._by_cgroup:
+            above = places(facts.path)
+            tried.update(number for path in above for number in self._by_cgroup.get(path, ()))
         for number in sorted(tried):
             rule, matcher = self._matchers[number]
             if matcher.matches(facts):

@@ -6,8 +6,9 @@ import errno
 import os
 import pwd
 import re
+import time
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Collection, Iterator, Optional, Sequence
 
 from pybpfthrottle.bpf import features, links, programs
@@ -153,6 +154,29 @@ def overridden(cgroup: Cgroup, hook: AttachType, *, but: Collection[int] = ()) -
                 overridable = found.attach_flags == AttachMode.ALLOW_OVERRIDE and where != cgroup
                 return list(at(where, [hook])) if overridable else []
     return []
+
+
+# Throttles look in one go, and most of their cgroups are beside each other.
+_ANSWER_LASTS_S = 0.2
+
+
+def may_override(cgroup: Cgroup, hook: AttachType) -> bool:
+    """Whether an ancestor has a program that may be overridden, as it was a moment ago.
+
+    Costs little if it is asked of many cgroups; only ``overridden`` tells what it is about one.
+    """
+    above = os.path.dirname(cgroup.path)
+    return _has_overridable(above, hook, int(time.monotonic() / _ANSWER_LASTS_S))
+
+
+@lru_cache(maxsize=64)
+def _has_overridable(path: str, hook: AttachType, moment: int) -> bool:
+    with suppress(OSError, CgroupError):
+        for where in Cgroup(path).with_ancestors():
+            found = _query(where, hook)
+            if found.program_ids and found.attach_flags == AttachMode.ALLOW_OVERRIDE:
+                return True
+    return False
 
 
 def from_above(cgroup: Cgroup, hook: AttachType) -> list[Attached]:

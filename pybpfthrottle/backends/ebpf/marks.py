@@ -22,7 +22,6 @@ from typing import (
     Optional,
     Sequence,
 )
-from weakref import WeakSet
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
@@ -38,15 +37,13 @@ from pybpfthrottle.linux import process
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.logger import Logger
-from pybpfthrottle.supervisor import next_round
+from pybpfthrottle.supervisor import LOOKS, Frequent
 from pybpfthrottle.targets import Selection
 
 log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
-# Scanning processes for all limits of this program takes at most this fraction of a CPU's time.
-_MOST_OF_TIME = 0.01
 _MARK = b"\0\0\0\0"
 _EXECUTION = "sched_process_exec"
 
@@ -58,11 +55,7 @@ _OTHER_NAMESPACE = (
 Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
 
 
-# The marks of all limits of this process.
-_in_use: WeakSet[Marks] = WeakSet()
-
-
-class Marks:
+class Marks(Frequent):
     """The marks of one limit."""
 
     def __init__(
@@ -90,7 +83,6 @@ class Marks:
         # Whether the kernel adds all new children of processes in the map.
         self._all_followed = False
         self._notes: dict[str, None] = {}
-        _in_use.add(self)
 
     def follow(self) -> None:
         """Follow the children started from now on, even if their parent ends.
@@ -147,6 +139,7 @@ class Marks:
     def run(self) -> None:
         """Limit processes that have begun to match; now and then, scan all of them again."""
         begin_s = time.thread_time()
+        self.changes_chores = False
         if self._tracing is not None:
             self._started(self._tracing.executed())
         if time.monotonic() < self.due_s:
@@ -154,8 +147,7 @@ class Marks:
         self.due_s = time.monotonic() + PERIOD_S
         self._pass()
         # A pass that had to wait for the CPU does not delay the next one.
-        pause_s = (time.thread_time() - begin_s) * len(_in_use) / _MOST_OF_TIME
-        self.due_s = next_round(PERIOD_S) + max(0.0, pause_s - PERIOD_S)
+        self.due_s = LOOKS.next_due_s(self, time.thread_time() - begin_s, PERIOD_S)
         self._look_for_sharing()
 
     def pids(self) -> list[int]:
@@ -172,7 +164,6 @@ class Marks:
 
     def close(self) -> None:
         """Follow no more processes."""
-        _in_use.discard(self)
         if self._tracing is not None:
             self._tracing.close()
             self._tracing = None
@@ -230,6 +221,7 @@ class Marks:
                 if self._mark(found):
                     count += 1
                     adopt(found)
+        self.changes_chores |= count > 0
         for pid, error in self._scan.refused.items():
             self._note(
                 f"the sockets that {process.listed([pid])} had open before are not limited, and"

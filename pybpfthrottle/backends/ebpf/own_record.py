@@ -10,10 +10,12 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux.cgroup import locked, locked_if_free
 from pybpfthrottle.model import Direction, Limits, Rate
-from pybpfthrottle.supervisor import Periodic
+from pybpfthrottle.supervisor import Budget, Look
 
 # How often to check whether somebody else has changed or removed the throttle.
 _NOTICE_S = 0.25
+# Of all throttles of this process.
+_NOTICES = Budget(0.0015)
 
 
 class Recorded(Protocol):
@@ -49,7 +51,7 @@ class OwnRecord:
         self._generation = 0
         self._is_current = True
         self.removed_by_others = False
-        self.chore = Periodic(_NOTICE_S, self._notice, together=True)
+        self.chore = Look(_NOTICE_S, self._notice, _NOTICES)
 
     def create(self, maps: Mapping[str, Map[Any, Any]], *, kept: bool) -> None:
         """Write the record for the first time, into one of the throttle's maps."""
@@ -88,28 +90,30 @@ class OwnRecord:
                 self._write()
                 self._is_current = True
 
-    def _notice(self) -> None:
-        """Check whether somebody else has changed the throttle, or asks for a change."""
-        self._look()
+    def _notice(self) -> bool:
+        """Do what somebody else asks for; return whether anything was changed."""
+        is_changed = self._look()
         if not self._is_current:
             self._update_if_free()
+        return is_changed
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
         if self.removed_by_others or self._map is None or self._map.is_at(self._generation):
-            return
+            return False
         entry = self._map.read()
         if entry is None or entry.generation == self._generation:
-            return
+            return False
         self._generation = entry.generation
         if entry.removed:
             self.removed_by_others = True
-            return
+            return True
         spec = record_of(entry, 0).spec
         for direction, rate in spec.limits.items():
             if self._throttle.limits.get(direction) != rate:
                 self._throttle.change_rate(direction, rate, spec.paused.get(direction))
         if entry.fields.get(ASKED):
             self._answer(str(entry.fields[ASKED]))
+        return True
 
     def _answer(self, method: str) -> None:
         """Attach by the method that somebody asks for, and record the outcome."""

@@ -166,6 +166,8 @@ class Placements:
     def switching_off(self) -> Iterator[str]:
         """Return others' programs, attached later and above, that these keep from running."""
         for one in self._placed:
+            if not attached.may_override(one.target, one.program.attach_type):
+                continue
             with suppress(OSError):
                 for other in attached.overridden(
                     one.target, one.program.attach_type, but=[one.live.info().id]

@@ -24,13 +24,14 @@ from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.logger import Logger
+from pybpfthrottle.supervisor import LOOKS, Frequent
 
 log = Logger(__name__)
 
 PERIOD_S = 1.0
 # A command that leaves its cgroup does so when it starts.
 _SOON_S, _SOON_PERIOD_S = 5.0, 0.25
-# Scanning takes at most this fraction of one CPU's time, also while a command starts.
+# While a command starts, scanning takes at most this fraction of one CPU's time.
 _MOST_OF_TIME = 0.01
 # How long a socket list is trusted for sockets that it does not contain.
 _FRESH_S = 0.2
@@ -58,7 +59,7 @@ class _Stray(NamedTuple):
     cgroup_id: int
 
 
-class Strays:
+class Strays(Frequent):
     """A chore that keeps looking for stray sockets and processes, and limits them."""
 
     def __init__(
@@ -88,13 +89,15 @@ class Strays:
     def run(self) -> None:
         """Look for strays, and set when to look again."""
         begin_s = time.thread_time()
+        self.changes_chores = False
         self._look_for_sockets()
         if self._command is not None:
             self._look_for_processes()
+        cost_s = time.thread_time() - begin_s
+        self.due_s = LOOKS.next_due_s(self, cost_s, PERIOD_S)
         now = time.monotonic()
-        soon = self._command is not None and now < self._begin_s + _SOON_S
-        pause_s = (time.thread_time() - begin_s) / _MOST_OF_TIME
-        self.due_s = now + max(_SOON_PERIOD_S if soon else PERIOD_S, pause_s)
+        if self._command is not None and now < self._begin_s + _SOON_S:
+            self.due_s = now + max(_SOON_PERIOD_S, cost_s / _MOST_OF_TIME)
 
     def notes(self) -> tuple[str, ...]:
         """Return what was found, a line each."""
@@ -126,6 +129,7 @@ class Strays:
                         yield _Stray(places[inode], cgroup_id)
 
     def _limit(self, stray: _Stray) -> None:
+        self.changes_chores = True
         where = _path_of(stray.cgroup_id)
         who = process.listed([stray.place.pid])
         try:
@@ -149,6 +153,7 @@ class Strays:
                     new[pid] = where
         if not new:
             return
+        self.changes_chores = True
         self._left.update(new)
         try:
             self._limiter.follow(sorted(new))

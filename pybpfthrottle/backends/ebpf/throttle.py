@@ -38,7 +38,7 @@ from pybpfthrottle.linux.sockets import Borrowed, Place
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
-from pybpfthrottle.supervisor import Chore, Periodic
+from pybpfthrottle.supervisor import Chore, Look
 from pybpfthrottle.targets import Selection
 
 log = Logger(__name__)
@@ -85,7 +85,7 @@ class EbpfThrottle:
         self._attached.callback(lambda: self._unpin(self._pins))
         self._undo.callback(self._restore)
         self._undo.callback(self._record.say_removed)
-        self._looking_above = Periodic(_LOOK_ABOVE_S, self._look_above, together=True)
+        self._looking_above = Look(_LOOK_ABOVE_S, self._look_above)
 
     @property
     def limits(self) -> Limits:
