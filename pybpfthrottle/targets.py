@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Iterable, Iterator, Optional, Sequence
 from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import CgroupError, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups
-from pybpfthrottle.linux import process, systemd
+from pybpfthrottle.linux import process, systemd, tables
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Target
@@ -156,8 +156,8 @@ def has_name(pid: int, names: frozenset[str], short: Optional[str] = None) -> bo
 
 def effective_user(pid: int) -> int:
     """Return the effective user of a process; -1 if it is gone."""
-    with suppress(OSError), open(f"/proc/{pid}/status", errors="replace") as file:
-        for line in file:
+    with suppress(OSError):
+        for line in tables.lines(f"/proc/{pid}/status"):
             if line.startswith("Uid:"):
                 return int(line.split()[2])
     return -1

@@ -48,7 +48,7 @@ _PERFMON = frozenset(
 def effective_capabilities() -> int:
     """Return the capabilities of this process as a bit set; all where /proc does not tell."""
     try:
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", errors="replace", newline="\n") as status:
             for line in status:
                 if line.startswith("CapEff:"):
                     return int(line.split()[1], 16)

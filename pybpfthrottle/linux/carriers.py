@@ -11,7 +11,7 @@ from collections import defaultdict
 from contextlib import suppress
 from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.linux import endpoints, netns, process
+from pybpfthrottle.linux import endpoints, netns, process, tables
 from pybpfthrottle.linux.endpoints import Description, Endpoint
 
 _PIPE, _SOCKET = "pipe", "socket"
@@ -146,8 +146,8 @@ def _open_of(pid: int) -> _Open:
 
 def _interface(pid: int, descriptor: str) -> list[str]:
     """Return the name of a tun or tap device, if the descriptor has one."""
-    with open(f"/proc/{pid}/fdinfo/{descriptor}", errors="replace") as file:
-        lines = [line.split() for line in file if line.startswith("iff:")]
+    found = tables.lines(f"/proc/{pid}/fdinfo/{descriptor}")
+    lines = [line.split() for line in found if line.startswith("iff:")]
     return [words[1] for words in lines if len(words) > 1]
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
-from pybpfthrottle.linux import libc
+from pybpfthrottle.linux import libc, tables
 from pybpfthrottle.logger import Logger
 
 log = Logger(__name__)
@@ -172,10 +172,9 @@ class Cgroup:
 
 def _leader(tid: int) -> int:
     try:
-        with open(f"/proc/{tid}/status") as status:
-            for line in status:
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1])
+        for line in tables.lines(f"/proc/{tid}/status"):
+            if line.startswith("Tgid:"):
+                return int(line.split()[1])
     except OSError:
         pass
     return tid
@@ -190,8 +189,7 @@ def mounts() -> list[Mount]:
 
 
 def _mounts_of(process: str) -> list[Mount]:
-    with open(f"/proc/{process}/mountinfo", errors="surrogateescape") as table:
-        return list(_parse_mounts(table.read()))
+    return list(_parse_mounts(tables.read(f"/proc/{process}/mountinfo")))
 
 
 # Asked for again and again, and long.
@@ -245,8 +243,8 @@ def _is_reached(mounted: Mount) -> bool:
     try:
         with open(f"/proc/self/fdinfo/{fd}") as file:
             found = re.search(r"^mnt_id:\s*(\d+)$", file.read(), re.MULTILINE)
-        with open("/proc/self/mountinfo", errors="surrogateescape") as table:
-            lines = [line for line in table if found and line.split(" ")[0] == found[1]]
+        table = tables.lines("/proc/self/mountinfo")
+        lines = [line for line in table if found and line.split(" ")[0] == found[1]]
     except OSError:
         return True
     finally:
@@ -494,8 +492,7 @@ def from_pid(pid: int, mounted: Optional[Mount] = None) -> Cgroup:
     Who asks for many gives what ``mount`` returns.
     """
     try:
-        with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
+        lines = tables.lines(f"/proc/{pid}/cgroup")
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessError(f"there is no process {pid}") from None
     except OSError as error:

@@ -9,6 +9,8 @@ import struct
 from contextlib import suppress
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
+from pybpfthrottle.linux import tables
+
 T = TypeVar("T")
 
 # include/uapi/asm-generic/socket.h (which all machines use that support bpf(2))
@@ -229,14 +231,15 @@ def listed_in_proc(pid: int) -> dict[int, Description]:
             found[int(fields[9])] = Description(kind, local, remote, state)
     for table, (family, column) in _OTHER_TABLES.items():
         for line in _lines(pid, table):
-            found[int(line.split()[column])] = Description(Kind(family))
+            # A Unix socket's name may look like more lines: what is known of others stays.
+            with suppress(IndexError, ValueError):
+                found.setdefault(int(line.split()[column]), Description(Kind(family)))
     return found
 
 
 def _lines(pid: int, table: str) -> list[str]:
     try:
-        with open(f"/proc/{pid}/net/{table}", errors="replace") as file:
-            return file.read().splitlines()[1:]
+        return tables.lines(f"/proc/{pid}/net/{table}")[1:]
     except OSError:  # the kernel lacks the protocol
         return []
 

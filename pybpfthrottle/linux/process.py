@@ -7,7 +7,7 @@ from functools import cache
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.errors import ProcessError
-from pybpfthrottle.linux import clock
+from pybpfthrottle.linux import clock, tables
 
 # To start another Python with this package.
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -115,7 +115,7 @@ def _stat(pid: int) -> Optional[list[str]]:
 
 def _name(pid: int) -> str:
     try:
-        with open(f"/proc/{pid}/comm", errors="replace") as file:
+        with open(f"/proc/{pid}/comm", errors="replace", newline="\n") as file:
             return file.read().rstrip("\n")
     except OSError:
         return "?"
@@ -150,9 +150,8 @@ def in_first_namespace() -> bool:
 def own_status() -> dict[str, str]:
     """Return the fields of /proc/self/status; empty if it cannot be read."""
     try:
-        with open("/proc/self/status") as file:
-            pairs = (line.partition(":") for line in file)
-            return {key: value.strip() for key, _, value in pairs}
+        pairs = (line.partition(":") for line in tables.lines("/proc/self/status"))
+        return {key: value.strip() for key, _, value in pairs}
     except OSError:
         return {}
 

@@ -208,7 +208,11 @@ def _mappings(pid: int) -> list[_Mapping]:
 def _perf_map(pid: int) -> str:
     """Return the path of what a JIT compiler writes down, by the PID in its own namespace."""
     inner = pid
-    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/status") as status:
+    # The name of a process may contain a carriage return, which ends no line.
+    with (
+        suppress(OSError, ValueError, IndexError, StopIteration),
+        open(f"/proc/{pid}/status", errors="replace", newline="\n") as status,
+    ):
         inner = int(next(line for line in status if line.startswith("NSpid:")).split()[-1])
     return f"/proc/{pid}/root/tmp/perf-{inner}.map"
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pybpfthrottle.errors import CgroupError, ProcessError
-from pybpfthrottle.linux import cgroup, libc
+from pybpfthrottle.linux import cgroup, libc, tables
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
 
 V2 = "30 24 0:27 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -37,7 +37,7 @@ def mounted(monkeypatch):
 
 @pytest.fixture
 def files(monkeypatch):
-    """Puts bytes in place of files of /proc, for the module that is tested."""
+    """Puts bytes in place of files of /proc, for the modules that are tested."""
     contents = {}
 
     def fake_open(path, *arguments, **options):
@@ -46,7 +46,8 @@ def files(monkeypatch):
         text = io.BytesIO(contents[path])
         return io.TextIOWrapper(text, encoding="utf-8", errors=options.get("errors", "strict"))
 
-    monkeypatch.setattr(cgroup, "open", fake_open, raising=False)
+    for module in (tables, cgroup):
+        monkeypatch.setattr(module, "open", fake_open, raising=False)
     return contents
 
 
