@@ -11,13 +11,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from compiled import EXAMPLES, compiled
-from since import needs_machine, since
+from since import needs_machine, needs_option, since
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
@@ -64,7 +64,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str
 
 def test_there_are_examples():
     """Each example has a C part of its name, and few lines."""
-    assert len(NAMES) >= 6
+    assert len(NAMES) >= 8
     for name in NAMES:
         assert (EXAMPLES / f"{name}.bpf.c").exists()
         assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
@@ -169,3 +169,38 @@ def test_xdpcount(run: Callable[..., str], mode: str):
         assert "udp" in shown
     finally:
         subprocess.run(["ip", "link", "del", name], check=True)
+
+
+@since("6.4")
+def test_congestion(run: Callable[..., str]):
+    """Connections may choose it while it runs, and it counts them."""
+    sent = 200_000
+
+    def transfer() -> None:
+        with suppress(FileNotFoundError), socket.create_server(("127.0.0.1", 0)) as server:
+            with socket.socket() as client:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"pybpf_example")
+                client.connect(server.getsockname())
+                accepted, _ = server.accept()
+                with accepted:
+                    threading.Thread(target=client.sendall, args=[bytes(sent)]).start()
+                    accepted.recv(sent, socket.MSG_WAITALL)
+
+    with again_and_again(transfer):
+        for seconds in (0.3, 3, 10):
+            shown = run("congestion", "--percent", 85, "--seconds", seconds)
+            numbers = dict(line.rsplit(maxsplit=1) for line in shown.splitlines()[1:])
+            if int(numbers["acknowledged"]):
+                break
+    assert int(numbers["connections"]) > 0
+    assert int(numbers["acknowledged"]) > 0
+
+
+@since("6.12")
+def test_scheduler(run: Callable[..., str]):
+    """All tasks go through its queue while it runs."""
+    works = os.path.isdir("/sys/kernel/sched_ext")
+    needs_option("CONFIG_SCHED_CLASS_EXT", works=works)
+    with again_and_again(lambda: subprocess.run(["true"], check=True)):
+        shown = run("scheduler", "--slice-ms", 2, "--seconds", 1)
+    assert int(shown.split()[2]) > 0
