@@ -6,6 +6,8 @@ import errno
 import os
 import socket
 import subprocess
+import uuid
+from contextlib import contextmanager, suppress
 
 import pytest
 from compiled import compiled
@@ -146,3 +148,45 @@ def state():
     """Whether sched_ext has a scheduler."""
     with open(f"{SCHED_EXT}/state") as file:
         return file.read().strip()
+
+
+@since("6.16")
+def test_a_queue_is_given_the_packets_of_an_interface():
+    """A queueing discipline (Qdisc_ops) has each packet until it is taken off the interface."""
+    with queueing() as loaded, interface() as name:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+            sender.bind((name, 0))
+            subprocess.run(["tc", "qdisc", "add", "dev", name, "root", "pybpft_drop"], check=True)
+            for _ in range(3):
+                with suppress(OSError):  # ENOBUFS: it was dropped
+                    sender.send(bytes(64))
+            assert loaded.variables["dropped"].get() >= 3
+            assert loaded.variables["begun"].get() >= 1
+            subprocess.run(["tc", "qdisc", "del", "dev", name, "root"], check=True)
+            sender.send(bytes(64))
+
+
+@contextmanager
+def queueing():
+    """The queueing discipline, in force until the end."""
+    spec = elf.read_object(compiled("object_qdisc"), name="queue")
+    try:
+        loaded = loader.load(spec)
+    except ExternError as error:
+        needs_option("CONFIG_NET_SCH_BPF", works="no struct_ops" not in str(error))
+        raise
+    with loaded, loaded.struct_ops["queue"].attach():
+        yield loaded
+
+
+@contextmanager
+def interface():
+    """The name of an interface that is up, and connected to another one."""
+    name = f"t{uuid.uuid4().hex[:8]}"
+    subprocess.run(["ip", "link", "add", name, "type", "veth", "peer", f"{name}p"], check=True)
+    try:
+        for end in (name, f"{name}p"):
+            subprocess.run(["ip", "link", "set", end, "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=True)
