@@ -20,6 +20,8 @@ _BY_DEFAULT = (("-target", "bpf", "-g", "-mcpu=v3", "-Wall"), ("-gbtf",))
 # Which kernel tests ask for with other flags as well; core_fields has to have types.
 _ALSO_WITH = {"object_calls": ["-g0"], "object_data": ["-g0"], "object_legacy": ["-g", "-g0"]}
 _ALSO_WITH["object_statics"] = ["-DSECOND"]
+# Programs for this machine, and the flags that tests ask for.
+_EXECUTABLES: dict[str, list[tuple[str, ...]]] = {"probed": [(), ("-s",)]}
 
 
 def compilers() -> list[str]:
@@ -41,8 +43,24 @@ def compiled(name: str, *flags: str, compiler: str = CLANG) -> bytes:
     return _compiled(_sources(name), _source(name), flags, compiler)
 
 
+def executable(name: str, *flags: str) -> bytes:
+    """Return the program for this machine that clang makes of NAME.c of tests/fixtures.
+
+    A machine without a compiler takes what was kept, as for ``compiled``.
+    """
+    source = FIXTURES / f"{name}.c"
+    kept = Path(os.environ.get("TESTS_FIXTURES", "/nowhere"), _executable_key(source, flags))
+    if kept.exists():
+        return kept.read_bytes()
+    return _built(source, [needs_command(CLANG), "-O1", *flags])
+
+
 def keep(directory: Path) -> None:
     """Compile all that kernel tests ask for, for machines without a compiler."""
+    for name, all_flags in _EXECUTABLES.items():
+        for flags in all_flags:
+            kept = directory / _executable_key(FIXTURES / f"{name}.c", flags)
+            kept.write_bytes(executable(name, *flags))
     for source in (*FIXTURES.glob("*.bpf.c*"), *EXAMPLES.glob("*.bpf.c")):
         name = source.name.partition(".")[0]
         for flags in [(), *((flag,) for flag in _ALSO_WITH.get(name, ()))]:
@@ -52,6 +70,11 @@ def keep(directory: Path) -> None:
 def _key(name: str, flags: tuple[str, ...], compiler: str) -> str:
     content = hashlib.sha256(_sources(name)).hexdigest()
     return "_".join([name, content[:16], compiler, *flags]) + ".o"
+
+
+def _executable_key(source: Path, flags: tuple[str, ...]) -> str:
+    content = hashlib.sha256(source.read_bytes()).hexdigest()
+    return "_".join([source.stem, content[:16], *flags])
 
 
 def _source(name: str) -> Path:
@@ -68,8 +91,11 @@ def _sources(name: str) -> bytes:
 @cache
 def _compiled(_: bytes, source: Path, flags: tuple[str, ...], compiler: str) -> bytes:
     needs_command(compiler)
-    command = [compiler, "-O2", *_BY_DEFAULT["gcc" in compiler], *flags, "-c", str(source)]
+    return _built(source, [compiler, "-O2", *_BY_DEFAULT["gcc" in compiler], *flags, "-c"])
+
+
+def _built(source: Path, command: list[str]) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, "built.o")
-        subprocess.run([*command, "-o", str(built)], check=True)
+        subprocess.run([*command, str(source), "-o", str(built)], check=True)
         return built.read_bytes()

@@ -128,8 +128,9 @@ def attach_usdt(
     pid: Optional[int] = None,
     cookie: int = 0,
 ) -> Link:
-    """Attach at every place of a probe; ``provider`` "" stands for any. Linux 5.15.
+    """Attach at every place of a probe; ``provider`` "" stands for any.
 
+    Linux 4.1; probes with a semaphore 4.20, cookies and programs that read arguments 5.15.
     ``pid`` is needed for no probe, but those with a semaphore are switched on for that process
     alone then. Raises AttachError, with the nearest names where there is no such probe.
     """

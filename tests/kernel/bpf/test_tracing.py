@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from compiled import CLANG, FIXTURES, compiled
+from compiled import CLANG, FIXTURES, compiled, executable
 from since import needs_command, needs_machine, needs_option, needs_release, parse, running, since
 
 from pybpfthrottle import bpf
@@ -294,9 +294,21 @@ class TestOfPrograms:
             with pytest.raises(AttachError, match="did you mean probed:plain"):
                 program.attach(binary=path, probe="probed:plan")
 
+    @since("4.20")
+    def test_a_usdt_probe_of_old_kernels(self, tmp_path: Path):
+        """A program that asks for no argument and no cookie needs neither, semaphore or not."""
+        path = built(tmp_path)
+        spec = bpf.read_object(compiled("tracing"))
+        with bpf.load(spec, ["at_usdt_alone"]) as live, probed(path) as send:
+            for times, probe in enumerate(("probed:plain", "probed:counted"), 1):
+                with live.programs["at_usdt_alone"].attach(binary=path, probe=probe):
+                    send(1)
+                assert runs(live) == times
+
     @since("5.15")
     def test_arguments_of_a_usdt_probe(self, tmp_path: Path):
         """Our header for programs finds arguments, by process too; a missing one is told."""
+        needs_command(CLANG)
         path, source = built(tmp_path), str(FIXTURES / "usdt.src.c")
         spec = bpf.read_file(compile_object(source, str(tmp_path / "usdt.o")))
         with bpf.load(spec) as live, probed(path) as send:
@@ -309,10 +321,10 @@ class TestOfPrograms:
 
 def built(directory: Path, *flags: str) -> str:
     """The path of a program with USDT probes."""
-    path = str(directory / "probed")
-    source = str(FIXTURES / "probed.c")
-    subprocess.run([needs_command(CLANG), "-O1", *flags, "-o", path, source], check=True)
-    return path
+    path = directory / "probed"
+    path.write_bytes(executable("probed", *flags))
+    path.chmod(0o755)
+    return str(path)
 
 
 class Probed:
