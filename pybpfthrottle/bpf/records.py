@@ -9,10 +9,11 @@ import keyword
 import os
 import struct
 from collections import namedtuple
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
 from pybpfthrottle.bpf.obj.btf_values import BtfCodec
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _FLOATS = {4: "f", 8: "d"}

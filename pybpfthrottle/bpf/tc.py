@@ -9,10 +9,11 @@ import errno
 import os
 import socket
 import struct
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, Optional
 
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.programs import Program
 
 _HEADER, _TCMSG = struct.Struct("=IHHII"), struct.Struct("=BxxxiIII")

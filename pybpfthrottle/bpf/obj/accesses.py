@@ -5,13 +5,14 @@ Source: Documentation/bpf/llvm_reloc.rst of the kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.flavours import essential, fields_compatible
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _K = CoreRelocationKind
 FIELDS = frozenset(

@@ -6,7 +6,7 @@ which compilers and loaders agree on what is meant.
 
 from __future__ import annotations
 
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterable, Iterator, Optional
 
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.errors import AmbiguousTypeError
@@ -23,6 +23,7 @@ from pybpfthrottle.bpf.obj.accesses import (
 from pybpfthrottle.bpf.obj.btf import ENUMS, Btf, Kind, Type
 from pybpfthrottle.bpf.obj.btf_ext import CoreRelocation
 from pybpfthrottle.bpf.obj.flavours import Matcher, essential, same_kind, types_compatible
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _K = CoreRelocationKind
 # What is asked of something that is not there and has the answer 0; all else has no answer.

@@ -7,7 +7,7 @@ Source: kernel/bpf/disasm.c, Documentation/bpf/standardization/instruction-set.r
 from __future__ import annotations
 
 import sys
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator
 
 from pybpfthrottle.bpf.obj.helper_names import helper_name
 from pybpfthrottle.bpf.obj.insn import (
@@ -72,6 +72,7 @@ from pybpfthrottle.bpf.obj.insn import (
     Instruction,
     decoded,
 )
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import FunctionSpec
 
 _SIZE_NAMES = {BPF_W: "u32", BPF_H: "u16", BPF_B: "u8", BPF_DW: "u64"}

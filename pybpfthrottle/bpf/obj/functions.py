@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Collection, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar, Union
+from typing import Collection, Iterable, Iterator, Mapping, Optional, TypeVar, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section, Symbol
@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.obj.insn import (
     Code,
     RelocationType,
 )
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import (
     CallReference,
     ConstantReference,

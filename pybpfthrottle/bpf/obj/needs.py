@@ -5,7 +5,7 @@ How its programs are attached is not part of it: that is decided later.
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator, Mapping, NamedTuple, Optional
+from typing import Iterable, Iterator, Mapping, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -41,6 +41,7 @@ from pybpfthrottle.bpf.obj.insn import (
     Instruction,
     decoded,
 )
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import FunctionSpec, MapSpec, ObjectSpec, ProgramSpec
 
 # BPF_MAXINSNS, the limit for everybody before Linux 5.2.

@@ -6,10 +6,11 @@ leniently as cilium/ebpf takes them.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import AttachType, ProgType
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _P, _A = ProgType, AttachType
 

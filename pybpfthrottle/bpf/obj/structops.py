@@ -8,7 +8,7 @@ kernel.
 from __future__ import annotations
 
 import struct
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -17,6 +17,7 @@ from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member
 from pybpfthrottle.bpf.obj.core import Kernel
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
 from pybpfthrottle.bpf.obj.flavours import essential
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec, ObjectSpec, ProgramSpec
 
 _SECTIONS = (".struct_ops", ".struct_ops.link")

@@ -6,12 +6,13 @@ Documentation/bpf/libbpf/program_types.rst of the kernel.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.errors import ExternError
 from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.obj.core import Kernel
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import ProgramSpec
 
 

@@ -6,7 +6,7 @@ Source: libbpf's macros __uint, __ulong, __type and __array.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType
@@ -15,6 +15,7 @@ from pybpfthrottle.bpf.obj.btf import Btf, Kind, Member, Type
 from pybpfthrottle.bpf.obj.datasections import Names
 from pybpfthrottle.bpf.obj.elffile import Elf, Relocation, Section
 from pybpfthrottle.bpf.obj.insn import RelocationType
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.obj.specs import FunctionKey, MapSpec
 
 SECTION = ".maps"

@@ -12,9 +12,10 @@ import struct
 import sys
 from contextlib import suppress
 from functools import cache, cached_property
-from typing import Any, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.tracing import nearest
 
 _CACHE = "/etc/ld.so.cache"

@@ -18,11 +18,12 @@ perf_event                            frequency_hz or period, event, pid, cpu, c
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.tracing import events, kernel_probes, sampling, tracefs, usdt, user_probes
 

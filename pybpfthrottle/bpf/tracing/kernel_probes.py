@@ -7,12 +7,13 @@ import errno
 import fnmatch
 import os
 import re
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 from pybpfthrottle.bpf import abi, perf, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.perf_abi import PerfEventAttr
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.running import RunningKernel, syscall_wrapper

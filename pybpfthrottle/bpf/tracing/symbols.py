@@ -9,10 +9,11 @@ import os
 import re
 from bisect import bisect_right
 from contextlib import suppress
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from pybpfthrottle.bpf import perf
 from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.tracing import binaries
 
 _KALLSYMS = "/proc/kallsyms"

@@ -9,10 +9,11 @@ import errno
 import itertools
 import os
 from contextlib import contextmanager, suppress
-from typing import Iterator, NamedTuple
+from typing import Iterator
 
 from pybpfthrottle.bpf import perf
 from pybpfthrottle.bpf.errors import AttachError
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.tracing import nearest
 
 _PLACES = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Iterator, Optional
 from weakref import WeakKeyDictionary
 
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link, Links
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.tracing import binaries, nearest, user_probes
 from pybpfthrottle.bpf.tracing.binaries import Binary

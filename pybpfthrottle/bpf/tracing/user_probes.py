@@ -6,12 +6,13 @@ import ctypes
 import errno
 import fnmatch
 import os
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 from pybpfthrottle.bpf import abi, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd
 from pybpfthrottle.bpf.errors import AttachError
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.perf_abi import PerfEventAttr
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.bpf.tracing import binaries, events, tracefs
