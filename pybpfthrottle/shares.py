@@ -328,7 +328,7 @@ def fill(total: float, wants: Sequence[Want]) -> list[float]:
         return [want.most for want in wants]
     least = sum(want.least for want in wants)
     if least >= total:
-        return [want.least * total / least for want in wants]
+        return [want.least * total / (least or 1) for want in wants]  # nothing of a total of 0
     level = _level(total, least, wants)
     return [min(max(level * want.weight, want.least), want.most) for want in wants]
 

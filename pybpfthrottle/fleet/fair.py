@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Sequence
 
+from pybpfthrottle.shares import Want, fill
+
 # Below this share of its part a member is not held back. What it wants is then what it moves, and
 # some more, so that it can grow: 1 / 1.25 is well below.
 _HELD_BACK = 0.9
@@ -15,12 +17,8 @@ def parts(total: int, demands: Sequence[int]) -> list[int]:
 
     The sum is at most the total, and lacks at most one for each member.
     """
-    found = [0] * len(demands)
-    left = total
-    ascending = sorted(range(len(demands)), key=lambda member: demands[member])
-    for position, member in enumerate(ascending):
-        found[member] = min(demands[member], left // (len(demands) - position))
-        left -= found[member]
+    found = [int(part) for part in fill(total, [Want(1, 0, demand) for demand in demands])]
+    left = total - sum(found)
     return [part + left // len(demands) for part in found]
 
 
