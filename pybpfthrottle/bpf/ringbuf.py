@@ -94,34 +94,9 @@ class RingBuffer(Reader):
 
     # The speed of reading is decided here: no call, and no attribute, that need not be.
     def _available(self) -> Iterator[Any]:
-        if self._codec is None:
-            yield from self._views()
-            return
         read_to, written_to, headers = self._read_to, self._written_to, self._headers
-        memory, page, mask, decode = self._rest, mmap.PAGESIZE, self._size - 1, self._codec.decode
-        while (position := read_to[0]) != written_to[0]:
-            if not _ORDERED:
-                barrier()
-            at = position & mask
-            header = headers[at >> 2]
-            if header & _BUSY:
-                return
-            if not _ORDERED:
-                barrier()
-            begin, length = page + at + _HEADER, header & _LENGTH
-            record = memory[begin : begin + length]
-            if not _ORDERED:
-                barrier()
-            read_to[0] = position + (length + _HEADER + 7 & ~7)
-            if not header & _DISCARDED:
-                yield decode(record)
-
-    def _views(self) -> Iterator[memoryview]:
-        """Return the records as memory of the ring, each given back when the next is asked for."""
-        read_to, written_to, headers, data = (
-            *(self._read_to, self._written_to, self._headers, self._data),
-        )
-        mask = self._size - 1
+        memory, data, page, mask = self._rest, self._data, mmap.PAGESIZE, self._size - 1
+        decode = None if self._codec is None else self._codec.decode
         while (position := read_to[0]) != written_to[0]:
             if not _ORDERED:
                 barrier()
@@ -133,8 +108,11 @@ class RingBuffer(Reader):
                 barrier()
             length = header & _LENGTH
             following = position + (length + _HEADER + 7 & ~7)
-            if not header & _DISCARDED:
-                at += _HEADER
+            at += _HEADER
+            if header & _DISCARDED:
+                read_to[0] = following
+            elif decode is None:
+                # The ring's own memory: it is given back when the next record is asked for.
                 try:
                     yield data[at : at + length]
                 finally:
@@ -142,7 +120,12 @@ class RingBuffer(Reader):
                         barrier()
                     read_to[0] = following
             else:
+                at += page
+                record = memory[at : at + length]
+                if not _ORDERED:
+                    barrier()
                 read_to[0] = following
+                yield decode(record)
 
     def _poll(self, timeout_s: Optional[float]) -> bool:
         return bool(self._epoll.poll(timeout_s))
