@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 from elf_builder import ObjectBuilder
 from fake_kernel import FakeKernel
+from hypothesis import settings
 from since import needs_command
 
 from pybpfthrottle.bpf import features, syscall
 from pybpfthrottle.bpf.obj import elf
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+# How long an example takes says nothing on a machine that does other work too.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture
