@@ -129,6 +129,10 @@ class Network:
     def profile(self, name: str, **given: Any) -> None:
         """Make it the network of a profile, but for what is given. Raises LimitError."""
         asked = Asked.of(name, **given)
+        self.change(asked)
+
+    def change(self, asked: Asked) -> None:
+        """Make it what is asked for. Raises ThrottleError, BpfError or CgroupError."""
         refuse_what_is_missing(asked.conditions)
         self._do(lambda: self._put(asked))
 

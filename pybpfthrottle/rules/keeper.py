@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
-from typing import Callable, Collection, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 from pybpfthrottle import networks, registry
 from pybpfthrottle.backends.protocol import Executions, Record
@@ -29,6 +38,9 @@ from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.sharing import Now
 from pybpfthrottle.supervisor import Budget, Chore, Frequent, Look
 from pybpfthrottle.throttle import Throttle, start, take_over
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Asked, Network
 
 log = Logger(__name__)
 
@@ -152,6 +164,7 @@ class Held:
     def __init__(self, wanted: Wanted, throttle: Throttle) -> None:
         self.wanted = wanted
         self.throttle = throttle
+        self.network = _network(wanted.rule, throttle)
         self.idle_since_s = math.inf
 
     def refresh(self, wanted: Wanted) -> bool:
@@ -167,8 +180,24 @@ class Held:
         for direction, rate in wanted.rule.limits.items():
             if rate != before.rule.limits[direction]:
                 self.throttle.set_limit(direction, rate)
+        if self.network is not None and wanted.rule.network is not None:
+            asked = _asked(wanted.rule, wanted.rule.network)
+            if asked != self.network.asked:
+                self.network.change(asked)
         self.wanted = wanted
         return True
+
+    def chores(self) -> list[Chore]:
+        """Return what has to be done for it."""
+        own = [] if self.network is None else self.network.own_chores()
+        return [*self.throttle.chores(), *own]
+
+    def remove(self) -> None:
+        """Remove the throttle, and end the network."""
+        with ExitStack() as stack:
+            stack.callback(self.throttle.remove)
+            if self.network is not None:
+                stack.callback(self.network.close)
 
     def _add(self, cgroups: Sequence[Cgroup]) -> bool:
         """Limit more cgroups; return False if some that are there are wanted no longer."""
@@ -286,7 +315,7 @@ class Keeper(Frequent):
         """Return what has to be done while the rules are in force."""
         found: list[Chore] = [self._ticking, self, *self._quotas.chores(), *self._groups.chores()]
         for held in self.held.values():
-            found += held.throttle.chores()
+            found += held.chores()
         return found
 
     def throttles(self) -> dict[str, Throttle]:
@@ -402,8 +431,11 @@ class Keeper(Frequent):
                 return
             self._end(name, key)
             wish = dataclasses.replace(self._wish, insist=wanted.rule.insist)
-            throttle = start(self._spec(wanted), wish)
-            self.held[name, key] = Held(wanted, throttle)
+            throttle = start(self._spec(wanted), _wish_for(wanted.rule, wish))
+            with ExitStack() as undo:
+                undo.callback(throttle.remove)
+                self.held[name, key] = Held(wanted, throttle)
+                undo.pop_all()
             self._groups.join(wanted.rule, throttle)
             if wanted.target.by_rule:
                 throttle.follow(wanted.pids)
@@ -434,7 +466,7 @@ class Keeper(Frequent):
             self._has_changed = True
             self._charge(held)
             self._groups.leave(held.throttle)
-            held.throttle.remove()
+            held.remove()
 
     def _charge(self, held: Held) -> None:
         try:
@@ -481,11 +513,14 @@ class Keeper(Frequent):
                     one.remove()
                     continue
                 self._quotas.charge(rule, one.id, one.counters, one.record.owner)
-                throttle = take_over(one.parts, self._wish.options)
+                with ExitStack() as undo:
+                    throttle = take_over(one.parts, self._wish.options)
+                    undo.callback(throttle.remove)
+                    self._adopt(rule, throttle)
+                    undo.pop_all()
             except (Error, OSError) as error:
                 log.info("%s is not taken over: %s", one.id, error)
                 continue
-            self._adopt(rule, throttle)
 
     def _fits(self, rule: Rule, parts: Sequence[Record]) -> bool:
         """Whether a throttle is as a rule would make it but for its limits."""
@@ -528,6 +563,29 @@ def in_force_now(rules: Iterable[Rule], machine: Machine) -> list[Rule]:
     now = datetime.now(timezone.utc)
     at = (rule.at(now, machine) if rule.changes_by_itself else rule for rule in rules)
     return [rule for rule in at if rule is not None]
+
+
+def _wish_for(rule: Rule, wish: Wish) -> Wish:
+    """Return how to start a rule's throttle."""
+    if rule.network is None:
+        return wish
+    from pybpfthrottle.conditions.network import wish_for
+
+    return wish_for(rule.limits, wish)
+
+
+def _network(rule: Rule, throttle: Throttle) -> Optional[Network]:
+    """Put a rule's bad network in force, if it has one. Raises an error of this package."""
+    if rule.network is None:
+        return None
+    from pybpfthrottle.conditions.network import Network
+
+    return Network(throttle, _asked(rule, rule.network), loopback=rule.loopback, owned=False)
+
+
+def _asked(rule: Rule, network: Asked) -> Asked:
+    """Return a rule's network with the limits that are in force now, as of a schedule."""
+    return dataclasses.replace(network, limits=rule.limits)
 
 
 def _traffic(rule: Rule) -> Traffic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import Any, Mapping, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Protocol
 
 from pybpfthrottle.model import Limits, Rate
 from pybpfthrottle.periods import Span
@@ -12,6 +12,9 @@ from pybpfthrottle.quota import Decision, Quota
 from pybpfthrottle.rules.schedule import Schedule
 from pybpfthrottle.rules.when import Condition, Machine
 from pybpfthrottle.shares import Member
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Asked
 
 GLOB_CHARACTERS = frozenset("*?[")
 
@@ -116,7 +119,8 @@ class Rule:
     cgroup, a limit of its own. ``kind``, ``to`` and ``but`` are as in networks.traffic. ``insist``
     allows a limit on a login. With ``schedule`` or ``when`` the rule is not always in force. With a
     ``quota`` other limits apply when it is used up, and both directions are counted. A ``member``
-    of a group shares its total; ``limits`` are then the most that it gets.
+    of a group shares its total; ``limits`` are then the most that it gets. With a ``network``
+    that is bad, what is not limited is let through.
     """
 
     name: str
@@ -133,6 +137,7 @@ class Rule:
     when: Optional[Condition] = None
     quota: Optional[Quota] = None
     member: Optional[Member] = None
+    network: Optional[Asked] = None
     where: str = field(default="", compare=False)
 
     @property
@@ -155,6 +160,8 @@ class Rule:
         decision = self.decision(now.timestamp(), machine)
         if decision is not None:
             return replace(self, limits=decision.limits(limits))
+        if self.network is not None:
+            return replace(self, limits=limits)
         limited = {one: rate for one, rate in limits.items() if rate is not None}
         return replace(self, limits=limited) if limited else None
 
@@ -171,6 +178,8 @@ class Rule:
         return (
             *(self.each, self.children, self.kind, self.to, self.but, self.loopback),
             directions,
+            # What is only impaired is not shaped.
+            self.network and [rate is None for rate in self.limits.values()],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -187,6 +196,7 @@ class Rule:
             "loopback": self.loopback,
             "insist": self.insist,
             "quota": None if self.quota is None else self.quota.to_json(),
+            "network": None if self.network is None else str(self.network),
             "share": None if self.member is None else self.member.to_json(),
             "where": self.where,
         }

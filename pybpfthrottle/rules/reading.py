@@ -6,7 +6,8 @@ import glob
 import hashlib
 import os
 import re
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+from zlib import crc32
 
 from pybpfthrottle import networks, quota, settings, shares
 from pybpfthrottle.errors import Error, RulesError, SettingsError, ShareError
@@ -16,6 +17,9 @@ from pybpfthrottle.rules import groups, schedule, when
 from pybpfthrottle.rules.groups import GroupRule
 from pybpfthrottle.rules.model import KINDS, Criteria, Rule
 from pybpfthrottle.shares import GroupSpec, Member, Rates
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.network import Asked
 
 _DIRECTORY = "rules.d"
 SYSTEM_DIRECTORY = f"/etc/pybpfthrottle/{_DIRECTORY}"
@@ -218,6 +222,18 @@ def _count(value: Any) -> int:
     return int(value)
 
 
+def _wrong(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _MistakeError("it must be a text, as on the command line")
+    return value
+
+
+# What is to be wrong with a network; ``connections`` is --block.
+_NETWORK = (
+    *("profile", "delay", "jitter", "loss", "download_loss", "upload_loss", "outage"),
+    *("duplicate", "reorder", "corrupt", "connections", "dns", "seed"),
+)
+
 _CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
     "command_regex": _check_expressions,
     "label": _check_labels,
@@ -246,6 +262,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "weight": _weight,
     "floor": _rates,
     "ceiling": _rates,
+    **dict.fromkeys(_NETWORK, _wrong),
 }
 # Those of a group.
 GROUP_KEYS: dict[str, Callable[[Any], Any]] = {
@@ -297,10 +314,13 @@ class _File:
         if len(self._mistakes) == before:
             self._check(start, given)
             given["member"] = self._member(start, given)
+            given["network"] = self._network(start, given)
         if len(self._mistakes) > before or not given.pop("enabled", True):
             return None
         limits = {one: given.pop(str(one)) for one in Direction if str(one) in given}
         limits.update(dict.fromkeys(given.pop("block", ()), BLOCKED))
+        if given["network"] is not None:
+            limits = {**given["network"].limits, **limits}
         fields = {_FIELDS.get(key, key): value for key, value in given.items()}
         return Rule(limits=limits, where=f"{self._path}, line {start}", **fields)
 
@@ -367,6 +387,30 @@ class _File:
             self._add(start, str(error))
             return None
 
+    def _network(self, start: int, given: dict[str, Any]) -> Optional[Asked]:
+        """Take what is to be wrong with a network out of what is given."""
+        texts = {key: given.pop(key) for key in _NETWORK if key in given}
+        if not texts:
+            return None
+        if given["member"] is not None or given.get("to") or given.get("but"):
+            self._add(start, "a bad network is for all traffic: remove to, except and group")
+            return None
+        from pybpfthrottle.conditions.network import Asked, refuse_what_is_missing
+
+        profile = texts.pop("profile", "")
+        if "connections" in texts:
+            texts["block"] = texts.pop("connections")
+        # Read again, it is the same.
+        texts.setdefault("seed", str(crc32(given["name"].encode())))
+        rates = {str(one): given[str(one)] for one in Direction if str(one) in given}
+        try:
+            asked = Asked.of(profile, **rates, **texts)
+            refuse_what_is_missing(asked.conditions)
+        except Error as error:
+            self._add(start, str(error))
+            return None
+        return asked
+
     def _check(self, start: int, given: Mapping[str, Any]) -> None:
         """Add what is wrong with the rule as a whole."""
         if "name" not in given:
@@ -375,7 +419,9 @@ class _File:
             self._add(start, "this rule matches nothing: add match = { ... }")
         if not _limits_something(given):
             self._add(
-                start, "this rule limits nothing: add download, upload, block, a quota or a group"
+                start,
+                "this rule limits nothing: add download, upload, block, a quota, a group,"
+                " or what is to be wrong with its network",
             )
         for one in given.get("block", ()):
             if str(one) in given:
@@ -405,7 +451,7 @@ def _by_name(rates: Optional[Rates]) -> dict[str, Union[str, int, Rate]]:
 def _limits_something(given: Mapping[str, Any]) -> bool:
     timetable = given.get("schedule")
     return (
-        any(key in given for key in (*map(str, Direction), "quota", "group"))
+        any(key in given for key in (*map(str, Direction), "quota", "group", *_NETWORK))
         or bool(given.get("block"))
         or (timetable is not None and any(span.limits for span in timetable.spans))
     )

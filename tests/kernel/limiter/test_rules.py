@@ -19,10 +19,11 @@ from by_backend import tool
 from lab import ENVIRONMENT, TOOL, Lab
 from redis_server import redis
 from shells import RATE, Shell
-from targets import eventually
+from targets import eventually, target
 
 from pybpfthrottle import quota
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.conditions.network import Asked
 from pybpfthrottle.fleet import share as shares
 from pybpfthrottle.fleet.share import FleetShare
 from pybpfthrottle.linux import process
@@ -121,6 +122,22 @@ def running(*command: str, where: Any = None) -> Iterator[subprocess.Popen[bytes
             yield made
         finally:
             made.kill()
+
+
+def test_a_rule_has_a_bad_network_that_changes_and_ends_with_it(scratch: Cgroup) -> None:
+    """For what runs in a cgroup; another share is lost when the rule says so."""
+
+    def lossy(upload_loss: str) -> Rule:
+        network = Asked.of(upload_loss=upload_loss, seed="1")
+        criteria = Criteria(cgroup=(below_mount(scratch),))
+        return Rule("bad", criteria, network.limits, loopback=True, network=network)
+
+    with target(scratch) as own:
+        with kept(lossy("every:2")) as found:
+            assert own.do("echoes(6)") == [0, 2, 4]
+            found.change(lossy("every:3"))
+            assert own.do("echoes(6)") == [0, 1, 3, 4]
+        assert len(own.do("echoes(6)")) == 6
 
 
 def test_a_rule_limits_who_matches_until_it_goes(shell: Shell, scratch: Cgroup) -> None:

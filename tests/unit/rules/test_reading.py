@@ -63,9 +63,23 @@ insist = true
     assert rule.where == f"{tmp_path}/rules.toml, line 2"
 
 
+def test_a_rule_may_have_a_bad_network(tmp_path: Path) -> None:
+    """What is not limited is let through; read again, it is the same, with the same seed."""
+    text = '[[rule]]\nname = "a"\nmatch = { name = "rsync" }\nprofile = "lossy"\nupload = "1M"\n'
+    (rule,) = read(tmp_path, text + 'connections = "drop"\n')
+    assert rule.limits == {Direction.UPLOAD: MB, Direction.DOWNLOAD: None}
+    assert rule.network is not None
+    assert str(rule.network).startswith("lossy: upload 1M, loss 5% each way, new connections time")
+    assert read(tmp_path, text + 'connections = "drop"\n') == (rule,)
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
+        ("delay = '80'", "line 1: delay: '80' is not a time"),
+        ("delay = 80", "line 5: delay is 80: it must be a text, as on the command line"),
+        ("profile = '5g'", "line 1: there is no profile '5g'"),
+        ("loss = '1%'\nto = '10.0.0.0/8'", "line 1: a bad network is for all traffic"),
         ("dowload = '1M'", "line 5: unknown key dowload (known: name, match, download"),
         ("download = 'fast'", "line 5: download is 'fast': 'fast' is not a limit: give bytes"),
         ("download = true", "line 5: download is True: it must be a rate such as"),
