@@ -51,6 +51,13 @@ def condition_options(function: F) -> F:
             function = click.option(option, name, metavar=what, help=text)(function)
         else:
             function = click.option(option, name, type=click.Choice(what), help=text)(function)
+    for name, what in (("replay-upload", "uploads"), ("replay", "downloads")):
+        function = click.option(
+            f"--{name}",
+            type=click.Path(exists=True, dir_okay=False),
+            help=f"Let {what} be as fast as FILE says: what --record wrote, or a mahimahi trace.",
+            metavar="FILE",
+        )(function)
     option = click.option(
         "--profile",
         metavar="NAME",
@@ -70,7 +77,7 @@ def asked_from(
     A usage error if they ask for what cannot be.
     """
     profile = given.pop("profile", None)
-    texts = {name: given.pop(name, None) for name in _HELP}
+    texts = {name: given.pop(name, None) for name in (*_HELP, "replay", "replay_upload")}
     texts = {name: text for name, text in texts.items() if text is not None}
     if not (profile or texts):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from secrets import randbelow
 from typing import Any, Callable, Mapping, Optional, Protocol, TypeVar
 
@@ -12,6 +12,8 @@ from pybpfthrottle.conditions import profiles, texts
 from pybpfthrottle.conditions.diversions import Diversions
 from pybpfthrottle.conditions.hooks import Counted, Hooks
 from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
+from pybpfthrottle.conditions.traces import Replay, Trace
+from pybpfthrottle.conditions.traces import read as read_trace
 from pybpfthrottle.errors import LimitError, ThrottleError
 from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
@@ -23,6 +25,7 @@ T = TypeVar("T")
 _LOOK_S = 0.25  # how soon the new cgroup of a restarted unit is found
 # Short enough to be typed again.
 _SEEDS = 1_000_000
+_REPLAYS = {"replay": Direction.DOWNLOAD, "replay_upload": Direction.UPLOAD}
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,20 @@ class Asked:
     conditions: Conditions
     limits: Limits
     profile: str = ""
+    # The files of traces that are replayed, and what they say.
+    replayed: tuple[str, ...] = ()
+    traces: Mapping[Direction, Trace] = field(default_factory=dict)
 
     @classmethod
     def of(cls, profile: str = "", **given: Any) -> Asked:
         """Read what is asked for: a profile, and rates and texts in place of the profile's own.
 
+        ``replay`` and ``replay_upload`` name traces of what comes in and goes out.
+
         Raises LimitError or SettingsError.
         """
+        files = {one: given.pop(name, None) for name, one in _REPLAYS.items()}
+        replayed = {one: str(path) for one, path in files.items() if path is not None}
         named = profiles.find(profile) if profile else None
         rates = {name: given.pop(name) for name in profiles.RATES if name in given}
         wrong = {name: _text(name, value) for name, value in given.items() if value is not None}
@@ -47,18 +57,21 @@ class Asked:
         limits: dict[Direction, Optional[Rate]] = dict.fromkeys(Direction)
         limits.update(named.rates if named else {})
         limits.update(limits_of(**rates))
+        traces = {one: read_trace(path, one) for one, path in replayed.items()}
+        limits.update({one: trace.peak for one, trace in traces.items()})
         found = named.conditions(wrong) if named else texts.conditions_from(wrong)
         if not found and not any(limits.values()):
             names = ", ".join(texts.ACCEPTED)
             raise LimitError(f"nothing is asked for: give a profile, or {names}")
-        return cls(found, limits, profile)
+        return cls(found, limits, profile, tuple(replayed.values()), traces)
 
     def __str__(self) -> str:
         """Return its numbers for people, with the profile's name."""
         rates = [f"{one} {rate.written()}" for one, rate in self.limits.items() if rate]
         wrong = [texts.described(self.conditions)] if self.conditions else []
         seed = [f"seed {self.conditions.download.seed}"] * self.conditions.is_by_chance
-        numbers = ", ".join([*rates, *wrong, *seed])
+        replay = [f"replay {path}" for path in self.replayed]
+        numbers = ", ".join([*rates, *replay, *wrong, *seed])
         return f"{self.profile}: {numbers}" if self.profile else numbers
 
 
@@ -99,6 +112,7 @@ class Network:
         self.throttle = throttle
         self._loopback = loopback
         self._driver: Optional[Driver] = None
+        self._replay: Optional[Replay] = None
         self._undo = ExitStack()
         with ExitStack() as undo:
             if owned:
@@ -168,7 +182,8 @@ class Network:
 
     def own_chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it, beside the throttle's chores."""
-        return [self._chore, *self._diversions.chores()]
+        replay = [] if self._replay is None else [self._replay]
+        return [self._chore, *replay, *self._diversions.chores()]
 
     def chores(self) -> list[Chore]:
         """Return all that a supervisor has to do for it."""
@@ -209,6 +224,7 @@ class Network:
         for direction, rate in asked.limits.items():
             if self.throttle.limits.get(direction) != rate:
                 self.throttle.set_limit(direction, rate)
+        self._replay = Replay(self.throttle, asked.traces) if asked.traces else None
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
