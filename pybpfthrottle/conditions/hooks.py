@@ -102,9 +102,13 @@ class Hooks:
             for direction in Direction
         }
 
+    def detach(self) -> None:
+        """Detach the programs; what they have counted is still known."""
+        self._places.close()
+
     def close(self) -> None:
         """Detach the programs. Doing so twice is no error."""
-        self._places.close()
+        self.detach()
         self._closing.close()
 
     def _attach(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:

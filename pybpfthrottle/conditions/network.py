@@ -113,6 +113,7 @@ class Network:
         self._loopback = loopback
         self._driver: Optional[Driver] = None
         self._replay: Optional[Replay] = None
+        self._ended_with: Optional[dict[Direction, Done]] = None
         self._undo = ExitStack()
         with ExitStack() as undo:
             if owned:
@@ -161,8 +162,8 @@ class Network:
         self._do(lambda: self._put_conditions(self.asked.conditions))
 
     def injected(self) -> dict[Direction, Done]:
-        """Return what was done to the packets of each direction until now."""
-        return self._do(self._injected)
+        """Return what was done to the packets of each direction until now, or until the end."""
+        return self._do(self._injected) if self._ended_with is None else self._ended_with
 
     def _injected(self) -> dict[Direction, Done]:
         hooks = self._hooks.counts()
@@ -197,17 +198,25 @@ class Network:
 
     def notes(self) -> list[str]:
         """Return what it does otherwise than may be expected, a line each."""
-        return [
-            *self._do(self._diversions.problems),
-            *inexact(self.conditions, diverted=bool(self._diversions)),
-        ]
+        return (
+            []
+            if self._ended_with is not None
+            else [
+                *self._do(self._diversions.problems),
+                *inexact(self.conditions, diverted=bool(self._diversions)),
+            ]
+        )
 
     def close(self) -> None:
         """End it. Doing so twice is no error."""
         driver, self._driver = self._driver, None
         if driver is not None:
             driver.release()
-        self._undo.close()
+        try:
+            if self._ended_with is None:
+                self._ended_with = self._injected()
+        finally:
+            self._undo.close()
 
     def __enter__(self) -> Network:
         return self
@@ -233,8 +242,14 @@ class Network:
         self._hooks.set(conditions, loopback=self._loopback, diverted=bool(self._diversions))
 
     def _follow(self) -> None:
-        """Be where the throttle's packets pass by now, such as in a restarted unit's cgroup."""
-        if self._diversions.follow():
+        """Be where the throttle's packets pass by now, such as in a restarted unit's cgroup.
+
+        If somebody has removed the throttle, that is nowhere.
+        """
+        if self.throttle.ended() == "removed":
+            self._hooks.detach()
+            self._diversions.close()
+        elif self._diversions.follow():
             self._come_last()
         else:
             self._hooks.follow()

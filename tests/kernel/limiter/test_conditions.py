@@ -21,6 +21,7 @@ from pybpfthrottle.conditions.network import Network
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup, root
 from pybpfthrottle.model import Direction
+from pybpfthrottle.throttle import open_record
 
 DOWN, UP = Direction.DOWNLOAD, Direction.UPLOAD
 PACKETS = 2000
@@ -178,6 +179,25 @@ def test_a_network_is_a_throttle_that_others_see_and_remove(own: Target) -> None
         assert dict(record.spec.limits) == {DOWN: None, UP: None}
         assert record.spec.target.pids == (own.pid,)
         assert network.throttle.id == record.id
+        assert arrived(own, 5) == []
+        with open_record(record) as found:
+            found.remove()
+        assert eventually(lambda: len(arrived(own, 5)) == 5)
+    assert network.injected()[UP].dropped >= 5
+
+
+def test_several_networks_in_one_process_do_not_disturb_each_other(
+    own: Target, scratch: Cgroup
+) -> None:
+    """They share programs and maps of their throttles, and each loses and counts its own."""
+    with target(scratch) as other, target(scratch) as third:
+        with bad(own, upload_loss="every:2"), bad(other, upload_loss="every:3") as second:
+            with bad(third, upload_loss="every:4") as last:
+                assert arrived(own, 12) == [0, 2, 4, 6, 8, 10]
+                assert arrived(other, 6) == [0, 1, 3, 4]
+                assert arrived(third, 4) == [0, 1, 2]
+                assert (second.injected()[UP].dropped, last.injected()[UP].dropped) == (2, 1)
+            assert arrived(third, 4) == [0, 1, 2, 3]
 
 
 def test_what_cannot_be_had_leaves_nothing(own: Target) -> None:
