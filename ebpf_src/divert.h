@@ -10,7 +10,7 @@
 enum divert_bounds {
 	DIVERT_NAMESPACES = 16, /* network namespaces that one keeper serves */
 	DIVERT_RING_BYTES = 1 << 23,
-	DIVERT_STALE_NS = 60 * 1000 * 1000, /* what waits longer for the keeper waits for nobody */
+	DIVERT_STALE_NS = 200 * 1000 * 1000, /* what waits longer for the keeper waits for nobody */
 	DIVERT_ASK_NS = 100 * 1000 * 1000,  /* how often the keeper is told of a namespace at most */
 	DIVERT_DEVICES = 1 << 24,	    /* indexes of devices below this fit into a tag */
 };

@@ -141,10 +141,10 @@ class Keeper:
         taken = 0
         if self._ring is not None:
             for record in self._ring.records():
+                if taken == most:  # it stays in the ring: only what is followed is consumed
+                    break
                 self._record(record)
                 taken += 1
-                if taken == most:
-                    break
         return taken
 
     def _record(self, record: memoryview) -> None:

@@ -24,7 +24,8 @@ log = Logger(__name__)
 
 OBJECT = "divert"
 _BACK = "pybpfd_back"
-_READY_S, _DRAINED_S = 2.0, 2.0
+# Starting takes a twentieth of a second, on a machine that is busy with other things far longer.
+_READY_S, _DRAINED_S = 20.0, 2.0
 
 
 class Kept:
@@ -98,6 +99,9 @@ class DiversionKeeper(SharedHelper):
                 del self._kept[number]
                 raise
         self.wait_until(lambda: kept.is_open, _READY_S)
+        if not kept.is_open:
+            self.drop(number)
+            raise OSError(f"{self.title.lower()} does not start ({self.ended or 'it hangs'})")
 
     def change(self, number: int, wanted: Impairment) -> None:
         """Have what comes from now on impaired in another way."""

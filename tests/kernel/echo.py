@@ -97,6 +97,7 @@ def bulk(host, port, size):
     return got.digest() == hashlib.sha256(data).digest()
 def open_tcp(host, port):
     kept["tcp"] = to(host, port, "tcp")
+print("ready", flush=True)
 for line in sys.stdin:
     name, arguments = json.loads(line)
     print(json.dumps(globals()[name](*arguments)), flush=True)
@@ -115,6 +116,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.line() == "ready\n"  # so it is in its namespace
 
     def line(self) -> str:
         """The next line that it says."""
@@ -128,11 +130,10 @@ class Process:
 
 
 class Far(Process):
-    """The far end, ready."""
+    """The far end."""
 
     def __init__(self, inside: Callable[..., list[str]]) -> None:
         super().__init__(inside, FAR)
-        assert self.line() == "ready\n"
 
 
 class Near(Process):

@@ -65,7 +65,16 @@ MODULES: tuple[str, ...] = (
     "act_police",
 )
 MODULES += ("cls_matchall", "sch_ingress", "sch_htb", "cls_u32", "cls_bpf", "act_mirred")
-MODULES += ("nf_defrag_ipv4", "nf_tables", "nft_socket", "nft_limit", "vsock")
+MODULES += (
+    "nf_defrag_ipv4",
+    "nf_tables",
+    "nft_socket",
+    "nft_limit",
+    "nft_chain_nat",
+    "nft_ct",
+    "nft_nat",
+    "vsock",
+)
 # Nothing loads a module on demand here. These tell which cgroup a socket is of, and its peer.
 MODULES += ("tcp_diag", "udp_diag", "raw_diag", "mptcp_diag", "unix_diag")
 
