@@ -236,6 +236,11 @@ def _own_types() -> Btf:
     return _types(os.path.join(BTF_DIRECTORY, _VMLINUX), trusted=True)
 
 
+def forget_types() -> None:
+    """Give back the memory of the running kernel's types; whoever asks reads them again."""
+    _own_types.cache_clear()
+
+
 def _types(path: str, *, trusted: bool = False) -> Btf:
     # Buffers would cut the kernel's megabytes into many calls.
     with open(path, "rb", buffering=0) as file:

@@ -6,7 +6,7 @@ It also brings along what the object says of its source, for the kernel and for 
 from __future__ import annotations
 
 import ctypes
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
@@ -295,7 +295,8 @@ class _Program:
         functions, lines = self._functions(), self._lines()
         return Fitted(
             *(linked, tuple(self._poisoned), tuple(self._modules), functions, lines),
-            self._source,
+            # Not a method: what is fitted is kept, and is not to keep the kernel's types.
+            partial(_source, self._fitting.records, self._fitting.btf, linked),
         )
 
     def _functions(self) -> bytes:
@@ -326,16 +327,17 @@ class _Program:
             tables.append(table)
         return b"".join(tables)
 
-    def _source(self, instruction: int) -> Optional[str]:
-        """Return the line of the source that an instruction is of, as "file.c:12: text"."""
-        records = self._fitting.records
-        offset = instruction * INSN_BYTES
-        if records is None or offset >= len(self._code):
-            return None
-        origin = self._linked.origin(offset)
-        lines = records.lines.get(origin.section)
-        line = lines.last_at(origin.offset) if lines else None
-        if line is None:
-            return None
-        btf = self._fitting.btf
-        return f"{btf.string(line.file)}:{line.line}: {btf.string(line.text).strip()}"
+
+def _source(
+    records: Optional[BtfExt], btf: Btf, linked: LinkedProgram, instruction: int
+) -> Optional[str]:
+    """Return the line of the source that an instruction is of, as "file.c:12: text"."""
+    offset = instruction * INSN_BYTES
+    if records is None or offset >= len(linked.code):
+        return None
+    origin = linked.origin(offset)
+    lines = records.lines.get(origin.section)
+    line = lines.last_at(origin.offset) if lines else None
+    if line is None:
+        return None
+    return f"{btf.string(line.file)}:{line.line}: {btf.string(line.text).strip()}"
