@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Iterator, Optional, Sequence
 
 from pybpfthrottle.backends import files, protocol
@@ -136,10 +137,36 @@ def _is_unit(record: Record, unit: str) -> bool:
     return wanted in map(cgroups_v2.unit_name, record.spec.target.units)
 
 
+class _Once(threading.local):
+    """What other processes limit, while this thread keeps them from limiting more."""
+
+    known: Optional[list[Record]] = None
+    depth = 0
+
+
+_once = _Once()
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Look once at what others limit, for all throttles that are started within it.
+
+    Others wait meanwhile before they start any: so do not stay for long.
+    """
+    with locked():
+        _once.depth += 1
+        try:
+            yield
+        finally:
+            _once.depth -= 1
+            _once.known = None
+
+
 def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> None:
     """Raise ProcessError or CgroupError if another instance already limits part of a target."""
     try:
-        known = _settled()
+        known = _settled() if _once.known is None else _once.known
+        _once.known = known if _once.depth else None
     except OSError:  # without the right to look, there is no answer
         return
     others = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from typing import (
@@ -55,6 +56,8 @@ _PAUSE_WITHOUT_WORD_S = 1.0
 # How long a throttle outlives the last process of its rule: the next one may be about to start.
 _IDLE_S = 10.0
 _OTHERS_LAST_S = 2.0
+# How long others have to wait at most while many throttles begin.
+_LONGEST_LOCK_S = 0.5
 
 # A process, a cgroup's path, or empty for all of a rule together.
 Key = str
@@ -304,8 +307,7 @@ class Keeper(Frequent):
         self._part(survey.decided)
         found = list(survey.wanted(families))
         self._end_others(found)
-        for wanted in found:
-            self._hold(wanted)
+        self._hold_all(found)
         for note in survey.notes:
             self._say_once(note)
         least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
@@ -420,6 +422,15 @@ class Keeper(Frequent):
             ]
             if gone:
                 held.throttle.let_go(gone)
+
+    def _hold_all(self, found: Iterable[Wanted]) -> None:
+        """Limit all that is wanted; let others in between now and then."""
+        pending = deque(found)
+        while pending:
+            until_s = time.monotonic() + _LONGEST_LOCK_S
+            with registry.looking_once():
+                while pending and time.monotonic() < until_s:
+                    self._hold(pending.popleft())
 
     def _hold(self, wanted: Wanted) -> None:
         """Limit what is wanted, by the throttle that is there or by a new one."""

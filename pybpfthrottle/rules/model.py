@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Protocol
 
 from pybpfthrottle.model import Limits, Rate
@@ -48,9 +49,32 @@ class Criteria:
     slice: tuple[str, ...] = ()
     user: tuple[str, ...] = ()
 
-    def given(self) -> dict[str, tuple[str, ...]]:
+    def given(self) -> Mapping[str, tuple[str, ...]]:
         """Return the values of each kind that is given."""
+        return self._given
+
+    # Each rule is compared with each: with many this is asked for very often.
+    @cached_property
+    def _given(self) -> Mapping[str, tuple[str, ...]]:
         return {one.name: values for one in fields(self) if (values := getattr(self, one.name))}
+
+    @cached_property
+    def _cgroups(self) -> Optional[tuple[frozenset[str], frozenset[str]]]:
+        """The cgroups, and with those that they are in; None if they are not given exactly."""
+        if not self.cgroup or is_pattern(*self.cgroup):
+            return None
+        paths = tuple(one.strip("/") for one in self.cgroup)
+        return frozenset(paths), _with_ancestors(paths)
+
+    @cached_property
+    def _names(self) -> Mapping[str, frozenset[str]]:
+        """Of each kind of which a process has one value: those that are given exactly."""
+        return {
+            kind: frozenset(values)
+            for kind, values in self._given.items()
+            # A process may be in several slices, one in another.
+            if kind in ("container", "unit", "name") and not is_pattern(*values)
+        }
 
     @property
     def only_places(self) -> bool:
@@ -63,26 +87,17 @@ class Criteria:
 
     def apart_from(self, other: Criteria) -> bool:
         """Whether no process can match both, as two names of units cannot."""
-        mine, others = self.given(), other.given()
-        return _in_other_cgroups(self.cgroup, other.cgroup) or any(
-            not is_pattern(*mine[kind])
-            and not is_pattern(*others[kind])
-            # A process may be in several slices, one in another.
-            and not set(mine[kind]) & set(others[kind])
-            for kind in ("container", "unit", "name")
-            if kind in mine and kind in others
+        mine, others = self._cgroups, other._cgroups
+        if mine and others and mine[0].isdisjoint(others[1]) and mine[1].isdisjoint(others[0]):
+            return True
+        names = self._names
+        return any(
+            kind in names and names[kind].isdisjoint(values)
+            for kind, values in other._names.items()
         )
 
     def __str__(self) -> str:
         return ", ".join(f"{kind} {' or '.join(values)}" for kind, values in self.given().items())
-
-
-def _in_other_cgroups(mine: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Whether no cgroup can be in, or within, those of both."""
-    if not mine or not others or is_pattern(*mine, *others):
-        return False
-    mine, others = (tuple(one.strip("/") for one in paths) for paths in (mine, others))
-    return _with_ancestors(mine).isdisjoint(others) and _with_ancestors(others).isdisjoint(mine)
 
 
 def _with_ancestors(paths: tuple[str, ...]) -> frozenset[str]:
