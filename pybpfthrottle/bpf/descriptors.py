@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from typing import TypeVar, Union
 
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
+
+_FIELD = re.compile(r"^([^:\n]*):[ \t]*(.*)$", re.MULTILINE)
 
 Path = Union[str, os.PathLike[str]]
 I = TypeVar("I", bound=ctypes.Structure)  # noqa: E741
@@ -69,8 +72,7 @@ def fdinfo(fd: int) -> dict[str, str]:
     try:
         # Who looks for limits asks this of each map, so it reads without buffers.
         with open(f"/proc/self/fdinfo/{fd}", "rb", buffering=0) as file:
-            pairs = (line.partition(":") for line in file.read().decode().splitlines())
-            return {name: value.strip() for name, _, value in pairs}
+            return dict(_FIELD.findall(file.read().decode()))
     except OSError:
         return {}
 
