@@ -13,9 +13,9 @@ from pybpfthrottle.backends import files
 from pybpfthrottle.backends.protocol import Order
 from pybpfthrottle.backends.recorded import Kind, State
 from pybpfthrottle.backends.tc import shaper
-from pybpfthrottle.backends.tc.ingress import IPV4, IPV6, Ingress
+from pybpfthrottle.backends.tc.at_ingress import AtIngress
+from pybpfthrottle.backends.tc.ingress import IPV4, IPV6
 from pybpfthrottle.backends.tc.iproute import Listing
-from pybpfthrottle.backends.tc.on_devices import OnDevices
 from pybpfthrottle.backends.tc.sockets import Flow, flows, limited_processes
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup, locked_if_free
@@ -33,17 +33,14 @@ _PAUSE_PER_LOOK = 20
 _MOST = 4000
 
 
-class IfbRules(OnDevices):
+class IfbRules(AtIngress):
     """An IFB device of its own, and filters on the devices that packets come by."""
 
     backend = NAME
 
     def _prepare(self, handles: Mapping[str, Any]) -> None:
         self._ifb = f"pybpf-{self._id}"
-        redirects = {"kind": "mirred", "to_dev": self._ifb}
-        self._ingress = Ingress(self._id, self._ip, handles, redirects)
-        if not self._ingress.preference:
-            self._ingress.choose_preference(self._devices)
+        self._prepare_ingress(handles, {"kind": "mirred", "to_dev": self._ifb})
         self._numbers: dict[Flow, int] = {}
         self._looking = Looking(self._look)
 
@@ -51,27 +48,14 @@ class IfbRules(OnDevices):
     def _what(self) -> str:
         return f"device {self._ifb}, for filters"
 
-    @property
-    def handles(self) -> Mapping[str, Any]:
-        """What finds it again."""
-        return {**super().handles, **self._ingress.handles}
-
     def _make(self) -> None:
         self._ip.add_ifb(self._ifb)
         root = shaper.root(self._ifb, _MAJOR, default=_MINOR)
         self._ip.change([root, *shaper.shape(self._ifb, _MINOR, self._rate, _MAJOR)])
         self._numbers = numbered(self._flows(self._order), {})
 
-    def _begin(self, device: str, qdiscs: Listing) -> None:
-        if not self._ingress.has_qdisc(qdiscs, device):
-            self._ingress.will_make(device)
-            self._save(self.handles)
-            self._ingress.make(device)
-        self._ip.change(self._adding(device, self._numbers))
-
-    def _end(self, device: str, qdiscs: Listing) -> None:
-        if self._ingress.has_qdisc(qdiscs, device):
-            self._ingress.remove(device, surely=device in self._devices)
+    def _filters(self, device: str) -> Sequence[str]:
+        return self._adding(device, self._numbers)
 
     def _counted(self, device: str, qdiscs: Listing) -> Optional[Counters]:
         """Return nothing counted, unless the qdisc or some filters are missing."""

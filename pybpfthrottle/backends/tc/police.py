@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.recorded import Kind
-from pybpfthrottle.backends.tc.ingress import Ingress
+from pybpfthrottle.backends.tc.at_ingress import AtIngress
 from pybpfthrottle.backends.tc.iproute import Listing
-from pybpfthrottle.backends.tc.on_devices import OnDevices
 from pybpfthrottle.backends.tc.shaper import CANNOT_BLOCK, MOST_BYTES
 from pybpfthrottle.model import MAX_RATE, Counters, Rate
 
@@ -19,24 +18,17 @@ ALL = "match u32 0 0"
 _LARGEST = 256 * 1024
 
 
-class PoliceRules(OnDevices):
+class PoliceRules(AtIngress):
     """One filter on each device, for IPv4, IPv6 and all else."""
 
     backend = NAME
 
     def _prepare(self, handles: Mapping[str, Any]) -> None:
-        self._ingress = Ingress(self._id, self._ip, handles, {"kind": "police"})
-        if not self._ingress.preference:
-            self._ingress.choose_preference(self._devices)
+        self._prepare_ingress(handles, {"kind": "police"})
 
     @property
     def _what(self) -> str:
         return f"policer {self._ingress.preference}"
-
-    @property
-    def handles(self) -> Mapping[str, Any]:
-        """What finds it again."""
-        return {**super().handles, **self._ingress.handles}
 
     def _where(self) -> str:
         return (
@@ -44,18 +36,9 @@ class PoliceRules(OnDevices):
             " not only what was chosen"
         )
 
-    def _begin(self, device: str, qdiscs: Listing) -> None:
-        if not self._ingress.has_qdisc(qdiscs, device):
-            self._ingress.will_make(device)
-            self._save(self.handles)
-            self._ingress.make(device)
+    def _filters(self, device: str) -> Sequence[str]:
         verb = "change" if self._ingress.nodes(device) else "add"
-        line = self._ingress.command(device, _ANY, _NUMBER, ALL, police(self._rate), verb)
-        self._ip.change([line])
-
-    def _end(self, device: str, qdiscs: Listing) -> None:
-        if self._ingress.has_qdisc(qdiscs, device):
-            self._ingress.remove(device, surely=device in self._devices)
+        return [self._ingress.command(device, _ANY, _NUMBER, ALL, police(self._rate), verb)]
 
     def _counted(self, device: str, qdiscs: Listing) -> Optional[Counters]:
         if not self._ingress.has_qdisc(qdiscs, device):
