@@ -29,6 +29,7 @@ _NUMBERS = {
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
 _FSCONFIG_CMD_CREATE = 6
+_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 
 
 def open_event(attr: PerfEventAttr, *, pid: int = -1, cpu: int = -1) -> int:
@@ -70,15 +71,16 @@ def append(path: str, text: str) -> None:
 
 
 def mount_nowhere(kind: str) -> int:
-    """Return a descriptor of a file system's root, such as tracefs's, mounted at no path.
+    """Return a descriptor of a file system's root that is mounted at no path; the caller closes it.
 
-    The mount ends with the descriptor. Linux 5.2; needs CAP_SYS_ADMIN. Raises OSError.
+    Nobody else sees it, and it ends with the descriptor. Linux 5.2; needs CAP_SYS_ADMIN. Raises
+    OSError.
     """
     name = ctypes.create_string_buffer(kind.encode())
     context = _call("fsopen", _FSOPEN, ctypes.addressof(name), _CLOEXEC)
     try:
         _call("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, 0, 0, 0)
-        return _call("fsmount", _FSMOUNT, context, _CLOEXEC, 0)
+        return _call("fsmount", _FSMOUNT, context, _CLOEXEC, _NOSUID_NODEV_NOEXEC)
     finally:
         os.close(context)
 

@@ -274,8 +274,10 @@ def _elsewhere(table: Sequence[Mount]) -> Mount:
     if outside is None:
         raise CgroupError(f"cgroup v2 is not mounted; mount it (--mount-cgroup2): {usual}")
     if not (_hidden and _hidden[0].mount.path == outside.path and os.path.isdir(_hidden[0].base)):
+        from pybpfthrottle.bpf import perf  # which mounts tracefs so
+
         try:
-            fd = libc.mount_nowhere("cgroup2")
+            fd = perf.mount_nowhere("cgroup2")
         except OSError as error:
             raise CgroupError(
                 "cgroup v2 is not mounted here, because a new /sys was mounted, as ip netns exec"

@@ -1,4 +1,4 @@
-"""The one door to system calls that Python lacks, other than bpf(2)."""
+"""The one door to system calls that Python lacks, other than those of the toolkit (``bpf``)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any, Iterable
 
 # The same on all machines: include/uapi/asm-generic/unistd.h.
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 # include/uapi/linux/mount.h
-_FSOPEN_CLOEXEC, _FSCONFIG_CMD_CREATE, _FSMOUNT_CLOEXEC = 1, 6, 1
-_MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOEXEC = 2, 4, 8
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 # include/uapi/linux/time.h, timerfd.h
 _CLOCK_MONOTONIC = 1
@@ -78,22 +75,6 @@ def timerfd_settime(fd: int, wait_ns: int) -> None:
     value = _TIMER.pack(0, 0, *divmod(wait_ns, 1_000_000_000))
     if _function("timerfd_settime")(fd, 0, value, None):
         raise _error("timerfd_settime")
-
-
-def mount_nowhere(kind: str) -> int:
-    """Return a descriptor of a file system's root that is mounted at no path; the caller closes it.
-
-    Nobody else sees it, and it ends with the descriptor. Linux 5.2; needs CAP_SYS_ADMIN. Raises
-    OSError.
-    """
-    name = ctypes.create_string_buffer(kind.encode())
-    context = _syscall("fsopen", _FSOPEN, ctypes.addressof(name), _FSOPEN_CLOEXEC)
-    try:
-        _syscall("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, 0, 0, 0)
-        attributes = _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
-        return _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
-    finally:
-        os.close(context)
 
 
 def mount(kind: str, path: str, options: str = "") -> None:
