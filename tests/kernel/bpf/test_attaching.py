@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from compiled import compiled
-from since import since
+from since import needs_option, since
 
 from pybpfthrottle.bpf import links, loader, maps, tc
 from pybpfthrottle.bpf.abi import AttachType, LinkType, MapType
@@ -257,6 +257,26 @@ def test_programs_of_an_interface_have_an_order(interface: str, load: Any):
             attached(first=True, before=middle)
         with pytest.raises(AttachError, match="to interface"):
             attached(before=stack.enter_context(_load("tcx_egress")).programs["tcx_egress"])
+
+
+@since("6.7")
+def test_a_pair_of_netkit_has_programs_in_an_order():
+    """A program of a netkit device goes before another one."""
+    name = f"t{uuid.uuid4().hex[:8]}"
+    made = subprocess.run(["ip", "link", "add", name, "type", "netkit"], capture_output=True)
+    needs_option("CONFIG_NETKIT", works=not made.returncode)
+    try:
+        with ExitStack() as stack:
+            last, first = (
+                stack.enter_context(_load("netkit_primary")).programs["netkit_primary"]
+                for _ in range(2)
+            )
+            stack.enter_context(last.attach(interface=name))
+            stack.enter_context(first.attach(interface=name, before=last))
+            found = links.query(socket.if_nametoindex(name), AttachType.NETKIT_PRIMARY)
+            assert found.program_ids == tuple(one.info().id for one in (first, last))
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=True)
 
 
 @since("6.17")
