@@ -38,7 +38,7 @@ OPCODES_OF_4_14 = {
     *(JA | JMP, CALL | JMP, EXIT | JMP),
 }
 HELPERS = {1: "map_lookup_elem", 5: "ktime_get_ns", 26: "skb_load_bytes"}
-CONTEXT_OFFSETS = {0: "len", 40: "ifindex"}
+CONTEXT_OFFSETS = {0: "len", 8: "mark", 40: "ifindex"}
 MAX_INSTRUCTIONS = 4096
 
 

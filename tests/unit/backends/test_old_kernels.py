@@ -34,15 +34,19 @@ def test_no_instruction_is_newer_than_4_14(code):
 
 
 def test_only_old_fields_of_the_context_are_read(code):
-    """Of the context only the length and the interface are read, and nothing is written."""
+    """Of the context only length, mark and interface are read, and nothing is written."""
     assert context_accesses(code) == []
 
 
 def test_the_fields_are_found(code, monkeypatch):
-    """The proof does see the reads that are there: both are reported once they are forbidden."""
+    """The proof does see the reads that are there: they are reported once they are forbidden."""
     monkeypatch.setattr(linux_4_14, "CONTEXT_OFFSETS", {})
     read = {line.partition(": ")[2] for line in context_accesses(code)}
-    assert read == {"reads the context at 0", "reads the context at 40"}
+    # The mark of a packet that comes again is of downloads only.
+    assert read - {"reads the context at 8"} == {
+        "reads the context at 0",
+        "reads the context at 40",
+    }
 
 
 def test_the_object_for_new_kernels_reads_what_4_14_has_not():
@@ -120,7 +124,7 @@ FILL = load(2, 10, -8, 0x79)
             + load(0, 2, 76),
             "4: reads the context at 76",
         ),
-        (asm.mov(6, 1) + asm.call(5) + load(0, 6, 8), "2: reads the context at 8"),
+        (asm.mov(6, 1) + asm.call(5) + load(0, 6, 4), "2: reads the context at 4"),
         # Only one of the two ways puts the context into r2.
         (INSN(0x15, dst=3, off=1) + asm.mov(2, 1) + load(0, 2, 12), "2: reads the context at 12"),
         (INSN(0x63, dst=1, src=2), "0: writes into the context"),
