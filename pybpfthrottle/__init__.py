@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pybpfthrottle import bpf, traffic
+    from pybpfthrottle.conditions import conditions
     from pybpfthrottle.errors import Error
     from pybpfthrottle.face import group, limit, throttles
     from pybpfthrottle.linux import cgroup
@@ -54,6 +55,7 @@ __all__ = [
     "apply",
     "bpf",
     "cgroup",
+    "conditions",
     "group",
     "limit",
     "start",
@@ -84,7 +86,12 @@ _HOMES = {
     "start": "throttle",
     "throttles": "face",
 }
-_MODULES = {"bpf": "bpf", "cgroup": "linux.cgroup", "traffic": "traffic"}
+_MODULES = {
+    "bpf": "bpf",
+    "cgroup": "linux.cgroup",
+    "conditions": "conditions",
+    "traffic": "traffic",
+}
 
 
 def __getattr__(name: str) -> Any:

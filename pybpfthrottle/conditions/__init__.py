@@ -2,9 +2,9 @@
 
 ::
 
-    from pybpfthrottle.conditions import conditions
+    import pybpfthrottle
 
-    with conditions("3g", pid=browser.pid) as network:
+    with pybpfthrottle.conditions("3g", pid=browser.pid) as network:
         ...
         with network.offline():
             ...
@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
 if TYPE_CHECKING:
@@ -67,3 +69,14 @@ def conditions(
     if supervise:
         network.supervise()
     return network
+
+
+class _Room(ModuleType):
+    """The package, which can be called: ``pybpfthrottle.conditions`` is it and its function."""
+
+    def __call__(self, profile: str = "", **given: Any) -> Network:
+        """Return what ``conditions`` returns."""
+        return conditions(profile, **given)
+
+
+sys.modules[__name__].__class__ = _Room
