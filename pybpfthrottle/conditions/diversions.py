@@ -27,6 +27,8 @@ class Diversions:
         self._wanted = Impairment()
         self._open: list[Diversion] = []
         self._places: Optional[Places] = None
+        # How often the programs of each were attached, when that was looked at last.
+        self._attached: list[int] = []
         # What those have counted that are closed.
         self._done: list[Injected] = []
 
@@ -54,8 +56,15 @@ class Diversions:
         return False
 
     def follow(self) -> bool:
-        """Divert at the places that there are now; return whether any of them is new."""
-        return self._places is not None and self._places.follow()
+        """Divert at the places that there are now; return whether programs were attached for it.
+
+        That is so too if a keeper has had to be replaced meanwhile.
+        """
+        if self._places is None:
+            return False
+        self._places.follow()
+        before, self._attached = self._attached, [one.times_attached for one in self._open]
+        return self._attached != before
 
     def counts(self) -> Optional[Injected]:
         """Return what was done so far, or None if nothing was ever diverted."""

@@ -75,6 +75,8 @@ class Diversion:
     def __init__(self, keeper: DiversionKeeper, tally: Tally) -> None:
         self._keeper = keeper
         self._tally = tally
+        # More than once if the keeper has had to be replaced: then they come after those of others.
+        self.times_attached = 0
         self._closing = ExitStack()
         self._number = keeper.number()
 
@@ -98,6 +100,7 @@ class Diversion:
         live = [loaded.programs[name] for name in names]
 
         def attach_all() -> Sequence[Link]:
+            self.times_attached += 1
             with ExitStack() as undo:
                 made = []
                 for program, hook in zip(live, _HOOKS):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 from echo import PORT, Far, Near
+from targets import eventually
 
 from pybpfthrottle.conditions import conditions
 from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 
@@ -65,6 +70,31 @@ def test_what_is_delayed_is_limited_and_counted_once(
         network.set(loss="0.0001%")
         assert min(near.ask("ping", host, PORT, "udp", 3)) < DELAY_S
         assert network.injected()[DOWN].diverted is not None
+
+
+def test_what_is_delayed_is_counted_once_after_its_keeper_was_killed(
+    wire: Wire, near: Near
+) -> None:
+    """The keeper is replaced, and the limit and the hooks come after the diversion again."""
+    host = wire.server.address
+    with conditions(pid=near.process.pid, delay="1ms", download="100M") as network:
+        (keeper,) = [
+            pid
+            for pid in process.families()[os.getpid()]
+            if b"pybpfthrottle.diversion.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(keeper, signal.SIGKILL)
+
+        def is_counted_once() -> bool:
+            before = network.throttle.counters()[DOWN].packets_total, network.injected()[DOWN]
+            near.ask("ping", host, PORT, "udp", 5)
+            after = network.throttle.counters()[DOWN].packets_total, network.injected()[DOWN]
+            assert before[1].diverted is not None
+            assert after[1].diverted is not None
+            diverted = after[1].diverted.seen - before[1].diverted.seen
+            return after[0] - before[0] == after[1].seen - before[1].seen == diverted == 5
+
+        eventually(is_counted_once)
 
 
 def test_loss_and_delay_are_by_the_diversion_and_counted_there(wire: Wire, near: Near) -> None:
