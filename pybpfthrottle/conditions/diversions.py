@@ -28,7 +28,7 @@ class Diversions:
         self._open: list[Diversion] = []
         self._places: Optional[Places] = None
         # How often the programs of each were attached, when that was looked at last.
-        self._attached: list[int] = []
+        self._attached: list[tuple[Diversion, int]] = []
         # What those have counted that are closed.
         self._done: list[Injected] = []
 
@@ -63,8 +63,9 @@ class Diversions:
         if self._places is None:
             return False
         self._places.follow()
-        before, self._attached = self._attached, [one.times_attached for one in self._open]
-        return self._attached != before
+        now = [(one, one.times_attached) for one in self._open]
+        before, self._attached = self._attached, now
+        return now != before
 
     def counts(self) -> Optional[Injected]:
         """Return what was done so far, or None if nothing was ever diverted."""
@@ -83,6 +84,7 @@ class Diversions:
     def close(self) -> None:
         """Give back what is held, and end. Doing so twice is no error."""
         places, self._places = self._places, None
+        self._attached = []
         if places is not None:
             places.close()
 

@@ -14,7 +14,7 @@ import struct
 from contextlib import suppress
 from typing import Any, Callable, Mapping, Optional
 
-from pybpfthrottle import registry
+from pybpfthrottle import diversion, registry
 from pybpfthrottle.conditions.network import Asked, Network, begin
 from pybpfthrottle.conditions.remote import LONGEST_LINE, owner_of
 from pybpfthrottle.errors import Error, ProcessError, SettingsError, ThrottleError
@@ -43,6 +43,7 @@ class Peer:
         given = own.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, self.uid, _ = _CREDENTIALS.unpack(given)
         self.network: Optional[Network] = None
+        self._loopback = False
 
     def fileno(self) -> int:
         """Return the connection's descriptor."""
@@ -94,7 +95,7 @@ class Peer:
         if self.network is None:
             raise ThrottleError("there is no network yet: begin one")
         if what == "set":
-            self.network.profile(str(asked.get("profile", "")), **_given(asked))
+            self.network.change(self._wanted(asked, loopback=self._loopback))
         elif what in ("offline", "online"):
             getattr(self.network, what)()
         elif what != "tell":
@@ -114,18 +115,27 @@ class Peer:
                 f"process {pid} is not one of user {self.uid}; the helper does nothing"
                 " to those of others"
             )
-        wanted = Asked.of(str(asked.get("profile", "")), **_given(asked))
-        self.network = begin(
-            Target(pids=(pid,)), wanted, loopback=bool(asked.get("loopback")), label="helper"
-        )
+        self._loopback = bool(asked.get("loopback"))
+        wanted = self._wanted(asked, loopback=self._loopback)
+        self.network = begin(Target(pids=(pid,)), wanted, loopback=self._loopback, label="helper")
         return self.network.to_json()
 
+    def _wanted(self, asked: Mapping[str, Any], *, loopback: bool) -> Asked:
+        """Return what network is asked for, as far as this may be had from somebody else.
 
-def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
-    given = asked.get("given") or {}
-    if not isinstance(given, dict):
-        raise ThrottleError("what is given is a JSON object")
-    return given
+        Files are not read with the helper's rights, and settings of the machine stay as they are.
+        """
+        given = asked.get("given") or {}
+        if not isinstance(given, dict):
+            raise ThrottleError("what is given is a JSON object")
+        if {"replay", "replay_upload"} & given.keys():
+            raise ThrottleError("the helper reads no traces")
+        wanted = Asked.of(str(asked.get("profile", "")), **given)
+        if loopback and self.uid != 0 and diversion.needs_diversion(wanted.conditions.download):
+            raise ThrottleError(
+                "the helper delays nothing on the loopback device: that takes other settings of it"
+            )
+        return wanted
 
 
 class Helper:

@@ -140,9 +140,9 @@ def test_the_helper_has_a_network_for_a_process_until_its_client_ends(
     assert not path.exists()
 
 
-def asks(uid: int, path: Path, pid: int) -> str:
+def asks(uid: int, path: Path, pid: int, **given: str) -> str:
     """What the helper answers to a user who asks for a process of this number."""
-    request = {"do": "begin", "pid": pid, "given": {"loss": "100%"}, "loopback": True}
+    request = {"do": "begin", "pid": pid, "given": {"loss": "100%", **given}, "loopback": True}
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE_S)
         os.seteuid(uid)
@@ -168,6 +168,8 @@ def test_the_helper_does_nothing_to_what_is_not_the_callers_own(
         assert len(own.do("echoes(4)")) == 4
         with target(scratch, lambda *command: as_user(NOBODY, *command)) as theirs:
             assert '"asked": "loss 100% each way' in asks(NOBODY, path, theirs.pid)
+            # Which would be settings of the whole machine.
+            assert "delays nothing on the loopback" in asks(NOBODY, path, theirs.pid, delay="1ms")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,7 @@ def test_the_helper_does_nothing_to_what_is_not_the_callers_own(
         ('{"do": "begin", "pid": "1"}', "the id of a process"),
         ('{"do": "begin", "pid": 1, "given": 7}', "is a JSON object"),
         ('{"do": "begin", "pid": 999999999}', "999999999"),
+        ('{"do": "begin", "pid": OWN, "given": {"replay": "/etc/shadow"}}', "no traces"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path, line: str, said: str) -> None:
@@ -190,7 +193,7 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path, line: str, sa
             (_, peer) = helper.chores()
             client.settimeout(PATIENCE_S)
             for _ in range(2):
-                client.sendall(line.encode() + b"\n")
+                client.sendall(line.replace("OWN", str(os.getpid())).encode() + b"\n")
                 peer.run()
                 assert said in json.loads(client.recv(9999))["error"]
 
