@@ -17,7 +17,7 @@ from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.conditions.model import Impairment, Injected
 from pybpfthrottle.diversion.keeping import OBJECT, DiversionKeeper, Kept, networks_of
-from pybpfthrottle.diversion.records import KEEPER, RING, STATE, DivertState
+from pybpfthrottle.diversion.records import KEEPER, RING, STATE, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Count, Tally
 from pybpfthrottle.errors import DiversionError
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -119,6 +119,16 @@ class Diversion:
     def impairment(self) -> Impairment:
         """What is done to packets at present."""
         return self._kept.wanted
+
+    @property
+    def tag(self) -> int:
+        """The tc_index of packets that come back; others that hold them add bits of their own."""
+        return int(DivertTag.DIVERT_TAG | self._state[0].bit)
+
+    @property
+    def keeper_pid(self) -> int:
+        """The process that holds the packets."""
+        return self._keeper.pid
 
     def change(self, impairment: Impairment) -> None:
         """Impair what comes from now on in another way; what is held stays as it is."""

@@ -91,6 +91,11 @@ class SharedHelper:
         self._busy = threading.RLock()
         self._start()
 
+    @property
+    def pid(self) -> int:
+        """The helper's process id."""
+        return self._process.pid
+
     def fileno(self) -> int:
         """Return the descriptor of the socket that the helper reports on."""
         return self._socket.fileno() if self.ended is None else -1

@@ -1,0 +1,201 @@
+"""Round trips, downloads and losses through a delay: ours, and netem's where the kernel has it.
+
+p50, p99: of round trips, in ms beyond the delay that was asked for. Mbit/s: TCP of 100 Mbit/s, and
+the CPU time of our keeper meanwhile, with that of the kernel for what it gives back. lost, twice,
+behind: of UDP datagrams of 1200 bytes at 100 Mbit/s. sibling: the same of a process beside it, for
+which nothing is asked. loss: the share of datagrams that was lost, and the standard deviation.
+
+netem is of a device, so that it delays the sibling too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import Any, Iterator, Optional
+
+from benches.child import Child, TransferError
+from benches.figures import percentile
+from benches.surroundings import python
+from benches.table import show
+from pybpfthrottle import diversion
+from pybpfthrottle.conditions.model import Impairment, Loss
+from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
+from pybpfthrottle.errors import Error
+from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import own_cgroups
+from pybpfthrottle.linux.cgroup import Cgroup
+
+_RATE_BYTES_PER_S = 12_500_000
+_DATAGRAM_BYTES = 1200
+_NETEM_PACKETS = 1_000_000
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+Row = dict[str, Any]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--delays", default="20,80,300", metavar="MS", help="delays of what comes in")
+    add("--losses", default="0.1,1,5,20", metavar="PERCENT")
+    add("--ways", default="none,diversion,netem", metavar="NAMES")
+    add("--pings", type=int, default=100)
+    add("--seconds", type=float, default=5.0, help="length of each download")
+    add("--datagrams", type=int, default=20_000)
+    add("--json", action="store_true", help="print JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure, and print a row for each way and delay; the exit status."""
+    delays = [float(one) for one in arguments.delays.split(",") if one]
+    losses = [float(one) for one in arguments.losses.split(",") if one]
+    ways = arguments.ways.split(",")
+    table: dict[str, Row] = {}
+    try:
+        with ExitStack() as stack:
+            lab = _Lab(stack, arguments)
+            for way in ways:
+                for delay_ms in delays if way != "none" else [0.0]:
+                    wanted = Impairment(delay_s=delay_ms / 1e3)
+                    _add(table, f"{way}, {delay_ms:g} ms", lab.row(way, wanted))
+                for percent in losses if way != "none" else []:
+                    wanted = Impairment(loss=Loss.chance(percent / 100), seed=1)
+                    _add(table, f"{way}, loss {percent:g} %", lab.losses(way, wanted))
+    except (TransferError, Error) as error:
+        print(f"bench delay: {error}", file=sys.stderr)
+        return 1
+    return show(table, as_json=arguments.json)
+
+
+def _add(table: dict[str, Row], name: str, row: Optional[Row]) -> None:
+    if row is None:
+        print(f"{name}: left out, this kernel has no sch_netem", file=sys.stderr)
+        return
+    table[name] = row
+    print(name, row, file=sys.stderr)
+
+
+class _Lab:
+    """A wire with a far end, and a cgroup for what is impaired."""
+
+    def __init__(self, stack: ExitStack, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._wire = stack.enter_context(Wire())
+        own = own_cgroups.create_empty(cgroups.root())
+        stack.callback(own.remove)
+        self._place: Cgroup = own.cgroup
+        Child(stack, self._wire.server.inside(*python("benches.delay_peer", "far"))).ready()
+
+    def row(self, way: str, wanted: Impairment) -> Optional[Row]:
+        """Measure round trips, a download and datagrams; None without netem."""
+        server = self._wire.server
+        found: Row = {}
+        with self._impaired(way, wanted) as late:
+            if late is _MISSING:
+                return None
+            for version, host in ((4, server.address), (6, server.address6)):
+                for kind in ("tcp", "udp"):
+                    trips = self._ask("ping", host, kind, str(self._arguments.pings))["trips"]
+                    for percent in (50, 99):
+                        beyond = percentile(trips, percent) - wanted.delay_s * 1e3
+                        found[f"{kind}{version} p{percent}"] = round(beyond, 3)
+            found.update(self._download(late))
+            found.update(self._datagrams())
+            found.update(self._sibling())
+        return found
+
+    def losses(self, way: str, wanted: Impairment) -> Optional[Row]:
+        """Return the share that was lost, in per cent, and how far by chance it may be off."""
+        count = self._arguments.datagrams
+        with self._impaired(way, wanted) as late:
+            if late is _MISSING:
+                return None
+            came = self._many()["came"]
+        share = wanted.loss.share if wanted.loss else 0.0
+        return {
+            "lost": round(100 * (1 - came / count), 3),
+            "sigma": round(100 * (share * (1 - share) / count) ** 0.5, 3),
+        }
+
+    def _download(self, late: Any) -> Row:
+        before, sent = _cpu_s(late), _retransmitted(self._wire.server)
+        seconds = self._arguments.seconds
+        host = self._wire.server.address
+        got = self._ask("get", host, str(_RATE_BYTES_PER_S), str(seconds))
+        return {
+            "Mbit/s": round(got["bytes_per_s"] * 8e-6, 1),
+            "keeper CPU %": round(100 * (_cpu_s(late) - before) / (seconds + 1), 1),
+            "retransmitted": _retransmitted(self._wire.server) - sent,
+        }
+
+    def _datagrams(self) -> Row:
+        found = self._many()
+        lost = self._arguments.datagrams - found["came"]
+        return {"lost": lost, "twice": found["twice"], "behind": found["behind"]}
+
+    def _sibling(self) -> Row:
+        host = self._wire.server.address
+        trips = self._ask("ping", host, "udp", str(self._arguments.pings), beside=True)["trips"]
+        got = self._ask("get", host, str(_RATE_BYTES_PER_S), "1", beside=True)
+        return {
+            "sibling p50": round(percentile(trips, 50), 3),
+            "sibling Mbit/s": round(got["bytes_per_s"] * 8e-6, 1),
+        }
+
+    def _many(self) -> Any:
+        numbers = (_RATE_BYTES_PER_S, self._arguments.datagrams, _DATAGRAM_BYTES)
+        return self._ask("datagrams", self._wire.server.address, *map(str, numbers))
+
+    def _ask(self, *what: str, beside: bool = False) -> Any:
+        with ExitStack() as stack:
+            command = python("benches.delay_peer", *what)
+            near = Child(stack, self._wire.client.inside(*command))
+            near.ready()
+            if not beside:
+                self._place.move_in(near.pid)
+            near.stop()
+            return near.report(120)
+
+    @contextmanager
+    def _impaired(self, way: str, wanted: Impairment) -> Iterator[Any]:
+        if way == "diversion":
+            pids = [self._wire.client.process.pid]
+            with diversion.open(self._place, wanted, pids=lambda: pids) as late:
+                yield late
+        elif way == "netem":
+            loss = f" loss {100 * wanted.loss.share:g}%" if wanted.loss else ""
+            options = f"netem delay {wanted.delay_s * 1e3:g}ms{loss} limit {_NETEM_PACKETS}"
+            added = self._tc("add", *options.split())
+            yield None if added else _MISSING
+            if added:
+                self._tc("del")
+        else:
+            yield None
+
+    def _tc(self, what: str, *options: str) -> bool:
+        command = self._wire.server.inside("tc", "qdisc", what, "dev", DEVICE, "root", *options)
+        return not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+# Instead of a way that this kernel does not have.
+_MISSING = object()
+
+
+def _cpu_s(late: Any) -> float:
+    """Return the CPU time that our keeper has taken."""
+    if late is None:
+        return 0.0
+    with open(f"/proc/{late.keeper_pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def _retransmitted(end: Namespace) -> int:
+    """Return how many segments a namespace has sent once more."""
+    text = subprocess.check_output(end.inside("cat", "/proc/net/snmp"), text=True)
+    names, values = (line.split() for line in text.splitlines() if line.startswith("Tcp:"))
+    return int(values[names.index("RetransSegs")])
