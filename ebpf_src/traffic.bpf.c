@@ -19,6 +19,8 @@ typedef unsigned short __u16;
 typedef unsigned int __u32;
 typedef unsigned long long __u64;
 
+#include "divert.h"
+
 #define SEC(name) __attribute__((section(name), used))
 #define always_inline static inline __attribute__((always_inline))
 
@@ -240,6 +242,9 @@ always_inline int count(struct __sk_buff *skb, int downloads, int multipath)
 	__u32 segments = skb->gso_segs ? skb->gso_segs : 1, header, protocol, address[4] = {};
 	__u64 bytes = skb->len;
 
+	/* A diversion gives it back: it was counted when it came. */
+	if (downloads && (skb->tc_index & DIVERT_TAG_MASK) == DIVERT_TAG)
+		return 1;
 	if (key.interface == LOOPBACK_IFINDEX)
 		key.scope = TRAFFIC_LOOPBACK;
 	if (ip + IPV4_HEADER_BYTES <= end && ip[0] >> 4 == 4) {

@@ -19,7 +19,7 @@ from since import needs_command
 from targets import live_map
 
 import pybpfthrottle
-from pybpfthrottle import diversion
+from pybpfthrottle import diversion, traffic
 from pybpfthrottle.backends.ebpf.marks import MARKS
 from pybpfthrottle.conditions.model import Impairment, Injected, Loss
 from pybpfthrottle.demo.wire import DEVICE, Wire
@@ -273,7 +273,7 @@ def test_a_keeper_that_was_killed_is_replaced(wire: Wire, near: Near, scratch: C
 
 OWNER = """
 import sys, time
-from pybpfthrottle import diversion
+from pybpfthrottle import diversion, traffic
 from pybpfthrottle.conditions.model import Impairment
 from pybpfthrottle.linux.cgroup import Cgroup
 late = diversion.open(Cgroup(sys.argv[1]), Impairment(delay_s=60))
@@ -403,3 +403,13 @@ def test_only_the_packets_of_marked_sockets_are_late(
                     assert min(other.ask("ping", host, PORT, kind, 2)) < 0.2
     finally:
         other.end()
+
+
+def test_what_comes_late_is_counted_once(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """By whoever counts the traffic of processes, and began before or after."""
+    late = Impairment(delay_s=0.05)
+    with traffic.watch() as before, diversion.open(scratch, late), traffic.watch() as after:
+        assert min(near.ask("ping", wire.server.address, PORT, "udp", 5)) >= 0.05
+        for watch in (before, after):
+            usage = watch.of(near.process.pid).usage(*traffic.Scope)
+            assert (usage.upload_packets, usage.download_packets) == (5, 5)
