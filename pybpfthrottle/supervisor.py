@@ -119,7 +119,7 @@ class Budget:
 
 
 # Of all limits of a process: for sockets and processes that escape them, or whatever else is new.
-LOOKS = Budget(0.005)
+LOOKS = Budget(0.004)
 
 
 class Look(Frequent):

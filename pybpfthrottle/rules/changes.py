@@ -6,10 +6,9 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.inforce import InForce
 from pybpfthrottle.linux import process
-from pybpfthrottle.linux.cgroup import Mount
 from pybpfthrottle.model import Limits
 from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules, in_force_now
-from pybpfthrottle.rules.matching import Rulebook
+from pybpfthrottle.rules.matching import Decision, Facts, Rulebook
 from pybpfthrottle.rules.model import Rule, limits_to_json
 from pybpfthrottle.rules.quotas import used
 from pybpfthrottle.rules.when import ThisMachine
@@ -72,10 +71,9 @@ def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
     """Return what it takes to put rules in force now. Raises OSError."""
     rules = in_force_now(rules, ThisMachine(used=used))
     book = Rulebook(rules, spared)
-    survey = Survey(book)
+    survey = _Telling(book)
     families = process.families()
-    pids = list(process.running())
-    survey.look(pids)
+    survey.look(process.running())
     survey.inherit(families)
     wanted = list(survey.wanted(families))
     left = by_rules()
@@ -90,8 +88,37 @@ def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
         for one in left
         if not _may_stay(one, rules)
     ]
-    precedences, spared_ones = _told(book, pids, survey.mounted)
+    precedences, spared_ones = survey.told()
     return Changes(tuple(changes), precedences, (*spared_ones, *survey.notes))
+
+
+class _Telling(Survey):
+    """What the rules want, and how that was decided."""
+
+    def __init__(self, book: Rulebook) -> None:
+        super().__init__(book)
+        self._reasons: dict[int, tuple[Rule, Decision]] = {}
+
+    def rule_for(self, facts: Facts) -> Optional[Rule]:
+        """Return the rule for a process."""
+        decision = self.book.decision(facts)
+        if decision.rule is not None:
+            self._reasons[facts.pid] = (decision.rule, decision)
+        return None if decision.spared else decision.rule
+
+    def told(self) -> tuple[tuple[Precedence, ...], tuple[str, ...]]:
+        """Return which rules go before which, and which processes are spared."""
+        pairs: dict[tuple[str, str], list[int]] = {}
+        spared: dict[str, None] = {}
+        for pid, (rule, decision) in self._reasons.items():
+            for other in decision.others:
+                pairs.setdefault((rule.name, other.name), []).append(pid)
+            if decision.spared and pid not in self.book.spared:
+                spared[
+                    f"{process.listed([pid])} is not limited by {rule.name}: {decision.spared}"
+                ] = None
+        found = tuple(Precedence(*names, tuple(those)) for names, those in pairs.items())
+        return found, tuple(spared)
 
 
 def _is_for(wanted: Wanted, found: InForce) -> bool:
@@ -121,26 +148,6 @@ def _change(wanted: Wanted, found: Optional[InForce]) -> Change:
     before = {**found.limits, **found.paused}
     kind = "same" if before == dict(rule.limits) else "changed"
     return Change(kind, rule.name, what, before, rule.limits)
-
-
-def _told(
-    book: Rulebook, pids: Sequence[int], mounted: Mount
-) -> tuple[tuple[Precedence, ...], tuple[str, ...]]:
-    """Return which rules go before which, and which processes are spared."""
-    pairs: dict[tuple[str, str], list[int]] = {}
-    spared: dict[str, None] = {}
-    for pid in pids:
-        decision = book.decide(pid, mounted)
-        if decision.rule is None:
-            continue
-        for other in decision.others:
-            pairs.setdefault((decision.rule.name, other.name), []).append(pid)
-        if decision.spared and pid not in book.spared:
-            spared[
-                f"{process.listed([pid])} is not limited by {decision.rule.name}: {decision.spared}"
-            ] = None
-    found = tuple(Precedence(*names, tuple(those)) for names, those in pairs.items())
-    return found, tuple(spared)
 
 
 def _words(limits: Optional[Limits]) -> str:

@@ -91,7 +91,7 @@ class Survey:
         self, book: Rulebook, spared: Collection[int] = (), mounted: Optional[Mount] = None
     ) -> None:
         """``spared`` are processes that others limit; ``mounted`` tells where cgroup v2 is."""
-        self._book = book
+        self.book = book
         self._spared = spared
         self.mounted = mounted or cgroups.mount()
         # The rule of each process, and of those that are limited one by one.
@@ -106,9 +106,13 @@ class Survey:
         for pid in pids:
             if pid not in self._spared and not process.is_kernel_thread(pid):
                 facts = Facts(pid, self.mounted)
-                rule = self._book.first(facts)
+                rule = self.rule_for(facts)
                 if rule is not None:
                     self._note(rule, facts)
+
+    def rule_for(self, facts: Facts) -> Optional[Rule]:
+        """Return the rule for a process."""
+        return self.book.first(facts)
 
     def inherit(self, families: Mapping[int, Sequence[int]]) -> None:
         """Give processes without a rule that of the one that has started them."""
@@ -124,7 +128,7 @@ class Survey:
         """Yield what each throttle is to limit."""
         parents = {child: pid for pid, children in families.items() for child in children}
         pids: dict[tuple[str, Key], list[int]] = {}
-        rules = {rule.name: rule for rule in self._book.rules}
+        rules = {rule.name: rule for rule in self.book.rules}
         for pid, rule in self._single.items():
             key = str(self._first(pid, rule, parents)) if rule.each else ""
             pids.setdefault((rule.name, key), []).append(pid)
@@ -142,8 +146,8 @@ class Survey:
 
     def _note(self, rule: Rule, facts: Facts) -> None:
         self.decided[facts.pid] = rule
-        if self._book.limits_whole_cgroups(rule):
-            cgroup = self._book.cgroup_of(rule, facts)
+        if self.book.limits_whole_cgroups(rule):
+            cgroup = self.book.cgroup_of(rule, facts)
             if cgroup is not None and not rule.insist and carries_login(cgroup):
                 self.notes[
                     f"{cgroup.path} is not limited by {rule.name}: logins are served there, which"

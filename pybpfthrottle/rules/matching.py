@@ -275,7 +275,10 @@ class Rulebook:
 
     def decide(self, pid: int, mounted: Optional[Mount] = None) -> Decision:
         """Return the rule for a process, and what else there is to tell."""
-        facts = Facts(pid, mounted)
+        return self.decision(Facts(pid, mounted))
+
+    def decision(self, facts: Facts) -> Decision:
+        """Return the rule for a process that facts are known of, and what else there is to tell."""
         found = list(self.matching(facts))
         if not found:
             return Decision()
