@@ -233,10 +233,12 @@ class Supervisor:
             self._ask()
         for chore, sources in list(self._chores.values()):
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
-                _do(chore, any(source.strict for source in sources))
-                if getattr(chore, "changes_chores", True):
-                    for source in sources:
-                        source.is_stale = True
+                try:
+                    _do(chore, any(source.strict for source in sources))
+                finally:
+                    if getattr(chore, "changes_chores", True):
+                        for source in sources:
+                            source.is_stale = True
 
     def serve(self) -> None:
         """Do what is due, in this thread, until ``stop`` is called."""

@@ -11,7 +11,19 @@ import time
 import pytest
 
 from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.supervisor import Frequent, InThread, OnEventLoop, Periodic, Supervisor
+from pybpfthrottle.supervisor import (
+    Budget,
+    Frequent,
+    InThread,
+    Look,
+    OnEventLoop,
+    Periodic,
+    Supervisor,
+)
+
+
+class Often(Periodic, Frequent):
+    """One that changes no others."""
 
 
 class Readable:
@@ -126,9 +138,6 @@ def test_who_serves_many_asks_only_those_whose_chores_may_have_changed(monkeypat
     asked = []
     ended = threading.Event()
 
-    class Often(Periodic, Frequent):
-        """One that changes no others."""
-
     def source(name, *chores):
         def ask():
             asked.append(name)
@@ -137,9 +146,10 @@ def test_who_serves_many_asks_only_those_whose_chores_may_have_changed(monkeypat
         return ask
 
     def count():
-        rounds.append(list(asked))
-        asked.clear()
-        if len(rounds) == 4:
+        if len(rounds) < 4:
+            rounds.append(list(asked))
+            asked.clear()
+        else:
             ended.set()
 
     rounds = []
@@ -156,6 +166,34 @@ def test_who_serves_many_asks_only_those_whose_chores_may_have_changed(monkeypat
     assert rounds[0] == ["often", "rare", "never"]
     assert {name for names in rounds[1:4] for name in names} <= {"rare"}
     assert set(asked) == {"often", "rare", "never"}
+
+
+def test_looks_wait_together_until_they_cost_no_more_than_their_budget(monkeypatch):
+    """As long as all need, by powers of two of the usual time; who is gone costs nothing."""
+    now = [1000.0]
+    monkeypatch.setattr("pybpfthrottle.supervisor.time.monotonic", lambda: now[0])
+    budget = Budget(0.01)
+    several = [Often(1, lambda: None) for _ in range(100)]
+    assert budget.next_due_s(several[0], 0.001, 1.0) == 1001.0
+    due = [budget.next_due_s(one, 0.001, 1.0) for one in several]
+    # A tenth of a second is spent each time, so ten have to pass: 16, as of 992.
+    assert due[-1] == 1008.0
+    del several[1:]
+    now[0] += 10
+    budget.next_due_s(several[0], 0.001, 1.0)
+    assert budget.next_due_s(several[0], 0.001, 1.0) == 1011.0
+
+
+def test_a_look_says_whether_there_are_other_chores(supervisor, monkeypatch):
+    """Only then its source is asked again."""
+    monkeypatch.setattr("pybpfthrottle.supervisor._ASK_AGAIN_S", 1000.0)
+    asked, answers = [], [False, True, False]
+    look = Look(0.01, lambda: answers.pop(0), Budget(1.0))
+    supervisor.add(lambda: asked.append(len(answers)) or [look])
+    supervisor.step(math.inf)
+    while answers:
+        supervisor.step(math.inf, ask_all=False)
+    assert asked == [3, 1]
 
 
 def test_what_fails_keeps_nothing_else_from_being_done(supervisor, caplog):
