@@ -30,22 +30,25 @@ class Archive:
         self.add(path or os.path.abspath(source), source.read_bytes(), mode, mtime)
 
     def tree(self, top: Path, wanted: Callable[[str], bool]) -> None:
-        """Add a directory as the root: files and links, but only of directories that are wanted."""
+        """Add a directory as the root: the files, links and directories that are wanted."""
         for directory, names, files in os.walk(top):
             inside = Path("/", os.path.relpath(directory, top))
             links = [name for name in names if Path(directory, name).is_symlink()]
             names[:] = sorted(name for name in names if wanted(str(inside / name)))
             for name in (*links, *sorted(files)):
-                source = Path(directory, name)
-                if source.is_symlink():
-                    self.link(str(inside / name), os.readlink(source))
-                elif source.is_file():
-                    self.copy(source, str(inside / name))
+                if wanted(str(inside / name)):
+                    self._add_found(Path(directory, name), str(inside / name))
 
     def finish(self) -> bytes:
         """Return the archive with its end."""
         self._entry("TRAILER!!!", 0)
         return bytes(self.data) + bytes(-len(self.data) % 512)
+
+    def _add_found(self, source: Path, path: str) -> None:
+        if source.is_symlink():
+            self.link(path, os.readlink(source))
+        elif source.is_file():
+            self.copy(source, path)
 
     def _add(self, path: str, mode: int, data: bytes, mtime: int = 0) -> None:
         for parent in list(map(str, Path(path).parents))[-2::-1]:

@@ -50,6 +50,8 @@ def update(page: Path, reports: Iterable[Report]) -> None:
     data = page.with_suffix(".json")
     rows: dict[str, Row] = {one["machine"]: one for one in load(data)}
     for report in reports:
+        if not report.outcomes:  # It did not get to its end.
+            continue
         new = row(report)
         old = rows.get(new["machine"])
         if old and all(old[key] == new[key] for key in ("release", "arch", "python")):

@@ -27,11 +27,15 @@ AREAS: dict[str, tuple[str, ...]] = {
         *(f"tests/kernel/limiter/test_{name}.py" for name in _OF_LIMITER),
         "tests/kernel/diagnostics/test_verify_setup.py",
     ),
-    "--pid": ("tests/kernel/limiter/test_processes.py",),
+    "--pid": (
+        "tests/kernel/limiter/test_processes.py",
+        "tests/kernel/limiter/test_process_transfers.py",
+    ),
     "toolkit": ("tests/kernel/bpf",),
     "backends": ("tests/kernel/limiter/test_backends.py",),
 }
-DEFAULT_AREAS = ("limiter", "--pid")
+# In a few minutes.
+DEFAULT_TESTS = (*AREAS["limiter"], AREAS["--pid"][0])
 # An emulated machine carries about 100 MB/s, and its clock stutters: one-second windows of three
 # transfers at once tell of the emulation. And 40 starts of an interpreter side by side take it
 # nearly as long as the limit of one test, as 2000 sockets take it more than a second to tell of. Of

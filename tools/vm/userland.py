@@ -125,7 +125,7 @@ def of_debian(python: Python) -> Userland:
     name = f"python-{python.version}-{python.arch}"
     kept = debian.kept(name, lambda made, own: _download(python, made, own))
     archive = Archive()
-    archive.tree(kept / "root", lambda path: _is_shipped(path))
+    archive.tree(kept / "root", _is_shipped)
     site = SITE.format(version=python.version)
     for file in _walk(kept / "site"):
         archive.copy(file, f"{site}/{file.relative_to(kept / 'site')}")

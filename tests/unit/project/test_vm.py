@@ -193,8 +193,9 @@ def test_the_page_of_the_documentation_is_what_was_measured():
         (["4.4"], "unknown kernel 4.4; choose from 5.10"),
         (["--modules", "/lib"], "--modules are those of --kernel"),
         (["--all", "6.12"], "--all says which kernels"),
+        (["--all", "--area", "toolkit"], "--area chooses tests"),
         (["--matrix", "/nowhere/page.md"], "/nowhere/page.md does not exist"),
-        (["--matrix", __file__, "-k", "x"], "--matrix is of whole areas"),
+        (["--matrix", __file__, "-k", "x"], "--matrix is of whole files"),
         (["--tests", "tests/absent.py"], "tests/absent.py does not exist"),
     ],
 )
