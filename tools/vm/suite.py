@@ -77,9 +77,6 @@ MODULES += (
     "nft_chain_nat",
     "nft_ct",
     "nft_nat",
-    "nft_chain_nat",
-    "nft_ct",
-    "nft_nat",
     "vsock",
 )
 # Nothing loads a module on demand here. These tell which cgroup a socket is of, and its peer.
