@@ -125,7 +125,8 @@ LOOKS = Budget(0.004)
 class Look(Frequent):
     """A chore that looks around, at regular intervals, and less often if the budget demands it.
 
-    The work returns whether there may be other chores now.
+    The work returns whether there may be other chores now. If so, it has done more than look, and
+    the next look comes at its usual time.
     """
 
     def __init__(
@@ -142,11 +143,12 @@ class Look(Frequent):
 
     def run(self) -> None:
         """Do the work, and set when it is due again."""
+        self.changes_chores = False
         begin_s = time.thread_time()
         try:
             self.changes_chores = bool(self._work())
         finally:
-            cost_s = time.thread_time() - begin_s
+            cost_s = 0.0 if self.changes_chores else time.thread_time() - begin_s
             self.due_s = self._budget.next_due_s(self, cost_s, self._period_s)
 
 

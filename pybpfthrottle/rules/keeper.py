@@ -302,7 +302,7 @@ class Keeper(Frequent):
 
     def look(self) -> None:
         """Look at all processes, and limit what is to be limited."""
-        begin_s = time.thread_time()
+        begin_s, before = time.thread_time(), list(self.held.values())
         families = process.families()
         survey = Survey(self._book, self._limited_by_others())
         self._mounted = survey.mounted
@@ -315,7 +315,9 @@ class Keeper(Frequent):
         for note in survey.notes:
             self._say_once(note)
         least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
-        self._look_s = self._budget.next_due_s(self, time.thread_time() - begin_s, least_s)
+        # To limit what was found is not looking.
+        cost_s = time.thread_time() - begin_s if before == list(self.held.values()) else 0.0
+        self._look_s = self._budget.next_due_s(self, cost_s, least_s)
 
     def chores(self) -> list[Chore]:
         """Return what has to be done while the rules are in force."""

@@ -196,6 +196,17 @@ def test_a_look_says_whether_there_are_other_chores(supervisor, monkeypatch):
     assert asked == [3, 1]
 
 
+@pytest.mark.parametrize(("found", "due"), [(True, 1001.0), (False, 1024.0)])
+def test_what_was_found_to_do_does_not_delay_the_next_look(monkeypatch, found, due):
+    """Only looking has to keep to the budget: half a second takes 50 of them at 1 %, so 64."""
+    used = iter([0.0, 0.5])
+    monkeypatch.setattr("pybpfthrottle.supervisor.time.monotonic", lambda: 1000.0)
+    monkeypatch.setattr("pybpfthrottle.supervisor.time.thread_time", lambda: next(used))
+    look = Look(1.0, lambda: found, Budget(0.01))
+    look.run()
+    assert look.due_s == due
+
+
 def test_what_fails_keeps_nothing_else_from_being_done(supervisor, caplog):
     """An error of one chore is logged; the next is done all the same."""
     done = []
