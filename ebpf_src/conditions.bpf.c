@@ -139,7 +139,7 @@ struct {
 #define BPF_F_NO_PREALLOC 1
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
 #include "marked.h"
-#define IS_MEANT(sk) IS_MARKED(sk)
+#define IS_MEANT(sk) mark_of(sk)
 #define CONDITIONS_PROGRAM(name) pybpft_cm##name
 #else
 #define IS_MEANT(sk) 1

@@ -466,23 +466,23 @@ SEC("cgroup_skb/egress") int pybpfd_out(struct __sk_buff *skb)
 
 SEC("cgroup_skb/ingress") int pybpfd_inm(struct __sk_buff *skb)
 {
-	return IS_MARKED(skb->sk) ? divert(skb) : PASS;
+	return mark_of(skb->sk) ? divert(skb) : PASS;
 }
 
 SEC("cgroup_skb/egress") int pybpfd_outm(struct __sk_buff *skb)
 {
-	return IS_MARKED(skb->sk) ? note(skb) : PASS;
+	return mark_of(skb->sk) ? note(skb) : PASS;
 }
 
 /* The same with MPTCP, since Linux 5.19. */
 SEC("cgroup_skb/ingress") int pybpfd_inp(struct __sk_buff *skb)
 {
-	return is_marked_multipath(skb->sk) ? divert(skb) : PASS;
+	return multipath_mark_of(skb->sk) ? divert(skb) : PASS;
 }
 
 SEC("cgroup_skb/egress") int pybpfd_outp(struct __sk_buff *skb)
 {
-	return is_marked_multipath(skb->sk) ? note(skb) : PASS;
+	return multipath_mark_of(skb->sk) ? note(skb) : PASS;
 }
 
 /*

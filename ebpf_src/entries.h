@@ -32,15 +32,20 @@ always_inline __u32 own_slot(void)
 }
 #define OWN_SLOT() own_slot()
 
-always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
+always_inline int enter(struct __sk_buff *skb, __u32 slot, __u32 direction, int drop)
 {
 	HOLD(CGROUP_CONFIGS);
-	skb->cb[0] = OWN_SLOT();
+	skb->cb[0] = slot;
 	if (direction == THROTTLE_DOWNLOAD)
 		bpf_tail_call(skb, &INGRESS, ENTRY_DENY);
 	else
 		bpf_tail_call(skb, &EGRESS, drop == DROP ? ENTRY_DENY : ENTRY_TELL);
 	return PASS;
+}
+
+always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
+{
+	return enter(skb, OWN_SLOT(), direction, drop);
 }
 
 SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
@@ -75,10 +80,9 @@ always_inline int begin_window(struct bpf_sock_ops *ctx, __u32 slot)
 	return 1;
 }
 
-always_inline int shape(struct bpf_sock_ops *ctx)
+always_inline int shape_for(struct bpf_sock_ops *ctx, __u32 slot)
 {
 	struct throttle_socket *socket;
-	__u32 slot = OWN_SLOT();
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_RWND_INIT:
@@ -106,6 +110,11 @@ always_inline int shape(struct bpf_sock_ops *ctx)
 	}
 	bpf_tail_call(ctx, &SOCKOPS, 0);
 	return 1;
+}
+
+always_inline int shape(struct bpf_sock_ops *ctx)
+{
+	return shape_for(ctx, OWN_SLOT());
 }
 
 /* The shared program tells. */

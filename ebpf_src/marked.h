@@ -10,4 +10,21 @@ struct {
 	__type(value, __u32);
 } MARKS SEC(".maps");
 
-#define IS_MARKED(sk) ((sk) && bpf_sk_storage_get(&MARKS, sk, 0, 0))
+/*
+ * A mark has the slot of the throttle that limits its socket: 0 where the throttle has all maps for
+ * itself. Where throttles share a bank, they may share the marks too; then one set of programs at the
+ * root of all cgroups serves them all, and enters the shared programs for the slot that it finds.
+ * A socket is marked for one slot at most; the mark of a throttle that has ended limits nothing.
+ */
+always_inline __u32 *mark_of(void *sk)
+{
+	return sk ? bpf_sk_storage_get(&MARKS, sk, 0, 0) : 0;
+}
+
+/* Whether a socket is marked for the throttle in a slot. */
+always_inline int is_marked_for(void *sk, __u32 slot)
+{
+	const __u32 *mark = mark_of(sk);
+
+	return mark && *mark == slot;
+}

@@ -22,80 +22,119 @@ static __u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
  * reach. They take its mark over with their first packet. A listener's does so with the first
  * handshake, before anything is accepted: that is marked then too, plain TCP included.
  */
-always_inline int is_marked_multipath(void *sk)
+always_inline __u32 *multipath_mark_of(void *sk)
 {
+	__u32 *mark, *theirs;
 	void *mptcp;
 
 	if (!sk)
 		return 0;
-	if (bpf_sk_storage_get(&MARKS, sk, 0, 0))
-		return 1;
+	mark = bpf_sk_storage_get(&MARKS, sk, 0, 0);
 	mptcp = bpf_skc_to_mptcp_sock(sk);
-	if (!mptcp || !bpf_sk_storage_get(&MARKS, mptcp, 0, 0))
-		return 0;
-	bpf_sk_storage_get(&MARKS, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	return 1;
+	if (!mptcp)
+		return mark;
+	theirs = bpf_sk_storage_get(&MARKS, mptcp, 0, 0);
+	if (!theirs)
+		return mark;
+	if (!mark)
+		mark = bpf_sk_storage_get(&MARKS, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (mark)
+		*mark = *theirs;
+	return theirs;
 }
 
 #ifndef MARKS_ONLY
+#ifdef ENTRIES
+always_inline int police_marked(struct __sk_buff *skb, const __u32 *mark, __u32 direction, int drop)
+{
+	HOLD_RECORD();
+	return mark ? enter(skb, *mark, direction, drop) : PASS;
+}
+
+always_inline int shape_marked(struct bpf_sock_ops *ctx, const __u32 *mark)
+{
+	HOLD_RECORD();
+	return mark ? shape_for(ctx, *mark) : 1;
+}
+
+/* The shared program tells. */
+#define shape_marked_multipath(ctx, mark) shape_marked(ctx, mark)
+
+SEC("cgroup_skb/egress") int pybpft_mgate(struct __sk_buff *skb)
+{
+	const __u32 *mark = mark_of(skb->sk);
+
+	HOLD_RECORD();
+	if (!mark)
+		return PASS;
+	skb->cb[0] = *mark;
+	bpf_tail_call(skb, &EGRESS, ENTRY_GATE);
+	return PASS;
+}
+#else
+#define police_marked(skb, mark, direction, drop) ((mark) ? police(skb, direction, drop) : PASS)
+#define shape_marked(ctx, mark) ((mark) ? shape(ctx) : 1)
+#define shape_marked_multipath(ctx, mark) ((mark) ? shape_but_multipath(ctx) : 1)
+#endif
+
 SEC("cgroup_skb/ingress") int pybpft_mingress(struct __sk_buff *skb)
 {
-	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
+	return police_marked(skb, mark_of(skb->sk), THROTTLE_DOWNLOAD, DROP);
 }
 
 SEC("cgroup_skb/egress") int pybpft_megress(struct __sk_buff *skb)
 {
-	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP) : PASS;
+	return police_marked(skb, mark_of(skb->sk), THROTTLE_UPLOAD, DROP);
 }
 
 SEC("cgroup_skb/egress") int pybpft_megressc(struct __sk_buff *skb)
 {
-	return IS_MARKED(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION) : PASS;
+	return police_marked(skb, mark_of(skb->sk), THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION);
 }
 
-/* Connections that are shaped had a mark when that began. */
 SEC("sockops") int pybpft_msockops(struct bpf_sock_ops *ctx)
 {
-	if (ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || IS_MARKED(ctx->sk))
-		return shape(ctx);
-	return 1;
+	return shape_marked(ctx, mark_of(ctx->sk));
 }
 
 /* The same with MPTCP, since Linux 5.19. */
 SEC("cgroup_skb/ingress") int pybpft_pingress(struct __sk_buff *skb)
 {
-	return is_marked_multipath(skb->sk) ? police(skb, THROTTLE_DOWNLOAD, DROP) : PASS;
+	return police_marked(skb, multipath_mark_of(skb->sk), THROTTLE_DOWNLOAD, DROP);
 }
 
 SEC("cgroup_skb/egress") int pybpft_pegress(struct __sk_buff *skb)
 {
-	return is_marked_multipath(skb->sk) ? police(skb, THROTTLE_UPLOAD, DROP) : PASS;
+	return police_marked(skb, multipath_mark_of(skb->sk), THROTTLE_UPLOAD, DROP);
 }
 
 SEC("cgroup_skb/egress") int pybpft_pegressc(struct __sk_buff *skb)
 {
-	return is_marked_multipath(skb->sk) ?
-		       police(skb, THROTTLE_UPLOAD, DROP_AND_NOTIFY_CONGESTION) :
-		       PASS;
+	return police_marked(skb, multipath_mark_of(skb->sk), THROTTLE_UPLOAD,
+			     DROP_AND_NOTIFY_CONGESTION);
 }
 
 SEC("sockops") int pybpft_psockops(struct bpf_sock_ops *ctx)
 {
-	if (ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || is_marked_multipath(ctx->sk))
-		return shape_but_multipath(ctx);
-	return 1;
+	int is_shaped = ctx->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB; /* as those of MPTCP never are */
+
+	return shape_marked_multipath(ctx, is_shaped ? mark_of(ctx->sk) :
+						       multipath_mark_of(ctx->sk));
 }
 
 SEC("cgroup/sock_create") int pybpft_create(struct bpf_sock *ctx)
 {
-	__u32 direction = THROTTLE_UPLOAD;
-	__u32 process = bpf_get_current_pid_tgid() >> 32;
+	__u32 *mark, direction = THROTTLE_UPLOAD;
+	__u32 number = bpf_get_current_pid_tgid() >> 32;
+	struct throttle_process *process = bpf_map_lookup_elem(&PROCESSES, &number);
 
 	HOLD_RECORD();
 	/* By the configuration each version finds out who has left this program behind. */
-	if (bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction) &&
-	    bpf_map_lookup_elem(&PROCESSES, &process))
-		bpf_sk_storage_get(&MARKS, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!bpf_map_lookup_elem(&CGROUP_CONFIGS, &direction) || !process)
+		return 1;
+	mark = bpf_sk_storage_get(&MARKS, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (mark)
+		*mark = process->slot;
 	return 1;
 }
 #endif

@@ -217,6 +217,7 @@ struct throttle_ack {
 /* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */
 struct throttle_process {
 	__u32 follow; /* the processes that it starts are taken in too */
+	__u32 slot;   /* of the throttle that limits it */
 };
 
 /* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */

@@ -12,7 +12,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 from pybpfthrottle import networks, registry
 from pybpfthrottle.backends.ebpf import features, privileges
 from pybpfthrottle.backends.ebpf.backend import EbpfBackend
-from pybpfthrottle.backends.ebpf.registry import Rule, Rules
+from pybpfthrottle.backends.ebpf.registry import Mark, Rule, Rules
 from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import CgroupError, ProcessError
@@ -240,7 +240,7 @@ class _Borrowed(NamedTuple):
     inode: int
     description: Description
     namespace: int = 0
-    marks: frozenset[int] = frozenset()
+    marks: frozenset[Mark] = frozenset()
 
 
 class _Surroundings(NamedTuple):
@@ -355,7 +355,7 @@ class _Judge:
         pid: int,
         now: Optional[Cgroup],
         rules: Rules,
-        marked: frozenset[int],
+        marked: frozenset[Mark],
         tables: Sequence[_Limited] = (),
     ) -> None:
         """``marked`` has the ids of the maps that mark any of the process's sockets."""
@@ -368,7 +368,7 @@ class _Judge:
         self._rules_near: dict[Cgroup, list[Rule]] = {}
 
     def judged(
-        self, own: OpenSocket, marks: frozenset[int], around: _Surroundings, namespace: int
+        self, own: OpenSocket, marks: frozenset[Mark], around: _Surroundings, namespace: int
     ) -> OpenSocket:
         """Return the socket with its covers, or why there are none. Raises OSError."""
         if not own.description.kind.is_ip():
@@ -429,22 +429,22 @@ class _Judge:
             self._rules_near[where] = [
                 rule
                 for rule in self._rules.all
-                if rule.program_id in around or rule.marks_id in self._marked
+                if rule.program_id in around or rule.mark in self._marked
             ]
         return self._rules_near[where]
 
     def _escapes(
-        self, own: OpenSocket, where: Cgroup, is_passed: bool, marks: frozenset[int], rule: Rule
+        self, own: OpenSocket, where: Cgroup, is_passed: bool, marks: frozenset[Mark], rule: Rule
     ) -> Optional[Remark]:
         """Return why a rule does not apply to a socket of the cgroup ``where``; None if it does."""
-        if rule.marks_id is None:
+        if rule.mark is None:
             if is_passed:
                 return None
             if self._now and rule.program_id in (self._passed_in(self._now) or ()):
                 return OTHER_CGROUP.about(cgroup=where.path, now=self._now.path)
             return NO_THROTTLE.about(pid=self._pid)
-        if rule.marks_id not in marks:
-            return NOT_MARKED if rule.marks_id in self._marked else NO_THROTTLE.about(pid=self._pid)
+        if rule.mark not in marks:
+            return NOT_MARKED if rule.mark in self._marked else NO_THROTTLE.about(pid=self._pid)
         if not is_passed:
             return OUT_OF_REACH.about(cgroup=where.path)
         return MPTCP if own.description.kind.is_mptcp() and not rule.multipath else None
@@ -489,7 +489,7 @@ def _exempt(description: Description, traffic: Traffic, *, on_loopback: bool) ->
 def _covers(rules: Sequence[Rule]) -> tuple[Cover, ...]:
     together: dict[tuple[Identity, str], set[Direction]] = {}
     for rule in rules:
-        by = CGROUP if rule.marks_id is None else MARK
+        by = CGROUP if rule.mark is None else MARK
         together.setdefault((rule.owner, by), set()).add(rule.direction)
     return tuple(
         Cover(owner, by, tuple(sorted(directions)))

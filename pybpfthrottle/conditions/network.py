@@ -93,7 +93,7 @@ def wish_for(limits: Limits, wish: Wish = Wish()) -> Wish:  # noqa: B008 - immut
         raise ThrottleError(f"bad networks need the backend ebpf, not {', '.join(sorted(others))}")
     options: Options = wish.options.get("ebpf") or Options()
     free = dict.fromkeys((one for one, rate in limits.items() if rate is None), "police")
-    options = options._replace(shape={**options.shape, **free})
+    options = options._replace(shape={**options.shape, **free}, own_marks=True)
     return wish.changed(
         backends=dict.fromkeys(Direction, "ebpf"), options={**wish.options, "ebpf": options}
     )

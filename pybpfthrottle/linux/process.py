@@ -132,6 +132,12 @@ def has_ended(pid: int) -> bool:
     return stat is None or _has_ended(stat)
 
 
+def parent_of(pid: int) -> Optional[int]:
+    """Return the parent of a running process, 0 for none that is visible; None if it has ended."""
+    stat = _stat(pid)
+    return None if stat is None or _has_ended(stat) else int(stat[1])
+
+
 def families() -> dict[int, list[int]]:
     """Return the running children of each process that has any."""
     found: dict[int, list[int]] = {}

@@ -20,7 +20,7 @@ from pybpfthrottle.bpf.abi import ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.bpf.programs import Program
-from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate, Traffic
+from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
 
 __all__ = ["configure", "main"]
 
@@ -87,7 +87,7 @@ def measure(rounds: int) -> dict[str, Any]:
 def _policer(name: str, rate: Rate, program: str = "pybpft_ingress") -> Program:
     """The download program of an object, with the loopback device limited: test packets use it."""
     if name == shipped.ENTRIES:
-        bank = Bank(2, Traffic())
+        bank = Bank(2)
         loaded = bank.load([program], {})
         RecordMap(loaded.maps[RECORD]).begin(_SLOT)
         maps, slot = bank.maps, _SLOT

@@ -7,8 +7,8 @@ from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
+from pybpfthrottle.backends.ebpf.crowd import Crowd
 from pybpfthrottle.backends.ebpf.keeping import RING, KeeperProcess, Kept, Pids
-from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.shared import GATE, Seat
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
@@ -34,7 +34,7 @@ _WHY_UNGATED = {
 class Gate:
     """The gate of one throttle, or why it has none (``refused``). ``close`` opens all windows."""
 
-    (program,) = programs.with_role(Role.GATE)
+    program = programs.gate()
 
     def __init__(self, pids: Pids, refused: Optional[str]) -> None:
         """Begin to start the keeper, which takes a while, unless the gate is refused already.
@@ -67,11 +67,16 @@ class Gate:
         return spec.changed(maps={**spec.maps, GATE: shared})
 
     def load(
-        self, maps: Mapping[str, Map[Any, Any]], seat: Optional[Seat] = None
+        self,
+        maps: Mapping[str, Map[Any, Any]],
+        seat: Optional[Seat] = None,
+        *,
+        of_crowd: bool = False,
     ) -> Optional[Object]:
         """Load the program with a throttle's maps, and have the keeper serve it.
 
-        Return None if it is refused. With a ``seat`` the maps are shared.
+        Return None if it is refused. With a ``seat`` the maps are shared; ``of_crowd`` leaves the
+        program to ``enter``.
         """
         if self._keeper is None:
             return None
@@ -83,7 +88,9 @@ class Gate:
         with ExitStack() as undo:
             try:
                 ring = self._keeper.ring()
-                if seat is not None:
+                if of_crowd:
+                    loaded = Object({}, {})
+                elif seat is not None:
                     loaded = seat.load([self.program.name], maps, ring)
                 else:
                     used = {**maps, RING: ring}
@@ -95,6 +102,12 @@ class Gate:
                 return None
             undo.pop_all()
         return loaded
+
+    def enter(self, crowd: Crowd) -> None:
+        """Share the program of a crowd. Raises Error or OSError."""
+        if self._keeper is not None:
+            crowd.load_gate(self._keeper.ring())
+            crowd.attach_gate()
 
     def wait(self) -> None:
         """Wait until the keeper serves the gate; connections that begin earlier would stall."""

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 from contextlib import nullcontext, suppress
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -15,10 +15,10 @@ from pybpfthrottle.backends.ebpf.programs import Role, Scope
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleFormat, element
 from pybpfthrottle.backends.ebpf.registry import (
     CONFIGS,
-    Entry,
     Head,
     RecordMap,
     configs_of,
+    entry_of,
     in_force,
     open_map,
     our_programs,
@@ -192,29 +192,20 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
     configs = configs_of(info.map_ids)
     if configs is not None:
         with configs:
-            own = _elements(info.map_ids)
-            heads = [Head.from_buffer_copy(one) for key, one in configs.items() if key in own]
+            is_own = _are_limits_of(info.map_ids)
+            heads = [Head.from_buffer_copy(one) for key, one in configs.items() if is_own(key)]
         for head in heads:
             if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
                 return head.owner
     # Like the gate, it limits nothing by itself; or its limit was lifted, or was about to end.
-    entry = _entry(info)
+    entry = entry_of(info.map_ids)
     return Identity(*entry.fields["owner"]) if entry is not None else None
 
 
 def _is_kept(info: ProgramInfo) -> bool:
     """Whether a program's throttle should outlive its owner; not if that was about to remove it."""
-    entry = _entry(info)
+    entry = entry_of(info.map_ids)
     return entry is not None and entry.kept and not entry.removed
-
-
-def _entry(info: ProgramInfo) -> Optional[Entry]:
-    """Return what the record says about a program's throttle."""
-    record = open_map(info.map_ids, RECORD)
-    if record is None:
-        return None
-    with record:
-        return RecordMap(record).read()
 
 
 def _places(wanted: set[int]) -> Iterator[tuple[int, Cgroup]]:
@@ -246,10 +237,14 @@ def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
     return True
 
 
-def _elements(map_ids: Sequence[int]) -> set[int]:
-    """Return the keys of a throttle into maps that it may share."""
+def _are_limits_of(map_ids: Sequence[int]) -> Callable[[int], bool]:
+    """Return what tells which keys of a configuration map are of a program's throttle.
+
+    In slot 0 is one that has the map for itself, or else the program is for all slots.
+    """
     slot = slot_of(map_ids)
-    return {element(slot, direction) for direction in Direction}
+    own = {element(slot, direction) for direction in Direction}
+    return lambda key: not slot or key in own
 
 
 def _disarm(map_ids: Sequence[int]) -> None:
@@ -259,14 +254,13 @@ def _disarm(map_ids: Sequence[int]) -> None:
     """
     configs = configs_of(map_ids)
     if configs is not None:
-        own = _elements(map_ids)
+        is_own = _are_limits_of(map_ids)
         with configs:
-            for direction, record in list(configs.items()):
-                if direction not in own:
-                    continue
-                head = Head.from_buffer_copy(record)
-                head.rate_bytes_per_s = 0
-                configs[direction] = bytes(head) + record[ctypes.sizeof(Head) :]
+            for key, record in list(configs.items()):
+                if is_own(key):
+                    head = Head.from_buffer_copy(record)
+                    head.rate_bytes_per_s = 0
+                    configs[key] = bytes(head) + record[ctypes.sizeof(Head) :]
     told = open_map(map_ids, RECORD)
     if told is not None:
         with told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.bucket import Shaping, shaping_for
@@ -23,6 +23,9 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Limits
 from pybpfthrottle.settings import AttachPolicy
+
+if TYPE_CHECKING:
+    from pybpfthrottle.backends.ebpf.crowd import Crowd
 
 log = Logger(__name__)
 
@@ -60,7 +63,7 @@ class Loaded:
         marks = programs.with_role(Role.MARK) if scope is Scope.MARKED else ()
         names = [program.name for program in (*policers.values(), *marks)]
         loaded = refused = None
-        if any(self.shaping(direction).flags for direction in self._limits):
+        if self.shapes():
             shaper = programs.shaper(scope)
             try:
                 loaded = self._load(spec, [*names, shaper.name])
@@ -75,6 +78,14 @@ class Loaded:
                 "Ingress" if direction is Direction.DOWNLOAD else "Egress",
             )
         return refused
+
+    def enter(self, crowd: Crowd, slot: int) -> None:
+        """Have the maps of a crowd, and of its own only a record, instead of programs for marks."""
+        self.maps.update(crowd.maps)
+        if RECORD not in self.maps:
+            self.maps[RECORD] = crowd.new_record(slot)
+            self._closing.callback(self.maps[RECORD].close)
+        self.object_name = self.object_name or programs.ENTRIES
 
     def add(self, loaded: Object) -> None:
         """Have the programs and maps of an object too."""
@@ -105,6 +116,10 @@ class Loaded:
         rate = self._limits[direction]
         # What is blocked may have a rate later, which can be kept only by what is loaded now.
         return shaping_for(direction, None if rate and rate.is_blocked else rate, shape)
+
+    def shapes(self) -> bool:
+        """Whether anything is to be shaped."""
+        return any(self.shaping(direction).flags for direction in self._limits)
 
     def shaper(self, scope: Scope) -> Optional[Shipped]:
         """Return the shaper that is loaded for a scope, if one is."""

@@ -33,7 +33,7 @@ from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import descendants, process
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.logger import Logger
@@ -44,7 +44,6 @@ log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
-_MARK = b"\0\0\0\0"
 _EXECUTION = "sched_process_exec"
 
 _OTHER_NAMESPACE = (
@@ -53,6 +52,50 @@ _OTHER_NAMESPACE = (
 
 # Shapes a connection that was open before; only valid within the context.
 Adopting = Callable[[], ContextManager[Callable[[Borrowed], None]]]
+
+
+def processes_in(maps: Mapping[str, Map[Any, Any]]) -> Map[int, ThrottleProcess]:
+    """Return the map of processes, by process id."""
+    return maps[PROCESSES].typed(U32, StructureCodec(ThrottleProcess))
+
+
+class Processes:
+    """The processes of a throttle in a map that it has for itself; ``slot`` is the throttle's."""
+
+    def __init__(self, maps: Mapping[str, Map[Any, Any]], slot: int) -> None:
+        self.slot = slot
+        self._maps = maps
+        self._map = processes_in(maps)
+
+    def pids(self) -> list[int]:
+        """Return them."""
+        return list(self._map)
+
+    def add(self, pid: int, *, follow: bool) -> None:
+        """Add one; with ``follow`` the kernel adds what it starts."""
+        self._map[pid] = ThrottleProcess(follow=follow, slot=self.slot)
+
+    def discard(self, pid: int) -> None:
+        """Remove one, if it is there."""
+        self._map.pop(pid, None)
+
+    def are_others(self, pid: int) -> bool:
+        """Whether another throttle limits a process by the same map."""
+        return False
+
+    def may_replace(self, mark: int) -> bool:
+        """Whether the throttle that a socket is marked for has ended."""
+        return False
+
+    def follow(self, *, executions: bool) -> Optional[Tracing]:
+        """Have the kernel follow them; the caller closes what is returned.
+
+        Raises what Tracing.begin raises.
+        """
+        return Tracing.begin(self._maps, executions=executions)
+
+    def end(self) -> None:
+        """Remove all, where others go on to use the map."""
 
 
 class Marks(Frequent):
@@ -64,14 +107,17 @@ class Marks(Frequent):
         maps: Mapping[str, Map[Any, Any]],
         adopting: Adopting,
         spares: Callable[[Borrowed], bool] = lambda found: False,
+        *,
+        processes: Optional[Processes] = None,
     ) -> None:
-        """``spares`` tells which sockets are limited by other means, and get no mark."""
+        """``spares`` tells which sockets are limited by other means, and get no mark.
+
+        ``processes`` has those of the throttle, if it does not have all maps for itself.
+        """
         self._selection = selection
-        self._maps = maps
         self._marks = maps[MARKS].elements
-        self._processes: Map[int, ThrottleProcess] = maps[PROCESSES].typed(
-            U32, StructureCodec(ThrottleProcess)
-        )
+        self._processes = processes or Processes(maps, 0)
+        self._mark_for = U32.encode(self._processes.slot)
         self._adopting = adopting
         self._spares = spares
         self._scan = Scan()
@@ -80,6 +126,7 @@ class Marks(Frequent):
         self._suspects: Optional[list[int]] = None
         self.due_s = time.monotonic()
         self._tracing: Optional[Tracing] = None
+        self._is_traced = False
         # Whether the kernel adds all new children of processes in the map.
         self._all_followed = False
         self._notes: dict[str, None] = {}
@@ -126,11 +173,12 @@ class Marks(Frequent):
         """Limit some processes no longer; yield each of their sockets that had a mark."""
         pids = list(pids)
         for pid in pids:
-            self._processes.pop(pid, None)
+            self._processes.discard(pid)
         for found in Scan().new(pids):
             with suppress(KeyError, OSError):
-                self._marks.delete(U32.encode(found.socket.fileno()))
-                yield found.socket
+                if self._marks.lookup(U32.encode(found.socket.fileno())) == self._mark_for:
+                    self._marks.delete(U32.encode(found.socket.fileno()))
+                    yield found.socket
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
@@ -152,7 +200,7 @@ class Marks(Frequent):
 
     def pids(self) -> list[int]:
         """Return the processes that are limited now."""
-        return [pid for pid in self._processes if not process.has_ended(pid)]
+        return [pid for pid in self._processes.pids() if not process.has_ended(pid)]
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, a line each; more may come."""
@@ -164,13 +212,15 @@ class Marks(Frequent):
 
     def close(self) -> None:
         """Follow no more processes."""
+        self._processes.end()
         if self._tracing is not None:
             self._tracing.close()
             self._tracing = None
 
     def _trace(self) -> None:
         try:
-            self._tracing = Tracing.begin(self._maps, executions=self._selection.matches_some)
+            self._tracing = self._processes.follow(executions=self._selection.matches_some)
+            self._is_traced = True
         except (Error, OSError) as error:
             if self._selection.children or self._selection.waits:
                 self._note(
@@ -187,37 +237,36 @@ class Marks(Frequent):
 
     def _pass(self) -> None:
         """Scan again: which processes have ended, which match now, and their sockets."""
-        for pid in list(self._processes):
+        for pid in self._processes.pids():
             if process.has_ended(pid):
-                self._processes.pop(pid, None)
+                self._processes.discard(pid)
         self._take_in(self._selection.matching())
         self._mark_new()
 
     def _take_in(self, pids: Iterable[int]) -> None:
         """Limit processes and their children; without tracing, also earlier ones' new children."""
-        known = set(self._processes)
+        known = set(self._processes.pids())
         new = set(pids) - known
         parents = new if self._all_followed else known | new
-        value = ThrottleProcess(follow=self._selection.children)
         while new or parents:
             for pid in new:
-                self._processes[pid] = value
+                self._processes.add(pid, follow=self._selection.children)
                 if process.has_ended(pid):  # before it was in the map: nobody else removes it
-                    self._processes.pop(pid, None)
+                    self._processes.discard(pid)
             known |= new
             if not self._selection.children:
                 return
             # The kernel adds children started once their parent is in the map; these are earlier.
-            families = process.families()
-            new = {child for pid in parents for child in families.get(pid, ())} - known
+            below = descendants.of(parents) - known
+            new = {pid for pid in below if not self._processes.are_others(pid)}
             parents = new
-        self._all_followed = self._tracing is not None
+        self._all_followed = self._is_traced
 
     def _mark_new(self) -> int:
         """Mark the sockets that have no mark; return how many there were."""
         count = 0
         with self._adopting() as adopt:
-            for found in self._scan.new(self._processes):
+            for found in self._scan.new(self._processes.pids()):
                 if self._mark(found):
                     count += 1
                     adopt(found)
@@ -253,7 +302,7 @@ class Marks(Frequent):
             return False
         self._inodes.add(found.place.inode)
         try:
-            self._marks.update(U32.encode(found.socket.fileno()), _MARK, abi.BPF_NOEXIST)
+            self._put_mark(U32.encode(found.socket.fileno()))
         except FileExistsError:
             return False
         except OSError as error:
@@ -261,6 +310,15 @@ class Marks(Frequent):
             self._note(f"descriptor {number} of {process.listed([owner])} is not limited: {error}")
             return False
         return True
+
+    def _put_mark(self, key: bytes) -> None:
+        """Mark a socket, unless it has a mark that counts: then raise FileExistsError."""
+        try:
+            self._marks.update(key, self._mark_for, abi.BPF_NOEXIST)
+        except FileExistsError:
+            if not self._processes.may_replace(U32.decode(self._marks.lookup(key))):
+                raise
+            self._marks.update(key, self._mark_for)
 
     def _look_for_sharing(self) -> None:
         """Note which other processes use marked sockets: a mark applies to all users of a socket.
@@ -282,8 +340,9 @@ class Marks(Frequent):
     def _sharing(self, pids: Iterable[int]) -> list[int]:
         """Return the processes that have a marked socket open and are not limited."""
         found = []
+        limited = set(self._processes.pids())
         for pid in pids:
-            if pid != os.getpid() and pid not in self._processes:
+            if pid != os.getpid() and pid not in limited:
                 with suppress(OSError):
                     if any(one.inode in self._inodes for one in descriptors(pid)):
                         found.append(pid)

@@ -17,9 +17,11 @@ class Options(NamedTuple):
     settings.EGRESS_VERDICTS: how an upload's packet is dropped, as if by congestion (Linux 5.3) or
     denied (EPERM for the send of a UDP program). ``shape`` is one of settings.SHAPES for a
     direction. ``guard`` has a child process restore connections if this process is killed.
+    ``own_marks``: other programs look at the marks, which therefore are for this limit alone.
     """
 
     attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
     egress_verdict: str = "auto"
     shape: Mapping[Direction, str] = MappingProxyType({})
     guard: bool = False
+    own_marks: bool = False

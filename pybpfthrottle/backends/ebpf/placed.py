@@ -66,11 +66,22 @@ class Placements:
         self._placed: list[Placed] = []
         # On removed cgroups: what their sockets still have to send is limited too.
         self._outlived: list[Placed] = []
+        # Those of other throttles too.
+        self._shared: Optional[Placements] = None
         # Whether something is attached below the root; None if that has to be looked up.
         self._below_root: Optional[bool] = None
 
     def __bool__(self) -> bool:
-        return bool(self._placed)
+        return bool(self._placed) or bool(self._shared)
+
+    def share(self, shared: Placements) -> None:
+        """Have the programs that others have attached too, and that they detach."""
+        self._shared = shared
+        self._below_root = None
+
+    def has(self, program: Shipped) -> bool:
+        """Whether a program is attached."""
+        return any(one.program is program for one in self._placed)
 
     def attach(self, wanted: Iterable[Wanted]) -> None:
         """Attach all programs or none. Raises AttachError or CgroupError."""
@@ -133,7 +144,7 @@ class Placements:
 
     def switch(self, method: str) -> None:
         """Attach by another method. Raises AttachError; then the old attachments remain."""
-        for one in self._placed:
+        for one in self._all():
             one.switch(method)
 
     def attach_last(self) -> None:
@@ -165,7 +176,7 @@ class Placements:
 
     def switching_off(self) -> Iterator[str]:
         """Return others' programs, attached later and above, that these keep from running."""
-        for one in self._placed:
+        for one in self._all():
             if not attached.may_override(one.target, one.program.attach_type):
                 continue
             with suppress(OSError):
@@ -180,10 +191,17 @@ class Placements:
 
     def links(self) -> list[Link]:
         """Return the links among the attachments; those made by the legacy call last anyway."""
-        return [one.attachment for one in self._placed if isinstance(one.attachment, Link)]
+        return [one.attachment for one in self._all() if isinstance(one.attachment, Link)]
+
+    def are_links(self) -> bool:
+        """Whether nothing is attached by the legacy call."""
+        return all(isinstance(one.attachment, Link) for one in self._all())
 
     def _of(self, direction: Optional[Direction]) -> Iterator[Placed]:
-        return (one for one in self._placed if direction in (None, one.program.direction))
+        return (one for one in self._all() if direction in (None, one.program.direction))
+
+    def _all(self) -> list[Placed]:
+        return [*self._placed, *(self._shared._placed if self._shared is not None else ())]
 
 
 def _detach(placed: Iterable[Placed]) -> None:

@@ -246,7 +246,7 @@ class ThrottleAck(ctypes.Structure):
 class ThrottleProcess(ctypes.Structure):
     """struct throttle_process."""
 
-    _fields_ = (("follow", c_uint32),)
+    _fields_ = (("follow", c_uint32), ("slot", c_uint32))
 
 
 class ThrottleStats(ctypes.Structure):

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Container, Iterable, Iterator, Mapping, Optional
+from typing import Any, Container, Iterable, Iterator, Mapping, Optional, Tuple
 
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
@@ -22,6 +22,7 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleConfig,
     ThrottleFlags,
     ThrottleFormat,
+    ThrottleProcess,
     ThrottleRecord,
     ThrottleRecordFlags,
     element,
@@ -424,13 +425,21 @@ def processes(record: Record) -> list[int]:
         return []
     try:
         with maps.open_by_id(map_id) as found:
-            return sorted(found.typed(U32, RAW))
+            codec = StructureCodec(ThrottleProcess)
+            if found.spec.value_size != ctypes.sizeof(ThrottleProcess):
+                return sorted(found.typed(U32, RAW))  # an older version's, which has it alone
+            slot = int(record.handles.get("slot", 0))
+            return sorted(pid for pid, one in found.typed(U32, codec).items() if one.slot == slot)
     except OSError:  # it is gone
         return []
 
 
+# A map of marks, and the slot that a socket's mark has in it; None for any.
+Mark = Tuple[int, Optional[int]]
+
+
 class Rule(NamedTuple):
-    """A program that limits one direction of all sockets, or of those marked in map ``marks_id``.
+    """A program that limits one direction of all sockets, or of those with a ``mark``.
 
     ``multipath``: it limits packets of MPTCP sockets too. ``traffic`` is what it is for.
     """
@@ -439,7 +448,7 @@ class Rule(NamedTuple):
     direction: Direction
     owner: Identity
     traffic: Traffic = Traffic()
-    marks_id: Optional[int] = None
+    mark: Optional[Mark] = None
     multipath: bool = True
 
 
@@ -456,9 +465,13 @@ class Rules:
         self.has_sockmaps = any(info.type in _OF_SOCKMAPS for info in _all_programs())
         self.all = [rule for info in our_programs() for rule in self._read(info)]
 
-    def marks_of(self, descriptor: int) -> frozenset[int]:
-        """Return the ids of the maps that hold a mark of the socket behind a descriptor."""
-        return frozenset(map_id for map_id, marks in self._marks.items() if descriptor in marks)
+    def marks_of(self, descriptor: int) -> frozenset[Mark]:
+        """Return the marks of the socket behind a descriptor, each also without its slot."""
+        found: set[Mark] = set()
+        for map_id, marks in self._marks.items():
+            with suppress(KeyError):
+                found |= {(map_id, U32.decode(marks[descriptor])), (map_id, None)}
+        return frozenset(found)
 
     def passed_in(self, cgroup: Cgroup) -> frozenset[int]:
         """Return the ids of the programs that packets pass if their sockets belong to a cgroup.
@@ -491,17 +504,15 @@ class Rules:
         program = shipped.by_name(info.name)
         if program is None or program.role is not Role.POLICE or program.direction is None:
             return
-        config = _config(info, program.direction)
-        if config is None or config.magic != ThrottleFormat.MAGIC or not config.rate_bytes_per_s:
+        marks_id = None if program.scope is Scope.ALL else self._open_marks(info)
+        if marks_id is None and program.scope is not Scope.ALL:
             return
-        owner = Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
-        rule = Rule(info.id, program.direction, owner, _traffic(info, config))
-        if program.scope is Scope.ALL:
-            yield rule
-            return
-        marks_id = self._open_marks(info)
-        if marks_id is not None:
-            yield rule._replace(marks_id=marks_id, multipath=program.multipath)
+        for slot, config in _configs(info, program.direction):
+            owner = Identity(config.owner_pid, config.owner_pid_namespace, config.owner_start_ticks)
+            mark = None if marks_id is None else (marks_id, slot)
+            traffic = _traffic(info, config)
+            multipath = program.multipath or mark is None
+            yield Rule(info.id, program.direction, owner, traffic, mark, multipath)
 
     def _open_marks(self, info: ProgramInfo) -> Optional[int]:
         """Return the id of a program's map of marks, which both directions of a throttle share."""
@@ -519,14 +530,21 @@ class Rules:
 
 def _traffic(info: ProgramInfo, config: ThrottleConfig) -> Traffic:
     """Return which packets a program is for; its networks are only in the record."""
+    loopback = bool(config.flags & ThrottleFlags.LOOPBACK)
     if config.flags & ThrottleFlags.NETWORKS:
-        record = open_map(info.map_ids, RECORD)
-        if record is not None:
-            with record:
-                entry = RecordMap(record).read()
-            if entry is not None:
-                return record_of(entry, 0).spec.traffic
-    return Traffic(loopback=bool(config.flags & ThrottleFlags.LOOPBACK))
+        entry = entry_of(info.map_ids)
+        if entry is not None:
+            return Traffic.from_json(entry.fields["spec"]).changed(loopback=loopback)
+    return Traffic(loopback=loopback)
+
+
+def entry_of(map_ids: Iterable[int]) -> Optional[Entry]:
+    """Return what the record among these maps says, if there is one."""
+    record = open_map(map_ids, RECORD)
+    if record is None:
+        return None
+    with record:
+        return RecordMap(record).read()
 
 
 def slot_of(map_ids: Iterable[int]) -> int:
@@ -538,14 +556,26 @@ def slot_of(map_ids: Iterable[int]) -> int:
         return RecordMap(record).slot()
 
 
-def _config(info: ProgramInfo, direction: Direction) -> Optional[ThrottleConfig]:
-    """Return the configuration of a direction; fields unknown to the writer's version are 0."""
+def _configs(
+    info: ProgramInfo, direction: Direction
+) -> Iterator[tuple[Optional[int], ThrottleConfig]]:
+    """Yield what a program limits a direction to, if it does.
+
+    One that several throttles share is for several slots, each of which is told; of any other the
+    slot does not matter.
+    """
     with suppress(OSError, KeyError):  # it may end meanwhile
         configs = configs_of(info.map_ids)
-        if configs is not None:
-            with configs:
-                record = configs[element(slot_of(info.map_ids), direction)]
-            return ThrottleConfig.from_buffer_copy(
-                record.ljust(ctypes.sizeof(ThrottleConfig), b"\0")
-            )
-    return None
+        if configs is None:
+            return
+        with configs:
+            own = slot_of(info.map_ids)
+            slots = [own] if own else range(configs.spec.max_entries // len(Direction))
+            found = dict(configs.items())
+            records = [(slot, found[element(slot, direction)]) for slot in slots]
+        for slot, record in records:
+            # Fields unknown to the writer's version are 0.
+            data = record.ljust(ctypes.sizeof(ThrottleConfig), b"\0")
+            config = ThrottleConfig.from_buffer_copy(data)
+            if config.magic == ThrottleFormat.MAGIC and config.rate_bytes_per_s:
+                yield (slot if len(records) > 1 else None), config

@@ -13,10 +13,11 @@ import threading
 from collections import Counter
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any, Hashable, Iterable, Iterator, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Hashable, Iterable, Iterator, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.bucket import NETWORKS, put_networks, with_room
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import ENTRIES, Role, Shipped
 from pybpfthrottle.backends.ebpf.records import ThrottleEntry
 from pybpfthrottle.backends.protocol import Order
@@ -31,6 +32,9 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Direction, Traffic
+
+if TYPE_CHECKING:
+    from pybpfthrottle.backends.ebpf.crowd import Crowd
 
 log = Logger(__name__)
 
@@ -72,22 +76,47 @@ def body_of(entry: Shipped) -> Optional[Body]:
     return Body("pybpfs_egress", "throttle-shared", _EGRESS, ThrottleEntry.ENTRY_DENY)
 
 
+class Terms(NamedTuple):
+    """What throttles that share have in common.
+
+    Of the ``options`` only those that are about programs. Throttles that are ``kept`` share only
+    with each other: after a crash they stay.
+    """
+
+    traffic: Traffic = Traffic()
+    options: Options = Options()
+    kept: bool = False
+
+    @classmethod
+    def of(cls, order: Order) -> Terms:
+        """Return those of an order."""
+        options = order.options or Options()
+        return cls(
+            order.traffic.changed(loopback=False),
+            Options(attach=options.attach, egress_verdict=options.egress_verdict),
+            order.spec.kept,
+        )
+
+
 class Bank:
     """Shared programs, loaded as they are needed, and maps with a number of slots.
 
     A slot is used once only: sockets may still have the number of a throttle that has ended.
     """
 
-    def __init__(self, slots: int, traffic: Traffic) -> None:
+    def __init__(self, slots: int, terms: Terms = Terms()) -> None:  # noqa: B008 - immutable
         """Create the maps. Raises BpfError, ObjectFileError or ThrottleError."""
         self.is_closed = False
         self.slots = slots
-        self.traffic = traffic
+        self.terms = terms
+        # Those that limit single sockets, once there are any, or why there can be none.
+        self.crowd: Optional[Crowd] = None
+        self.no_crowd: Optional[str] = None
         # What its throttles limit, and what is above that.
         self._limited: Counter[Hashable] = Counter()
         self._above: Counter[Hashable] = Counter()
-        self._taken = 0
-        self._numbers = iter(range(1, slots))
+        self._live: set[int] = set()
+        self._used = 0
         self._closing = ExitStack()
         self._entries: dict[tuple[str, ...], Loadable] = {}
         self._bodies: dict[str, Object] = {}
@@ -96,11 +125,11 @@ class Bank:
         self._places: dict[str, Map[Any, Any]] = {}
         with ExitStack() as undo:
             undo.callback(self.close)
-            spec = with_room(self._fitting("throttle-shared"), traffic)
+            spec = with_room(self._fitting("throttle-shared"), terms.traffic)
             self.maps.update({name: self._create(spec, name) for name in _MAPS})
             spec = programs.read(ENTRIES)
             self._places.update({name: self._create(spec, name) for name in _ENTERED_BY})
-            put_networks(self.maps, traffic)
+            put_networks(self.maps, terms.traffic)
             undo.pop_all()
 
     def _create(self, spec: ObjectSpec, name: str) -> Map[Any, Any]:
@@ -121,18 +150,22 @@ class Bank:
 
         Throttles that may limit the same sockets get none: a socket's record tells of one only.
         """
-        if self._is_limited(order):
+        if self._used == self.slots - 1 or self._is_limited(order):
             return None
-        number = next(self._numbers, None)
-        if number is None:
+        if self.crowd is not None and self.crowd.limits(order):
             return None
-        self._taken += 1
-        return Seat(self, number, order)
+        self._used += 1
+        self._live.add(self._used)
+        return Seat(self, self._used, order)
 
-    def give_back(self) -> bool:
+    def is_live(self, slot: int) -> bool:
+        """Whether there is a throttle in a slot, and has not ended."""
+        return slot in self._live
+
+    def give_back(self, slot: int) -> bool:
         """A throttle has ended. Return whether it was the last one."""
-        self._taken -= 1
-        return not self._taken
+        self._live.remove(slot)
+        return not self._live
 
     def count(self, order: Order, step: int) -> None:
         """Add what a throttle limits, or with a step of -1 take it away."""
@@ -160,13 +193,18 @@ class Bank:
         names = tuple(names)
         for name in names:
             program = programs.by_name(name)
-            body = body_of(program) if program is not None else None
-            if body is not None:
-                self._provide(body, ring)
+            if program is not None:
+                self.provide(program, ring)
         if names not in self._entries:
             loadable = Loadable(self._fitting(ENTRIES), names)
             self._entries[names] = self._closing.enter_context(loadable)
         return self._entries[names].load(maps={**given, **self.maps, **self._places})
+
+    def provide(self, entry: Shipped, ring: Optional[Map[Any, Any]] = None) -> None:
+        """Load the shared program that an entry enters, if it does; a gate's with this ring."""
+        body = body_of(entry)
+        if body is not None:
+            self._provide(body, ring)
 
     def _provide(self, body: Body, ring: Optional[Map[Any, Any]]) -> None:
         """Load a shared program, unless it is loaded already; for the gate, with this ring."""
@@ -199,17 +237,27 @@ class Bank:
     def close(self) -> None:
         """Close all programs and maps."""
         self.is_closed = True
-        self._closing.close()
+        with self._closing:
+            if self.crowd is not None:
+                self.crowd.close()
 
 
 class Seat:
-    """The slot of one throttle, and what it shares. ``leave`` gives it up."""
+    """The slot of one throttle, and what it shares. ``leave`` gives it up.
 
-    def __init__(self, bank: Bank, slot: int, order: Order) -> None:
+    That of the bank's crowd is in slot 0, and without an order.
+    """
+
+    def __init__(self, bank: Bank, slot: int, order: Optional[Order]) -> None:
         self._bank = bank
         self.slot = slot
         self._order: Optional[Order] = None
         self.limit(order)
+
+    @property
+    def bank(self) -> Bank:
+        """What it is a part of."""
+        return self._bank
 
     @property
     def maps(self) -> Mapping[str, Map[Any, Any]]:
@@ -248,7 +296,7 @@ class Seat:
     def leave(self) -> None:
         """Give it up; the last one closes what is shared."""
         self.limit(None)
-        sharing.leave(self._bank)
+        sharing.leave(self)
 
 
 class Sharing:
@@ -288,13 +336,13 @@ class Sharing:
         )
 
     def _seat(self, order: Order) -> Optional[Seat]:
-        traffic = order.traffic.changed(loopback=False)
+        terms = Terms.of(order)
         for bank in self._banks:
-            seat = bank.take(order) if bank.traffic == traffic else None
+            seat = bank.take(order) if bank.terms == terms else None
             if seat is not None:
                 return seat
         try:
-            bank = Bank(min(_MOST, _FIRST * _GROWTH**self._made), traffic)
+            bank = Bank(min(_MOST, _FIRST * _GROWTH**self._made), terms)
         except (Error, OSError) as error:
             self.refuse(str(error))
             return None
@@ -307,11 +355,12 @@ class Sharing:
         log.info("Throttles cannot share programs: %s", why)
         self.refused = why
 
-    def leave(self, bank: Optional[Bank] = None) -> None:
-        """A throttle has ended, which had its programs in a bank or for itself."""
+    def leave(self, seat: Optional[Seat] = None) -> None:
+        """A throttle has ended, which had a seat in a bank, or all its programs for itself."""
+        bank = None if seat is None else seat.bank
         with self.busy:
-            if bank is not None and bank.give_back():
-                bank.close()
+            if seat is not None and seat.bank.give_back(seat.slot):
+                seat.bank.close()
             if self._owner != os.getpid():
                 return
             if bank is None:

@@ -12,15 +12,18 @@ from typing import (
     Mapping,
     Optional,
     Sequence,
+    Union,
 )
 
 from pybpfthrottle.backends.ebpf import connections, pins, programs
+from pybpfthrottle.backends.ebpf import crowd as crowds
 from pybpfthrottle.backends.ebpf.bucket import Bucket, put_networks, with_room
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
+from pybpfthrottle.backends.ebpf.crowd import NOT_SHAPED, Crowd, Member
 from pybpfthrottle.backends.ebpf.dial import MapDial
 from pybpfthrottle.backends.ebpf.gate import Gate
 from pybpfthrottle.backends.ebpf.loaded import Loaded
-from pybpfthrottle.backends.ebpf.marks import MARKS, Marks
+from pybpfthrottle.backends.ebpf.marks import MARKS, Marks, Processes
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.own_record import OwnRecord
 from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
@@ -29,8 +32,10 @@ from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.shared import Seat, sharing
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Foothold, Match, Order
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
-from pybpfthrottle.errors import AttachError, BpfError, NoMarksError, ThrottleError
+from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
@@ -55,6 +60,8 @@ class EbpfThrottle:
         self._order = order
         self._options: Options = order.options or Options()
         self._seat: Optional[Seat] = None
+        # Those with which it shares the programs for marked sockets.
+        self._crowd: Optional[Crowd] = None
         self._loaded = Loaded(order.limits, self._options)
         self._placed = Placements(self._loaded.programs)
         self._marks: Optional[Marks] = None
@@ -117,7 +124,7 @@ class EbpfThrottle:
         Raises BpfError, CgroupError, ProcessError or ThrottleError; then all is undone.
         """
         with self._all_or_nothing():
-            if not self._loaded.programs:
+            if not self._loaded.maps:
                 self._prepare()
             if self._order.cgroups:
                 self._limit_cgroups(self._order.cgroups)
@@ -157,7 +164,7 @@ class EbpfThrottle:
                 raise NoMarksError(
                     f"the kernel takes no marks on sockets: {needs.why_refused(error)}"
                 ) from error
-        if not self._loaded.programs:
+        if not self._loaded.object_name:
             raise ThrottleError("no target was given")
         # First: the guard may be needed as soon as something is shaped, and has to be forked
         # before there is a thread.
@@ -167,13 +174,23 @@ class EbpfThrottle:
             guard = Guard(holders, self._loaded.maps, RECORD, self._slot)
             self._guarded.callback(guard.end)
             self._record.add(guard=list(process.Process(guard.pid).identity))
-        gate = self._gate.load(self._loaded.maps, self._seat)
+        gate = self._gate.load(self._loaded.maps, self._seat, of_crowd=not self._loaded.programs)
         if gate is not None:
             self._loaded.add(gate)
         if order.processes is not None:
-            self._marks = Marks(order.processes, self._loaded.maps, self._adopting_marked)
+            self._marks = self._marks_of(order.processes)
             self._followed.callback(self._marks.close)
             self._marks.follow()
+
+    def _marks_of(
+        self, selection: Selection, spares: Callable[[Borrowed], bool] = lambda found: False
+    ) -> Marks:
+        maps = self._loaded.maps
+        if self._crowd is not None:
+            processes: Processes = Member(self._crowd, self._slot)
+        else:
+            processes = Processes(maps, self._slot)
+        return Marks(selection, maps, self._adopting_marked, spares, processes=processes)
 
     def _take_seat(self, seat: Optional[Seat]) -> None:
         """Share programs and maps with other throttles, if there is a seat."""
@@ -202,6 +219,8 @@ class EbpfThrottle:
 
     def _load(self, scope: Scope) -> None:
         """Load the programs for a scope, which share the maps of those that are loaded already."""
+        if scope is Scope.MARKED and self._seat is not None and self._enter_crowd(self._seat):
+            return
 
         def spec() -> ObjectSpec:
             return with_room(self._gate.spec(programs.object_for(scope)), self._order.traffic)
@@ -217,6 +236,16 @@ class EbpfThrottle:
             self._take_seat(sharing.join(self._order))
             refused = self._loaded.load(scope, spec)
         self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
+
+    def _enter_crowd(self, seat: Seat) -> bool:
+        """Share the programs for marked sockets with other throttles; return False if refused."""
+        self._crowd = None if self._options.own_marks else crowds.join(seat)
+        if self._crowd is None:
+            return False
+        self._loaded.enter(self._crowd, seat.slot)
+        refused = self._crowd.unshaped
+        self._begin(None if refused is None else dict.fromkeys(SHAPES, refused))
+        return True
 
     def _begin(self, refused: Optional[Mapping[str, str]]) -> None:
         """Put the rates in force, before anything is attached."""
@@ -261,7 +290,7 @@ class EbpfThrottle:
     def mark(self, place: Place) -> None:
         """Limit a socket of another cgroup. Raises BpfError, AttachError or OSError."""
         self._look_at_marks()
-        marks = Marks(Selection(new_sockets=False), self._loaded.maps, self._adopting_marked)
+        marks = self._marks_of(Selection(new_sockets=False))
         with sockets.borrow(place) as own:
             marks.mark(Borrowed(own, place))
 
@@ -276,7 +305,7 @@ class EbpfThrottle:
             return
         selection = Selection(tuple(map(process.Process, pids)))
         spares = OfCgroups(lambda: self._order.cgroups)
-        marks = Marks(selection, self._loaded.maps, self._adopting_marked, spares)
+        marks = self._marks_of(selection, spares)
         try:
             marks.follow()
             marks.begin(selection)
@@ -301,7 +330,10 @@ class EbpfThrottle:
         if MARKS not in self._loaded.maps:
             self._load(Scope.MARKED)
         top = [cgroups_v2.root()]
-        self._placed.attach(self._for_marks(Selection(), top))
+        if self._crowd is not None:
+            self._begin_in(self._crowd)
+        else:
+            self._placed.attach(self._for_marks(Selection(), top))
         self._marked_at = top
         self._marked_cgroups = top if self._shape(Scope.MARKED, top) else []
         self._keep()
@@ -311,6 +343,9 @@ class EbpfThrottle:
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the root, which sees each socket, or else at the cgroups of the processes."""
         top = cgroups_v2.root()
+        if self._crowd is not None:
+            self._begin_in(self._crowd)
+            return [top]
         try:
             self._placed.attach(self._for_marks(selection, [top]))
         except AttachError as error:
@@ -326,17 +361,15 @@ class EbpfThrottle:
             return below
         return [top]
 
+    def _begin_in(self, crowd: Crowd) -> None:
+        """Limit marked sockets by shared programs. Raises AttachError."""
+        crowd.begin()
+        self._attached.callback(crowd.end)
+        self._placed.share(crowd.placed)
+
     def _shape(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
-        """Attach the shaper. If another tool's program prevents that, the policer remains."""
-        shaper = self._loaded.shaper(scope)
-        if shaper is None:
-            return False
-        self._gate.wait()
-        try:
-            self._placed.attach(self._loaded.everywhere(shaper, cgroups))
-        except AttachError as error:
-            self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
-            self._notes.append(f"TCP is not shaped, packets over the limit are dropped: {error}")
+        """Shape TCP, and open the gate. If another tool prevents that, the policer remains."""
+        if not self._attach_shaper(scope, cgroups):
             return False
         if self._connections is None:
             self._connections = Connections(
@@ -349,8 +382,32 @@ class EbpfThrottle:
                 # Whatever the method of the limit: it is attached for a moment only.
                 policy=AttachPolicy(override_others=self._loaded.policy().override_others),
             )
-        self._open_gate(cgroups)
+        self._open_gate(scope, cgroups)
         return True
+
+    def _attach_shaper(self, scope: Scope, cgroups: Sequence[Cgroup]) -> bool:
+        crowd = self._crowd_for(scope)
+        if crowd is not None:  # it is attached, if it can be
+            self._notes += crowd.notes
+            if crowd.unshaped is None and self._loaded.shapes():
+                self._gate.wait()
+                return True
+            return False
+        shaper = self._loaded.shaper(scope)
+        if shaper is None:
+            return False
+        self._gate.wait()
+        try:
+            self._placed.attach(self._loaded.everywhere(shaper, cgroups))
+        except AttachError as error:
+            self._bucket.begin(dict.fromkeys(SHAPES, str(error)))
+            self._notes.append(f"{NOT_SHAPED}: {error}")
+            return False
+        return True
+
+    def _crowd_for(self, scope: Scope) -> Optional[Crowd]:
+        """Return those with which the programs for a scope are shared, if they are."""
+        return self._crowd if scope is Scope.MARKED else None
 
     def _why_no_gate(self) -> Optional[str]:
         """Return why downloads do not go through the gate, or None if they are to."""
@@ -359,15 +416,19 @@ class EbpfThrottle:
             return "downloads are not limited"
         return None if self._loaded.shaping(download).method == "gate" else "it was not asked for"
 
-    def _open_gate(self, cgroups: Sequence[Cgroup]) -> None:
+    def _open_gate(self, scope: Scope, cgroups: Sequence[Cgroup]) -> None:
         """Attach the gate. Without it only the kernel moves the receive window."""
+        crowd = self._crowd_for(scope)
         if self._gate.refused is None:
             try:
-                # An acknowledgement is to pass it once.
-                self._placed.attach_once_each_path(
-                    self._loaded.everywhere(self._gate.program, cgroups)
-                )
-            except AttachError as error:
+                if crowd is not None:
+                    self._gate.enter(crowd)
+                else:
+                    # An acknowledgement is to pass it once.
+                    self._placed.attach_once_each_path(
+                        self._loaded.everywhere(self._gate.program, cgroups)
+                    )
+            except (Error, OSError) as error:
                 self._gate.refuse(str(error))
         self._bucket.begin({} if self._gate.refused is None else {"gate": self._gate.refused})
 
@@ -428,6 +489,7 @@ class EbpfThrottle:
             *self._placed.links(),
             *(self._marks.links() if self._marks is not None else ()),
             *(self._seat.places() if self._seat is not None else ()),
+            *self._kept_for_crowd(),
         ]
         before, self._pins = self._pins, ""
         try:
@@ -439,6 +501,12 @@ class EbpfThrottle:
                 f" kernel refused to pin it: {error}"
             )
         self._unpin(before)
+
+    def _kept_for_crowd(self) -> Sequence[Union[Link, Map[Any, Any]]]:
+        """Return what else is pinned where programs are shared: none of them holds the record."""
+        if self._crowd is None:
+            return ()
+        return [*self._crowd.links(), self._loaded.maps[RECORD]]
 
     def _unpin(self, path: str) -> None:
         if path:
@@ -504,7 +572,9 @@ class EbpfThrottle:
         )
 
     def foothold(self) -> Foothold:
-        """Return where its packets pass."""
+        """Return where its packets pass. Raises ThrottleError where others share its marks."""
+        if self._crowd is not None:
+            raise ThrottleError("this limit shares its marks: make it with own_marks")
         marked_at = tuple(dict.fromkeys([*self._processes_at, *self._marked_at]))
         return Foothold(
             *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy())
@@ -525,6 +595,8 @@ class EbpfThrottle:
 
     def attach_by(self, method: str) -> None:
         """Attach by another method, and leave it to the caller to record that."""
+        if self._crowd is not None and self._order.spec.kept and method != "link":
+            raise AttachError("throttles that stay and share their programs are attached by links")
         self._placed.switch(method)
 
     def describe(self, direction: Direction) -> dict[str, str]:
@@ -607,4 +679,7 @@ class EbpfThrottle:
     def _holders(self) -> list[int]:
         """Return all processes that may hold a shaped socket: a marked one may be handed over."""
         marked = self._order.processes is not None or bool(self._marked_at)
+        # The shaper of a crowd goes on, and restores what is sent by whoever has a socket now.
+        if marked and self._crowd is not None:
+            return self._pids()
         return connections.pids([cgroups_v2.root()] if marked else self._order.cgroups)

@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 from socket import SOCK_DGRAM as DGRAM
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import pytest
 from since import needs_option, needs_release
@@ -26,7 +26,7 @@ from targets import (
 from pybpfthrottle.bpf.features import Feature
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.errors import ProcessError
-from pybpfthrottle.linux import process, sockets
+from pybpfthrottle.linux import descendants, sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 
 AF_XDP = 44
@@ -141,20 +141,21 @@ def test_what_is_started_while_it_begins_is_not_missed(
     own: Target, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Between the time when a process is followed and that when its children are looked up."""
-    look_up = process.families
+    look_up = descendants.of
     started: dict[int, int] = {}
 
-    def families() -> dict[int, list[int]]:
-        found = look_up() if moment == "after" else {}
+    def of(pids: Iterable[int]) -> set[int]:
+        pids = list(pids)
+        found = look_up(pids) if moment == "after" else set()
         if not started:
             child = own.do("child()")
             grandchild = own.do(f"tell({child}, 'child()')")
             started[child] = own.do(f"tell({child}, 'make(AF_INET, SOCK_STREAM)')")
             how = repr(f"tell({grandchild}, 'make(AF_INET, SOCK_STREAM)')")
             started[grandchild] = own.do(f"tell({child}, {how})")
-        return found or look_up()
+        return found or look_up(pids)
 
-    monkeypatch.setattr(process, "families", families)
+    monkeypatch.setattr(descendants, "of", of)
     with limited(own.pid):
         assert followed() == {own.pid, *started}
         assert [marked(pid, [fd]) for pid, fd in started.items()] == [[True], [True]]
