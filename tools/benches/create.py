@@ -28,8 +28,6 @@ from pybpfthrottle.targets import Selection
 from pybpfthrottle.throttle import Throttle
 
 _LIMITS: Limits = {Direction.DOWNLOAD: Rate.parse("1M")}
-# As many programs fit at the root of all cgroups.
-_MOST_PROCESSES = 50
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +47,6 @@ def main(arguments: argparse.Namespace) -> int:
         f"{count} {way}": _best(way, count, arguments.rounds)
         for way in (*_WAYS, *_TC)
         for count in arguments.throttles
-        if way != "processes" or count <= _MOST_PROCESSES
     }
     return table.show(found, as_json=arguments.json)
 
@@ -71,17 +68,30 @@ def _child(way: str, count: int) -> dict[str, Any]:
 def _times(way: str, count: int) -> dict[str, Any]:
     with ExitStack() as stack:
         begin = time.perf_counter()
-        taken = []
+        taken: list[float] = []
+        made: list[Throttle] = []
         for one in _WAYS[way](stack, count):
             taken.append(time.perf_counter() - begin)
             stack.callback(one.remove)
+            made.append(one)
             begin = time.perf_counter()
-        further = sorted(taken[1:])
         return {
             "first_ms": _ms(taken[0]),
-            "further_ms": _ms(further[len(further) // 2]) if further else 0.0,
+            "second_ms": _ms(sum(taken[1:2])),
+            "further_ms": _ms(_median(taken[2:])),
+            "remove_ms": _ms(_median([_removed_in(one) for one in made[2:]])),
             "all_ms": _ms(sum(taken)),
         }
+
+
+def _removed_in(one: Throttle) -> float:
+    begin = time.perf_counter()
+    one.remove()
+    return time.perf_counter() - begin
+
+
+def _median(taken: list[float]) -> float:
+    return sorted(taken)[len(taken) // 2] if taken else 0.0
 
 
 def _checked(stack: ExitStack, count: int) -> Iterator[Throttle]:
@@ -95,10 +105,12 @@ def _exactly(stack: ExitStack, count: int) -> Iterator[Throttle]:
 
 
 def _processes(stack: ExitStack, count: int) -> Iterator[Throttle]:
+    idle = []
     for _ in range(count):
-        idle = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        stack.callback(idle.communicate)
-        yield throttle.apply([], _LIMITS, processes=Selection((Process(idle.pid),)))
+        idle.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
+        stack.callback(idle[-1].communicate)
+    for one in idle:
+        yield throttle.apply([], _LIMITS, processes=Selection((Process(one.pid),)))
 
 
 def _cgroups(stack: ExitStack, count: int) -> list[Cgroup]:
