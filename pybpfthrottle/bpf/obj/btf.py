@@ -24,7 +24,7 @@ _HEADER_BYTES = 24
 _TYPE_WORDS = 3  # struct btf_type
 _POINTER_BYTES = 8
 # A chain of typedefs, qualifiers and arrays longer than this is a loop.
-_MAX_CHAIN = 64
+MAX_CHAIN = 64
 # Names may share their bytes, so that without a limit a small file could ask for much memory.
 _MAX_STRING_BYTES = 1024
 
@@ -305,7 +305,7 @@ class Btf:
 
     def resolve(self, type_id: int) -> Type:
         """Return the type with typedefs, qualifiers and tags taken away."""
-        for _ in range(_MAX_CHAIN):
+        for _ in range(MAX_CHAIN):
             btf_type = self.type(type_id)
             if btf_type.kind not in MODIFIERS:
                 return btf_type
@@ -438,7 +438,7 @@ class Btf:
     def size(self, type_id: int) -> int:
         """Return the size of a type in bytes."""
         count = 1
-        for _ in range(_MAX_CHAIN):
+        for _ in range(MAX_CHAIN):
             btf_type = self.resolve(type_id)
             if btf_type.kind in _SIZED:
                 return count * btf_type.size_or_type

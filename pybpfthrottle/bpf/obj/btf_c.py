@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import Iterator, Optional
 
 from pybpfthrottle.bpf.errors import ObjectFileError
-from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, MODIFIERS, Btf, Kind, Member, Type
+from pybpfthrottle.bpf.obj.btf import (
+    COMPOSITES,
+    ENUMS,
+    MAX_CHAIN,
+    MODIFIERS,
+    Btf,
+    Kind,
+    Member,
+    Type,
+)
 from pybpfthrottle.bpf.obj.btf_text import declaration
 
 _PREFIX = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}
@@ -85,7 +94,7 @@ class _Header:
 
     def _need(self, type_id: int, *, whole: bool) -> None:
         """Define what something of a type needs; behind pointers, names are enough."""
-        while True:
+        for _ in range(MAX_CHAIN):
             btf_type = self._btf.type(type_id)
             if btf_type.kind == Kind.TYPEDEF:
                 self._define_typedef(btf_type)
@@ -110,6 +119,7 @@ class _Header:
             # C wants the elements of an array to be whole, wherever it is.
             whole = whole or is_array
             type_id = self._btf.array(btf_type)[0] if is_array else btf_type.size_or_type
+        raise ObjectFileError(f"type {type_id} refers to itself", section=".BTF")
 
     def _need_composite(self, composite: Type, whole: bool) -> None:
         if not composite.name:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Callable, Iterator, Optional
 
 from pybpfthrottle.bpf.errors import ObjectFileError
-from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, Btf, Kind, Type
+from pybpfthrottle.bpf.obj.btf import COMPOSITES, ENUMS, MAX_CHAIN, Btf, Kind, Type
 
-_MAX_CHAIN = 64
 _WORDS = {Kind.STRUCT: "struct ", Kind.UNION: "union ", Kind.ENUM: "enum ", Kind.ENUM64: "enum "}
 _QUALIFIERS = {Kind.CONST: "const", Kind.VOLATILE: "volatile", Kind.RESTRICT: "restrict"}
 
@@ -37,7 +36,7 @@ class _Declaring:
     def declared(self, type_id: int, declared: str, *, inside: bool) -> str:
         """Go from the outermost pointer, array or function inwards, as C does."""
         qualifiers = ""
-        for _ in range(_MAX_CHAIN):
+        for _ in range(MAX_CHAIN):
             btf_type = self._btf.type(type_id)
             if btf_type.kind == Kind.PTR:
                 declared, qualifiers = f"*{qualifiers}{declared}", ""
