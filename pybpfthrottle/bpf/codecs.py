@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, cast, get_type_hints
 
 if TYPE_CHECKING:
@@ -63,10 +64,14 @@ class FormatCodec:
 
 
 class TupleCodec:
-    """The codec of a tuple of numbers, by a format of the struct module; by default as C aligns."""
+    """The codec of a tuple of numbers, by a format of the struct module.
+
+    By default they are aligned as programs do it: each to its size, also where this machine's C
+    aligns eight bytes to four.
+    """
 
     def __init__(self, format: str) -> None:
-        self._struct = struct.Struct(format)
+        self._struct = struct.Struct(_aligned(format))
         self.size = self._struct.size
 
     def encode(self, value: Sequence[Any]) -> bytes:
@@ -76,6 +81,26 @@ class TupleCodec:
     def decode(self, data: bytes) -> tuple[Any, ...]:
         """Return the value of bytes."""
         return self._struct.unpack(data)
+
+
+_FIELD = re.compile(r"([0-9]*)([a-zA-Z?])")
+# What a native format has in place of numbers whose size depends on the machine.
+_BY_SIZE = {"l": "iq", "L": "IQ", "n": "iq", "N": "IQ", "P": "IQ"}
+
+
+def _aligned(format: str) -> str:
+    """Return a native format with its padding written out; another one as it is."""
+    if format[:1] in ("=", "<", ">", "!"):
+        return format
+    struct.calcsize(format)  # raises struct.error for what is no format
+    done, at = "=", 0
+    for count, letter in _FIELD.findall(format.lstrip("@")):
+        size = 1 if letter in "sp" else struct.calcsize(letter)
+        padding = -at % size
+        letter = _BY_SIZE[letter][size == 8] if letter in _BY_SIZE else letter
+        done += (f"{padding}x" if padding else "") + count + letter
+        at += padding + size * int(count or 1)
+    return done
 
 
 class IntCodec:
@@ -143,8 +168,17 @@ def _is_dataclass(type_: object) -> bool:
 
 
 def _structure_of(type_: type) -> Any:
-    """Return a ctypes.Structure with the fields of a dataclass."""
-    fields = []
+    """Return a ctypes.Structure with the fields of a dataclass, aligned as programs do it."""
+    fields: list[tuple[str, Any]] = []
+    padding: list[str] = []
+    at, most = 0, 1
+
+    def pad(alignment: int) -> None:
+        missing = -at % alignment
+        if missing:
+            padding.append(f"_padding_{at}")
+            fields.append((padding[-1], ctypes.c_char * missing))
+
     for name, hint in get_type_hints(type_, include_extras=True).items():
         layout = getattr(hint, "__metadata__", (hint,))[0]
         if _is_dataclass(layout):
@@ -155,13 +189,33 @@ def _structure_of(type_: type) -> Any:
             raise TypeError(
                 f"{type_.__name__}.{name} needs a ctypes type: Annotated[int, ctypes.c_uint32]"
             ) from None
+        alignment = _alignment(layout)
+        pad(alignment)
         fields.append((name, layout))
-    return type(type_.__name__, (ctypes.Structure,), {"_fields_": tuple(fields)})
+        most = max(most, alignment)
+        at += -at % alignment + ctypes.sizeof(layout)
+    pad(most)
+    members = {"_fields_": tuple(fields), "_padding_": padding, "_alignment_": most}
+    return type(type_.__name__, (ctypes.Structure,), members)
+
+
+def _alignment(layout: Any) -> int:
+    if issubclass(layout, ctypes.Array):
+        return _alignment(layout._type_)
+    if issubclass(layout, (ctypes.Structure, ctypes.Union)):
+        return int(getattr(layout, "_alignment_", ctypes.alignment(layout)))
+    return ctypes.sizeof(layout)
+
+
+def _meant(structure: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields that are no padding."""
+    padding = getattr(structure, "_padding_", ())
+    return ((name, layout) for name, layout in structure._fields_ if name not in padding)
 
 
 def _to_structure(structure: Any, value: Any) -> Any:
     filled = structure()
-    for name, layout in structure._fields_:
+    for name, layout in _meant(structure):
         item = getattr(value, name)
         if issubclass(layout, ctypes.Structure):
             item = _to_structure(layout, item)
@@ -174,7 +228,7 @@ def _to_structure(structure: Any, value: Any) -> Any:
 def _from_structure(type_: Any, filled: Any) -> Any:
     hints = get_type_hints(type_)
     values = {}
-    for name, _ in filled._fields_:
+    for name, _ in _meant(filled):
         item = getattr(filled, name)
         if isinstance(item, ctypes.Structure):
             item = _from_structure(hints[name], item)

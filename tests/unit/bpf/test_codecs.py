@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
+import struct
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybpfthrottle.bpf import codecs
 from pybpfthrottle.bpf.codecs import (
     RAW,
     DataclassCodec,
@@ -23,6 +25,19 @@ from pybpfthrottle.bpf.codecs import (
 
 class Pair(ctypes.Structure):
     _fields_ = (("first", ctypes.c_uint8), ("second", ctypes.c_uint64))
+
+
+@dataclass
+class Inner:
+    few: Annotated[int, ctypes.c_uint8]
+    many: Annotated[int, ctypes.c_uint64]
+
+
+@dataclass
+class Outer:
+    first: Annotated[int, ctypes.c_uint8]
+    inner: Inner
+    words: Annotated[list[int], ctypes.c_uint16 * 3]
 
 
 @dataclass
@@ -99,3 +114,29 @@ def test_a_network_is_a_prefix(address, length):
     data = PrefixCodec().encode(network)
     assert len(data) == (8 if address.version == 4 else 20)
     assert PrefixCodec().decode(data) == network
+
+
+@pytest.mark.parametrize(
+    ("native", "aligned"),
+    [("BQ", "=B7xQ"), ("@H3s2I", "=H3s3x2I"), ("<BQ", "<BQ"), ("Bq?", "=B7xq?")],
+)
+def test_numbers_are_aligned_to_their_size(native, aligned):
+    """On machines of 32 bits too, whose C aligns eight bytes to four."""
+    assert codecs._aligned(native) == aligned
+    assert TupleCodec(native).size == struct.calcsize(native)
+
+
+def test_what_is_no_format_is_refused():
+    """With the error of the struct module."""
+    with pytest.raises(struct.error):
+        TupleCodec("I-Q")
+
+
+def test_the_padding_of_a_dataclass_is_written_out():
+    """So it is the same where ctypes aligns eight bytes to four."""
+    codec = DataclassCodec(Outer)
+    sizes = [ctypes.sizeof(layout) for _, layout in codec._structure._fields_]
+    assert sizes == [1, 7, 16, 6, 2]
+    assert codec.size == sum(sizes)
+    value = Outer(1, Inner(2, 3), [4, 5, 6])
+    assert codec.decode(codec.encode(value)) == value
