@@ -36,8 +36,8 @@ _HELP = {
     "corrupt": ("SHARE", "Flip a bit in this share of what comes in."),
     "block": (("refuse", "drop"), "Refuse new connections (refuse), or have them time out (drop)."),
     "dns": (
-        ("lost", "slow"),
-        "Have names fail to be looked up: no answer (lost), or only to the second question (slow).",
+        ("lost", "slow", "servfail"),
+        "Have names not be found: no answer, one to the second question, or that of a failure.",
     ),
     "seed": ("NUMBER", "Lose the same packets again as with this number before."),
 }

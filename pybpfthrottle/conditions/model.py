@@ -91,8 +91,9 @@ class Impairment:
 
     Each packet is delayed by ``delay_s`` and a time between minus and plus ``jitter_s``; with
     ``keep_order`` none overtakes another. ``loss``, ``duplicate``, ``reorder`` and ``corrupt`` are
-    the shares of packets that are lost, come twice, come early, or with a wrong bit. The same
-    ``seed`` makes the same decisions for the same packets.
+    the shares of packets that are lost, come twice, come early, or with a wrong bit. With
+    ``servfail`` the answers of name servers by UDP say that these have failed. The same ``seed``
+    makes the same decisions for the same packets.
     """
 
     delay_s: float = 0.0
@@ -102,6 +103,7 @@ class Impairment:
     duplicate: float = 0.0
     reorder: float = 0.0
     corrupt: float = 0.0
+    servfail: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -193,6 +195,10 @@ class Conditions:
         """Return what is done to the packets of a direction."""
         return self.download if direction is Direction.DOWNLOAD else self.upload
 
+    def diverted(self) -> Impairment:
+        """Return what is done to packets that come in, with the answers that are to fail."""
+        return self.download.changed(servfail=self.dns == "servfail")
+
     def changed(self, **changes: object) -> Conditions:
         """Return the same with other values."""
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -212,6 +218,7 @@ class Injected:
     duplicated: int = 0
     reordered: int = 0
     corrupted: int = 0
+    failed_answers: int = 0
     late_dropped: int = 0
     passed_undelayed: int = 0
     delay_p50_s: Optional[float] = None

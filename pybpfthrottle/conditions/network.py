@@ -237,7 +237,7 @@ class Network:
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
-        if self._diversions.set(conditions.download):
+        if self._diversions.set(conditions.diverted()):
             self._come_last()
         self._hooks.set(conditions, loopback=self._loopback, diverted=bool(self._diversions))
 
@@ -325,6 +325,8 @@ class Done:
         more = (("blocked", self.hooks.blocked), ("DNS answers dropped", self.hooks.unanswered))
         text += "".join(f", {name} {count}" for name, count in more if count)
         one = self.diverted
+        if one is not None and one.failed_answers:
+            text += f", DNS answers failed {one.failed_answers}"
         if one is not None and one.delay_p50_s is not None and one.delay_p99_s is not None:
             times = map(texts.as_time, (one.delay_p50_s, one.delay_p99_s))
             text += ", delay p50 {}, p99 {}".format(*times)
@@ -364,8 +366,6 @@ def refuse_what_is_missing(conditions: Conditions) -> None:
             " corrupt are for what comes in, and a delay there makes the whole"
             " round trip longer"
         )
-    if conditions.dns == "servfail":
-        raise ThrottleError("DNS failures by SERVFAIL are not available; use lost or slow")
 
 
 def begin(

@@ -146,6 +146,7 @@ class Diversion:
             duplicated=counts[Count.DUPLICATED],
             reordered=counts[Count.REORDERED],
             corrupted=counts[Count.CORRUPTED],
+            failed_answers=counts[Count.FAILED_ANSWERS],
             late_dropped=dropped + state.full,
             passed_undelayed=state.stale + state.unserved,
             delay_p50_s=self._tally.delay_s(0.5),

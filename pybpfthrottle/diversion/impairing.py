@@ -83,6 +83,7 @@ class Impairing:
             or wanted.duplicate
             or wanted.reorder
             or wanted.corrupt
+            or wanted.servfail
             or (wanted.jitter_s and not wanted.keep_order)
         )
 
@@ -121,4 +122,13 @@ def from_json(told: Mapping[str, Any]) -> Impairment:
     )
 
 
-_NAMES = ("delay_s", "jitter_s", "keep_order", "duplicate", "reorder", "corrupt", "seed")
+_NAMES = (
+    "delay_s",
+    "jitter_s",
+    "keep_order",
+    "duplicate",
+    "reorder",
+    "corrupt",
+    "servfail",
+    "seed",
+)

@@ -178,6 +178,8 @@ class Keeper:
         if fate.is_damaged:
             counts[Count.CORRUPTED] += 1
             packet.damage(line.impairing.below)
+        if line.impairing.wanted.servfail and packet.fail_answer():
+            counts[Count.FAILED_ANSWERS] += 1
         counts[Count.DUPLICATED] += fate.copies - 1
         frame = packet.frame(*way)
         for _ in range(fate.copies):

@@ -21,6 +21,8 @@ _GSO_TCP4, _GSO_TCP6, _GSO_UDP, _GSO_ECN = 1, 4, 5, 0x80
 _PLAIN = _VIRTIO.pack(0, 0, 0, 0, 0, 0)
 
 _FIN, _PSH, _CWR = 0x01, 0x08, 0x80
+_DNS_PORT, _DNS_HEADER_BYTES = 53, 12
+_RCODE, _SERVFAIL = 0x0F, 2
 _HALF = struct.Struct("!H")
 _WORD = struct.Struct("!I")
 
@@ -133,6 +135,20 @@ class Packet:
             self._finish()
         bit = below(8 * (len(self.data) - self.at))
         self.data[self.at + bit // 8] ^= 1 << bit % 8
+
+    def fail_answer(self) -> bool:
+        """Have the answer of a name server say SERVFAIL; return whether it is one.
+
+        Its records stay: nobody reads them then. RFC 1035, 4.1.1.
+        """
+        data = self.data
+        source = _HALF.unpack_from(data, self.at)[0]
+        if self.is_tcp or source != _DNS_PORT or len(data) < self.header + _DNS_HEADER_BYTES:
+            return False
+        data[self.header + 3] = data[self.header + 3] & ~_RCODE | _SERVFAIL
+        if not self.is_partial and self.checksum:
+            self._finish()
+        return True
 
     def frame(self, device_address: bytes, tag: int, device: int) -> bytes:
         """Return it for a TAP device, to come in by a device with an index and an address."""

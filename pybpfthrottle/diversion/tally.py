@@ -31,6 +31,7 @@ class Count(IntEnum):
     LATE_DROPPED = 6
     FULL_DROPPED = 7
     REFUSED = 8
+    FAILED_ANSWERS = 9
 
 
 class Tally:

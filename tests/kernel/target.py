@@ -81,6 +81,19 @@ def asked(number: int, times: int) -> list[int]:
     return found
 
 
+def rcode(number: int) -> int:
+    """What the answer to a question says of its success, from a server with this port."""
+    question = bytes(12) + b"\x07example\x03org\0" + bytes(4)
+    with socket.socket(AF_INET, SOCK_DGRAM) as server, socket.socket(AF_INET, SOCK_DGRAM) as own:
+        server.bind(("127.9.8.7", number))
+        server.settimeout(20)
+        own.settimeout(20)
+        own.sendto(question, server.getsockname())
+        data, whose = server.recvfrom(100)
+        server.sendto(data + bytes(16), whose)
+        return own.recv(100)[3] & 15
+
+
 def failure(number: int, seconds: float) -> Any:
     """The error of connecting to a port of this machine, or None."""
     try:

@@ -13,11 +13,11 @@ import pytest
 from lab import ENVIRONMENT, attached
 from targets import Target, eventually, programs_of, target
 
-from pybpfthrottle import registry
+from pybpfthrottle import model, registry
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.conditions import conditions
-from pybpfthrottle.conditions.model import Loss
-from pybpfthrottle.conditions.network import Network
+from pybpfthrottle.conditions.model import Conditions, Impairment, Loss
+from pybpfthrottle.conditions.network import Asked, Network, begin
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup, root
 from pybpfthrottle.model import Direction
@@ -139,6 +139,16 @@ def test_answers_of_name_servers_are_lost(own: Target, how: str, answers: list[i
         assert network.injected()[DOWN].hooks.unanswered == answers.count(0)
 
 
+@pytest.mark.since("5.10")
+def test_name_servers_fail(own: Target) -> None:
+    """Their answers come, and say so; others come as they are."""
+    with bad(own, dns="servfail") as network:
+        assert (own.do("rcode(53)"), own.do("rcode(0)")) == (2, 0)
+        diverted = network.injected()[DOWN].diverted
+        assert diverted is not None
+        assert diverted.failed_answers == 1
+
+
 def test_nothing_is_attached_any_more_after_the_end_and_after_a_kill(own: Target) -> None:
     """Neither by a throttle that was removed nor by one whose process was killed."""
     hooks = (AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET4_CONNECT)
@@ -201,10 +211,11 @@ def test_several_networks_in_one_process_do_not_disturb_each_other(
 
 
 def test_what_cannot_be_had_leaves_nothing(own: Target) -> None:
-    """A name that is looked up cannot be answered with SERVFAIL; the error says what can."""
+    """What is sent cannot be late; the error says what can be done instead."""
     before = len(registry.records())
-    with pytest.raises(ThrottleError, match="use lost or slow"):
-        bad(own, dns="servfail")
+    late = Asked(Conditions(upload=Impairment(delay_s=1.0)), dict.fromkeys(Direction))
+    with pytest.raises(ThrottleError, match="can only be lost"):
+        begin(model.Target(pids=(own.pid,)), late)
     assert len(registry.records()) == before
 
 

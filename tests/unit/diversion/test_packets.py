@@ -21,9 +21,9 @@ def packed(version, who):
     return ipaddress.ip_address(who).packed
 
 
-def made(version, is_tcp, payload, flags=ACK, number=17):
+def made(version, is_tcp, payload, flags=ACK, number=17, port=443):
     """A packet of IP with a right checksum, as one from the wire."""
-    ports = struct.pack("!HH", 443, 5000)
+    ports = struct.pack("!HH", port, 5000)
     if is_tcp:
         body = ports + struct.pack("!IIBBHHH", number, 9, 5 << 4, flags, 500, 0, 0)
     else:
@@ -149,3 +149,20 @@ def test_a_checksum_that_was_never_calculated_is_recognised():
     assert not packet.is_partial
     struct.pack_into("!H", data, 46, packet._of_addresses())
     assert Packet(data, 0).is_partial
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("payload", [bytes(11), bytes(2) + b"\x81\x83" + bytes(20)])
+@pytest.mark.parametrize(("port", "is_tcp"), [(53, False), (53, True), (54, False)])
+def test_an_answer_of_a_name_server_can_fail(version, payload, port, is_tcp):
+    """It is by UDP, from its port, with a whole header; of that the code changes, nothing else."""
+    before = made(version, is_tcp, payload, port=port)
+    packet = Packet(bytearray(before), 0)
+    is_answer = port == 53 and not is_tcp and len(payload) > 12
+    assert packet.fail_answer() == is_answer
+    if is_answer:
+        assert packet.data[packet.header + 2 : packet.header + 4] == b"\x81\x82"
+        assert packet.data[packet.header + 4 :] == before[packet.header + 4 :]
+    else:
+        assert packet.data == before
+    assert is_right(packet.data)
