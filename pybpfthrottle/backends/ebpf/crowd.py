@@ -34,8 +34,9 @@ from pybpfthrottle.model import MIN_RATE, Direction, Target, ThrottleSpec
 
 log = Logger(__name__)
 
-# All throttles look at their processes in the same moment, so that the map is read once.
+# All throttles look at their processes in the same moment, so that a map of many is read once.
 _FRESH_S = 0.05
+_MANY = 50
 NOT_SHAPED = "TCP is not shaped, packets over the limit are dropped"
 _GATE = programs.gate(Scope.MARKED)
 
@@ -214,8 +215,11 @@ class Member(Processes):
         self._crowd = crowd
 
     def pids(self) -> list[int]:
-        """Return them, as they were a moment ago at most."""
-        return [pid for pid, slot in self._crowd.slots().items() if slot == self.slot]
+        """Return them; where there are many, as they were a moment ago at most."""
+        slots = self._crowd.slots()
+        if len(slots) < _MANY:
+            slots = self._crowd.slots(fresh_s=0)
+        return [pid for pid, slot in slots.items() if slot == self.slot]
 
     def add(self, pid: int, *, follow: bool) -> None:
         """Add one, which is then no other throttle's any more."""

@@ -13,6 +13,7 @@ from stage import LANGUAGES, Far, Stage, compare, far_away
 from pybpfthrottle.linux.cgroup import Cgroup
 
 SECTIONS = sections()
+FOR_CONTRIBUTORS = ("docs/architecture.md", "docs/performance.md", "docs/kernels.md")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,15 @@ def test_every_block_has_a_language() -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    """Most blocks are run; README's are, but for the installation."""
+    """Most blocks are run; README's are, but for the installation.
+
+    What contributors run takes its time: it is excused more often.
+    """
     blocks = [(section.page, block) for section in SECTIONS for block in section.blocks]
-    excused = [(page, block) for page, block in blocks if block.excuse is not None]
-    assert len(blocks) > 60
-    assert len(excused) < len(blocks) / 3
+    used = [(page, block) for page, block in blocks if page not in FOR_CONTRIBUTORS]
+    excused = [(page, block) for page, block in used if block.excuse is not None]
+    assert len(used) > 100
+    assert len(excused) < len(used) / 3
     assert len([page for page, _ in excused if page == "README.md"]) == 1
 
 
