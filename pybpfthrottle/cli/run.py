@@ -205,13 +205,14 @@ class _Run:
         while True:
             supervisor.step(end if self._limited else math.inf)
             came = [*signals.take(), *sent.take()]
+            if self._status is None:
+                self._status = self._command.poll()
             # A signal ends the wait for processes that outlive the command.
             stopped = self._status is not None and any(
                 number in came for number in (*_ENDING, signal.SIGINT)
             )
             if self._status is None:
                 self._pass_on(came)
-                self._status = self._command.poll()
             if time.monotonic() >= end:
                 self._lift("duration")
             if self._status is not None and (stopped or not self._outlived()):
