@@ -336,7 +336,7 @@ class Request(NamedTuple):
             raise click.UsageError("--prove needs a limit: a bad network counts what it does")
         try:
             refuse_what_is_missing(network.conditions)
-            wish = wish_for(network.limits, Wish(backends=self.backends, options=self.options))
+            wish = wish_for(network, Wish(backends=self.backends, options=self.options))
         except ThrottleError as error:
             raise click.UsageError(str(error)) from error
         return self._replace(

@@ -23,6 +23,7 @@ _TUN = "/dev/net/tun"
 # The direction of an ioctl is spelled in another way on some machines (asm/ioctl.h).
 _WRITES = 0x80000000 if os.uname().machine.startswith(("mips", "ppc", "sparc")) else 0x40000000
 _TUNSETIFF, _TUNSETOFFLOAD = _WRITES | 0x454CA, _WRITES | 0x454D0
+_TUNSETCARRIER = _WRITES | 0x454E2
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _TUN_F_CSUM, _TUN_F_USO4, _TUN_F_USO6 = 0x01, 0x20, 0x40
 _SIOCGIFNAME, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8910, 0x8913, 0x8914
@@ -76,6 +77,9 @@ def create(back: Program) -> Tap:
         request = _request(_NAME, struct.pack("=H", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
         name = fcntl.ioctl(device, _TUNSETIFF, request)[:_NAME_BYTES].rstrip(b"\0")
         has_udp = _takes_udp(device)
+        # Without a carrier it takes what is written to it, and nobody thinks that there is a new
+        # network: browsers give up what they load then. Linux 5.0.
+        fcntl.ioctl(device, _TUNSETCARRIER, struct.pack("=i", 0))
         # It is to say nothing by itself. /proc/sys may be read-only, and then nobody listens.
         with (
             suppress(OSError),

@@ -588,7 +588,7 @@ def _wish_for(rule: Rule, wish: Wish) -> Wish:
         return wish
     from pybpfthrottle.conditions.network import wish_for
 
-    return wish_for(rule.limits, wish)
+    return wish_for(_asked(rule, rule.network), wish)
 
 
 def _network(rule: Rule, throttle: Throttle) -> Optional[Network]:
