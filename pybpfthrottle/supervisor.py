@@ -98,6 +98,7 @@ class Budget:
 
     def __init__(self, share: float) -> None:
         self._share = share
+        self._busy = threading.Lock()
         self._costs: WeakKeyDictionary[object, float] = WeakKeyDictionary()
         self._total_s = 0.0
         self._sum_again_s = -math.inf
@@ -107,13 +108,14 @@ class Budget:
 
         All wait equally long, as far as their usual time is the same, and look in one go.
         """
-        self._total_s += cost_s - self._costs.get(who, 0.0)
-        self._costs[who] = cost_s
-        now = time.monotonic()
-        if now >= self._sum_again_s:  # who is gone costs nothing
-            self._total_s = sum(self._costs.values())
-            self._sum_again_s = now + self._SUM_AGAIN_S
-        times = max(1.0, self._total_s / self._share / least_s)
+        with self._busy:
+            self._total_s += cost_s - self._costs.get(who, 0.0)
+            self._costs[who] = cost_s
+            now = time.monotonic()
+            if now >= self._sum_again_s:  # who is gone costs nothing
+                self._total_s = sum(self._costs.values())
+                self._sum_again_s = now + self._SUM_AGAIN_S
+            times = max(1.0, self._total_s / self._share / least_s)
         # By powers of two, or they would never meet.
         return next_round(least_s * 2 ** math.ceil(math.log2(times)))
 

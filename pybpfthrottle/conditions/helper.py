@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import struct
 from contextlib import suppress
 from typing import Any, Callable, Mapping, Optional
@@ -60,8 +61,9 @@ class Peer:
             return
         *lines, self._read = self._read.split(b"\n")
         for line in lines:
+            answer = self._answer(line)
             try:
-                self._own.sendall((json.dumps(self._answer(line)) + "\n").encode())
+                self._own.sendall((json.dumps(answer) + "\n").encode())
             except OSError:
                 self._gone(self)
                 return
@@ -85,8 +87,11 @@ class Peer:
             return self._do(asked)
         except (Error, SettingsError) as error:
             return {"error": str(error), "kind": type(error).__name__}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return {"error": f"a request that cannot be read: {error}", "kind": "ThrottleError"}
+        except Exception as error:  # from one client: the others go on
+            log.exception("A request failed")
+            return {"error": f"the helper failed: {error}", "kind": "ThrottleError"}
 
     def _do(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         what = asked.get("do")
@@ -110,15 +115,25 @@ class Peer:
             raise ProcessError("give the id of a process")
         # First the process, then its user: a number that is given to another one is noticed.
         target = process.Process(pid)
-        if owner_of(pid) != self.uid or not target.alive():
-            raise ProcessError(
-                f"process {pid} is not one of user {self.uid}; the helper does nothing"
-                " to those of others"
-            )
+        self._refuse_others(target)
         self._loopback = bool(asked.get("loopback"))
         wanted = self._wanted(asked, loopback=self._loopback)
-        self.network = begin(Target(pids=(pid,)), wanted, loopback=self._loopback, label="helper")
-        return self.network.to_json()
+        network = begin(Target(pids=(pid,)), wanted, loopback=self._loopback, label="helper")
+        try:
+            # The network is of whoever had the number when it began.
+            self._refuse_others(target)
+        except BaseException:
+            network.close()
+            raise
+        self.network = network
+        return network.to_json()
+
+    def _refuse_others(self, target: process.Process) -> None:
+        if owner_of(target.pid) != self.uid or not target.alive():
+            raise ProcessError(
+                f"process {target.pid} is not one of user {self.uid}; the helper does nothing"
+                " to those of others"
+            )
 
     def _wanted(self, asked: Mapping[str, Any], *, loopback: bool) -> Asked:
         """Return what network is asked for, as far as this may be had from somebody else.
@@ -131,7 +146,7 @@ class Peer:
         if {"replay", "replay_upload"} & given.keys():
             raise ThrottleError("the helper reads no traces")
         wanted = Asked.of(str(asked.get("profile", "")), **given)
-        if loopback and self.uid != 0 and diversion.needs_diversion(wanted.conditions.download):
+        if loopback and self.uid != 0 and diversion.needs_diversion(wanted.conditions.diverted()):
             raise ThrottleError(
                 "the helper delays nothing on the loopback device: that takes other settings of it"
             )
@@ -186,7 +201,10 @@ class Helper:
         registry.tidy_up()
         supervisor.add(self.chores)
         while not until():
-            supervisor.step()
+            try:
+                supervisor.step()
+            except Exception:  # from one network: the others go on
+                log.exception("A network's chore failed")
 
     def close(self) -> None:
         """End all networks, and listen no more."""
@@ -211,7 +229,13 @@ class Helper:
 
 
 def _remove_leftover(path: str) -> None:
-    """Remove a socket that nobody listens on any more. Raises OSError if somebody does."""
+    """Remove a socket that nobody listens on any more.
+
+    Raises OSError if somebody does, or if it is something else than a socket.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "something else than a socket is there", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
         try:
             trial.connect(path)

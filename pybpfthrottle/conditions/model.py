@@ -10,6 +10,8 @@ from pybpfthrottle.errors import LimitError
 from pybpfthrottle.model import Direction
 
 MAX_DELAY_S = 60.0
+_MOST_PACKETS = 1 << 32
+_LONGEST_PERIOD_S = 366 * 86400.0
 BLOCKS = ("refuse", "drop")
 DNS_FAILURES = ("lost", "slow", "servfail")
 
@@ -30,8 +32,8 @@ class Loss:
     def __post_init__(self) -> None:
         check_share("the chance of a loss", self.enter)
         check_share("the chance that a burst of losses ends", self.leave)
-        if self.nth < 0:
-            raise LimitError("every n-th packet can be lost from n = 1 on")
+        if not 0 <= self.nth < _MOST_PACKETS:
+            raise LimitError("every n-th packet can be lost from n = 1 on, up to 2^32")
 
     @classmethod
     def chance(cls, share: float) -> Loss:
@@ -139,8 +141,10 @@ class Outage:
     period_s: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.down_s <= self.period_s < math.inf:
-            raise LimitError("an outage is shorter than its period, such as 5s/60s")
+        if not 0 < self.down_s <= self.period_s <= _LONGEST_PERIOD_S:  # NaN too
+            raise LimitError(
+                "an outage is shorter than its period, such as 5s/60s, and that is a year at most"
+            )
 
     @property
     def is_forever(self) -> bool:

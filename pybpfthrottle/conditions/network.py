@@ -237,7 +237,8 @@ class Network:
     def _put(self, asked: Asked) -> None:
         self._put_conditions(asked.conditions)
         for direction, rate in asked.limits.items():
-            if self.throttle.limits.get(direction) != rate:
+            # A replay has moved it.
+            if self._replay is not None or self.throttle.limits.get(direction) != rate:
                 self.throttle.set_limit(direction, rate)
         self._replay = Replay(self.throttle, asked.traces) if asked.traces else None
         self.asked = asked
@@ -357,6 +358,11 @@ def inexact(conditions: Conditions, *, diverted: bool = False) -> list[str]:
         found.append(
             "the first of two answers to the same question is lost, so a name is found when its"
             " resolver has asked again (glibc does so after 5 s)"
+        )
+    if conditions.dns == "servfail":
+        found.append(
+            "answers of a name server on this machine (127.0.0.53) come as they are without"
+            " --loopback"
         )
     if conditions.dns:
         found.append("names that another process looks up (nss-resolve, nscd) are found as before")

@@ -261,7 +261,9 @@ class Keeper:
             self._networks[inode] = Network(device, control, message["udp"], held)
             self._shared.namespaces[message["index"]] = inode
         elif "settings" in message:
-            tap.restore(self._settings)
+            # Its owner has restored those that are not to be changed any more.
+            for fd in self._settings:
+                os.close(fd)
             self._settings = fds
         elif "open" in message:
             state, tally, *links = fds

@@ -28,6 +28,10 @@ _BACK = "pybpfd_back"
 _READY_S, _DRAINED_S = 20.0, 2.0
 
 
+class _GoneError(OSError):
+    """A network namespace that no process is in any more, as far as can be seen."""
+
+
 class Kept:
     """A diversion that the keeper serves. ``attach`` attaches its programs anew."""
 
@@ -44,7 +48,7 @@ class Kept:
         self.attach = attach
         self.wanted = wanted
         self.loopback = loopback
-        self.is_open = self.is_closed = False
+        self.is_open = self.is_closing = self.is_closed = False
         self.refused: Optional[str] = None
 
 
@@ -113,6 +117,7 @@ class DiversionKeeper(SharedHelper):
         """Have the keeper give back what it holds for a diversion, and forget it."""
         kept = self._kept[number]
         with self._busy:
+            kept.is_closing = True
             self.tell({"close": number})
         self.wait_until(lambda: kept.is_closed, _DRAINED_S)
         with self._busy:
@@ -134,8 +139,11 @@ class DiversionKeeper(SharedHelper):
         for inode in networks:
             self._serve_network(inode)
         if self._settings:
+            tap.change(self._settings)
             self.tell({"settings": True}, self._settings)
         for number, kept in self._kept.items():
+            if kept.is_closing:
+                continue
             try:
                 self._open(number, kept)
             except (Error, OSError) as error:
@@ -182,7 +190,8 @@ class DiversionKeeper(SharedHelper):
 
     def _let_loopback_in(self) -> None:
         for inode in self._networks:
-            self._settings += self._inside(inode, tap.let_loopback_in)
+            with suppress(_GoneError):
+                self._settings += self._inside(inode, tap.let_loopback_in)
         # The keeper restores them if this process cannot.
         self.tell({"settings": True}, self._settings)
 
@@ -195,7 +204,7 @@ class DiversionKeeper(SharedHelper):
     def _inside(self, inode: int, work: Callable[[], Any]) -> Any:
         namespace = netns.open_by_number(inode)
         if namespace is None:
-            raise OSError("it is gone, or cannot be seen from here")
+            raise _GoneError("it is gone, or cannot be seen from here")
         try:
             return netns.inside(namespace, work)
         finally:

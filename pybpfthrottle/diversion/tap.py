@@ -38,7 +38,7 @@ _ADDRESS = slice(18, 24)  # in struct ifreq, behind the name and the kind of add
 # Without these, packets with addresses of this machine vanish when they come in from outside; and
 # 127/8 is only for those that are sent here.
 _SETTINGS = ("accept_local", "route_localnet")
-_OFF = b"0"
+_OFF, _ON = b"0", b"1"
 
 
 class Tap(NamedTuple):
@@ -153,10 +153,16 @@ def let_loopback_in() -> list[int]:
                 os.close(fd)
                 continue
             undo.callback(restore, [fd])
-            os.pwrite(fd, b"1", 0)
+            change([fd])
             changed.append(fd)
         undo.pop_all()
     return changed
+
+
+def change(settings: Sequence[int]) -> None:
+    """Switch settings on. Raises OSError."""
+    for fd in settings:
+        os.pwrite(fd, _ON, 0)
 
 
 def restore(settings: Sequence[int]) -> None:

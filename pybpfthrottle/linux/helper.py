@@ -111,12 +111,17 @@ class SharedHelper:
         deadline_s = time.monotonic() + patience_s
         while not is_done() and self.ended is None:
             wait_s = deadline_s - time.monotonic()
-            if wait_s <= 0 or not select.select([self._socket], [], [], wait_s)[0]:
+            # select() takes no descriptor above 1023, and there may be many.
+            heard = select.poll()
+            heard.register(self._socket, select.POLLIN)
+            if wait_s <= 0 or not heard.poll(wait_s * 1000):
                 return
             self.run()
 
     def tell(self, message: Mapping[str, Any], fds: Iterable[int] = ()) -> None:
-        """Send the helper a message, and copies of descriptors."""
+        """Send the helper a message, and copies of descriptors, unless it has ended for good."""
+        if self.ended is not None:
+            return
         # It has died, and the next run replaces it; or it hangs, and nobody waits for it.
         with suppress(ConnectionError, BlockingIOError):
             socket.send_fds(self._socket, [json.dumps(message).encode()], list(fds))

@@ -310,13 +310,15 @@ class Keeper(Frequent):
         survey.inherit(families)
         self._part(survey.decided)
         found = list(survey.wanted(families))
+        surveyed_s = time.thread_time() - begin_s
         self._end_others(found)
         self._hold_all(found)
         for note in survey.notes:
             self._say_once(note)
         least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
         # To limit what was found is not looking.
-        cost_s = time.thread_time() - begin_s if before == list(self.held.values()) else 0.0
+        is_same = before == list(self.held.values())
+        cost_s = time.thread_time() - begin_s if is_same else surveyed_s
         self._look_s = self._budget.next_due_s(self, cost_s, least_s)
 
     def chores(self) -> list[Chore]:
@@ -531,7 +533,7 @@ class Keeper(Frequent):
                     continue
                 self._quotas.charge(rule, one.id, one.counters, one.record.owner)
                 with ExitStack() as undo:
-                    throttle = take_over(one.parts, self._wish.options)
+                    throttle = take_over(one.parts, _wish_for(rule, self._wish).options)
                     undo.callback(throttle.remove)
                     self._adopt(rule, throttle)
                     undo.pop_all()

@@ -219,7 +219,8 @@ class Member(Processes):
         slots = self._crowd.slots()
         if len(slots) < _MANY:
             slots = self._crowd.slots(fresh_s=0)
-        return [pid for pid, slot in slots.items() if slot == self.slot]
+        # Another thread may begin a throttle meanwhile.
+        return [pid for pid, slot in list(slots.items()) if slot == self.slot]
 
     def add(self, pid: int, *, follow: bool) -> None:
         """Add one, which is then no other throttle's any more."""

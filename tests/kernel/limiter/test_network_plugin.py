@@ -169,13 +169,15 @@ def test_the_helper_does_nothing_to_what_is_not_the_callers_own(
         with target(scratch, lambda *command: as_user(NOBODY, *command)) as theirs:
             assert '"asked": "loss 100% each way' in asks(NOBODY, path, theirs.pid)
             # Which would be settings of the whole machine.
-            assert "delays nothing on the loopback" in asks(NOBODY, path, theirs.pid, delay="1ms")
+            for wrong in ({"delay": "1ms"}, {"dns": "servfail"}):
+                assert "delays nothing on the loopback" in asks(NOBODY, path, theirs.pid, **wrong)
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("x", "cannot be read"),
+        ("[" * 9999, "cannot be read"),
         ("[]", "is a JSON object"),
         ('{"do": "tell"}', "begin one"),
         ('{"do": "begin", "pid": "1"}', "the id of a process"),
@@ -196,6 +198,15 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path, line: str, sa
                 client.sendall(line.replace("OWN", str(os.getpid())).encode() + b"\n")
                 peer.run()
                 assert said in json.loads(client.recv(9999))["error"]
+
+
+def test_a_file_is_no_leftover_of_a_helper(tmp_path: Path) -> None:
+    """Whatever is at the path of the socket stays, and the error says so."""
+    path = tmp_path / "socket"
+    path.write_text("mine")
+    with pytest.raises(OSError, match="something else than a socket"):
+        Helper(str(path), uid=os.getuid())
+    assert path.read_text() == "mine"
 
 
 def test_without_a_helper_the_error_says_where_one_would_be(tmp_path: Path) -> None:
