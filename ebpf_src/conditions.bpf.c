@@ -302,15 +302,23 @@ always_inline int admit(struct bpf_sock_addr *ctx, int is_local)
 
 SEC("cgroup/connect4") int CONDITIONS_PROGRAM(con4)(struct bpf_sock_addr *ctx)
 {
-	/* Its first byte, in whatever byte order. */
-	return IS_MEANT(ctx->sk) ? admit(ctx, *(__u8 *)&ctx->user_ip4 == 127) : PASS;
+	/* Its first byte, in whatever byte order. Connecting to no address is to this machine too. */
+	int is_local = !ctx->user_ip4 || *(__u8 *)&ctx->user_ip4 == 127;
+
+	return IS_MEANT(ctx->sk) ? admit(ctx, is_local) : PASS;
 }
 
 SEC("cgroup/connect6") int CONDITIONS_PROGRAM(con6)(struct bpf_sock_addr *ctx)
 {
-	int is_local = !(ctx->user_ip6[0] | ctx->user_ip6[1] | ctx->user_ip6[2]) &&
-		       ctx->user_ip6[3] == BIG_ENDIAN_32(1);
+	__u32 first = ctx->user_ip6[0] | ctx->user_ip6[1], third = ctx->user_ip6[2];
+	__u32 last = ctx->user_ip6[3];
+	int is_local;
 
+	/* No address and ::1, and 127/8 as sockets for both IP versions have it. */
+	if (third == BIG_ENDIAN_32(0xffff))
+		is_local = !first && (last & BIG_ENDIAN_32(0xff000000)) == BIG_ENDIAN_32(0x7f000000);
+	else
+		is_local = !(first | third) && (!last || last == BIG_ENDIAN_32(1));
 	return IS_MEANT(ctx->sk) ? admit(ctx, is_local) : PASS;
 }
 #endif

@@ -94,10 +94,10 @@ def rcode(number: int) -> int:
         return own.recv(100)[3] & 15
 
 
-def failure(number: int, seconds: float) -> Any:
+def failure(number: int, seconds: float, host: str = "127.0.0.1") -> Any:
     """The error of connecting to a port of this machine, or None."""
     try:
-        with socket.create_connection(("127.0.0.1", number), seconds):
+        with socket.create_connection((host, number), seconds):
             return None
     except OSError as error:
         return error.errno or str(error)

@@ -130,6 +130,18 @@ def test_new_connections_are_refused_or_time_out(own: Target) -> None:
         assert own.do(f"failure({port}, 5)") is None
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_connections_within_this_machine_are_refused_with_loopback_only(
+    own: Target, host: str
+) -> None:
+    """However their address is written."""
+    port = own.do("port(listen())")
+    with conditions(pid=own.pid, block="refuse"):
+        assert own.do(f"failure({port}, 5, {host!r})") is None
+    with bad(own, block="refuse"):
+        assert own.do(f"failure({port}, 5, {host!r})") == errno.EPERM
+
+
 @pytest.mark.parametrize(("how", "answers"), [("lost", [0, 0]), ("slow", [0, 1])])
 def test_answers_of_name_servers_are_lost(own: Target, how: str, answers: list[int]) -> None:
     """All of them, or the first to each question; also from this machine, and nothing else."""

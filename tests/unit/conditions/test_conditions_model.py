@@ -69,6 +69,8 @@ def test_a_loss_is_read(text, loss):
         ("loss", "every:0", "from n = 1 on"),
         ("outage", "5s", "is not an outage"),
         ("outage", "60s/5s", "shorter than its period"),
+        ("outage", "1s/999999999999s", "a year at most"),
+        ("loss", "every:99999999999", "up to 2"),
         ("reorder", "1%", "where others have a delay"),
         ("seed", "-1", "is not a seed"),
         ("block", "no", "refuse or drop"),
