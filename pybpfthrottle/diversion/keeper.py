@@ -260,6 +260,9 @@ class Keeper:
             inode = message["network"]
             self._networks[inode] = Network(device, control, message["udp"], held)
             self._shared.namespaces[message["index"]] = inode
+        elif "forget" in message:
+            self._shared.namespaces[message["index"]] = 0
+            self._forget(message["forget"])
         elif "settings" in message:
             # Its owner has restored those that are not to be changed any more.
             for fd in self._settings:
@@ -277,6 +280,19 @@ class Keeper:
         elif "close" in message:
             self._end(message["close"])
         return True
+
+    def _forget(self, inode: int) -> None:
+        """Close the device in a namespace that nobody is in; what is held for it is lost."""
+        network = self._networks.pop(inode, None)
+        if network is None:
+            return
+        self._held_bytes -= sum(
+            len(held.frame) for held in self._heap if held.device == network.device
+        )
+        self._heap = [held for held in self._heap if held.device != network.device]
+        heapq.heapify(self._heap)
+        for fd in (network.device, network.control, *network.held):
+            os.close(fd)
 
     def _begin(self, size: int, shared: int, ring: int) -> None:
         self._shared = DivertKeeper.from_buffer(mmap.mmap(shared, mmap.PAGESIZE))

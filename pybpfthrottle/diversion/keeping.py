@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import ExitStack, suppress
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
@@ -19,6 +20,7 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import netns
 from pybpfthrottle.linux.helper import SharedHelper
 from pybpfthrottle.logger import Logger
+from pybpfthrottle.supervisor import next_round
 
 log = Logger(__name__)
 
@@ -26,6 +28,8 @@ OBJECT = "divert"
 _BACK = "pybpfd_back"
 # Starting takes a twentieth of a second, on a machine that is busy with other things far longer.
 _READY_S, _DRAINED_S = 20.0, 2.0
+# How often it is looked for namespaces that are gone.
+_FORGET_S = 30.0
 
 
 class _GoneError(OSError):
@@ -65,8 +69,8 @@ class DiversionKeeper(SharedHelper):
         """Begin to start the process. Raises OSError, BpfError or ObjectFileError."""
         self._numbers = 0
         self._kept: dict[int, Kept] = {}
-        # By the index in the record that the programs read.
-        self._networks: list[int] = []
+        # By the index in the record that the programs read; 0 is free.
+        self._networks = [0] * DivertBounds.DIVERT_NAMESPACES
         self._settings: list[int] = []
         self.unserved: dict[int, str] = {}
         spec = programs.read(OBJECT)
@@ -76,8 +80,17 @@ class DiversionKeeper(SharedHelper):
             self.ring = undo.enter_context(maps.create(spec.maps[RING]))
             self._closing = undo
             super().__init__()
+            self.due_s = next_round(_FORGET_S)
             self._tell_ring()
             self._closing = undo.pop_all()
+
+    def run(self) -> None:
+        """Do what the keeper asks for, replace it if it has died, and forget what is gone."""
+        super().run()
+        if time.monotonic() >= self.due_s:
+            self.due_s = next_round(_FORGET_S)
+            with self._busy:
+                self._forget_networks()
 
     def number(self) -> int:
         """Return a number for a new diversion."""
@@ -134,7 +147,8 @@ class DiversionKeeper(SharedHelper):
                 kept.is_open, kept.is_closed = state == "opened", state == "closed"
 
     def _introduce(self) -> None:
-        networks, self._networks = self._networks, []
+        networks = self._served()
+        self._networks = [0] * len(self._networks)
         self._tell_ring()
         for inode in networks:
             self._serve_network(inode)
@@ -171,7 +185,7 @@ class DiversionKeeper(SharedHelper):
         """Give the keeper a device in a network namespace, unless it has one."""
         if inode in self._networks or inode in self.unserved:
             return
-        if len(self._networks) == DivertBounds.DIVERT_NAMESPACES:
+        if 0 not in self._networks:
             self.unserved[inode] = f"{len(self._networks)} network namespaces are served already"
             return
         try:
@@ -180,16 +194,30 @@ class DiversionKeeper(SharedHelper):
             self.unserved[inode] = f"no device can be made in its network namespace: {error}"
             log.warning("Packets pass undelayed: %s", self.unserved[inode])
             return
-        index = len(self._networks)
-        self._networks.append(inode)
+        index = self._networks.index(0)
+        self._networks[index] = inode
         message = {"network": inode, "index": index, "udp": made.has_udp}
         self.tell(message, made.fds())
         made.close()
         if any(kept.loopback for kept in self._kept.values()):
             self._let_loopback_in()
 
+    def _served(self) -> list[int]:
+        return [inode for inode in self._networks if inode]
+
+    def _forget_networks(self) -> None:
+        """Give up namespaces that nobody can be in any more: the keeper's device keeps them alive.
+
+        What could not be served may be served by now.
+        """
+        self.unserved.clear()
+        for index, inode in enumerate(self._networks):
+            if inode and not netns.exists(inode):
+                self._networks[index] = 0
+                self.tell({"forget": inode, "index": index})
+
     def _let_loopback_in(self) -> None:
-        for inode in self._networks:
+        for inode in self._served():
             with suppress(_GoneError):
                 self._settings += self._inside(inode, tap.let_loopback_in)
         # The keeper restores them if this process cannot.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -23,7 +24,7 @@ from pybpfthrottle import diversion, traffic
 from pybpfthrottle.backends.ebpf.marks import MARKS
 from pybpfthrottle.conditions.model import Impairment, Injected, Loss
 from pybpfthrottle.demo.wire import DEVICE, Wire
-from pybpfthrottle.diversion import tap
+from pybpfthrottle.diversion import keeping, tap
 from pybpfthrottle.diversion.impairing import Impairing
 from pybpfthrottle.diversion.records import DivertBounds
 from pybpfthrottle.linux import cgroup, netns, process
@@ -388,6 +389,35 @@ def test_a_namespace_that_appears_later_is_served(wire: Wire, near: Near, scratc
             until(lambda: later.ask("ping", wire.server.address, PORT, "udp", 1)[0] >= 0.3)
         finally:
             later.end()
+
+
+def taps_of(pid: int) -> int:
+    """How many of our devices a keeper has."""
+    found = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            found += os.readlink(fd) == "/dev/net/tun"
+    return found
+
+
+def test_a_namespace_that_nobody_is_in_is_given_up(
+    near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper's device would keep it there, and there is room for so many only."""
+    monkeypatch.setattr(keeping, "_FORGET_S", 0.1)
+    with diversion.open(scratch, Impairment(delay_s=0.1)) as late, Wire() as other:
+        passing = Near(other.client.inside)
+        scratch.move_in(passing.process.pid)
+        (keeper,) = late.chores()
+        inode = netns.number(passing.process.pid)
+        keeper._serve_network(inode)
+        keeper.run()
+        assert inode in keeper._served()
+        until(lambda: taps_of(keeper.pid) == 2)
+        passing.end()
+        other.close()
+        until(lambda: [keeper.run(), inode not in keeper._served()][1])
+        until(lambda: taps_of(keeper.pid) == 1)
 
 
 def test_only_the_packets_of_marked_sockets_are_late(
