@@ -92,9 +92,14 @@ class Periodic:
 
 
 class Budget:
-    """A share of one CPU's time that all who look around for one purpose have together."""
+    """A share of one CPU's time that all who look around for one purpose have together.
+
+    On a slow machine it may be several times as much, so that nobody waits for long.
+    """
 
     _SUM_AGAIN_S = 1.0
+    _LONG_S = 8.0
+    _MOST_SHARES = 5
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -115,7 +120,9 @@ class Budget:
             if now >= self._sum_again_s:  # who is gone costs nothing
                 self._total_s = sum(self._costs.values())
                 self._sum_again_s = now + self._SUM_AGAIN_S
-            times = max(1.0, self._total_s / self._share / least_s)
+            wait_s = self._total_s / self._share
+            wait_s = min(wait_s, max(self._LONG_S, wait_s / self._MOST_SHARES))
+            times = max(1.0, wait_s / least_s)
         # By powers of two, or they would never meet.
         return next_round(least_s * 2 ** math.ceil(math.log2(times)))
 

@@ -176,8 +176,11 @@ def test_looks_wait_together_until_they_cost_no_more_than_their_budget(monkeypat
     several = [Often(1, lambda: None) for _ in range(100)]
     assert budget.next_due_s(several[0], 0.001, 1.0) == 1001.0
     due = [budget.next_due_s(one, 0.001, 1.0) for one in several]
-    # A tenth of a second is spent each time, so ten have to pass: 16, as of 992.
+    # A tenth of a second is spent each time, so ten would have to pass: eight do, as of 1000.
     assert due[-1] == 1008.0
+    # Eight seconds are not exceeded as long as that is five times the budget at most.
+    assert budget.next_due_s(several[0], 0.3, 1.0) == 1008.0
+    assert budget.next_due_s(several[0], 1.5, 1.0) == 1024.0
     del several[1:]
     now[0] += 10
     budget.next_due_s(several[0], 0.001, 1.0)
@@ -196,9 +199,9 @@ def test_a_look_says_whether_there_are_other_chores(supervisor, monkeypatch):
     assert asked == [3, 1]
 
 
-@pytest.mark.parametrize(("found", "due"), [(True, 1001.0), (False, 1024.0)])
+@pytest.mark.parametrize(("found", "due"), [(True, 1001.0), (False, 1008.0)])
 def test_what_was_found_to_do_does_not_delay_the_next_look(monkeypatch, found, due):
-    """Only looking has to keep to the budget: half a second takes 50 of them at 1 %, so 64."""
+    """Only looking has to keep to the budget: half a second of 5 % is once in ten, so in 16."""
     used = iter([0.0, 0.5])
     monkeypatch.setattr("pybpfthrottle.supervisor.time.monotonic", lambda: 1000.0)
     monkeypatch.setattr("pybpfthrottle.supervisor.time.thread_time", lambda: next(used))
