@@ -34,7 +34,7 @@ from pybpfthrottle.throttle import Throttle
 
 PATIENCE_S = 30.0
 # A pass over all processes is made each second; this is how long its result may take.
-NEXT_PASS_S = 10.0
+NEXT_PASS_S = 20.0
 BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
 
 
