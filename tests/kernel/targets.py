@@ -33,7 +33,7 @@ from pybpfthrottle.targets import Selection
 from pybpfthrottle.throttle import Throttle
 
 PATIENCE_S = 30.0
-# A pass over all processes is made each second, or each eight on a slow machine; how long its result
+# A pass over all processes is made each second, or each eight on a slow machine. So long its result
 # may take.
 NEXT_PASS_S = 20.0
 BOTH = dict.fromkeys(Direction, Rate.parse("1M"))
