@@ -17,6 +17,7 @@
  */
 #include "throttle.h"
 #include "divert.h"
+#include "skb.h"
 
 #define SMALL_PACKET_BYTES 160
 #define LOOPBACK_IFINDEX 1 /* in each network namespace */
@@ -45,41 +46,6 @@
 #define SEC(name) __attribute__((section(name), used))
 #define always_inline static inline __attribute__((always_inline))
 #define unlikely(x) __builtin_expect(!!(x), 0)
-
-/* The start of the context, as in linux/bpf.h. */
-struct __sk_buff {
-	__u32 len;
-	__u32 pkt_type;
-	__u32 mark;
-	__u32 queue_mapping;
-	__u32 protocol;
-	__u32 vlan_present;
-	__u32 vlan_tci;
-	__u32 vlan_proto;
-	__u32 priority;
-	__u32 ingress_ifindex;
-	__u32 ifindex;
-	__u32 tc_index;
-	__u32 cb[5];
-	__u32 hash;
-	__u32 tc_classid;
-	__u32 data;
-	__u32 data_end;
-	__u32 napi_id;
-	__u32 family;
-	__u32 remote_ip4;
-	__u32 local_ip4;
-	__u32 remote_ip6[4];
-	__u32 local_ip6[4];
-	__u32 remote_port;
-	__u32 local_port;
-	__u32 data_meta;
-	void *flow_keys;
-	__u64 tstamp;
-	__u32 wire_len;
-	__u32 gso_segs;
-	void *sk;
-};
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
