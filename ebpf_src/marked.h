@@ -20,11 +20,3 @@ always_inline __u32 *mark_of(void *sk)
 {
 	return sk ? bpf_sk_storage_get(&MARKS, sk, 0, 0) : 0;
 }
-
-/* Whether a socket is marked for the throttle in a slot. */
-always_inline int is_marked_for(void *sk, __u32 slot)
-{
-	const __u32 *mark = mark_of(sk);
-
-	return mark && *mark == slot;
-}

@@ -4,10 +4,12 @@ import uuid
 from typing import Iterator
 
 import pytest
+from echo import Far, Near
 from lab import Lab, attached, lab
 from shells import Shell
 
 from pybpfthrottle.backends.ebpf.programs import HOOKS
+from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Rate
@@ -36,6 +38,28 @@ def shells_lab() -> Iterator[Lab]:
 def shell(shells_lab: Lab, scratch: Cgroup) -> Iterator[Shell]:
     """One in a cgroup of its own."""
     made = Shell(shells_lab, scratch)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[Wire]:
+    """Two namespaces with an echo at the far end."""
+    with Wire() as made:
+        far = Far(made.server.inside)
+        try:
+            yield made
+        finally:
+            far.end()
+
+
+@pytest.fixture
+def near(wire: Wire, scratch: Cgroup) -> Iterator[Near]:
+    """A process in the near namespace and in a cgroup of its own."""
+    made = Near(wire.client.inside)
+    scratch.move_in(made.process.pid)
     try:
         yield made
     finally:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
-from echo import PORT, Far, Near
+from echo import PORT, Near
 from targets import eventually
 
 from pybpfthrottle.conditions import conditions
@@ -23,28 +23,6 @@ DOWN = Direction.DOWNLOAD
 # Far more than a machine takes by itself.
 DELAY_S = 0.1
 BYTES = 400_000
-
-
-@pytest.fixture(scope="module")
-def wire() -> Iterator[Wire]:
-    """Two namespaces with an echo at the far end."""
-    with Wire() as made:
-        far = Far(made.server.inside)
-        try:
-            yield made
-        finally:
-            far.end()
-
-
-@pytest.fixture
-def near(wire: Wire, scratch: Cgroup) -> Iterator[Near]:
-    """A process in the near namespace and in a cgroup of its own."""
-    made = Near(wire.client.inside)
-    scratch.move_in(made.process.pid)
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 @pytest.mark.parametrize("of", ["pid", "cgroup"])

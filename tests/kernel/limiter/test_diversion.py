@@ -11,13 +11,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 from echo import PORT, Far, Near
 from lab import ENVIRONMENT, attached
 from since import needs_command
-from targets import live_map
+from targets import eventually, live_map
 
 import pybpfthrottle
 from pybpfthrottle import diversion, traffic
@@ -36,36 +35,6 @@ pytestmark = pytest.mark.since("5.10")
 DELAY_S = 0.1
 
 
-@pytest.fixture(scope="module")
-def wire() -> Iterator[Wire]:
-    """Two namespaces with an echo at the far end."""
-    with Wire() as made:
-        far = Far(made.server.inside)
-        try:
-            yield made
-        finally:
-            far.end()
-
-
-@pytest.fixture
-def near(wire: Wire, scratch: Cgroup) -> Iterator[Near]:
-    """A process in the near namespace and in a cgroup of its own."""
-    made = Near(wire.client.inside)
-    scratch.move_in(made.process.pid)
-    try:
-        yield made
-    finally:
-        made.end()
-
-
-def until(is_so: Callable[[], object]) -> None:
-    """Wait for something that is sure to come."""
-    deadline_s = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-
-
 def numbers(
     wire: Wire, near: Near, scratch: Cgroup, wanted: Impairment, count: int, most: int
 ) -> tuple[list[int], Injected]:
@@ -78,7 +47,7 @@ def numbers(
         with diversion.open(scratch, wanted) as impaired:
             near.ask("send", wire.server.address, PORT, count, 100)
             found = near.ask("receive", 1 + 2 * wanted.delay_s, most)[0]
-            until(lambda: _is_over(impaired.counts(), count))
+            eventually(lambda: _is_over(impaired.counts(), count))
             counts = impaired.counts()
         if not counts.passed_undelayed:
             break
@@ -101,7 +70,7 @@ def test_a_round_trip_takes_the_delay_longer(
         times_s = near.ask("ping", host, PORT, kind, 5)
         assert min(times_s) >= DELAY_S
         assert min(times_s) < 2 * DELAY_S
-        until(lambda: late.counts().delivered >= 5)
+        eventually(lambda: late.counts().delivered >= 5)
         counts = late.counts()
     assert counts.seen >= counts.delivered  # the end of a connection may be on its way
     assert counts.delay_p50_s == pytest.approx(DELAY_S, rel=0.3)
@@ -186,7 +155,7 @@ def test_a_change_applies_to_what_comes_next(wire: Wire, near: Near, scratch: Cg
     """And what is on its way is not overtaken."""
     with diversion.open(scratch, Impairment(delay_s=1)) as late:
         near.ask("send", wire.server.address, PORT, 3, 100)
-        until(lambda: late.counts().seen == 3)
+        eventually(lambda: late.counts().seen == 3)
         late.change(Impairment(delay_s=0.01))
         assert late.impairment == Impairment(delay_s=0.01)
         assert near.ask("receive", 5, 3)[0] == [0, 1, 2]
@@ -197,7 +166,7 @@ def test_what_is_held_is_given_back_at_the_end(wire: Wire, near: Near, scratch: 
     """At once and in order; nothing is lost."""
     with diversion.open(scratch, Impairment(delay_s=60)) as late:
         near.ask("send", wire.server.address, PORT, 50, 100)
-        until(lambda: late.counts().seen == 50)
+        eventually(lambda: late.counts().seen == 50)
         assert late.counts().delivered == 0
     assert near.ask("receive", 5, 50)[0] == list(range(50))
 
@@ -245,14 +214,14 @@ def test_packets_pass_a_keeper_that_was_stopped(wire: Wire, near: Near, scratch:
         os.kill(pid, signal.SIGSTOP)
         try:
             near.ask("send", wire.server.address, PORT, 1, 100)
-            until(lambda: late._state[0].taken == 2)
+            eventually(lambda: late._state[0].taken == 2)
             time.sleep(DivertBounds.DIVERT_STALE_NS / 1e9)
             assert max(near.ask("ping", wire.server.address, PORT, "udp", 3)) < 0.2
             time.sleep(1.3)
         finally:
             os.kill(pid, signal.SIGCONT)
         assert late.counts().passed_undelayed == 3
-        until(lambda: late.counts().late_dropped == 1)
+        eventually(lambda: late.counts().late_dropped == 1)
         assert min(near.ask("ping", wire.server.address, PORT, "udp", 3)) >= 0.2
 
 
@@ -261,12 +230,12 @@ def test_a_keeper_that_was_killed_is_replaced(wire: Wire, near: Near, scratch: C
     with diversion.open(scratch, Impairment(delay_s=0.3)) as late:
         first = keeper_of(os.getpid())
         os.kill(first, signal.SIGKILL)
-        until(lambda: not devices(wire))
+        eventually(lambda: not devices(wire))
         assert attached(scratch) == []
         assert max(near.ask("ping", wire.server.address, PORT, "udp", 3)) < 0.3
         (chore,) = late.chores()
         chore.run()
-        until(lambda: near.ask("ping", wire.server.address, PORT, "udp", 1)[0] >= 0.3)
+        eventually(lambda: near.ask("ping", wire.server.address, PORT, "udp", 1)[0] >= 0.3)
         assert keeper_of(os.getpid()) != first
         assert not late.problems()
     assert not devices(wire)
@@ -295,11 +264,11 @@ def test_nothing_is_left_after_a_kill(wire: Wire, near: Near, scratch: Cgroup, d
             keeper = keeper_of(owner.pid)
             assert devices(wire)
             os.kill(owner.pid if dies == "owner" else keeper, signal.SIGKILL)
-            until(lambda: not devices(wire))
+            eventually(lambda: not devices(wire))
             assert attached(scratch) == []
         finally:
             owner.kill()
-    until(lambda: process.has_ended(keeper))
+    eventually(lambda: process.has_ended(keeper))
     if dies == "owner":
         assert near.ask("receive", 5, 5)[0] == list(range(5))
 
@@ -385,8 +354,8 @@ def test_a_namespace_that_appears_later_is_served(wire: Wire, near: Near, scratc
         try:
             scratch.move_in(later.process.pid)
             assert min(later.ask("ping", wire.server.address, PORT, "udp", 1)) < 0.3
-            until(lambda: late.counts().passed_undelayed and devices(wire))
-            until(lambda: later.ask("ping", wire.server.address, PORT, "udp", 1)[0] >= 0.3)
+            eventually(lambda: late.counts().passed_undelayed and devices(wire))
+            eventually(lambda: later.ask("ping", wire.server.address, PORT, "udp", 1)[0] >= 0.3)
         finally:
             later.end()
 
@@ -413,11 +382,11 @@ def test_a_namespace_that_nobody_is_in_is_given_up(
         keeper._serve_network(inode)
         keeper.run()
         assert inode in keeper._served()
-        until(lambda: taps_of(keeper.pid) == 2)
+        eventually(lambda: taps_of(keeper.pid) == 2)
         passing.end()
         other.close()
-        until(lambda: [keeper.run(), inode not in keeper._served()][1])
-        until(lambda: taps_of(keeper.pid) == 1)
+        eventually(lambda: [keeper.run(), inode not in keeper._served()][1])
+        eventually(lambda: taps_of(keeper.pid) == 1)
 
 
 def test_only_the_packets_of_marked_sockets_are_late(
