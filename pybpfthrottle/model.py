@@ -154,6 +154,8 @@ RANGE = "a limit is between 1000 B/s and 100 GB/s"
 
 def printable(text: str) -> str:
     """Return a text, such as a name, as one line with unprintable characters escaped."""
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )

@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Iterator, Optional, Sequence
+from functools import cache
+from typing import Callable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends import files, protocol
 from pybpfthrottle.backends.protocol import Backend, Match, Record
@@ -19,7 +20,7 @@ from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups, process, run_files
 from pybpfthrottle.linux.cgroup import Cgroup, locked
-from pybpfthrottle.linux.process import Process
+from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.targets import Selection
 
 # No letters that look like another letter or a digit. The first must not begin a number.
@@ -44,7 +45,8 @@ def records() -> list[Record]:
 
     Needs CAP_SYS_ADMIN. Raises OSError.
     """
-    found = filter(_is_in_force, _known())
+    is_gone = cache(process.is_gone)  # many may have the same owner
+    found = (record for record in _known() if _is_in_force(record, is_gone))
     return sorted(found, key=lambda record: (record.since_ns, record.id))
 
 
@@ -74,9 +76,9 @@ def _known(*, others: bool = False) -> list[Record]:
     return found
 
 
-def _is_in_force(record: Record) -> bool:
+def _is_in_force(record: Record, is_gone: Callable[[Identity], bool] = process.is_gone) -> bool:
     """Whether a record is not a crash's leftover, and was not removed by others."""
-    return not record.removed and not record.expired and (record.kept or record.supervised)
+    return not record.removed and not record.expired and (record.kept or not is_gone(record.owner))
 
 
 def tidy_up() -> None:

@@ -298,6 +298,18 @@ def open_by_id(map_id: int) -> Map[Any, Any]:
     return _opened(descriptors.by_id(Cmd.MAP_GET_FD_BY_ID, map_id))
 
 
+def name_by_id(map_id: int) -> str:
+    """Return the name of a map of the system; "" before Linux 4.15. A third of the cost of opening.
+
+    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
+    """
+    fd = descriptors.by_id(Cmd.MAP_GET_FD_BY_ID, map_id)
+    try:
+        return _name(descriptors.fill_info(fd, abi.MapInfo()))
+    finally:
+        os.close(fd)
+
+
 def open_pinned(path: descriptors.Path) -> Map[Any, Any]:
     """Return a pinned map; keys and values are bytes. Linux 4.13. Raises OSError."""
     return _opened(descriptors.open_pinned(path, "bpf-map"))
@@ -320,7 +332,7 @@ def map_info(fd: int) -> MapInfo:
     more = descriptors.fdinfo(fd)
     return MapInfo(
         id=info.id,
-        name=info.name.decode("ascii", "replace"),
+        name=_name(info),
         type=info.type,
         key_size=info.key_size,
         value_size=info.value_size,
@@ -334,6 +346,10 @@ def map_info(fd: int) -> MapInfo:
         memory_bytes=int(more.get("memlock", 0)),
         frozen=more.get("frozen") == "1",
     )
+
+
+def _name(info: abi.MapInfo) -> str:
+    return bytes(info.name).decode("ascii", "replace")
 
 
 def _opened(fd: int) -> Map[Any, Any]:

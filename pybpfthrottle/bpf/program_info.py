@@ -42,10 +42,11 @@ class ProgramInfo(NamedTuple):
     recursion_misses: int = 0
 
 
-def program_info(fd: int) -> ProgramInfo:
+def program_info(fd: int, *, memory: bool = True) -> ProgramInfo:
     """Return what the kernel says of the program behind a descriptor.
 
-    Linux 4.13; names 4.15, BTF 5.0, run time 5.1, verified instructions 5.16. Raises OSError.
+    Without ``memory`` its ``memory_bytes`` is 0, which takes half the time. Linux 4.13; names 4.15,
+    BTF 5.0, run time 5.1, verified instructions 5.16. Raises OSError.
     """
     info, map_ids = _info_with_map_ids(fd)
     return ProgramInfo(
@@ -59,7 +60,7 @@ def program_info(fd: int) -> ProgramInfo:
         gpl_compatible=bool(info.gpl_compatible),
         xlated_bytes=info.xlated_prog_len,
         jited_bytes=info.jited_prog_len,
-        memory_bytes=int(descriptors.fdinfo(fd).get("memlock", 0)),
+        memory_bytes=int(descriptors.fdinfo(fd).get("memlock", 0)) if memory else 0,
         ifindex=info.ifindex,
         btf_id=info.btf_id,
         attach_btf_object_id=info.attach_btf_obj_id,

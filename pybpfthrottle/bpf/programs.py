@@ -550,11 +550,14 @@ def _opened(fd: int) -> Program:
     return Program(fd, name=info.name, type=info.type, expected_attach_type=None)
 
 
-def info_by_id(program_id: int) -> ProgramInfo:
-    """Return what the kernel says of the program with an id. Linux 4.13, needs CAP_SYS_ADMIN."""
+def info_by_id(program_id: int, *, memory: bool = True) -> ProgramInfo:
+    """Return what the kernel says of the program with an id; see ``program_info``.
+
+    Linux 4.13, needs CAP_SYS_ADMIN. Raises OSError.
+    """
     fd = descriptors.by_id(Cmd.PROG_GET_FD_BY_ID, program_id)
     try:
-        return program_info(fd)
+        return program_info(fd, memory=memory)
     finally:
         os.close(fd)
 

@@ -71,8 +71,10 @@ def show_all(*, as_json: bool) -> None:
     if not throttles:
         echo("Nothing is limited.")
         return
+    kept = {one.record.owner: one for one in throttles}  # one process may keep many
+    owners = {owner: one.owner for owner, one in kept.items()}
     head = ("id", "name", "target", "download", "upload", "by process")
-    tables.show([head, *map(_row, throttles)])
+    tables.show([head, *(_row(one, owners[one.record.owner]) for one in throttles)])
 
 
 def show(which: Which, *, as_json: bool) -> None:
@@ -139,14 +141,14 @@ def _change(one: InForce, limits: dict[Direction, Optional[Rate]], method: Optio
     echo(f"Changed {one.id}: {', '.join(changed)}.")
 
 
-def _row(one: InForce) -> tuple[str, ...]:
+def _row(one: InForce, owner: str) -> tuple[str, ...]:
     record = one.record
     return (
         record.id,
         record.spec.name,
         one.target,
         *(one.limit(direction) if direction in one.limits else "" for direction in Direction),
-        one.owner,
+        owner,
     )
 
 

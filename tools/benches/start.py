@@ -7,6 +7,7 @@ Also the CPU time of the whole command, which says the same on a busy machine. `
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pybpfthrottle.linux import cgroup
 __all__ = ["configure", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("click", "elftools", "rich", "markdown_it", "mdurl", "pygments")
 BARE, RUN = "bare interpreter", "pybpfthrottle run"
 BARE_TO_ITS_END = "bare interpreter, to its end"
 # Measured until they end.
@@ -38,7 +41,7 @@ def measure(rounds: int) -> dict[str, Any]:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         scratch = cgroup.root().create_child(f"bench-{os.getpid()}")
         try:
-            ways = _ways(directory, scratch.path)
+            ways = _ways(directory, _installed(directory), scratch.path)
             samples: dict[str, list[Sample]] = {name: [] for name in ways}
             cpu_ms: dict[str, list[float]] = {name: [] for name in ways}
             imports: list[Sample] = []
@@ -62,21 +65,37 @@ def measure(rounds: int) -> dict[str, Any]:
     return rows
 
 
+def _installed(directory: str) -> str:
+    """Return the interpreter of an environment that has just the packages that are needed.
+
+    This one's may have files that import modules at each start, as an editable installation has:
+    that would be charged to the bare interpreter.
+    """
+    environment = Path(directory, "environment")
+    venv.create(environment)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            (packages / name).symlink_to(next(iter(spec.submodule_search_locations)))
+    return str(environment / "bin/python3")
+
+
 def _childrens_cpu_ms() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (used.ru_utime + used.ru_stime) * 1000
 
 
-def _ways(directory: str, path: str) -> dict[str, list[str]]:
+def _ways(directory: str, python: str, path: str) -> dict[str, list[str]]:
     """The commands by their names; ``path`` is that of a cgroup to be limited."""
     arrived = ["sh", "-c", "date +%s%N; grep VmHWM /proc/$PPID/status"]
     limits = ["--download-limit", "1G", "--upload-limit", "1G"]
-    tool = [sys.executable, "-m", "pybpfthrottle"]
+    tool = [python, "-m", "pybpfthrottle"]
     ways = {
-        BARE: [sys.executable, "-c", f"import os; os.spawnvp(os.P_WAIT, 'sh', {arrived!r})"],
-        BARE_TO_ITS_END: [sys.executable, "-c", "pass"],
+        BARE: [python, "-c", f"import os; os.spawnvp(os.P_WAIT, 'sh', {arrived!r})"],
+        BARE_TO_ITS_END: [python, "-c", "pass"],
         RUN: [*tool, "run", "--quiet", *limits, "--", *arrived],
-        "pybpfthrottle.limit(cgroup=)": [sys.executable, "-c", _CORE.format(path, arrived)],
+        "pybpfthrottle.limit(cgroup=)": [python, "-c", _CORE.format(path, arrived)],
         "pybpfthrottle --help": [*tool, "--help"],
         "pybpfthrottle list": [*tool, "list"],
     }

@@ -40,7 +40,7 @@ def of_debian(name: str, arch: str) -> Kernel:
     suffix = "" if arch == "x86_64" else f"-{arch}"
     directory = debian.kept(f"{name}{suffix}", lambda made, own: _download(name, arch, made, own))
     image = next(directory.rglob("vmlinuz*"))
-    return Kernel(name, arch, image, directory, next(directory.rglob("boot/config-*")))
+    return Kernel(name, arch, image, directory, next(directory.rglob("boot/config-*"), None))
 
 
 def given(image: Path, modules: Optional[Path]) -> Kernel:

@@ -221,13 +221,15 @@ def _recorded(known: set[int], nameless: set[int], but: Container[int] = ()) -> 
         if map_id in but:
             continue
         with suppress(OSError, KeyError, TypeError, ValueError):  # it may end meanwhile
+            given = maps.name_by_id(map_id)
+            if given not in ("", RECORD):
+                _no_records.add(map_id)
+                continue
             with maps.open_by_id(map_id) as live:
                 name = name_of(live)
-                if name == CONFIGS and not live.spec.name:
+                if name == CONFIGS:
                     nameless.add(map_id)
                 if name != RECORD:
-                    if live.spec.name:
-                        _no_records.add(map_id)
                     continue
                 known.add(map_id)
                 entry = RecordMap(live).read()
@@ -374,7 +376,7 @@ def _program_ids() -> Iterator[int]:
 def _programs(ids: Iterable[int]) -> Iterator[ProgramInfo]:
     for program_id in ids:
         with suppress(OSError):  # it may end meanwhile
-            yield programs.info_by_id(program_id)
+            yield programs.info_by_id(program_id, memory=False)
 
 
 def programs_of(map_id: int) -> dict[int, shipped.Shipped]:
@@ -391,19 +393,25 @@ def map_ids(info: ProgramInfo) -> dict[str, int]:
     """Return the ids of a program's maps by their names."""
     found = {}
     for map_id in info.map_ids:
-        with suppress(OSError), maps.open_by_id(map_id) as one:
-            found[name_of(one)] = map_id
+        with suppress(OSError):
+            found[_name_by_id(map_id)] = map_id
     return found
+
+
+def _name_by_id(map_id: int) -> str:
+    name = maps.name_by_id(map_id)
+    if not name:
+        with maps.open_by_id(map_id) as one:
+            name = name_of(one)
+    return name
 
 
 def open_map(ids: Iterable[int], name: str) -> Optional[Map[Any, Any]]:
     """Return the map with this name among these ids, if any; the caller closes it."""
     for map_id in ids:
         with suppress(OSError):
-            found = maps.open_by_id(map_id)
-            if name_of(found) == name:
-                return found
-            found.close()
+            if _name_by_id(map_id) == name:
+                return maps.open_by_id(map_id)
     return None
 
 
