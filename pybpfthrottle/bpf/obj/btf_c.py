@@ -29,6 +29,9 @@ _LARGE_BITS = 8 << 12
 _MODES = {1: "QI", 2: "HI", 8: "DI"}
 # Compilers know it, and each calls something else so.
 _BUILT_IN = "__builtin_va_list"
+# The header of a kernel is 3 MB long. Types without names are written out wherever they are used,
+# so a few that contain each other several times could take more than any memory.
+_MOST_CHARACTERS = 1 << 26
 _KFUNC = "bpf_kfunc"
 _BEGIN = """\
 #ifndef __VMLINUX_H__
@@ -65,6 +68,7 @@ class _Header:
         self._done: set[int] = set()
         self._declared: set[str] = set()
         self._lines: list[str] = []
+        self._characters = 0
         # Enums without a name that are written where they are used.
         self._used = {item.size_or_type for item in btf.of_kind(Kind.TYPEDEF)}
 
@@ -123,8 +127,10 @@ class _Header:
 
     def _need_composite(self, composite: Type, whole: bool) -> None:
         if not composite.name:
-            for member in self._btf.members(composite):
-                self._need(member.type, whole=True)
+            if composite.id not in self._done:
+                self._done.add(composite.id)
+                for member in self._btf.members(composite):
+                    self._need(member.type, whole=True)
         elif whole:
             self._define(composite)
         else:
@@ -184,6 +190,9 @@ class _Header:
         name = f"{self._name(btf_type)} " if btf_type.name else ""
         rows = self._enumerators(btf_type) if btf_type.kind in ENUMS else self._members(btf_type)
         body = "".join(f"\t{line}\n" for row in rows for line in row.split("\n"))
+        self._characters += len(body)
+        if self._characters > _MOST_CHARACTERS:
+            raise ObjectFileError("types without names are nested too often", section=".BTF")
         return f"{_PREFIX[btf_type.kind]}{name}{{\n{body}}}{self._attribute(btf_type)}"
 
     def _attribute(self, btf_type: Type) -> str:
@@ -211,11 +220,12 @@ class _Header:
 
 def _padding(begin: int, end: int) -> Iterator[str]:
     """Return members without a name that take the bits of a struct from one up to another."""
-    # A name costs nothing there, and a line for each word would.
-    if end - begin > _LARGE_BITS and begin % 8 == 0:
-        yield f"char __pad_{begin // 8}[{(end - begin) // 8}];"
-        begin += (end - begin) // 8 * 8
     while begin < end:
+        # A name costs nothing there, and a line for each word would.
+        if end - begin > _LARGE_BITS and begin % 8 == 0:
+            yield f"char __pad_{begin // 8}[{(end - begin) // 8}];"
+            begin += (end - begin) // 8 * 8
+            continue
         kind, bits = next(
             (kind, bits) for kind, bits in _UNITS if begin % bits == 0 and begin + bits <= end
         )

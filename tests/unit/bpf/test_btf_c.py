@@ -117,3 +117,22 @@ def test_a_large_gap_takes_one_line(tmp_path, types):
     types.struct("large", 1 << 29, ("a", char, 0), ("b", char, 1 << 28))
     text = accepts(tmp_path, types, "__builtin_offsetof(struct large, b) == 1 << 28")
     assert len(text) < 2000
+
+
+def test_a_large_gap_may_begin_within_a_byte(types):
+    """Behind a bit field a gap takes few lines as well."""
+    number = types.int("int", 4)
+    far_bits = 1 << 23
+    types.struct("large", 1 << 21, ("a", number, 0, 1), ("b", number, far_bits, 3))
+    assert len(btf_c.header(types.btf())) < 2000
+
+
+def test_types_that_would_take_all_memory_are_refused(types):
+    """Each of forty types without a name contains the next one twice."""
+    inner = types.int("int", 4)
+    for level in range(40):
+        size = 4 << min(level, 20)
+        inner = types.struct("", size, ("", inner, 0), ("", inner, 0))
+    types.struct("outer", 4, ("", inner, 0))
+    with pytest.raises(ObjectFileError, match="nested too often"):
+        btf_c.header(types.btf())
