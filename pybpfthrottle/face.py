@@ -78,7 +78,7 @@ def limit(
 
         meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
     throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
-    registry.tidy_up()
+    registry.tidy_up_again()
     if supervise:
         throttle.supervise()
     return throttle

@@ -6,12 +6,13 @@ There is no state besides the kernel's: a throttle is in force if its mechanism 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterable, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends import files, protocol
 from pybpfthrottle.backends.protocol import Backend, Match, Record
@@ -29,6 +30,10 @@ _ID_CHARACTERS = 6
 
 # How long clearing up after a killed instance may take.
 _PATIENCE_S = 2.0
+
+# How soon a process that starts more limits tidies up again, and when it did.
+_TIDY_S = 10.0
+_tidied_s = -math.inf
 
 _TWICE = "packets would be charged to both limits. If you want both, add --stack"
 
@@ -94,6 +99,15 @@ def tidy_up() -> None:
         own_cgroups.remove_abandoned()
     with locked():
         run_files.tidy_up()
+
+
+def tidy_up_again() -> None:
+    """Do so if it was some time ago: a process may start many limits in a row."""
+    global _tidied_s
+    now = time.monotonic()
+    if now >= _tidied_s + _TIDY_S:
+        _tidied_s = now
+        tidy_up()
 
 
 def find(
@@ -177,9 +191,10 @@ def refuse_limited(selection: Optional[Selection], chosen: Sequence[Cgroup]) -> 
         if _is_in_force(record) and not process.same(record.owner, process.identity())
     ]
     own = [] if selection is None else list(selection.processes)
+    cgroups = _with_cgroups_of(own, chosen) if others else []
     for record in others:
         if record.match is Match.CGROUP:
-            _refuse_in_cgroups(own, chosen, record)
+            _refuse_in_cgroups(cgroups, chosen, record)
         else:
             _refuse_among_processes(own, chosen, record)
 
@@ -205,12 +220,20 @@ def _is_cleared_up(record: Record) -> bool:
     )
 
 
-def _refuse_in_cgroups(own: Sequence[Process], chosen: Sequence[Cgroup], record: Record) -> None:
-    """Refuse if ``record``, which limits whole cgroups, covers some of the target."""
-    wanted = list(chosen)
+def _with_cgroups_of(own: Iterable[Process], chosen: Sequence[Cgroup]) -> list[Cgroup]:
+    """Return chosen cgroups and those that processes are in."""
+    found = list(chosen)
     for one in own:
         with suppress(CgroupError, ProcessError):  # it may be in none that is visible
-            wanted.append(cgroups_v2.from_pid(one.pid))
+            found.append(cgroups_v2.from_pid(one.pid))
+    return found
+
+
+def _refuse_in_cgroups(wanted: Sequence[Cgroup], chosen: Sequence[Cgroup], record: Record) -> None:
+    """Refuse if ``record``, which limits whole cgroups, covers some of the target.
+
+    ``wanted`` has its cgroups, of which some were ``chosen`` as a whole.
+    """
     for limited in record.visible_cgroups():
         if any(each in limited or (each in chosen and limited in each) for each in wanted):
             raise CgroupError(

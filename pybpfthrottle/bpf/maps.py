@@ -315,12 +315,13 @@ def open_pinned(path: descriptors.Path) -> Map[Any, Any]:
     return _opened(descriptors.open_pinned(path, "bpf-map"))
 
 
-def all_ids() -> Iterator[int]:
-    """Return the ids of all maps of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+def all_ids(after: int = 0) -> Iterator[int]:
+    """Return the ids of all maps of the machine, or of those with higher ids, in order.
 
+    The kernel counts ids up, to 2^31, before it uses one again. Linux 4.13; needs CAP_SYS_ADMIN.
     Raises OSError.
     """
-    return syscall.all_ids(Cmd.MAP_GET_NEXT_ID)
+    return syscall.all_ids(Cmd.MAP_GET_NEXT_ID, after)
 
 
 def map_info(fd: int) -> MapInfo:

@@ -562,9 +562,10 @@ def info_by_id(program_id: int, *, memory: bool = True) -> ProgramInfo:
         os.close(fd)
 
 
-def all_ids() -> Iterator[int]:
-    """Return the ids of all programs of the machine. Linux 4.13; needs CAP_SYS_ADMIN.
+def all_ids(after: int = 0) -> Iterator[int]:
+    """Return the ids of all programs of the machine, or of those with higher ids, in order.
 
+    The kernel counts ids up, to 2^31, before it uses one again. Linux 4.13; needs CAP_SYS_ADMIN.
     Raises OSError.
     """
-    return syscall.all_ids(Cmd.PROG_GET_NEXT_ID)
+    return syscall.all_ids(Cmd.PROG_GET_NEXT_ID, after)

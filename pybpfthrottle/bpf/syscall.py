@@ -119,12 +119,12 @@ def _allow(cmd: Cmd, attr: Attr, fd: int) -> None:
         attr.btf_load.btf_flags |= BPF_F_TOKEN_FD
 
 
-def all_ids(cmd: Cmd) -> Iterator[int]:
-    """Return the ids that a GET_NEXT_ID command lists. Linux 4.13; needs CAP_SYS_ADMIN.
+def all_ids(cmd: Cmd, after: int = 0) -> Iterator[int]:
+    """Return the ids that a GET_NEXT_ID command lists, in ascending order.
 
-    Raises OSError.
+    Linux 4.13; needs CAP_SYS_ADMIN. Raises OSError.
     """
-    following = 0
+    following = after
     while True:
         attr = Attr()
         attr.get_id.id = following

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 from contextlib import nullcontext, suppress
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -27,6 +27,7 @@ from pybpfthrottle.backends.ebpf.registry import (
 from pybpfthrottle.bpf import features, links, maps, programs
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.errors import CgroupError
@@ -192,8 +193,8 @@ def _owner(info: ProgramInfo) -> Optional[Identity]:
     configs = configs_of(info.map_ids)
     if configs is not None:
         with configs:
-            is_own = _are_limits_of(info.map_ids)
-            heads = [Head.from_buffer_copy(one) for key, one in configs.items() if is_own(key)]
+            keys = _limits_in(configs, info.map_ids)
+            heads = [Head.from_buffer_copy(configs[key]) for key in keys]
         for head in heads:
             if head.magic == ThrottleFormat.MAGIC and head.rate_bytes_per_s:
                 return head.owner
@@ -237,14 +238,13 @@ def _detach(program_id: int, hook: AttachType, cgroup: Cgroup) -> bool:
     return True
 
 
-def _are_limits_of(map_ids: Sequence[int]) -> Callable[[int], bool]:
-    """Return what tells which keys of a configuration map are of a program's throttle.
+def _limits_in(configs: Map[int, bytes], map_ids: Sequence[int]) -> list[int]:
+    """Return which keys of a configuration map are of a program's throttle.
 
     In slot 0 is one that has the map for itself, or else the program is for all slots.
     """
     slot = slot_of(map_ids)
-    own = {element(slot, direction) for direction in Direction}
-    return lambda key: not slot or key in own
+    return [element(slot, direction) for direction in Direction] if slot else list(configs)
 
 
 def _disarm(map_ids: Sequence[int]) -> None:
@@ -254,13 +254,12 @@ def _disarm(map_ids: Sequence[int]) -> None:
     """
     configs = configs_of(map_ids)
     if configs is not None:
-        is_own = _are_limits_of(map_ids)
         with configs:
-            for key, record in list(configs.items()):
-                if is_own(key):
-                    head = Head.from_buffer_copy(record)
-                    head.rate_bytes_per_s = 0
-                    configs[key] = bytes(head) + record[ctypes.sizeof(Head) :]
+            for key in _limits_in(configs, map_ids):
+                record = configs[key]
+                head = Head.from_buffer_copy(record)
+                head.rate_bytes_per_s = 0
+                configs[key] = bytes(head) + record[ctypes.sizeof(Head) :]
     told = open_map(map_ids, RECORD)
     if told is not None:
         with told:

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Container, Iterable, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Container, Iterable, Iterator, Mapping, Optional, Tuple
 
 from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES
@@ -156,24 +156,33 @@ def _fitting(fields: Mapping[str, Any]) -> bytes:
     ).encode()[:_MOST_BYTES]
 
 
-class Settled:
-    """Ids of objects that need no second look: the kernel gives none of them twice.
+class Unsettled:
+    """The ids of objects that have to be looked at: new ones, and earlier ones not settled.
 
-    For one scan of all objects, ``new`` returns the others, and ``add`` settles one.
+    A machine may have thousands. Of each kind, the kernel gives a new one a higher id than it has
+    given before, so only what comes after the last one is listed.
     """
 
-    def __init__(self) -> None:
+    # It begins anew after 2^31. Long before that, all are listed each time.
+    _MANY_IDS = 1 << 30
+
+    def __init__(self, listed: Callable[[int], Iterable[int]]) -> None:
+        """``listed`` returns the ids above a number, in ascending order."""
+        self._listed = listed
+        self._last = 0
         self._ids: set[int] = set()
 
-    def new(self, ids: Iterable[int]) -> list[int]:
-        """Return the ids that have to be looked at; those of objects that are gone are dropped."""
-        there = set(ids)
-        self._ids &= there
-        return sorted(there - self._ids)
+    def ids(self) -> list[int]:
+        """Return them. Raises OSError if looking is not permitted."""
+        new = list(self._listed(self._last if self._last < self._MANY_IDS else 0))
+        # In this order: another thread that looks meanwhile is not to miss any.
+        self._ids.update(new)
+        self._last = max([self._last, *new[-1:]])
+        return sorted(self._ids)
 
-    def add(self, settled: int) -> None:
-        """Do not look at an object again."""
-        self._ids.add(settled)
+    def settle(self, object_id: int) -> None:
+        """An object is of no interest, or is gone: do not look at it again."""
+        self._ids.discard(object_id)
 
 
 class OwnRecords:
@@ -194,8 +203,9 @@ class OwnRecords:
 
 
 own_records = OwnRecords()
-# Maps that are no records, and programs of throttles that have one, or that are not ours.
-_no_records, _of_records = Settled(), Settled()
+# Maps that may be records, and programs that may be of throttles without one.
+_maybe_records = Unsettled(maps.all_ids)
+_maybe_alone = Unsettled(programs.all_ids)
 
 
 def in_force(*, others: bool = False) -> Iterator[Record]:
@@ -204,9 +214,10 @@ def in_force(*, others: bool = False) -> Iterator[Record]:
     With ``others`` without those of this process. Linux 4.13. Needs CAP_SYS_ADMIN; raises OSError
     without.
     """
-    known: set[int] = set()
+    own = own_records.ids() if others else set()
+    known = set(own)
     nameless: set[int] = set()
-    yield from _recorded(known, nameless, own_records.ids() if others else set())
+    yield from _recorded(known, nameless, own)
     yield from _without_record(known)
     yield from _by_configs(nameless - known)
 
@@ -217,26 +228,38 @@ def _recorded(known: set[int], nameless: set[int], but: Container[int] = ()) -> 
     Each configuration map without a name is added to ``nameless``. ``but`` has the ids of records
     to leave out.
     """
-    for map_id in _no_records.new(maps.all_ids()):
+    for map_id in _maybe_records.ids():
         if map_id in but:
             continue
-        with suppress(OSError, KeyError, TypeError, ValueError):  # it may end meanwhile
-            given = maps.name_by_id(map_id)
-            if given not in ("", RECORD):
-                _no_records.add(map_id)
-                continue
-            with maps.open_by_id(map_id) as live:
-                name = name_of(live)
-                if name == CONFIGS:
-                    nameless.add(map_id)
-                if name != RECORD:
-                    continue
-                known.add(map_id)
-                entry = RecordMap(live).read()
-            if entry is not None:
-                record = record_of(entry, map_id)
-                known.update(record.handles.get("maps", {}).values())
-                yield record
+        try:
+            record = _record_in(map_id, known, nameless)
+        except FileNotFoundError:  # it has ended
+            _maybe_records.settle(map_id)
+            continue
+        except (OSError, KeyError, TypeError, ValueError):
+            continue
+        if record is not None:
+            yield record
+
+
+def _record_in(map_id: int, known: set[int], nameless: set[int]) -> Optional[Record]:
+    """Return what a map records, if it is a record. Raises what reading it raises."""
+    if maps.name_by_id(map_id) not in ("", RECORD):
+        _maybe_records.settle(map_id)
+        return None
+    with maps.open_by_id(map_id) as live:
+        name = name_of(live)
+        if name == CONFIGS:
+            nameless.add(map_id)
+        if name != RECORD:
+            return None
+        known.add(map_id)
+        entry = RecordMap(live).read()
+    if entry is None:
+        return None
+    record = record_of(entry, map_id)
+    known.update(record.handles.get("maps", {}).values())
+    return record
 
 
 def name_of(live: Map[Any, Any]) -> str:
@@ -293,13 +316,14 @@ def record_of(entry: Entry, map_id: int) -> Record:
 def _without_record(known: set[int]) -> Iterator[Record]:
     """Return the throttles of older versions, as far as their programs reveal them."""
     found: dict[int, Record] = {}
-    for info in _programs(_of_records.new(_program_ids())):
+    for info in _maybe_without_record():
         with suppress(OSError, KeyError):
             if known.intersection(info.map_ids):
+                _maybe_alone.settle(info.id)
                 continue
             named = map_ids(info) if info.name.startswith(shipped.PREFIX) else {}
             if RECORD in named or CONFIGS not in named:
-                _of_records.add(info.id)
+                _maybe_alone.settle(info.id)
                 continue
             limits, owner = _limits_of(named[CONFIGS])
             if owner is not None and named[CONFIGS] not in found:
@@ -313,6 +337,17 @@ def _without_record(known: set[int]) -> Iterator[Record]:
                     handles={"maps": named},
                 )
     yield from found.values()
+
+
+def _maybe_without_record() -> Iterator[ProgramInfo]:
+    with suppress(OSError):  # they may not be seen
+        for program_id in _maybe_alone.ids():
+            try:
+                yield programs.info_by_id(program_id, memory=False)
+            except FileNotFoundError:  # it has ended
+                _maybe_alone.settle(program_id)
+            except OSError:
+                continue
 
 
 def _by_configs(nameless: Iterable[int]) -> Iterator[Record]:
@@ -365,18 +400,10 @@ def our_programs() -> Iterator[ProgramInfo]:
 
 
 def _all_programs() -> Iterator[ProgramInfo]:
-    return _programs(_program_ids())
-
-
-def _program_ids() -> Iterator[int]:
     with suppress(OSError):  # they may not be seen
-        yield from programs.all_ids()
-
-
-def _programs(ids: Iterable[int]) -> Iterator[ProgramInfo]:
-    for program_id in ids:
-        with suppress(OSError):  # it may end meanwhile
-            yield programs.info_by_id(program_id, memory=False)
+        for program_id in programs.all_ids():
+            with suppress(OSError):  # it may end meanwhile
+                yield programs.info_by_id(program_id, memory=False)
 
 
 def programs_of(map_id: int) -> dict[int, shipped.Shipped]:

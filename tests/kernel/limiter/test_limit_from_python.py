@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lab import ENVIRONMENT, TOOL, attached
 from targets import NEXT_PASS_S, Target, eventually, followed, marked, programs_of, target
 
 import pybpfthrottle
-from pybpfthrottle import Direction, Rate
+from pybpfthrottle import Direction, Rate, registry
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.errors import LimitError, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup
@@ -74,6 +75,18 @@ def test_all_limits_of_a_process_share_one_thread(scratch: Cgroup) -> None:
         assert threads() == 0
     finally:
         child.remove(patience_s=5)
+
+
+def test_many_limits_in_a_row_tidy_up_once(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at all that is on the machine, for what a crash may have left."""
+    tidied: list[float] = []
+    monkeypatch.setattr(registry, "tidy_up", lambda: tidied.append(time.monotonic()))
+    for moment, times in ((-math.inf, 1), (time.monotonic(), 1), (-math.inf, 2)):
+        monkeypatch.setattr(registry, "_tidied_s", moment)
+        pybpfthrottle.limit(cgroup=scratch.path, upload="1M").remove()
+        assert len(tidied) == times
 
 
 def test_later_processes_are_taken_in(scratch: Cgroup, own: Target) -> None:
@@ -186,8 +199,9 @@ def test_this_session_is_not_limited_by_accident() -> None:
         pybpfthrottle.limit(cgroup=cgroup.from_pid(os.getpid()).path, upload="1M")
 
 
-def test_what_another_process_limits_is_refused(own: Target) -> None:
-    """Unless both are wanted."""
+def test_what_another_process_limits_is_refused(scratch: Cgroup, own: Target) -> None:
+    """Unless both are wanted. It may have begun since this process looked for others last."""
+    pybpfthrottle.limit(cgroup=scratch.path, upload="1M").remove()
     code = "import pybpfthrottle, sys; pybpfthrottle.limit(pid=int(sys.argv[1]), upload='1M')"
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}; print(1, flush=True); sys.stdin.read()", str(own.pid)],

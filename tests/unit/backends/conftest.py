@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 from kernels import Kernel
 
-from pybpfthrottle.bpf import maps, privileges, syscall
+from pybpfthrottle.backends.ebpf import registry
+from pybpfthrottle.backends.ebpf.registry import Unsettled
+from pybpfthrottle.bpf import maps, privileges, programs, syscall
 from pybpfthrottle.bpf.features import forget
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup, Mount
@@ -26,6 +28,9 @@ def boot(monkeypatch, tmp_path):
         kernel = Kernel(release)
         started.append(kernel)
         monkeypatch.setattr(syscall, "bpf", kernel)
+        # Of another kernel's objects nothing is known.
+        monkeypatch.setattr(registry, "_maybe_records", Unsettled(maps.all_ids))
+        monkeypatch.setattr(registry, "_maybe_alone", Unsettled(programs.all_ids))
         return kernel
 
     mount = Mount("0:1", "/", str(tmp_path), "cgroup2")
