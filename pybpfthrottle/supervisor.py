@@ -187,10 +187,12 @@ class Supervisor:
 
     def __init__(self) -> None:
         self._sources: list[_Asked] = []
+        self._has_fewer = False
         # All chores, each with its sources: limits may share one.
         self._chores: dict[int, tuple[Chore, list[_Asked]]] = {}
         self._ask_again_s = -math.inf
-        self._calls: deque[Callable[[], None]] = deque()
+        # Each with the source whose chores it may change; None for any.
+        self._calls: deque[tuple[Callable[[], None], Optional[Source]]] = deque()
         self._resources = ExitStack()
         self._epoll = select.epoll()
         self._resources.callback(self._epoll.close)
@@ -209,7 +211,7 @@ class Supervisor:
     def discard(self, source: Source) -> None:
         """Stop doing a source's chores."""
         self._sources = [one for one in self._sources if one.source != source]
-        self._ask_again_s = -math.inf
+        self._has_fewer = True
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when ``step`` has something to do."""
@@ -240,7 +242,6 @@ class Supervisor:
         ready = {fd for fd, _ in self._epoll.poll(timeout)}
         if self._wake_read in ready:
             self._answer()
-            self._ask_again_s = -math.inf  # a call may have ended a limit
             self._ask()
         for chore, sources in list(self._chores.values()):
             if chore.fileno() in ready or time.monotonic() >= chore.due_s:
@@ -265,8 +266,11 @@ class Supervisor:
         """Have ``serve`` end. Use ``call`` to call this."""
         self._stopped = True
 
-    def call(self, function: Callable[[], T]) -> T:
-        """Have ``serve`` call a function between two chores; return its result."""
+    def call(self, function: Callable[[], T], of: Optional[Source] = None) -> T:
+        """Have ``serve`` call a function between two chores; return its result.
+
+        ``of`` is the only source whose chores it may change, if that is known.
+        """
         if self._thread == threading.get_ident():
             return function()
         from concurrent.futures import Future  # with logging, which takes a moment
@@ -279,7 +283,7 @@ class Supervisor:
             except BaseException as error:
                 result.set_exception(error)
 
-        self._calls.append(run)
+        self._calls.append((run, of))
         os.write(self._wake_write, b"x")
         return result.result()
 
@@ -302,7 +306,8 @@ class Supervisor:
             are_new = True
         else:
             asked = [source for source in self._sources if source.is_stale]
-            are_new = False
+            are_new = self._has_fewer
+        self._has_fewer = False
         for source in asked:
             before, source.chores = source.chores, list(source.source())
             source.is_stale = False
@@ -341,7 +346,12 @@ class Supervisor:
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
         while self._calls:
-            self._calls.popleft()()
+            function, of = self._calls.popleft()
+            function()
+            if of is None:
+                self._ask_again_s = -math.inf
+            for one in self._sources:
+                one.is_stale |= one.source == of
 
 
 def _do(chore: Chore, strict: bool) -> None:
@@ -383,15 +393,15 @@ class InThread:
                 InThread._thread.start()
             InThread._users += 1
             self._supervisor = InThread._shared
-        self._supervisor.call(lambda: self._supervisor.add(source))
+        self._supervisor.call(lambda: self._supervisor.add(source), source)
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function in the thread; return its result."""
-        return self._supervisor.call(function)
+        return self._supervisor.call(function, self._source)
 
     def release(self) -> None:
         """Leave the thread, which ends when the last limit leaves it."""
-        self._supervisor.call(lambda: self._supervisor.discard(self._source))
+        self._supervisor.call(lambda: self._supervisor.discard(self._source), self._source)
         with self._lock:
             InThread._users -= 1
             if InThread._users:

@@ -214,8 +214,16 @@ def _unescape(text: str) -> str:
 def mount() -> Mount:
     """Return where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
 
-    Raises CgroupError with what to do.
+    Raises CgroupError with what to do. Within ``locked`` it is looked up once.
     """
+    if not _lock.held:
+        return _look_for_mount()
+    if _lock.mounted is None:
+        _lock.mounted = _look_for_mount()
+    return _lock.mounted
+
+
+def _look_for_mount() -> Mount:
     table = mounts()
     found = [m for m in table if m.type == "cgroup2"]
     if not found:
@@ -365,7 +373,7 @@ def locked() -> Iterator[None]:
         _lock.held = True
         yield
     finally:
-        _lock.held = False
+        _lock.leave()
         os.close(fd)
 
 
@@ -382,15 +390,20 @@ def locked_if_free() -> Iterator[bool]:
             _lock.held = True
         yield _lock.held
     finally:
-        _lock.held = False
+        _lock.leave()
         if fd >= 0:
             os.close(fd)
 
 
 class _Lock(threading.local):
-    """Whether this thread has the lock."""
+    """Whether this thread has the lock, and where it has found cgroup v2 mounted since."""
 
     held = False
+    mounted: Optional[Mount] = None
+
+    def leave(self) -> None:
+        self.held = False
+        self.mounted = None
 
 
 _lock = _Lock()

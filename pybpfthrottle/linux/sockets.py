@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import struct
+import time
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from pybpfthrottle.linux import libc, process
 
@@ -192,6 +194,41 @@ def descriptors(pid: int) -> list[Descriptor]:
             if target.startswith("socket:["):
                 found.append(Descriptor(int(name), int(target[len("socket:[") : -1])))
     return sorted(found)
+
+
+class _Shared:
+    """Which sockets several processes have open, looked up once for all who ask."""
+
+    def __init__(self) -> None:
+        self._found: Mapping[int, Sequence[int]] = {}
+        self._looked_s = -math.inf
+
+    def since(self, when_s: float) -> Mapping[int, Sequence[int]]:
+        if self._looked_s <= when_s:
+            self._looked_s = time.monotonic()
+            self._found = self._look()
+        return self._found
+
+    @staticmethod
+    def _look() -> Mapping[int, Sequence[int]]:
+        users: dict[int, list[int]] = {}
+        for pid in process.running():
+            with suppress(OSError):  # it has ended, or may not be inspected
+                for inode in {one.inode for one in descriptors(pid)}:
+                    users.setdefault(inode, []).append(pid)
+        # Only those: they are few, and are kept.
+        return {inode: pids for inode, pids in users.items() if len(pids) > 1}
+
+
+_shared = _Shared()
+
+
+def shared(since_s: float) -> Mapping[int, Sequence[int]]:
+    """Return the sockets that several processes have open, by inode, with those processes.
+
+    As they were at some time after ``since_s`` on time.monotonic().
+    """
+    return _shared.since(since_s)
 
 
 class Scan:

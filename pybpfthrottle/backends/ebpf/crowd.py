@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections, programs
@@ -191,8 +191,14 @@ class Crowd:
         chosen = {one.pid for one in order.processes.processes}
         if order.processes.children:
             chosen |= descendants.of(chosen)
-        slots = self.slots(fresh_s=0)
-        return any(self._bank.is_live(slots.get(pid, 0)) for pid in chosen)
+        return any(self._bank.is_live(self.slot_now(pid)) for pid in chosen)
+
+    def slot_now(self, pid: int) -> int:
+        """Return the slot of one process, as it is; 0 if no throttle has it."""
+        try:
+            return int(self.processes[pid].slot)
+        except KeyError:
+            return 0
 
     def slots(self, fresh_s: float = _FRESH_S) -> dict[int, int]:
         """Return the slot of each process, as it was a moment ago at most."""
@@ -229,9 +235,8 @@ class Member(Processes):
 
     def discard(self, pid: int) -> None:
         """Remove one, unless it is another throttle's by now."""
-        with suppress(KeyError):
-            if self._crowd.processes[pid].slot == self.slot:
-                super().discard(pid)
+        if self._crowd.slot_now(pid) == self.slot:
+            super().discard(pid)
         if self._crowd.slots().get(pid) == self.slot:
             del self._crowd.slots()[pid]
 

@@ -33,7 +33,7 @@ from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.ringbuf import RingBuffer
 from pybpfthrottle.errors import Error, NoMarksError, ProcessError
-from pybpfthrottle.linux import descendants, process
+from pybpfthrottle.linux import descendants, process, sockets
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.logger import Logger
@@ -122,6 +122,8 @@ class Marks(Frequent):
         self._spares = spares
         self._scan = Scan()
         self._inodes: set[int] = set()
+        self._began_s = time.monotonic()
+        self._has_passed = False
         # Processes that shared sockets at the first check; a cleanup does so for a moment.
         self._suspects: Optional[list[int]] = None
         self.due_s = time.monotonic()
@@ -323,10 +325,16 @@ class Marks(Frequent):
     def _look_for_sharing(self) -> None:
         """Note which other processes use marked sockets: a mark applies to all users of a socket.
 
-        Checked after the first pass, and again for the processes found then.
+        Checked a while after the first pass, in the same moment as for other limits, and again for
+        the processes found then.
         """
+        if not self._has_passed:
+            self._has_passed = True
+            return
         if self._suspects is None:
-            self._suspects = self._sharing(process.running())
+            shared = sockets.shared(self._began_s) if self._inodes else {}
+            users = {pid for inode in self._inodes for pid in shared.get(inode, ())}
+            self._suspects = self._sharing(users)
         else:
             for pid in self._sharing(self._suspects):
                 self._note(

@@ -168,6 +168,29 @@ def test_who_serves_many_asks_only_those_whose_chores_may_have_changed(monkeypat
     assert set(asked) == {"often", "rare", "never"}
 
 
+def test_a_change_of_one_limit_asks_no_other(monkeypatch):
+    """With many limits each one that begins or ends would cost a question to all."""
+    monkeypatch.setattr("pybpfthrottle.supervisor._ASK_AGAIN_S", 1000.0)
+    asked = []
+
+    def source(name):
+        return lambda: (asked.append(name), [Periodic(1000, lambda: None)])[1]
+
+    first = InThread(source("first"))
+    second = InThread(source("second"))
+    try:
+        asked.clear()
+        second.call(lambda: None)
+        third = InThread(source("third"))
+        third.release()
+        second.call(lambda: None)  # all before has been done
+        assert set(asked) <= {"second", "third"}
+        assert "second" in asked
+    finally:
+        second.release()
+        first.release()
+
+
 def test_looks_wait_together_until_they_cost_no_more_than_their_budget(monkeypatch):
     """As long as all need, by powers of two of the usual time; who is gone costs nothing."""
     now = [1000.0]

@@ -337,3 +337,17 @@ def test_a_path_is_no_unit(tree, name):
 def test_a_cgroup_contains_what_is_below_it(outer, inner, within):
     """A cgroup contains itself and what is below, but not what only begins like it."""
     assert (Cgroup(inner) in Cgroup(outer)) is within
+
+
+def test_the_mount_is_looked_up_once_under_the_lock(monkeypatch):
+    """Many ask for it to put one limit in force; afterwards it may have changed."""
+    looked = []
+    table = cgroup.mounts()
+    monkeypatch.setattr(cgroup, "mounts", lambda: (looked.append(1), table)[1])
+    with cgroup.locked():
+        found = cgroup.mount()
+        looked.clear()
+        assert cgroup.root().path == found.path
+        assert looked == []
+    cgroup.mount()
+    assert looked == [1]
