@@ -13,7 +13,7 @@ from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.placed import Placements
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.protocol import Foothold
-from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf import loader, maps
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
@@ -90,13 +90,13 @@ class Hooks:
                 self._refuses = False
                 self.follow(anew=True)
                 raise
-        rules = self._maps[_RULES].typed(U32, StructureCodec(ConditionsRule))
+        rules = self._own_maps()[_RULES].typed(U32, StructureCodec(ConditionsRule))
         for direction in Direction:
             rules[direction] = rule_of(conditions, direction, loopback=loopback, diverted=diverted)
 
     def counts(self) -> dict[Direction, Counted]:
         """Return what was done to each direction's packets since the hooks were attached."""
-        counts = self._maps[_COUNTS].typed(U32, StructureCodec(ConditionsCounts))
+        counts = self._own_maps()[_COUNTS].typed(U32, StructureCodec(ConditionsCounts))
         return {
             direction: Counted(*(getattr(counts[direction], name) for name in Counted._fields))
             for direction in Direction
@@ -122,11 +122,20 @@ class Hooks:
             undo.callback(placed.detach)
             return undo.pop_all()
 
+    def _own_maps(self) -> dict[str, Map[Any, Any]]:
+        """Return the programs' maps, which are there before them: a cgroup may be gone by then."""
+        if not self._maps:
+            specs = programs.read(programs.with_role(Role.IMPAIR)[0].objects[0]).maps
+            for name in (_RULES, _COUNTS):
+                self._maps[name] = self._closing.enter_context(maps.create(specs[name]))
+        return self._maps
+
     def _load(self, program: Shipped, foothold: Foothold) -> Object:
         """Return a loaded program. All share their maps, and some with the throttle."""
         if program.name not in self._loaded:
             given = {name: foothold.maps[name] for name in _SHARED if name in foothold.maps}
-            loaded = self._closing.enter_context(_loaded(program, {**given, **self._maps}))
+            used = {**given, **self._own_maps()}
+            loaded = self._closing.enter_context(_loaded(program, used))
             self._maps.update({name: one for name, one in loaded.maps.items() if name not in given})
             self._loaded[program.name] = loaded
         return self._loaded[program.name]

@@ -17,11 +17,11 @@ from pybpfthrottle import model, registry
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.conditions import conditions
 from pybpfthrottle.conditions.model import Conditions, Impairment, Loss
-from pybpfthrottle.conditions.network import Asked, Network, begin
+from pybpfthrottle.conditions.network import Asked, Network, begin, wish_for
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup, root
-from pybpfthrottle.model import Direction
-from pybpfthrottle.throttle import open_record
+from pybpfthrottle.model import Direction, ThrottleSpec
+from pybpfthrottle.throttle import open_record, start
 
 DOWN, UP = Direction.DOWNLOAD, Direction.UPLOAD
 PACKETS = 2000
@@ -60,6 +60,17 @@ def test_the_share_that_is_asked_for_is_lost_and_counted(
     assert abs(lost - PACKETS * chance) <= 5 * deviation
     assert (done[DOWN].seen, done[DOWN].dropped, done[UP].dropped) == (PACKETS, lost, 0)
     assert len(arrived(own, 50)) == 50
+
+
+def test_a_cgroup_may_be_gone_before_its_network_begins(scratch: Cgroup) -> None:
+    """Nothing is attached then, and nothing counted; that is no error."""
+    asked = Asked.of(loss="1%")
+    spec = ThrottleSpec(model.Target(cgroups=(scratch.path,)), dict(asked.limits))
+    throttle = start(spec, wish_for(asked))
+    scratch.remove(patience_s=5)
+    with Network(throttle, asked) as network:
+        network.set(outage="always", block="refuse")
+        assert [done.seen for done in network.injected().values()] == [0, 0]
 
 
 def test_the_same_seed_loses_the_same_packets(own: Target) -> None:
