@@ -27,45 +27,42 @@ class Diversions:
         self._wanted = Impairment()
         self._open: list[Diversion] = []
         self._places: Optional[Places] = None
-        # How often the programs of each were attached, when that was looked at last.
-        self._attached: list[tuple[Diversion, int]] = []
         # What those have counted that are closed.
         self._done: list[Injected] = []
 
     def __bool__(self) -> bool:
         return self._places is not None
 
-    def set(self, impairment: Impairment) -> bool:
-        """Impair what comes in from now on; return whether programs were attached for it.
+    def set(self, impairment: Impairment) -> None:
+        """Impair what comes in from now on.
 
         Raises DiversionError, AttachError or CgroupError.
         """
         self._wanted = impairment
         if not diversion.needs_diversion(impairment):
             self.close()
-            return False
+            return
         for one in self._open:
             one.change(impairment)
         if self._places is None:
             self._places = Places(self._throttle, self._divert)
             try:
-                return self.follow()
+                self.follow()
             except BaseException:
                 self.close()
                 raise
-        return False
 
-    def follow(self) -> bool:
-        """Divert at the places that there are now; return whether programs were attached for it.
+    def follow(self) -> None:
+        """Divert at the places that there are now."""
+        if self._places is not None:
+            self._places.follow()
 
-        That is so too if a keeper has had to be replaced meanwhile.
+    def attached(self) -> list[tuple[Diversion, int]]:
+        """Return all there are, and how often the programs of each were attached.
+
+        That is more than once if a keeper has had to be replaced.
         """
-        if self._places is None:
-            return False
-        self._places.follow()
-        now = [(one, one.times_attached) for one in self._open]
-        before, self._attached = self._attached, now
-        return now != before
+        return [(one, one.times_attached) for one in self._open]
 
     def counts(self) -> Optional[Injected]:
         """Return what was done so far, or None if nothing was ever diverted."""
@@ -84,7 +81,6 @@ class Diversions:
     def close(self) -> None:
         """Give back what is held, and end. Doing so twice is no error."""
         places, self._places = self._places, None
-        self._attached = []
         if places is not None:
             places.close()
 

@@ -14,6 +14,7 @@ from pybpfthrottle.conditions.hooks import Counted, Hooks
 from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
 from pybpfthrottle.conditions.traces import Replay, Trace
 from pybpfthrottle.conditions.traces import read as read_trace
+from pybpfthrottle.diversion import Diversion
 from pybpfthrottle.errors import LimitError, ThrottleError
 from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
@@ -127,6 +128,8 @@ class Network:
             refuse_what_is_missing(asked.conditions)
             self._diversions = Diversions(throttle, loopback=loopback)
             undo.callback(self._diversions.close)
+            # The diversion's programs, as far as the limit and the hooks come after them.
+            self._behind: list[tuple[Diversion, int]] = []
             self._hooks = Hooks(throttle)
             undo.callback(self._hooks.close)
             self.asked = asked
@@ -244,8 +247,8 @@ class Network:
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
-        if self._diversions.set(conditions.diverted()):
-            self._come_last()
+        self._diversions.set(conditions.diverted())
+        self._come_last()
         self._hooks.set(conditions, loopback=self._loopback, diverted=bool(self._diversions))
 
     def _follow(self) -> None:
@@ -256,18 +259,21 @@ class Network:
         if self.throttle.ended() == "removed":
             self._hooks.detach()
             self._diversions.close()
-        elif self._diversions.follow():
-            self._come_last()
         else:
+            self._diversions.follow()
             self._hooks.follow()
+            self._come_last()
 
     def _come_last(self) -> None:
         """Have the limit and the hooks look at packets after the diversion has.
 
         What it takes comes again, and is to be counted only then.
         """
-        self.throttle.attach_last()
-        self._hooks.follow(anew=True)
+        attached = self._diversions.attached()
+        if attached and attached != self._behind:
+            self.throttle.attach_last()
+            self._hooks.follow(anew=True)
+        self._behind = attached
 
 
 class GoesOffline(Protocol):

@@ -42,15 +42,18 @@ class Places:
                 undo.callback(made[place].close)
             undo.pop_all()
         self._attached = {**{one: before[one] for one in wanted if one not in made}, **made}
-        for place, attached in before.items():
-            if self._attached.get(place) is not attached:
-                attached.close()
+        with ExitStack() as gone:
+            for place, attached in before.items():
+                if self._attached.get(place) is not attached:
+                    gone.callback(attached.close)
         return bool(new)
 
     def close(self) -> None:
         """Detach all. Doing so twice is no error."""
-        while self._attached:
-            self._attached.popitem()[1].close()
+        attached, self._attached = self._attached, {}
+        with ExitStack() as gone:
+            for one in attached.values():
+                gone.callback(one.close)
 
 
 def _places(foothold: Foothold) -> Iterator[_Place]:

@@ -13,6 +13,7 @@ from targets import eventually
 
 from pybpfthrottle.conditions import conditions
 from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
@@ -73,6 +74,30 @@ def test_what_is_delayed_is_counted_once_after_its_keeper_was_killed(
             return after[0] - before[0] == after[1].seen - before[1].seen == diverted == 5
 
         eventually(is_counted_once)
+
+
+def test_what_could_not_come_last_is_tried_again(
+    wire: Wire, near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not, once it has worked."""
+    with conditions(pid=near.process.pid, delay="1ms", supervise=False) as network:
+        diversion = network._diversions._open[0]
+        monkeypatch.setattr(diversion, "times_attached", 2)  # as when its keeper was replaced
+        attach_last, calls = network.throttle.attach_last, []
+
+        def refuse_once() -> None:
+            calls.append(len(calls))
+            if len(calls) == 1:
+                raise ThrottleError("not now")
+            attach_last()
+
+        monkeypatch.setattr(network.throttle, "attach_last", refuse_once)
+        look = network.own_chores()[0]
+        with pytest.raises(ThrottleError):
+            look.run()
+        look.run()
+        look.run()
+        assert calls == [0, 1]
 
 
 def test_loss_and_delay_are_by_the_diversion_and_counted_there(wire: Wire, near: Near) -> None:
