@@ -1,7 +1,9 @@
 """The helper: puts bad networks in force for processes of those who may not do so themselves.
 
 It listens on a Unix socket, asks the kernel who is at the other end (SO_PEERCRED), and does nothing
-to a process that is not that user's own. Each connection has one network, which ends with it.
+to a process that is not that user's own. A process that becomes another user's, as by a set-uid
+program, is let go: at once where the kernel reports executions (Linux 5.8), else within a quarter
+of a second. Each connection has one network, which ends with it.
 """
 
 from __future__ import annotations
@@ -12,23 +14,27 @@ import os
 import socket
 import stat
 import struct
+import time
 from contextlib import suppress
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Collection, Mapping, Optional, Sequence
 
 from pybpfthrottle import diversion, registry
+from pybpfthrottle.backends.protocol import Executions
+from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.conditions.network import Asked, Network, begin
 from pybpfthrottle.conditions.remote import LONGEST_LINE, owner_of
 from pybpfthrottle.errors import Error, ProcessError, SettingsError, ThrottleError
 from pybpfthrottle.linux import process
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Target
-from pybpfthrottle.supervisor import Chore, Supervisor
+from pybpfthrottle.supervisor import Chore, Frequent, Supervisor, next_round
 
 log = Logger(__name__)
 
 MOST_NETWORKS = 64
 _CREDENTIALS = struct.Struct("=iII")
 _PATIENCE_S = 5.0
+_LOOK_S = 0.25
 
 
 class Peer:
@@ -71,6 +77,21 @@ class Peer:
     def chores(self) -> list[Chore]:
         """Return what is to be done for it: an answer, and what its network needs."""
         return [self, *([] if self.network is None else self.network.chores())]
+
+    def has_some(self, pids: Collection[int]) -> bool:
+        """Whether its network is that of one of some processes."""
+        if self.network is None or not pids:
+            return False
+        return any(pid in pids for pid in self.network.throttle.processes())
+
+    def let_others_go(self) -> None:
+        """Let go of processes that are not the client's own any more, such as sudo."""
+        if self.network is None or self.uid == 0:
+            return
+        throttle = self.network.throttle
+        others = [pid for pid in throttle.processes() if owner_of(pid) != self.uid]
+        if others:
+            throttle.let_go(others)
 
     def close(self) -> None:
         """End the connection, and its network."""
@@ -122,10 +143,16 @@ class Peer:
         try:
             # The network is of whoever had the number when it began.
             self._refuse_others(target)
+            if not network.throttle.foothold().marked_at:
+                raise ThrottleError(
+                    "the helper needs a kernel that can mark the sockets of single processes"
+                    " (Linux 5.10): in a whole cgroup there may be those of others"
+                )
         except BaseException:
             network.close()
             raise
         self.network = network
+        self.let_others_go()
         return network.to_json()
 
     def _refuse_others(self, target: process.Process) -> None:
@@ -153,6 +180,40 @@ class Peer:
         return wanted
 
 
+class Watch(Frequent):
+    """Has processes let go that have become another user's. As a chore it looks for them."""
+
+    def __init__(self, peers: Callable[[], Sequence[Peer]]) -> None:
+        """``peers`` returns the clients."""
+        self._peers = peers
+        self._executions: Optional[Executions] = None
+        self.due_s = next_round(_LOOK_S)
+        try:
+            self._executions = get_backend("ebpf").executions()
+        except (Error, OSError) as error:
+            log.info("Set-uid programs are found only by looking: %s", error)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable after a process has executed a program, or -1."""
+        return -1 if self._executions is None else self._executions.fileno()
+
+    def run(self) -> None:
+        """Look at all processes when it is time, and at once if one has executed a program."""
+        executed = set() if self._executions is None else set(self._executions.executed())
+        is_due = time.monotonic() >= self.due_s
+        if is_due:  # a user id may change by a system call too
+            self.due_s = next_round(_LOOK_S)
+        for peer in self._peers():
+            if is_due or peer.has_some(executed):
+                peer.let_others_go()
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._executions is not None:
+            self._executions.close()
+            self._executions = None
+
+
 class Helper:
     """Listens, and has a Peer for each client. As a chore it accepts. ``close`` ends all."""
 
@@ -177,6 +238,7 @@ class Helper:
         finally:
             os.umask(before)
         self._own.settimeout(_PATIENCE_S)
+        self._watch = Watch(lambda: self._peers)
 
     def fileno(self) -> int:
         """Return the descriptor that clients connect to."""
@@ -194,7 +256,7 @@ class Helper:
 
     def chores(self) -> list[Chore]:
         """Return what is to be done for all clients."""
-        return [self, *(chore for peer in self._peers for chore in peer.chores())]
+        return [self, self._watch, *(chore for peer in self._peers for chore in peer.chores())]
 
     def serve(self, supervisor: Supervisor, until: Callable[[], bool]) -> None:
         """Answer until ``until`` says that it is enough."""
@@ -210,6 +272,7 @@ class Helper:
         """End all networks, and listen no more."""
         for peer in list(self._peers):
             self._forget(peer)
+        self._watch.close()
         self._own.close()
         with suppress(FileNotFoundError):
             os.unlink(self.path)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import select
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
@@ -18,7 +23,8 @@ import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
 from targets import PATIENCE_S, Target, as_user, eventually, target
 
-from pybpfthrottle.conditions.helper import Helper
+from pybpfthrottle.conditions.helper import Helper, Peer, Watch
+from pybpfthrottle.conditions.network import Network
 from pybpfthrottle.conditions.remote import RemoteNetwork
 from pybpfthrottle.errors import LimitError, ProcessError, ThrottleError
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -173,6 +179,68 @@ def test_the_helper_does_nothing_to_what_is_not_the_callers_own(
                 assert "delays nothing on the loopback" in asks(NOBODY, path, theirs.pid, **wrong)
 
 
+def as_nobody(*command: str) -> list[str]:
+    """The command that runs another one as nobody, who may become another user all the same."""
+    rights = [f"--{kind}-caps=+dac_read_search,+setuid" for kind in ("inh", "ambient")]
+    return ["setpriv", f"--reuid={NOBODY}", *rights, *command]
+
+
+@contextmanager
+def helped(theirs: Target) -> Iterator[tuple[Watch, Network]]:
+    """A helper of this process, with a network for a process of nobody."""
+    path = Path(tempfile.gettempdir(), f"{uuid.uuid4()}.sock")
+    with Helper(str(path), uid=NOBODY) as helper, ThreadPoolExecutor(1) as client:
+        with socket.socket(socket.AF_UNIX) as own:
+            os.seteuid(NOBODY)
+            try:
+                own.connect(str(path))
+            finally:
+                os.seteuid(0)
+            helper.run()
+            request = {"do": "begin", "pid": theirs.pid, "given": {"loss": "50%"}}
+            own.sendall(json.dumps(request).encode() + b"\n")
+            answer = client.submit(own.recv, 9999)
+            _, watch, peer = helper.chores()[:3]
+            peer.run()
+            assert b"asked" in answer.result(PATIENCE_S)
+            assert isinstance(peer, Peer)
+            assert isinstance(watch, Watch)
+            assert peer.network is not None
+            yield watch, peer.network
+
+
+@pytest.mark.since("5.10")
+def test_a_set_uid_program_is_let_go_once_it_is_executed(scratch: Cgroup) -> None:
+    """Without waiting for the next look; its parent keeps the network."""
+    with tempfile.TemporaryDirectory() as directory, target(scratch, as_nobody) as theirs:
+        Path(directory).chmod(0o711)
+        program = Path(directory, "sleep")
+        shutil.copy(shutil.which("sleep") or "", program)
+        program.chmod(0o4755)
+        with helped(theirs) as (watch, network):
+            assert network.throttle.processes() == [theirs.pid]
+            watch.due_s = math.inf
+            pid = theirs.do(f"os.spawnv(os.P_NOWAIT, {str(program)!r}, ['sleep', '600'])")
+            eventually(lambda: f"{NOBODY}\t0\t0\t0" in Path(f"/proc/{pid}/status").read_text())
+            assert select.select([watch], [], [], PATIENCE_S)[0]
+            watch.run()
+            assert network.throttle.processes() == [theirs.pid]
+
+
+@pytest.mark.since("5.10")
+def test_who_becomes_another_user_is_let_go_at_the_next_look(scratch: Cgroup) -> None:
+    """Also by a system call, which nobody reports; even if that is who the network is for."""
+    with target(scratch, as_nobody) as theirs:
+        child = theirs.do("child()")
+        with helped(theirs) as (watch, network):
+            assert sorted(network.throttle.processes()) == sorted([theirs.pid, child])
+            assert watch.due_s <= time.monotonic() + 0.25
+            theirs.do(f"tell({child}, 'os.setresuid(0, 0, 0)')")
+            eventually(lambda: watch.run() or network.throttle.processes() == [theirs.pid])
+            theirs.do("os.setresuid(-1, 0, -1)")
+            eventually(lambda: watch.run() or network.throttle.processes() == [])
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -192,7 +260,7 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path, line: str, sa
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(helper.path)
             helper.run()
-            (_, peer) = helper.chores()
+            (_, _, peer) = helper.chores()
             client.settimeout(PATIENCE_S)
             for _ in range(2):
                 client.sendall(line.replace("OWN", str(os.getpid())).encode() + b"\n")
