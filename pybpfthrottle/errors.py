@@ -28,7 +28,7 @@
     │   └── ShareError                 what a group or its members ask for cannot be
     ├── LaunchError                    a command that could not be started; .status is a shell's
     ├── ServiceError                   a service that cannot be limited or installed by systemd
-    ├── NamespaceError                 the network namespaces of the demo cannot be made
+    ├── NamespaceError                 a network namespace that cannot be made, or joined to this
     └── DemoError                      a transfer of the demo that failed
 
 System calls that fail raise plain ``OSError``; the errors above are raised from it if more is known
@@ -153,7 +153,7 @@ class ServiceError(Error):
 
 
 class NamespaceError(Error):
-    """The network namespaces of the demo cannot be made here."""
+    """A network namespace cannot be made here, or not be joined to this one."""
 
 
 class DemoError(Error):

@@ -97,6 +97,11 @@ def tidy_up() -> None:
             backend.tidy_up()
     with suppress(Error, OSError):
         own_cgroups.remove_abandoned()
+    if run_files.stems(run_files.WAYS_OUT):
+        from pybpfthrottle import wayout
+
+        with suppress(Error, OSError):
+            wayout.tidy_up()
     with locked():
         run_files.tidy_up()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from typing import Any, Iterator, Mapping, Optional, Protocol
 
 from pybpfthrottle.backends.protocol import Match, Record
@@ -78,11 +77,7 @@ def read(backend: str, throttle_id: str) -> Optional[Entry]:
 
 def ids(backend: str) -> list[str]:
     """Return the ids of a backend's throttles that have a file, whatever is in it."""
-    end = f".{backend}{_SUFFIX}"
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        names = sorted(os.listdir(DIRECTORY))
-        return [name[: -len(end)] for name in names if name.endswith(end)]
-    return []
+    return run_files.stems(f".{backend}{_SUFFIX}")
 
 
 def records(backend: str) -> Iterator[Record]:

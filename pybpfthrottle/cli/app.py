@@ -217,6 +217,7 @@ Examples:
   pybpfthrottle run --upload-limit 500K -- rsync -a /home backup:
   pybpfthrottle run --download-limit 8mbit --user www-data -- ./crawl
   pybpfthrottle run --download-limit 2M --prove --record rates.csv -- apt-get upgrade
+  pybpfthrottle run --netns --delay 80ms --loss 1% -- ./upload
 """,
 )
 @limit_options
@@ -228,6 +229,12 @@ Examples:
 )
 @click.option(
     "--wait", is_flag=True, help="Keep the limit while processes of the command outlive it."
+)
+@click.option(
+    "--netns",
+    is_flag=True,
+    help="Give the command a network namespace, so that a bad network impairs what it sends as well"
+    " as what it receives. Its addresses are others then.",
 )
 @click.option(
     "--json-file",

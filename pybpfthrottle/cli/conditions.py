@@ -13,6 +13,7 @@ from pybpfthrottle.model import Direction, Rate
 
 if TYPE_CHECKING:
     from pybpfthrottle.conditions.network import Asked, Network
+    from pybpfthrottle.line.own import OwnNetwork
     from pybpfthrottle.throttle import Throttle
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,16 +91,23 @@ def asked_from(
         raise click.UsageError(str(error)) from error
 
 
-def begin(throttle: Throttle, network: Optional[Asked], *, loopback: bool) -> Optional[Network]:
+def begin(
+    throttle: Throttle,
+    network: Optional[Asked],
+    *,
+    loopback: bool,
+    line: Optional[OwnNetwork] = None,
+) -> Optional[Network]:
     """Put a network in force on what a throttle is for, which stays the caller's to remove.
 
-    Raises ThrottleError, BpfError or CgroupError.
+    With a ``line`` it is what becomes of all that passes there. Raises ThrottleError, BpfError or
+    CgroupError.
     """
     if network is None:
         return None
     from pybpfthrottle.conditions.network import Network
 
-    return Network(throttle, network, loopback=loopback, owned=False)
+    return Network(throttle, network, loopback=loopback, owned=False, line=line)
 
 
 def show_profiles(*, as_json: bool) -> None:

@@ -11,6 +11,8 @@ from contextlib import ExitStack, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Optional, Sequence, TextIO
 
+import click
+
 from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli import conditions
 from pybpfthrottle.cli.options import Request
@@ -29,6 +31,7 @@ from pybpfthrottle.throttle import Throttle
 if TYPE_CHECKING:
     from pybpfthrottle.cli.watch import Watch
     from pybpfthrottle.conditions.network import Network
+    from pybpfthrottle.line.own import OwnNetwork
 
 _FAILED = 125
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -45,11 +48,13 @@ def run(
     command: Sequence[str],
     user: Optional[str],
     wait: bool,
+    netns: bool,
     json_file: Optional[TextIO],
 ) -> int:
     """Run the command; return its exit status, or 125, 126 or 127 with a line that says why."""
     try:
-        return _run(request, command, user, wait, _outputs(request, json_file))
+        _refuse_netns_without_a_network(request, netns=netns)
+        return _run(request, command, user, wait, _outputs(request, json_file), netns=netns)
     except LaunchError as error:
         say(str(error))
         return error.status
@@ -70,11 +75,15 @@ def _run(
     user: Optional[str],
     wait: bool,
     outputs: Sequence[Output],
+    *,
+    netns: bool,
 ) -> int:
     if request.mount_cgroup2:
         cgroup.mount_if_missing()
     with ExitStack() as stack:
-        command = Command(argv, user=None if user is None else User.parse(user))
+        line = stack.enter_context(_own_network()) if netns else None
+        enter = {} if line is None else {"enter": line.enter}
+        command = Command(argv, user=None if user is None else User.parse(user), **enter)
         stack.callback(command.abandon)
         signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
         sent = stack.enter_context(SentSignals(_SENT))
@@ -85,12 +94,16 @@ def _run(
         spec = request.spec(Target(command=tuple(argv)))
         wish = Wish(backends=request.backends, options=request.options)
         live, own = throttle.start_command(command.pid, spec, wish)
-        stack.callback(_end, live, own)
+        stack.callback(_end, live, own, netns=netns)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)
-        network = conditions.begin(live, request.network, loopback=request.traffic.loopback)
+        network = conditions.begin(
+            live, request.network, loopback=request.traffic.loopback, line=line
+        )
         if network is not None:
             stack.callback(network.close)
+        if line is not None:
+            line.open(live.id)
         from pybpfthrottle.cli.watch import Watch
 
         watch = Watch(
@@ -116,9 +129,27 @@ def _run(
         supervisor = stack.enter_context(Supervisor())
         if network is not None:
             watch.note(f"Bad network: {network.asked}.")
+            if line is not None:
+                watch.note(f"The command is in {line}.")
             supervisor.add(network.own_chores)
-        return _Run(command, live, watch, wait=wait, network=network).until_the_end(
+        return _Run(command, live, watch, wait=wait, network=network, netns=netns).until_the_end(
             supervisor, signals, sent, request.duration_s
+        )
+
+
+def _own_network() -> OwnNetwork:
+    from pybpfthrottle.line.own import OwnNetwork
+
+    return OwnNetwork()
+
+
+def _refuse_netns_without_a_network(request: Request, *, netns: bool) -> None:
+    if netns and request.network is None:
+        raise click.UsageError("--netns is for a bad network: add --delay, --loss, --profile, ...")
+    if netns and request.traffic.loopback:
+        raise click.UsageError(
+            "with --netns the loopback device is the command's own, and nothing is wrong with it:"
+            " omit --loopback"
         )
 
 
@@ -129,17 +160,18 @@ def _prepare() -> None:
         from pybpfthrottle.cli import watch  # noqa: F401 - what comes after the limit
 
 
-def _end(live: Throttle, own: Optional[OwnCgroup]) -> None:
+def _end(live: Throttle, own: Optional[OwnCgroup], *, netns: bool) -> None:
     """Remove the limit and the cgroup, and say who goes on."""
     live.remove()
     if own is not None and not own.remove():
         later = f"; {own.cgroup.path} is removed at the next start after they end"
-        _say_who_goes_on(own.cgroup.pids(), later)
+        _say_who_goes_on(own.cgroup.pids(), later, netns=netns)
 
 
-def _say_who_goes_on(pids: Sequence[int], more: str = "") -> None:
+def _say_who_goes_on(pids: Sequence[int], more: str = "", *, netns: bool = False) -> None:
+    what = "network" if netns else "limit"
     say(
-        f"{len(pids)} of the command's processes continue without a limit:"
+        f"{len(pids)} of the command's processes continue without a {what}:"
         f" {process.listed(pids)} (--wait keeps it){more}"
     )
 
@@ -177,8 +209,10 @@ class _Run:
         *,
         wait: bool,
         network: Optional[Network] = None,
+        netns: bool = False,
     ) -> None:
         self._command = command
+        self._netns = netns
         self._live = live
         self._watch = watch
         self._wait = wait
@@ -251,7 +285,7 @@ class _Run:
             self._live.remove()
             self._limited = False
             if pids and reason == "exited":
-                _say_who_goes_on(pids)
+                _say_who_goes_on(pids, netns=self._netns)
 
     def _pass_on(self, came: Sequence[signal.Signals]) -> None:
         for number in came:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Callable, Iterable, Optional
+from typing import Callable, Collection, Iterable, Optional
 
 from pybpfthrottle import diversion
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold
-from pybpfthrottle.conditions.model import Impairment, Injected
+from pybpfthrottle.conditions.model import Conditions, Impairment, Injected
 from pybpfthrottle.conditions.places import Places
 from pybpfthrottle.diversion import Diversion
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction
 from pybpfthrottle.supervisor import Chore
 from pybpfthrottle.throttle import Throttle
 
@@ -30,15 +31,16 @@ class Diversions:
         # What those have counted that are closed.
         self._done: list[Injected] = []
 
-    def __bool__(self) -> bool:
-        return self._places is not None
+    def serves(self) -> Collection[Direction]:
+        """Return the directions whose packets get lost here, if they are to."""
+        return () if self._places is None else (Direction.DOWNLOAD,)
 
-    def set(self, impairment: Impairment) -> None:
+    def set(self, conditions: Conditions) -> None:
         """Impair what comes in from now on.
 
         Raises DiversionError, AttachError or CgroupError.
         """
-        self._wanted = impairment
+        self._wanted = impairment = conditions.diverted()
         if not diversion.needs_diversion(impairment):
             self.close()
             return
@@ -64,12 +66,12 @@ class Diversions:
         """
         return [(one, one.times_attached) for one in self._open]
 
-    def counts(self) -> Optional[Injected]:
-        """Return what was done so far, or None if nothing was ever diverted."""
+    def counts(self) -> dict[Direction, Injected]:
+        """Return what was done so far, nothing if nothing was ever diverted."""
         found = [*self._done, *(one.counts() for one in self._open)]
-        return Injected.sum_of(found) if found else None
+        return {Direction.DOWNLOAD: Injected.sum_of(found)} if found else {}
 
-    def problems(self) -> list[str]:
+    def notes(self) -> list[str]:
         """Return what keeps packets from being impaired as asked for, a line each."""
         return list(dict.fromkeys(text for one in self._open for text in one.problems()))
 

@@ -7,7 +7,7 @@ record: whoever finds one that a crash has left knows whose it is.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Collection, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.placed import Placements
@@ -74,11 +74,15 @@ class Hooks:
         self._places.follow(anew=anew)
 
     def set(
-        self, conditions: Conditions, *, loopback: bool = False, diverted: bool = False
+        self,
+        conditions: Conditions,
+        *,
+        loopback: bool = False,
+        elsewhere: Collection[Direction] = (),
     ) -> None:
         """Put other conditions in force; their first period begins now.
 
-        With ``diverted`` somebody else loses what comes in.
+        Packets of the directions ``elsewhere`` are lost there.
 
         Raises ThrottleError, BpfError or CgroupError if this kernel cannot refuse connections.
         """
@@ -92,7 +96,9 @@ class Hooks:
                 raise
         rules = self._own_maps()[_RULES].typed(U32, StructureCodec(ConditionsRule))
         for direction in Direction:
-            rules[direction] = rule_of(conditions, direction, loopback=loopback, diverted=diverted)
+            rules[direction] = rule_of(
+                conditions, direction, loopback=loopback, elsewhere=direction in elsewhere
+            )
 
     def counts(self) -> dict[Direction, Counted]:
         """Return what was done to each direction's packets since the hooks were attached."""
@@ -167,11 +173,14 @@ def _loaded(program: Shipped, maps: Mapping[str, Map[Any, Any]]) -> Object:
 
 
 def rule_of(
-    conditions: Conditions, direction: Direction, *, loopback: bool = False, diverted: bool = False
+    conditions: Conditions,
+    direction: Direction,
+    *,
+    loopback: bool = False,
+    elsewhere: bool = False,
 ) -> ConditionsRule:
     """Return what the hooks have to do in a direction, as they read it."""
     impairment = conditions.impairment(direction)
-    elsewhere = diverted and direction is Direction.DOWNLOAD
     loss = Loss() if elsewhere else impairment.loss or Loss()
     outage = conditions.outage
     return ConditionsRule(

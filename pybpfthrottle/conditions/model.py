@@ -13,6 +13,8 @@ MAX_DELAY_S = 60.0
 _MOST_PACKETS = 1 << 32
 _LONGEST_PERIOD_S = 366 * 86400.0
 BLOCKS = ("refuse", "drop")
+# In a seed, so that the two directions do not decide the same.
+_OTHER_WAY = 1 << 63
 DNS_FAILURES = ("lost", "slow", "servfail")
 
 
@@ -202,6 +204,20 @@ class Conditions:
     def diverted(self) -> Impairment:
         """Return what is done to packets that come in, with the answers that are to fail."""
         return self.download.changed(servfail=self.dns == "servfail")
+
+    def both_ways(self) -> Conditions:
+        """Return the same for where both directions can be impaired: each has half of the delay.
+
+        So a round trip takes as much longer as where what comes in has all of it.
+        """
+        incoming = self.diverted()
+        incoming = incoming.changed(delay_s=incoming.delay_s / 2, jitter_s=incoming.jitter_s / 2)
+        return self.changed(
+            download=incoming,
+            upload=incoming.changed(
+                loss=self.upload.loss, servfail=False, seed=self.upload.seed ^ _OTHER_WAY
+            ),
+        )
 
     def changed(self, **changes: object) -> Conditions:
         """Return the same with other values."""

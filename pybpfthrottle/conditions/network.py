@@ -5,7 +5,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from secrets import randbelow
-from typing import Any, Callable, Mapping, Optional, Protocol, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Collection,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    TypeVar,
+    Union,
+)
 
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions import profiles, texts
@@ -14,12 +25,14 @@ from pybpfthrottle.conditions.hooks import Counted, Hooks
 from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
 from pybpfthrottle.conditions.traces import Replay, Trace
 from pybpfthrottle.conditions.traces import read as read_trace
-from pybpfthrottle.diversion import Diversion
 from pybpfthrottle.errors import LimitError, ThrottleError
 from pybpfthrottle.model import Direction, Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Chore, Driver, InThread, Periodic
 from pybpfthrottle.throttle import Throttle, limits_of, start
+
+if TYPE_CHECKING:
+    from pybpfthrottle.line.own import OwnNetwork
 
 T = TypeVar("T")
 
@@ -113,9 +126,18 @@ class Network:
     """
 
     def __init__(
-        self, throttle: Throttle, asked: Asked, *, loopback: bool = False, owned: bool = True
+        self,
+        throttle: Throttle,
+        asked: Asked,
+        *,
+        loopback: bool = False,
+        owned: bool = True,
+        line: Optional[OwnNetwork] = None,
     ) -> None:
-        """Put it in force. Raises ThrottleError, BpfError or CgroupError; then nothing is left."""
+        """Put it in force; with a ``line``, which is the caller's, by that both ways.
+
+        Raises ThrottleError, BpfError or CgroupError; then nothing is left.
+        """
         self.throttle = throttle
         self._loopback = loopback
         self._driver: Optional[Driver] = None
@@ -126,10 +148,12 @@ class Network:
             if owned:
                 undo.callback(throttle.remove)
             refuse_what_is_missing(asked.conditions)
-            self._diversions = Diversions(throttle, loopback=loopback)
-            undo.callback(self._diversions.close)
-            # The diversion's programs, as far as the limit and the hooks come after them.
-            self._behind: list[tuple[Diversion, int]] = []
+            self._line = line
+            self._detour: Union[Diversions, OwnNetwork]
+            self._detour = line or Diversions(throttle, loopback=loopback)
+            undo.callback(self._detour.set, Conditions())
+            # Programs of the diversion, as far as the limit and the hooks come after them.
+            self._behind: Sequence[tuple[object, int]] = ()
             self._hooks = Hooks(throttle)
             undo.callback(self._hooks.close)
             self.asked = asked
@@ -175,10 +199,11 @@ class Network:
         return self._do(self._injected) if self._ended_with is None else self._ended_with
 
     def _injected(self) -> dict[Direction, Done]:
-        hooks = self._hooks.counts()
-        found = {direction: Done(counted) for direction, counted in hooks.items()}
-        found[Direction.DOWNLOAD] = Done(hooks[Direction.DOWNLOAD], self._diversions.counts())
-        return found
+        held = self._detour.counts()
+        return {
+            direction: Done(counted, held.get(direction), direction is Direction.DOWNLOAD)
+            for direction, counted in self._hooks.counts().items()
+        }
 
     def told(self) -> list[str]:
         """Return what was done to the packets of each direction, a line each, for people."""
@@ -188,12 +213,14 @@ class Network:
         """Return what is asked for and what was done, for JSON."""
         done = {str(one): each.to_json() for one, each in self.injected().items()}
         seed = self.conditions.download.seed
-        return {"profile": self.asked.profile, "asked": str(self.asked), "seed": seed, **done}
+        about = {} if self._line is None else {"addresses": self._line.addresses()}
+        asked = str(self.asked)
+        return {"profile": self.asked.profile, "asked": asked, "seed": seed, **about, **done}
 
     def own_chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it, beside the throttle's chores."""
         replay = [] if self._replay is None else [self._replay]
-        return [self._chore, *replay, *self._diversions.chores()]
+        return [self._chore, *replay, *self._detour.chores()]
 
     def chores(self) -> list[Chore]:
         """Return all that a supervisor has to do for it."""
@@ -211,8 +238,8 @@ class Network:
             []
             if self._ended_with is not None
             else [
-                *self._do(self._diversions.problems),
-                *inexact(self.conditions, diverted=bool(self._diversions)),
+                *self._do(self._detour.notes),
+                *inexact(self.conditions, elsewhere=self._detour.serves()),
             ]
         )
 
@@ -247,9 +274,9 @@ class Network:
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
-        self._diversions.set(conditions.diverted())
+        self._detour.set(conditions)
         self._come_last()
-        self._hooks.set(conditions, loopback=self._loopback, diverted=bool(self._diversions))
+        self._hooks.set(conditions, loopback=self._loopback, elsewhere=self._detour.serves())
 
     def _follow(self) -> None:
         """Be where the throttle's packets pass by now, such as in a restarted unit's cgroup.
@@ -258,9 +285,9 @@ class Network:
         """
         if self.throttle.ended() == "removed":
             self._hooks.detach()
-            self._diversions.close()
+            self._detour.set(Conditions())
         else:
-            self._diversions.follow()
+            self._detour.follow()
             self._hooks.follow()
             self._come_last()
 
@@ -269,7 +296,7 @@ class Network:
 
         What it takes comes again, and is to be counted only then.
         """
-        attached = self._diversions.attached()
+        attached = self._detour.attached()
         if attached and attached != self._behind:
             self.throttle.attach_last()
             self._hooks.follow(anew=True)
@@ -298,14 +325,20 @@ class Offline:
 
 @dataclass(frozen=True)
 class Done:
-    """What was done to one direction's packets: by the hooks, and by the diversion."""
+    """What was done to one direction's packets: by the hooks, and by a diversion or a line.
+
+    The hooks see what comes in after that (``diverted_first``), and what goes out before.
+    """
 
     hooks: Counted
     diverted: Optional[Injected] = None
+    diverted_first: bool = True
 
     @property
     def seen(self) -> int:
         """All packets that came, as large as on the wire."""
+        if not self.diverted_first:
+            return self.hooks.seen
         lost = self.diverted.lost + self.diverted.late_dropped if self.diverted else 0
         twice = self.diverted.duplicated if self.diverted else 0
         return self.hooks.seen + lost - twice
@@ -346,19 +379,19 @@ class Done:
         return text
 
 
-def inexact(conditions: Conditions, *, diverted: bool = False) -> list[str]:
+def inexact(conditions: Conditions, *, elsewhere: Collection[Direction] = ()) -> list[str]:
     """Return what the means at hand do otherwise than may be expected, a line each.
 
-    With ``diverted`` packets that come in are split before they get lost.
+    Packets of the directions ``elsewhere`` are split before they get lost.
     """
     found = []
-    by_hooks = [conditions.upload] if diverted else [conditions.download, conditions.upload]
+    by_hooks = [conditions.impairment(one) for one in Direction if one not in elsewhere]
     if any(each.loss and not each.loss.nth for each in by_hooks):
         found.append(
             "packets that the kernel has merged (GRO), or is to split (TSO), are lost as a whole:"
             " the share of what is lost is kept, but it comes in bursts"
         )
-    if conditions.upload.loss:
+    if conditions.upload.loss and Direction.UPLOAD not in elsewhere:
         found.append("TCP is told at once of a packet that it sent and that was lost")
     if conditions.dns == "slow":
         found.append(
@@ -382,7 +415,7 @@ def refuse_what_is_missing(conditions: Conditions) -> None:
         raise ThrottleError(
             "what is sent can only be lost; delay, jitter, reorder, duplicate and"
             " corrupt are for what comes in, and a delay there makes the whole"
-            " round trip longer"
+            " round trip longer (run --netns has them both ways)"
         )
 
 

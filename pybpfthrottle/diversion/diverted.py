@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any, Callable, Iterable, Optional, Sequence
 
@@ -18,7 +19,7 @@ from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.conditions.model import Impairment, Injected
 from pybpfthrottle.diversion.keeping import OBJECT, DiversionKeeper, Kept, networks_of
 from pybpfthrottle.diversion.records import KEEPER, RING, STATE, DivertState, DivertTag
-from pybpfthrottle.diversion.tally import Count, Tally
+from pybpfthrottle.diversion.tally import Tally
 from pybpfthrottle.errors import DiversionError
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
@@ -137,20 +138,12 @@ class Diversion:
     def counts(self) -> Injected:
         """Return what was done so far, in packets as they were on the wire."""
         self._keeper.run()
-        counts, state = self._tally.counts, self._state[0]
-        dropped = counts[Count.LATE_DROPPED] + counts[Count.FULL_DROPPED] + counts[Count.REFUSED]
-        return Injected(
-            seen=counts[Count.SEEN] + state.full,
-            delivered=counts[Count.DELIVERED],
-            lost=counts[Count.LOST],
-            duplicated=counts[Count.DUPLICATED],
-            reordered=counts[Count.REORDERED],
-            corrupted=counts[Count.CORRUPTED],
-            failed_answers=counts[Count.FAILED_ANSWERS],
-            late_dropped=dropped + state.full,
+        state, done = self._state[0], self._tally.injected()
+        return replace(
+            done,
+            seen=done.seen + state.full,
+            late_dropped=done.late_dropped + state.full,
             passed_undelayed=state.stale + state.unserved,
-            delay_p50_s=self._tally.delay_s(0.5),
-            delay_p99_s=self._tally.delay_s(0.99),
         )
 
     def problems(self) -> list[str]:

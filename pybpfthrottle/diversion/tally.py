@@ -11,6 +11,8 @@ from enum import IntEnum
 from itertools import accumulate
 from typing import Optional
 
+from pybpfthrottle.conditions.model import Injected
+
 _STEP_SHIFT = 12  # 4.096 us
 _LINEAR, _HALF = 1024, 512
 _OCTAVES = 16  # up to 4 minutes
@@ -58,6 +60,23 @@ class Tally:
         counts = self.counts
         counts[Count.DELIVERED] += count
         counts[_FIRST + step_of(delay_ns)] += count
+
+    def injected(self) -> Injected:
+        """Return what was done so far, in packets as they were on the wire."""
+        counts = self.counts
+        late = counts[Count.LATE_DROPPED] + counts[Count.FULL_DROPPED] + counts[Count.REFUSED]
+        return Injected(
+            seen=counts[Count.SEEN],
+            delivered=counts[Count.DELIVERED],
+            lost=counts[Count.LOST],
+            duplicated=counts[Count.DUPLICATED],
+            reordered=counts[Count.REORDERED],
+            corrupted=counts[Count.CORRUPTED],
+            failed_answers=counts[Count.FAILED_ANSWERS],
+            late_dropped=late,
+            delay_p50_s=self.delay_s(0.5),
+            delay_p99_s=self.delay_s(0.99),
+        )
 
     def delay_s(self, share: float) -> Optional[float]:
         """Return the delay that a share of the packets did not exceed, None if there are none."""

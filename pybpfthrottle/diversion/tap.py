@@ -1,7 +1,7 @@
 """The device of a network namespace by which packets come back, and what loopback needs for it.
 
 Nothing but the keeper writes to it, it has no address, and it ends with its last descriptor.
-Source: Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h and sockios.h.
+Source: include/uapi/linux/sockios.h.
 """
 
 from __future__ import annotations
@@ -18,18 +18,12 @@ from pybpfthrottle.bpf import links, tc
 from pybpfthrottle.bpf.abi import AttachType
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.programs import Program
+from pybpfthrottle.linux import tuntap
 
-_TUN = "/dev/net/tun"
-# The direction of an ioctl is spelled in another way on some machines (asm/ioctl.h).
-_WRITES = 0x80000000 if os.uname().machine.startswith(("mips", "ppc", "sparc")) else 0x40000000
-_TUNSETIFF, _TUNSETOFFLOAD = _WRITES | 0x454CA, _WRITES | 0x454D0
-_TUNSETCARRIER = _WRITES | 0x454E2
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_TUN_F_CSUM, _TUN_F_USO4, _TUN_F_USO6 = 0x01, 0x20, 0x40
 _SIOCGIFNAME, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8910, 0x8913, 0x8914
 _SIOCSIFMTU, _SIOCGIFHWADDR, _SIOCGIFINDEX = 0x8922, 0x8927, 0x8933
 _IFF_UP = 1
-_NAME = b"pybpfd%d"
+_NAME = "pybpfd%d"
 # With the header of Ethernet, 64 KB less one byte.
 _LARGEST_BYTES = 65521
 _NAME_BYTES, _REQUEST_BYTES = 16, 40
@@ -71,19 +65,18 @@ def create(back: Program) -> Tap:
     Needs CAP_NET_ADMIN there. Raises OSError.
     """
     with ExitStack() as undo:
-        device = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        device, shown = tuntap.create(tuntap.IFF_TAP, _NAME)
         undo.callback(os.close, device)
+        name = shown.encode()
         control = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        request = _request(_NAME, struct.pack("=H", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        name = fcntl.ioctl(device, _TUNSETIFF, request)[:_NAME_BYTES].rstrip(b"\0")
         has_udp = _takes_udp(device)
         # Without a carrier it takes what is written to it, and nobody thinks that there is a new
         # network: browsers give up what they load then. Linux 5.0.
-        fcntl.ioctl(device, _TUNSETCARRIER, struct.pack("=i", 0))
+        tuntap.set_carrier(device, on=False)
         # It is to say nothing by itself. /proc/sys may be read-only, and then nobody listens.
         with (
             suppress(OSError),
-            open(f"/proc/sys/net/ipv6/conf/{name.decode()}/disable_ipv6", "w") as file,
+            open(f"/proc/sys/net/ipv6/conf/{shown}/disable_ipv6", "w") as file,
         ):
             file.write("1")
         fcntl.ioctl(control, _SIOCSIFMTU, _request(name, struct.pack("=i", _LARGEST_BYTES)))
@@ -116,10 +109,10 @@ def _attach(back: Program, control: socket.socket, name: bytes) -> Optional[Link
 def _takes_udp(device: int) -> bool:
     """Whether UDP that is still to be segmented may be written to a device (Linux 6.2)."""
     try:
-        fcntl.ioctl(device, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_USO4 | _TUN_F_USO6)
+        tuntap.set_offload(device, tuntap.TUN_F_CSUM | tuntap.TUN_F_USO4 | tuntap.TUN_F_USO6)
     except OSError:
         return False
-    fcntl.ioctl(device, _TUNSETOFFLOAD, 0)
+    tuntap.set_offload(device, 0)
     return True
 
 

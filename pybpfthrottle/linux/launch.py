@@ -7,7 +7,7 @@ import grp
 import os
 import pwd
 import signal
-from typing import NamedTuple, NoReturn, Optional, Sequence
+from typing import Callable, NamedTuple, NoReturn, Optional, Sequence
 
 from pybpfthrottle.errors import LaunchError, ProcessError
 
@@ -52,8 +52,17 @@ def _is_number(text: str) -> bool:
 class Command:
     """A forked child process that waits for ``let_go``; until then it ends with this process."""
 
-    def __init__(self, argv: Sequence[str], *, user: Optional[User] = None) -> None:
-        """Fork. The child gets the signal settings that this process inherited."""
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        user: Optional[User] = None,
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Fork. The child gets the signal settings that this process inherited.
+
+        It calls ``enter`` before it becomes the user. That may raise LaunchError.
+        """
         self.argv = list(argv)
         go_read, self._go = os.pipe()
         self._report, report_write = os.pipe()
@@ -61,7 +70,7 @@ class Command:
         if self.pid == 0:
             os.close(self._go)
             os.close(self._report)
-            _child(self.argv, user, go_read, report_write)
+            _child(self.argv, user, enter, go_read, report_write)
         os.close(go_read)
         os.close(report_write)
 
@@ -98,11 +107,14 @@ class Command:
             os.waitpid(self.pid, 0)
 
 
-def _child(argv: list[str], user: Optional[User], go: int, report: int) -> NoReturn:
+def _child(
+    argv: list[str], user: Optional[User], enter: Callable[[], None], go: int, report: int
+) -> NoReturn:
     try:
         _restore_signals()
         if not os.read(go, 1):
             os._exit(_OURS)
+        enter()
         if user is not None:
             _become(user)
         if not argv[0]:

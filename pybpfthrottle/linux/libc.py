@@ -13,6 +13,7 @@ from typing import Any, Iterable
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 # include/uapi/linux/mount.h
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000
 # include/uapi/linux/time.h, timerfd.h
 _CLOCK_MONOTONIC = 1
 _TIMER = struct.Struct("@qqqq")  # struct itimerspec: the period, and the first time
@@ -83,6 +84,19 @@ def mount(kind: str, path: str, options: str = "") -> None:
     arguments = [text.encode() for text in (kind, path, kind)]
     if _function("mount")(*arguments, ctypes.c_ulong(flags), options.encode()):
         raise _error(path)
+
+
+def bind(source: str, target: str) -> None:
+    """Have a file or directory appear at another path too. Raises OSError."""
+    paths = os.fsencode(source), os.fsencode(target)
+    if _function("mount")(*paths, None, ctypes.c_ulong(_MS_BIND), None):
+        raise _error(target)
+
+
+def keep_mounts_here() -> None:
+    """Have what is mounted in this mount namespace not be seen in others. Raises OSError."""
+    if _function("mount")(None, b"/", None, ctypes.c_ulong(_MS_SLAVE | _MS_REC), None):
+        raise _error("/")
 
 
 def umount(path: str) -> None:

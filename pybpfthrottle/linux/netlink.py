@@ -1,4 +1,4 @@
-"""Query the kernel's network configuration by netlink, without ip, tc or nft.
+"""Query and change the kernel's network configuration by netlink, without ip, tc or nft.
 
 Source: man 7 netlink; include/uapi/linux/netlink.h.
 """
@@ -12,7 +12,8 @@ from typing import Iterator
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")
-_REQUEST, _DUMP = 0x001, 0x300
+_REQUEST, _ACK, _DUMP = 0x001, 0x004, 0x300
+_EXCLUSIVE, _CREATE = 0x200, 0x400
 _ERROR, _DONE = 2, 3
 _TYPE_MASK = 0x3FFF
 _BUFFER_BYTES = 1 << 18
@@ -34,6 +35,28 @@ def dump(protocol: int, message_type: int, header: bytes) -> Iterator[bytes]:
                     number = -struct.unpack_from("=i", body)[0]
                     raise OSError(number, os.strerror(number), "netlink")
                 yield body
+
+
+def change(message_type: int, body: bytes, *, creates: bool = False) -> None:
+    """Have the kernel change something of this thread's network namespace (NETLINK_ROUTE).
+
+    Raises OSError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC) as own:
+        own.settimeout(_PATIENCE_S)
+        flags = _REQUEST | _ACK | (_EXCLUSIVE | _CREATE if creates else 0)
+        own.send(_HEADER.pack(_HEADER.size + len(body), message_type, flags, 1, 0) + body)
+        for kind, answer in _messages(own.recv(_BUFFER_BYTES)):
+            number = -struct.unpack_from("=i", answer)[0] if kind == _ERROR else 0
+            if number:
+                raise OSError(number, os.strerror(number), "netlink")
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """Return an attribute of a message, padded."""
+    return (_ATTRIBUTE.pack(_ATTRIBUTE.size + len(data), kind) + data).ljust(
+        _aligned(_ATTRIBUTE.size + len(data)), b"\0"
+    )
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

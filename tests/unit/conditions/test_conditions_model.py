@@ -171,7 +171,7 @@ def test_the_rule_of_the_hooks_has_no_loss_of_downloads_that_are_diverted():
     """Who diverts them loses them; the outage is still the hooks'."""
     given = Conditions(Impairment(loss=Loss.chance(0.5)), outage=OFFLINE)
     free = rule_of(given, Direction.DOWNLOAD)
-    diverted = rule_of(given, Direction.DOWNLOAD, diverted=True)
+    diverted = rule_of(given, Direction.DOWNLOAD, elsewhere=True)
     assert (free.enter, free.leave, free.up_ns) == (1 << 31, 1 << 31, 0)
     assert (diverted.enter, diverted.period_ns) == (0, 10**9)
 

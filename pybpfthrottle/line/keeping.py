@@ -1,0 +1,74 @@
+"""The owner's side of the line's keeper, which it starts, and replaces if that dies."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+from pybpfthrottle.conditions.model import Impairment
+from pybpfthrottle.diversion import impairing
+from pybpfthrottle.diversion.tally import Tally
+from pybpfthrottle.errors import NamespaceError
+from pybpfthrottle.linux.helper import SharedHelper
+
+# Starting takes a twentieth of a second, on a machine that is busy with other things far longer.
+_READY_S = 20.0
+
+
+class LineKeeper(SharedHelper):
+    """The process that carries packets between two devices.
+
+    Its owner has the devices too: they stay if the keeper has to be replaced.
+    """
+
+    title = "The keeper of the line"
+    module = "pybpfthrottle.line.keeper"
+
+    def __init__(self) -> None:
+        """Begin to start the process. Raises OSError."""
+        self._fds: list[int] = []
+        self._way_id = ""
+        self._wanted: Sequence[Impairment] = ()
+        self._is_open = False
+        super().__init__()
+
+    def serve(
+        self,
+        way_id: str,
+        devices: Sequence[int],
+        tallies: Sequence[Tally],
+        wanted: Sequence[Impairment],
+    ) -> None:
+        """Carry packets between two devices, the command's first, and wait until that has begun.
+
+        ``tallies`` and ``wanted`` are of what comes in, and of what goes out. Raises
+        NamespaceError.
+        """
+        with self._busy:
+            self._way_id = way_id
+            self._fds = [*devices, *(tally.fd for tally in tallies)]
+            self._wanted = wanted
+            self._introduce()
+        self.wait_until(lambda: self._is_open, _READY_S)
+        if not self._is_open:
+            raise NamespaceError(
+                f"{self.title.lower()} does not start ({self.ended or 'it hangs'})"
+            )
+
+    def change(self, wanted: Sequence[Impairment]) -> None:
+        """Have what comes from now on impaired in another way."""
+        with self._busy:
+            self._wanted = wanted
+            self.tell({"change": list(map(impairing.to_json, wanted))})
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        self._is_open = bool(message.get("opened"))
+
+    def _introduce(self) -> None:
+        wanted = list(map(impairing.to_json, self._wanted))
+        self.tell({"open": wanted, "way": self._way_id}, self._fds)
+
+    def _abandon(self) -> None:
+        """Do nothing: the kernel waits for nobody."""
+
+    def _close(self) -> None:
+        """Do nothing: the devices are the owner's."""

@@ -1,0 +1,170 @@
+"""A network namespace of a command's own, and the line by which it reaches this one's networks."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Collection, Optional, Sequence
+
+from pybpfthrottle import wayout
+from pybpfthrottle.conditions.model import Conditions, Impairment, Injected
+from pybpfthrottle.diversion.tally import Tally
+from pybpfthrottle.errors import LaunchError, NamespaceError
+from pybpfthrottle.line import resolver
+from pybpfthrottle.line.keeping import LineKeeper
+from pybpfthrottle.linux import devices, libc, netns, tuntap
+from pybpfthrottle.model import Direction
+from pybpfthrottle.supervisor import Chore
+from pybpfthrottle.wayout import WayOut
+
+_INNER = "net0"
+_CLONE_NEWNET = 0x40000000
+_NOT_ENTERED = 125
+# A device keeps what was not read yet in a ring of this size: 100 ms at 1 Gbit/s.
+_QUEUE_PACKETS = 10_000
+
+
+class OwnNetwork:
+    """A new network namespace. ``open`` gives it its line, ``close`` or ``with`` ends that.
+
+    The namespace itself ends with its last process.
+    """
+
+    def __init__(self) -> None:
+        """Make the namespace, with nothing but a loopback device. Raises NamespaceError."""
+        self._closing = ExitStack()
+        self._keeper: Optional[LineKeeper] = None
+        self._tallies: list[Tally] = []
+        self._way: Optional[WayOut] = None
+        self._resolver = resolver.choose()
+        self._firewalls: list[str] = []
+        self._impairments = [Impairment(), Impairment()]
+        try:
+            self._namespace = netns.new()
+        except OSError as error:
+            raise NamespaceError(
+                f"cannot make a network namespace: {error.strerror}; --netns needs root"
+            ) from error
+        self._closing.callback(os.close, self._namespace)
+
+    def enter(self) -> None:
+        """Move this process in; for a command that is about to be executed. Raises LaunchError."""
+        try:
+            libc.setns(self._namespace, _CLONE_NEWNET)
+            self._resolver.enter()
+        except OSError as error:
+            raise LaunchError(
+                f"cannot enter the command's network namespace: {error}", status=_NOT_ENTERED
+            ) from error
+
+    def open(self, way_id: str) -> None:
+        """Lay the line. ``way_id`` is an id that no other line has.
+
+        Raises NamespaceError; then nothing is left of it.
+        """
+        with ExitStack() as undo:
+            try:
+                self._open(way_id, undo)
+            except OSError as error:
+                raise NamespaceError(
+                    f"the command's network cannot be set up: {error}; this needs root, and TUN"
+                    " devices (CONFIG_TUN)"
+                ) from error
+            self._closing.push(undo.pop_all())
+
+    def _open(self, way_id: str, undo: ExitStack) -> None:
+        keeper = LineKeeper.join()
+        undo.callback(keeper.leave)
+        way = wayout.begin(way_id)
+        undo.callback(lambda: wayout.end(self._way or way))
+        outer, device = tuntap.create(tuntap.IFF_TUN, f"{wayout.DEVICES}%d")
+        undo.callback(os.close, outer)
+        devices.keep_quiet(device)
+        devices.set_up(device, queue=_QUEUE_PACKETS)
+        for each in way.ends:
+            devices.add_address(device, each.outer)
+        inner = netns.inside(self._namespace, lambda: _lay_inside(way))
+        undo.callback(os.close, inner)
+        self._way = way = wayout.finish(way, device)
+        self._firewalls = wayout.firewalls()
+        self._tallies = [Tally.create() for _ in Direction]
+        for tally in self._tallies:
+            undo.callback(tally.close)
+        keeper.serve(way.id, (inner, outer), self._tallies, self._impairments)
+        self._keeper = keeper
+
+    def set(self, conditions: Conditions) -> None:
+        """Impair what passes from now on, in both directions; before ``open`` from its begin on."""
+        both = conditions.both_ways()
+        self._impairments = [both.impairment(direction) for direction in Direction]
+        if self._keeper is not None:
+            self._keeper.change(self._impairments)
+
+    def follow(self) -> None:
+        """Do nothing: all that the command starts is in the namespace."""
+
+    def attached(self) -> Sequence[tuple[object, int]]:
+        """Return that no programs are attached for it."""
+        return ()
+
+    def serves(self) -> Collection[Direction]:
+        """Return the directions whose packets get lost here, if they are to."""
+        return tuple(Direction)
+
+    def counts(self) -> dict[Direction, Injected]:
+        """Return what was done to each direction's packets."""
+        return {one: tally.injected() for one, tally in zip(Direction, self._tallies)}
+
+    def addresses(self) -> dict[str, list[str]]:
+        """Return the addresses of the command, and those by which it reaches this machine."""
+        ends = [] if self._way is None else self._way.ends
+        return {
+            "command": [str(each.inner.ip) for each in ends],
+            "machine": [str(each.outer.ip) for each in ends],
+        }
+
+    def __str__(self) -> str:
+        """Return its addresses, for people."""
+        inner, outer = map(" and ".join, self.addresses().values())
+        return f"a network namespace of its own: its address is {inner}, this machine's {outer}"
+
+    def notes(self) -> list[str]:
+        """Return what is otherwise than may be expected, a line each."""
+        found = [self._resolver.note] if self._resolver.note else []
+        found += self._firewalls
+        if self._way is not None and len(self._way.networks) == 1:
+            found.append(f"the command has no IPv6: {wayout.why_no_ipv6()}")
+        if self._keeper is not None and self._keeper.ended is not None:
+            found.append(f"the command's network is down: {self._keeper.ended}")
+        return found
+
+    def chores(self) -> list[Chore]:
+        """Return what a supervisor has to do for it."""
+        return [] if self._keeper is None else [self._keeper]
+
+    def close(self) -> None:
+        """End the line, and restore what it changed. Doing so twice is no error."""
+        self._keeper = None
+        self._closing.close()
+
+    def __enter__(self) -> OwnNetwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _lay_inside(way: WayOut) -> int:
+    """Set up the devices in the new namespace; return the descriptor of the line's end."""
+    inner, device = tuntap.create(tuntap.IFF_TUN, _INNER)
+    try:
+        devices.set_up("lo")
+        devices.keep_quiet(device)
+        devices.set_up(device, queue=_QUEUE_PACKETS)
+        for each in way.ends:
+            devices.add_address(device, each.inner)
+            devices.add_default_route(device, each.inner)
+    except BaseException:
+        os.close(inner)
+        raise
+    return inner

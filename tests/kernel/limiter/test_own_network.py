@@ -1,0 +1,243 @@
+"""run --netns: a network namespace of its own, whose packets pass a line of ours both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from click.testing import CliRunner
+from echo import PORT, Near
+from lab import ENVIRONMENT, TOOL
+from targets import PATIENCE_S, eventually
+
+from pybpfthrottle import wayout
+from pybpfthrottle.cli.app import cli
+from pybpfthrottle.demo.wire import Namespace, Wire
+from pybpfthrottle.linux import netns, process, run_files
+
+pytestmark = pytest.mark.since("5.10")
+
+DELAY_S = 0.1
+
+
+def command(*options: str) -> list[str]:
+    """The tool that runs a command in a network namespace."""
+    return ["env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}", *TOOL, "run", "--netns", *options]
+
+
+@contextmanager
+def behind(end: Namespace, *options: str) -> Iterator[Near]:
+    """A process below ``run --netns``."""
+    one = Near(lambda *argv: end.inside(*command("-q", *options, "--", *argv)))
+    try:
+        yield one
+    finally:
+        one.process.communicate(timeout=PATIENCE_S)  # the end of its input ends it
+
+
+def state(end: Namespace) -> tuple[dict[str, str], str, list[str]]:
+    """What may be left in a network namespace: settings, rules of nftables, devices."""
+
+    def look() -> tuple[dict[str, str], str, list[str]]:
+        settings = {
+            str(path): path.read_text()
+            for version in ("ipv4", "ipv6")
+            for path in Path(f"/proc/sys/net/{version}/conf").glob("*/forwarding")
+        }
+        rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True)
+        return settings, rules.stdout, sorted(interfaces())
+
+    fd = os.open(f"/proc/{end.process.pid}/ns/net", os.O_RDONLY)
+    try:
+        return netns.inside(fd, look)
+    finally:
+        os.close(fd)
+
+
+def interfaces() -> list[str]:
+    """The devices of this thread's network namespace."""
+    return list(netns._own_interfaces().names.values())
+
+
+def told(file: Path) -> dict[str, Any]:
+    """What the last line of a --json-file says of the network."""
+    found: dict[str, Any] = json.loads(file.read_text().splitlines()[-1])["network"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_both_directions_are_late_and_nothing_is_left(
+    wire: Wire, tmp_path: Path, kind: str
+) -> None:
+    """A round trip takes as much longer as is asked for, by half in each direction."""
+    before = state(wire.client)
+    file = tmp_path / "network.jsonl"
+    with behind(wire.client, "--delay", "100ms", "--json-file", str(file)) as near:
+        for host in (wire.server.address, wire.server.address6):
+            assert DELAY_S <= min(near.ask("ping", host, PORT, kind, 3)) < 5 * DELAY_S
+        assert near.ask("bulk", wire.server.address, PORT, 100_000)
+        assert state(wire.client) != before
+    assert state(wire.client) == before
+    done = told(file)
+    assert done["addresses"]["command"][0].startswith("198.19.")
+    for direction in ("download", "upload"):
+        assert done[direction]["diverted"]["delay_p50_s"] >= DELAY_S / 2 * 0.95
+        assert done[direction]["diverted"]["passed_undelayed"] == 0
+
+
+def test_what_is_sent_gets_lost_doubled_and_damaged(wire: Wire, tmp_path: Path) -> None:
+    """Which only a line can do; TCP's data arrives all the same."""
+    file = tmp_path / "network.jsonl"
+    bad = ["--upload-loss", "every:4", "--duplicate", "10%", "--corrupt", "5%", "--seed", "1"]
+    with behind(wire.client, *bad, "--json-file", str(file)) as near:
+        near.ask("send", wire.server.address, PORT, 100, 64)
+        numbers, _ = near.ask("receive", 1.0)
+        assert near.ask("bulk", wire.server.address, PORT, 50_000)
+    done = told(file)["upload"]["diverted"]
+    assert set(range(3, 100, 4)).isdisjoint(numbers)
+    assert 0 < len(set(numbers)) <= 75
+    assert all(done[name] > 0 for name in ("lost", "duplicated", "corrupted"))
+    assert done["lost"] == done["seen"] // 4
+
+
+def test_others_are_not_forwarded(wire: Wire) -> None:
+    """Although the machine is a router now, it is none but for the command."""
+    with behind(wire.client, "--delay", "1ms"):
+        rules = state(wire.client)[1]
+    assert 'meta nfproto ipv4 iifname "wire" drop' in rules
+    assert "meta nfproto ipv6 drop" in rules
+
+
+def test_two_lines_do_not_disturb_each_other(wire: Wire) -> None:
+    """The settings are restored when the second ends, whichever that is."""
+    before = state(wire.client)
+    with behind(wire.client, "--delay", "1ms") as second:
+        with behind(wire.client, "--delay", "1ms") as first:
+            assert first.ask("ping", wire.server.address, PORT, "udp", 1)
+        for host in (wire.server.address, wire.server.address6):
+            assert second.ask("ping", host, PORT, "udp", 1)
+    assert state(wire.client) == before
+
+
+@pytest.mark.parametrize("who", ["owner", "both"])
+def test_after_a_kill_all_is_restored(wire: Wire, who: str) -> None:
+    """By the keeper, or else at the next start."""
+    before = state(wire.client)
+    with behind(wire.client, "--delay", "1ms") as near:
+        assert near.ask("ping", wire.server.address, PORT, "udp", 1)
+        tool = near.process.pid
+        keepers = [
+            pid
+            for pid in process.families()[tool]
+            if b"line.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        for pid in (*(keepers if who == "both" else ()), tool):
+            os.kill(pid, signal.SIGKILL)
+        near.process.wait()
+        if who == "both":
+            eventually(lambda: process.has_ended(keepers[0]))
+            assert state(wire.client)[1]
+            wayout.tidy_up()
+        eventually(lambda: state(wire.client) == before)
+    assert run_files.stems(run_files.WAYS_OUT) == []
+
+
+def test_a_keeper_that_dies_is_replaced(wire: Wire) -> None:
+    """The devices stay, and with them the connections."""
+    with behind(wire.client, "--delay", "1ms") as near:
+        for pid in process.families()[near.process.pid]:
+            if b"line.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        assert near.ask("bulk", wire.server.address, PORT, 50_000)
+
+
+def test_the_command_asks_name_servers_that_it_can_reach(wire: Wire, tmp_path: Path) -> None:
+    """Those of systemd-resolved in place of 127.0.0.53; the machine's own file stays."""
+    stub, upstream = tmp_path / "stub", tmp_path / "upstream"
+    stub.write_text("nameserver 127.0.0.53\noptions edns0\n")
+    upstream.write_text("nameserver 192.0.2.53\n")
+    script = f"""
+        mount --bind {stub} /etc/resolv.conf && mount -t tmpfs none /run &&
+        mkdir -p /run/systemd/resolve && cp {upstream} /run/systemd/resolve/resolv.conf || exit 9
+        "$@" --delay 1ms -q -- cat /etc/resolv.conf
+        cat /etc/resolv.conf
+        rm /run/systemd/resolve/resolv.conf
+        "$@" --delay 1ms -- true
+    """
+    done = subprocess.run(
+        wire.client.inside("unshare", "--mount", "sh", "-c", script, "sh", *command()),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.stdout == upstream.read_text() + stub.read_text(), done.stderr
+    assert "names may not be found" in done.stderr
+
+
+def test_limits_work_beside_it(wire: Wire, tmp_path: Path) -> None:
+    """They count what the command sends and receives."""
+    file = tmp_path / "network.jsonl"
+    options = ["--delay", "1ms", "-d", "100M", "-u", "100M", "--json-file", str(file)]
+    with behind(wire.client, *options) as near:
+        assert near.ask("bulk", wire.server.address, PORT, 101_000)
+    last = json.loads(file.read_text().splitlines()[-1])
+    for direction in ("download", "upload"):
+        assert last[direction]["bytes_total"] >= 100_000
+
+
+def test_what_is_missing_is_told(wire: Wire) -> None:
+    """And nothing is left: here nft cannot be run."""
+    before = state(wire.client)
+    hidden = f'mount --bind /dev/null {shutil.which("nft")} && exec "$@"'
+    done = subprocess.run(
+        wire.client.inside(
+            *("unshare", "--mount", "sh", "-c", hidden, "sh"),
+            *command("--delay", "1ms", "--", "true"),
+        ),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 125
+    assert "cannot be translated" in done.stderr
+    assert "Linux 5.2" in done.stderr
+    assert state(wire.client) == before
+
+
+def test_a_firewall_that_drops_what_is_forwarded_is_told(wire: Wire) -> None:
+    """With what it has to accept."""
+    chain = "chain forward { type filter hook forward priority 0; policy drop; }"
+    table = f"table ip other {{ {chain}; }}"
+    subprocess.run(wire.client.inside("nft", table), check=True)
+    try:
+        done = subprocess.run(
+            wire.client.inside(*command("--delay", "1ms", "--", "true")),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+    finally:
+        subprocess.run(wire.client.inside("nft", "delete table ip other"), check=True)
+    assert "table ip other has its chain forward drop" in done.stderr
+    assert 'iifname "pybpfn*"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-d", "1M"], "--netns is for a bad network"),
+        (["--loss", "1%", "--loopback"], "omit --loopback"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(arguments: list[str], said: str) -> None:
+    """Before anything is made."""
+    result = CliRunner().invoke(cli, ["run", "--netns", *arguments, "--", "true"])
+    assert result.exit_code == 2
+    assert said in result.output
