@@ -14,6 +14,8 @@
 #define OTHERS_PERIOD_NS (32 * 1000 * 1000)
 #define OTHERS_IDLE_NS (1000 * 1000 * 1000)
 #define OTHERS_TARGET (15000000 >> 10)
+/* But two packets at least: at a low rate any burst would be taken for a queue. */
+#define OTHERS_TARGET_BYTES 3000
 /* 0.16 and 3.2 a second: 65536ths of the root of the share, for 1024 times 1024 nanoseconds. */
 #define OTHERS_INTEGRAL 11
 #define OTHERS_PROPORTIONAL 220
@@ -35,7 +37,8 @@ static long (*bpf_skb_ecn_set_ce)(struct __sk_buff *skb) = (void *)97; /* Linux 
  * that was owed in a period counts. Nor is credit a shorter queue than none: a slow start may use
  * it up.
  */
-always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns, __u64 now)
+always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns, __s64 target,
+				  __u64 now)
 {
 	__s64 owed = larger(owed_ns, 0) >> 10, before = bucket->early_owed;
 	__s64 root = bucket->early_root;
@@ -49,7 +52,7 @@ always_inline __u32 root_of_share(struct throttle_bucket *bucket, __s64 owed_ns,
 		root = before = 0;
 	else
 		owed = bucket->early_least;
-	root += ((owed - OTHERS_TARGET) * OTHERS_INTEGRAL +
+	root += ((owed - target) * OTHERS_INTEGRAL +
 		 (owed - before) * OTHERS_PROPORTIONAL) >> 10;
 	/* Once nothing is owed, what a burst has built up is soon forgotten (RFC 8033, 4.2). */
 	if (!owed)
@@ -83,14 +86,18 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 			   __u64 now)
 {
 	__u64 half_at = bucket->half_at_ns;
-	__s64 owed = bucket->even_at_ns - now;
-	__u64 root = root_of_share(bucket, owed, now);
+	/* Pacing holds a debt, which is no queue. */
+	__s64 held = config->flags & THROTTLE_PACE ? PACING_TARGET_NS : 0;
+	__s64 owed = bucket->even_at_ns - now - held;
+	__s64 target = larger(OTHERS_TARGET, OTHERS_TARGET_BYTES * config->inverse_rate >>
+						     (INVERSE_RATE_SHIFT + 10));
+	__u64 root = root_of_share(bucket, owed, target, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);
 	__u32 slot = config->slot;
 	struct throttle_gate *gate;
 
 	/* A slow start doubles its rate each round trip: it has to be told at once. */
-	if (root < OTHERS_FIRST / 4 && owed > OTHERS_TARGET << 10) {
+	if (root < OTHERS_FIRST / 4 && owed > target << 10) {
 		bucket->early_root = OTHERS_FIRST;
 		sum = OTHERS_ALL + 1;
 	}

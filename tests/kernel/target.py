@@ -64,6 +64,20 @@ def echoes(count: int) -> list[int]:
     return found
 
 
+def burst(count: int, size: int) -> int:
+    """How many datagrams arrive of those that are sent to oneself, by UDP, all at once."""
+    with socket.socket(AF_INET, SOCK_DGRAM) as own:
+        own.bind(("127.0.0.1", 0))
+        own.setblocking(False)
+        for _ in range(count):
+            own.sendto(bytes(size), own.getsockname())
+        found = 0
+        with suppress(BlockingIOError):
+            while own.recv(size):
+                found += 1
+    return found
+
+
 def asked(number: int, times: int) -> list[int]:
     """How many answers come to each of some equal questions, from a server with this port."""
     question = bytes(12) + b"\x07example\x03org\0" + bytes(4)

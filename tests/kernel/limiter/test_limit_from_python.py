@@ -51,6 +51,13 @@ def test_a_process_is_limited_within_the_block(own: Target) -> None:
     assert not ours & set(attached(cgroup.root(), programs.HOOKS))
 
 
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_a_short_burst_passes_at_a_low_rate(own: Target, direction: str) -> None:
+    """QUIC begins with two datagrams or three: a queue that they would make is none yet."""
+    with pybpfthrottle.limit(pid=own.pid, loopback=True, **{direction: "400kbit"}):
+        assert own.do("burst(2, 1250)") == 2
+
+
 def test_limits_change_while_it_is_in_force(scratch: Cgroup) -> None:
     """By text, by number, to nothing; what is no limit is refused and changes nothing."""
     with pybpfthrottle.limit(cgroup=scratch.path, download="1M", upload=4096) as throttle:
