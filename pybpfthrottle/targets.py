@@ -112,7 +112,7 @@ def _login_at(second: int, pid: int) -> tuple[Sequence[int], Sequence[login.Carr
 
 def user_id(text: str) -> int:
     """Return the id of a user, given by name or number. Raises ProcessError."""
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return int(text)
     try:
         return pwd.getpwnam(text).pw_uid

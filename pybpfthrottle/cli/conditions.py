@@ -138,19 +138,20 @@ def help_tests(path: str, user: Optional[str]) -> int:
 
     from pybpfthrottle.cli.say import echo, say
     from pybpfthrottle.conditions.helper import Helper
-    from pybpfthrottle.linux.launch import User
     from pybpfthrottle.linux.signals import SignalQueue
     from pybpfthrottle.supervisor import Supervisor
+    from pybpfthrottle.targets import user_id
 
-    whose = User.parse(user or os.environ.get("SUDO_UID") or str(os.getuid()))
+    # A container's users may have a number and no name.
+    uid = user_id(user or os.environ.get("SUDO_UID") or str(os.getuid()))
     with SignalQueue((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as signals:
         try:
-            helper = Helper(path, uid=whose.uid)
+            helper = Helper(path, uid=uid)
         except OSError as error:
             say(f"error: cannot listen on {path}: {error.strerror}")
             return 1
         with helper, Supervisor() as supervisor:
-            echo(f"Bad networks for processes of user {whose.uid}, by {path}. Ctrl-C ends it.")
+            echo(f"Bad networks for processes of user {uid}, by {path}. Ctrl-C ends it.")
             supervisor.add(lambda: [signals], strict=True)
             helper.serve(supervisor, lambda: bool(list(signals.take())))
     return 0

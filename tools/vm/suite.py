@@ -21,6 +21,13 @@ _OF_LIMITER: tuple[str, ...] = (
     "qdiscs",
 )
 _OF_LIMITER += ("refusals", "shaping", "tc", "teardown", "throttle", "transfers")
+_OF_CONDITIONS: tuple[str, ...] = (
+    "conditions",
+    "conditions_command",
+    "conditions_delayed",
+    "diversion",
+    "network_plugin",
+)
 # The tests of each part of the product.
 AREAS: dict[str, tuple[str, ...]] = {
     "limiter": (
@@ -33,6 +40,7 @@ AREAS: dict[str, tuple[str, ...]] = {
     ),
     "toolkit": ("tests/kernel/bpf",),
     "backends": ("tests/kernel/limiter/test_backends.py",),
+    "conditions": tuple(f"tests/kernel/limiter/test_{name}.py" for name in _OF_CONDITIONS),
 }
 # In a few minutes.
 DEFAULT_TESTS = (*AREAS["limiter"], AREAS["--pid"][0])
@@ -101,26 +109,32 @@ mount -t tmpfs tmpfs /dev/shm
 for module in $(cat /modules/order); do insmod /modules/$module; done
 ip link set lo up
 cd {root}
+python={python}
+set -- {arguments}
 stty -F /dev/{output} -onlcr
 exec </dev/null >/dev/{output} 2>&1
-echo "{started} on Linux $(uname -r), $({python} -c 'import platform, struct
+echo "{started} on Linux $(uname -r), $($python -c 'import platform, struct
 print("Python", platform.python_version(), "of", struct.calcsize("P") * 8, "bits")')"
-pytest="{python} -m pytest -q -o cache_dir=/tmp/pytest --color=no"
-$pytest --durations=20 --junitxml=/results.xml {arguments}
-status=$?
-if [ $status = 1 ]; then
-    # As tools/test does: a busy machine can disturb any of them; a defect fails here as well.
-    echo "{repeated}"
-    $pytest --last-failed --junitxml=/repeated.xml {arguments}
-    status=$?
-fi
-for file in /results.xml /repeated.xml; do
-    echo "{results}"
-    cat $file
-done
+{work}
 echo "{finished} $status" >/dev/{console}
 poweroff -f
 """
+
+_TEST = f"""pytest="$python -m pytest -q -o cache_dir=/tmp/pytest --color=no"
+$pytest --durations=20 --junitxml=/results.xml "$@"
+status=$?
+if [ $status = 1 ]; then
+    # As tools/test does: a busy machine can disturb any of them; a defect fails here as well.
+    echo "{_REPEATED}"
+    $pytest --last-failed --junitxml=/repeated.xml "$@"
+    status=$?
+fi
+for file in /results.xml /repeated.xml; do
+    echo "{_RESULTS}"
+    cat $file
+done"""
+_RUN = """$python "$@"
+status=$?"""
 
 
 class Outcome(NamedTuple):
@@ -154,8 +168,8 @@ class Report(NamedTuple):
         return (found[1], found[2].strip()) if found else ("?", "?")
 
 
-def init(userland: Userland, arch: str, arguments: list[str]) -> bytes:
-    """Return the part of the initramfs that tells what is done in it."""
+def init(userland: Userland, arch: str, arguments: list[str], *, tests: bool) -> bytes:
+    """Return the part of the initramfs that says what runs: tests, or a script of ours."""
     board, archive = BOARDS[arch], Archive()
     text = _INIT.format(
         environment=userland.environment,
@@ -168,8 +182,7 @@ def init(userland: Userland, arch: str, arguments: list[str]) -> bytes:
         output=board.output,
         started=STARTED,
         finished=FINISHED,
-        results=_RESULTS,
-        repeated=_REPEATED,
+        work=_TEST if tests else _RUN,
     )
     archive.add("/init", text.encode())
     return archive.finish()
@@ -181,7 +194,7 @@ def report(run: Run, timeout_s: float) -> Report:
     print(f"\n=== {run.machine.name}", shown, sep="\n", flush=True)
     status = re.search(rf"{FINISHED} (\d+)", run.console)
     if status:
-        verdict = "passed" if status[1] == "0" else f"failed: pytest's exit status is {status[1]}"
+        verdict = "passed" if status[1] == "0" else f"failed with exit status {status[1]}"
         if status[1] == "0" and _REPEATED in shown:
             verdict = "passed, some only when repeated"
     else:

@@ -57,7 +57,7 @@ OF_PROJECT: tuple[str, ...] = (
     "setup.cfg",
     "README.md",
 )
-OF_PROJECT += ("docs/examples",)
+OF_PROJECT += ("docs/examples", "docs/guides/test-on-bad-networks.md")
 # Objects of tests/fixtures, for want of a compiler.
 FIXTURES = "/fixtures"
 # What pip has unpacked for another Python; Debian's looks there without being told.

@@ -81,7 +81,7 @@ def run(directory: Path, tests: str = TESTS) -> subprocess.CompletedProcess[str]
         env={**ENVIRONMENT, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=4 * PATIENCE_S,
         check=False,
     )
 
@@ -115,6 +115,12 @@ def helping(path: Path, uid: int) -> Iterator[subprocess.Popen[str]]:
         finally:
             process.terminate()
             process.communicate(timeout=PATIENCE_S)
+
+
+def test_the_helper_is_for_a_user_without_a_name_too(tmp_path: Path) -> None:
+    """Users of containers may have a number only."""
+    with helping(tmp_path / "socket", 1_234_567):
+        pass
 
 
 @pytest.fixture

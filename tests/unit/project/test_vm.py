@@ -197,6 +197,8 @@ def test_the_page_of_the_documentation_is_what_was_measured():
         (["--matrix", "/nowhere/page.md"], "/nowhere/page.md does not exist"),
         (["--matrix", __file__, "-k", "x"], "--matrix is of whole files"),
         (["--tests", "tests/absent.py"], "tests/absent.py does not exist"),
+        (["6.12", "--run", "tools/absent"], "--run needs a script of this checkout"),
+        (["--area", "toolkit", "--run", "tools/bench", "cost"], "--run runs no tests"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, message, monkeypatch, capsys):
