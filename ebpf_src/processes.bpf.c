@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only
 /*
- * Follows the processes that are limited, without a gap: those that they start are limited from
- * their first instruction on, and an id is forgotten when its last thread ends.
+ * Follows the processes that are limited, without a gap: those that they start, and those that
+ * begin to have an expected name, are limited from their first instruction on, and an id is
+ * forgotten when its last thread ends.
  *
  * Needs Linux 5.8, the kernel's types (CONFIG_DEBUG_INFO_BTF), and CAP_PERFMON.
  */
@@ -11,6 +12,9 @@
 
 #define __uint(name, value) int(*name)[value]
 #define __type(name, value) value *name
+#define BPF_NOEXIST 1
+#define NAME_BYTES 16
+#define MOST_NAMES 4096
 #define BPF_MAP_TYPE_HASH 1
 #define BPF_MAP_TYPE_ARRAY 2
 #define BPF_MAP_TYPE_RINGBUF 27
@@ -43,6 +47,7 @@ static long (*bpf_map_update_elem)(void *map, const void *key, const void *value
 				   __u64 flags) = (void *)2;
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static __u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
+static long (*bpf_get_current_comm)(void *name, __u32 size) = (void *)16;
 static long (*bpf_probe_read_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 static long (*bpf_ringbuf_output)(void *ring, const void *data, __u64 size,
 				  __u64 flags) = (void *)130;
@@ -52,6 +57,18 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 65536);
 } EXECUTED SEC(".maps");
+
+struct process_name {
+	char text[NAME_BYTES];
+};
+
+/* What a process becomes that executes a program and then has this name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MOST_NAMES);
+	__type(key, struct process_name);
+	__type(value, struct throttle_process);
+} NAMES SEC(".maps");
 
 /* Arguments: the parent's task, the child's. The parent is the current one. */
 SEC("raw_tp/sched_process_fork") int pybpft_fork(struct bpf_raw_tracepoint_args *ctx)
@@ -63,11 +80,12 @@ SEC("raw_tp/sched_process_fork") int pybpft_fork(struct bpf_raw_tracepoint_args 
 	__u32 started;
 
 	HOLD_RECORD();
-	if (!parent || !parent->follow)
+	if (!parent || !(parent->flags & THROTTLE_FOLLOW))
 		return 0;
 	if (bpf_probe_read_kernel(&started, sizeof(started), &child->tgid) || started == process)
 		return 0; /* a thread */
 	value = *parent;
+	value.flags &= ~THROTTLE_BY_NAME;
 	bpf_map_update_elem(&PROCESSES, &started, &value, 0);
 	return 0;
 }
@@ -87,6 +105,24 @@ SEC("raw_tp/sched_process_exit") int pybpft_exit(struct bpf_raw_tracepoint_args 
 	    bpf_probe_read_kernel(&threads, sizeof(threads), &group->live.counter) || threads)
 		return 0;
 	bpf_map_delete_elem(&PROCESSES, &process);
+	return 0;
+}
+
+/* A process that is limited already stays with its throttle. */
+SEC("raw_tp/sched_process_exec") int pybpft_expect(struct bpf_raw_tracepoint_args *ctx)
+{
+	__u32 process = bpf_get_current_pid_tgid() >> 32;
+	struct process_name name = {};
+	struct throttle_process *expected, value;
+
+	(void)ctx;
+	HOLD_RECORD();
+	bpf_get_current_comm(name.text, sizeof(name.text));
+	expected = bpf_map_lookup_elem(&NAMES, &name);
+	if (!expected)
+		return 0;
+	value = *expected;
+	bpf_map_update_elem(&PROCESSES, &process, &value, BPF_NOEXIST);
 	return 0;
 }
 

@@ -216,8 +216,13 @@ struct throttle_ack {
 
 /* Of each process whose new sockets are marked, by its id (tgid) in the first pid namespace. */
 struct throttle_process {
-	__u32 follow; /* the processes that it starts are taken in too */
-	__u32 slot;   /* of the throttle that limits it */
+	__u32 flags; /* of enum throttle_process_flags */
+	__u32 slot;  /* of the throttle that limits it */
+};
+
+enum throttle_process_flags {
+	THROTTLE_FOLLOW = 1,  /* the processes that it starts are taken in too */
+	THROTTLE_BY_NAME = 2, /* it was taken in by its name alone, and is to be looked at */
 };
 
 /* One for each possible CPU. Bytes are billed bytes: TCP payload, or the IP length of all else. */
@@ -248,6 +253,7 @@ union throttle_constants {
 	enum throttle_direction direction;
 	enum throttle_flags flags;
 	enum throttle_record_flags record_flags;
+	enum throttle_process_flags process_flags;
 	enum throttle_format format;
 	enum throttle_level level;
 	enum throttle_entry entry;

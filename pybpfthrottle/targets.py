@@ -50,6 +50,13 @@ class Selection(NamedTuple):
         return bool(self.names or self.executables or self.users)
 
     @property
+    def certain_names(self) -> frozenset[str]:
+        """Names that make a process match by themselves, as the kernel keeps them."""
+        if self.executables or self.users:
+            return frozenset()
+        return frozenset(name for name in self.names if as_kept(name) == name)
+
+    @property
     def waits(self) -> bool:
         """Whether later processes may come."""
         return self.matches_some or bool(self.rule)

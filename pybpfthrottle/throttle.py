@@ -250,6 +250,26 @@ class Throttle:
 
         self._do(follow)
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Have processes that begin to have such a name limited before anybody looks at them.
+
+        Where the kernel can do this. Names are compared as far as the kernel keeps them.
+        """
+
+        def expect() -> None:
+            for part in self._distinct_parts():
+                part.expect(names)
+
+        self._do(expect)
+
+    def by_name(self, pids: Sequence[int]) -> frozenset[int]:
+        """Return those of some processes that are limited for their names alone.
+
+        Whoever expected them decides: ``follow`` makes them stay, ``let_go`` ends it.
+        """
+        parts = self._distinct_parts
+        return self._do(lambda: frozenset(pid for part in parts() for pid in part.by_name(pids)))
+
     def let_go(self, pids: Sequence[int]) -> None:
         """Limit some processes no longer, nor the sockets that they have."""
 

@@ -77,7 +77,7 @@ def read(backend: str, throttle_id: str) -> Optional[Entry]:
 
 def ids(backend: str) -> list[str]:
     """Return the ids of a backend's throttles that have a file, whatever is in it."""
-    return run_files.stems(f".{backend}{_SUFFIX}")
+    return run_files.stems(f".{backend}{_SUFFIX}", DIRECTORY)
 
 
 def records(backend: str) -> Iterator[Record]:

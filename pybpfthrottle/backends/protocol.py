@@ -223,6 +223,12 @@ class Part(Protocol):
     def follow(self, pids: Sequence[int]) -> None:
         """Limit more processes. Raises an error of this package."""
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Have the kernel limit processes that begin to have such a name, if it can."""
+
+    def by_name(self, pids: Sequence[int]) -> Sequence[int]:
+        """Return those of some processes that are limited for their names alone, as expected."""
+
     def let_go(self, pids: Sequence[int]) -> None:
         """Limit some processes no longer, nor the sockets that they have."""
 
@@ -287,6 +293,13 @@ class ChoosesOnce:
     def follow(self, pids: Sequence[int]) -> None:
         """Raise ThrottleError."""
         raise ThrottleError("processes cannot be added to this limit from here")
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Do nothing: whoever keeps it expects them."""
+
+    def by_name(self, pids: Sequence[int]) -> Sequence[int]:
+        """Return none: whoever keeps it looks at them."""
+        return ()
 
     def let_go(self, pids: Sequence[int]) -> None:
         """Raise ThrottleError."""

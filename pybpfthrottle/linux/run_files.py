@@ -44,10 +44,10 @@ def read(path: str) -> Optional[str]:
         return file.read()
 
 
-def stems(end: str) -> list[str]:
+def stems(end: str, directory: str = DIRECTORY) -> list[str]:
     """Return the names of the files that end so, without that end."""
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        names = sorted(os.listdir(DIRECTORY))
+        names = sorted(os.listdir(directory))
         return [name[: -len(end)] for name in names if name.endswith(end)]
     return []
 

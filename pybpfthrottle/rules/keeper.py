@@ -38,6 +38,7 @@ from pybpfthrottle.rules.quotas import Quotas
 from pybpfthrottle.rules.when import Machine, ThisMachine
 from pybpfthrottle.sharing import Now
 from pybpfthrottle.supervisor import Budget, Chore, Frequent, Look
+from pybpfthrottle.targets import as_kept
 from pybpfthrottle.throttle import Throttle, start, take_over
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ _LEAST_PAUSE_S = 5.0
 _PAUSE_WITHOUT_WORD_S = 1.0
 # How long a throttle outlives the last process of its rule: the next one may be about to start.
 _IDLE_S = 10.0
+# A throttle that is there limits the next process of its names from its first packet on.
+_IDLE_WITH_NAMES_S = 600.0
 _OTHERS_LAST_S = 2.0
 # How long others have to wait at most while many throttles begin.
 _LONGEST_LOCK_S = 0.5
@@ -173,6 +176,9 @@ class Held:
         self.throttle = throttle
         self.network = _network(wanted.rule, throttle)
         self.idle_since_s = math.inf
+        names = wanted.rule.criteria.process_names if wanted.target.by_rule else ()
+        # Processes that begin to have these names are limited before a rule decides.
+        self.names = frozenset(map(as_kept, names))
 
     def refresh(self, wanted: Wanted) -> bool:
         """Have it limit what is wanted now; return False if that takes another throttle."""
@@ -181,7 +187,8 @@ class Held:
             return False
         if wanted.cgroups and not self._add(wanted.cgroups):
             return False
-        new = set(wanted.pids) - set(self.throttle.processes()) if not wanted.target.pids else ()
+        limited = set(self.throttle.processes()) - self.throttle.by_name(wanted.pids)
+        new = set(wanted.pids) - limited if not wanted.target.pids else ()
         if new:
             self.throttle.follow(sorted(new))
         for direction, rate in wanted.rule.limits.items():
@@ -308,6 +315,7 @@ class Keeper(Frequent):
         self._mounted = survey.mounted
         survey.look(process.running())
         survey.inherit(families)
+        self._doubt(survey.decided.keys())
         self._part(survey.decided)
         found = list(survey.wanted(families))
         surveyed_s = time.thread_time() - begin_s
@@ -389,10 +397,11 @@ class Keeper(Frequent):
         """Limit those that match among processes that have executed a program."""
         survey = Survey(self._book, mounted=self._mounted)
         survey.look(pids)
+        others = self._limited_by_others() if survey.decided else frozenset()
+        self._doubt(survey.decided.keys() - others, pids)
         if not survey.decided:
             return
         found = list(survey.wanted({}))
-        others = self._limited_by_others()
         self._part(survey.decided)
         for wanted in found:
             if not others.isdisjoint(wanted.pids) or self._holds(wanted):
@@ -415,7 +424,23 @@ class Keeper(Frequent):
         """Whether all processes that are wanted are limited by their rule already."""
         held = [one for (name, _), one in self.held.items() if name == wanted.rule.name]
         limited = {pid for one in held for pid in one.throttle.processes()}
-        return bool(wanted.pids) and limited.issuperset(wanted.pids)
+        if not wanted.pids or not limited.issuperset(wanted.pids):
+            return False
+        return not any(one.throttle.by_name(wanted.pids) for one in held if one.names)
+
+    def _doubt(self, decided: Collection[int], pids: Optional[Collection[int]] = None) -> None:
+        """Take out processes that are limited for their names alone, and that no rule is for.
+
+        With ``pids`` only some processes can be such.
+        """
+        names = None if pids is None else set(map(process.name_of, pids))
+        for held in self.held.values():
+            if not held.names or (names is not None and names.isdisjoint(held.names)):
+                continue
+            limited = held.throttle.processes() if pids is None else list(pids)
+            gone = sorted(held.throttle.by_name(limited) - set(decided))
+            if gone:
+                held.throttle.let_go(gone)
 
     def _part(self, rule_of: Mapping[int, Rule]) -> None:
         """Take processes out of the throttles of rules that are no longer theirs."""
@@ -458,6 +483,7 @@ class Keeper(Frequent):
             self._groups.join(wanted.rule, throttle)
             if wanted.target.by_rule:
                 throttle.follow(wanted.pids)
+                throttle.expect(sorted(self.held[name, key].names))
             for note in throttle.plan_notes:
                 self._say_once(f"{name}: {note}")
         except (Error, OSError) as error:
@@ -519,7 +545,7 @@ class Keeper(Frequent):
             held.idle_since_s = math.inf
             return False
         held.idle_since_s = min(held.idle_since_s, now)
-        return now - held.idle_since_s >= _IDLE_S
+        return now - held.idle_since_s >= (_IDLE_WITH_NAMES_S if held.names else _IDLE_S)
 
     def _pick_up(self) -> None:
         """Take over the throttles of rules whose process was killed; remove what no rule wants."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
@@ -75,6 +76,17 @@ class Criteria:
             # A process may be in several slices, one in another.
             if kind in ("container", "unit", "name") and not is_pattern(*values)
         }
+
+    @property
+    def process_names(self) -> frozenset[str]:
+        """Names of which each process has one that matches; empty if others may match too.
+
+        A process of an executable has its file's name, unless it is started by another one.
+        """
+        if not {"name", "exe"}.issuperset(self.given()):
+            return frozenset()
+        names = self.name or tuple(map(os.path.basename, self.exe))
+        return frozenset() if is_pattern(*names) else frozenset(names)
 
     @property
     def only_places(self) -> bool:

@@ -160,19 +160,20 @@ class Crowd:
         if not self.placed.has(_GATE):
             self.placed.attach(self._loaded.everywhere(_GATE, self.cgroups))
 
-    def trace(self) -> None:
+    def trace(self) -> Tracing:
         """Follow the processes in the map from now on. Raises what Tracing.begin raises."""
         with sharing.busy:
             if self._untraced is not None:
                 raise self._untraced
             if self._tracing is not None:
-                return
+                return self._tracing
             try:
                 self._tracing = Tracing.begin(self._loaded.maps, executions=False)
             except (Error, OSError) as error:
                 self._untraced = error
                 raise
             self._closing.callback(self._tracing.close)
+            return self._tracing
 
     def links(self) -> Sequence[Link]:
         """Return what keeps the map of processes up to date in the kernel."""
@@ -251,13 +252,15 @@ class Member(Processes):
 
     def follow(self, *, executions: bool) -> Optional[Tracing]:
         """Follow them from now on. Raises what Tracing.begin raises."""
-        self._crowd.trace()
+        self._tracing = self._crowd.trace()
         if not executions:
             return None
         return Tracing.begin(self._crowd.traced, executions=True, processes=False)
 
     def end(self) -> None:
         """Remove all."""
+        if self._expects and self._tracing is not None:
+            self._tracing.forget(self.slot)
         for pid in self.pids():
             self.discard(pid)
 

@@ -25,9 +25,9 @@ from typing import (
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
-from pybpfthrottle.backends.ebpf.records import ThrottleProcess
+from pybpfthrottle.backends.ebpf.records import ThrottleProcess, ThrottleProcessFlags
 from pybpfthrottle.bpf import abi, links, running
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
@@ -38,13 +38,15 @@ from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.supervisor import LOOKS, Frequent
-from pybpfthrottle.targets import Selection
+from pybpfthrottle.targets import Selection, as_kept
 
 log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
-_EXECUTION = "sched_process_exec"
+_REPORTER = "pybpft_exec"
+# As long as the kernel keeps it, with the byte that ends it.
+_NAME_BYTES = 16
 
 _OTHER_NAMESPACE = (
     "the kernel does not compare the process ids of this pid namespace (of a container)"
@@ -66,6 +68,8 @@ class Processes:
         self.slot = slot
         self._maps = maps
         self._map = processes_in(maps)
+        self._tracing: Optional[Tracing] = None
+        self._expects = False
 
     def pids(self) -> list[int]:
         """Return them."""
@@ -73,7 +77,33 @@ class Processes:
 
     def add(self, pid: int, *, follow: bool) -> None:
         """Add one; with ``follow`` the kernel adds what it starts."""
-        self._map[pid] = ThrottleProcess(follow=follow, slot=self.slot)
+        flags = ThrottleProcessFlags.FOLLOW if follow else 0
+        self._map[pid] = ThrottleProcess(flags=flags, slot=self.slot)
+
+    def expect(self, names: Iterable[str], *, follow: bool) -> None:
+        """Have the kernel add each process that begins to have such a name; it may be cut.
+
+        Where it does not follow processes it does nothing. Names that another throttle expects
+        remain that one's.
+        """
+        if self._tracing is None:
+            return
+        flags = ThrottleProcessFlags.BY_NAME | (ThrottleProcessFlags.FOLLOW if follow else 0)
+        for name in names:
+            self._tracing.expect(name, ThrottleProcess(flags=flags, slot=self.slot))
+            self._expects = True
+
+    def by_name(self, pids: Iterable[int]) -> list[int]:
+        """Return those of some processes that the kernel has added, and nobody else since."""
+        return [pid for pid in pids if self._is_by_name(pid)] if self._expects else []
+
+    def _is_by_name(self, pid: int) -> bool:
+        found = self._map.get(pid)
+        return (
+            found is not None
+            and found.slot == self.slot
+            and bool(found.flags & ThrottleProcessFlags.BY_NAME)
+        )
 
     def discard(self, pid: int) -> None:
         """Remove one, if it is there."""
@@ -92,7 +122,8 @@ class Processes:
 
         Raises what Tracing.begin raises.
         """
-        return Tracing.begin(self._maps, executions=executions)
+        self._tracing = Tracing.begin(self._maps, executions=executions)
+        return self._tracing
 
     def end(self) -> None:
         """Remove all, where others go on to use the map."""
@@ -171,6 +202,14 @@ class Marks(Frequent):
         self._take_in(pids)
         self._mark_new()
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have processes that begin to have such a name limited before anybody looks at them."""
+        self._processes.expect(map(as_kept, names), follow=self._selection.children)
+
+    def by_name(self, pids: Iterable[int]) -> list[int]:
+        """Return those of some processes that are limited for their names alone, as expected."""
+        return self._processes.by_name(pids)
+
     def let_go(self, pids: Iterable[int]) -> Iterator[socket.socket]:
         """Limit some processes no longer; yield each of their sockets that had a mark."""
         pids = list(pids)
@@ -223,6 +262,7 @@ class Marks(Frequent):
         try:
             self._tracing = self._processes.follow(executions=self._selection.matches_some)
             self._is_traced = True
+            self.expect(self._selection.certain_names)
         except (Error, OSError) as error:
             if self._selection.children or self._selection.waits:
                 self._note(
@@ -247,8 +287,8 @@ class Marks(Frequent):
 
     def _take_in(self, pids: Iterable[int]) -> None:
         """Limit processes and their children; without tracing, also earlier ones' new children."""
-        known = set(self._processes.pids())
-        new = set(pids) - known
+        pids, known = set(pids), set(self._processes.pids())
+        new = (pids - known) | set(self._processes.by_name(pids & known))
         parents = new if self._all_followed else known | new
         while new or parents:
             for pid in new:
@@ -383,9 +423,14 @@ class Tracing:
     """
 
     def __init__(
-        self, executed: Optional[RingBuffer], links: Sequence[Link], attached: ExitStack
+        self,
+        executed: Optional[RingBuffer],
+        names: Optional[Map[Any, Any]],
+        links: Sequence[Link],
+        attached: ExitStack,
     ) -> None:
         self._executed = executed
+        self._names = names
         self.links = links
         self._attached = attached
 
@@ -402,7 +447,7 @@ class Tracing:
         hooks = {
             program.name: str(program.hook)
             for program in programs.with_role(Role.FOLLOW)
-            if (executions if program.hook == _EXECUTION else processes)
+            if (executions if program.name == _REPORTER else processes)
         }
         with ExitStack() as undo:
             loaded = undo.enter_context(_tracers(tuple(hooks)).load(maps=maps))
@@ -415,7 +460,10 @@ class Tracing:
             executed = None
             if executions:
                 executed = undo.enter_context(RingBuffer(loaded.maps["EXECUTED"], U32))
-            return cls(executed, made, undo.pop_all())
+            names = None
+            if processes:
+                names = loaded.maps["NAMES"].typed(RAW, StructureCodec(ThrottleProcess))
+            return cls(executed, names, made, undo.pop_all())
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after a process has executed a program, or -1."""
@@ -425,6 +473,29 @@ class Tracing:
         """Return the processes that have executed a program since the last call."""
         return iter(()) if self._executed is None else self._executed.read(0)
 
+    def expect(self, name: str, expected: ThrottleProcess) -> None:
+        """Have the kernel add each process that begins to have a name. The first to ask has it."""
+        if self._names is None:
+            return
+        try:
+            self._names.elements.update(_name_key(name), bytes(expected), abi.BPF_NOEXIST)
+        except FileExistsError:
+            log.info("Another limit expects processes named %s", name)
+        except OSError as error:
+            log.info("Processes named %s are limited a moment after they start: %s", name, error)
+
+    def forget(self, slot: int) -> None:
+        """Expect no more processes for a throttle."""
+        if self._names is None:
+            return
+        for name, expected in list(self._names.items()):
+            if expected.slot == slot:
+                self._names.pop(name, None)
+
     def close(self) -> None:
         """Detach and close all."""
         self._attached.close()
+
+
+def _name_key(name: str) -> bytes:
+    return os.fsencode(name)[: _NAME_BYTES - 1].ljust(_NAME_BYTES, b"\0")

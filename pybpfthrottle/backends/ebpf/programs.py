@@ -188,6 +188,7 @@ PROGRAMS = (
     ),
     Shipped("pybpft_exit", _PROCESSES, "sched_process_exit", Role.FOLLOW, _TRACING),
     Shipped("pybpft_fork", _PROCESSES, "sched_process_fork", Role.FOLLOW, _TRACING),
+    Shipped("pybpft_expect", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),
     Shipped("pybpft_exec", _PROCESSES, "sched_process_exec", Role.FOLLOW, _TRACING),
 )
 _BY_NAME = {program.name: program for program in PROGRAMS}

@@ -108,6 +108,13 @@ class ThrottleRecordFlags(IntFlag):
     REMOVED = 2
 
 
+class ThrottleProcessFlags(IntFlag):
+    """enum throttle_process_flags: how a process is limited."""
+
+    FOLLOW = 1
+    BY_NAME = 2
+
+
 class ThrottleConfig(ctypes.Structure):
     """struct throttle_config: written by user space."""
 
@@ -246,7 +253,7 @@ class ThrottleAck(ctypes.Structure):
 class ThrottleProcess(ctypes.Structure):
     """struct throttle_process."""
 
-    _fields_ = (("follow", c_uint32), ("slot", c_uint32))
+    _fields_ = (("flags", c_uint32), ("slot", c_uint32))
 
 
 class ThrottleStats(ctypes.Structure):

@@ -315,6 +315,15 @@ class EbpfThrottle:
         self._followed.callback(marks.close)
         self._marks = marks
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Have the kernel limit processes that begin to have such a name, if it follows them."""
+        if self._marks is not None:
+            self._marks.expect(names)
+
+    def by_name(self, pids: Sequence[int]) -> list[int]:
+        """Return those of some processes that are limited for their names alone, as expected."""
+        return [] if self._marks is None else self._marks.by_name(pids)
+
     def let_go(self, pids: Sequence[int]) -> None:
         """Limit some processes no longer, and restore the sockets that they have."""
         if self._marks is None:

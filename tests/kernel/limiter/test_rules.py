@@ -19,6 +19,7 @@ from by_backend import tool
 from lab import ENVIRONMENT, TOOL, Lab
 from redis_server import redis
 from shells import RATE, Shell
+from since import since
 from targets import eventually, target
 
 from pybpfthrottle import quota
@@ -38,6 +39,7 @@ from pybpfthrottle.rules.model import Criteria, Rule
 from pybpfthrottle.rules.when import Condition
 from pybpfthrottle.shares import GroupSpec, Member
 from pybpfthrottle.supervisor import InThread
+from pybpfthrottle.throttle import Throttle
 
 LIMITS = {Direction.DOWNLOAD: RATE}
 
@@ -173,6 +175,45 @@ def test_who_starts_later_is_limited(sleep: str) -> None:
             eventually(lambda: found.processes("mine") == {one.pid})
             with running(sleep, "60") as other:
                 eventually(lambda: found.processes("mine") == {one.pid, other.pid})
+
+
+def starts_unseen(found: Kept, throttle: Throttle, *command: str) -> bool:
+    """Whether a process is limited for its name that starts while the keeper looks at nothing."""
+
+    def start() -> bool:
+        with running(*command) as one:
+            # Its parent may go on a moment before it has executed the program.
+            eventually(lambda: throttle.by_name([one.pid]) == {one.pid})
+            return one.pid in throttle.processes()
+
+    return bool(found.call(start))
+
+
+@since("5.8")
+def test_who_has_an_expected_name_is_limited_from_its_start(sleep: str) -> None:
+    """The kernel does so while the rule has a throttle; the keeper then takes it in for good."""
+    with kept(rule("mine", name=os.path.basename(sleep))) as found, running(sleep, "60") as one:
+        eventually(lambda: found.processes("mine") == {one.pid})
+        throttle = found.keeper.held["mine", ""].throttle
+        assert starts_unseen(found, throttle, sleep, "60")
+        with running(sleep, "60") as other:
+            eventually(lambda: found.processes("mine") == {one.pid, other.pid})
+            eventually(lambda: not found.call(lambda: throttle.by_name([other.pid])))
+            assert found.processes("mine") == {one.pid, other.pid}
+
+
+@since("5.8")
+def test_who_only_has_the_name_is_let_go(sleep: str, tmp_path: Path) -> None:
+    """Another program of the same name is limited no longer than until the keeper looks at it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    other = shutil.copy(sleep, elsewhere)
+    with kept(rule("mine", exe=sleep)) as found, running(sleep, "60") as one:
+        eventually(lambda: found.processes("mine") == {one.pid})
+        throttle = found.keeper.held["mine", ""].throttle
+        assert starts_unseen(found, throttle, other, "60")
+        with running(other, "60"):
+            eventually(lambda: found.processes("mine") == {one.pid})
 
 
 def test_the_more_specific_rule_gets_the_process(scratch: Cgroup, sleep: str) -> None:

@@ -174,6 +174,25 @@ def test_the_order_of_files_does_not_decide_between_unlike_rules(order: Any) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("criteria", "names"),
+    [
+        ({"name": ("curl", "wget")}, {"curl", "wget"}),
+        ({"exe": "/usr/bin/rsync"}, {"rsync"}),
+        ({"name": "curl", "exe": "/opt/any"}, {"curl"}),
+        ({"name": ("curl", "w*")}, set()),
+        ({"exe": "/usr/bin/*"}, set()),
+        ({"name": "curl", "user": "backup"}, set()),
+        ({"cgroup": "/system.slice"}, set()),
+    ],
+)
+def test_names_stand_for_a_rule_only_where_all_its_processes_have_one(
+    criteria: Any, names: set[str]
+) -> None:
+    """A process of such a name may be limited before anybody looks at it."""
+    assert rule(**criteria).criteria.process_names == names
+
+
 def test_logins_are_spared() -> None:
     """A rule that does not name the server of logins does not limit it, unless it insists."""
     sshd = Made(name="sshd", user=0, pid=12345678)
