@@ -276,6 +276,8 @@ class _Layouts:
             packed = self.is_packed(composite)
             return _up(end, 8 if packed else 8 * self._alignment(member.type))
         unit = self._size(member.type) * 8
+        if not unit:
+            raise ObjectFileError(f"the bit field {member.name} has no size", section=".BTF")
         fits = self.is_packed(composite) or end % unit + member.bits <= unit
         return end if fits else _up(end, unit)
 

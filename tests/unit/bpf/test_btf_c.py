@@ -111,6 +111,13 @@ def test_types_without_an_end_are_refused(types):
         btf_c.header(types.btf())
 
 
+def test_a_bit_field_of_nothing_is_refused(types):
+    """A type without a size has no bits."""
+    types.struct("any", 4, ("none", types.struct("empty", 0), 0, 1))
+    with pytest.raises(ObjectFileError, match="bit field none has no size"):
+        btf_c.header(types.btf())
+
+
 def test_a_large_gap_takes_one_line(tmp_path, types):
     """A gap of any size is padded without a line for each of its words."""
     char = types.int("char", 1)
