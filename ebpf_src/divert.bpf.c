@@ -105,8 +105,7 @@ struct {
 	__type(value, struct divert_translation);
 } DIVERT_NAT SEC(".maps");
 
-#define MARKS_ONLY
-#include "marks.h"
+#include "multipath.h"
 
 /* The start of a packet, up to the ports. */
 struct start {

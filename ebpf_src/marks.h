@@ -15,35 +15,8 @@
 
 static __u64 (*bpf_get_current_pid_tgid)(void) = (void *)14;
 
-#include "marked.h"
+#include "multipath.h"
 
-/*
- * An MPTCP socket has its packets sent by others, which the kernel opens for it and nobody can
- * reach. They take its mark over with their first packet. A listener's does so with the first
- * handshake, before anything is accepted: that is marked then too, plain TCP included.
- */
-always_inline __u32 *multipath_mark_of(void *sk)
-{
-	__u32 *mark, *theirs;
-	void *mptcp;
-
-	if (!sk)
-		return 0;
-	mark = bpf_sk_storage_get(&MARKS, sk, 0, 0);
-	mptcp = bpf_skc_to_mptcp_sock(sk);
-	if (!mptcp)
-		return mark;
-	theirs = bpf_sk_storage_get(&MARKS, mptcp, 0, 0);
-	if (!theirs)
-		return mark;
-	if (!mark)
-		mark = bpf_sk_storage_get(&MARKS, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (mark)
-		*mark = *theirs;
-	return theirs;
-}
-
-#ifndef MARKS_ONLY
 #ifdef ENTRIES
 always_inline int police_marked(struct __sk_buff *skb, const __u32 *mark, __u32 direction, int drop)
 {
@@ -137,4 +110,3 @@ SEC("cgroup/sock_create") int pybpft_create(struct bpf_sock *ctx)
 		*mark = process->slot;
 	return 1;
 }
-#endif
