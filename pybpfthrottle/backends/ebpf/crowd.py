@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import connections, programs
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
@@ -147,18 +147,15 @@ class Crowd:
         RecordMap(record).begin(slot)
         return record
 
-    def load_gate(self, ring: Map[Any, Any]) -> None:
-        """Load the gate, with a keeper's ring. Raises BpfError or ObjectFileError."""
+    def open_gate(self, ring: Map[Any, Any]) -> None:
+        """Load the gate, with a keeper's ring, and attach it. Raises Error or OSError."""
         with sharing.busy:
             if _GATE.name in self._loaded.programs:
                 self._bank.provide(_GATE, ring)
             else:
                 self._loaded.add(self._bank.load([_GATE.name], self._loaded.maps, ring))
-
-    def attach_gate(self) -> None:
-        """Attach the gate. Raises AttachError."""
-        if not self.placed.has(_GATE):
-            self.placed.attach(self._loaded.everywhere(_GATE, self.cgroups))
+            if not self.placed.has(_GATE):
+                self.placed.attach(self._loaded.everywhere(_GATE, self.cgroups))
 
     def trace(self) -> Tracing:
         """Follow the processes in the map from now on. Raises what Tracing.begin raises."""
@@ -226,6 +223,9 @@ class Member(Processes):
         slots = self._crowd.slots()
         if len(slots) < _MANY:
             slots = self._crowd.slots(fresh_s=0)
+        return self._own(slots)
+
+    def _own(self, slots: Mapping[int, int]) -> list[int]:
         # Another thread may begin a throttle meanwhile.
         return [pid for pid, slot in list(slots.items()) if slot == self.slot]
 
@@ -258,10 +258,15 @@ class Member(Processes):
         return Tracing.begin(self._crowd.traced, executions=True, processes=False)
 
     def end(self) -> None:
-        """Remove all."""
+        """Remove all, and last what they have started in the last moment."""
         if self._expects and self._tracing is not None:
             self._tracing.forget(self.slot)
-        for pid in self.pids():
+        self._discard_all(self.pids())
+        while pids := self._own(self._crowd.slots(fresh_s=0)):
+            self._discard_all(pids)
+
+    def _discard_all(self, pids: Iterable[int]) -> None:
+        for pid in pids:
             self.discard(pid)
 
 

@@ -106,8 +106,7 @@ class Gate:
     def enter(self, crowd: Crowd) -> None:
         """Share the program of a crowd. Raises Error or OSError."""
         if self._keeper is not None:
-            crowd.load_gate(self._keeper.ring())
-            crowd.attach_gate()
+            crowd.open_gate(self._keeper.ring())
 
     def wait(self) -> None:
         """Wait until the keeper serves the gate; connections that begin earlier would stall."""

@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import pytest
 from lab import ENVIRONMENT
@@ -16,12 +17,16 @@ from since import needs_release
 from targets import Target, eventually, target
 
 from pybpfthrottle import throttle
-from pybpfthrottle.backends.ebpf import features, pins, registry, shared
+from pybpfthrottle.backends.ebpf import crowd, features, pins, programs, registry, shared
 from pybpfthrottle.backends.ebpf import throttle as ebpf_throttle
+from pybpfthrottle.backends.ebpf.marks import PROCESSES
+from pybpfthrottle.backends.ebpf.placed import Placements, Wanted
+from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.registry import Rules
 from pybpfthrottle.backends.ebpf.shared import Sharing
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.bpf import maps
+from pybpfthrottle.bpf.codecs import RAW, U32
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Direction, Limits, Rate, Traffic
@@ -183,6 +188,49 @@ def test_what_one_starts_is_limited_with_it(scratch: Cgroup) -> None:
         processes[2].do(f"tell({child}, 'make(AF_INET, SOCK_DGRAM)')")
         eventually(lambda: set(made[2].processes()) == {processes[2].pid, child})
         assert made[1].processes() == [processes[1].pid]
+
+
+def test_what_was_started_in_the_last_moment_is_not_left_behind(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are many processes, a limit knows them as they were a moment ago."""
+    monkeypatch.setattr(crowd, "_MANY", 0)
+    monkeypatch.setattr(crowd.Crowd.slots, "__defaults__", (1000.0,))
+    with some(scratch, 3) as processes, limited(*processes[:2]):
+        parent = processes[2]
+        live = limit(parent.pid)
+        [record] = records(live.id)
+        with maps.open_by_id(record.handles["maps"][PROCESSES]) as live_map:
+            followed = live_map.typed(U32, RAW)
+            child = parent.do("child()")
+            assert {parent.pid, child} <= set(followed)
+            live.remove()
+            assert not {parent.pid, child} & set(followed)
+
+
+def test_no_other_thread_comes_between_a_gate_and_its_place(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two limits that begin at the same time would attach it twice, or to what has ended."""
+    free: list[bool] = []
+    attach = Placements.attach
+
+    def is_free() -> bool:
+        if not crowd.sharing.busy.acquire(blocking=False):
+            return False
+        crowd.sharing.busy.release()
+        return True
+
+    def attach_shared(placed: Placements, wanted: Iterable[Wanted]) -> None:
+        wanted = list(wanted)
+        if programs.gate(Scope.MARKED) in [program for program, *_ in wanted]:
+            with ThreadPoolExecutor(1) as other:
+                free.append(other.submit(is_free).result())
+        attach(placed, wanted)
+
+    monkeypatch.setattr(Placements, "attach", attach_shared)
+    with some(scratch, 2) as processes, limited(*processes):
+        assert free == [False]
 
 
 def test_a_socket_is_limited_again_after_its_limit_has_ended(scratch: Cgroup) -> None:
