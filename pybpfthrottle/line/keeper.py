@@ -172,6 +172,7 @@ class Keeper:
         self._owner = owner
         self._ways: list[Way] = []
         self._armed_ns = 0
+        self._drains = False
         self._timer = libc.timerfd_create()
         self._epoll = select.epoll()
         self._epoll.register(self._timer, select.EPOLLIN)
@@ -192,6 +193,7 @@ class Keeper:
             is_idle = not any((*takes, *gives))
             if is_idle:
                 self._arm()
+                self._say_when_drained()
 
     def _arm(self) -> None:
         """Set the clock for the next packet that is due."""
@@ -200,6 +202,11 @@ class Keeper:
             wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else 0
             libc.timerfd_settime(self._timer, wait_ns)
             self._armed_ns = due_ns
+
+    def _say_when_drained(self) -> None:
+        if self._drains and not any(way.due_ns for way in self._ways):
+            self._drains = False
+            helper.report(self._owner, drained=True)
 
     def _listen(self) -> bool:
         """Handle one of the owner's messages; return False if it is gone."""
@@ -215,6 +222,8 @@ class Keeper:
                 self._ways.append(Way(source, sink, Tally(tally), told))
                 self._epoll.register(source, select.EPOLLIN)
             helper.report(self._owner, opened=True)
+        elif "drain" in message:
+            self._drains = True
         elif "change" in message:
             for way, told in zip(self._ways, message["change"]):
                 way.change(told)

@@ -28,7 +28,7 @@ class LineKeeper(SharedHelper):
         self._fds: list[int] = []
         self._way_id = ""
         self._wanted: Sequence[Impairment] = ()
-        self._is_open = False
+        self._is_open = self._is_empty = False
         super().__init__()
 
     def serve(
@@ -60,8 +60,16 @@ class LineKeeper(SharedHelper):
             self._wanted = wanted
             self.tell({"change": list(map(impairing.to_json, wanted))})
 
+    def drain(self, patience_s: float) -> None:
+        """Wait until nothing is held, but for no longer than a time."""
+        with self._busy:
+            self._is_empty = False
+            self.tell({"drain": True})
+        self.wait_until(lambda: self._is_empty, patience_s)
+
     def _hear(self, message: Mapping[str, Any]) -> None:
-        self._is_open = bool(message.get("opened"))
+        self._is_open = "opened" in message or self._is_open
+        self._is_empty = "drained" in message
 
     def _introduce(self) -> None:
         wanted = list(map(impairing.to_json, self._wanted))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from typing import Collection, Optional, Sequence
 
 from pybpfthrottle import wayout
@@ -20,6 +21,7 @@ from pybpfthrottle.wayout import WayOut
 _INNER = "net0"
 _CLONE_NEWNET = 0x40000000
 _NOT_ENTERED = 125
+_DRAINED_S, _LOOK_S = 10.0, 0.01
 # A device keeps what was not read yet in a ring of this size: 100 ms at 1 Gbit/s.
 _QUEUE_PACKETS = 10_000
 
@@ -143,9 +145,23 @@ class OwnNetwork:
         return [] if self._keeper is None else [self._keeper]
 
     def close(self) -> None:
-        """End the line, and restore what it changed. Doing so twice is no error."""
-        self._keeper = None
+        """End the line, and restore what it changed. Doing so twice is no error.
+
+        What the command has sent before its end arrives first, if that takes no longer than 10 s.
+        """
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None and self.counts()[Direction.UPLOAD].seen:
+            self._drain(keeper)
         self._closing.close()
+
+    def _drain(self, keeper: LineKeeper) -> None:
+        deadline_s = time.monotonic() + _DRAINED_S
+        with suppress(OSError):
+            while netns.inside(self._namespace, netns.is_sending):
+                keeper.wait_until(lambda: False, _LOOK_S)
+                if time.monotonic() >= deadline_s:
+                    return
+        keeper.drain(deadline_s - time.monotonic())
 
     def __enter__(self) -> OwnNetwork:
         return self

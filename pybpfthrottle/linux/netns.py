@@ -41,6 +41,8 @@ _COOKIE, _COOKIE_OFFSET = struct.Struct("=Q"), 44
 _ALL_STATES = 0xFFFFFFFF
 # include/net/tcp_states.h: those of connections that may carry data.
 _CONNECTED = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
+# Those that were closed, and whose last data is not acknowledged.
+_ENDING = sum(1 << state for state in (4, 9, 11))
 _INET_DIAG_INFO = 2
 _INET_DIAG_REQ_PROTOCOL = 3
 _INET_DIAG_CGROUP_ID = 21
@@ -257,6 +259,18 @@ def connections(wanted: Collection[int], cgroup_ids: Collection[int] = ()) -> It
                 cookie = _COOKIE.unpack_from(answer, _COOKIE_OFFSET)[0]
                 info = TcpInfo.parse(more.get(_INET_DIAG_INFO, b""))
                 yield Connection(cookie, inode, cgroup_id, _both_ends(answer), info)
+
+
+def is_sending() -> bool:
+    """Whether connections of TCP in this namespace still send what was left at their end.
+
+    Raises OSError: ENOENT if the kernel cannot list them (CONFIG_INET_TCP_DIAG).
+    """
+    return any(
+        True
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for _ in _sockets(family, socket.IPPROTO_TCP, _ENDING)
+    )
 
 
 def _sockets(family: int, protocol: int, states: int, more: int = 0) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -105,6 +106,39 @@ def test_what_is_sent_gets_lost_doubled_and_damaged(wire: Wire, tmp_path: Path) 
     assert 0 < len(set(numbers)) <= 75
     assert all(done[name] > 0 for name in ("lost", "duplicated", "corrupted"))
     assert done["lost"] == done["seen"] // 4
+
+
+def test_what_was_sent_last_arrives_although_the_command_has_ended(wire: Wire) -> None:
+    """A datagram that is under way, and what a socket still had to send."""
+    program = f"""
+import socket, sys
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.sendto(b"bye", ({wire.client.address!r}, {PORT}))
+tcp = socket.create_connection(({wire.client.address!r}, {PORT}))
+tcp.sendall(bytes(200_000))
+"""
+    received = f"""
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("0.0.0.0", {PORT}))
+listener = socket.create_server(("0.0.0.0", {PORT}))
+print("ready", flush=True)
+one, _ = listener.accept()
+count = 0
+while data := one.recv(1 << 16):
+    count += len(data)
+udp.setblocking(False)
+print(count, udp.recv(9).decode())
+"""
+    python = [sys.executable, "-I", "-S", "-c"]
+    with subprocess.Popen(
+        wire.client.inside(*python, received), stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout
+        assert server.stdout.readline() == "ready\n"
+        run = command("-q", "--delay", "200ms", "--", *python, program)
+        subprocess.run(wire.client.inside(*run), check=True, timeout=PATIENCE_S)
+        assert server.communicate(timeout=PATIENCE_S)[0] == "200000 bye\n"
 
 
 def test_others_are_not_forwarded(wire: Wire) -> None:
