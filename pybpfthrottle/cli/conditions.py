@@ -56,7 +56,8 @@ def condition_options(function: F) -> F:
         function = click.option(
             f"--{name}",
             type=click.Path(exists=True, dir_okay=False),
-            help=f"Let {what} be as fast as FILE says: what --record wrote, or a mahimahi trace.",
+            help=f"Let {what} be as fast as FILE says: what --record wrote, or a mahimahi trace."
+            " Recorded round trips are replayed as well, unless there is a --delay.",
             metavar="FILE",
         )(function)
     option = click.option(

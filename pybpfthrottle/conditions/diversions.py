@@ -35,8 +35,8 @@ class Diversions:
         """Return the directions whose packets get lost here, if they are to."""
         return () if self._places is None else (Direction.DOWNLOAD,)
 
-    def set(self, conditions: Conditions) -> None:
-        """Impair what comes in from now on.
+    def set(self, conditions: Conditions, *, anew: bool = True) -> None:
+        """Impair what comes in from now on; ``anew`` or with the chances that are running.
 
         Raises DiversionError, AttachError or CgroupError.
         """
@@ -45,7 +45,7 @@ class Diversions:
             self.close()
             return
         for one in self._open:
-            one.change(impairment)
+            one.change(impairment, anew=anew)
         if self._places is None:
             self._places = Places(self._throttle, self._divert)
             try:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LOOK_S = 0.25  # how soon the new cgroup of a restarted unit is found
+_LEAST_DELAY_S = 1e-6
 # Short enough to be typed again.
 _SEEDS = 1_000_000
 _REPLAYS = {"replay": Direction.DOWNLOAD, "replay_upload": Direction.UPLOAD}
@@ -52,12 +53,15 @@ class Asked:
     # The files of traces that are replayed, and what they say.
     replayed: tuple[str, ...] = ()
     traces: Mapping[Direction, Trace] = field(default_factory=dict)
+    # The one whose round trips are replayed.
+    late: Optional[Trace] = None
 
     @classmethod
     def of(cls, profile: str = "", **given: Any) -> Asked:
         """Read what is asked for: a profile, and rates and texts in place of the profile's own.
 
-        ``replay`` and ``replay_upload`` name traces of what comes in and goes out.
+        ``replay`` and ``replay_upload`` name traces of what comes in and goes out. Their round
+        trips are replayed as well, unless there is a delay.
 
         Raises LimitError or SettingsError.
         """
@@ -77,7 +81,15 @@ class Asked:
         if not found and not any(limits.values()):
             names = ", ".join(texts.ACCEPTED)
             raise LimitError(f"nothing is asked for: give a profile, or {names}")
-        return cls(found, limits, profile, tuple(replayed.values()), traces)
+        late = next((one for one in traces.values() if one.round_trips_s), None)
+        if "delay" in {*wrong, *(named.texts if named else ())}:
+            late = None
+        return cls(found, limits, profile, tuple(replayed.values()), traces, late)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether what comes in has a delay, perhaps one that changes."""
+        return bool(self.conditions.download.delay_s or self.late)
 
     def __str__(self) -> str:
         """Return its numbers for people, with the profile's name."""
@@ -85,6 +97,9 @@ class Asked:
         wrong = [texts.described(self.conditions)] if self.conditions else []
         seed = [f"seed {self.conditions.download.seed}"] * self.conditions.is_by_chance
         replay = [f"replay {path}" for path in self.replayed]
+        if self.late is not None:
+            ends = map(texts.as_time, (min(self.late.round_trips_s), max(self.late.round_trips_s)))
+            replay.append("delay {} to {} as recorded".format(*ends))
         numbers = ", ".join([*rates, *replay, *wrong, *seed])
         return f"{self.profile}: {numbers}" if self.profile else numbers
 
@@ -110,7 +125,7 @@ def wish_for(asked: Asked, wish: Wish = Wish()) -> Wish:  # noqa: B008 - immutab
         raise ThrottleError(f"bad networks need the backend ebpf, not {', '.join(sorted(others))}")
     options: Options = wish.options.get("ebpf") or Options()
     shape = {**options.shape}
-    if asked.conditions.download.delay_s and shape.get(Direction.DOWNLOAD, "auto") == "auto":
+    if asked.is_late and shape.get(Direction.DOWNLOAD, "auto") == "auto":
         shape[Direction.DOWNLOAD] = "window"
     shape.update((one, "police") for one, rate in asked.limits.items() if rate is None)
     options = options._replace(shape=shape, own_marks=True)
@@ -142,6 +157,9 @@ class Network:
         self._loopback = loopback
         self._driver: Optional[Driver] = None
         self._replay: Optional[Replay] = None
+        # That of a replay; a delay of the conditions does not change.
+        self._delay_s: Optional[float] = None
+        self._in_force = asked.conditions
         self._ended_with: Optional[dict[Direction, Done]] = None
         self._undo = ExitStack()
         with ExitStack() as undo:
@@ -265,18 +283,33 @@ class Network:
         return function() if self._driver is None else self._driver.call(function)
 
     def _put(self, asked: Asked) -> None:
+        self._delay_s = None if asked.late is None else asked.late.round_trip_s(0)
         self._put_conditions(asked.conditions)
         for direction, rate in asked.limits.items():
             # A replay has moved it.
             if self._replay is not None or self.throttle.limits.get(direction) != rate:
                 self.throttle.set_limit(direction, rate)
-        self._replay = Replay(self.throttle, asked.traces) if asked.traces else None
+        self._replay = None
+        if asked.traces:
+            self._replay = Replay(self.throttle, asked.traces, asked.late, self._move_delay)
         self.asked = asked
 
     def _put_conditions(self, conditions: Conditions) -> None:
-        self._detour.set(conditions)
+        self._in_force = conditions
+        self._detour.set(self._as_replayed(conditions))
         self._come_last()
         self._hooks.set(conditions, loopback=self._loopback, elsewhere=self._detour.serves())
+
+    def _move_delay(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+        self._detour.set(self._as_replayed(self._in_force), anew=False)
+
+    def _as_replayed(self, conditions: Conditions) -> Conditions:
+        if self._delay_s is None:
+            return conditions
+        # Not without any: packets go the same way then.
+        delay_s = max(self._delay_s, _LEAST_DELAY_S)
+        return conditions.changed(download=conditions.download.changed(delay_s=delay_s))
 
     def _follow(self) -> None:
         """Be where the throttle's packets pass by now, such as in a restarted unit's cgroup.

@@ -1,4 +1,7 @@
-"""Networks that change as a recorded one did: what --record wrote, or a trace of mahimahi."""
+"""Networks that change as a recorded one did: what --record wrote, or a trace of mahimahi.
+
+What --record wrote has rates, and the round trips of TCP where there were any: both are replayed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.protocol import Dial
+from pybpfthrottle.conditions.model import MAX_DELAY_S
 from pybpfthrottle.errors import LimitError
 from pybpfthrottle.model import MAX_RATE, MIN_RATE, Direction, Rate
 from pybpfthrottle.supervisor import Frequent
@@ -23,10 +27,14 @@ _LONGEST_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Trace:
-    """The rates of one direction, each for ``step_s``, from the beginning again at the end."""
+    """The rates of one direction, each for ``step_s``, from the beginning again at the end.
+
+    ``round_trips_s`` has as many round trips, or none if none was recorded.
+    """
 
     step_s: float
     rates: tuple[Rate, ...]
+    round_trips_s: tuple[float, ...] = ()
 
     @property
     def peak(self) -> Rate:
@@ -35,7 +43,14 @@ class Trace:
 
     def at(self, elapsed_s: float) -> Rate:
         """Return the rate so long after the start."""
-        return self.rates[int(elapsed_s / self.step_s) % len(self.rates)]
+        return self.rates[self._step(elapsed_s)]
+
+    def round_trip_s(self, elapsed_s: float) -> float:
+        """Return the round trip so long after the start, if there are any."""
+        return self.round_trips_s[self._step(elapsed_s)]
+
+    def _step(self, elapsed_s: float) -> int:
+        return int(elapsed_s / self.step_s) % len(self.rates)
 
 
 def read(path: str, direction: Direction) -> Trace:
@@ -62,28 +77,61 @@ def read(path: str, direction: Direction) -> Trace:
         ) from error
 
 
-def _json_samples(lines: Sequence[str], direction: Direction) -> Iterator[tuple[float, float]]:
+class _Sample(NamedTuple):
+    """A line of a recording."""
+
+    elapsed_s: float
+    actual: float
+    round_trip_s: Optional[float]
+
+    @classmethod
+    def of(cls, elapsed_s: Any, actual: Any, round_trip_ms: Any) -> _Sample:
+        """Read its fields. Raises ValueError or TypeError."""
+        trip_s = None if round_trip_ms in (None, "") else float(round_trip_ms) / 1000
+        if trip_s is not None and not 0 <= trip_s <= MAX_DELAY_S:  # NaN too
+            raise ValueError(f"{round_trip_ms} ms is no round trip")
+        return cls(float(elapsed_s), float(actual), trip_s)
+
+
+def _json_samples(lines: Sequence[str], direction: Direction) -> Iterator[_Sample]:
     for line in lines:
         event = json.loads(line)
         if event.get("event") == "sample" and str(direction) in event:
-            yield float(event["elapsed_s"]), float(event[str(direction)]["actual"])
+            actual = event[str(direction)]["actual"]
+            yield _Sample.of(event["elapsed_s"], actual, event.get("round_trip_ms"))
 
 
-def _csv_samples(lines: Sequence[str], direction: Direction) -> Iterator[tuple[float, float]]:
+def _csv_samples(lines: Sequence[str], direction: Direction) -> Iterator[_Sample]:
     for row in csv.DictReader(lines):
         if row["direction"] == str(direction):
-            yield float(row["elapsed_s"]), float(row["actual"])
+            yield _Sample.of(row["elapsed_s"], row["actual"], row.get("round_trip_ms"))
 
 
-def _of_samples(samples: Iterator[tuple[float, float]]) -> Trace:
+def _of_samples(samples: Iterator[_Sample]) -> Trace:
     found = list(samples)
     if not found:
         raise ValueError("it has no samples of this direction")
-    last_s = found[-1][0]
+    last_s = found[-1].elapsed_s
     if not (0 < last_s < _LONGEST_S):
         raise ValueError(f"it ends after {last_s:g} s")
     step_s = last_s / len(found)
-    return Trace(step_s, tuple(_rate(actual) for _, actual in found))
+    return Trace(
+        step_s,
+        tuple(_rate(sample.actual) for sample in found),
+        _without_gaps([sample.round_trip_s for sample in found]),
+    )
+
+
+def _without_gaps(trips_s: Sequence[Optional[float]]) -> tuple[float, ...]:
+    """Return round trips, each as it was before where nothing was sent; none if there are none."""
+    last_s = next((one for one in trips_s if one is not None), None)
+    if last_s is None:
+        return ()
+    found = []
+    for one in trips_s:
+        last_s = last_s if one is None else one
+        found.append(last_s)
+    return tuple(found)
 
 
 def _of_packets(lines: Sequence[str]) -> Trace:
@@ -104,11 +152,23 @@ def _rate(bytes_per_s: float) -> Rate:
 
 
 class Replay(Frequent):
-    """Moves a throttle's rates as traces say, from now on. It is a chore."""
+    """Moves a throttle's rates as traces say, from now on, and a delay. It is a chore."""
 
-    def __init__(self, throttle: Throttle, traces: Mapping[Direction, Trace]) -> None:
-        """The throttle has limits of at least the traces' peaks."""
+    def __init__(
+        self,
+        throttle: Throttle,
+        traces: Mapping[Direction, Trace],
+        late: Optional[Trace] = None,
+        delay: Callable[[float], None] = lambda delay_s: None,
+    ) -> None:
+        """The throttle has limits of at least the traces' peaks.
+
+        ``delay`` is called with each other round trip of ``late``, but for the first.
+        """
         self._traces = traces
+        self._late = late
+        self._delay = delay
+        self._delay_s = None if late is None else late.round_trip_s(0)
         self._dials: dict[Direction, Dial] = {one: throttle.dial(one) for one in traces}
         self._moved: dict[Direction, Optional[Rate]] = dict.fromkeys(traces)
         self._begin_s = time.monotonic()
@@ -119,11 +179,16 @@ class Replay(Frequent):
         return -1
 
     def run(self) -> None:
-        """Move each rate to what it is to be now."""
+        """Move each rate to what it is to be now, and the delay."""
         now_s = time.monotonic()
         for direction, trace in self._traces.items():
             rate = trace.at(now_s - self._begin_s)
             if rate != self._moved[direction]:
                 self._dials[direction].move(rate)
                 self._moved[direction] = rate
+        if self._late is not None:
+            delay_s = self._late.round_trip_s(now_s - self._begin_s)
+            if delay_s != self._delay_s:
+                self._delay(delay_s)
+                self._delay_s = delay_s
         self.due_s = now_s + _STEP_S

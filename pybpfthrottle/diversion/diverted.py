@@ -131,9 +131,12 @@ class Diversion:
         """The process that holds the packets."""
         return self._keeper.pid
 
-    def change(self, impairment: Impairment) -> None:
-        """Impair what comes from now on in another way; what is held stays as it is."""
-        self._keeper.change(self._number, impairment)
+    def change(self, impairment: Impairment, *, anew: bool = True) -> None:
+        """Impair what comes from now on in another way; what is held stays as it is.
+
+        Without ``anew`` the chances that are running go on: those of a delay that changes.
+        """
+        self._keeper.change(self._number, impairment, anew=anew)
 
     def counts(self) -> Injected:
         """Return what was done so far, in packets as they were on the wire."""

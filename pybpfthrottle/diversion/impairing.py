@@ -58,11 +58,18 @@ class Impairing:
         self._last_ns = 0
         self.change(wanted)
 
-    def change(self, wanted: Impairment) -> None:
-        """Decide by something else from now on; the order of packets is kept, if it is to be."""
+    def change(self, wanted: Impairment, *, anew: bool = True) -> None:
+        """Decide by something else from now on; the order of packets is kept, if it is to be.
+
+        Chance begins ``anew``, by the seed, or goes on where it is.
+        """
         self.wanted = wanted
         self.delay_ns = round(wanted.delay_s * _NS_PER_S)
         self._jitter_ns = round(wanted.jitter_s * _NS_PER_S)
+        if anew:
+            self._begin(wanted)
+
+    def _begin(self, wanted: Impairment) -> None:
         chances = {
             kind: random.Random(f"{wanted.seed} {kind}")  # noqa: S311 - to be repeated
             for kind in ("loss", "jitter", "duplicate", "reorder", "corrupt", "bit")

@@ -274,9 +274,8 @@ class Keeper:
             self._shared.alive = 1
             helper.report(self._owner, opened=message["open"])
         elif "change" in message:
-            self._lines[message["change"]].impairing.change(
-                impairing.from_json(message["impairment"])
-            )
+            wanted = impairing.from_json(message["impairment"])
+            self._lines[message["change"]].impairing.change(wanted, anew=message["anew"])
         elif "close" in message:
             self._end(message["close"])
         return True

@@ -120,11 +120,12 @@ class DiversionKeeper(SharedHelper):
             self.drop(number)
             raise OSError(f"{self.title.lower()} does not start ({self.ended or 'it hangs'})")
 
-    def change(self, number: int, wanted: Impairment) -> None:
+    def change(self, number: int, wanted: Impairment, *, anew: bool = True) -> None:
         """Have what comes from now on impaired in another way."""
         with self._busy:
             self._kept[number].wanted = wanted
-            self.tell({"change": number, "impairment": impairing.to_json(wanted)})
+            told = impairing.to_json(wanted)
+            self.tell({"change": number, "impairment": told, "anew": anew})
 
     def drop(self, number: int) -> None:
         """Have the keeper give back what it holds for a diversion, and forget it."""

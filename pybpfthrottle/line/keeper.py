@@ -59,9 +59,9 @@ class Way:
         self._impairing = Impairing(impairing.from_json(told))
         self._split()
 
-    def change(self, told: Any) -> None:
+    def change(self, told: Any, *, anew: bool) -> None:
         """Impair what comes from now on in another way."""
-        self._impairing.change(impairing.from_json(told))
+        self._impairing.change(impairing.from_json(told), anew=anew)
         self._split()
 
     def _split(self) -> None:
@@ -226,7 +226,7 @@ class Keeper:
             self._drains = True
         elif "change" in message:
             for way, told in zip(self._ways, message["change"]):
-                way.change(told)
+                way.change(told, anew=message["anew"])
         return True
 
 

@@ -54,11 +54,11 @@ class LineKeeper(SharedHelper):
                 f"{self.title.lower()} does not start ({self.ended or 'it hangs'})"
             )
 
-    def change(self, wanted: Sequence[Impairment]) -> None:
+    def change(self, wanted: Sequence[Impairment], *, anew: bool) -> None:
         """Have what comes from now on impaired in another way."""
         with self._busy:
             self._wanted = wanted
-            self.tell({"change": list(map(impairing.to_json, wanted))})
+            self.tell({"change": list(map(impairing.to_json, wanted)), "anew": anew})
 
     def drain(self, patience_s: float) -> None:
         """Wait until nothing is held, but for no longer than a time."""

@@ -95,12 +95,15 @@ class OwnNetwork:
         keeper.serve(way.id, (inner, outer), self._tallies, self._impairments)
         self._keeper = keeper
 
-    def set(self, conditions: Conditions) -> None:
-        """Impair what passes from now on, in both directions; before ``open`` from its begin on."""
+    def set(self, conditions: Conditions, *, anew: bool = True) -> None:
+        """Impair what passes from now on, in both directions; before ``open`` from its begin on.
+
+        That is ``anew`` or with the chances that are running.
+        """
         both = conditions.both_ways()
         self._impairments = [both.impairment(direction) for direction in Direction]
         if self._keeper is not None:
-            self._keeper.change(self._impairments)
+            self._keeper.change(self._impairments, anew=anew)
 
     def follow(self) -> None:
         """Do nothing: all that the command starts is in the namespace."""

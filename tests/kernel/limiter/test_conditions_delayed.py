@@ -100,6 +100,23 @@ def test_what_could_not_come_last_is_tried_again(
         assert calls == [0, 1]
 
 
+def test_recorded_round_trips_are_replayed(wire: Wire, near: Near, tmp_path: Path) -> None:
+    """One after the other, in a round."""
+    file = tmp_path / "recorded.csv"
+    head = "time,elapsed_s,direction,actual,round_trip_ms\n"
+    file.write_text(head + "x,1,download,1e7,100\nx,2,download,1e7,300\n")
+    host = wire.server.address
+    with conditions(pid=near.process.pid, replay=str(file)):
+
+        def round_trip_s() -> float:
+            found: float = near.ask("ping", host, PORT, "udp", 1)[0]
+            assert found >= DELAY_S
+            return found
+
+        eventually(lambda: round_trip_s() >= 3 * DELAY_S)
+        eventually(lambda: round_trip_s() < 3 * DELAY_S)
+
+
 def test_loss_and_delay_are_by_the_diversion_and_counted_there(wire: Wire, near: Near) -> None:
     """All that comes in is lost; what goes out is not."""
     with conditions(pid=near.process.pid, delay="1ms", download_loss="100%") as network:

@@ -136,3 +136,17 @@ def test_a_tally_tells_shares_of_delays():
         assert tally.delay_s(0.99) > 200
     finally:
         tally.close()
+
+
+def test_chance_goes_on_where_only_the_delay_changes():
+    """Else each other delay would begin with the same losses."""
+    wanted = Impairment(delay_s=0.1, loss=Loss.chance(0.5), seed=1)
+    straight, changed, anew = (Impairing(wanted) for _ in range(3))
+    fates = [straight.decide(0).copies for _ in range(40)]
+    first = [changed.decide(0).copies for _ in range(20)]
+    changed.change(wanted.changed(delay_s=0.2), anew=False)
+    assert first + [changed.decide(0).copies for _ in range(20)] == fates
+    assert changed.delay_ns == 200_000_000
+    anew.decide(0)
+    anew.change(wanted)
+    assert [anew.decide(0).copies for _ in range(40)] == fates
