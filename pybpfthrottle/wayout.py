@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import suppress
 from ipaddress import IPv4Interface, IPv6Interface, ip_network
-from typing import Any, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, Iterator, Mapping, Optional, Sequence, Union
 
 from pybpfthrottle.backends.nft import FAMILY, Nft, of, table_name
 from pybpfthrottle.bpf.obj.plain import NamedTuple
@@ -25,7 +25,7 @@ DEVICES = "pybpfn"
 _POOL = ip_network("198.19.0.0/16")
 _PREFIX, _PREFIX6 = 30, 64
 _V4, _V6 = "/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"
-_ALL6 = f"{_V6}/all/forwarding"
+_ALL4, _ALL6 = f"{_V4}/all/forwarding", f"{_V6}/all/forwarding"
 _ROUTES, _ROUTES6 = "/proc/thread-self/net/route", "/proc/thread-self/net/ipv6_route"
 _RTF_ADDRCONF = 0x00040000  # include/uapi/linux/ipv6_route.h: by router advertisements
 
@@ -43,7 +43,8 @@ class WayOut(NamedTuple):
     """What a file says: who needs it, and what was changed in which network namespace.
 
     ``networks`` are those of the namespaces of ours, by CIDR. ``settings`` are paths in /proc/sys,
-    each with its content before, in the order in which they are restored.
+    each with its content before, in the order in which they are restored. ``forwarding`` was that
+    of IPv4 as a whole, which is not changed.
     """
 
     id: str
@@ -51,6 +52,7 @@ class WayOut(NamedTuple):
     namespace: int
     networks: tuple[str, ...]
     settings: tuple[tuple[str, str], ...] = ()
+    forwarding: str = ""
 
     @property
     def ends(self) -> list[Ends]:
@@ -82,6 +84,7 @@ class WayOut(NamedTuple):
                 int(told["namespace"]),
                 tuple(map(str, told["networks"])),
                 tuple((str(path), str(before)) for path, before in told["settings"]),
+                str(told["forwarding"]),
             )
         except (OSError, KeyError, TypeError, ValueError):
             return None
@@ -105,14 +108,14 @@ def begin(way_id: str) -> WayOut:
     return way
 
 
-def finish(way: WayOut, device: str) -> WayOut:
+def finish(way: WayOut, device: str) -> None:
     """Translate addresses, and have this thread's network namespace forward packets.
 
-    Return what is in force, for ``end``. Raises NamespaceError; then ``end`` is still needed.
+    Raises NamespaceError. ``end`` is needed in any case.
     """
     with cgroup.locked():
         settings = tuple(_forwarding(way))
-        way = way._replace(settings=settings)
+        way = way._replace(settings=settings, forwarding=_get(_ALL4))
         way.write()
         _change(way, device)
         try:
@@ -120,7 +123,6 @@ def finish(way: WayOut, device: str) -> WayOut:
                 _set(path, "1")
         except OSError as error:
             raise NamespaceError(f"packets cannot be forwarded: {error}") from error
-    return way
 
 
 def firewalls() -> list[str]:
@@ -140,16 +142,17 @@ def firewalls() -> list[str]:
 def end(way: WayOut) -> None:
     """Restore all, as far as no other way out needs it. Doing so twice is no error."""
     with cgroup.locked():
+        way = WayOut.read(way.id) or way  # which may have been changed further
         others = [one for one in _known() if one.namespace == way.namespace and one.id != way.id]
         needed = {path for one in others for path, _ in one.settings}
         with suppress(BackendError), Nft(way.namespace) as nft:
+            if nft.descriptor < 0:
+                _restore(way, needed)
+            else:
+                netns.inside(nft.descriptor, lambda: _restore(way, needed))
+            # Until then it keeps this machine from being a router for others.
             if nft.table(table_name(way.id)) is not None:
                 nft.change(f"delete table {FAMILY} {table_name(way.id)}\n")
-            left = [(path, before) for path, before in way.settings if path not in needed]
-            if nft.descriptor < 0:
-                _restore(left)
-            else:
-                netns.inside(nft.descriptor, lambda: _restore(left))
         run_files.delete(_path(way.id))
 
 
@@ -289,12 +292,16 @@ def _change(way: WayOut, device: str) -> None:
 
 
 def _forwarded_by_us(way: WayOut) -> Iterator[str]:
-    """Yield what matches packets that this machine did not forward before, and shall not now."""
+    """Yield what matches packets that this machine did not forward before, and shall not now.
+
+    Answers are those of somebody who forwards since, such as Docker.
+    """
+    unasked = "ct state new,invalid,untracked"
     for path, _ in way.settings:
         if path.startswith(_V4):
-            yield f'meta nfproto ipv4 iifname "{path.split("/")[-2]}"'
+            yield f'meta nfproto ipv4 iifname "{path.split("/")[-2]}" {unasked}'
         elif path == _ALL6:
-            yield "meta nfproto ipv6"
+            yield f"meta nfproto ipv6 {unasked}"
 
 
 def _get(path: str) -> str:
@@ -311,7 +318,10 @@ def _set(path: str, value: str) -> None:
             file.write(value)
 
 
-def _restore(settings: Sequence[tuple[str, str]]) -> None:
-    for path, before in settings:
-        with suppress(OSError):  # of a device that is gone
-            _set(path, before)
+def _restore(way: WayOut, needed: Collection[str]) -> None:
+    # Somebody else, such as Docker, has made this machine a router meanwhile, or none.
+    is_others = _get(_ALL4) != way.forwarding
+    for path, before in way.settings:
+        if path not in needed and not (is_others and path.startswith(_V4)):
+            with suppress(OSError):  # of a device that is gone
+                _set(path, before)

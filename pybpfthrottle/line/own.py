@@ -77,8 +77,8 @@ class OwnNetwork:
     def _open(self, way_id: str, undo: ExitStack) -> None:
         keeper = LineKeeper.join()
         undo.callback(keeper.leave)
-        way = wayout.begin(way_id)
-        undo.callback(lambda: wayout.end(self._way or way))
+        self._way = way = wayout.begin(way_id)
+        undo.callback(wayout.end, way)
         outer, device = tuntap.create(tuntap.IFF_TUN, f"{wayout.DEVICES}%d")
         undo.callback(os.close, outer)
         devices.keep_quiet(device)
@@ -87,7 +87,7 @@ class OwnNetwork:
             devices.add_address(device, each.outer)
         inner = netns.inside(self._namespace, lambda: _lay_inside(way))
         undo.callback(os.close, inner)
-        self._way = way = wayout.finish(way, device)
+        wayout.finish(way, device)
         self._firewalls = wayout.firewalls()
         self._tallies = [Tally.create() for _ in Direction]
         for tally in self._tallies:

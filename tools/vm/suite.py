@@ -85,6 +85,7 @@ MODULES += (
     "nft_chain_nat",
     "nft_ct",
     "nft_nat",
+    "nft_masq",
     "vsock",
 )
 # Nothing loads a module on demand here. These tell which cgroup a socket is of, and its peer.

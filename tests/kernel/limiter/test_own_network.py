@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -145,8 +145,21 @@ def test_others_are_not_forwarded(wire: Wire) -> None:
     """Although the machine is a router now, it is none but for the command."""
     with behind(wire.client, "--delay", "1ms"):
         rules = state(wire.client)[1]
-    assert 'meta nfproto ipv4 iifname "wire" drop' in rules
-    assert "meta nfproto ipv6 drop" in rules
+    assert 'meta nfproto ipv4 iifname "wire" ct state invalid,new,untracked drop' in rules
+    assert "meta nfproto ipv6 ct state invalid,new,untracked drop" in rules
+
+
+def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
+    """As Docker does, which may be started while a command runs."""
+    setting = ["sysctl", "-qw"]
+    with behind(wire.client, "--delay", "1ms"):
+        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=1"), check=True)
+    try:
+        settings = state(wire.client)[0]
+        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
+        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
+    finally:
+        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=0"), check=True)
 
 
 def test_two_lines_do_not_disturb_each_other(wire: Wire) -> None:
@@ -226,13 +239,23 @@ def test_limits_work_beside_it(wire: Wire, tmp_path: Path) -> None:
         assert last[direction]["bytes_total"] >= 100_000
 
 
-def test_what_is_missing_is_told(wire: Wire) -> None:
-    """And nothing is left: here nft cannot be run."""
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("mount --bind /dev/null $(command -v nft)", "cannot be translated: .*Linux 5.2"),
+        (
+            "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys",
+            "packets cannot be forwarded: .*Read-only",
+        ),
+    ],
+)
+def test_what_is_missing_is_told(wire: Wire, lacks: str, said: str) -> None:
+    """And nothing is left."""
     before = state(wire.client)
-    hidden = f'mount --bind /dev/null {shutil.which("nft")} && exec "$@"'
+    script = f'{lacks} && exec "$@"'
     done = subprocess.run(
         wire.client.inside(
-            *("unshare", "--mount", "sh", "-c", hidden, "sh"),
+            *("unshare", "--mount", "sh", "-c", script, "sh"),
             *command("--delay", "1ms", "--", "true"),
         ),
         capture_output=True,
@@ -240,8 +263,7 @@ def test_what_is_missing_is_told(wire: Wire) -> None:
         timeout=PATIENCE_S,
     )
     assert done.returncode == 125
-    assert "cannot be translated" in done.stderr
-    assert "Linux 5.2" in done.stderr
+    assert re.search(said, done.stderr), done.stderr
     assert state(wire.client) == before
 
 
