@@ -44,10 +44,10 @@ def read(path: str) -> Optional[str]:
         return file.read()
 
 
-def stems(end: str, directory: str = DIRECTORY) -> list[str]:
-    """Return the names of the files that end so, without that end."""
+def stems(end: str, directory: str = "") -> list[str]:
+    """Return the names of the files that end so, without that end; by default of ``DIRECTORY``."""
     with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        names = sorted(os.listdir(directory))
+        names = sorted(os.listdir(directory or DIRECTORY))
         return [name[: -len(end)] for name in names if name.endswith(end)]
     return []
 
