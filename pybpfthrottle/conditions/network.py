@@ -266,6 +266,7 @@ class Network:
         driver, self._driver = self._driver, None
         if driver is not None:
             driver.release()
+        self._replay = None
         try:
             if self._ended_with is None:
                 self._ended_with = self._injected()
@@ -318,6 +319,7 @@ class Network:
         """
         if self.throttle.ended() == "removed":
             self._hooks.detach()
+            self._replay = None
             self._detour.set(Conditions())
         else:
             self._detour.follow()

@@ -39,7 +39,7 @@ class OwnNetwork:
         self._tallies: list[Tally] = []
         self._way: Optional[WayOut] = None
         self._resolver = resolver.choose()
-        self._firewalls: list[str] = []
+        self._notes = [self._resolver.note] if self._resolver.note else []
         self._impairments = [Impairment(), Impairment()]
         try:
             self._namespace = netns.new()
@@ -88,7 +88,9 @@ class OwnNetwork:
         inner = netns.inside(self._namespace, lambda: _lay_inside(way))
         undo.callback(os.close, inner)
         wayout.finish(way, device)
-        self._firewalls = wayout.firewalls()
+        self._notes += wayout.firewalls()
+        if len(way.networks) == 1:
+            self._notes.append(f"the command has no IPv6: {wayout.why_no_ipv6()}")
         self._tallies = [Tally.create() for _ in Direction]
         for tally in self._tallies:
             undo.callback(tally.close)
@@ -135,13 +137,9 @@ class OwnNetwork:
 
     def notes(self) -> list[str]:
         """Return what is otherwise than may be expected, a line each."""
-        found = [self._resolver.note] if self._resolver.note else []
-        found += self._firewalls
-        if self._way is not None and len(self._way.networks) == 1:
-            found.append(f"the command has no IPv6: {wayout.why_no_ipv6()}")
-        if self._keeper is not None and self._keeper.ended is not None:
-            found.append(f"the command's network is down: {self._keeper.ended}")
-        return found
+        if self._keeper is None or self._keeper.ended is None:
+            return self._notes
+        return [*self._notes, f"the command's network is down: {self._keeper.ended}"]
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it."""

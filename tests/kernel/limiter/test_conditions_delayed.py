@@ -12,6 +12,7 @@ from echo import PORT, Near
 from targets import eventually
 
 from pybpfthrottle.conditions import conditions
+from pybpfthrottle.conditions.traces import Replay
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import process
@@ -106,7 +107,7 @@ def test_recorded_round_trips_are_replayed(wire: Wire, near: Near, tmp_path: Pat
     head = "time,elapsed_s,direction,actual,round_trip_ms\n"
     file.write_text(head + "x,1,download,1e7,100\nx,2,download,1e7,300\n")
     host = wire.server.address
-    with conditions(pid=near.process.pid, replay=str(file)):
+    with conditions(pid=near.process.pid, replay=str(file)) as network:
 
         def round_trip_s() -> float:
             found: float = near.ask("ping", host, PORT, "udp", 1)[0]
@@ -115,6 +116,8 @@ def test_recorded_round_trips_are_replayed(wire: Wire, near: Near, tmp_path: Pat
 
         eventually(lambda: round_trip_s() >= 3 * DELAY_S)
         eventually(lambda: round_trip_s() < 3 * DELAY_S)
+        assert any(isinstance(chore, Replay) for chore in network.own_chores())
+    assert not any(isinstance(chore, Replay) for chore in network.own_chores())
 
 
 def test_loss_and_delay_are_by_the_diversion_and_counted_there(wire: Wire, near: Near) -> None:

@@ -134,11 +134,14 @@ print(count, udp.recv(9).decode())
     with subprocess.Popen(
         wire.client.inside(*python, received), stdout=subprocess.PIPE, text=True
     ) as server:
-        assert server.stdout
-        assert server.stdout.readline() == "ready\n"
-        run = command("-q", "--delay", "200ms", "--", *python, program)
-        subprocess.run(wire.client.inside(*run), check=True, timeout=PATIENCE_S)
-        assert server.communicate(timeout=PATIENCE_S)[0] == "200000 bye\n"
+        try:
+            assert server.stdout
+            assert server.stdout.readline() == "ready\n"
+            run = command("-q", "--delay", "200ms", "--", *python, program)
+            subprocess.run(wire.client.inside(*run), check=True, timeout=PATIENCE_S)
+            assert server.communicate(timeout=PATIENCE_S)[0] == "200000 bye\n"
+        finally:
+            server.kill()
 
 
 def test_others_are_not_forwarded(wire: Wire) -> None:
