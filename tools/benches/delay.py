@@ -1,5 +1,7 @@
 """Round trips, downloads and losses through a delay: ours, and netem's where the kernel has it.
 
+line is run --netns, which has half of the delay in each direction.
+
 p50, p99: of round trips, in ms beyond the delay that was asked for. Mbit/s: TCP of 100 Mbit/s, and
 the CPU time of our keeper meanwhile, with that of the kernel for what it gives back. lost, twice,
 behind: of UDP datagrams of 1200 bytes at 100 Mbit/s. sibling: the same of a process beside it, for
@@ -42,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--delays", default="20,80,300", metavar="MS", help="delays of what comes in")
     add("--losses", default="0.1,1,5,20", metavar="PERCENT")
-    add("--ways", default="none,diversion,netem", metavar="NAMES")
+    add("--ways", default="none,diversion,line,netem", metavar="NAMES")
     add("--pings", type=int, default=100)
     add("--seconds", type=float, default=5.0, help="length of each download")
     add("--datagrams", type=int, default=20_000)
@@ -88,6 +90,8 @@ class _Lab:
         own = own_cgroups.create_empty(cgroups.root())
         stack.callback(own.remove)
         self._place: Cgroup = own.cgroup
+        # What the near end is run by.
+        self._by: list[str] = []
         Child(stack, self._wire.server.inside(*python("benches.delay_peer", "far"))).ready()
 
     def row(self, way: str, wanted: Impairment) -> Optional[Row]:
@@ -153,9 +157,10 @@ class _Lab:
     def _ask(self, *what: str, beside: bool = False) -> Any:
         with ExitStack() as stack:
             command = python("benches.delay_peer", *what)
-            near = Child(stack, self._wire.client.inside(*command))
+            by = [] if beside else self._by
+            near = Child(stack, self._wire.client.inside(*by, *command))
             near.ready()
-            if not beside:
+            if not (beside or by):
                 self._place.move_in(near.pid)
             near.stop()
             return near.report(120)
@@ -166,6 +171,13 @@ class _Lab:
             pids = [self._wire.client.process.pid]
             with diversion.open(self._place, wanted, pids=lambda: pids) as late:
                 yield late
+        elif way == "line":
+            share = wanted.loss.share if wanted.loss else 0.0
+            self._by = python("pybpfthrottle", "run", "-q", "--netns", "--seed", "1")
+            self._by.append(f"--delay={wanted.delay_s * 1e3:g}ms")
+            self._by += [f"--download-loss={100 * share:g}%", "--"]
+            yield None
+            self._by = []
         elif way == "netem":
             loss = f" loss {100 * wanted.loss.share:g}%" if wanted.loss else ""
             options = f"netem delay {wanted.delay_s * 1e3:g}ms{loss} limit {_NETEM_PACKETS}"
