@@ -159,3 +159,25 @@ def test_the_record_of_a_way_out_is_read_as_it_was_written(monkeypatch, tmp_path
     for one in (way, other):
         wayout.end(one._replace(namespace=0))
     assert run_files.stems(run_files.WAYS_OUT) == []
+
+
+ADVERTISED = ["0" * 32, "00", "0" * 32, "00", "0" * 32, "00000400", "1", "0", "00450003", "eth0"]
+STATIC = [*ADVERTISED[:8], "00000003", "eth0"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "route", "forwards", "why"),
+    [
+        ({"192.0.2.1", "::1", "fe80::1"}, STATIC, "0", "no IPv6 address"),
+        ({"2001:db8::1"}, ADVERTISED, "0", "router advertisements"),
+        ({"2001:db8::1"}, ADVERTISED, "1", ""),
+        ({"2001:db8::1"}, STATIC, "0", ""),
+    ],
+)
+def test_ipv6_is_left_out_where_it_would_be_lost(monkeypatch, addresses, route, forwards, why):
+    """A machine that forwards packets does not listen to router advertisements."""
+    monkeypatch.setattr(wayout.netns, "own_addresses", lambda: addresses)
+    monkeypatch.setattr(wayout, "_table", lambda path: [route])
+    monkeypatch.setattr(wayout, "_get", lambda path: forwards)
+    assert why in wayout.why_no_ipv6()
+    assert bool(why) == bool(wayout.why_no_ipv6())
