@@ -7,7 +7,8 @@ the CPU time of our keeper meanwhile, with that of the kernel for what it gives 
 behind: of UDP datagrams of 1200 bytes at 100 Mbit/s. sibling: the same of a process beside it, for
 which nothing is asked. loss: the share of datagrams that was lost, and the standard deviation.
 
-netem is of a device, so that it delays the sibling too.
+netem is of a device, so that it delays the sibling too. Where this kernel lacks it, an emulated
+machine has it (tools/vmtest --run), whose load has to be small.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Rate
 
-_RATE_BYTES_PER_S = 12_500_000
+_KINDS = {"tcp4": 4, "udp4": 4, "tcp6": 6, "udp6": 6}
 _DATAGRAM_BYTES = 1200
 _NETEM_PACKETS = 1_000_000
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -45,6 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--delays", default="20,80,300", metavar="MS", help="delays of what comes in")
     add("--losses", default="0.1,1,5,20", metavar="PERCENT")
     add("--ways", default="none,diversion,line,netem", metavar="NAMES")
+    add("--rate", type=Rate.parse, default="100mbit", help="of downloads and datagrams")
+    add("--kinds", default=",".join(_KINDS), metavar="NAMES", help="of round trips")
     add("--pings", type=int, default=100)
     add("--seconds", type=float, default=5.0, help="length of each download")
     add("--datagrams", type=int, default=20_000)
@@ -56,6 +60,10 @@ def main(arguments: argparse.Namespace) -> int:
     delays = [float(one) for one in arguments.delays.split(",") if one]
     losses = [float(one) for one in arguments.losses.split(",") if one]
     ways = arguments.ways.split(",")
+    unknown = [kind for kind in arguments.kinds.split(",") if kind not in _KINDS]
+    if unknown:
+        print(f"bench delay: --kinds: choose from {', '.join(_KINDS)}, not {unknown[0]}")
+        return 2
     table: dict[str, Row] = {}
     try:
         with ExitStack() as stack:
@@ -101,12 +109,12 @@ class _Lab:
         with self._impaired(way, wanted) as late:
             if late is _MISSING:
                 return None
-            for version, host in ((4, server.address), (6, server.address6)):
-                for kind in ("tcp", "udp"):
-                    trips = self._ask("ping", host, kind, str(self._arguments.pings))["trips"]
-                    for percent in (50, 99):
-                        beyond = percentile(trips, percent) - wanted.delay_s * 1e3
-                        found[f"{kind}{version} p{percent}"] = round(beyond, 3)
+            for kind in self._arguments.kinds.split(","):
+                host = server.address6 if _KINDS[kind] == 6 else server.address
+                trips = self._ask("ping", host, kind[:3], str(self._arguments.pings))["trips"]
+                for percent in (50, 99):
+                    beyond = percentile(trips, percent) - wanted.delay_s * 1e3
+                    found[f"{kind} p{percent}"] = round(beyond, 3)
             found.update(self._download(late))
             found.update(self._datagrams())
             found.update(self._sibling())
@@ -129,7 +137,7 @@ class _Lab:
         before, sent = _cpu_s(late), _retransmitted(self._wire.server)
         seconds = self._arguments.seconds
         host = self._wire.server.address
-        got = self._ask("get", host, str(_RATE_BYTES_PER_S), str(seconds))
+        got = self._ask("get", host, str(self._arguments.rate.bytes_per_s), str(seconds))
         return {
             "Mbit/s": round(got["bytes_per_s"] * 8e-6, 1),
             "keeper CPU %": round(100 * (_cpu_s(late) - before) / (seconds + 1), 1),
@@ -144,14 +152,14 @@ class _Lab:
     def _sibling(self) -> Row:
         host = self._wire.server.address
         trips = self._ask("ping", host, "udp", str(self._arguments.pings), beside=True)["trips"]
-        got = self._ask("get", host, str(_RATE_BYTES_PER_S), "1", beside=True)
+        got = self._ask("get", host, str(self._arguments.rate.bytes_per_s), "1", beside=True)
         return {
             "sibling p50": round(percentile(trips, 50), 3),
             "sibling Mbit/s": round(got["bytes_per_s"] * 8e-6, 1),
         }
 
     def _many(self) -> Any:
-        numbers = (_RATE_BYTES_PER_S, self._arguments.datagrams, _DATAGRAM_BYTES)
+        numbers = (self._arguments.rate.bytes_per_s, self._arguments.datagrams, _DATAGRAM_BYTES)
         return self._ask("datagrams", self._wire.server.address, *map(str, numbers))
 
     def _ask(self, *what: str, beside: bool = False) -> Any:

@@ -1,8 +1,9 @@
 """Downloads by real programs below our limit, from servers in a namespace of their own.
 
 ratio: TCP payload over ten seconds, once a handshake's worth has passed, divided by the limit.
-lowest, highest: the same in one second after the first. retransmitted %: of what the servers sent.
-All of it is what the servers' own sockets tell (TCP_INFO, by ss).
+lowest, highest: the same in one second after the first. retransmitted %: of what the servers sent;
+of HTTP/3 the datagrams that were lost, and the ratio is that of the streams' payload. All of it is
+what the servers' own sockets tell (TCP_INFO, by ss), or the server of HTTP/3.
 
 Programs and servers that are not installed are left out, and named.
 """
@@ -10,77 +11,39 @@ Programs and servers that are not installed are left out, and named.
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Optional
 
 from benches.child import PATIENCE_S, TransferError
 from benches.line import DelayLine, LineSpec
-from benches.surroundings import ENVIRONMENT, python
+from benches.quic import lost_datagrams
+from benches.servers import SSH_PORT, Place, serve, start
+from benches.surroundings import python
 from benches.table import show
 from pybpfthrottle.demo.wire import Namespace, Wire
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Rate
 
 _COLUMNS = ("ratio", "lowest", "highest", "retransmitted %")
-_BYTES = 8 << 30
 # A program may say hello to its server, as ssh does, long before anything is transferred.
 _HANDSHAKE_BYTES = 32 << 10
-# Of servers: for the system, or beside the interpreter.
-_SERVERS = os.pathsep.join([os.environ["PATH"], "/usr/sbin", os.path.dirname(sys.executable)])
-_SSH_PORT, _IPERF_PORT = 2222, 5201
-_NGINX = """daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/log;
-events {{ worker_connections 512; }}
-http {{
-    access_log off; sendfile on; types {{ text/html html; }}
-    server {{
-        listen {address}:80; listen {address}:443 ssl http2;
-        ssl_certificate {directory}/cert; ssl_certificate_key {directory}/key;
-        root {directory}/files;
-    }}
-}}
-"""
-_PAGE = "<script>fetch('large').then(got => got.body.pipeTo(new WritableStream()))</script>"
-_SSHD = """ListenAddress {address}
-Port {port}
-HostKey {directory}/host
-AuthorizedKeysFile {directory}/user.pub
-PidFile none
-StrictModes no
-UsePAM no
-"""
+_PAGE = b"<script>fetch('large').then(got => got.body.pipeTo(new WritableStream()))</script>"
+Command = Callable[[Place], str]
 
 
-class _Place(NamedTuple):
-    """Where the servers are, and their files."""
-
-    address: str
-    directory: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.address}"
-
-    @property
-    def https(self) -> str:
-        return f"https://{self.address}"
-
-
-Command = Callable[[_Place], str]
-
-
-def _ssh(place: _Place) -> str:
+def _ssh(place: Place) -> str:
     options = "StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-    return f"ssh -i {place.directory}/user -p {_SSH_PORT} -o {options}"
+    return f"ssh -i {place.directory}/user -p {SSH_PORT} -o {options}"
 
 
 # Each fetches one large file, or several, until it is ended.
@@ -97,16 +60,19 @@ PROGRAMS: dict[str, Command] = {
         f"{sys.executable} -m pip -q download --no-deps --trusted-host {at.address}"
         f" -d {at.directory}/to {at.url}/large-1.0-py3-none-any.whl"
     ),
-    "chromium": lambda at: (
-        "chromium --headless=new --no-sandbox --disable-gpu --disable-background-networking"
-        f" --user-data-dir={at.directory}/to/profile {at.url}/page.html"
-    ),
+    "chromium": lambda at: f"{at.chromium} {at.url}/page.html",
+    "chromium, HTTP/3": lambda at: f"{at.chromium_http3} {at.https}/page.html",
+    "aioquic, HTTP/3": lambda at: shlex.join(python("benches.http3", "get", f"{at.https}/large")),
     "rsync over ssh": lambda at: (
         f"rsync -e '{_ssh(at)}' --inplace {at.address}:{at.directory}/files/large {at.directory}/to"
     ),
     "iperf3 -R -P 8": lambda at: f"iperf3 -c {at.address} -R -P 8 -t 60",
 }
-_NEEDS = {"pip": sys.executable, "apt": "/usr/lib/apt/apt-helper"}
+_NEEDS = {
+    "pip": sys.executable,
+    "aioquic, HTTP/3": sys.executable,
+    "apt": "/usr/lib/apt/apt-helper",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -160,97 +126,44 @@ def _transfer(command: Command, rate: Rate, delay_ms: float, seconds: int) -> tu
         directory.chmod(0o755)
         wire = DelayLine(LineSpec(delay_s=delay_ms / 2000)) if delay_ms else Wire()
         stack.enter_context(wire)
-        place = _Place(wire.server.address, directory)
-        _serve(stack, wire.server, place)
+        place = Place(wire.server.address, directory)
+        serve(stack, wire.server, place, {"page.html": _PAGE})
         prefix = python("pybpfthrottle", "run", "-q", "--download-limit", str(rate.bytes_per_s))
         shell = f"export HOME={directory}; exec {command(place)}"
         inside = wire.client.inside(*prefix, "--", "sh", "-c", shell)
-        _start(stack, inside)
-        sent, again = _watch(wire.server, seconds)
+        start(stack, inside)
+        sent, again = _watch(wire.server, place, seconds)
+        lost_percent = lost_datagrams(wire.server, wire.client)
     steps = [after - before for before, after in zip(sent, sent[1:])]
     windows = [step / rate.bytes_per_s for step in steps[1:]]
     ratio = (sent[-1] - sent[0]) / rate.bytes_per_s / len(steps)
-    return ratio, min(windows), max(windows), 100 * again / sent[-1]
+    return ratio, min(windows), max(windows), lost_percent + 100 * again / sent[-1]
 
 
-def _start(stack: ExitStack, command: list[str]) -> subprocess.Popen[bytes]:
-    """Start what is ended with the transfer, with all that it has started."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-
-    def end() -> None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_S)
-        process.kill()
-        process.wait()
-
-    stack.callback(end)
-    return process
-
-
-def _serve(stack: ExitStack, server: Namespace, place: _Place) -> None:
-    """Start the servers that are installed, with files and keys for this transfer alone."""
-    for name in ("files", "to"):
-        (place.directory / name).mkdir()
-    for name in ("large", "large-1.0-py3-none-any.whl"):
-        with (place.directory / "files" / name).open("wb") as file:
-            file.truncate(_BYTES)
-    (place.directory / "files" / "page.html").write_text(_PAGE)
-    for command in _keys(place.directory):
-        subprocess.run(command, check=True, capture_output=True)
-    fields = {"address": place.address, "directory": place.directory, "port": _SSH_PORT}
-    (place.directory / "nginx.conf").write_text(_NGINX.format(**fields))
-    (place.directory / "sshd.conf").write_text(_SSHD.format(**fields))
-    for program, *options in (
-        ("nginx", "-e", f"{place.directory}/log", "-c", f"{place.directory}/nginx.conf"),
-        ("sshd", "-D", "-f", f"{place.directory}/sshd.conf"),
-        ("iperf3", "-s", "-B", place.address, "-p", str(_IPERF_PORT)),
-    ):
-        path = shutil.which(program, path=_SERVERS)
-        if path:
-            _start(stack, server.inside(path, *options))
-    time.sleep(0.5)
-
-
-def _keys(directory: Path) -> Iterator[list[str]]:
-    yield [
-        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=bench"),
-        *("-keyout", f"{directory}/key", "-out", f"{directory}/cert"),
-    ]
-    for name in ("host", "user") if shutil.which("ssh-keygen") else ():
-        yield ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{directory}/{name}"]
-
-
-def _watch(server: Namespace, seconds: int) -> tuple[list[int], int]:
+def _watch(server: Namespace, place: Place, seconds: int) -> tuple[list[int], int]:
     """What the servers' sockets had acknowledged after each second, and sent again in the end."""
     seen: dict[str, tuple[int, int]] = {}
     deadline = time.monotonic() + PATIENCE_S
-    while (first := _sent(server, seen)) < _HANDSHAKE_BYTES:
+    while (first := _sent(server, place, seen)) < _HANDSHAKE_BYTES:
         if time.monotonic() > deadline:
             raise TransferError("no data was sent")
         time.sleep(0.005)
     begin, sent = time.monotonic(), [first]
     for second in range(1, seconds + 1):
         time.sleep(max(0.0, begin + second - time.monotonic()))
-        sent.append(_sent(server, seen))
+        sent.append(_sent(server, place, seen))
     return sent, sum(again for _, again in seen.values())
 
 
-def _sent(server: Namespace, seen: dict[str, tuple[int, int]]) -> int:
-    """Acknowledged payload of all connections that were ever seen, which ``seen`` has."""
+def _sent(server: Namespace, place: Place, seen: dict[str, tuple[int, int]]) -> int:
+    """Acknowledged payload of all connections that were ever seen, which ``seen`` has of TCP."""
     shown = subprocess.run(server.inside("ss", "-tinOH"), capture_output=True, text=True).stdout
     for line in shown.splitlines():
         fields = line.split()
         number = _number(line, "bytes_acked")
         if number is not None and len(fields) > 4:
             seen[" ".join(fields[3:5])] = (number, _number(line, "bytes_retrans") or 0)
-    return sum(acked for acked, _ in seen.values())
+    return sum(acked for acked, _ in seen.values()) + place.acknowledged()
 
 
 def _number(line: str, name: str) -> Optional[int]:

@@ -95,9 +95,8 @@ def _transfer(
         time.sleep(arguments.seconds)
         client.stop()
         report = client.report()
-        sent, got = _datagrams(wire.server, "OutDatagrams"), _datagrams(wire.client, "InDatagrams")
+        lost = lost_datagrams(wire.server, wire.client)
     per_second = _seconds(report["bins"], arguments.seconds, rate)
-    lost = 100 * (1 - got / sent) if sent else 0.0
     trips = report["round_trips_ms"] or [0.0]
     return (mean(per_second), min(per_second), max(per_second), lost, mean(trips))
 
@@ -111,6 +110,12 @@ def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[fl
     if not any(sums):
         raise TransferError("no data arrived")
     return [one / rate.bytes_per_s for one in sums]
+
+
+def lost_datagrams(sender: Namespace, receiver: Namespace) -> float:
+    """Return how much of what one end has sent the other did not get, in per cent."""
+    sent, got = _datagrams(sender, "OutDatagrams"), _datagrams(receiver, "InDatagrams")
+    return 100 * (1 - got / sent) if sent else 0.0
 
 
 def _datagrams(end: Namespace, field: str) -> int:

@@ -15,7 +15,8 @@ import ssl
 import sys
 import time
 from collections import Counter
-from typing import ClassVar, Optional
+from itertools import repeat
+from typing import Callable, ClassVar, Iterable, Optional
 
 from aioquic.asyncio import QuicConnectionProtocol, connect, serve
 from aioquic.quic.configuration import QuicConfiguration
@@ -34,6 +35,21 @@ _AHEAD_BYTES = 2 << 20
 _PAUSE_S = 0.002
 
 
+async def pump(
+    peer: QuicConnectionProtocol,
+    stream_id: int,
+    blocks: Iterable[bytes],
+    send: Callable[[int, bytes], None],
+) -> None:
+    """Send blocks on a stream as fast as it may, without more than a buffer's worth ahead."""
+    for block in blocks:
+        while len(peer._quic._streams[stream_id].sender._buffer) >= _AHEAD_BYTES:
+            await asyncio.sleep(_PAUSE_S)
+        send(stream_id, block)
+        peer.transmit()
+        await asyncio.sleep(0)
+
+
 class _Server(QuicConnectionProtocol):
     """Answers each stream with data without end."""
 
@@ -45,14 +61,7 @@ class _Server(QuicConnectionProtocol):
             self._pump = asyncio.ensure_future(self._send(event.stream_id))
 
     async def _send(self, stream_id: int) -> None:
-        while True:
-            sender = self._quic._streams[stream_id].sender
-            if len(sender._buffer) < _AHEAD_BYTES:
-                self._quic.send_stream_data(stream_id, _BLOCK)
-                self.transmit()
-                await asyncio.sleep(0)
-            else:
-                await asyncio.sleep(_PAUSE_S)
+        await pump(self, stream_id, repeat(_BLOCK), self._quic.send_stream_data)
 
 
 class _Client(QuicConnectionProtocol):
@@ -78,7 +87,8 @@ def _certificate(configuration: QuicConfiguration) -> None:
     configuration.private_key = key
 
 
-async def _until_input_ends() -> None:
+async def until_input_ends() -> None:
+    """Return when standard input ends."""
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
@@ -89,7 +99,7 @@ async def _serve(address: str, port: int, control: str) -> None:
     _certificate(configuration)
     await serve(address, port, configuration=configuration, create_protocol=_Server)
     print(READY, flush=True)
-    await _until_input_ends()
+    await until_input_ends()
 
 
 async def _download(address: str, port: int, ended: asyncio.Event) -> float:
@@ -108,7 +118,7 @@ async def _get(address: str, port: int, connections: int) -> None:
     ended = asyncio.Event()
     downloads = [asyncio.ensure_future(_download(address, port, ended)) for _ in range(connections)]
     print(READY, flush=True)
-    await _until_input_ends()
+    await until_input_ends()
     bins = sorted(_Client.bins.items())
     ended.set()
     done, _ = await asyncio.wait(downloads, timeout=2)
