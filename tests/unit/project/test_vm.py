@@ -13,7 +13,7 @@ import pytest
 from vm import VmError, kernels, page, suite
 from vm.archive import Archive
 from vm.machine import Machine, Run
-from vm.userland import Python
+from vm.userland import Python, Userland
 
 ROOT = Path(__file__).resolve().parents[3]
 XML = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite>
@@ -127,6 +127,15 @@ def test_a_python_that_cannot_run_there(text, kernel):
     """The error says which can."""
     with pytest.raises(VmError, match=r"choose from 3\.9, 3\.11, 3\.13"):
         Python.parse(text, kernel)
+
+
+@pytest.mark.parametrize("tests", [True, False])
+def test_a_machine_runs_tests_or_a_script(tests):
+    """With its arguments as they were given."""
+    land = Userland(Archive(), "/usr/bin/python3", "/bin", "/packages")
+    text = suite.init(land, "x86_64", ["tools/bench", "a b"], tests=tests)
+    assert b"set -- tools/bench 'a b'" in text
+    assert (b"-m pytest" in text) == tests
 
 
 def test_results_are_counted_by_area():
