@@ -6,6 +6,8 @@ p50, p99: of round trips, in ms beyond the delay that was asked for. Mbit/s: TCP
 the CPU time of our keeper meanwhile, with that of the kernel for what it gives back. lost, twice,
 behind: of UDP datagrams of 1200 bytes at 100 Mbit/s. sibling: the same of a process beside it, for
 which nothing is asked. loss: the share of datagrams that was lost, and the standard deviation.
+meant: the share that our keeper lost on purpose. too late: how many it dropped for being a second
+late.
 
 netem is of a device, so that it delays the sibling too. Where this kernel lacks it, an emulated
 machine has it (tools/vmtest --run), whose load has to be small.
@@ -121,17 +123,22 @@ class _Lab:
         return found
 
     def losses(self, way: str, wanted: Impairment) -> Optional[Row]:
-        """Return the share that was lost, in per cent, and how far by chance it may be off."""
+        """Return the share that was lost, in per cent, and how far it may be off by chance."""
         count = self._arguments.datagrams
         with self._impaired(way, wanted) as late:
             if late is _MISSING:
                 return None
             came = self._many()["came"]
+            counted = late.counts() if late else None
         share = wanted.loss.share if wanted.loss else 0.0
-        return {
+        found = {
             "lost": round(100 * (1 - came / count), 3),
             "sigma": round(100 * (share * (1 - share) / count) ** 0.5, 3),
         }
+        if counted:
+            found["meant"] = round(100 * counted.lost / max(counted.seen, 1), 3)
+            found["too late"] = counted.late_dropped
+        return found
 
     def _download(self, late: Any) -> Row:
         before, sent = _cpu_s(late), _retransmitted(self._wire.server)
