@@ -62,6 +62,21 @@ def place(stack: ExitStack, cgroup: Cgroup, kind: ProgType, hook: AttachType, ho
         os.close(fd)
 
 
+# How bpftool called attach types before Linux 5.19, as far as they occur here.
+BEFORE_5_19 = {
+    "ingress": "cgroup_inet_ingress",
+    "egress": "cgroup_inet_egress",
+    "sock_create": "cgroup_inet_sock_create",
+    "sock_ops": "cgroup_sock_ops",
+    "device": "cgroup_device",
+    "sysctl": "cgroup_sysctl",
+    "connect6": "cgroup_inet6_connect",
+    "post_bind4": "cgroup_inet4_post_bind",
+    "getsockopt": "cgroup_getsockopt",
+    "setsockopt": "cgroup_setsockopt",
+}
+
+
 def ours(*arguments: str) -> Any:
     """What our command prints as JSON."""
     done = subprocess.run(
@@ -88,6 +103,8 @@ def comparable(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fields that both have."""
     fields = ("id", "attach_type", "attach_flags", "name")
     rows = [{field: row.get(field, "") for field in fields} for row in found]
+    for row in rows:
+        row["attach_type"] = BEFORE_5_19.get(row["attach_type"], row["attach_type"])
     return sorted(rows, key=lambda row: (row["attach_type"], row["id"]))
 
 
