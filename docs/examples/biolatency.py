@@ -48,5 +48,5 @@ def histogram(counts: Mapping[int, int]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except bpf.Error as error:
+    except (bpf.Error, OSError) as error:
         sys.exit(f"biolatency: {error}")

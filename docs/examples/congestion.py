@@ -46,5 +46,5 @@ def wait(seconds: float) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except bpf.Error as error:
+    except (bpf.Error, OSError) as error:
         sys.exit(f"congestion: {error}")

@@ -43,7 +43,7 @@ def tell_lost(cpu: int, count: int) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except bpf.Error as error:
+    except (bpf.Error, OSError) as error:
         sys.exit(f"execsnoop: {error}")
     except KeyboardInterrupt:
         pass

@@ -37,7 +37,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except bpf.Error as error:
+    except (bpf.Error, OSError) as error:
         sys.exit(f"opensnoop: {error}")
     except KeyboardInterrupt:
         pass

@@ -59,7 +59,7 @@ def address(data: Sequence[int]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except bpf.Error as error:
+    except (bpf.Error, OSError) as error:
         sys.exit(f"tcplife: {error}")
     except KeyboardInterrupt:
         pass
