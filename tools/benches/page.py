@@ -174,7 +174,7 @@ def _load_s(profile: Optional[Profile], version: str) -> float:
                 capture_output=True,
                 text=True,
                 timeout=_PATIENCE_S,
-                env={**ENVIRONMENT, "HOME": str(directory)},
+                env={**ENVIRONMENT, "HOME": str(directory), "TMPDIR": str(directory)},
             )
         except subprocess.TimeoutExpired:
             raise TransferError(f"the browser did not end within {_PATIENCE_S} s") from None

@@ -129,7 +129,7 @@ def _transfer(command: Command, rate: Rate, delay_ms: float, seconds: int) -> tu
         place = Place(wire.server.address, directory)
         serve(stack, wire.server, place, {"page.html": _PAGE})
         prefix = python("pybpfthrottle", "run", "-q", "--download-limit", str(rate.bytes_per_s))
-        shell = f"export HOME={directory}; exec {command(place)}"
+        shell = f"export HOME={directory} TMPDIR={directory}; exec {command(place)}"
         inside = wire.client.inside(*prefix, "--", "sh", "-c", shell)
         start(stack, inside)
         sent, again = _watch(wire.server, place, seconds)
