@@ -26,6 +26,7 @@
 #define BPF_F_NO_PREALLOC 1
 #define BPF_F_MMAPABLE (1 << 10)
 #define BPF_F_INGRESS 1
+#define BPF_RB_NO_WAKEUP 1
 #define BPF_SK_STORAGE_GET_F_CREATE 1
 
 #define PASS 1
@@ -104,6 +105,12 @@ struct {
 	__type(key, struct divert_flow);
 	__type(value, struct divert_translation);
 } DIVERT_NAT SEC(".maps");
+
+#include "configs.h"
+#include "buckets.h"
+
+#define NETWORKS_ONLY
+#include "networks.h"
 
 #include "multipath.h"
 
@@ -241,7 +248,41 @@ always_inline struct divert_translation *translation_of(struct start *start, __u
 		goto taken;                                                                        \
 	}
 
-always_inline int divert(struct __sk_buff *skb)
+/* Whether the network of a packet's sender is not limited. */
+always_inline int is_exempt_sender(struct start *start)
+{
+	__u32 *words = (__u32 *)start->bytes;
+	struct throttle_network key = { ADDRESS_BITS, { 0, 0, MAPPED_IP4, words[3] } };
+
+	if (start->bytes[0] >> 4 == 6) {
+		key.address[0] = words[2];
+		key.address[1] = words[3];
+		key.address[2] = words[4];
+		key.address[3] = words[5];
+	}
+	return is_exempt(&key);
+}
+
+/*
+ * Whether a packet has to wait for its turn: what has no receive window, once something is owed, and
+ * then until nothing waits any more, so that all stay in order. What is blocked is left to the
+ * policer.
+ */
+always_inline int has_to_wait(struct divert_state *state, struct start *start, __u64 now)
+{
+	__u32 element = ELEMENT(state->slot, THROTTLE_DOWNLOAD);
+	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &element);
+	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &element);
+
+	if (!config || !bucket || !config->rate_bytes_per_s || (__s64)config->debt_ns < 0 ||
+	    (__s64)now > config->expires_ns)
+		return 0;
+	if (!state->waits && (__s64)(bucket->even_at_ns - now) <= 0)
+		return 0;
+	return !(config->flags & THROTTLE_NETWORKS && is_exempt_sender(start));
+}
+
+always_inline int divert(struct __sk_buff *skb, int queues)
 {
 	__u32 zero = 0, length = skb->len, tag = skb->tc_index, network;
 	struct divert_keeper *keeper = bpf_map_lookup_elem(&DIVERT_KEEPER, &zero);
@@ -250,17 +291,26 @@ always_inline int divert(struct __sk_buff *skb)
 	struct divert_packet *packet;
 	struct start start;
 	__u64 now, last;
+	int waits;
 
 	if (!keeper || !state || !state->on || !skb->sk)
 		return PASS;
 	if ((tag & DIVERT_TAG_MASK) != DIVERT_TAG)
 		tag = DIVERT_TAG;
 	/* Multicast and broadcast go to other sockets as well, which would get them twice. */
-	if (tag & state->bit || skb->mark == DIVERT_TAKEN || skb->pkt_type != PACKET_HOST ||
+	if ((tag & state->bit && !queues) || skb->mark == DIVERT_TAKEN || skb->pkt_type != PACKET_HOST ||
 	    (skb->ifindex == LOOPBACK_DEVICE && !state->loopback) ||
 	    skb->ifindex >= DIVERT_DEVICES || !read_start(&start, skb))
 		return PASS;
 	now = bpf_ktime_get_ns();
+	if (queues) {
+		if (tag & DIVERT_QUEUED) {
+			ADD(state->returned, 1);
+			return PASS;
+		}
+		if (start.protocol != IPPROTO_UDP || !has_to_wait(state, &start, now))
+			return PASS;
+	}
 	if (is_stale(keeper, now)) {
 		ADD(state->stale, segments_of(skb));
 		return PASS;
@@ -292,7 +342,10 @@ taken:
 	if (!keeper->oldest_ns)
 		keeper->oldest_ns = now;
 	ADD(state->taken, segments_of(skb));
-	bpf_ringbuf_submit(packet, 0);
+	/* While others wait before it, the keeper finds it when it gives those back. */
+	waits = queues && state->waits && keeper->next_due_ns;
+	state->waits = 1;
+	bpf_ringbuf_submit(packet, waits ? BPF_RB_NO_WAKEUP : 0);
 	skb->mark = DIVERT_TAKEN;
 	return DROP;
 }
@@ -387,7 +440,8 @@ always_inline int note(struct __sk_buff *skb)
 	if (!state || !state->on || !sk)
 		return PASS;
 	sk = bpf_sk_fullsock(sk);
-	if (!sk || skb->ifindex == LOOPBACK_DEVICE || !read_start(&start, skb) || !start.ports_at)
+	if (!sk || skb->ifindex == LOOPBACK_DEVICE || !read_start(&start, skb) || !start.ports_at ||
+	    (state->bit & DIVERT_QUEUED && start.protocol != IPPROTO_UDP))
 		return PASS;
 	read_ends(&ends, sk);
 	read_wire(&wire, &start);
@@ -420,7 +474,7 @@ always_inline int note(struct __sk_buff *skb)
 
 SEC("cgroup_skb/ingress") int pybpfd_in(struct __sk_buff *skb)
 {
-	return divert(skb);
+	return divert(skb, 0);
 }
 
 SEC("cgroup_skb/egress") int pybpfd_out(struct __sk_buff *skb)
@@ -430,7 +484,7 @@ SEC("cgroup_skb/egress") int pybpfd_out(struct __sk_buff *skb)
 
 SEC("cgroup_skb/ingress") int pybpfd_inm(struct __sk_buff *skb)
 {
-	return mark_of(skb->sk) ? divert(skb) : PASS;
+	return mark_of(skb->sk) ? divert(skb, 0) : PASS;
 }
 
 SEC("cgroup_skb/egress") int pybpfd_outm(struct __sk_buff *skb)
@@ -441,12 +495,23 @@ SEC("cgroup_skb/egress") int pybpfd_outm(struct __sk_buff *skb)
 /* The same with MPTCP, since Linux 5.19. */
 SEC("cgroup_skb/ingress") int pybpfd_inp(struct __sk_buff *skb)
 {
-	return multipath_mark_of(skb->sk) ? divert(skb) : PASS;
+	return multipath_mark_of(skb->sk) ? divert(skb, 0) : PASS;
 }
 
 SEC("cgroup_skb/egress") int pybpfd_outp(struct __sk_buff *skb)
 {
 	return multipath_mark_of(skb->sk) ? note(skb) : PASS;
+}
+
+/* Those of a limit's queue, which holds UDP only. */
+SEC("cgroup_skb/ingress") int pybpfd_queue(struct __sk_buff *skb)
+{
+	return divert(skb, 1);
+}
+
+SEC("cgroup_skb/ingress") int pybpfd_queuem(struct __sk_buff *skb)
+{
+	return mark_of(skb->sk) ? divert(skb, 1) : PASS;
 }
 
 /*

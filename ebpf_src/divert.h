@@ -15,10 +15,15 @@ enum divert_bounds {
 	DIVERT_DEVICES = 1 << 24,	    /* indexes of devices below this fit into a tag */
 };
 
-/* What a packet carries in its tc_index when it comes back: this, and a bit of each diversion. */
+/*
+ * What a packet carries in its tc_index when it comes back: this, and a bit of each diversion. All
+ * queues have the same bit: a packet waits in one of them at most.
+ */
 enum divert_tag {
 	DIVERT_TAG = 0xd000,
 	DIVERT_TAG_MASK = 0xf000,
+	DIVERT_QUEUED = 0x800,
+	DIVERT_LOST = 0x400, /* and the queue has chosen it to get lost: it is counted, and dropped */
 };
 
 /* The mark of a packet that a diversion has taken: programs after it must not count it. */
@@ -26,17 +31,23 @@ enum divert_mark {
 	DIVERT_TAKEN = 0x70594454,
 };
 
-/* One diversion. User space writes the first four, the programs the rest, which are counts. */
+/*
+ * One diversion. User space writes the first five, the programs the counts. Both write `waits`: the
+ * programs 1 with each packet that they take, and the keeper what is so.
+ */
 struct divert_state {
 	__u32 id;
 	__u32 on;
 	__u32 bit; /* of the tag */
 	__u32 loopback;
+	__u32 slot; /* of the throttle that a queue is for */
+	__u32 waits; /* whether packets are in the queue */
 	__u64 taken;
 	__u64 stale;	/* passed, since the keeper did not keep up or has ended */
 	__u64 unserved; /* passed, since the keeper does not serve their namespace */
 	__u64 full;	/* dropped, since the ring was full */
 	__u64 translations;
+	__u64 returned; /* of a queue: records that came back */
 };
 
 /* How a packet that is translated (NAT) looked on the wire. IPv4 addresses are in the first word. */

@@ -4,7 +4,7 @@
 #define BPF_F_NO_PREALLOC 1
 #define AF_INET6 10
 
-#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
+#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED) || defined(NETWORKS_ONLY)
 #define BPF_MAP_TYPE_LPM_TRIE 11
 #define ADDRESS_BITS 128
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -33,6 +33,7 @@ always_inline int is_exempt(const struct throttle_network *address)
 	return limited && !*limited;
 }
 
+#ifndef NETWORKS_ONLY
 /*
  * Whether that of the packet's other end is not. A function of its own: the verifier would else
  * follow all that comes after it for each of its ways.
@@ -80,6 +81,7 @@ always_inline int is_exempt_end(__u32 family, __u32 ip4, __u32 first, __u32 seco
 	((config)->flags & THROTTLE_NETWORKS &&                                                    \
 	 is_exempt_end(from->family, from->remote##4, from->remote##6[0], from->remote##6[1],      \
 		       from->remote##6[2], from->remote##6[3]))
+#endif
 #else
 /* Linux 4.14 does without. */
 #define is_exempt_packet(skb, direction) 0

@@ -9,6 +9,9 @@
  *
  * While downloads wait for the gate's keeper to open their windows, all other packets together get
  * half of the limit: one that never slows down would leave nothing to those that wait.
+ *
+ * Where a helper may run, downloads wait in a queue instead, once they were over the limit
+ * (pybpfd_queue in divert.bpf.c).
  */
 
 #define OTHERS_PERIOD_NS (32 * 1000 * 1000)
@@ -93,9 +96,12 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 						     (INVERSE_RATE_SHIFT + 10));
 	__u64 root = root_of_share(bucket, owed, target, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);
-	__u32 slot = config->slot;
+	__u32 slot = config->slot, tag = skb->tc_index;
 	struct throttle_gate *gate;
 
+	/* A queue has found that its turn is now, or that it is the one to get lost. */
+	if ((tag & (DIVERT_TAG_MASK | DIVERT_QUEUED)) == (DIVERT_TAG | DIVERT_QUEUED))
+		return !!(tag & DIVERT_LOST);
 	/* A slow start doubles its rate each round trip: it has to be told at once. */
 	if (root < OTHERS_FIRST / 4 && owed > target << 10) {
 		bucket->early_root = OTHERS_FIRST;

@@ -59,13 +59,7 @@ static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32
 #define BPF_MAP_TYPE_PERCPU_ARRAY 6
 
 #include "configs.h"
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, THROTTLE_DIRECTIONS);
-	__type(key, __u32);
-	__type(value, struct throttle_bucket);
-} CGROUP_BUCKETS SEC(".maps");
+#include "buckets.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -8,7 +8,17 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    TypeVar,
+)
 
 from pybpfthrottle import registry, targets
 from pybpfthrottle.backends.protocol import (
@@ -22,6 +32,7 @@ from pybpfthrottle.backends.protocol import (
     Order,
     Part,
     Priority,
+    Queueable,
     Ready,
     Record,
     all_backends,
@@ -49,6 +60,9 @@ from pybpfthrottle.plan import Place, Plan, Situation, Wish, plans
 from pybpfthrottle.supervisor import Chore, Driver, InThread, OnEventLoop
 from pybpfthrottle.targets import Selection
 
+if TYPE_CHECKING:
+    from pybpfthrottle.diversion.limit_queue import LimitQueue
+
 log = Logger(__name__)
 
 T = TypeVar("T")
@@ -74,6 +88,7 @@ class Throttle:
         *,
         own: bool = True,
         ids: Optional[Mapping[Cgroup, int]] = None,
+        queue: Optional[LimitQueue] = None,
     ) -> None:
         self.id = throttle_id
         self.spec = spec
@@ -81,6 +96,7 @@ class Throttle:
         self.selection = selection
         self.started_s = time.monotonic()
         self._parts = dict(parts)
+        self._queue = queue
         self._undo = undo
         self._own = own
         self._driver: Optional[Driver] = None
@@ -282,6 +298,7 @@ class Throttle:
     def chores(self) -> list[Chore]:
         """Return the chores for a supervisor to run while the throttle is in force."""
         found = [chore for part in self._distinct_parts() for chore in part.chores()]
+        found += [] if self._queue is None else self._queue.chores()
         return found if self._comings is None else [self._comings, *found]
 
     def remove(self) -> None:
@@ -655,7 +672,21 @@ def _enforce(
         part = (ready[name] if name in ready else get_backend(name)).apply(order, throttle_id)
         undo.callback(part.remove)
         parts.update(dict.fromkeys(order.limits, part))
-    return Throttle(throttle_id, spec, parts, cgroups, processes, undo.pop_all(), ids=ids)
+    queue = _queue_for(parts.get(Direction.DOWNLOAD), undo)
+    return Throttle(
+        throttle_id, spec, parts, cgroups, processes, undo.pop_all(), ids=ids, queue=queue
+    )
+
+
+def _queue_for(part: Optional[Part], undo: ExitStack) -> Optional[LimitQueue]:
+    """Return the queue that downloads may get, if their backend can do with one."""
+    if not isinstance(part, Queueable):
+        return None
+    from pybpfthrottle.diversion.limit_queue import LimitQueue
+
+    queue = LimitQueue(part)
+    undo.callback(queue.close)
+    return queue
 
 
 def _order(

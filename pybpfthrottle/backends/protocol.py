@@ -9,7 +9,16 @@ from __future__ import annotations
 from contextlib import suppress
 from enum import Enum, IntEnum
 from importlib import import_module
-from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Sequence
+from typing import (
+    Any,
+    Callable,
+    Iterator,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    runtime_checkable,
+)
 
 from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
 from pybpfthrottle.errors import CgroupError, ThrottleError
@@ -171,14 +180,15 @@ class Dial(Protocol):
 class Foothold(NamedTuple):
     """Where a limit's packets pass, for programs that do more with them than to limit them.
 
-    ``maps`` are the limit's by name, ``cgroups`` those that are limited as a whole, and
-    ``marked_at`` those in which the sockets that it has marked are looked at.
+    ``maps`` are the limit's by name, with its elements in a ``slot``; ``cgroups`` those that are
+    limited as a whole, and ``marked_at`` those in which its marked sockets are looked at.
     """
 
     maps: Mapping[str, Any]
     cgroups: tuple[Cgroup, ...]
     marked_at: tuple[Cgroup, ...]
     policy: AttachPolicy
+    slot: int = 0
 
 
 class Part(Protocol):
@@ -267,6 +277,29 @@ class Part(Protocol):
 
     def close(self) -> None:
         """Close a limit opened by ``open``, leaving it in force as it is."""
+
+
+@runtime_checkable
+class Queueable(Protocol):
+    """A part whose downloads without a receive window may wait in a queue."""
+
+    def foothold(self) -> Foothold:
+        """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
+
+    def attach_last(self) -> None:
+        """Have what comes in meet it after all programs that are attached by now."""
+
+    def processes(self) -> list[int]:
+        """Return the processes that are limited by marks."""
+
+    def drops_early(self) -> bool:
+        """Whether downloads without a receive window are over the limit now."""
+
+    def why_no_queue(self) -> Optional[str]:
+        """Return why they are not to wait in a queue, or None."""
+
+    def tell_udp(self, how: str, reason: str) -> None:
+        """Tell how they are kept to the limit from now on, and why."""
 
 
 def no_dial(backend: str) -> ThrottleError:

@@ -230,6 +230,8 @@ def _print(details: dict[str, Any]) -> None:
         rows.append(
             ("", f"{counters['bytes_total']} bytes, {counters['packets_dropped']} packets dropped")
         )
+        if "udp" in how:
+            rows.append(("", f"UDP over the limit: {how['udp']} ({how['udp_reason']})"))
     if details["processes"]:
         rows.append(("processes", process.listed(details["processes"])))
     tables.show(rows)

@@ -9,8 +9,8 @@ from pybpfthrottle import diversion
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold
 from pybpfthrottle.conditions.model import Conditions, Impairment, Injected
-from pybpfthrottle.conditions.places import Places
 from pybpfthrottle.diversion import Diversion
+from pybpfthrottle.diversion.places import Places
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 from pybpfthrottle.supervisor import Chore

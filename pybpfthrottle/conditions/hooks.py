@@ -19,13 +19,13 @@ from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.conditions.model import Conditions, Loss
-from pybpfthrottle.conditions.places import Places
 from pybpfthrottle.conditions.records import (
     ConditionsCounts,
     ConditionsFlags,
     ConditionsRule,
     ConditionsScale,
 )
+from pybpfthrottle.diversion.places import Places
 from pybpfthrottle.errors import BpfError, CgroupError, ThrottleError
 from pybpfthrottle.linux import clock
 from pybpfthrottle.linux.cgroup import Cgroup

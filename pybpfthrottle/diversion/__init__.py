@@ -13,9 +13,10 @@ if TYPE_CHECKING:
         Diversion,
         needs_diversion,
         open,  # noqa: A004 - it is diversion.open
+        open_queue,
     )
 
-__all__ = ["Diversion", "needs_diversion", "open"]
+__all__ = ["Diversion", "needs_diversion", "open", "open_queue"]
 
 
 def __getattr__(name: str) -> Any:

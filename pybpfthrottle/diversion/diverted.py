@@ -6,11 +6,14 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from typing import Any, Callable, Iterable, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach, refuse_to_override
+from pybpfthrottle.backends.ebpf.bucket import NETWORKS
 from pybpfthrottle.backends.ebpf.marks import MARKS
+from pybpfthrottle.backends.ebpf.shared import GATE
+from pybpfthrottle.backends.protocol import Foothold
 from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
@@ -26,7 +29,8 @@ from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import AttachPolicy
 from pybpfthrottle.supervisor import Chore
 
-_TAG_BITS = 12
+_TAG_BITS = 10
+_BUCKETS, _CONFIGS = "CGROUP_BUCKETS", "CGROUP_CONFIGS"
 _LINK = AttachPolicy(method="link")
 _HOOKS = (ATTACH_TYPES[Direction.DOWNLOAD], ATTACH_TYPES[Direction.UPLOAD])
 
@@ -55,17 +59,45 @@ def open(  # noqa: A001 - it is diversion.open
     Linux 5.10 with CONFIG_DEBUG_INFO_BTF; needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN. Raises
     DiversionError, AttachError or CgroupError.
     """
+    maps = {} if marks is None else {MARKS: marks}
     with ExitStack() as undo:
         try:
-            keeper = DiversionKeeper.join()
-            undo.callback(keeper.leave)
-            tally = Tally.create()
-            undo.callback(tally.close)
-            diversion = Diversion(keeper, tally)
-            diversion._closing = undo
-            diversion._begin(place, impairment, marks, loopback, pids or place.pids_below)
+            diversion = Diversion.join(undo)
+            names = _names(marks is not None)
+            kept = diversion._attached(place, names, maps, loopback=loopback)
+            kept.wanted, kept.loopback = impairment, loopback
+            diversion._keeper.serve(
+                diversion._number, kept, networks_of((pids or place.pids_below)())
+            )
+            undo.callback(diversion._keeper.drop, diversion._number)
         except OSError as error:
             raise DiversionError(f"packets cannot be delayed here: {error}") from error
+        diversion._closing = undo.pop_all()
+    return diversion
+
+
+def open_queue(place: Cgroup, foothold: Foothold, *, marked: bool, pids: Pids) -> Diversion:
+    """Have UDP that comes in for a cgroup, or for a limit's marked sockets, wait for its turn.
+
+    It does so in a queue of its limit, and only while that is used up. This does not wait for the
+    keeper to start: until then all passes, as it does before Linux 5.10. ``pids`` returns the
+    processes whose network namespaces are served from the start.
+
+    Needs what ``open`` needs. Raises DiversionError, AttachError or CgroupError.
+    """
+    shared = (_BUCKETS, _CONFIGS, NETWORKS, *([MARKS] if marked else []))
+    with ExitStack() as undo:
+        try:
+            diversion = Diversion.join(undo)
+            used = {name: foothold.maps[name] for name in shared if name in foothold.maps}
+            names = ("pybpfd_queuem", "pybpfd_outm") if marked else ("pybpfd_queue", "pybpfd_out")
+            kept = diversion._attached(place, names, used, slot=foothold.slot)
+            kept.limit = [foothold.maps[name] for name in (_BUCKETS, _CONFIGS, GATE)]
+            kept.slot = foothold.slot
+            diversion._keeper.begin(diversion._number, kept, networks_of(pids()))
+            undo.callback(diversion._keeper.drop, diversion._number)
+        except OSError as error:
+            raise DiversionError(str(error)) from error
         diversion._closing = undo.pop_all()
     return diversion
 
@@ -81,23 +113,39 @@ class Diversion:
         self._closing = ExitStack()
         self._number = keeper.number()
 
-    def _begin(
+    @classmethod
+    def join(cls, undo: ExitStack) -> Diversion:
+        """Return one that does nothing yet; ``undo`` gives up what it has. Raises OSError."""
+        keeper = DiversionKeeper.join()
+        undo.callback(keeper.leave)
+        tally = Tally.create()
+        undo.callback(tally.close)
+        diversion = cls(keeper, tally)
+        diversion._closing = undo
+        return diversion
+
+    def _attached(
         self,
         place: Cgroup,
-        impairment: Impairment,
-        marks: Optional[Map[Any, Any]],
-        loopback: bool,
-        pids: Pids,
-    ) -> None:
+        names: tuple[str, str],
+        given: Mapping[str, Map[Any, Any]],
+        *,
+        loopback: bool = False,
+        slot: Optional[int] = None,
+    ) -> Kept:
+        """Load the programs, with maps that are given; return what the keeper has to know.
+
+        It is the queue of the limit in a ``slot`` if there is one.
+        """
         spec = programs.read(OBJECT)
         state = self._closing.enter_context(maps.create(spec.maps[STATE]))
         self._state: Map[int, DivertState] = state.typed(U32, StructureCodec(DivertState))
-        self._state[0] = DivertState(self._number, 1, _bit(self._number), loopback)
-        used = {KEEPER: self._keeper.shared, RING: self._keeper.ring, STATE: state}
-        if marks is not None:
-            used[MARKS] = marks
-        names = _names(marks is not None)
-        loaded = self._closing.enter_context(_loadable(names).load(maps=used))
+        bit = _bit(self._number) if slot is None else DivertTag.DIVERT_QUEUED
+        self._state[0] = DivertState(self._number, 1, bit, loopback, slot or 0)
+        used = {KEEPER: self._keeper.shared, RING: self._keeper.ring, STATE: state, **given}
+        # A limit's maps may have room for others too.
+        sizes = tuple((name, one.spec.max_entries) for name, one in given.items())
+        loaded = self._closing.enter_context(_loadable(names, sizes).load(maps=used))
         live = [loaded.programs[name] for name in names]
 
         def attach_all() -> Sequence[Link]:
@@ -112,14 +160,13 @@ class Diversion:
                 undo.pop_all()
             return made  # type: ignore[return-value]
 
-        self._kept = Kept(state, self._tally, attach_all, impairment, loopback)
-        self._keeper.serve(self._number, self._kept, networks_of(pids()))
-        self._closing.callback(self._keeper.drop, self._number)
+        self._kept = Kept(state, self._tally, attach_all)
+        return self._kept
 
     @property
     def impairment(self) -> Impairment:
         """What is done to packets at present."""
-        return self._kept.wanted
+        return self._kept.wanted or Impairment()
 
     @property
     def tag(self) -> int:
@@ -151,13 +198,21 @@ class Diversion:
 
     def problems(self) -> list[str]:
         """Return what keeps packets from being impaired as asked for, a line each."""
-        found = []
-        if self._keeper.ended is not None:
-            found.append(f"packets are not delayed: their keeper has ended: {self._keeper.ended}")
-        if self._kept.refused is not None:
-            found.append(f"packets are not delayed: {self._kept.refused}")
+        failure = self.failure()
+        found = [] if failure is None else [f"packets are not delayed: {failure}"]
         found += [f"some packets pass undelayed: {why}" for why in self._keeper.unserved.values()]
         return found
+
+    def failure(self) -> Optional[str]:
+        """Return why no packet is diverted any more, or None."""
+        if self._keeper.ended is not None:
+            return f"their keeper has ended: {self._keeper.ended}"
+        return self._kept.refused
+
+    def unserved(self) -> Optional[str]:
+        """Return why no packet could be diverted until now, or None."""
+        state, reasons = self._state[0], self._keeper.unserved
+        return next(iter(reasons.values()), None) if state.unserved and not state.taken else None
 
     def chores(self) -> Sequence[Chore]:
         """Return the keeper's chore, which all diversions of this process share."""
@@ -185,9 +240,11 @@ def _names(marked: bool) -> tuple[str, str]:
 
 
 @cache
-def _loadable(names: tuple[str, ...]) -> Loadable:
-    """Return programs fitted to this kernel once."""
-    return Loadable(programs.read(OBJECT), names)
+def _loadable(names: tuple[str, ...], sizes: tuple[tuple[str, int], ...]) -> Loadable:
+    """Return programs fitted to this kernel, and to maps of other sizes, once."""
+    spec = programs.read(OBJECT)
+    given = {name: spec.maps[name].changed(max_entries=size) for name, size in sizes}
+    return Loadable(spec.changed(maps={**spec.maps, **given}), names)
 
 
 @cache

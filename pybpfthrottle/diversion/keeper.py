@@ -18,15 +18,24 @@ import select
 import socket
 import struct
 from contextlib import suppress
-from typing import Any, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf.keeper import Ring
+from pybpfthrottle.backends.ebpf.keeper import Element, Ring
+from pybpfthrottle.backends.ebpf.records import (
+    ThrottleBucket,
+    ThrottleConfig,
+    ThrottleGate,
+    element,
+)
+from pybpfthrottle.conditions.model import Impairment
 from pybpfthrottle.diversion import impairing, tap
 from pybpfthrottle.diversion.impairing import Impairing
 from pybpfthrottle.diversion.packets import Packet
-from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState
+from pybpfthrottle.diversion.queueing import Leaving, Queue, Waiting
+from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Count, Tally
 from pybpfthrottle.linux import clock, helper, libc
+from pybpfthrottle.model import Direction
 
 # Packets that are read, and that are given back, before the other has its turn.
 _BATCH = 64
@@ -34,6 +43,7 @@ _BATCH = 64
 _LATEST_NS = 1_000_000_000
 # Of all diversions: as much as 10 Gbit/s have on their way in 200 ms.
 _MOST_BYTES = 256 << 20
+_LINGER_NS = 10_000_000
 # An address may be changed.
 _ADDRESS_NS = 1_000_000_000
 
@@ -53,13 +63,23 @@ class Network(NamedTuple):
 
 
 class Line:
-    """One diversion."""
+    """One diversion: it impairs packets, or is the queue of a limit."""
 
-    def __init__(self, state: int, tally: int, links: Sequence[int], told: Any) -> None:
+    def __init__(
+        self,
+        state: int,
+        tally: int,
+        links: Sequence[int],
+        *,
+        told: Any = None,
+        queue: Optional[Queue] = None,
+    ) -> None:
         self._memory = mmap.mmap(state, mmap.PAGESIZE)
         self.state = DivertState.from_buffer(self._memory)
         self.tally = Tally(tally)
-        self.impairing = Impairing(impairing.from_json(told))
+        self.impairing = Impairing(Impairment() if told is None else impairing.from_json(told))
+        self.queue = queue
+        self.unreturned = Unreturned()
         self._fds = [state, *links]
 
     def close(self) -> None:
@@ -67,6 +87,36 @@ class Line:
         for fd in self._fds:
             os.close(fd)
         self.tally.close()
+        if self.queue is not None:
+            self.queue.close()
+
+
+class Unreturned:
+    """Whether what a queue gives back arrives: a firewall, or a policy of IPsec, may drop it.
+
+    It may arrive late on a busy machine, so it is given a second.
+    """
+
+    _SAMPLE = 64
+    _PATIENCE_NS = 1_000_000_000
+
+    def __init__(self) -> None:
+        self._given = self._wanted = self._returned = self._due_ns = 0
+
+    def given(self, returned: int, now_ns: int) -> bool:
+        """Count a packet that was given back; return whether less than half of them come back.
+
+        ``returned`` counts all that came back so far.
+        """
+        self._given += 1
+        if self._wanted and now_ns >= self._due_ns:
+            came, wanted = returned - self._returned, self._wanted
+            self._given = self._wanted = 0
+            self._returned = returned
+            return came < wanted // 2
+        if not self._wanted and self._given >= self._SAMPLE:
+            self._wanted, self._due_ns = self._given, now_ns + self._PATIENCE_NS
+        return False
 
 
 class Held(NamedTuple):
@@ -120,7 +170,7 @@ class Keeper:
         """Read packets, and give some back; return whether that was all."""
         self._shared.oldest_ns = 0
         taken = self._take(_BATCH)
-        given = self._give(_BATCH)
+        given = max(self._give(_BATCH), self._serve_queues(_BATCH))
         if taken == _BATCH or given == _BATCH:
             return False
         # A packet that was taken and read in this turn has set it as well. Left so, the next one
@@ -128,13 +178,28 @@ class Keeper:
         self._shared.oldest_ns = 0
         if self._ring is not None and not self._ring.is_empty():
             return False
-        due_ns = self._heap[0].due_ns if self._heap else 0
+        due_ns = self._next_due_ns()
         self._shared.next_due_ns = due_ns
-        if due_ns != self._armed_ns:
-            wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else 0
-            libc.timerfd_settime(self._timer, wait_ns)
-            self._armed_ns = due_ns
+        self._arm(due_ns)
         return True
+
+    def _arm(self, due_ns: int) -> None:
+        """Wake up when something is due.
+
+        Once nothing is, look at the ring once more: while a packet waited, others came in without
+        a wake-up, and the last of them may just have been on its way.
+        """
+        if due_ns == self._armed_ns:
+            return
+        wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else _LINGER_NS
+        libc.timerfd_settime(self._timer, wait_ns)
+        self._armed_ns = due_ns
+
+    def _next_due_ns(self) -> int:
+        """Return when the next packet is to be given back, 0 for never."""
+        dues = [line.queue.due_ns for line in self._queues()]
+        dues += [self._heap[0].due_ns] if self._heap else []
+        return min(filter(None, dues), default=0)
 
     def _take(self, most: int) -> int:
         """Read so many packets at most; return how many there were."""
@@ -162,6 +227,10 @@ class Keeper:
             _translate(packet, record)
         line.tally.counts[Count.SEEN] += packet.count
         address = self._address(inode, network.control, device, at_ns)
+        if line.queue is not None:
+            for one in packet.split():
+                line.queue.put(Waiting(one, at_ns, (address, tag, device), inode))
+            return
         for one in packet.split() if _is_split(packet, line, network) else (packet,):
             self._decide(line, one, at_ns, network.device, (address, tag, device))
 
@@ -224,6 +293,41 @@ class Keeper:
             return
         held.line.tally.delivered(now_ns - held.at_ns, held.packets)
 
+    def _queues(self) -> Iterator[Any]:
+        return (line for line in self._lines.values() if line.queue is not None)
+
+    def _serve_queues(self, most: int) -> int:
+        """Give back what the limits of the queues allow; return the most that one gave back."""
+        counts = [0]
+        for line in self._queues():
+            now_ns = clock.monotonic_ns()
+            is_due = line.queue and now_ns >= line.queue.due_ns
+            found = list(line.queue.leaving(now_ns, most)) if is_due else []
+            for one in found:
+                self._leave(line, one, now_ns)
+            line.state.waits = bool(line.queue)
+            counts.append(len(found))
+        return max(counts)
+
+    def _leave(self, line: Line, one: Leaving, now_ns: int) -> None:
+        """Give back a packet of a queue; the policer drops and counts one that gets lost."""
+        self._shared.next_due_ns = 0
+        waiting = one.waiting
+        address, tag, device = waiting.way
+        frame = waiting.packet.frame(address, tag | DivertTag.DIVERT_LOST * one.is_lost, device)
+        try:
+            os.write(self._networks[waiting.network].device, frame)
+        except (KeyError, OSError):  # nobody is in that namespace any more
+            line.tally.counts[Count.REFUSED] += 1
+            return
+        if one.is_lost:
+            line.tally.counts[Count.LOST] += 1
+        else:
+            line.tally.delivered(now_ns - waiting.at_ns, 1)
+        if line.unreturned.given(line.state.returned, now_ns) and line.state.on:
+            line.state.on = 0
+            helper.report(self._owner, unreturned=line.state.id)
+
     def _drain(self, lines: Iterable[Line]) -> None:
         """Give back at once, in order, all that is held for some diversions, and hold no more."""
         lines = list(lines)
@@ -246,6 +350,9 @@ class Keeper:
         heapq.heapify(self._heap)
         for held in given:
             self._write(held, now_ns)
+        for line in lines:
+            for one in line.queue.all() if line.queue is not None else ():
+                self._leave(line, one, now_ns)
 
     def _listen(self) -> bool:
         """Handle one of the owner's messages; return False if it is gone."""
@@ -269,8 +376,7 @@ class Keeper:
                 os.close(fd)
             self._settings = fds
         elif "open" in message:
-            state, tally, *links = fds
-            self._lines[message["open"]] = Line(state, tally, links, message["impairment"])
+            self._lines[message["open"]] = _open(message, fds)
             self._shared.alive = 1
             helper.report(self._owner, opened=message["open"])
         elif "change" in message:
@@ -305,6 +411,22 @@ class Keeper:
             del self._lines[number]
             line.close()
         helper.report(self._owner, closed=number)
+
+
+def _open(message: Mapping[str, Any], fds: Sequence[int]) -> Line:
+    """Return the diversion that the owner tells of."""
+    if "slot" not in message:
+        state, tally, *links = fds
+        return Line(state, tally, links, told=message["impairment"])
+    state, tally, bucket, config, gate, *links = fds
+    slot = message["slot"]
+    download = element(slot, Direction.DOWNLOAD)
+    queue = Queue(
+        Element(bucket, download, ThrottleBucket),
+        Element(config, download, ThrottleConfig),
+        Element(gate, slot, ThrottleGate),
+    )
+    return Line(state, tally, links, queue=queue)
 
 
 # More than any message has.

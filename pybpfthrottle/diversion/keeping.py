@@ -28,6 +28,9 @@ OBJECT = "divert"
 _BACK = "pybpfd_back"
 # Starting takes a twentieth of a second, on a machine that is busy with other things far longer.
 _READY_S, _DRAINED_S = 20.0, 2.0
+_UNRETURNED = (
+    "packets that were given back did not arrive (a firewall, or a policy of IPsec, drops them)"
+)
 # How often it is looked for namespaces that are gone.
 _FORGET_S = 30.0
 
@@ -37,23 +40,38 @@ class _GoneError(OSError):
 
 
 class Kept:
-    """A diversion that the keeper serves. ``attach`` attaches its programs anew."""
+    """A diversion that the keeper serves. ``attach`` attaches its programs anew.
+
+    It impairs packets as ``wanted``; without, it is the queue of the limit in ``slot`` of the maps
+    ``limit``, those of its bucket, its rate and its gate.
+    """
 
     def __init__(
         self,
         state: Map[Any, Any],
         tally: Tally,
         attach: Callable[[], Sequence[Link]],
-        wanted: Impairment,
-        loopback: bool,
+        *,
+        wanted: Optional[Impairment] = None,
+        loopback: bool = False,
+        limit: Sequence[Map[Any, Any]] = (),
+        slot: int = 0,
     ) -> None:
         self.state = state
         self.tally = tally
         self.attach = attach
         self.wanted = wanted
         self.loopback = loopback
+        self.limit = limit
+        self.slot = slot
         self.is_open = self.is_closing = self.is_closed = False
         self.refused: Optional[str] = None
+
+    def told(self) -> Mapping[str, Any]:
+        """Return what the keeper is told of it."""
+        if self.wanted is not None:
+            return {"impairment": impairing.to_json(self.wanted)}
+        return {"slot": self.slot}
 
 
 class DiversionKeeper(SharedHelper):
@@ -101,6 +119,17 @@ class DiversionKeeper(SharedHelper):
     def serve(self, number: int, kept: Kept, networks: Iterable[int]) -> None:
         """Have the keeper serve a diversion, and wait until it does.
 
+        Raises what ``begin`` raises.
+        """
+        self.begin(number, kept, networks)
+        self.wait_until(lambda: kept.is_open, _READY_S)
+        if not kept.is_open:
+            self.drop(number)
+            raise OSError(f"{self.title.lower()} does not start ({self.ended or 'it hangs'})")
+
+    def begin(self, number: int, kept: Kept, networks: Iterable[int]) -> None:
+        """Have the keeper serve a diversion as soon as it can; until then packets pass.
+
         ``networks`` are the namespaces where it is sure to be needed. Raises AttachError,
         CgroupError or OSError.
         """
@@ -115,17 +144,13 @@ class DiversionKeeper(SharedHelper):
             except BaseException:
                 del self._kept[number]
                 raise
-        self.wait_until(lambda: kept.is_open, _READY_S)
-        if not kept.is_open:
-            self.drop(number)
-            raise OSError(f"{self.title.lower()} does not start ({self.ended or 'it hangs'})")
 
     def change(self, number: int, wanted: Impairment, *, anew: bool = True) -> None:
         """Have what comes from now on impaired in another way."""
         with self._busy:
-            self._kept[number].wanted = wanted
-            told = impairing.to_json(wanted)
-            self.tell({"change": number, "impairment": told, "anew": anew})
+            kept = self._kept[number]
+            kept.wanted = wanted
+            self.tell({"change": number, **kept.told(), "anew": anew})
 
     def drop(self, number: int) -> None:
         """Have the keeper give back what it holds for a diversion, and forget it."""
@@ -142,6 +167,8 @@ class DiversionKeeper(SharedHelper):
     def _hear(self, message: Mapping[str, Any]) -> None:
         if "unserved" in message:
             self._serve_network(message["unserved"])
+        if message.get("unreturned") in self._kept:
+            self._kept[message["unreturned"]].refused = _UNRETURNED
         for state in ("opened", "closed"):
             kept = self._kept.get(message.get(state, 0))
             if kept is not None:
@@ -177,10 +204,9 @@ class DiversionKeeper(SharedHelper):
         with ExitStack() as closing:
             # The keeper alone has them: when it ends, however, nothing is diverted any more.
             links = [closing.enter_context(link) for link in kept.attach()]
-            self.tell(
-                {"open": number, "impairment": impairing.to_json(kept.wanted)},
-                [kept.state.fd, kept.tally.fd, *(link.fd for link in links)],
-            )
+            maps = [one.fd for one in kept.limit]
+            fds = [kept.state.fd, kept.tally.fd, *maps, *(link.fd for link in links)]
+            self.tell({"open": number, **kept.told()}, fds)
 
     def _serve_network(self, inode: int) -> None:
         """Give the keeper a device in a network namespace, unless it has one."""

@@ -20,6 +20,7 @@ _NEEDS_CHECKSUM = 1
 _GSO_TCP4, _GSO_TCP6, _GSO_UDP, _GSO_ECN = 1, 4, 5, 0x80
 _PLAIN = _VIRTIO.pack(0, 0, 0, 0, 0, 0)
 
+_ECT0, _CE = 2, 3
 _FIN, _PSH, _CWR = 0x01, 0x08, 0x80
 _DNS_PORT, _DNS_HEADER_BYTES = 53, 12
 _RCODE, _SERVFAIL = 0x0F, 2
@@ -82,6 +83,11 @@ class Packet:
         addresses = data[12:20] if self.version == 4 else data[8:40]
         return _fold(total(addresses) + len(data) - self.at + protocol)
 
+    def flow(self) -> bytes:
+        """Return what the packets of one flow have in common: addresses and ports."""
+        addresses = self.data[12:20] if self.version == 4 else self.data[8:40]
+        return bytes(addresses + self.data[self.at : self.at + 4])
+
     def translate(self, source: bytes, target: bytes, ports: bytes) -> None:
         """Have other addresses and ports; the packet stays as right or wrong as it was."""
         data, at = self.data, self.at
@@ -135,6 +141,19 @@ class Packet:
             self._finish()
         bit = below(8 * (len(self.data) - self.at))
         self.data[self.at + bit // 8] ^= 1 << bit % 8
+
+    def mark_congested(self) -> bool:
+        """Mark congestion for its receiver; return whether its sender understands that (RFC 3168).
+
+        One that sends ECT(1) expects marks by another law (RFC 9331).
+        """
+        shift = 0 if self.version == 4 else 4
+        mark = self.data[1] >> shift & _CE
+        if mark == _ECT0:
+            self.data[1] |= _CE << shift
+            if self.version == 4:
+                self._sum_header()
+        return mark in (_ECT0, _CE)
 
     def fail_answer(self) -> bool:
         """Have the answer of a name server say SERVFAIL; return whether it is one.

@@ -28,6 +28,8 @@ class DivertTag(IntEnum):
 
     DIVERT_TAG = 0xD000
     DIVERT_TAG_MASK = 0xF000
+    DIVERT_QUEUED = 0x800
+    DIVERT_LOST = 0x400
 
 
 class DivertMark(IntEnum):
@@ -57,11 +59,14 @@ class DivertState(ctypes.Structure):
         ("on", c_uint32),
         ("bit", c_uint32),
         ("loopback", c_uint32),
+        ("slot", c_uint32),
+        ("waits", c_uint32),
         ("taken", c_uint64),
         ("stale", c_uint64),
         ("unserved", c_uint64),
         ("full", c_uint64),
         ("translations", c_uint64),
+        ("returned", c_uint64),
     )
 
 

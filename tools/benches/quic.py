@@ -1,17 +1,21 @@
 """QUIC downloads under each kind of limit. Needs aioquic in this interpreter.
 
-ratio: stream data received after the first second, divided by the limit. Headers are limited too,
-so 0.97 is exact. 1 s windows: the same in the lowest and the highest second. lost: of the datagrams
-that the server sent, those that the client did not get. rtt: as the client's library sees it, ms.
+All but rtt and ping are of the time after the first two seconds. billed: all packets that the
+client received, with their headers, divided by the limit. ratio: the same of stream data alone;
+0.95 is exact. lowest, highest: the same in one second. lost: of the datagrams that the server
+sent, those that the client did not get. rtt: as the client's library sees it, ms. ping: the round
+trip of a small UDP flow inside the limit, its 95th percentile in ms. helper: CPU time of the
+limit's helper processes, s per GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -19,7 +23,7 @@ from statistics import mean, median
 from benches.child import Child, TransferError
 from benches.figures import BIN_S
 from benches.line import DelayLine, LineSpec
-from benches.methods import LIMITED_PORT, METHODS, Method, MethodError
+from benches.methods import LIMITED_PORT, METHODS, OTHER_PORT, Method, MethodError
 from benches.surroundings import python
 from benches.table import show
 from pybpfthrottle.demo.wire import Namespace, Wire
@@ -27,8 +31,8 @@ from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Direction, Rate
 
 _KNOWN = {method.name: method for method in METHODS if Direction.DOWNLOAD in method.directions}
-_COLUMNS = ("ratio", "lowest", "highest", "lost %", "rtt ms")
-_START_UP_S = 1.0
+_COLUMNS = ("billed", "ratio", "lowest", "highest", "lost %", "rtt ms", "ping ms", "helper s/GB")
+_START_UP_S = 2.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -88,17 +92,39 @@ def _transfer(
         where = (wire.server.address, str(LIMITED_PORT))
         serve = python("benches.quic_peer", "serve", *where, "--control", arguments.control)
         Child(stack, wire.server.inside(*serve)).ready()
+        echo = python("benches.quic_peer", "echo", where[0], str(OTHER_PORT))
+        Child(stack, wire.server.inside(*echo)).ready()
         get = python("benches.quic_peer", "get", *where, "--connections", str(count))
         prefix = method.prefix(Direction.DOWNLOAD, rate)
         client = Child(stack, wire.client.inside(*prefix, *get))
         client.ready()
-        time.sleep(arguments.seconds)
+        time.sleep(_START_UP_S)
+        before = datagrams(wire.server, wire.client)
+        time.sleep(max(0.0, arguments.seconds - _START_UP_S))
+        lost = lost_datagrams(wire.server, wire.client, before)
+        cpu_s = _helpers_s(client.pid)
         client.stop()
         report = client.report()
-        lost = lost_datagrams(wire.server, wire.client)
     per_second = _seconds(report["bins"], arguments.seconds, rate)
+    billed = _seconds(report["billed"], arguments.seconds, rate)
     trips = report["round_trips_ms"] or [0.0]
-    return (mean(per_second), min(per_second), max(per_second), lost, mean(trips))
+    per_gb = cpu_s / (sum(count for _, count in report["billed"]) / 1e9)
+    return (
+        *(mean(billed), mean(per_second), min(per_second), max(per_second), lost, mean(trips)),
+        *(report["ping_ms"], per_gb),
+    )
+
+
+def _helpers_s(pid: int) -> float:
+    """The CPU time of our helpers below a process."""
+    found = 0
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = entry.read_text().partition("(")[2].rpartition(")")
+            fields = rest.split()
+            if int(fields[1]) == pid and name.startswith("pybpf") and name.endswith("-keeper"):
+                found += int(fields[11]) + int(fields[12])
+    return found / os.sysconf("SC_CLK_TCK")
 
 
 def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[float]:
@@ -112,13 +138,23 @@ def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[fl
     return [one / rate.bytes_per_s for one in sums]
 
 
-def lost_datagrams(sender: Namespace, receiver: Namespace) -> float:
-    """Return how much of what one end has sent the other did not get, in per cent."""
-    sent, got = _datagrams(sender, "OutDatagrams"), _datagrams(receiver, "InDatagrams")
+def lost_datagrams(
+    sender: Namespace, receiver: Namespace, before: tuple[int, int] = (0, 0)
+) -> float:
+    """Return how much of what one end has sent the other did not get, in per cent.
+
+    ``before`` has what was sent, and what came, until some time ago.
+    """
+    sent, got = (now - one for now, one in zip(datagrams(sender, receiver), before))
     return 100 * (1 - got / sent) if sent else 0.0
 
 
-def _datagrams(end: Namespace, field: str) -> int:
+def datagrams(sender: Namespace, receiver: Namespace) -> tuple[int, int]:
+    """Return how many one end has sent, and the other has got."""
+    return _counted(sender, "OutDatagrams"), _counted(receiver, "InDatagrams")
+
+
+def _counted(end: Namespace, field: str) -> int:
     names, values = (
         line.split()
         for line in Path(f"/proc/{end.process.pid}/net/snmp").read_text().splitlines()

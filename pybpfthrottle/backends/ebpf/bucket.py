@@ -43,6 +43,8 @@ MOST_FOR_WINDOW = Rate(25_000_000)
 # The keeper handles every acknowledgement. At 100 and 400 MB/s on veth the whole machine took 2 and
 # 1.6 times the CPU of the policer, where 1 to 19 % was retransmitted; nothing was measured beyond.
 MOST_FOR_GATE = Rate(500_000_000)
+# The queue's keeper handles every packet of UDP.
+MOST_FOR_QUEUE = Rate(12_500_000)
 # The policer's burst is 250 ms, longer than TCP's shortest retransmission timeout (200 ms): with
 # less, a flow that waits for the timeout loses bandwidth for good (with 150 ms, 0.72 of the limit
 # was measured). 40 % of the burst may be owed. That is also the burst at the start, where there is
@@ -72,6 +74,15 @@ _MOST = {
     "window": (MOST_FOR_WINDOW, "the receive window costs too much CPU"),
     "gate": (MOST_FOR_GATE, "the gate costs too much CPU"),
 }
+
+
+def too_fast_for_queue(rate: Optional[Rate]) -> Optional[str]:
+    """Return why downloads without a receive window do not wait in a queue at a rate, or None."""
+    if rate is None or rate.is_blocked:
+        return "downloads have no rate"
+    if rate.bytes_per_s > MOST_FOR_QUEUE.bytes_per_s:
+        return f"above {MOST_FOR_QUEUE} a queue costs too much CPU"
+    return None
 
 
 class Shaping(NamedTuple):
@@ -386,6 +397,10 @@ class Bucket:
             if wanted in _METHODS[direction] and shaping.method != wanted and rate
             if not rate.is_blocked
         ]
+
+    def drops_early(self, direction: Direction) -> bool:
+        """Whether what has no receive window loses packets now, as it is over the limit."""
+        return bool(self._buckets[direction].early_root)
 
     def flags(self, direction: Direction) -> int:
         """Return what the programs do now, as enum throttle_flags."""

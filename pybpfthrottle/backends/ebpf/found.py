@@ -65,6 +65,7 @@ class FoundThrottle(ChoosesOnce):
             slot=self._slot,
         )
         self._bucket.refused = record.handles.get("refused") or {}
+        self._udp: dict[str, str] = record.handles.get("udp") or {}
 
     @classmethod
     def open(cls, record: Record) -> FoundThrottle:
@@ -145,6 +146,7 @@ class FoundThrottle(ChoosesOnce):
             "backend": "ebpf",
             "attached_by": self._found.attached_by,
             "shape": shape,
+            **(self._udp if direction is Direction.DOWNLOAD else {}),
         }
 
     def processes(self) -> list[int]:

@@ -17,7 +17,12 @@ from typing import (
 
 from pybpfthrottle.backends.ebpf import connections, pins, programs
 from pybpfthrottle.backends.ebpf import crowd as crowds
-from pybpfthrottle.backends.ebpf.bucket import Bucket, put_networks, with_room
+from pybpfthrottle.backends.ebpf.bucket import (
+    Bucket,
+    put_networks,
+    too_fast_for_queue,
+    with_room,
+)
 from pybpfthrottle.backends.ebpf.connections import SOCKETS, Connections, Guard
 from pybpfthrottle.backends.ebpf.crowd import NOT_SHAPED, Crowd, Member
 from pybpfthrottle.backends.ebpf.dial import MapDial
@@ -48,6 +53,13 @@ from pybpfthrottle.targets import Selection
 
 log = Logger(__name__)
 
+# Of a reason in the record, which has 4 KB.
+_MOST_TEXT = 200
+# By what is told of it.
+_UDP = {
+    "queue": "UDP over the download limit waits in a queue: {}",
+    "early drops": "UDP over the download limit loses packets early: {}",
+}
 # How soon it is noticed that another tool's program above does not run since this one does.
 _LOOK_ABOVE_S = 1.0
 
@@ -75,6 +87,7 @@ class EbpfThrottle:
         # And where they are looked at for the processes of the order.
         self._processes_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
+        self._udp: dict[str, str] = {}
         self._look_for_carriers = False
         self._bucket: Bucket
         # The directory of its pins, if it is kept.
@@ -532,6 +545,7 @@ class EbpfThrottle:
             "cgroup_ids": cgroups_v2.ids(cgroups),
             "attached_by": self._placed.attached_by(),
             "refused": self._bucket.refused,
+            "udp": {name: text[:_MOST_TEXT] for name, text in self._udp.items()},
         }
 
     def _look_above(self) -> None:
@@ -586,8 +600,30 @@ class EbpfThrottle:
             raise ThrottleError("this limit shares its marks: make it with own_marks")
         marked_at = tuple(dict.fromkeys([*self._processes_at, *self._marked_at]))
         return Foothold(
-            *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy())
+            *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy()),
+            slot=self._slot,
         )
+
+    def drops_early(self) -> bool:
+        """Whether downloads without a receive window are over the limit now."""
+        return self._bucket.drops_early(Direction.DOWNLOAD)
+
+    def why_no_queue(self) -> Optional[str]:
+        """Return why what has no receive window is not to wait in a queue, or None."""
+        shape = self._options.shape.get(Direction.DOWNLOAD, "auto")
+        if shape not in ("auto", "gate"):
+            return f"--shape {shape}"
+        if self._crowd is not None:
+            return "the limit shares its programs with others"
+        if self._options.own_marks:
+            return "packets are impaired in another way"
+        return too_fast_for_queue(self._bucket.rates[Direction.DOWNLOAD])
+
+    def tell_udp(self, how: str, reason: str) -> None:
+        """Have it known how what has no receive window is kept to the limit, and why."""
+        self._udp = {"udp": how, "udp_reason": reason}
+        log.info("UDP downloads: %s, since %s", how, reason)
+        self._record.update_soon()
 
     def attach_last(self) -> None:
         """Have what comes in meet it after all that is attached by now.
@@ -621,6 +657,8 @@ class EbpfThrottle:
         about_open = self._connections.describe(direction) if self._connections else None
         if about_open is not None:
             how["open_connections"] = about_open
+        if direction is Direction.DOWNLOAD:
+            how.update(self._udp)
         return how
 
     def processes(self) -> list[int]:
@@ -637,6 +675,9 @@ class EbpfThrottle:
             loopback = self._order.traffic.loopback
             self._notes += carriers.notes(self._marks.pids(), loopback=loopback)
         found = [*self._notes, *self._bucket.shapes_not_kept()]
+        # What was to be expected is not worth a note.
+        if self._udp and self._udp["udp_reason"] != self.why_no_queue():
+            found.append(_UDP[self._udp["udp"]].format(self._udp["udp_reason"]))
         found += self._connections.notes if self._connections is not None else ()
         found += self._gate.notes()
         for one in (self._strays, self._marks):

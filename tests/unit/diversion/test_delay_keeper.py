@@ -38,7 +38,7 @@ def keeper(monkeypatch):
     made = object.__new__(Keeper)
     made.read = Counter()
     made._shared = DivertKeeper()
-    made._heap, made._armed_ns = [], 0
+    made._heap, made._armed_ns, made._lines = [], 0, {}
     monkeypatch.setattr(Keeper, "_record", lambda self, record: self.read.update([record]))
     return made
 

@@ -72,4 +72,4 @@ def test_the_programs_are_for_their_hooks(spec):
         if name.startswith("pybpfd_out"):
             way = AttachType.CGROUP_INET_EGRESS
         assert (program.type, program.expected_attach_type) == (ProgType.CGROUP_SKB, way)
-    assert len(spec.programs) == 6
+    assert len(spec.programs) == 8

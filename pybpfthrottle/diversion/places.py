@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Protocol
 
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.throttle import Throttle
 
 # Whose packets, and the cgroup with its id: another one may be made at its path.
 _Place = tuple[Scope, Cgroup, int]
+
+
+class Limit(Protocol):
+    """A throttle, or what is one of its directions."""
+
+    def foothold(self) -> Foothold:
+        """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
 
 
 class Places:
     """What is attached at each place of a throttle. ``close`` detaches all."""
 
     def __init__(
-        self, throttle: Throttle, attach: Callable[[Scope, Cgroup, Foothold], ExitStack]
+        self, throttle: Limit, attach: Callable[[Scope, Cgroup, Foothold], ExitStack]
     ) -> None:
         """``attach`` attaches at one place, and returns what detaches that."""
         self._throttle = throttle

@@ -1,0 +1,133 @@
+"""The queue that a limit gets once UDP downloads come over it, and what is told of it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Optional
+
+from pybpfthrottle.backends.ebpf.programs import Scope
+from pybpfthrottle.backends.protocol import Foothold, Queueable
+from pybpfthrottle.diversion.places import Places
+from pybpfthrottle.errors import Error
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.logger import Logger
+from pybpfthrottle.supervisor import Budget, Chore, Look
+
+if TYPE_CHECKING:
+    from pybpfthrottle.diversion.diverted import Diversion
+
+log = Logger(__name__)
+
+_LOOK_S = 0.25
+# A look is one system call while there is no queue.
+_LOOKS = Budget(0.002)
+
+QUEUE, EARLY = "queue", "early drops"
+_WAITS = "a helper process can hold its packets"
+
+
+class LimitQueue:
+    """The queue of one limit. There is none until something needs it. ``close`` ends it."""
+
+    def __init__(self, limit: Queueable) -> None:
+        self._limit = limit
+        self._places: Optional[Places] = None
+        self._open: list[Diversion] = []
+        # How often the programs of each were attached, as far as the limit comes after them.
+        self._attached: list[tuple[Diversion, int]] = []
+        self._told: Optional[str] = None
+        self._is_over = False
+        self._looking = Look(_LOOK_S, self._look, _LOOKS)
+
+    def chores(self) -> list[Chore]:
+        """Return what a supervisor has to do for it."""
+        if self._is_over:
+            return []
+        keepers = {id(chore): chore for one in self._open for chore in one.chores()}
+        return [self._looking, *keepers.values()]
+
+    def close(self) -> None:
+        """Give back what waits, and end for good. Doing so twice is no error."""
+        self._is_over = True
+        self._end_places()
+
+    def _end_places(self) -> None:
+        places, self._places = self._places, None
+        self._attached = []
+        if places is not None:
+            places.close()
+
+    def _look(self) -> bool:
+        """Begin or end it, or be where the packets pass by now; return whether chores changed."""
+        if self._is_over:
+            return False
+        refused = self._limit.why_no_queue()
+        if self._places is None:
+            if not self._limit.drops_early():
+                return False
+            if refused is None:
+                return self._begin()
+            self._tell(refused)
+            return False
+        if refused is not None:
+            return self._end_all(refused)
+        try:
+            self._follow(self._places)
+        except (Error, OSError) as error:
+            log.info("The queue of UDP downloads cannot follow: %s", error)
+        failure = self._failure()
+        return False if failure is None else self._refuse(failure)
+
+    def _begin(self) -> bool:
+        self._places = Places(self._limit, self._divert)
+        try:
+            self._follow(self._places)
+        except (Error, OSError) as error:
+            return self._refuse(str(error))
+        self._tell(None)
+        return True
+
+    def _refuse(self, why: str) -> bool:
+        """Do without for good."""
+        self._is_over = True
+        return self._end_all(f"no queue is possible here: {why}")
+
+    def _end_all(self, why: str) -> bool:
+        self._end_places()
+        self._tell(why)
+        return True
+
+    def _follow(self, places: Places) -> None:
+        """Divert where packets pass now, before the limit charges for them."""
+        places.follow()
+        now = [(one, one.times_attached) for one in self._open]
+        if now != self._attached:
+            self._limit.attach_last()
+        self._attached = now
+
+    def _failure(self) -> Optional[str]:
+        """Return why packets do not wait although they are to, or None."""
+        found = (one.failure() or one.unserved() for one in self._open)
+        return next(filter(None, found), None)
+
+    def _tell(self, refused: Optional[str]) -> None:
+        """Tell how UDP is kept to the limit, if that has changed."""
+        told = _WAITS if refused is None else refused
+        if told != self._told:
+            self._told = told
+            self._limit.tell_udp(QUEUE if refused is None else EARLY, told)
+
+    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:
+        from pybpfthrottle import diversion
+
+        marked = scope is Scope.MARKED
+        pids = self._limit.processes if marked else cgroup.pids_below
+        with ExitStack() as undo:
+            one = diversion.open_queue(cgroup, foothold, marked=marked, pids=pids)
+            self._open.append(one)
+            undo.callback(self._end, one)
+            return undo.pop_all()
+
+    def _end(self, one: Diversion) -> None:
+        self._open.remove(one)
+        one.close()

@@ -1,0 +1,186 @@
+"""UDP downloads over their limit wait in a queue; where they cannot, the limit goes on without."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from echo import PORT, Near
+from lab import attached
+from targets import eventually
+
+import pybpfthrottle
+from pybpfthrottle import registry
+from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.linux import netns, process, tuntap
+from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.throttle import Throttle, apply, open_record
+
+pytestmark = pytest.mark.since("5.10")
+
+RATE = 200 << 10
+SIZE, HEADERS = 1200, 28
+DOWNLOAD = Direction.DOWNLOAD
+
+
+def told(live: Throttle) -> str:
+    """How UDP downloads are kept to the limit."""
+    return live.how()[DOWNLOAD].get("udp", "")
+
+
+def told_to_others(live: Throttle) -> str:
+    """The same by the record of it in the kernel."""
+    (record,) = (one for one in registry.records() if one.id == live.id)
+    with open_record(record) as found:
+        return told(found)
+
+
+def comes_to(near: Near, wire: Wire, is_so: Callable[[], bool]) -> None:
+    """Have more come in than the limit allows, until something is so."""
+
+    def more() -> bool:
+        near.ask("send", wire.server.address, PORT, 100, SIZE, 0.001)
+        return is_so()
+
+    eventually(more)
+
+
+def diverted(live: Throttle) -> int:
+    """How many packets have gone to the keeper."""
+    queue = live._queue
+    assert queue is not None
+    return sum(one._state[0].taken for one in queue._open)
+
+
+def devices(wire: Wire) -> list[str]:
+    """Our devices in the near namespace."""
+    names = netns.interfaces(wire.client.process.pid).names.values()
+    return [name for name in names if name.startswith("pybpfd")]
+
+
+def keepers() -> list[int]:
+    """The processes of ours that hold packets."""
+    found = []
+    for pid in process.families().get(os.getpid(), ()):
+        with suppress(FileNotFoundError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "pybpfd-keeper":
+                found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize("by", ["cgroup", "marks"])
+def test_they_wait_and_stay_in_order(wire: Wire, near: Near, scratch: Cgroup, by: str) -> None:
+    """Not before they are over the limit; then all of it is told, and what passes is the limit."""
+    target = {"cgroup": scratch.path} if by == "cgroup" else {"pid": near.process.pid}
+    with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
+        near.ask("ping", wire.server.address, PORT, "udp", 3)
+        assert (told(live), keepers(), devices(wire)) == ("", [], [])
+        comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
+        assert any("waits in a queue" in note for note in live.notes())
+        eventually(lambda: not live._queue._open[0]._state[0].waits)  # type: ignore[union-attr]
+        near.ask("receive", 0.5)  # no answer to what was sent before is on its way
+        before = live.counters()[DOWNLOAD]
+        near.ask("send", wire.server.address, PORT, 150, SIZE, 0)
+        numbers, _ = near.ask("receive", 1.5)
+        after = live.counters()[DOWNLOAD]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) == after.packets_total - before.packets_total - (
+            after.packets_dropped - before.packets_dropped
+        )
+        eventually(lambda: told_to_others(live) == "queue")
+    assert (keepers(), devices(wire)) == ([], [])
+
+
+def test_it_is_the_limit_that_passes(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """And not once for the queue, and once for the limit."""
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        comes_to(near, wire, lambda: diverted(live) > 0)
+        passed = live.counters()[DOWNLOAD].bytes_passed
+        begin_ns = live._parts[DOWNLOAD]._bucket._buckets[DOWNLOAD].even_at_ns  # type: ignore
+        for _ in range(3):
+            near.ask("send", wire.server.address, PORT, 150, SIZE, 0)
+            near.ask("receive", 1)
+        end_ns = live._parts[DOWNLOAD]._bucket._buckets[DOWNLOAD].even_at_ns  # type: ignore
+        passed = live.counters()[DOWNLOAD].bytes_passed - passed
+        # All that passed was charged for, or the bucket would lag behind.
+        assert 0 < passed <= (end_ns - begin_ns) / 1e9 * RATE + 2 * (SIZE + HEADERS)
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGSTOP"])
+def test_without_its_keeper_packets_pass(wire: Wire, near: Near, scratch: Cgroup, by: str) -> None:
+    """They are dropped early again; a killed keeper is replaced, and one that goes on serves."""
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        comes_to(near, wire, lambda: diverted(live) > 0)
+        (pid,) = keepers()
+        os.kill(pid, signal.Signals[by])
+        try:
+            comes_to(near, wire, lambda: bool(near.ask("receive", 0.5)[0]))
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        before = diverted(live)
+        comes_to(near, wire, lambda: diverted(live) > before)
+        assert (keepers() == [pid]) == (by == "SIGSTOP")
+        assert told(live) == "queue"
+
+
+def test_without_a_device_they_are_dropped_early(
+    wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said why, and nothing is left attached for a queue."""
+    monkeypatch.setattr(tuntap, "_TUN", "/dev/net/there-is-none")
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        before = len(attached(scratch))
+        comes_to(near, wire, lambda: told(live) == "early drops")
+        assert "there-is-none" in live.how()[DOWNLOAD]["udp_reason"]
+        assert any("loses packets early" in note for note in live.notes())
+        assert len(attached(scratch)) == before
+        assert not keepers()
+        comes_to(near, wire, lambda: bool(near.ask("receive", 0.5)[0]))
+
+
+def test_who_asks_for_the_policer_gets_no_queue(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """A shape that was named is kept to."""
+    options = Options(shape={DOWNLOAD: "police"})
+    with apply([scratch], {DOWNLOAD: Rate(RATE)}, options=options) as live:
+        comes_to(near, wire, lambda: told(live) == "early drops")
+        assert live.how()[DOWNLOAD]["udp_reason"] == "--shape police"
+        assert not live.notes()
+
+
+def test_who_is_exempt_does_not_wait(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """A limit for some networks has a queue for what comes from them."""
+    to = f"{wire.server.address}/32"
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE, to=to) as live:
+        comes_to(near, wire, lambda: diverted(live) > 0)
+        before = diverted(live)
+        near.ask("send", wire.server.address6, PORT, 100, SIZE, 0)
+        assert len(near.ask("receive", 1, 100)[0]) == 100
+        assert diverted(live) == before
+
+
+def test_one_that_shares_programs_has_a_queue(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """In its slot of maps that are larger; for marked sockets there is none then."""
+    with pybpfthrottle.limit(pid=os.getpid(), upload="1G"):
+        with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+            comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
+        with pybpfthrottle.limit(pid=near.process.pid, download=RATE) as live:
+            comes_to(near, wire, lambda: told(live) == "early drops")
+            assert not live.notes()
+
+
+def test_a_rate_that_is_too_high_ends_it(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """What waits is given back; a lower rate has a queue again."""
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        comes_to(near, wire, lambda: diverted(live) > 0)
+        live.set(download="100M")
+        eventually(lambda: told(live) == "early drops")
+        assert not devices(wire)
+        live.set(download=RATE)
+        comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)

@@ -1,0 +1,243 @@
+"""Flows take turns at the limit's rate, and one that waits for too long loses single packets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from test_packets import is_right, made
+
+from pybpfthrottle.diversion import queueing
+from pybpfthrottle.diversion.keeper import Unreturned
+from pybpfthrottle.diversion.packets import Packet
+from pybpfthrottle.diversion.queueing import Fair, Queue, Waiting
+
+MS = 1_000_000
+RATE = 1_000_000
+INVERSE = (10**9 << 20) // RATE
+
+
+def waiting(number=0, at_ns=0, *, port=443, size=1000, version=4, tos=0):
+    """A packet of UDP whose payload begins with its number."""
+    data = made(version, False, number.to_bytes(4, "big").ljust(size, b"-"), port=port)
+    packet = Packet(data, 0)
+    data[1] |= tos if version == 4 else tos << 4
+    if version == 4:
+        packet._sum_header()
+    return Waiting(packet, at_ns, (b"", 0, 0), 0)
+
+
+def number_of(leaving):
+    """The number in a packet that leaves."""
+    data = leaving.waiting.packet.data
+    at = leaving.waiting.packet.header
+    return int.from_bytes(data[at : at + 4], "big")
+
+
+def port_of(leaving):
+    """Its source port."""
+    packet = leaving.waiting.packet
+    return int.from_bytes(packet.data[packet.at : packet.at + 2], "big")
+
+
+def drained(fair, now_ns):
+    """All that leaves."""
+    return list(iter(lambda: fair.get(now_ns), None))
+
+
+def element(**fields):
+    """An element of a map, which stays as it is."""
+    return SimpleNamespace(read=lambda: SimpleNamespace(**fields), close=lambda: None)
+
+
+def queue(even_at_ns=0, gate_due_ns=0, rate=RATE):
+    """The queue of a limit that owes something until a time."""
+    return Queue(
+        element(even_at_ns=even_at_ns, credit_ns=0, slack_ns=0),
+        element(
+            rate_bytes_per_s=rate, inverse_rate=INVERSE, credit_ns=0, debt_ns=20 * MS, slack_ns=0
+        ),
+        element(alive=1, next_due_ns=gate_due_ns),
+    )
+
+
+def test_a_flow_that_has_not_waited_comes_first():
+    """So a ping is not held up by a download."""
+    fair = Fair()
+    for number in range(10):
+        fair.put(waiting(number))
+    assert number_of(fair.get(0)) == 0
+    assert number_of(fair.get(0)) == 1  # its turn is over with this one
+    fair.put(waiting(77, port=53, size=40))
+    assert port_of(fair.get(0)) == 53
+    assert [number_of(one) for one in drained(fair, 0)] == list(range(2, 10))
+    assert fair.bytes == 0
+
+
+def test_flows_take_turns_by_bytes():
+    """One of small packets sends more of them."""
+    fair = Fair()
+    for number in range(60):
+        fair.put(waiting(number, size=1472))
+    for number in range(400):
+        fair.put(waiting(number, port=444, size=222))
+    found = [port_of(fair.get(0)) for _ in range(210)]
+    assert found.count(443) == pytest.approx(30, abs=3)
+    assert found.count(444) == pytest.approx(180, abs=3)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_flow_is_in_order(version):
+    """Whatever the others do."""
+    fair = Fair()
+    for number in range(30):
+        for port in (1, 2, 3):
+            fair.put(waiting(number, port=port, version=version))
+    found = drained(fair, 0)
+    for port in (1, 2, 3):
+        assert [number_of(one) for one in found if port_of(one) == port] == list(range(30))
+
+
+def test_few_packets_are_no_queue():
+    """However long they wait: a sender's smallest window may be all that there is."""
+    fair = Fair()
+    lost = []
+    for number in range(100):
+        fair.put(waiting(number, number * 30 * MS))
+        if number >= queueing.LEAST_PACKETS - 1:
+            lost.append(fair.get(number * 30 * MS).is_lost)
+    assert not any(lost)
+
+
+def standing(fair, *, tos=0, seconds=2):
+    """A flow that has 40 packets in its queue all the time, one each 5 ms: what leaves."""
+    found = []
+    for number in range(seconds * 200):
+        fair.put(waiting(number, number * 5 * MS, tos=tos))
+        if number >= 40:
+            found.append(fair.get(number * 5 * MS))
+    return found
+
+
+def test_one_that_waits_for_too_long_loses_single_packets():
+    """The more, the longer it does so; and never two at once."""
+    lost = [at for at, one in enumerate(standing(Fair())) if one.is_lost]
+    gaps = [later - one for one, later in zip(lost, lost[1:])]
+    assert 20 <= lost[0] <= 30  # an interval of 100 ms, with a packet each 5
+    assert min(gaps) > 1
+    assert gaps[-1] < gaps[0]
+    assert gaps == sorted(gaps, reverse=True) or max(gaps) <= 21
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("tos", [1, 2, 3])
+def test_who_understands_marks_loses_none(version, tos):
+    """ECT(0), and what is marked already; ECT(1) is for marks by another law."""
+    packet = waiting(tos=tos, version=version).packet
+    assert packet.mark_congested() == (tos != 1)
+    mark = packet.data[1] >> (0 if version == 4 else 4) & 3
+    assert mark == (1 if tos == 1 else 3)
+    packet._finish()
+    assert is_right(packet.data)
+
+
+def test_a_queue_marks_instead():
+    """As often as it would have dropped."""
+    fair = Fair()
+    assert not any(one.is_lost for one in standing(fair, tos=2))
+    assert fair.marked == sum(one.is_lost for one in standing(Fair()))
+
+
+def test_small_packets_are_not_lost():
+    """The policer does not count them."""
+    fair = Fair()
+    for number in range(40):
+        fair.put(waiting(number, size=100))
+    assert not any(fair.get(number * 20 * MS).is_lost for number in range(1, 41))
+
+
+def test_what_is_too_late_is_lost():
+    """Its sender has sent it once more."""
+    fair = Fair()
+    fair.put(waiting())
+    assert fair.get(1001 * MS).is_lost
+
+
+def test_the_longest_flow_loses_its_oldest():
+    """If there is too much in all."""
+    fair = Fair()
+    for number in range(50):
+        fair.put(waiting(number))
+    fair.put(waiting(0, port=53))
+    fair.trim(20_000)
+    assert fair.bytes <= 20_000
+    found = drained(fair, 0)
+    lost = [number_of(one) for one in found if one.is_lost]
+    assert lost == list(range(len(lost)))
+    assert [port_of(one) for one in found if not one.is_lost].count(53) == 1
+    assert len(found) == 51
+
+
+def test_packets_go_when_nothing_is_owed():
+    """In bursts of 1 ms, and the next time is when that is paid."""
+    now = 1000 * MS
+    one = queue(even_at_ns=now + 5 * MS)
+    one._half_ns = now + 100 * MS
+    for number in range(10):
+        one.put(waiting(number, now))
+    assert not list(one.leaving(now, 64))
+    assert one.due_ns == now + 5 * MS
+    later = now + 5 * MS
+    found = list(one.leaving(later, 64))
+    assert len(found) == 1  # 1028 bytes take 1.03 ms
+    assert one.due_ns == pytest.approx(later + 1.028 * MS, abs=10)
+    assert one
+
+
+@pytest.mark.parametrize(("owed_ms", "expected"), [(0, 20), (15, 5), (19, 1), (30, 0)])
+def test_half_goes_while_tcp_waits(owed_ms, expected):
+    """It makes up for 50 ms at most, and nothing goes that the policer would drop."""
+    now = 1000 * MS
+    one = queue(even_at_ns=now + owed_ms * MS, gate_due_ns=1)
+    for number in range(50):
+        one.put(waiting(number, now))
+    assert len(list(one.leaving(now, 64))) == expected
+    one = queue(even_at_ns=now, gate_due_ns=1)
+    one._half_ns = now
+    for number in range(50):
+        one.put(waiting(number, now))
+    assert len(list(one.leaving(now, 64))) == 1
+    assert one.due_ns == pytest.approx(now + 2 * 1.028 * MS, abs=10)
+
+
+def test_without_a_rate_all_goes():
+    """The limit was lifted."""
+    one = queue(rate=0, even_at_ns=0)
+    for number in range(10):
+        one.put(waiting(number, 0))
+    assert len(list(one.leaving(MS, 64))) == 10
+    assert not one
+    assert one.due_ns == 0
+
+
+def test_all_is_given_back_at_the_end():
+    """In order."""
+    one = queue(even_at_ns=10**15)
+    for number in range(10):
+        one.put(waiting(number, 0))
+    assert [number_of(each) for each in one.all()] == list(range(10))
+    assert not one
+
+
+@pytest.mark.parametrize(("came", "is_cut_off"), [(1, False), (0.6, False), (0.2, True), (0, True)])
+def test_what_does_not_arrive_is_noticed(came, is_cut_off):
+    """If half of a sample is not there a second later."""
+    watch = Unreturned()
+    told = [watch.given(int(at * came), at * 20 * MS) for at in range(1, 150)]
+    assert any(told) == is_cut_off
+
+
+def test_what_arrives_late_is_no_loss():
+    """A busy machine may take a while."""
+    watch = Unreturned()
+    assert not any(watch.given(max(0, at - 40), at * 20 * MS) for at in range(1, 400))
