@@ -66,6 +66,7 @@
 #define GATE_WINDOW_US 8000 /* what the kernel may promise beyond two round trips */
 #define MOST_GATE_WAY_US 200000
 #define GATE_AFTER_BYTES 6000 /* in an epoch: while nothing is owed, small flows never meet the keeper */
+#define FAR_WAY_US 50000
 #define LEAST_GATE_BYTES 256
 #define LEAST_ROOM_BYTES 65536
 #define GATE_SLACK_NS (330 * MS)
@@ -383,8 +384,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	__u32 value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &slot);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
-	__u64 bytes, least, way_us, credit, slack;
-	int gated;
+	__u64 bytes, least, way_us, credit, slack, after, since;
+	int gated, is_far = ctx->srtt_us > FAR_WAY_US * 8;
 
 	if (!gate || !gate->alive)
 		return 0;
@@ -395,14 +396,24 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 		socket->first = first_packets(config, THROTTLE_DOWNLOAD, now, 0);
 		hurry_acknowledgements(ctx);
 	}
-	gated = socket->gated || (socket->gate == GATE_READY &&
-				  (debt_of(bucket, now) > 0 ||
-				   ctx->bytes_received - share->epoch_bytes >= GATE_AFTER_BYTES));
 	way_us = gate->round_trip_ns / 1000;
+	after = GATE_AFTER_BYTES;
+	since = share->epoch_bytes;
+	/*
+	 * First windows, one each round trip, may never come to that on a long way. Nor has the kernel
+	 * time to learn there that it may promise more.
+	 */
+	if (is_far) {
+		way_us = larger(way_us, ctx->srtt_us / 8);
+		after = smaller(after, socket->first * socket->segment);
+		since = 0;
+	}
+	gated = socket->gated || (socket->gate == GATE_READY &&
+				  (debt_of(bucket, now) > 0 || ctx->bytes_received - since >= after));
 	way_us = smaller(way_us, MOST_GATE_WAY_US);
 	bytes = config->rate_bytes_per_s / 1000 * (GATE_WINDOW_US + 2 * way_us) / 1000;
 	least = 2 * socket->segment + LEAST_GATE_BYTES;
-	bytes = gated ? larger(bytes, least) : socket->first * socket->segment;
+	bytes = gated || is_far ? larger(bytes, least) : socket->first * socket->segment;
 	value = smaller(bytes, MOST_WINDOW_BYTES);
 	if (set_option(ctx, SOL_TCP, TCP_WINDOW_CLAMP, value)) {
 		socket->gated = 0;

@@ -115,8 +115,10 @@ def _text(name: str, value: Any) -> str:
 def wish_for(asked: Asked, wish: Wish = Wish()) -> Wish:  # noqa: B008 - immutable
     """Return how to start the throttle of a network: by eBPF, with nothing shaped without need.
 
-    Where what comes in is late, the window is better than the gate: a download of 300 KB at 200
-    KB/s and 300 ms took 2.7 s by the one, and 8.2 by the other.
+    Where what comes in is late, the window is better than the gate: chromium loaded a page of 302
+    KB by HTTP/1.1 on 3g in 2.8 s by the one, as predicted, and in 3.2 by the other. What passes the
+    gate before a connection is gated makes the kernel learn a round trip later what may be on its
+    way. Beyond that the two are alike.
 
     Raises ThrottleError if another backend is asked for.
     """

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from echo import PORT, Near
 from lab import Lab, lab
 from since import needs_command, needs_option, needs_release
 from targets import live_map
 from test_udp import RECEIVER, SENDER
 
-from pybpfthrottle import throttle
+from pybpfthrottle import diversion, throttle
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.records import ThrottleGate
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
-from pybpfthrottle.demo.wire import DEVICE
+from pybpfthrottle.conditions.model import Impairment
+from pybpfthrottle.demo.wire import DEVICE, Wire
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle
@@ -396,3 +398,15 @@ def in_client(own: Lab, command: str, given: str = "") -> str:
     return subprocess.run(
         own.inside(*command.split()), input=given, capture_output=True, text=True, check=True
     ).stdout
+
+
+def test_a_small_download_from_far_away_meets_the_keeper(
+    wire: Wire, near: Near, scratch: Cgroup
+) -> None:
+    """Or it would stay at a packet or two each round trip, and never come to what is not small."""
+    host = wire.server.address
+    with diversion.open(scratch, Impairment(delay_s=0.1)), gated(scratch, Rate(200_000)):
+        near.ask("ping", host, PORT, "udp", 4)  # so nothing is owed any more
+        assert taken() == 0
+        assert near.ask("bulk", host, PORT, 4016)
+        assert taken() > 0
