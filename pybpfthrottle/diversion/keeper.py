@@ -143,6 +143,7 @@ class Keeper:
         self._heap: list[Held] = []
         self._held_bytes = self._number = self._armed_ns = 0
         self._ring: Optional[Ring] = None
+        self._unread: Optional[Ring] = None
         self._shared = DivertKeeper()
         self._timer = libc.timerfd_create()
         self._epoll = select.epoll()
@@ -377,6 +378,7 @@ class Keeper:
             self._settings = fds
         elif "open" in message:
             self._lines[message["open"]] = _open(message, fds)
+            self._read_ring()
             self._shared.alive = 1
             helper.report(self._owner, opened=message["open"])
         elif "change" in message:
@@ -401,8 +403,16 @@ class Keeper:
 
     def _begin(self, size: int, shared: int, ring: int) -> None:
         self._shared = DivertKeeper.from_buffer(mmap.mmap(shared, mmap.PAGESIZE))
-        self._ring = Ring(ring, size)
-        self._epoll.register(ring, select.EPOLLIN)
+        self._unread = Ring(ring, size)
+
+    def _read_ring(self) -> None:
+        """Read from now on: the first diversion is open.
+
+        What a keeper that was killed has not read is then given back by the one that replaces it.
+        """
+        if self._unread is not None:
+            self._ring, self._unread = self._unread, None
+            self._epoll.register(self._ring.fd, select.EPOLLIN)
 
     def _end(self, number: int) -> None:
         line = self._lines.get(number)
