@@ -244,7 +244,7 @@ def _forwarding(way: WayOut) -> Iterator[tuple[str, str]]:
         path: before
         for other in _known()
         if other.namespace == way.namespace and other.id != way.id
-        for path, before in other.settings
+        for path, before in _as_set(other)
     }
     for path in sorted(glob.glob(f"{_V4}/*/forwarding")):
         is_device = path.split("/")[-2] not in ("all", "default")
@@ -318,10 +318,19 @@ def _set(path: str, value: str) -> None:
             file.write(value)
 
 
-def _restore(way: WayOut, needed: Collection[str]) -> None:
-    # Somebody else, such as Docker, has made this machine a router meanwhile, or none.
+def _as_set(way: WayOut) -> Iterator[tuple[str, str]]:
+    """Yield the settings that a way out has changed last, as far as one can see.
+
+    Somebody else, such as Docker, may have made this machine a router since, or none.
+    """
     is_others = _get(_ALL4) != way.forwarding
     for path, before in way.settings:
-        if path not in needed and not (is_others and path.startswith(_V4)):
+        if not (is_others and path.startswith(_V4)):
+            yield path, before
+
+
+def _restore(way: WayOut, needed: Collection[str]) -> None:
+    for path, before in _as_set(way):
+        if path not in needed:
             with suppress(OSError):  # of a device that is gone
                 _set(path, before)

@@ -165,6 +165,23 @@ def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
         subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=0"), check=True)
 
 
+def test_a_line_that_begins_on_a_router_leaves_it_one(wire: Wire) -> None:
+    """Although one that began earlier has changed the same settings."""
+    setting = ["sysctl", "-qw"]
+    try:
+        with behind(wire.client, "--delay", "1ms") as first:
+            subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=1"), check=True)
+            with behind(wire.client, "--delay", "1ms") as second:
+                assert second.ask("ping", wire.server.address, PORT, "udp", 1)
+                first.process.communicate(timeout=PATIENCE_S)
+                assert 'ipv4 iifname "wire"' not in state(wire.client)[1]
+        settings = state(wire.client)[0]
+        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
+        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
+    finally:
+        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=0"), check=True)
+
+
 def test_two_lines_do_not_disturb_each_other(wire: Wire) -> None:
     """The settings are restored when the second ends, whichever that is."""
     before = state(wire.client)
