@@ -214,8 +214,8 @@ class Keeper:
         if heard is None:
             return False
         message, fds = heard
+        self.way_id = message.get("way", self.way_id)
         if "open" in message:
-            self.way_id = message["way"]
             inner, outer, *tallies = fds
             ends = ((outer, inner), (inner, outer))
             for (source, sink), tally, told in zip(ends, tallies, message["open"]):
@@ -246,6 +246,5 @@ def _tidy_up(way_id: str) -> None:
         from pybpfthrottle import wayout
 
         with suppress(Error, OSError):
-            if wayout.tidy_up():
-                return
+            wayout.tidy_up()  # which may find those of others, and not yet this one
         time.sleep(_GONE_S / 20)  # it closes its descriptors before it is gone

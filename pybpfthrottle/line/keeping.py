@@ -31,9 +31,14 @@ class LineKeeper(SharedHelper):
         self._is_open = self._is_empty = False
         super().__init__()
 
+    def restore_later(self, way_id: str) -> None:
+        """Have a way out ended by the keeper if this process is killed, from now on."""
+        with self._busy:
+            self._way_id = way_id
+            self.tell({"way": way_id})
+
     def serve(
         self,
-        way_id: str,
         devices: Sequence[int],
         tallies: Sequence[Tally],
         wanted: Sequence[Impairment],
@@ -44,7 +49,6 @@ class LineKeeper(SharedHelper):
         NamespaceError.
         """
         with self._busy:
-            self._way_id = way_id
             self._fds = [*devices, *(tally.fd for tally in tallies)]
             self._wanted = wanted
             self._introduce()

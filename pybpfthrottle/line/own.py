@@ -79,6 +79,7 @@ class OwnNetwork:
         undo.callback(keeper.leave)
         self._way = way = wayout.begin(way_id)
         undo.callback(wayout.end, way)
+        keeper.restore_later(way.id)
         outer, device = tuntap.create(tuntap.IFF_TUN, f"{wayout.DEVICES}%d")
         undo.callback(os.close, outer)
         devices.keep_quiet(device)
@@ -94,7 +95,7 @@ class OwnNetwork:
         self._tallies = [Tally.create() for _ in Direction]
         for tally in self._tallies:
             undo.callback(tally.close)
-        keeper.serve(way.id, (inner, outer), self._tallies, self._impairments)
+        keeper.serve((inner, outer), self._tallies, self._impairments)
         self._keeper = keeper
 
     def set(self, conditions: Conditions, *, anew: bool = True) -> None:

@@ -215,6 +215,24 @@ def test_after_a_kill_all_is_restored(wire: Wire, who: str) -> None:
     assert eventually(lambda: not wayout.abandoned())
 
 
+def test_a_kill_while_a_line_is_being_laid_leaves_nothing(wire: Wire) -> None:
+    """When the settings are changed already, and the keeper has no devices yet."""
+    before = state(wire.client)
+    program = """
+import os, signal
+from pybpfthrottle import wayout
+from pybpfthrottle.cli.app import cli
+wayout.firewalls = lambda: os.kill(os.getpid(), signal.SIGKILL)
+cli(["run", "--netns", "--delay", "1ms", "--", "true"])
+"""
+    # In a /run of its own, so that no other start restores it.
+    apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
+    environment = ["env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}"]
+    done = subprocess.run(wire.client.inside(*apart, *environment, sys.executable, "-c", program))
+    assert done.returncode == -signal.SIGKILL
+    eventually(lambda: state(wire.client) == before)
+
+
 def test_a_keeper_that_dies_is_replaced(wire: Wire) -> None:
     """The devices stay, and with them the connections."""
     with behind(wire.client, "--delay", "1ms") as near:
