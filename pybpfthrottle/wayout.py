@@ -28,6 +28,8 @@ _V4, _V6 = "/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"
 _ALL4, _ALL6 = f"{_V4}/all/forwarding", f"{_V6}/all/forwarding"
 _ROUTES, _ROUTES6 = "/proc/thread-self/net/route", "/proc/thread-self/net/ipv6_route"
 _RTF_ADDRCONF = 0x00040000  # include/uapi/linux/ipv6_route.h: by router advertisements
+# All but answers, in the language of nft.
+_UNASKED = "ct state new,invalid,untracked"
 
 Interface = Union[IPv4Interface, IPv6Interface]
 
@@ -278,6 +280,8 @@ def _change(way: WayOut, device: str) -> None:
         ),
         f"add chain {table} through {{ type filter hook forward priority 0; }}",
         f'add rule {table} through iifname "{DEVICES}*" accept',
+        # Nobody is to reach the command who could not do so without it.
+        f'add rule {table} through oifname "{DEVICES}*" {_UNASKED} drop',
         f'add rule {table} through oifname "{DEVICES}*" accept',
         *(f"add rule {table} through {one} drop" for one in _forwarded_by_us(way)),
     ]
@@ -296,12 +300,11 @@ def _forwarded_by_us(way: WayOut) -> Iterator[str]:
 
     Answers are those of somebody who forwards since, such as Docker.
     """
-    unasked = "ct state new,invalid,untracked"
     for path, _ in way.settings:
         if path.startswith(_V4):
-            yield f'meta nfproto ipv4 iifname "{path.split("/")[-2]}" {unasked}'
+            yield f'meta nfproto ipv4 iifname "{path.split("/")[-2]}" {_UNASKED}'
         elif path == _ALL6:
-            yield f"meta nfproto ipv6 {unasked}"
+            yield f"meta nfproto ipv6 {_UNASKED}"
 
 
 def _get(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -150,6 +151,37 @@ def test_others_are_not_forwarded(wire: Wire) -> None:
         rules = state(wire.client)[1]
     assert 'meta nfproto ipv4 iifname "wire" ct state invalid,new,untracked drop' in rules
     assert "meta nfproto ipv6 ct state invalid,new,untracked drop" in rules
+
+
+@pytest.mark.parametrize("routes", [0, 1])
+def test_the_command_is_reached_from_this_machine_alone(wire: Wire, routes: int) -> None:
+    """Not by others who send packets for its address here, be the machine a router or not."""
+    connect = """
+import socket, sys
+one = socket.socket()
+one.settimeout(float(sys.argv[2]))
+print(one.connect_ex((sys.argv[1], 9)))
+"""
+    forward = ["sysctl", "-qw", f"net.ipv4.ip_forward={routes}"]
+    subprocess.run(wire.client.inside(*forward), check=True)
+    with behind(wire.client, "--delay", "1ms"):
+        namespace = netns.number(wire.client.process.pid)
+        way = next(one for one in wayout._known() if one.namespace == namespace)
+        address = str(way.ends[0].inner.ip)
+        to = ["ip", "route", "add", address, "via", wire.client.address]
+        subprocess.run(wire.server.inside(*to), check=True)
+        here, far = (
+            subprocess.run(
+                end.inside(sys.executable, "-I", "-S", "-c", connect, address, str(patience_s)),
+                capture_output=True,
+                text=True,
+            )
+            for end, patience_s in ((wire.client, PATIENCE_S), (wire.server, 1.0))
+        )
+    subprocess.run(wire.server.inside("ip", "route", "del", address), check=True)
+    subprocess.run(wire.client.inside("sysctl", "-qw", "net.ipv4.ip_forward=0"), check=True)
+    assert here.stdout == f"{errno.ECONNREFUSED}\n"
+    assert far.stdout == f"{errno.EAGAIN}\n"  # nobody answers
 
 
 def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
