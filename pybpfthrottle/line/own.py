@@ -152,14 +152,14 @@ class OwnNetwork:
         What the command has sent before its end arrives first, if that takes no longer than 10 s.
         """
         keeper, self._keeper = self._keeper, None
-        if keeper is not None and self.counts()[Direction.UPLOAD].seen:
-            self._drain(keeper)
-        self._closing.close()
+        with self._closing:  # which ends it although somebody does not want to wait
+            if keeper is not None and self.counts()[Direction.UPLOAD].seen:
+                self._drain(keeper)
 
     def _drain(self, keeper: LineKeeper) -> None:
         deadline_s = time.monotonic() + _DRAINED_S
         with suppress(OSError):
-            while netns.inside(self._namespace, netns.is_sending):
+            while keeper.ended is None and netns.inside(self._namespace, netns.is_sending):
                 keeper.wait_until(lambda: False, _LOOK_S)
                 if time.monotonic() >= deadline_s:
                     return

@@ -63,6 +63,18 @@ def state(end: Namespace) -> tuple[dict[str, str], str, list[str]]:
         os.close(fd)
 
 
+def in_own_run(end: Namespace, program: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a namespace, with a /run of its own: no other start restores what it leaves."""
+    apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
+    environment = ["env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}"]
+    return subprocess.run(
+        end.inside(*apart, *environment, sys.executable, "-c", program),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
 def interfaces() -> list[str]:
     """The devices of this thread's network namespace."""
     return list(netns._own_interfaces().names.values())
@@ -143,6 +155,37 @@ print(count, udp.recv(9).decode())
             assert server.communicate(timeout=PATIENCE_S)[0] == "200000 bye\n"
         finally:
             server.kill()
+
+
+def test_who_does_not_wait_for_what_was_sent_last_leaves_nothing_either(wire: Wire) -> None:
+    """Ctrl-C at the end restores all before the program ends."""
+    program = f"""
+import socket, time
+from contextlib import suppress
+from pybpfthrottle.line.own import OwnNetwork
+from pybpfthrottle.linux import netns, run_files
+from pybpfthrottle.model import Direction
+
+def send():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.sendto(b"", ({wire.server.address!r}, {PORT}))
+
+def interrupt(self, keeper):
+    raise KeyboardInterrupt
+
+OwnNetwork._drain = interrupt
+with suppress(KeyboardInterrupt), OwnNetwork() as network:
+    network.open("abcdef")
+    netns.inside(network._namespace, send)
+    while not network.counts()[Direction.UPLOAD].seen:
+        time.sleep(0.01)
+    print(run_files.stems(run_files.WAYS_OUT))
+print(run_files.stems(run_files.WAYS_OUT))
+"""
+    before = state(wire.client)
+    done = in_own_run(wire.client, program)
+    assert done.stdout == "['abcdef']\n[]\n", done.stderr
+    assert state(wire.client) == before
 
 
 def test_others_are_not_forwarded(wire: Wire) -> None:
@@ -257,11 +300,7 @@ from pybpfthrottle.cli.app import cli
 wayout.firewalls = lambda: os.kill(os.getpid(), signal.SIGKILL)
 cli(["run", "--netns", "--delay", "1ms", "--", "true"])
 """
-    # In a /run of its own, so that no other start restores it.
-    apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
-    environment = ["env", f"PYTHONPATH={ENVIRONMENT['PYTHONPATH']}"]
-    done = subprocess.run(wire.client.inside(*apart, *environment, sys.executable, "-c", program))
-    assert done.returncode == -signal.SIGKILL
+    assert in_own_run(wire.client, program).returncode == -signal.SIGKILL
     eventually(lambda: state(wire.client) == before)
 
 
