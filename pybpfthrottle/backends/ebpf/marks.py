@@ -162,6 +162,8 @@ class Marks(Frequent):
         self._is_traced = False
         # Whether the kernel adds all new children of processes in the map.
         self._all_followed = False
+        # Those that were let go: whoever looks for children finds them below their parents.
+        self._let_go: set[int] = set()
         self._notes: dict[str, None] = {}
 
     def follow(self) -> None:
@@ -213,6 +215,7 @@ class Marks(Frequent):
     def let_go(self, pids: Iterable[int]) -> Iterator[socket.socket]:
         """Limit some processes no longer; yield each of their sockets that had a mark."""
         pids = list(pids)
+        self._let_go.update(pids)
         for pid in pids:
             self._processes.discard(pid)
         for found in Scan().new(pids):
@@ -282,12 +285,14 @@ class Marks(Frequent):
         for pid in self._processes.pids():
             if process.has_ended(pid):
                 self._processes.discard(pid)
+        self._let_go = {pid for pid in self._let_go if not process.has_ended(pid)}
         self._take_in(self._selection.matching())
         self._mark_new()
 
     def _take_in(self, pids: Iterable[int]) -> None:
         """Limit processes and their children; without tracing, also earlier ones' new children."""
         pids, known = set(pids), set(self._processes.pids())
+        self._let_go -= pids
         new = (pids - known) | set(self._processes.by_name(pids & known))
         parents = new if self._all_followed else known | new
         while new or parents:
@@ -299,7 +304,8 @@ class Marks(Frequent):
             if not self._selection.children:
                 return
             # The kernel adds children started once their parent is in the map; these are earlier.
-            below = descendants.of(parents) - known
+            below = descendants.of(parents) - known - self._let_go
+            below -= descendants.of(self._let_go)
             new = {pid for pid in below if not self._processes.are_others(pid)}
             parents = new
         self._all_followed = self._is_traced

@@ -23,6 +23,7 @@ import pytest
 from lab import ENVIRONMENT, ROOT, TOOL
 from targets import PATIENCE_S, Target, as_user, eventually, target
 
+from pybpfthrottle.backends.ebpf.marks import Marks, Tracing
 from pybpfthrottle.conditions.helper import Helper, Peer, Watch
 from pybpfthrottle.conditions.network import Network
 from pybpfthrottle.conditions.remote import RemoteNetwork
@@ -245,6 +246,28 @@ def test_who_becomes_another_user_is_let_go_at_the_next_look(scratch: Cgroup) ->
             eventually(lambda: watch.run() or network.throttle.processes() == [theirs.pid])
             theirs.do("os.setresuid(-1, 0, -1)")
             eventually(lambda: watch.run() or network.throttle.processes() == [])
+
+
+@pytest.mark.since("5.10")
+def test_who_was_let_go_is_not_taken_in_again(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it is a child of who is limited, and the kernel cannot say what that starts."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Tracing, "begin", refuse)
+    with target(scratch, as_nobody) as theirs:
+        child = theirs.do("child()")
+        with helped(theirs) as (watch, network):
+            marks = next(one for one in network.chores() if isinstance(one, Marks))
+            theirs.do(f"tell({child}, 'os.setresuid(0, 0, 0)')")
+            eventually(lambda: watch.run() or network.throttle.processes() == [theirs.pid])
+            further = theirs.do("child()")
+            marks.due_s = 0
+            marks.run()
+            assert sorted(network.throttle.processes()) == sorted([theirs.pid, further])
 
 
 @pytest.mark.parametrize(
