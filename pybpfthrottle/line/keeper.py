@@ -24,7 +24,8 @@ from pybpfthrottle.linux import clock, helper, libc, run_files, tuntap
 
 # Packets that are read, and that are given back, before the other has its turn.
 _BATCH = 64
-_GONE_S = 1.0
+# An owner that was killed may have to wait for a CPU before it can end.
+_GONE_S, _LOOK_S = 10.0, 0.05
 # What comes later than this helps nobody: the sender has sent it once more.
 _LATEST_NS = 1_000_000_000
 # Of a direction: as much as 10 Gbit/s have on their way in 100 ms.
@@ -247,4 +248,4 @@ def _tidy_up(way_id: str) -> None:
 
         with suppress(Error, OSError):
             wayout.tidy_up()  # which may find those of others, and not yet this one
-        time.sleep(_GONE_S / 20)  # it closes its descriptors before it is gone
+        time.sleep(_LOOK_S)  # it closes its descriptors before it is gone

@@ -161,6 +161,30 @@ def test_the_record_of_a_way_out_is_read_as_it_was_written(monkeypatch, tmp_path
     assert run_files.stems(run_files.WAYS_OUT) == []
 
 
+def test_the_keeper_waits_for_an_owner_that_takes_long_to_end(monkeypatch, tmp_path: Path):
+    """As one does that was killed on a busy machine, and for nobody once all is restored."""
+    monkeypatch.setattr(run_files, "DIRECTORY", str(tmp_path))
+    record = tmp_path / f"abc{run_files.WAYS_OUT}"
+    record.write_text("{}")
+    now_s = 0.0
+
+    def sleep(wait_s):
+        nonlocal now_s
+        now_s += wait_s
+
+    def tidy_up():
+        if now_s >= 5:
+            record.unlink()
+        return []
+
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(keeper.time, "sleep", sleep)
+    monkeypatch.setattr(wayout, "tidy_up", tidy_up)
+    keeper._tidy_up("abc")
+    assert not record.exists()
+    assert now_s < 6
+
+
 ADVERTISED = ["0" * 32, "00", "0" * 32, "00", "0" * 32, "00000400", "1", "0", "00450003", "eth0"]
 STATIC = [*ADVERTISED[:8], "00000003", "eth0"]
 
