@@ -127,6 +127,20 @@ def finish(way: WayOut, device: str) -> None:
             raise NamespaceError(f"packets cannot be forwarded: {error}") from error
 
 
+def repair(way_id: str, device: str) -> bool:
+    """Put back the rules of nftables if somebody has removed them; return whether that was so.
+
+    Whoever loads the rules of a firewall anew removes all others. Raises BackendError or
+    NamespaceError.
+    """
+    with Nft() as nft:
+        way = WayOut.read(way_id)
+        if way is None or nft.table(table_name(way_id)) is not None:
+            return False
+    _change(way, device)
+    return True
+
+
 def firewalls() -> list[str]:
     """Return what may keep packets from being forwarded here, a line each."""
     listing: Sequence[Mapping[str, Any]] = ()

@@ -15,13 +15,15 @@ from pybpfthrottle.line import resolver
 from pybpfthrottle.line.keeping import LineKeeper
 from pybpfthrottle.linux import devices, libc, netns, tuntap
 from pybpfthrottle.model import Direction
-from pybpfthrottle.supervisor import Chore
+from pybpfthrottle.supervisor import Chore, Periodic
 from pybpfthrottle.wayout import WayOut
 
 _INNER = "net0"
 _CLONE_NEWNET = 0x40000000
 _NOT_ENTERED = 125
 _DRAINED_S, _LOOK_S = 10.0, 0.01
+# How long this machine may be a router for others, after somebody has removed our rules.
+_REPAIRED_S = 1.0
 # A device keeps what was not read yet in a ring of this size: 100 ms at 1 Gbit/s.
 _QUEUE_PACKETS = 10_000
 
@@ -38,6 +40,7 @@ class OwnNetwork:
         self._keeper: Optional[LineKeeper] = None
         self._tallies: list[Tally] = []
         self._way: Optional[WayOut] = None
+        self._repairing: list[Chore] = []
         self._resolver = resolver.choose()
         self._notes = [self._resolver.note] if self._resolver.note else []
         self._impairments = [Impairment(), Impairment()]
@@ -97,6 +100,12 @@ class OwnNetwork:
             undo.callback(tally.close)
         keeper.serve((inner, outer), self._tallies, self._impairments)
         self._keeper = keeper
+        self._repairing = [Periodic(_REPAIRED_S, lambda: self._repair(way, device))]
+
+    def _repair(self, way: WayOut, device: str) -> None:
+        note = "rules of nftables that others had removed are back: the command needs them"
+        if wayout.repair(way.id, device) and note not in self._notes:
+            self._notes.append(note)
 
     def set(self, conditions: Conditions, *, anew: bool = True) -> None:
         """Impair what passes from now on, in both directions; before ``open`` from its begin on.
@@ -144,7 +153,7 @@ class OwnNetwork:
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it."""
-        return [] if self._keeper is None else [self._keeper]
+        return [] if self._keeper is None else [self._keeper, *self._repairing]
 
     def close(self) -> None:
         """End the line, and restore what it changed. Doing so twice is no error.

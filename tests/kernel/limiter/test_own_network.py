@@ -227,6 +227,15 @@ print(one.connect_ex((sys.argv[1], 9)))
     assert far.stdout == f"{errno.EAGAIN}\n"  # nobody answers
 
 
+def test_rules_that_somebody_removes_come_back(wire: Wire) -> None:
+    """As a firewall does that is started anew. Without them the machine were everybody's router."""
+    with behind(wire.client, "--delay", "1ms") as near:
+        before = state(wire.client)
+        subprocess.run(wire.client.inside("nft", "flush", "ruleset"), check=True)
+        eventually(lambda: state(wire.client) == before)
+        assert near.ask("ping", wire.server.address, PORT, "udp", 1)
+
+
 def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
     """As Docker does, which may be started while a command runs."""
     setting = ["sysctl", "-qw"]
