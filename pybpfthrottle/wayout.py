@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import suppress
 from ipaddress import IPv4Interface, IPv6Interface, ip_network
-from typing import Any, Collection, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, Iterator, Mapping, Optional, Union
 
 from pybpfthrottle.backends.nft import FAMILY, Nft, of, table_name
 from pybpfthrottle.bpf.obj.plain import NamedTuple
@@ -143,16 +143,27 @@ def repair(way_id: str, device: str) -> bool:
 
 def firewalls() -> list[str]:
     """Return what may keep packets from being forwarded here, a line each."""
-    listing: Sequence[Mapping[str, Any]] = ()
     with suppress(BackendError, KeyError, TypeError), Nft() as nft:
         listing = nft.ask(["nft", "-j", "list", "chains"], package="nftables")["nftables"]
-    return [
-        f"the firewall of this machine may drop what the command sends: table {one['family']}"
-        f" {one['table']} has its chain {one['name']} drop what it has no rule for. Have it accept"
-        f' iifname "{DEVICES}*" and oifname "{DEVICES}*"'
-        for one in of("chain", listing)
-        if one.get("hook") == "forward" and one.get("policy") == "drop"
-    ]
+        return [
+            f"the firewall of this machine may drop what the command sends: table {one['family']}"
+            f" {one['table']} has its chain {one['name']} drop what it has no rule for. Have it"
+            f' accept iifname "{DEVICES}*" and oifname "{DEVICES}*"'
+            for one in of("chain", listing)
+            if one.get("hook") == "forward" and _drops_the_rest(nft, one)
+        ]
+    return []
+
+
+def _drops_the_rest(nft: Nft, chain: Mapping[str, Any]) -> bool:
+    """Whether a chain drops what it has no rule for: by its policy, or as firewalld by a rule."""
+    if chain.get("policy") == "drop":
+        return True
+    which = ["chain", *(str(chain[key]) for key in ("family", "table", "name"))]
+    listing = nft.ask(["nft", "-j", "list", *which], package="nftables")["nftables"]
+    *_, last = [{}, *of("rule", listing)]
+    kinds = {kind for statement in last.get("expr", ()) for kind in statement}
+    return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
 
 
 def end(way: WayOut) -> None:

@@ -384,10 +384,14 @@ def test_what_is_missing_is_told(wire: Wire, lacks: str, said: str) -> None:
     assert state(wire.client) == before
 
 
-def test_a_firewall_that_drops_what_is_forwarded_is_told(wire: Wire) -> None:
-    """With what it has to accept."""
-    chain = "chain forward { type filter hook forward priority 0; policy drop; }"
-    table = f"table ip other {{ {chain}; }}"
+@pytest.mark.parametrize(
+    "rules",
+    ["policy drop", "ct state established accept; counter reject with icmpx admin-prohibited"],
+)
+def test_a_firewall_that_drops_what_is_forwarded_is_told(wire: Wire, rules: str) -> None:
+    """By a policy or, as that of firewalld, by its last rule; with what it has to accept."""
+    chain = f"chain forward {{ type filter hook forward priority 0; {rules}; }}"
+    table = f"table inet other {{ {chain}; }}"
     subprocess.run(wire.client.inside("nft", table), check=True)
     try:
         done = subprocess.run(
@@ -397,8 +401,8 @@ def test_a_firewall_that_drops_what_is_forwarded_is_told(wire: Wire) -> None:
             timeout=PATIENCE_S,
         )
     finally:
-        subprocess.run(wire.client.inside("nft", "delete table ip other"), check=True)
-    assert "table ip other has its chain forward drop" in done.stderr
+        subprocess.run(wire.client.inside("nft", "delete table inet other"), check=True)
+    assert "table inet other has its chain forward drop" in done.stderr
     assert 'iifname "pybpfn*"' in done.stderr
 
 
