@@ -85,12 +85,14 @@ class RecordMap:
 
     def read(self) -> Optional[Entry]:
         """Return the record; None if none was written yet, or by another version."""
-        for _ in range(_TRIES):
-            record = self._map[0]
+        for attempt in range(_TRIES):
+            record, again = self._map[0], self._map[0]
             if record.magic != ThrottleFormat.MAGIC:
                 return None
-            # Updates are not atomic: the value is consistent if nothing was written meanwhile.
-            if record.generation % 2 == 0 and self._map[0].generation == record.generation:
+            # Updates are not atomic: the value is consistent if nothing was written meanwhile. A
+            # generation that stays odd is that of a writer who was killed between two updates.
+            is_last = attempt == _TRIES - 1
+            if bytes(record) == bytes(again) and (record.generation % 2 == 0 or is_last):
                 with suppress(ValueError):
                     fields = json.loads(record.text[: record.length])
                     return Entry(record.generation, record.flags, fields)
@@ -108,22 +110,25 @@ class RecordMap:
     def write(self, fields: Mapping[str, Any], *, flags: int = 0) -> int:
         """Replace the fields; return the new generation.
 
-        Raises OSError; then the record is as before, and can still be read.
+        Raises OSError; then the record is as before, and can still be read. So it can if this
+        process is killed, and is either as before or as it is to be.
         """
         text = _fitting(fields)
         before = self._map[0]
+        begun = ThrottleRecord.from_buffer_copy(before)
+        begun.generation |= 1
         record = ThrottleRecord(
             magic=ThrottleFormat.MAGIC,
             version=ThrottleFormat.VERSION,
-            generation=before.generation | 1,
+            generation=begun.generation,
             flags=flags,
             length=len(text),
             slot=before.slot,
+            text=text,
         )
         with ExitStack() as undo:
             undo.callback(self._map.__setitem__, 0, before)
-            self._map[0] = record
-            record.text = text
+            self._map[0] = begun
             self._map[0] = record
             record.generation += 1
             self._map[0] = record
