@@ -84,7 +84,7 @@ class WayOut(NamedTuple):
                 way_id,
                 Identity(*map(int, told["owner"])),
                 int(told["namespace"]),
-                tuple(map(str, told["networks"])),
+                tuple(str(ip_network(one)) for one in told["networks"]),
                 tuple((str(path), str(before)) for path, before in told["settings"]),
                 str(told["forwarding"]),
             )
@@ -167,12 +167,17 @@ def _drops_the_rest(nft: Nft, chain: Mapping[str, Any]) -> bool:
 
 
 def end(way: WayOut) -> None:
-    """Restore all, as far as no other way out needs it. Doing so twice is no error."""
+    """Restore all, as far as no other way out needs it. Doing so twice is no error.
+
+    What cannot be done stays in the record, for the next start.
+    """
     with cgroup.locked():
         way = WayOut.read(way.id) or way  # which may have been changed further
         others = [one for one in _known() if one.namespace == way.namespace and one.id != way.id]
         needed = {path for one in others for path, _ in one.settings}
+        is_left = False
         with suppress(BackendError), Nft(way.namespace) as nft:
+            is_left = True
             if nft.descriptor < 0:
                 _restore(way, needed)
             else:
@@ -180,7 +185,9 @@ def end(way: WayOut) -> None:
             # Until then it keeps this machine from being a router for others.
             if nft.table(table_name(way.id)) is not None:
                 nft.change(f"delete table {FAMILY} {table_name(way.id)}\n")
-        run_files.delete(_path(way.id))
+            is_left = False
+        if not is_left:
+            run_files.delete(_path(way.id))
 
 
 def abandoned() -> list[WayOut]:

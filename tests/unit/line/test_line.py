@@ -13,6 +13,7 @@ from pybpfthrottle import wayout
 from pybpfthrottle.conditions.model import Conditions, Impairment, Loss
 from pybpfthrottle.diversion import impairing
 from pybpfthrottle.diversion.tally import Tally
+from pybpfthrottle.errors import BackendError
 from pybpfthrottle.line import keeper, resolver
 from pybpfthrottle.line.keeper import Way
 from pybpfthrottle.linux import run_files, tuntap
@@ -140,12 +141,35 @@ def test_name_servers_of_the_loopback_device_are_replaced(
     assert bool(found.note) is warns
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"owner": [1]}', json.dumps({"owner": "abc"})])
+OTHER = json.dumps(
+    {"owner": [1, 2, 3], "namespace": 4, "networks": ["x"], "settings": [], "forwarding": "0"}
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"owner": [1]}', json.dumps({"owner": "abc"}), OTHER]
+)
 def test_a_broken_record_of_a_way_out_is_none(monkeypatch, tmp_path: Path, text):
     """As a crash of the machine may leave it."""
     monkeypatch.setattr(run_files, "DIRECTORY", str(tmp_path))
     (tmp_path / f"abc{run_files.WAYS_OUT}").write_text(text)
     assert wayout.abandoned() == []
+
+
+def test_a_table_that_cannot_be_removed_stays_known(monkeypatch, tmp_path: Path):
+    """The next start removes it."""
+    monkeypatch.setattr(run_files, "DIRECTORY", str(tmp_path))
+    way = wayout.begin("abc")._replace(namespace=0)
+
+    def fail(self, name):
+        raise BackendError("nft takes too long")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wayout.Nft, "table", fail)
+        wayout.end(way)
+        assert run_files.stems(run_files.WAYS_OUT) == ["abc"]
+    wayout.end(way)
+    assert run_files.stems(run_files.WAYS_OUT) == []
 
 
 def test_the_record_of_a_way_out_is_read_as_it_was_written(monkeypatch, tmp_path: Path):
