@@ -72,7 +72,6 @@
 #define GATE_SLACK_NS (330 * MS)
 #define MOST_GATE_SLACK_NS (1000 * MS)
 #define SLOW_START_ROUND_TRIPS 4
-#define PACED_SLOW_START_ROUND_TRIPS 2
 #define MOST_SLOW_START_NS (400 * MS)
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
 
@@ -285,12 +284,9 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	/* TCP sends at least two segments at once, so each connection may owe as many. */
 	__s64 target = PACING_TARGET_NS + smaller(share, MOST_PACED_NS) +
 		       smaller(queued, MOST_QUEUED_NS);
-	/* Several owe next to nothing when they have their fair shares: what is owed comes on top. */
-	__s64 owed = debt_of(bucket, now) + (flows > 1 ? PACING_TARGET_NS : 0);
-	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, owed, target);
+	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now), target);
 	__u32 value = smaller(rate, UNLIMITED);
 	__u32 difference = larger(value, socket->pacing) - smaller(value, socket->pacing);
-	__u64 credit;
 	__u32 packets;
 
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
@@ -301,11 +297,6 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	}
 	if (difference <= socket->pacing >> PACING_STEP_SHIFT)
 		return;
-	/* One that begins far away makes up for its slow start, which leaves out some round trips. */
-	credit = smaller((__u64)ctx->srtt_us / 8 * PACED_SLOW_START_ROUND_TRIPS * 1000,
-			 MOST_SLOW_START_NS);
-	if (socket->share[THROTTLE_UPLOAD].counted && bucket->credit_ns < credit)
-		bucket->credit_ns = credit;
 	/* Connections that share the bucket may owe more than one alone: pacing makes up for it. */
 	if (!bucket->slack_ns)
 		bucket->slack_ns = PACING_SLACK_NS;

@@ -48,17 +48,14 @@ MOST_FOR_QUEUE = Rate(12_500_000)
 # The policer's burst is 250 ms, longer than TCP's shortest retransmission timeout (200 ms): with
 # less, a flow that waits for the timeout loses bandwidth for good (with 150 ms, 0.72 of the limit
 # was measured). 40 % of the burst may be owed. That is also the burst at the start, where there is
-# no credit yet: it makes up for TCP's slow start in the first seconds. Paced flows begin as evenly
-# as they go on, so that little credit is right; what cannot be paced may owe more instead. Flows
-# limited by a receive window wait for no timeout. The shaper itself adds what shaped connections
-# may owe beyond this.
+# no credit yet: it makes up for TCP's slow start in the first seconds. Flows limited by a receive
+# window wait for no timeout. The shaper itself adds what shaped connections may owe beyond this.
 _POLICED = (150 * _MS, 100 * _MS)
-_PACED = (50 * _MS, 150 * _MS)
 _WINDOW = (50 * _MS, 20 * _MS)
 _BURSTS = {
     "police": _POLICED,
     "block": _POLICED,
-    "pace": _PACED,
+    "pace": _POLICED,
     "window": _WINDOW,
     "gate": _WINDOW,
 }

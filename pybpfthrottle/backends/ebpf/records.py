@@ -89,7 +89,7 @@ class ThrottleGateState(IntEnum):
 class ThrottlePacing(IntEnum):
     """enum throttle_pacing: the rules for pacing uploads."""
 
-    PACING_TARGET_NS = 40_000_000
+    PACING_TARGET_NS = 60_000_000
     PACING_EXTRA_SHIFT = 3
     PACING_LEAST_SHIFT = 2
     PACING_STEP_SHIFT = 4

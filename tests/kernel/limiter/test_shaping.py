@@ -8,7 +8,7 @@ import socket
 import struct
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
@@ -145,24 +145,6 @@ def test_a_shaped_transfer_keeps_to_its_limit(scratch: Cgroup, direction: Direct
         assert counters.packets_dropped == 0
     else:
         assert counters.bytes_dropped < 0.05 * counters.bytes_total
-
-
-def test_uploads_that_begin_together_owe_next_to_nothing(scratch: Cgroup) -> None:
-    """After a while in which little was sent, too: their first seconds are about the limit's."""
-    direction = Direction.UPLOAD
-    with lab(round_trip_s=0.02) as own, limited(scratch, direction) as live:
-        with client(own, scratch, direction):
-            need_shaping(live, direction)
-        time.sleep(1)
-        before = live.counters()[direction].bytes_total
-        begin = time.monotonic()
-        with ExitStack() as stack:
-            for _ in range(8):
-                stack.enter_context(client(own, scratch, direction))
-            time.sleep(4)
-            count = live.counters()[direction].bytes_total - before
-            took_s = time.monotonic() - begin
-    assert 0.85 <= count / took_s / RATE.bytes_per_s <= 1.015
 
 
 def test_a_window_follows_the_round_trip(scratch: Cgroup) -> None:
