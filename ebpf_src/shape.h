@@ -324,12 +324,8 @@ always_inline void leave_room(struct throttle_config *config, struct throttle_bu
 always_inline int has_to_stop(struct throttle_socket *socket, int few, __u64 fair, __u64 segment,
 			      __u64 way_us)
 {
-	/*
-	 * What a stop costs, and what it would cost never to stop; their ratio is the share of stops. The
-	 * kernel lets a window grow only when more has come: so it costs two timers, and half a segment
-	 * comes with each. Of less, the window would grow for longer still where segments are large.
-	 */
-	__u64 over = (segment - fair) * way_us, under = 2 * fair * (LEAST_RTO_US + way_us);
+	/* What a stop costs, and what it would cost never to stop; their ratio is the share of stops. */
+	__u64 over = (segment - fair) * way_us, under = fair * (LEAST_RTO_US + way_us);
 	__u32 before = few ? socket->stop : bpf_get_prandom_u32();
 
 	socket->stop = (before & 0xffff) + (over < under ? (over << 16) / under : 1 << 16);
@@ -454,15 +450,10 @@ always_inline void restore_clamp(struct bpf_sock_ops *ctx, struct throttle_socke
 	bpf_setsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4);
 }
 
-/*
- * The sender's, which is most likely as large as ours: many that come are not full. If their mean is
- * far less, the way to us has smaller packets than the way back.
- */
+/* The mean of those that came; never less than what is usual, as many are not full. */
 always_inline __u64 segment_bytes(struct bpf_sock_ops *ctx)
 {
-	__u64 mean = ctx->bytes_received / larger(ctx->data_segs_in, 1), own = ctx->mss_cache;
-
-	return larger(mean > own / 3 ? own : mean, LEAST_SEGMENT_BYTES);
+	return larger(ctx->bytes_received / larger(ctx->data_segs_in, 1), LEAST_SEGMENT_BYTES);
 }
 
 /*
@@ -517,8 +508,6 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	__s64 ahead = (__s64)way_us * 1250 + WINDOW_TARGET_NS; /* a round trip and more */
 	__s64 share = (__u64)flows * 2 * segment * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	__s64 slack, lack;
-	/* What comes when a stop is over: half of what the fair share is by then. */
-	__u64 rest = config->rate_bytes_per_s / flows * LEAST_RTO_US / 2000000;
 	__u64 bytes, fair, least;
 	int few = flows <= FEW_FLOWS;
 	__u32 value;
@@ -560,7 +549,7 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 		if (few || lack > 0) {
 			fair = lack < STOP_NS ? fair * (__u64)(STOP_NS - lack) / STOP_NS : 0;
 			if (fair < segment && has_to_stop(socket, few, fair, segment, way_us))
-				bytes = least = smaller(rest, segment / 2);
+				bytes = least = LEAST_WINDOW_BYTES;
 		}
 	}
 	value = smaller(larger(bytes, larger(least, LEAST_WINDOW_BYTES)), MOST_WINDOW_BYTES);

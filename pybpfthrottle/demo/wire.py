@@ -82,11 +82,6 @@ class Wire:
             f" peer name {DEVICE} netns {self.server.process.pid}",
         )
 
-    def set_mtu(self, size: int) -> None:
-        """Let packets have up to so many bytes."""
-        for end in (self.client, self.server):
-            _ip(end, f"link set {DEVICE} mtu {size}")
-
     def settle(self) -> None:
         """Wait until packets pass."""
         for end in (self.client, self.server):

@@ -57,7 +57,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bottleneck", metavar="RATE:BYTES", help="bottleneck of each path and its queue: 12M:256K"
     )
     add("--middle", metavar="MS", help="round-trip time in the middle third of each transfer")
-    add("--mtu", type=int, metavar="BYTES", help="MTU of each path, up to 65535 (1500)")
     add("--loss", default="0", metavar="PERCENT", help="packets that a path loses, each way (0)")
     add(
         "--udp",
@@ -136,8 +135,6 @@ def _fill_in(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.udp <= 1000:
         raise argparse.ArgumentTypeError(f"--udp {arguments.udp}: give 0 to 1000 percent")
     (arguments.loss,) = _values("--loss", arguments.loss, _percent)
-    if arguments.mtu is not None and not 576 <= arguments.mtu <= 65535:
-        raise argparse.ArgumentTypeError(f"--mtu {arguments.mtu}: give 576 to 65535")
     if arguments.middle is not None:
         (arguments.middle,) = _values("--middle", arguments.middle, _milliseconds)
     if arguments.bottleneck is not None:
@@ -206,7 +203,6 @@ def measure(arguments: argparse.Namespace) -> Result:
             arguments.udp,
             arguments.loss,
             arguments.middle,
-            arguments.mtu,
         )
         for control, delay, rate, flows, direction in product(
             controls, arguments.delays, arguments.limits, arguments.flows, arguments.directions

@@ -43,7 +43,6 @@ class Cell(NamedTuple):
     # The packets that are lost, each way, and the round trip in the middle third of a transfer.
     lost_percent: float = 0.0
     middle_ms: Optional[float] = None
-    mtu: Optional[int] = None
 
     def __str__(self) -> str:
         path = f"{self.round_trip_ms:g} ms" if self.round_trip_ms else "direct"
@@ -51,8 +50,6 @@ class Cell(NamedTuple):
             path += f" through {self.bottleneck.rate}"
         if self.middle_ms is not None:
             path += f", {self.middle_ms:g} ms in the middle"
-        if self.mtu:
-            path += f", MTU {self.mtu}"
         if self.lost_percent:
             path += f", {self.lost_percent:g} % lost"
         flows = f"{self.flows} flow" + "s" * (self.flows > 1)
@@ -102,8 +99,6 @@ def transfer(cell: Cell, method: Method, seconds: float) -> Outcome:
     """Limit, transfer, and judge. Raises TransferError, MethodError or NamespaceError."""
     with ExitStack() as stack:
         wire = stack.enter_context(cell.wire(seconds))
-        if cell.mtu:
-            wire.set_mtu(cell.mtu)
         method.apply(wire.client, cell.direction, cell.rate)
         reports = _collect(_start(stack, wire, cell, method, seconds), seconds)
         dropped = wire.dropped() if isinstance(wire, DelayLine) else 0

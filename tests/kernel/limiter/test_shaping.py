@@ -163,19 +163,6 @@ def test_a_window_follows_the_round_trip(scratch: Cgroup) -> None:
     assert counters.bytes_dropped < 0.05 * counters.bytes_total
 
 
-def test_a_window_may_have_less_than_a_segment(scratch: Cgroup) -> None:
-    """Of large packets, fewer than one a round trip; after a stop the sender soon goes on."""
-    direction, rate = Direction.DOWNLOAD, Rate.parse("200K")
-    with lab(round_trip_s=0.02) as own, limited(scratch, direction, rate) as live:
-        own.wire.set_mtu(8896)
-        need_shaping(live, direction)
-        with client(own, scratch, direction):
-            need_shaping(live, direction)
-            time.sleep(1)
-            share = rate.bytes_per_s / RATE.bytes_per_s
-            assert 0.85 * share <= rate_over(scratch, direction, 5) <= 1.2 * share
-
-
 def test_on_a_short_way_a_download_is_policed(scratch: Cgroup) -> None:
     """A window would be too coarse; the limit holds all the same, and the window is left alone."""
     direction = Direction.DOWNLOAD
