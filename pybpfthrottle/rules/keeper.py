@@ -176,9 +176,9 @@ class Held:
         self.throttle = throttle
         self.network = _network(wanted.rule, throttle)
         self.idle_since_s = math.inf
-        names = wanted.rule.criteria.process_names if wanted.target.by_rule else ()
-        # Processes that begin to have these names are limited before a rule decides.
-        self.names = frozenset(map(as_kept, names))
+        # Processes that begin to have one of them are limited before a rule decides.
+        self.expected = wanted.rule.criteria.process_names if wanted.target.by_rule else frozenset()
+        self.names = frozenset(map(as_kept, self.expected))
 
     def refresh(self, wanted: Wanted) -> bool:
         """Have it limit what is wanted now; return False if that takes another throttle."""
@@ -433,10 +433,11 @@ class Keeper(Frequent):
 
         With ``pids`` only some processes can be such.
         """
-        names = None if pids is None else set(map(process.name_of, pids))
-        for held in self.held.values():
-            if not held.names or (names is not None and names.isdisjoint(held.names)):
-                continue
+        expecting = [held for held in self.held.values() if held.names]
+        if expecting and pids is not None:
+            names = set(map(process.name_of, pids))
+            expecting = [held for held in expecting if not names.isdisjoint(held.names)]
+        for held in expecting:
             limited = held.throttle.processes() if pids is None else list(pids)
             gone = sorted(held.throttle.by_name(limited) - set(decided))
             if gone:
@@ -483,7 +484,7 @@ class Keeper(Frequent):
             self._groups.join(wanted.rule, throttle)
             if wanted.target.by_rule:
                 throttle.follow(wanted.pids)
-                throttle.expect(sorted(self.held[name, key].names))
+                throttle.expect(sorted(self.held[name, key].expected))
             for note in throttle.plan_notes:
                 self._say_once(f"{name}: {note}")
         except (Error, OSError) as error:

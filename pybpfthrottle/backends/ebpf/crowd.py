@@ -193,10 +193,8 @@ class Crowd:
 
     def slot_now(self, pid: int) -> int:
         """Return the slot of one process, as it is; 0 if no throttle has it."""
-        try:
-            return int(self.processes[pid].slot)
-        except KeyError:
-            return 0
+        found = self.processes.get(pid)
+        return 0 if found is None else int(found.slot)
 
     def slots(self, fresh_s: float = _FRESH_S) -> dict[int, int]:
         """Return the slot of each process, as it was a moment ago at most."""

@@ -38,7 +38,7 @@ from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.sockets import Borrowed, Scan, descriptors, why_refused
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.supervisor import LOOKS, Frequent
-from pybpfthrottle.targets import Selection, as_kept
+from pybpfthrottle.targets import Selection
 
 log = Logger(__name__)
 
@@ -81,7 +81,7 @@ class Processes:
         self._map[pid] = ThrottleProcess(flags=flags, slot=self.slot)
 
     def expect(self, names: Iterable[str], *, follow: bool) -> None:
-        """Have the kernel add each process that begins to have such a name; it may be cut.
+        """Have the kernel add each process that begins to have such a name, as far as it keeps it.
 
         Where it does not follow processes it does nothing. Names that another throttle expects
         remain that one's.
@@ -206,7 +206,7 @@ class Marks(Frequent):
 
     def expect(self, names: Iterable[str]) -> None:
         """Have processes that begin to have such a name limited before anybody looks at them."""
-        self._processes.expect(map(as_kept, names), follow=self._selection.children)
+        self._processes.expect(names, follow=self._selection.children)
 
     def by_name(self, pids: Iterable[int]) -> list[int]:
         """Return those of some processes that are limited for their names alone, as expected."""
