@@ -14,7 +14,6 @@ import ctypes
 import heapq
 import mmap
 import os
-import select
 import socket
 import struct
 from contextlib import suppress
@@ -34,7 +33,7 @@ from pybpfthrottle.diversion.packets import Packet
 from pybpfthrottle.diversion.queueing import Leaving, Queue, Waiting
 from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Count, Tally
-from pybpfthrottle.linux import clock, helper, libc
+from pybpfthrottle.linux import clock, helper
 from pybpfthrottle.model import Direction
 
 # Packets that are read, and that are given back, before the other has its turn.
@@ -141,26 +140,20 @@ class Keeper:
         self._settings: list[int] = []
         self._addresses: dict[tuple[int, int], tuple[int, bytes]] = {}
         self._heap: list[Held] = []
-        self._held_bytes = self._number = self._armed_ns = 0
+        self._held_bytes = self._number = 0
         self._ring: Optional[Ring] = None
         self._unread: Optional[Ring] = None
         self._shared = DivertKeeper()
-        self._timer = libc.timerfd_create()
-        self._epoll = select.epoll()
-        self._epoll.register(self._timer, select.EPOLLIN)
-        self._epoll.register(owner, select.EPOLLIN)
+        self._wakeups = helper.Wakeups(owner)
 
     def run(self) -> None:
         """Serve until the owner is gone."""
         is_idle = True
         try:
             while True:
-                ready = {fd for fd, _ in self._epoll.poll(-1 if is_idle else 0)}
+                ready = self._wakeups.wait(is_idle=is_idle)
                 if self._owner.fileno() in ready and not self._listen():
                     return
-                if self._timer in ready:
-                    with suppress(BlockingIOError):
-                        os.read(self._timer, 8)
                 is_idle = self._turn()
         finally:
             self._drain(list(self._lines.values()))
@@ -181,20 +174,10 @@ class Keeper:
             return False
         due_ns = self._next_due_ns()
         self._shared.next_due_ns = due_ns
-        self._arm(due_ns)
+        # Once nothing is due, look at the ring once more: while a packet waited, others came in
+        # without a wake-up, and the last of them may just have been on its way.
+        self._wakeups.wake_at(due_ns, else_after_ns=_LINGER_NS)
         return True
-
-    def _arm(self, due_ns: int) -> None:
-        """Wake up when something is due.
-
-        Once nothing is, look at the ring once more: while a packet waited, others came in without
-        a wake-up, and the last of them may just have been on its way.
-        """
-        if due_ns == self._armed_ns:
-            return
-        wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else _LINGER_NS
-        libc.timerfd_settime(self._timer, wait_ns)
-        self._armed_ns = due_ns
 
     def _next_due_ns(self) -> int:
         """Return when the next packet is to be given back, 0 for never."""
@@ -412,7 +395,7 @@ class Keeper:
         """
         if self._unread is not None:
             self._ring, self._unread = self._unread, None
-            self._epoll.register(self._ring.fd, select.EPOLLIN)
+            self._wakeups.add(self._ring.fd)
 
     def _end(self, number: int) -> None:
         line = self._lines.get(number)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import select
 import socket
 import struct
 import time
@@ -20,7 +19,7 @@ from pybpfthrottle.diversion.impairing import Fate, Impairing
 from pybpfthrottle.diversion.packets import Packet
 from pybpfthrottle.diversion.tally import Count, Tally
 from pybpfthrottle.errors import Error
-from pybpfthrottle.linux import clock, helper, libc, run_files, tuntap
+from pybpfthrottle.linux import clock, helper, run_files, tuntap
 
 # Packets that are read, and that are given back, before the other has its turn.
 _BATCH = 64
@@ -172,37 +171,23 @@ class Keeper:
         self.way_id = ""
         self._owner = owner
         self._ways: list[Way] = []
-        self._armed_ns = 0
         self._drains = False
-        self._timer = libc.timerfd_create()
-        self._epoll = select.epoll()
-        self._epoll.register(self._timer, select.EPOLLIN)
-        self._epoll.register(owner, select.EPOLLIN)
+        self._wakeups = helper.Wakeups(owner)
 
     def run(self) -> None:
         """Serve until the owner is gone."""
         is_idle = True
         while True:
-            ready = {fd for fd, _ in self._epoll.poll(-1 if is_idle else 0)}
+            ready = self._wakeups.wait(is_idle=is_idle)
             if self._owner.fileno() in ready and not self._listen():
                 return
-            if self._timer in ready:
-                with suppress(BlockingIOError):
-                    os.read(self._timer, 8)
             takes = [way.take() for way in self._ways if way.source in ready]
             gives = [way.give() for way in self._ways]
             is_idle = not any((*takes, *gives))
             if is_idle:
-                self._arm()
+                dues = (way.due_ns for way in self._ways if way.due_ns)
+                self._wakeups.wake_at(min(dues, default=0))
                 self._say_when_drained()
-
-    def _arm(self) -> None:
-        """Set the clock for the next packet that is due."""
-        due_ns = min((way.due_ns for way in self._ways if way.due_ns), default=0)
-        if due_ns != self._armed_ns:
-            wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else 0
-            libc.timerfd_settime(self._timer, wait_ns)
-            self._armed_ns = due_ns
 
     def _say_when_drained(self) -> None:
         if self._drains and not any(way.due_ns for way in self._ways):
@@ -221,7 +206,7 @@ class Keeper:
             ends = ((outer, inner), (inner, outer))
             for (source, sink), tally, told in zip(ends, tallies, message["open"]):
                 self._ways.append(Way(source, sink, Tally(tally), told))
-                self._epoll.register(source, select.EPOLLIN)
+                self._wakeups.add(source)
             helper.report(self._owner, opened=True)
         elif "drain" in message:
             self._drains = True

@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from typing import Any, Callable, ClassVar, Iterable, Mapping, Optional, TypeVar
 
-from pybpfthrottle.linux import libc, process
+from pybpfthrottle.linux import clock, libc, process
 from pybpfthrottle.logger import Logger
 
 log = Logger(__name__)
@@ -229,6 +229,37 @@ def without_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+
+
+class Wakeups:
+    """What a helper waits for: messages of its owner, descriptors, and the time of what is due."""
+
+    def __init__(self, owner: socket.socket) -> None:
+        self._timer = libc.timerfd_create()
+        self._armed_ns = 0
+        self._epoll = select.epoll()
+        self.add(self._timer)
+        self.add(owner.fileno())
+
+    def add(self, fd: int) -> None:
+        """Wake up when a descriptor is readable, too."""
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def wait(self, *, is_idle: bool = True) -> set[int]:
+        """Return the descriptors that are readable, at once if the helper is not idle."""
+        ready = {fd for fd, _ in self._epoll.poll(-1 if is_idle else 0)}
+        if self._timer in ready:
+            with suppress(BlockingIOError):
+                os.read(self._timer, 8)
+        return ready
+
+    def wake_at(self, due_ns: int, *, else_after_ns: int = 0) -> None:
+        """Wake up at a time of CLOCK_MONOTONIC; if that is 0 once more after a while, or never."""
+        if due_ns == self._armed_ns:
+            return
+        wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else else_after_ns
+        libc.timerfd_settime(self._timer, wait_ns)
+        self._armed_ns = due_ns
 
 
 def listen(owner: socket.socket, fds: int = 8) -> Optional[tuple[Any, list[int]]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import select
 import socket
 import struct
 import sys
@@ -34,7 +33,7 @@ from pybpfthrottle.backends.ebpf.records import (
 )
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
-from pybpfthrottle.linux import clock, helper, libc
+from pybpfthrottle.linux import clock, helper
 
 _MS = 1_000_000
 _SECOND_NS = 1000 * _MS
@@ -591,22 +590,14 @@ class Keeper:
         self._gates: dict[int, Gate] = {}
         self._networks: dict[int, Network] = {}
         self._ring: Optional[Ring] = None
-        self._timer = libc.timerfd_create()
-        self._armed = 0
-        self._epoll = select.epoll()
-        self._epoll.register(self._timer, select.EPOLLIN)
-        self._epoll.register(owner, select.EPOLLIN)
+        self._wakeups = helper.Wakeups(owner)
 
     def run(self) -> None:
         """Serve until the owner is gone."""
         try:
             while True:
-                ready = {fd for fd, _ in self._epoll.poll()}
-                if self._owner.fileno() in ready and not self._listen():
+                if self._owner.fileno() in self._wakeups.wait() and not self._listen():
                     return
-                if self._timer in ready:
-                    with suppress(BlockingIOError):
-                        os.read(self._timer, 8)
                 self._turn()
         finally:
             for gate in self._gates.values():
@@ -654,10 +645,8 @@ class Keeper:
                 self._begin_turn(number, turn)
         for gate in turn.values():
             gate.end_turn(now)
-        due = min((gate.due_ns for gate in self._gates.values() if gate.due_ns), default=0)
-        if due != self._armed:
-            libc.timerfd_settime(self._timer, max(due - clock.monotonic_ns(), 1) if due else 0)
-            self._armed = due
+        dues = (gate.due_ns for gate in self._gates.values() if gate.due_ns)
+        self._wakeups.wake_at(min(dues, default=0))
 
     def _begin_turn(self, number: int, turn: dict[int, Gate]) -> Optional[Gate]:
         gate = self._gates.get(number)
@@ -677,7 +666,7 @@ class Keeper:
             self._networks[message["network"]] = Network(own[0], own[1] if len(own) > 1 else None)
         elif "ring" in message:
             self._ring = Ring(fds[0], message["ring"])
-            self._epoll.register(fds[0], select.EPOLLIN)
+            self._wakeups.add(fds[0])
         elif "close" in message:
             gate = self._gates.pop(message["close"], None)
             if gate is not None:

@@ -38,7 +38,8 @@ def keeper(monkeypatch):
     made = object.__new__(Keeper)
     made.read = Counter()
     made._shared = DivertKeeper()
-    made._heap, made._armed_ns, made._lines = [], 0, {}
+    made._heap, made._lines = [], {}
+    made._wakeups = SimpleNamespace(wake_at=lambda due_ns, else_after_ns: None)
     monkeypatch.setattr(Keeper, "_record", lambda self, record: self.read.update([record]))
     return made
 
