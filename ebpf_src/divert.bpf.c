@@ -108,10 +108,7 @@ struct {
 
 #include "configs.h"
 #include "buckets.h"
-
-#define NETWORKS_ONLY
-#include "networks.h"
-
+#include "exempt.h"
 #include "multipath.h"
 
 /* The start of a packet, up to the ports. */

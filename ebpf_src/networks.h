@@ -4,36 +4,9 @@
 #define BPF_F_NO_PREALLOC 1
 #define AF_INET6 10
 
-#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED) || defined(NETWORKS_ONLY)
-#define BPF_MAP_TYPE_LPM_TRIE 11
-#define ADDRESS_BITS 128
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define MAPPED_IP4 0xffff0000 /* the third word of an IPv4 address in IPv6 */
-#else
-#define MAPPED_IP4 0x0000ffff
-#endif
+#if defined(DIRECT_PACKET_ACCESS) || defined(MARKED)
+#include "exempt.h"
 
-/*
- * Whether packets to and from a network are limited: 0 or 1. Of several the smallest decides. User
- * space makes it as large as it has to be: before Linux 5.11 memory is charged for all elements.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct throttle_network);
-	__type(value, __u32);
-} CGROUP_NETWORKS SEC(".maps");
-
-/* Whether the network of an address is not limited. */
-always_inline int is_exempt(const struct throttle_network *address)
-{
-	const __u32 *limited = bpf_map_lookup_elem(&CGROUP_NETWORKS, address);
-
-	return limited && !*limited;
-}
-
-#ifndef NETWORKS_ONLY
 /*
  * Whether that of the packet's other end is not. A function of its own: the verifier would else
  * follow all that comes after it for each of its ways.
@@ -81,7 +54,6 @@ always_inline int is_exempt_end(__u32 family, __u32 ip4, __u32 first, __u32 seco
 	((config)->flags & THROTTLE_NETWORKS &&                                                    \
 	 is_exempt_end(from->family, from->remote##4, from->remote##6[0], from->remote##6[1],      \
 		       from->remote##6[2], from->remote##6[3]))
-#endif
 #else
 /* Linux 4.14 does without. */
 #define is_exempt_packet(skb, direction) 0
