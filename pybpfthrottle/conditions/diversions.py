@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Callable, Collection, Iterable, Optional
 
 from pybpfthrottle import diversion
@@ -10,7 +9,7 @@ from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold
 from pybpfthrottle.conditions.model import Conditions, Impairment, Injected
 from pybpfthrottle.diversion import Diversion
-from pybpfthrottle.diversion.places import Places
+from pybpfthrottle.diversion.places import Diverted
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 from pybpfthrottle.supervisor import Chore
@@ -26,14 +25,15 @@ class Diversions:
         self._throttle = throttle
         self._loopback = loopback
         self._wanted = Impairment()
-        self._open: list[Diversion] = []
-        self._places: Optional[Places] = None
         # What those have counted that are closed.
         self._done: list[Injected] = []
+        self._diverted = Diverted(
+            throttle, self._divert, lambda one: self._done.append(one.counts())
+        )
 
     def serves(self) -> Collection[Direction]:
         """Return the directions whose packets get lost here, if they are to."""
-        return () if self._places is None else (Direction.DOWNLOAD,)
+        return (Direction.DOWNLOAD,) if self._diverted else ()
 
     def set(self, conditions: Conditions, *, anew: bool = True) -> None:
         """Impair what comes in from now on; ``anew`` or with the chances that are running.
@@ -44,64 +44,39 @@ class Diversions:
         if not diversion.needs_diversion(impairment):
             self.close()
             return
-        for one in self._open:
+        for one in self._diverted.open:
             one.change(impairment, anew=anew)
-        if self._places is None:
-            self._places = Places(self._throttle, self._divert)
-            try:
-                self.follow()
-            except BaseException:
-                self.close()
-                raise
+        if not self._diverted:
+            self._diverted.begin()
 
     def follow(self) -> None:
         """Divert at the places that there are now."""
-        if self._places is not None:
-            self._places.follow()
+        self._diverted.follow()
 
     def attached(self) -> list[tuple[Diversion, int]]:
-        """Return all there are, and how often the programs of each were attached.
-
-        That is more than once if a keeper has had to be replaced.
-        """
-        return [(one, one.times_attached) for one in self._open]
+        """Return all there are, and how often the programs of each were attached."""
+        return self._diverted.attached()
 
     def counts(self) -> dict[Direction, Injected]:
         """Return what was done so far, nothing if nothing was ever diverted."""
-        found = [*self._done, *(one.counts() for one in self._open)]
+        found = [*self._done, *(one.counts() for one in self._diverted.open)]
         return {Direction.DOWNLOAD: Injected.sum_of(found)} if found else {}
 
     def notes(self) -> list[str]:
         """Return what keeps packets from being impaired as asked for, a line each."""
-        return list(dict.fromkeys(text for one in self._open for text in one.problems()))
+        return list(dict.fromkeys(text for one in self._diverted.open for text in one.problems()))
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for them."""
-        found = {id(chore): chore for one in self._open for chore in one.chores()}
-        return list(found.values())
+        return self._diverted.chores()
 
     def close(self) -> None:
         """Give back what is held, and end. Doing so twice is no error."""
-        places, self._places = self._places, None
-        if places is not None:
-            places.close()
+        self._diverted.close()
 
-    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:
+    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> Diversion:
         marks = foothold.maps[_MARKS] if scope is Scope.MARKED else None
         pids: Optional[Callable[[], Iterable[int]]] = None
         if marks is not None:
             pids = self._throttle.processes
-        with ExitStack() as undo:
-            one = diversion.open(
-                cgroup, self._wanted, marks=marks, loopback=self._loopback, pids=pids
-            )
-            self._open.append(one)
-            undo.callback(self._end, one)
-            return undo.pop_all()
-
-    def _end(self, one: Diversion) -> None:
-        self._open.remove(one)
-        try:
-            self._done.append(one.counts())
-        finally:
-            one.close()
+        return diversion.open(cgroup, self._wanted, marks=marks, loopback=self._loopback, pids=pids)

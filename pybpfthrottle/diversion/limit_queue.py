@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Optional
 
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold, Queueable
-from pybpfthrottle.diversion.places import Places
+from pybpfthrottle.diversion.places import Diverted
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.logger import Logger
@@ -31,8 +30,7 @@ class LimitQueue:
 
     def __init__(self, limit: Queueable) -> None:
         self._limit = limit
-        self._places: Optional[Places] = None
-        self._open: list[Diversion] = []
+        self._diverted = Diverted(limit, self._divert)
         # How often the programs of each were attached, as far as the limit comes after them.
         self._attached: list[tuple[Diversion, int]] = []
         self._told: Optional[str] = None
@@ -43,26 +41,19 @@ class LimitQueue:
         """Return what a supervisor has to do for it."""
         if self._is_over:
             return []
-        keepers = {id(chore): chore for one in self._open for chore in one.chores()}
-        return [self._looking, *keepers.values()]
+        return [self._looking, *self._diverted.chores()]
 
     def close(self) -> None:
         """Give back what waits, and end for good. Doing so twice is no error."""
         self._is_over = True
-        self._end_places()
-
-    def _end_places(self) -> None:
-        places, self._places = self._places, None
-        self._attached = []
-        if places is not None:
-            places.close()
+        self._diverted.close()
 
     def _look(self) -> bool:
         """Begin or end it, or be where the packets pass by now; return whether chores changed."""
         if self._is_over:
             return False
         refused = self._limit.why_no_queue()
-        if self._places is None:
+        if not self._diverted:
             if not self._limit.drops_early():
                 return False
             if refused is None:
@@ -72,16 +63,17 @@ class LimitQueue:
         if refused is not None:
             return self._end_all(refused)
         try:
-            self._follow(self._places)
+            self._diverted.follow()
+            self._come_last()
         except (Error, OSError) as error:
             log.info("The queue of UDP downloads cannot follow: %s", error)
         failure = self._failure()
         return False if failure is None else self._refuse(failure)
 
     def _begin(self) -> bool:
-        self._places = Places(self._limit, self._divert)
         try:
-            self._follow(self._places)
+            self._diverted.begin()
+            self._come_last()
         except (Error, OSError) as error:
             return self._refuse(str(error))
         self._tell(None)
@@ -93,21 +85,21 @@ class LimitQueue:
         return self._end_all(f"no queue is possible here: {why}")
 
     def _end_all(self, why: str) -> bool:
-        self._end_places()
+        self._diverted.close()
+        self._attached = []
         self._tell(why)
         return True
 
-    def _follow(self, places: Places) -> None:
-        """Divert where packets pass now, before the limit charges for them."""
-        places.follow()
-        now = [(one, one.times_attached) for one in self._open]
+    def _come_last(self) -> None:
+        """Have the limit charge for packets after they were diverted."""
+        now = self._diverted.attached()
         if now != self._attached:
             self._limit.attach_last()
         self._attached = now
 
     def _failure(self) -> Optional[str]:
         """Return why packets do not wait although they are to, or None."""
-        found = (one.failure() or one.unserved() for one in self._open)
+        found = (one.failure() or one.unserved() for one in self._diverted.open)
         return next(filter(None, found), None)
 
     def _tell(self, refused: Optional[str]) -> None:
@@ -117,17 +109,9 @@ class LimitQueue:
             self._told = told
             self._limit.tell_udp(QUEUE if refused is None else EARLY, told)
 
-    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> ExitStack:
+    def _divert(self, scope: Scope, cgroup: Cgroup, foothold: Foothold) -> Diversion:
         from pybpfthrottle import diversion
 
         marked = scope is Scope.MARKED
         pids = self._limit.processes if marked else cgroup.pids_below
-        with ExitStack() as undo:
-            one = diversion.open_queue(cgroup, foothold, marked=marked, pids=pids)
-            self._open.append(one)
-            undo.callback(self._end, one)
-            return undo.pop_all()
-
-    def _end(self, one: Diversion) -> None:
-        self._open.remove(one)
-        one.close()
+        return diversion.open_queue(cgroup, foothold, marked=marked, pids=pids)

@@ -84,7 +84,7 @@ def test_what_could_not_come_last_is_tried_again(
 ) -> None:
     """And is not, once it has worked."""
     with conditions(pid=near.process.pid, delay="1ms", supervise=False) as network:
-        diversion = network._detour._open[0]
+        diversion = network._detour._diverted.open[0]
         monkeypatch.setattr(diversion, "times_attached", 2)  # as when its keeper was replaced
         attach_last, calls = network.throttle.attach_last, []
 

@@ -55,7 +55,7 @@ def diverted(live: Throttle) -> int:
     """How many packets have gone to the keeper."""
     queue = live._queue
     assert queue is not None
-    return sum(one._state[0].taken for one in queue._open)
+    return sum(one._state[0].taken for one in queue._diverted.open)
 
 
 def devices(wire: Wire) -> list[str]:
@@ -83,7 +83,7 @@ def test_they_wait_and_stay_in_order(wire: Wire, near: Near, scratch: Cgroup, by
         assert (told(live), keepers(), devices(wire)) == ("", [], [])
         comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
         assert any("waits in a queue" in note for note in live.notes())
-        eventually(lambda: not live._queue._open[0]._state[0].waits)  # type: ignore[union-attr]
+        eventually(lambda: not live._queue._diverted.open[0]._state[0].waits)  # type: ignore[union-attr]
         near.ask("receive", 0.5)  # no answer to what was sent before is on its way
         before = live.counters()[DOWNLOAD]
         near.ask("send", wire.server.address, PORT, 150, SIZE, 0)
