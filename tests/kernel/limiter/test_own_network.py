@@ -63,6 +63,23 @@ def state(end: Namespace) -> tuple[dict[str, str], str, list[str]]:
         os.close(fd)
 
 
+def set_router(end: Namespace, value: int) -> None:
+    """Have a namespace forward IPv4, or not."""
+    subprocess.run(end.inside("sysctl", "-qw", f"net.ipv4.ip_forward={value}"), check=True)
+
+
+@contextmanager
+def stays_a_router(end: Namespace) -> Iterator[None]:
+    """Afterwards a namespace forwards IPv4, and no IPv6; then it is none any more."""
+    try:
+        yield
+        settings = state(end)[0]
+        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
+        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
+    finally:
+        set_router(end, 0)
+
+
 def in_own_run(end: Namespace, program: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a namespace, with a /run of its own: no other start restores what it leaves."""
     apart = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh"]
@@ -205,8 +222,7 @@ one = socket.socket()
 one.settimeout(float(sys.argv[2]))
 print(one.connect_ex((sys.argv[1], 9)))
 """
-    forward = ["sysctl", "-qw", f"net.ipv4.ip_forward={routes}"]
-    subprocess.run(wire.client.inside(*forward), check=True)
+    set_router(wire.client, routes)
     with behind(wire.client, "--delay", "1ms"):
         namespace = netns.number(wire.client.process.pid)
         way = next(one for one in wayout._known() if one.namespace == namespace)
@@ -222,7 +238,7 @@ print(one.connect_ex((sys.argv[1], 9)))
             for end, patience_s in ((wire.client, PATIENCE_S), (wire.server, 1.0))
         )
     subprocess.run(wire.server.inside("ip", "route", "del", address), check=True)
-    subprocess.run(wire.client.inside("sysctl", "-qw", "net.ipv4.ip_forward=0"), check=True)
+    set_router(wire.client, 0)
     assert here.stdout == f"{errno.ECONNREFUSED}\n"
     assert far.stdout == f"{errno.EAGAIN}\n"  # nobody answers
 
@@ -238,32 +254,19 @@ def test_rules_that_somebody_removes_come_back(wire: Wire) -> None:
 
 def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
     """As Docker does, which may be started while a command runs."""
-    setting = ["sysctl", "-qw"]
-    with behind(wire.client, "--delay", "1ms"):
-        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=1"), check=True)
-    try:
-        settings = state(wire.client)[0]
-        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
-        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
-    finally:
-        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=0"), check=True)
+    with stays_a_router(wire.client), behind(wire.client, "--delay", "1ms"):
+        set_router(wire.client, 1)
 
 
 def test_a_line_that_begins_on_a_router_leaves_it_one(wire: Wire) -> None:
     """Although one that began earlier has changed the same settings."""
-    setting = ["sysctl", "-qw"]
-    try:
+    with stays_a_router(wire.client):
         with behind(wire.client, "--delay", "1ms") as first:
-            subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=1"), check=True)
+            set_router(wire.client, 1)
             with behind(wire.client, "--delay", "1ms") as second:
                 assert second.ask("ping", wire.server.address, PORT, "udp", 1)
                 first.process.communicate(timeout=PATIENCE_S)
                 assert 'ipv4 iifname "wire"' not in state(wire.client)[1]
-        settings = state(wire.client)[0]
-        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
-        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
-    finally:
-        subprocess.run(wire.client.inside(*setting, "net.ipv4.ip_forward=0"), check=True)
 
 
 def test_two_lines_do_not_disturb_each_other(wire: Wire) -> None:
