@@ -144,7 +144,10 @@ def test_helpers_have_the_kernels_names() -> None:
 def loaded(request: pytest.FixtureRequest) -> Iterator[Object]:
     """The programs of an object, loaded."""
     if request.param.startswith("throttle"):
-        spec = shipped.read(request.param)
+        spec = shipped.read_anew(request.param)
+        for program in shipped.PROGRAMS:
+            if program.name in spec.programs:
+                spec.programs[program.name].autoload = shipped.is_for_this_kernel(program)
         # Its helper is for programs of this type since Linux 5.15.
         getsockopt = features.helper(ProgType.CGROUP_SOCKOPT, GETSOCKOPT)
         spec.programs["pybpft_adopt"].autoload = getsockopt.available()
