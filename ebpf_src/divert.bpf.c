@@ -506,9 +506,17 @@ SEC("cgroup_skb/ingress") int pybpfd_queue(struct __sk_buff *skb)
 	return divert(skb, 1);
 }
 
+/* Marks that others share have the slot of a limit; those of one limit alone are 0. */
 SEC("cgroup_skb/ingress") int pybpfd_queuem(struct __sk_buff *skb)
 {
-	return mark_of(skb->sk) ? divert(skb, 1) : PASS;
+	const __u32 *mark = mark_of(skb->sk);
+	struct divert_state *state;
+	__u32 zero = 0;
+
+	if (!mark)
+		return PASS;
+	state = bpf_map_lookup_elem(&DIVERT_STATE, &zero);
+	return state && (!*mark || *mark == state->slot) ? divert(skb, 1) : PASS;
 }
 
 /*

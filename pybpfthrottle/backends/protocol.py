@@ -283,8 +283,11 @@ class Part(Protocol):
 class Queueable(Protocol):
     """A part whose downloads without a receive window may wait in a queue."""
 
-    def foothold(self) -> Foothold:
-        """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
+    def before_limit(self) -> Foothold:
+        """Return where packets pass that come in, before they meet the limit.
+
+        That may need ``attach_last``. Raises ThrottleError if there is no such place.
+        """
 
     def attach_last(self) -> None:
         """Have what comes in meet it after all programs that are attached by now."""

@@ -28,7 +28,7 @@ class Diversions:
         # What those have counted that are closed.
         self._done: list[Injected] = []
         self._diverted = Diverted(
-            throttle, self._divert, lambda one: self._done.append(one.counts())
+            throttle.foothold, self._divert, lambda one: self._done.append(one.counts())
         )
 
     def serves(self) -> Collection[Direction]:

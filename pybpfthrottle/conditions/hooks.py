@@ -61,7 +61,7 @@ class Hooks:
         """Attach nothing yet: ``follow`` does, and ``set`` says what is to be done."""
         self._maps: dict[str, Map[Any, Any]] = {}
         self._loaded: dict[str, Object] = {}
-        self._places = Places(throttle, self._attach)
+        self._places = Places(throttle.foothold, self._attach)
         self._refuses = False
         self._closing = ExitStack()
 

@@ -30,7 +30,7 @@ class LimitQueue:
 
     def __init__(self, limit: Queueable) -> None:
         self._limit = limit
-        self._diverted = Diverted(limit, self._divert)
+        self._diverted = Diverted(limit.before_limit, self._divert)
         # How often the programs of each were attached, as far as the limit comes after them.
         self._attached: list[tuple[Diversion, int]] = []
         self._told: Optional[str] = None

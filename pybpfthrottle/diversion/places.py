@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol
+from typing import TYPE_CHECKING, Callable, Iterator, Optional
 
 from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.protocol import Foothold
@@ -17,31 +17,26 @@ if TYPE_CHECKING:
 _Place = tuple[Scope, Cgroup, int]
 
 
-class Limit(Protocol):
-    """A throttle, or what is one of its directions."""
-
-    def foothold(self) -> Foothold:
-        """Return where its packets pass. Raises ThrottleError if that is nowhere to be seen."""
-
-
 class Places:
     """What is attached at each place of a throttle. ``close`` detaches all."""
 
     def __init__(
-        self, throttle: Limit, attach: Callable[[Scope, Cgroup, Foothold], ExitStack]
+        self,
+        foothold: Callable[[], Foothold],
+        attach: Callable[[Scope, Cgroup, Foothold], ExitStack],
     ) -> None:
         """``attach`` attaches at one place, and returns what detaches that."""
-        self._throttle = throttle
+        self._foothold = foothold
         self._attach = attach
         self._attached: dict[_Place, ExitStack] = {}
 
     def follow(self, *, anew: bool = False) -> None:
         """Attach at the places that there are now, and at no others.
 
-        With ``anew`` all is attached once more, before what was is detached. Raises what ``attach``
-        raises.
+        With ``anew`` all is attached once more, before what was is detached. Raises what
+        ``foothold`` and ``attach`` raise.
         """
-        foothold = self._throttle.foothold()
+        foothold = self._foothold()
         wanted = dict.fromkeys(_places(foothold))
         before = dict(self._attached)
         new = [place for place in wanted if anew or place not in before]
@@ -73,12 +68,12 @@ class Diverted:
 
     def __init__(
         self,
-        limit: Limit,
+        foothold: Callable[[], Foothold],
         divert: Callable[[Scope, Cgroup, Foothold], Diversion],
         ends: Callable[[Diversion], object] = lambda one: None,
     ) -> None:
         """``divert`` makes one, and ``ends`` is called before one is closed."""
-        self._limit = limit
+        self._foothold = foothold
         self._divert = divert
         self._ends = ends
         self._places: Optional[Places] = None
@@ -90,7 +85,7 @@ class Diverted:
 
     def begin(self) -> None:
         """Divert at all places. Raises what ``divert`` raises; then nothing is diverted."""
-        self._places = Places(self._limit, self._attach)
+        self._places = Places(self._foothold, self._attach)
         try:
             self.follow()
         except BaseException:

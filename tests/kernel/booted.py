@@ -61,7 +61,9 @@ for name in null zero full random urandom tty; do
     : > dev/$name
     mount --bind /dev/$name dev/$name
 done
-mkdir dev/shm dev/pts
+mkdir dev/shm dev/pts dev/net
+: > dev/net/tun
+mount --bind /dev/net/tun dev/net/tun
 mount -t devpts devpts dev/pts -o newinstance,ptmxmode=0666
 ln -s pts/ptmx dev/ptmx
 for name in $5; do ln -sf /dev/null etc/systemd/system/systemd-$name.service; done

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import (
     Any,
     Callable,
     ContextManager,
+    Iterable,
     Iterator,
     Mapping,
     Optional,
@@ -40,7 +41,15 @@ from pybpfthrottle.backends.protocol import Foothold, Match, Order
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
-from pybpfthrottle.errors import AttachError, BpfError, Error, NoMarksError, ThrottleError
+from pybpfthrottle.errors import (
+    AttachError,
+    BpfError,
+    CgroupError,
+    Error,
+    NoMarksError,
+    ProcessError,
+    ThrottleError,
+)
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
@@ -84,8 +93,6 @@ class EbpfThrottle:
         self._strays: Optional[Strays] = None
         # Where marks are looked at.
         self._marked_at: Sequence[Cgroup] = ()
-        # And where they are looked at for the processes of the order.
-        self._processes_at: Sequence[Cgroup] = ()
         self._notes: list[str] = []
         self._udp: dict[str, str] = {}
         self._look_for_carriers = False
@@ -292,7 +299,7 @@ class EbpfThrottle:
 
         Raises AttachError, CgroupError, ProcessError or ThrottleError.
         """
-        cgroups = self._processes_at = self._place_for_marks(selection)
+        cgroups = self._marked_at = self._place_for_marks(selection)
         self._marked_cgroups = cgroups if self._shape(Scope.MARKED, cgroups) else []
         if self._marks is not None:
             self._marks.begin(selection)
@@ -598,11 +605,32 @@ class EbpfThrottle:
         """Return where its packets pass. Raises ThrottleError where others share its marks."""
         if self._crowd is not None:
             raise ThrottleError("this limit shares its marks: make it with own_marks")
-        marked_at = tuple(dict.fromkeys([*self._processes_at, *self._marked_at]))
+        return self._foothold(self._marked_at)
+
+    def before_limit(self) -> Foothold:
+        """Return where packets pass that come in, before they meet the limit.
+
+        Programs that others share cannot be attached once more, so that they come last. They are at
+        the root: what is attached below runs before them. Raises ThrottleError.
+        """
+        return self.foothold() if self._crowd is None else self._foothold(self._below_root())
+
+    def _foothold(self, marked_at: Iterable[Cgroup]) -> Foothold:
         return Foothold(
-            *(self._loaded.maps, tuple(self._order.cgroups), marked_at, self._loaded.policy()),
+            *(self._loaded.maps, tuple(self._order.cgroups), tuple(marked_at)),
+            policy=self._loaded.policy(),
             slot=self._slot,
         )
+
+    def _below_root(self) -> Iterable[Cgroup]:
+        """Return the highest cgroups below the root that have its processes."""
+        pids, found = self.processes(), []
+        for pid in pids:
+            with suppress(CgroupError, ProcessError):
+                found += [*cgroups_v2.from_pid(pid).with_ancestors()][-2:-1]
+        if pids and not found:
+            raise ThrottleError("its processes are in the root of all cgroups")
+        return dict.fromkeys(found)
 
     def drops_early(self) -> bool:
         """Whether downloads without a receive window are over the limit now."""
@@ -613,8 +641,6 @@ class EbpfThrottle:
         shape = self._options.shape.get(Direction.DOWNLOAD, "auto")
         if shape not in ("auto", "gate"):
             return f"--shape {shape}"
-        if self._crowd is not None:
-            return "the limit shares its programs with others"
         if self._options.own_marks:
             return "packets are impaired in another way"
         return too_fast_for_queue(self._bucket.rates[Direction.DOWNLOAD])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable
@@ -17,7 +18,7 @@ import pybpfthrottle
 from pybpfthrottle import registry
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.demo.wire import Wire
-from pybpfthrottle.linux import netns, process, tuntap
+from pybpfthrottle.linux import cgroup, netns, process, tuntap
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle, apply, open_record
@@ -27,6 +28,15 @@ pytestmark = pytest.mark.since("5.10")
 RATE = 200 << 10
 SIZE, HEADERS = 1200, 28
 DOWNLOAD = Direction.DOWNLOAD
+
+
+@pytest.fixture
+def other(wire: Wire, scratch: Cgroup) -> Iterator[Near]:
+    """A second process, beside that which is limited."""
+    made = Near(wire.client.inside)
+    scratch.move_in(made.process.pid)
+    yield made
+    made.end()
 
 
 def told(live: Throttle) -> str:
@@ -49,6 +59,21 @@ def comes_to(near: Near, wire: Wire, is_so: Callable[[], bool]) -> None:
         return is_so()
 
     eventually(more)
+
+
+def meet_the_limit_once(near: Near, wire: Wire, live: Throttle) -> None:
+    """What comes in stays in order, and is counted when it has come back, not before."""
+    eventually(lambda: not live._queue._diverted.open[0]._state[0].waits)  # type: ignore[union-attr]
+    near.ask("receive", 0.5)  # no answer to what was sent before is on its way
+    before = live.counters()[DOWNLOAD]
+    near.ask("send", wire.server.address, PORT, 150, SIZE, 0)
+    numbers, _ = near.ask("receive", 1.5)
+    after = live.counters()[DOWNLOAD]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == after.packets_total - before.packets_total - (
+        after.packets_dropped - before.packets_dropped
+    )
+    assert after.packets_total - before.packets_total <= 150
 
 
 def diverted(live: Throttle) -> int:
@@ -83,16 +108,7 @@ def test_they_wait_and_stay_in_order(wire: Wire, near: Near, scratch: Cgroup, by
         assert (told(live), keepers(), devices(wire)) == ("", [], [])
         comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
         assert any("waits in a queue" in note for note in live.notes())
-        eventually(lambda: not live._queue._diverted.open[0]._state[0].waits)  # type: ignore[union-attr]
-        near.ask("receive", 0.5)  # no answer to what was sent before is on its way
-        before = live.counters()[DOWNLOAD]
-        near.ask("send", wire.server.address, PORT, 150, SIZE, 0)
-        numbers, _ = near.ask("receive", 1.5)
-        after = live.counters()[DOWNLOAD]
-        assert numbers == sorted(set(numbers))
-        assert len(numbers) == after.packets_total - before.packets_total - (
-            after.packets_dropped - before.packets_dropped
-        )
+        meet_the_limit_once(near, wire, live)
         eventually(lambda: told_to_others(live) == "queue")
     assert (keepers(), devices(wire)) == ([], [])
 
@@ -166,13 +182,38 @@ def test_who_is_exempt_does_not_wait(wire: Wire, near: Near, scratch: Cgroup) ->
 
 
 def test_one_that_shares_programs_has_a_queue(wire: Wire, near: Near, scratch: Cgroup) -> None:
-    """In its slot of maps that are larger; for marked sockets there is none then."""
+    """In its slot of maps that are larger."""
     with pybpfthrottle.limit(pid=os.getpid(), upload="1G"):
         with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
             comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
-        with pybpfthrottle.limit(pid=near.process.pid, download=RATE) as live:
-            comes_to(near, wire, lambda: told(live) == "early drops")
-            assert not live.notes()
+
+
+def test_one_that_shares_marks_has_a_queue(wire: Wire, near: Near, other: Near) -> None:
+    """It comes before the programs that others share, and is for the sockets of its limit alone."""
+    with (
+        pybpfthrottle.limit(pid=os.getpid(), upload="1G"),
+        pybpfthrottle.limit(pid=other.process.pid, download="100M") as unhurried,
+        pybpfthrottle.limit(pid=near.process.pid, download=RATE) as live,
+    ):
+        comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
+        before = diverted(live)
+        other.ask("send", wire.server.address, PORT, 100, SIZE, 0)
+        assert len(other.ask("receive", 1, 100)[0]) == 100
+        assert diverted(live) == before
+        assert told(unhurried) == ""
+        meet_the_limit_once(near, wire, live)
+    assert (keepers(), devices(wire)) == ([], [])
+
+
+def test_in_the_root_of_all_cgroups_there_is_none(wire: Wire, near: Near) -> None:
+    """Nothing runs before the programs that others share there: it is said why."""
+    cgroup.root().move_in(near.process.pid)
+    with (
+        pybpfthrottle.limit(pid=os.getpid(), upload="1G"),
+        pybpfthrottle.limit(pid=near.process.pid, download=RATE) as live,
+    ):
+        comes_to(near, wire, lambda: told(live) == "early drops")
+        assert "in the root of all cgroups" in live.how()[DOWNLOAD]["udp_reason"]
 
 
 def test_a_rate_that_is_too_high_ends_it(wire: Wire, near: Near, scratch: Cgroup) -> None:

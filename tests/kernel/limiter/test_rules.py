@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 from by_backend import tool
-from lab import ENVIRONMENT, TOOL, Lab
+from lab import ENVIRONMENT, TOOL, Lab, attached
 from redis_server import redis
 from shells import RATE, Shell
 from since import since
@@ -27,7 +28,7 @@ from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions.network import Asked
 from pybpfthrottle.fleet import share as shares
 from pybpfthrottle.fleet.share import FleetShare
-from pybpfthrottle.linux import process
+from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.plan import Wish
@@ -175,6 +176,37 @@ def test_who_starts_later_is_limited(sleep: str) -> None:
             eventually(lambda: found.processes("mine") == {one.pid})
             with running(sleep, "60") as other:
                 eventually(lambda: found.processes("mine") == {one.pid, other.pid})
+
+
+def twice() -> set[int]:
+    """The programs of this process that a packet meets more than once at the root."""
+    found = attached(cgroup.root())
+    own = own_programs()
+    assert own.intersection(found)
+    return {one for one in own if found.count(one) > 1}
+
+
+def own_programs() -> set[int]:
+    """The programs that this process has open, or links of."""
+    found = set()
+    for info in Path("/proc/self/fdinfo").iterdir():
+        with suppress(FileNotFoundError):
+            found |= {int(one) for one in re.findall(r"^prog_id:\s+(\d+)", info.read_text(), re.M)}
+    return found
+
+
+def test_what_is_limited_is_charged_once(sleep: str) -> None:
+    """A packet meets each program of a rule once, however its processes come to it."""
+    name = os.path.basename(sleep)
+    with running(sleep, "60") as first, kept(rule("mine", name=name)) as found:
+        eventually(lambda: found.processes("mine") == {first.pid})
+        eventually(lambda: not twice())
+        with running(sleep, "60") as second:
+            eventually(lambda: found.processes("mine") == {first.pid, second.pid})
+            eventually(lambda: not twice())
+    with kept(rule("mine", name=name)) as found, running(sleep, "60") as first:
+        eventually(lambda: found.processes("mine") == {first.pid})
+        eventually(lambda: not twice())
 
 
 def starts_unseen(found: Kept, throttle: Throttle, *command: str) -> bool:

@@ -34,11 +34,31 @@ import socket
 connection = socket.create_connection(("127.0.0.1", 8080))
 print(sum(iter(lambda: len(connection.recv(65536)), 0)))
 """
+# A network with another machine, which sends datagrams of 1 KB to a service, 1 MB/s for 3 s.
+FAR = "ip netns add far && ip link add near type veth peer name far netns far"
+FAR += " && ip addr add 10.9.0.1/24 dev near && ip link set near up"
+FAR += " && ip -n far addr add 10.9.0.2/24 dev far && ip -n far link set far up"
+TAKE = """
+import socket
+taker = socket.socket(type=socket.SOCK_DGRAM)
+taker.bind(("10.9.0.1", 9))
+while True:
+    taker.recv(2048)
+"""
+FLOOD = """
+import socket, time
+sender = socket.socket(type=socket.SOCK_DGRAM)
+for _ in range(300):
+    for _ in range(10):
+        sender.sendto(bytes(1000), ("10.9.0.1", 9))
+    time.sleep(0.01)
+"""
 LIMIT = ("--upload-limit", "2M", "--loopback")
 
 # Throttles of the whole kernel are listed: other tests may have machines of their own.
 OWN = f"{os.getpid()}x{time.monotonic_ns()}"
 WEB, SOCKET, ALIAS = f"web{OWN}.service", f"web{OWN}.socket", f"alias{OWN}.service"
+TAKER = f"take{OWN}.service"
 # With what systemd itself escapes, and its template.
 UNIT, TEMPLATE = f"send{OWN}@a\\x2db.service", f"send{OWN}@.service"
 KEEPER = f"pybpfthrottle-limit-{UNIT}"
@@ -146,6 +166,24 @@ def test_a_drop_in_that_fails_is_taken_back(machine: Machine) -> None:
     machine.run("rm", "-r", f"{UNITS}/{KEEPER}.d")
     machine.run("systemctl", "stop", UNIT)
     machine.run("systemctl", "reset-failed")
+
+
+@pytest.mark.since("5.10")
+def test_what_comes_in_by_udp_waits_in_a_queue(machine: Machine) -> None:
+    """A service that keeps a limit may use the one device that this needs."""
+    machine.run("sh", "-c", FAR)
+    machine.write("/opt/take.py", TAKE)
+    machine.write(f"{UNITS}/{TAKER}", "[Service]\nExecStart=python3 /opt/take.py\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.tool("drop-in", TAKER, "--download-limit", "200K")
+    try:
+        machine.run("systemctl", "start", TAKER)
+        machine.run("ip", "netns", "exec", "far", "python3", "-c", FLOOD)
+        (one,) = limits_of(machine, TAKER)
+        assert one["how"]["download"]["udp"] == "queue", one["how"]
+    finally:
+        machine.tool("drop-in", TAKER, "--remove")
+        machine.run("systemctl", "stop", TAKER)
 
 
 def test_an_alias_is_the_service_itself(machine: Machine) -> None:
