@@ -180,7 +180,9 @@ class RunningKernel(Data, frozen=True):
         is_own = self.directory == BTF_DIRECTORY
         with _told():
             path = os.path.join(self.directory, _VMLINUX)
-            return Kernel(_own_types() if is_own else _types(path), lambda: self.modules)
+            types, directory = _own_types() if is_own else _types(path), self.directory
+            # Without this object: a cycle would keep megabytes until the garbage is collected.
+            return Kernel(types, cache(lambda: _modules(directory, types)))
 
     @cached_property
     def core_types(self) -> Kernel:
@@ -194,18 +196,6 @@ class RunningKernel(Data, frozen=True):
             return self.types
         with _told():
             return Kernel(_types(self.types_path))
-
-    @cached_property
-    def modules(self) -> tuple[Btf, ...]:
-        """The types of the modules, each with its module's name; they go on from the kernel's."""
-        if not os.path.isdir(self.directory):
-            return ()
-        base, modules = self.types.types, []
-        for name in sorted(set(os.listdir(self.directory)) - {_VMLINUX}):
-            # A module may be unloaded in the meantime, or have been built for another kernel.
-            with suppress(OSError, ObjectFileError), open(f"{self.directory}/{name}", "rb") as file:
-                modules.append(Btf(file.read(), base=base, name=name))
-        return tuple(modules)
 
 
 def _settings(path: str) -> Mapping[str, str]:
@@ -228,6 +218,18 @@ def _told() -> Iterator[None]:
             f"cannot read the kernel's types ({error}): this needs a kernel with"
             " CONFIG_DEBUG_INFO_BTF, or for CO-RE a file with the types of exactly this kernel"
         ) from error
+
+
+def _modules(directory: str, base: Btf) -> tuple[Btf, ...]:
+    """Return the types of the modules, each with its module's name; they go on from the kernel's."""
+    if not os.path.isdir(directory):
+        return ()
+    modules = []
+    for name in sorted(set(os.listdir(directory)) - {_VMLINUX}):
+        # A module may be unloaded in the meantime, or have been built for another kernel.
+        with suppress(OSError, ObjectFileError), open(f"{directory}/{name}", "rb") as file:
+            modules.append(Btf(file.read(), base=base, name=name))
+    return tuple(modules)
 
 
 @cache

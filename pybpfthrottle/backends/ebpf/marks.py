@@ -26,7 +26,7 @@ from typing import (
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.programs import Role
 from pybpfthrottle.backends.ebpf.records import ThrottleProcess, ThrottleProcessFlags
-from pybpfthrottle.bpf import abi, links, running
+from pybpfthrottle.bpf import abi, links
 from pybpfthrottle.bpf.codecs import RAW, U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Loadable
@@ -416,10 +416,7 @@ def _why_not_looked_at(error: OSError) -> str:
 @cache
 def _tracers(names: tuple[str, ...]) -> Loadable:
     """Return programs that keep maps of processes up to date, fitted to this kernel once."""
-    fitted = Loadable(programs.read("processes"), names)
-    # Nothing else of a throttle needs these megabytes, and it may last for days.
-    running.forget_types()
-    return fitted
+    return Loadable(programs.read("processes"), names)
 
 
 class Tracing:

@@ -38,6 +38,7 @@ from pybpfthrottle.backends.ebpf.records import RECORD
 from pybpfthrottle.backends.ebpf.shared import Seat, sharing
 from pybpfthrottle.backends.ebpf.strays import OfCgroups, Strays
 from pybpfthrottle.backends.protocol import Foothold, Match, Order
+from pybpfthrottle.bpf import running
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
@@ -168,6 +169,9 @@ class EbpfThrottle:
         except BaseException:
             self.remove()
             raise
+        finally:
+            # All is fitted to the kernel's types, and the throttle may last for days.
+            running.forget_types()
 
     def _prepare(self) -> None:
         order = self._order
@@ -368,6 +372,7 @@ class EbpfThrottle:
         self._keep()
         self._record.add(maps=self._loaded.ids())
         self._record.update()
+        running.forget_types()
 
     def _place_for_marks(self, selection: Selection) -> list[Cgroup]:
         """Attach at the root, which sees each socket, or else at the cgroups of the processes."""

@@ -176,7 +176,9 @@ class Fitting:
         """The resolver of the object's CO-RE relocations."""
         from pybpfthrottle.bpf.obj.core import Resolver
 
-        return Resolver(self.btf, lambda: self._kernel.core_types)
+        # Not of this object: a cycle would keep the kernel's types until the garbage is collected.
+        kernel = self._kernel
+        return Resolver(self.btf, lambda: kernel.core_types)
 
     @cached_property
     def symbols(self) -> Symbols:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from typing import Iterable, Iterator
 
 import pytest
 from lab import ENVIRONMENT
-from since import needs_release
+from since import needs_release, since
 from targets import Target, eventually, target
 
 from pybpfthrottle import throttle
@@ -27,6 +28,7 @@ from pybpfthrottle.backends.ebpf.shared import Sharing
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.codecs import RAW, U32
+from pybpfthrottle.bpf.obj.btf import Btf
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.linux.process import Process
 from pybpfthrottle.model import Direction, Limits, Rate, Traffic
@@ -310,3 +312,21 @@ def passed(throttle_id: str) -> int:
     """How many uploaded packets a throttle has counted."""
     with throttle.open_record(*records(throttle_id)) as live:
         return packets(live)
+
+
+@since("5.4")
+def test_the_kernels_types_are_not_kept(sharing: Sharing) -> None:
+    """They are megabytes, which nothing needs once the programs are fitted to them."""
+    gc.collect()
+    gc.disable()
+    try:
+        with idle(3) as pids:
+            throttles = [limit(pid) for pid in pids]
+            try:
+                kept = [one for one in gc.get_objects() if isinstance(one, Btf)]
+                assert all(len(bytes(one)) < 1 << 20 for one in kept)
+            finally:
+                for one in throttles:
+                    one.remove()
+    finally:
+        gc.enable()
