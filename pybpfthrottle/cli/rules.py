@@ -163,7 +163,7 @@ def _keep(
         accounts.begin(supervisor, stack, keeper, store)
         keeper.begin(rules.rules, rules.groups)
         registry.tidy_up()
-        own = _told(own, rules)
+        own = _told(own)
         if going_on is not None:
             going_on.ready()
         notify("READY=1")
@@ -189,8 +189,8 @@ def _keep(
                 notify("READY=1")
 
 
-def _told(own: Instance, rules: Rules, mistakes: Sequence[str] = ()) -> Instance:
-    now = replace(own, digest=rules.digest, looked=own.looked + 1, mistakes=tuple(mistakes))
+def _told(own: Instance, mistakes: Sequence[str] = ()) -> Instance:
+    now = replace(own, looked=own.looked + 1, mistakes=tuple(mistakes))
     now.tell()
     return now
 
@@ -202,9 +202,9 @@ def _reloaded(own: Instance, sources: Sources, keeper: Keeper) -> Instance:
     except RulesError as error:
         for mistake in error.mistakes:
             say(f"error: {mistake}; the rules of before go on")
-        return _told(own, Rules(digest=own.digest), error.mistakes)
+        return _told(own, error.mistakes)
     keeper.change(rules.rules, rules.groups)
-    return _told(own, rules)
+    return _told(own)
 
 
 def _show_json(rules: Rules, found: changes.Changes) -> None:

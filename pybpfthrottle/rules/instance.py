@@ -29,14 +29,13 @@ _STEP_S = 0.02
 class Instance:
     """Who keeps the rules of which files or directories.
 
-    ``looked`` grows each time that all of it was put in force, with the files as they were by
-    ``digest``; ``mistakes`` are those of newer files, which are not used.
+    ``looked`` grows each time that all of it was put in force; ``mistakes`` are those of newer
+    files, which are not used.
     """
 
     owner: Identity
     kind: str
     sources: tuple[str, ...]
-    digest: str = ""
     looked: int = 0
     mistakes: tuple[str, ...] = ()
 

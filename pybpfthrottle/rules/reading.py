@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
@@ -31,15 +30,11 @@ _PASSWORD = re.compile("//.*@")
 
 
 class Rules(NamedTuple):
-    """All rules of some files, in the order in which they are written.
-
-    ``digest`` is another one if a file has changed.
-    """
+    """All rules of some files, in the order in which they are written."""
 
     rules: tuple[Rule, ...] = ()
     groups: tuple[GroupRule, ...] = ()
     files: tuple[str, ...] = ()
-    digest: str = ""
 
 
 def directories(environment: Mapping[str, str]) -> list[str]:
@@ -57,12 +52,10 @@ def read(sources: Sequence[str]) -> Rules:
     mistakes: list[str] = []
     rules: list[Rule] = []
     found: list[GroupRule] = []
-    digest = hashlib.sha256()
     for path in files:
         text = _text(path, mistakes)
         if text is None:
             continue
-        digest.update(f"{path}\0{text}\0".encode())
         file = _File(path, text, mistakes)
         rules += file.rules()
         found += file.groups()
@@ -73,7 +66,7 @@ def read(sources: Sequence[str]) -> Rules:
     if mistakes:
         raise RulesError(mistakes)
     seated = tuple(groups.seated(rule, found) for rule in rules)
-    return Rules(seated, tuple(found), tuple(files), digest.hexdigest())
+    return Rules(seated, tuple(found), tuple(files))
 
 
 def _files(source: str) -> list[str]:

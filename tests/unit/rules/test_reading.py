@@ -185,16 +185,6 @@ def test_files_of_a_directory_are_read_in_order(tmp_path: Path) -> None:
     assert [one.name for one in found.rules] == ["10-a.toml", "20-b.toml"]
 
 
-def test_the_digest_tells_whether_a_file_has_changed(tmp_path: Path) -> None:
-    """And nothing else does."""
-    path = tmp_path / "rules.toml"
-    path.write_text(RULE)
-    before = reading.read([str(path)]).digest
-    assert reading.read([str(path)]).digest == before
-    path.write_text(RULE + "\n")
-    assert reading.read([str(path)]).digest != before
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_root_does_not_use_what_others_write(tmp_path: Path) -> None:
     """A rules file of another user, or that others may write, is refused."""
