@@ -71,6 +71,12 @@ class InForce(NamedTuple):
         what = ", ".join(words) or ", ".join(self.record.cgroups)
         return (what or "unknown (of an older version)") + _networks(self.record.spec.traffic)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it limits nothing yet: a rule's, of which no process runs."""
+        parts = self.parts if self.record.spec.target.by_rule else ()
+        return bool(parts) and not any(get_backend(one.backend).processes(one) for one in parts)
+
     @contextmanager
     def opened(self) -> Iterator[list[tuple[Record, Throttle]]]:
         """Open its parts for a moment. Raises ThrottleError if they are gone."""

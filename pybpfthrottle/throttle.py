@@ -266,17 +266,17 @@ class Throttle:
 
         self._do(follow)
 
-    def expect(self, names: Sequence[str]) -> None:
+    def expect(self, names: Sequence[str]) -> bool:
         """Have processes that begin to have such a name limited before anybody looks at them.
 
-        Where the kernel can do this. Names are compared as far as the kernel keeps them.
+        Returns whether the kernel can. Names are compared as far as it keeps them.
         """
 
-        def expect() -> None:
-            for part in self._distinct_parts():
-                part.expect(names)
+        def expect() -> bool:
+            can = [part.expect(names) for part in self._distinct_parts()]
+            return all(can)
 
-        self._do(expect)
+        return self._do(expect)
 
     def by_name(self, pids: Sequence[int]) -> frozenset[int]:
         """Return those of some processes that are limited for their names alone.

@@ -233,8 +233,8 @@ class Part(Protocol):
     def follow(self, pids: Sequence[int]) -> None:
         """Limit more processes. Raises an error of this package."""
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Have the kernel limit processes that begin to have such a name, if it can."""
+    def expect(self, names: Sequence[str]) -> bool:
+        """Have the kernel limit processes that begin to have such a name; return if it can."""
 
     def by_name(self, pids: Sequence[int]) -> Sequence[int]:
         """Return those of some processes that are limited for their names alone, as expected."""
@@ -330,8 +330,9 @@ class ChoosesOnce:
         """Raise ThrottleError."""
         raise ThrottleError("processes cannot be added to this limit from here")
 
-    def expect(self, names: Sequence[str]) -> None:
+    def expect(self, names: Sequence[str]) -> bool:
         """Do nothing: whoever keeps it expects them."""
+        return False
 
     def by_name(self, pids: Sequence[int]) -> Sequence[int]:
         """Return none: whoever keeps it looks at them."""

@@ -221,7 +221,7 @@ def _told() -> Iterator[None]:
 
 
 def _modules(directory: str, base: Btf) -> tuple[Btf, ...]:
-    """Return the types of the modules, each with its module's name; they go on from the kernel's."""
+    """Return the types of the modules, each with its name; they go on from the kernel's."""
     if not os.path.isdir(directory):
         return ()
     modules = []

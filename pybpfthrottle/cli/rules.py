@@ -158,7 +158,9 @@ def _keep(
         stack.callback(instance.leave)
         supervisor = stack.enter_context(Supervisor())
         store = stack.enter_context(StoreWhenNeeded(supervisor))
-        keeper = Keeper(wish_by_settings(), say, spared, quotas=Quotas(store.get))
+        quotas = Quotas(store.get)
+        wish, in_advance = wish_by_settings(), kind == DAEMON
+        keeper = Keeper(wish, say, spared, quotas=quotas, in_advance=in_advance)
         stack.callback(keeper.remove)
         accounts.begin(supervisor, stack, keeper, store)
         keeper.begin(rules.rules, rules.groups)

@@ -146,7 +146,7 @@ def _row(one: InForce, owner: str) -> tuple[str, ...]:
     return (
         record.id,
         record.spec.name,
-        one.target,
+        f"{one.target} (waits)" if one.waits else one.target,
         *(one.limit(direction) if direction in one.limits else "" for direction in Direction),
         owner,
     )
@@ -177,6 +177,7 @@ def _record(one: InForce) -> dict[str, Any]:
         "owner_pid": record.owner.pid,
         "kept": record.kept,
         "supervised": record.supervised,
+        "waits": one.waits,
         "expires_in_s": _left_s(record),
         "backends": {
             str(direction): part.backend for part in one.parts for direction in part.spec.limits
@@ -232,6 +233,8 @@ def _print(details: dict[str, Any]) -> None:
         )
         if "udp" in how:
             rows.append(("", f"UDP over the limit: {how['udp']} ({how['udp_reason']})"))
+    if details["waits"]:
+        rows.append(("processes", "none yet: it waits for those of the rule"))
     if details["processes"]:
         rows.append(("processes", process.listed(details["processes"])))
     tables.show(rows)

@@ -6,7 +6,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.inforce import InForce
 from pybpfthrottle.linux import process
-from pybpfthrottle.model import Limits
+from pybpfthrottle.model import Direction, Limits, Rate
 from pybpfthrottle.rules.keeper import Survey, Wanted, by_rules, in_force_now
 from pybpfthrottle.rules.matching import Decision, Facts, Rulebook
 from pybpfthrottle.rules.model import Rule, limits_to_json
@@ -79,15 +79,12 @@ def find(rules: Sequence[Rule], spared: Sequence[int]) -> Changes:
     left = by_rules()
     changes = []
     for one in wanted:
-        found = next((each for each in left if _is_for(one, each)), None)
+        found = next((known for known in left if _is_for(one, known)), None)
         if found is not None:
             left.remove(found)
         changes.append(_change(one, found))
-    changes += [
-        Change("removed", one.record.spec.target.rule, one.target, before=one.limits)
-        for one in left
-        if not _may_stay(one, rules)
-    ]
+    for each in left:
+        changes += _without_processes(each, rules)
     precedences, spared_ones = survey.told()
     return Changes(tuple(changes), precedences, (*spared_ones, *survey.notes))
 
@@ -131,13 +128,17 @@ def _is_for(wanted: Wanted, found: InForce) -> bool:
     )
 
 
-def _may_stay(found: InForce, rules: Sequence[Rule]) -> bool:
-    """Whether a throttle without processes waits for those of a rule that has not changed."""
+def _without_processes(found: InForce, rules: Sequence[Rule]) -> list[Change]:
+    """Return what becomes of a throttle that limits nothing which its rule matches now."""
     target = found.record.spec.target
-    return target.by_rule and any(
-        one.name == target.rule and not one.each and dict(one.limits) == dict(found.limits)
-        for one in rules
-    )
+    rule = next((one for one in rules if one.name == target.rule and not one.each), None)
+    before = _limits(found)
+    if rule is not None and target.by_rule:
+        if before == dict(rule.limits):
+            return []  # it waits
+        if rule.waits:
+            return [Change("changed", rule.name, "no process yet", before, rule.limits)]
+    return [Change("removed", target.rule, found.target, before=found.limits)]
 
 
 def _change(wanted: Wanted, found: Optional[InForce]) -> Change:
@@ -145,9 +146,14 @@ def _change(wanted: Wanted, found: Optional[InForce]) -> Change:
     what = ", ".join(one.path for one in wanted.cgroups) or process.listed(wanted.pids)
     if found is None:
         return Change("new", rule.name, what, after=rule.limits)
-    before = {**found.limits, **found.paused}
+    before = _limits(found)
     kind = "same" if before == dict(rule.limits) else "changed"
     return Change(kind, rule.name, what, before, rule.limits)
+
+
+def _limits(found: InForce) -> dict[Direction, Optional[Rate]]:
+    """Return the limits of a throttle, those that are paused included."""
+    return {**found.limits, **found.paused}
 
 
 def _words(limits: Optional[Limits]) -> str:

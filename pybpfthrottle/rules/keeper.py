@@ -22,7 +22,7 @@ from typing import (
 from pybpfthrottle import networks, registry
 from pybpfthrottle.backends.protocol import Executions, Record
 from pybpfthrottle.backends.protocol import get as get_backend
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import Error, ThrottleError
 from pybpfthrottle.inforce import InForce, in_force
 from pybpfthrottle.linux import cgroup as cgroups
 from pybpfthrottle.linux import process
@@ -58,6 +58,9 @@ _PAUSE_WITHOUT_WORD_S = 1.0
 _IDLE_S = 10.0
 # A throttle that is there limits the next process of its names from its first packet on.
 _IDLE_WITH_NAMES_S = 600.0
+# How many throttles wait for the first process of their rules, and how many kinds of traffic these
+# have: each has programs of its own at the root, where the kernel attaches 64 at most.
+_MOST_WAITING, _MOST_KINDS_WAITING = 200, 8
 _OTHERS_LAST_S = 2.0
 # How long others have to wait at most while many throttles begin.
 _LONGEST_LOCK_S = 0.5
@@ -74,6 +77,11 @@ class Wanted:
     key: Key
     pids: tuple[int, ...] = ()
     cgroups: tuple[Cgroup, ...] = ()
+
+    @property
+    def is_for_later(self) -> bool:
+        """Whether nothing is to be limited yet."""
+        return not self.pids and not self.cgroups
 
     @property
     def target(self) -> Target:
@@ -177,8 +185,9 @@ class Held:
         self.network = _network(wanted.rule, throttle)
         self.idle_since_s = math.inf
         # Processes that begin to have one of them are limited before a rule decides.
-        self.expected = wanted.rule.criteria.process_names if wanted.target.by_rule else frozenset()
-        self.names = frozenset(map(as_kept, self.expected))
+        by_rule = wanted.target.by_rule
+        self._expected = wanted.rule.criteria.process_names if by_rule else frozenset()
+        self.names = frozenset(map(as_kept, self._expected))
 
     def refresh(self, wanted: Wanted) -> bool:
         """Have it limit what is wanted now; return False if that takes another throttle."""
@@ -200,6 +209,10 @@ class Held:
                 self.network.change(asked)
         self.wanted = wanted
         return True
+
+    def expect(self) -> bool:
+        """Have the kernel limit processes that begin to have its names; return if it does."""
+        return bool(self._expected) and self.throttle.expect(sorted(self._expected))
 
     def chores(self) -> list[Chore]:
         """Return what has to be done for it."""
@@ -238,8 +251,14 @@ class Keeper(Frequent):
         spared: Collection[int] = (),
         machine: Optional[Machine] = None,
         quotas: Optional[Quotas] = None,
+        *,
+        in_advance: bool = False,
     ) -> None:
-        """``say`` gets a line for people; ``spared`` are processes that no rule limits."""
+        """``say`` gets a line for people; ``spared`` are processes that no rule limits.
+
+        With ``in_advance`` throttles whose processes the kernel tells by their names are there
+        before the first process.
+        """
         self._wish = wish
         self._say = say
         self._spared = spared
@@ -254,6 +273,9 @@ class Keeper(Frequent):
         self.held: dict[tuple[str, Key], Held] = {}
         self._executions: Optional[Executions] = None
         self._said: set[str] = set()
+        self._in_advance = in_advance
+        # Rules whose throttles wait for processes.
+        self._waiting: frozenset[str] = frozenset()
         # Whether throttles have come, gone or changed since somebody asked.
         self._has_changed = False
         self._look_s = math.inf
@@ -299,6 +321,7 @@ class Keeper(Frequent):
         """Have the rules decide that are in force now."""
         self._now = self._in_force()
         self._book = Rulebook(self._now, self._spared)
+        self._waiting = _that_wait(self._book.rules) if self._in_advance else frozenset()
 
     def _in_force(self) -> list[Rule]:
         """Return the rules that are in force now, with their limits of now."""
@@ -320,7 +343,10 @@ class Keeper(Frequent):
         found = list(survey.wanted(families))
         surveyed_s = time.thread_time() - begin_s
         self._end_others(found)
-        self._hold_all(found)
+        self._hold_all([*found, *self._for_later(found)])
+        for held in self.held.values():
+            # Another throttle that has expected the same names may be gone.
+            held.expect()
         for note in survey.notes:
             self._say_once(note)
         least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
@@ -457,6 +483,16 @@ class Keeper(Frequent):
             if gone:
                 held.throttle.let_go(gone)
 
+    def _for_later(self, found: Iterable[Wanted]) -> list[Wanted]:
+        """Return what is wanted for the first processes of rules to come."""
+        busy = {one.rule.name for one in found}
+        held = {name: one.wanted.rule for (name, _), one in self.held.items()}
+        return [
+            Wanted(rule, "")
+            for rule in self._book.rules
+            if rule.name in self._waiting and rule.name not in busy and held.get(rule.name) != rule
+        ]
+
     def _hold_all(self, found: Iterable[Wanted]) -> None:
         """Limit all that is wanted; let others in between now and then."""
         pending = deque(found)
@@ -469,6 +505,8 @@ class Keeper(Frequent):
     def _hold(self, wanted: Wanted) -> None:
         """Limit what is wanted, by the throttle that is there or by a new one."""
         name, key = wanted.rule.name, wanted.key
+        if wanted.is_for_later and name not in self._waiting:
+            return  # the kernel has refused it for another rule
         self._has_changed = True
         try:
             held = self.held.get((name, key))
@@ -479,15 +517,22 @@ class Keeper(Frequent):
             throttle = start(self._spec(wanted), _wish_for(wanted.rule, wish))
             with ExitStack() as undo:
                 undo.callback(throttle.remove)
-                self.held[name, key] = Held(wanted, throttle)
+                held = self.held[name, key] = Held(wanted, throttle)
                 undo.pop_all()
             self._groups.join(wanted.rule, throttle)
             if wanted.target.by_rule:
                 throttle.follow(wanted.pids)
-                throttle.expect(sorted(self.held[name, key].expected))
+                if not held.expect() and wanted.is_for_later:
+                    raise ThrottleError("the kernel does not follow processes")
             for note in throttle.plan_notes:
                 self._say_once(f"{name}: {note}")
         except (Error, OSError) as error:
+            if wanted.is_for_later:
+                # Who comes is limited all the same, after it has started.
+                log.info("No throttle waits for processes of rule %s: %s", name, error)
+                self._waiting = frozenset()
+                self._end(name, key)
+                return
             if all(map(process.has_ended, wanted.pids or (0,))) and wanted.pids:
                 return  # it has ended meanwhile
             self._say_once(f"rule {name} is not in force for all that it matches: {error}")
@@ -542,7 +587,8 @@ class Keeper(Frequent):
         return self._take_change()
 
     def _is_idle(self, held: Held, now: float) -> bool:
-        if held.wanted.cgroups or held.throttle.processes():
+        waits = held.wanted.rule.name in self._waiting
+        if waits or held.wanted.cgroups or held.throttle.processes():
             held.idle_since_s = math.inf
             return False
         held.idle_since_s = min(held.idle_since_s, now)
@@ -584,7 +630,8 @@ class Keeper(Frequent):
         # One that was paused stays so.
         before = dataclasses.replace(rule, limits={**throttle.limits, **throttle.paused})
         cgroups_now = throttle.cgroups if throttle.selection is None else ()
-        self.held[rule.name, ""] = Held(Wanted(before, "", cgroups=cgroups_now), throttle)
+        held = self.held[rule.name, ""] = Held(Wanted(before, "", cgroups=cgroups_now), throttle)
+        held.expect()
 
     def _limited_by_others(self) -> frozenset[int]:
         """Return the processes that somebody limits by hand: that counts more than a rule."""
@@ -609,6 +656,14 @@ def in_force_now(rules: Iterable[Rule], machine: Machine) -> list[Rule]:
     now = datetime.now(timezone.utc)
     at = (rule.at(now, machine) if rule.changes_by_itself else rule for rule in rules)
     return [rule for rule in at if rule is not None]
+
+
+def _that_wait(rules: Iterable[Rule]) -> frozenset[str]:
+    """Return the names of rules whose throttles are to wait for processes."""
+    waiting = [(rule.name, _traffic(rule)) for rule in rules if rule.waits]
+    kinds = list(dict.fromkeys(traffic for _, traffic in waiting))[:_MOST_KINDS_WAITING]
+    chosen = [name for name, traffic in waiting if traffic in kinds]
+    return frozenset(chosen[:_MOST_WAITING])
 
 
 def _wish_for(rule: Rule, wish: Wish) -> Wish:

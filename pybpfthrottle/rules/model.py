@@ -199,6 +199,11 @@ class Rule:
         return self.quota.decide(lambda span: machine.used(self.name, span), now_s)
 
     @property
+    def waits(self) -> bool:
+        """Whether its throttle can wait for processes: the kernel tells them by their names."""
+        return bool(self.criteria.process_names) and not self.each and self.network is None
+
+    @property
     def means(self) -> tuple[Any, ...]:
         """What needs another throttle if it changes; a limit alone does not."""
         directions = tuple(sorted(self.limits))

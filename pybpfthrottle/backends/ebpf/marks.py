@@ -15,6 +15,7 @@ from functools import cache
 from typing import (
     Any,
     Callable,
+    Collection,
     ContextManager,
     Iterable,
     Iterator,
@@ -80,18 +81,19 @@ class Processes:
         flags = ThrottleProcessFlags.FOLLOW if follow else 0
         self._map[pid] = ThrottleProcess(flags=flags, slot=self.slot)
 
-    def expect(self, names: Iterable[str], *, follow: bool) -> None:
+    def expect(self, names: Iterable[str], *, follow: bool) -> bool:
         """Have the kernel add each process that begins to have such a name, as far as it keeps it.
 
-        Where it does not follow processes it does nothing. Names that another throttle expects
-        remain that one's.
+        Names that another throttle expects remain that one's. Returns False where the kernel does
+        not follow processes: then nothing is done.
         """
         if self._tracing is None:
-            return
+            return False
         flags = ThrottleProcessFlags.BY_NAME | (ThrottleProcessFlags.FOLLOW if follow else 0)
         for name in names:
             self._tracing.expect(name, ThrottleProcess(flags=flags, slot=self.slot))
             self._expects = True
+        return True
 
     def by_name(self, pids: Iterable[int]) -> list[int]:
         """Return those of some processes that the kernel has added, and nobody else since."""
@@ -164,6 +166,8 @@ class Marks(Frequent):
         self._all_followed = False
         # Those that were let go: whoever looks for children finds them below their parents.
         self._let_go: set[int] = set()
+        # Whether the last pass found no processes.
+        self._is_empty = False
         self._notes: dict[str, None] = {}
 
     def follow(self) -> None:
@@ -204,9 +208,12 @@ class Marks(Frequent):
         self._take_in(pids)
         self._mark_new()
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Have processes that begin to have such a name limited before anybody looks at them."""
-        self._processes.expect(names, follow=self._selection.children)
+    def expect(self, names: Iterable[str]) -> bool:
+        """Have processes that begin to have such a name limited before anybody looks at them.
+
+        Returns whether the kernel can.
+        """
+        return self._processes.expect(names, follow=self._selection.children)
 
     def by_name(self, pids: Iterable[int]) -> list[int]:
         """Return those of some processes that are limited for their names alone, as expected."""
@@ -282,11 +289,15 @@ class Marks(Frequent):
 
     def _pass(self) -> None:
         """Scan again: which processes have ended, which match now, and their sockets."""
-        for pid in self._processes.pids():
+        pids, matching = self._processes.pids(), list(self._selection.matching())
+        was_empty, self._is_empty = self._is_empty, not (pids or matching)
+        self._let_go = {pid for pid in self._let_go if not process.has_ended(pid)}
+        if was_empty and self._is_empty:
+            return  # it waits
+        for pid in pids:
             if process.has_ended(pid):
                 self._processes.discard(pid)
-        self._let_go = {pid for pid in self._let_go if not process.has_ended(pid)}
-        self._take_in(self._selection.matching())
+        self._take_in(matching)
         self._mark_new()
 
     def _take_in(self, pids: Iterable[int]) -> None:
@@ -391,8 +402,10 @@ class Marks(Frequent):
         if not self._suspects:
             self._inodes.clear()
 
-    def _sharing(self, pids: Iterable[int]) -> list[int]:
+    def _sharing(self, pids: Collection[int]) -> list[int]:
         """Return the processes that have a marked socket open and are not limited."""
+        if not pids:
+            return []
         found = []
         limited = set(self._processes.pids())
         for pid in pids:
@@ -480,10 +493,13 @@ class Tracing:
         """Have the kernel add each process that begins to have a name. The first to ask has it."""
         if self._names is None:
             return
+        key = _name_key(name)
         try:
-            self._names.elements.update(_name_key(name), bytes(expected), abi.BPF_NOEXIST)
+            self._names.elements.update(key, bytes(expected), abi.BPF_NOEXIST)
         except FileExistsError:
-            log.info("Another limit expects processes named %s", name)
+            known = self._names.get(key)
+            if known is not None and known.slot != expected.slot:
+                log.info("Another limit expects processes named %s", name)
         except OSError as error:
             log.info("Processes named %s are limited a moment after they start: %s", name, error)
 

@@ -310,7 +310,6 @@ class Sharing:
         self._owner = os.getpid()
         self._banks: list[Bank] = []
         self._alone = 0
-        self._made = 0
         self.refused = ""
 
     def join(self, order: Order) -> Optional[Seat]:
@@ -342,11 +341,11 @@ class Sharing:
             if seat is not None:
                 return seat
         try:
-            bank = Bank(min(_MOST, _FIRST * _GROWTH**self._made), terms)
+            before = sum(bank.terms == terms for bank in self._banks)
+            bank = Bank(min(_MOST, _FIRST * _GROWTH**before), terms)
         except (Error, OSError) as error:
             self.refuse(str(error))
             return None
-        self._made += 1
         self._banks.append(bank)
         return bank.take(order)
 
@@ -367,8 +366,6 @@ class Sharing:
                 self._alone -= 1
             elif bank.is_closed:
                 self._banks.remove(bank)
-            if not self._banks:
-                self._made = 0
 
 
 def _limited(order: Order) -> Iterator[tuple[Hashable, list[Hashable]]]:

@@ -339,10 +339,9 @@ class EbpfThrottle:
         self._followed.callback(marks.close)
         self._marks = marks
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Have the kernel limit processes that begin to have such a name, if it follows them."""
-        if self._marks is not None:
-            self._marks.expect(names)
+    def expect(self, names: Sequence[str]) -> bool:
+        """Have the kernel limit processes that begin to have such a name; return if it can."""
+        return self._marks is not None and self._marks.expect(names)
 
     def by_name(self, pids: Sequence[int]) -> list[int]:
         """Return those of some processes that are limited for their names alone, as expected."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import uuid
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
+from unittest.mock import Mock
 
 import pytest
 from by_backend import tool
@@ -24,15 +28,17 @@ from since import since
 from targets import eventually, target
 
 from pybpfthrottle import quota
+from pybpfthrottle.backends.ebpf.marks import Tracing
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions.network import Asked
 from pybpfthrottle.fleet import share as shares
 from pybpfthrottle.fleet.share import FleetShare
 from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import BLOCKED, Direction, Rate
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.rules import instance
+from pybpfthrottle.rules import keeper as keepers
 from pybpfthrottle.rules.groups import GroupRule, seated
 from pybpfthrottle.rules.keeper import Keeper
 from pybpfthrottle.rules.matching import below_mount
@@ -48,10 +54,10 @@ LIMITS = {Direction.DOWNLOAD: RATE}
 class Kept:
     """Rules that are kept in this process."""
 
-    def __init__(self, machine: Any = None) -> None:
+    def __init__(self, machine: Any = None, *, in_advance: bool = False) -> None:
         self.said: list[str] = []
         wish = Wish(options={"ebpf": Options()})
-        self.keeper = Keeper(wish, self.said.append, machine=machine)
+        self.keeper = Keeper(wish, self.said.append, machine=machine, in_advance=in_advance)
         self._driver = InThread(self.keeper.chores)
 
     def begin(self, *rules: Rule) -> None:
@@ -92,9 +98,9 @@ class Kept:
 
 
 @contextmanager
-def kept(*rules: Rule, machine: Any = None) -> Iterator[Kept]:
+def kept(*rules: Rule, machine: Any = None, in_advance: bool = False) -> Iterator[Kept]:
     """Rules in force."""
-    found = Kept(machine)
+    found = Kept(machine, in_advance=in_advance)
     try:
         found.begin(*rules)
         yield found
@@ -232,6 +238,141 @@ def test_who_has_an_expected_name_is_limited_from_its_start(sleep: str) -> None:
             eventually(lambda: found.processes("mine") == {one.pid, other.pid})
             eventually(lambda: not found.call(lambda: throttle.by_name([other.pid])))
             assert found.processes("mine") == {one.pid, other.pid}
+
+
+SENDER = """#!{python} -S
+import socket, sys
+from contextlib import suppress
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+    for _ in range({count}):
+        with suppress(PermissionError):
+            own.sendto(bytes(100), ("127.0.0.1", int(sys.argv[1])))
+"""
+SENT = 5
+
+
+@pytest.fixture
+def senders(tmp_path: Path) -> list[str]:
+    """Two programs that send at once, to the port that they are given."""
+    paths = [tmp_path / f"u{uuid.uuid4().hex[:12]}" for _ in range(2)]
+    for path in paths:
+        path.write_text(SENDER.format(python=sys.executable, count=SENT))
+        path.chmod(0o755)
+    return list(map(str, paths))
+
+
+def arrived(program: str, found: Optional[Kept] = None) -> int:
+    """How many datagrams of a program arrive, while the keeper looks at nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
+        here.bind(("127.0.0.1", 0))
+        here.setblocking(False)
+
+        def send() -> None:
+            subprocess.run([program, str(here.getsockname()[1])], check=True)
+
+        send() if found is None else found.call(send)
+        count = 0
+        with suppress(BlockingIOError):
+            while here.recv(1000):
+                count += 1
+    return count
+
+
+def silent(called: str, *programs: str) -> Rule:
+    """A rule for programs by their names, of which nothing arrives."""
+    names = tuple(map(os.path.basename, programs))
+    return Rule(called, Criteria(name=names), {Direction.UPLOAD: BLOCKED}, loopback=True)
+
+
+@since("5.8")
+def test_the_first_process_is_limited_from_its_first_packet(senders: list[str]) -> None:
+    """Its throttle is there before it, and follows the rules; nothing is left of it."""
+    first, second = senders
+    mine = silent("mine", first)
+    assert arrived(first) == SENT
+    with kept(mine, in_advance=True) as found:
+        throttle = found.keeper.held["mine", ""].throttle
+        assert arrived(first, found) == 0
+        assert arrived(second, found) == SENT
+        found.change(mine, silent("other", "nobody"))
+        assert found.keeper.held["mine", ""].throttle is throttle
+        assert arrived(first, found) == 0
+        found.change(silent("mine", second))
+        assert arrived(first, found) == SENT
+        assert arrived(second, found) == 0
+        found.change(dataclasses.replace(silent("mine", second), limits=LIMITS))
+        assert arrived(second, found) == SENT
+        found.change(silent("mine", second))
+        found.change()
+        assert arrived(second, found) == SENT
+        assert not found.keeper.held
+
+
+@since("5.8")
+def test_a_throttle_waits_however_long(senders: list[str], monkeypatch: Any) -> None:
+    """Also after a process of its rule; one that somebody removes comes back."""
+    monkeypatch.setattr(keepers, "_IDLE_WITH_NAMES_S", 0)
+    with kept(silent("mine", senders[0]), in_advance=True) as found:
+        throttle = found.keeper.held["mine", ""].throttle
+        for _ in range(2):
+            assert arrived(senders[0], found) == 0
+            found.call(found.keeper._tick)
+        assert found.keeper.held["mine", ""].throttle is throttle
+        tool("remove", throttle.id)
+        eventually(
+            lambda: found.keeper.held and found.keeper.held["mine", ""].throttle is not throttle
+        )
+        eventually(lambda: arrived(senders[0], found) == 0)
+
+
+@since("5.8")
+def test_a_name_goes_on_to_the_other_rule_for_it(senders: list[str]) -> None:
+    """The kernel has one throttle for a name: when that one ends, another gets it."""
+    one, both = silent("one", senders[0]), silent("both", *senders)
+    with kept(one, both, in_advance=True) as found:
+        assert arrived(senders[0], found) == 0
+        found.change(both)
+        assert arrived(senders[0], found) == 0
+
+
+@since("5.8")
+def test_nothing_waits_while_a_rule_is_not_in_force(senders: list[str]) -> None:
+    """Circumstances end its throttle, and bring it back."""
+    machine = Battery()
+    mine = dataclasses.replace(silent("mine", senders[0]), when=Condition(on_battery=True))
+    with kept(mine, machine=machine, in_advance=True) as found:
+        assert arrived(senders[0], found) == SENT
+        machine.on = True
+        eventually(lambda: found.keeper.held)
+        assert arrived(senders[0], found) == 0
+        machine.on = False
+        eventually(lambda: not found.keeper.held)
+        assert arrived(senders[0], found) == SENT
+
+
+@since("5.8")
+def test_only_names_are_waited_for_and_not_too_many(monkeypatch: Any) -> None:
+    """Others are known when they start; throttles cost memory, and kinds of traffic programs."""
+    monkeypatch.setattr(keepers, "_MOST_WAITING", 4)
+    monkeypatch.setattr(keepers, "_MOST_KINDS_WAITING", 2)
+    each = dataclasses.replace(silent("each", "nobody-e"), each=True)
+    pattern, place = rule("pattern", name="nobody-*"), rule("place", cgroup="/nobody")
+    kinds = [
+        dataclasses.replace(silent(f"kind {n}", f"nobody-{n}"), to=(f"192.0.2.{n}",))
+        for n in range(3)
+    ]
+    many = [dataclasses.replace(silent(f"many {n}", f"many-{n}"), to=kinds[0].to) for n in range(4)]
+    with kept(each, pattern, place, *kinds, *many, in_advance=True) as found:
+        assert {name for name, _ in found.keeper.held} == {"kind 0", "kind 1", "many 0", "many 1"}
+
+
+def test_nothing_waits_where_the_kernel_does_not_follow(monkeypatch: Any) -> None:
+    """A throttle would be of no use there; rules are in force all the same."""
+    refused = OSError(errno.EPERM, "refused")
+    monkeypatch.setattr(Tracing, "begin", Mock(side_effect=refused))
+    with kept(silent("mine", "nobody"), in_advance=True) as found:
+        assert not found.keeper.held
+        assert not any("not in force" in line for line in found.said)
 
 
 @since("5.8")
@@ -558,6 +699,88 @@ def test_the_daemon_keeps_the_rules(rules: Path, sleep: str) -> None:
                 assert not throttles(MINE)
         finally:
             keeper.kill()
+
+
+@contextmanager
+def daemon(rules: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The daemon, which has put rules in force."""
+    with subprocess.Popen([*TOOL, "daemon", str(rules)], env=ENVIRONMENT) as keeper:
+        try:
+
+            def has_looked() -> bool:
+                now = instance.current()
+                return now is not None and now.owner.pid == keeper.pid and now.looked > 0
+
+            eventually(has_looked, within_s=60)
+            yield keeper
+        finally:
+            keeper.terminate()
+
+
+@contextmanager
+def stopped(keeper: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A daemon that does nothing for a moment."""
+    keeper.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        keeper.send_signal(signal.SIGCONT)
+
+
+@alone
+@since("5.8")
+def test_throttles_of_the_daemon_wait(rules: Path, senders: list[str]) -> None:
+    """It is told that they limit nothing yet; they stay with the kernel, and are taken over."""
+    name = os.path.basename(senders[0])
+    match = f'match = {{ name = "{name}" }}\nloopback = true\n'
+    rules.write_text(f'[[rule]]\nname = "{MINE}"\n{match}block = "upload"\n')
+    with daemon(rules) as keeper:
+        (waiting,) = throttles(MINE)
+        assert waiting["waits"]
+        assert f"by rule {MINE} (waits)" in tool("list").stdout
+        assert "none yet: it waits" in tool("show", waiting["id"]).stdout
+        assert "Nothing limits it now." in tool("explain", str(os.getpid()), str(rules)).stdout
+        assert "The machine matches the rules." in tool("apply", "-n", str(rules)).stdout
+        with stopped(keeper):
+            assert arrived(senders[0]) == 0
+        keeper.kill()
+        keeper.wait()
+        assert arrived(senders[0]) == 0
+    with daemon(rules) as keeper:
+        assert [one["id"] for one in throttles(MINE)] == [waiting["id"]]
+        with stopped(keeper):
+            assert arrived(senders[0]) == 0
+        rules.write_text(rules.read_text().replace('block = "upload"', 'upload = "1M"'))
+        diff = tool("apply", "--diff", str(rules)).stdout
+        assert f"~ {MINE}: no process yet: upload blocked -> upload 1.0 MB/s" in diff
+        assert throttles(MINE)[0]["limits"]["upload"] == 1024**2
+    assert arrived(senders[0]) == SENT
+
+
+@alone
+@since("5.8")
+def test_the_daemon_needs_little_memory(tmp_path: Path) -> None:
+    """With 50 rules whose throttles wait, and 2,000 processes, less than 40 MB."""
+    path = tmp_path / "rules.toml"
+    names = [f"m{uuid.uuid4().hex[:12]}" for _ in range(50)]
+    limits = 'upload = "500K"\ndownload = "1M"\n'
+    path.write_text(
+        "".join(
+            f'[[rule]]\nname = "{name}"\nmatch = {{ name = "{name}" }}\n{limits}' for name in names
+        )
+    )
+    fork = "import os, signal\nfor _ in range(2000):\n    os.fork() or signal.pause()\nprint()\n"
+    many = [sys.executable, "-S", "-c", fork + "signal.pause()"]
+    with subprocess.Popen(many, stdout=subprocess.PIPE, start_new_session=True) as crowd:
+        try:
+            assert crowd.stdout
+            crowd.stdout.readline()
+            with daemon(path) as keeper:
+                assert len(throttles(names[0])) == len(throttles(names[-1])) == 1
+                status = Path(f"/proc/{keeper.pid}/status").read_text()
+                assert int(status.partition("VmRSS:")[2].split()[0]) < 40 * 1024
+        finally:
+            os.killpg(crowd.pid, signal.SIGKILL)
 
 
 @alone

@@ -230,3 +230,12 @@ def test_what_the_kernel_refuses_is_not_shared(
         assert sharing.refused == "no"
         send_from(cgroups[2])
         assert packets(throttles[2]) == 10
+
+
+def test_other_networks_do_not_make_programs_larger(scratch: Cgroup) -> None:
+    """The room that is allocated grows with the throttles that share it, and with no others."""
+    with children(scratch, 4) as cgroups, limited(cgroups[0]), ExitStack() as stack:
+        for number, each in enumerate(cgroups[1:]):
+            local = Traffic(loopback=True, to=(f"192.0.2.{number}",))
+            stack.enter_context(limited(each, traffic=local))
+        assert [bank.slots for bank in shared.sharing._banks] == [shared._FIRST] * 3
