@@ -243,8 +243,9 @@ class Supervisor:
         if self._wake_read in ready:
             self._answer()
             self._ask()
+        now = time.monotonic()
         for chore, sources in list(self._chores.values()):
-            if chore.fileno() in ready or time.monotonic() >= chore.due_s:
+            if now >= chore.due_s or (ready and chore.fileno() in ready):
                 try:
                     _do(chore, any(source.strict for source in sources))
                 finally:

@@ -45,6 +45,7 @@ log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
+_WAITING_PERIOD_S = 8.0
 _REPORTER = "pybpft_exec"
 # As long as the kernel keeps it, with the byte that ends it.
 _NAME_BYTES = 16
@@ -245,8 +246,11 @@ class Marks(Frequent):
             return
         self.due_s = time.monotonic() + PERIOD_S
         self._pass()
+        # Whoever chooses by a rule tells when there is a process.
+        waits = self._is_empty and not self._selection.matches_some
+        period_s = _WAITING_PERIOD_S if waits else PERIOD_S
         # A pass that had to wait for the CPU does not delay the next one.
-        self.due_s = LOOKS.next_due_s(self, time.thread_time() - begin_s, PERIOD_S)
+        self.due_s = LOOKS.next_due_s(self, time.thread_time() - begin_s, period_s)
         self._look_for_sharing()
 
     def pids(self) -> list[int]:
@@ -305,6 +309,8 @@ class Marks(Frequent):
         pids, known = set(pids), set(self._processes.pids())
         self._let_go -= pids
         new = (pids - known) | set(self._processes.by_name(pids & known))
+        if new:
+            self.due_s = min(self.due_s, time.monotonic() + PERIOD_S)
         parents = new if self._all_followed else known | new
         while new or parents:
             for pid in new:
