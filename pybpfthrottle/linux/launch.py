@@ -125,12 +125,19 @@ def _child(
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         status = NOT_FOUND if missing else NOT_EXECUTABLE
-        reason = "command not found" if missing else error.strerror
+        reason = _why_missing(argv[0]) if missing else error.strerror
         os.write(report, f"{status} {argv[0] or repr('')}: {reason}".encode("utf-8", "replace"))
     except Exception as error:
         os.write(report, f"{_OURS} {argv[0]!r}: {error}".encode("utf-8", "replace"))
     finally:
         os._exit(_OURS)
+
+
+def _why_missing(name: str) -> str:
+    """Tell a missing command from a script, or an ELF file, whose interpreter is missing."""
+    directories = [""] if "/" in name else os.get_exec_path()
+    there = name and any(os.path.isfile(os.path.join(where, name)) for where in directories)
+    return "its interpreter was not found" if there else "command not found"
 
 
 def _restore_signals() -> None:

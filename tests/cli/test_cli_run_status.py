@@ -31,6 +31,17 @@ def test_a_command_that_is_not_found_is_127(tool, command):
     assert result.complaint == f"pybpfthrottle: {command or repr('')}: command not found"
 
 
+@pytest.mark.parametrize("name", ["without", "./without"])
+def test_a_command_whose_interpreter_is_missing_is_told_so(tool, tmp_path, name):
+    """It is there: that it was not found would lead the user astray."""
+    (tmp_path / "without").write_text("#!/no/such/interpreter\n")
+    (tmp_path / "without").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = tool.run(*LIMIT, "--", name, environment={"PATH": path})
+    assert result.status == 127
+    assert result.complaint == f"pybpfthrottle: {name}: its interpreter was not found"
+
+
 def test_a_command_without_the_x_bit_is_126(tool, tmp_path):
     """A file that may not be executed gives 126 and one line."""
     (tmp_path / "script").write_text("#!/bin/sh\n")
