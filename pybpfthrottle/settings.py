@@ -9,7 +9,7 @@ import stat
 from contextlib import suppress
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import SettingsError
@@ -222,13 +222,23 @@ def _refuse_untrusted(path: str, status: os.stat_result) -> None:
         raise SettingsError(f"{path} is writable by other users: chmod go-w {path}")
 
 
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Say that a file has a key that is not known, which are, and which may have been meant."""
+    import difflib
+
+    known = list(known)
+    meant = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {meant[0]}? " if meant else ""
+    return f"unknown key {key} ({hint}known: {', '.join(known)})"
+
+
 def _parse(path: str, text: str) -> dict[str, Any]:
     """Return a file's dotted keys. Raises SettingsError with file, line and what is allowed."""
     flat = dict(_flatten(parse_toml(path, text), ""))
     for key, value in flat.items():
         where = f"{path}, line {_line_of(text, key)}"
         if key not in _ALLOWED:
-            raise SettingsError(f"{where}: unknown key {key} (known: {', '.join(_ALLOWED)})")
+            raise SettingsError(f"{where}: {unknown_key(key, _ALLOWED)}")
         if not _is_allowed(key, value):
             raise SettingsError(f"{where}: {key} is {value!r}; it must be {_ALLOWED[key]}")
     return flat

@@ -159,7 +159,7 @@ def _criteria(value: Any) -> Criteria:
     given = {}
     for kind, values in value.items():
         if kind not in KINDS:
-            raise _MistakeError(f"unknown key {kind} (known: {', '.join(KINDS)})")
+            raise _MistakeError(settings.unknown_key(kind, KINDS))
         try:
             given[kind] = _texts(values)
         except _MistakeError as mistake:
@@ -292,7 +292,7 @@ class _File:
         for key in self._tree:
             if key not in ("rule", "group"):
                 line = self._line(rf"\[*\s*{re.escape(key)}\b")
-                self._add(line, _unknown(key, ["rule", "group"]))
+                self._add(line, settings.unknown_key(key, ["rule", "group"]))
         tables = self._tree.get("rule", [])
         if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
             self._add(self._line(r"\[?\s*rule\b"), "write [[rule]] above each rule")
@@ -351,7 +351,7 @@ class _File:
         for key, value in table.items():
             line = self._line(rf"(\[+\s*rule\s*\.\s*)?[\"']?{re.escape(key)}\b", after=start)
             if key not in keys:
-                self._add(line, _unknown(key, list(keys)))
+                self._add(line, settings.unknown_key(key, keys))
                 continue
             try:
                 given[key] = keys[key](value)
@@ -453,7 +453,3 @@ def _limits_something(given: Mapping[str, Any]) -> bool:
 def _shown(value: Any) -> str:
     text = _PASSWORD.sub("//...@", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    return f"unknown key {key} (known: {', '.join(known)})"

@@ -142,12 +142,12 @@ def test_the_users_file_is_found_by_xdg():
     ("text", "said"),
     [
         ("[bpf\n", "is not valid TOML"),
-        ('[bpf]\n\nattach_methd = "link"\n', "line 3: unknown key bpf.attach_methd"),
+        ('[bpf]\n\nattach_methd = "link"\n', "line 3: unknown key bpf.attach_methd (did you mean"),
         ('# x\n[bpf]\nattach_method = "modern"\n', 'line 3: bpf.attach_method is \'modern\''),
         ("bpf.upload.attach_method = 3\n", "bpf.upload.attach_method is 3; it must be one of"),
         ('[bpf]\nfallback_errnos = ["EINVAL", "EWHAT"]\n', "line 2: bpf.fallback_errnos"),
         ('[bpf]\nfallback_errnos = "EINVAL"\n', "a list of error names"),
-        ('[tc]\nx = 1\n', "line 2: unknown key tc.x"),
+        ('[tc]\nx = 1\n', "line 2: unknown key tc.x (known: "),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_file_names_file_and_line(config, text, said):
