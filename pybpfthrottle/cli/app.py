@@ -1250,17 +1250,26 @@ def main(argv: Optional[list[str]] = None) -> NoReturn:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     status = _status(argv)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:  # it was closed
-                stream.flush()
-        except OSError as error:
-            # Otherwise Python would fail again at exit, with status 120.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if not isinstance(error, BrokenPipeError):
-                say(f"error: cannot write: {error.strerror}")
-            status = status or 1
+    error = _flush(sys.stdout)
+    if error is not None and not status:  # what failed before has said why
+        if not isinstance(error, BrokenPipeError):
+            say(f"error: cannot write: {error.strerror}")
+        status = 1
+    _flush(sys.stderr)  # what fails has a status already, and that of a command is its own
     sys.exit(status)
+
+
+def _flush(stream: Optional[TextIO]) -> Optional[OSError]:
+    """Write what is left; return why that failed, or None."""
+    if stream is None:  # it was closed
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        # Otherwise Python would fail again at exit, with status 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
 
 
 def _status(argv: Optional[list[str]]) -> int:
@@ -1272,7 +1281,9 @@ def _status(argv: Optional[list[str]]) -> int:
         return 128 + signal.SIGINT
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption):
-            error.message = _where_it_belongs(error) or error.message
+            where = _where_it_belongs(error)
+            if where:
+                error.message, error.possibilities = where, None
         with suppress(OSError):
             show_error(error)
         return int(error.exit_code)

@@ -15,7 +15,7 @@ from pybpfthrottle.cli import background, tables
 from pybpfthrottle.cli.accounts import Accounts, StoreWhenNeeded
 from pybpfthrottle.cli.background import Background
 from pybpfthrottle.cli.options import wish_by_settings
-from pybpfthrottle.cli.say import echo, say
+from pybpfthrottle.cli.say import echo, say, why
 from pybpfthrottle.errors import Error, RulesError, ThrottleError
 from pybpfthrottle.inforce import Cover
 from pybpfthrottle.linux import login, process
@@ -228,6 +228,8 @@ def explain(pid: int, given: Sequence[str], *, as_json: bool) -> int:
     sources = Sources.of(given)
     told = _Explained(sources.read().rules, pid)
     if as_json:
+        if told.unseen:
+            say(f"what limits it now cannot be seen: {told.unseen}")
         tables.show_json({"schema": SCHEMA, **told.to_json()})
     else:
         for line in told.lines():
@@ -254,11 +256,12 @@ class _Explained:
             if rule.name not in names and Matcher(rule.criteria).matches(facts)
         ]
         self._limits = []
+        self.unseen = ""
         try:
             cgroup = facts.cgroup
             self._limits = Cover.now().of(pid, "" if cgroup is None else cgroup.path)
         except (Error, OSError) as error:
-            say(f"what limits it now may not be seen: {error}")
+            self.unseen = why(error)
 
     def _decided(self, pid: int) -> Any:
         """Return the process that a rule matches, it or who has started it, and the decision."""
@@ -296,7 +299,11 @@ class _Explained:
         for one in self._limits:
             limits = ", ".join(f"{way} {one.limit(way)}" for way in sorted(one.limits))
             found.append(f"Limited now by {one.id} ({one.target}): {limits}")
-        return found if self._limits else [*found, "Nothing limits it now."]
+        if self.unseen:
+            found.append(f"What limits it now cannot be seen: {self.unseen}")
+        elif not self._limits:
+            found.append("Nothing limits it now.")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return it for JSON."""

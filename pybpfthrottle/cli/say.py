@@ -59,7 +59,16 @@ def say_error(error: Exception) -> None:
     while cause is not None and getattr(cause, "errno", None) != EMFILE:
         cause = cause.__cause__ or cause.__context__
     remedy = "" if cause is None else "; allow this process more of them: ulimit -n 1024"
-    say(f"error: {error}{remedy}")
+    say(f"error: {why(error)}{remedy}")
+
+
+def why(error: Exception) -> str:
+    """Return an error's text; where bpf(2) refused something, what is behind that."""
+    if not (isinstance(error, OSError) and str(error.filename).startswith("BPF_")):
+        return str(error)
+    from pybpfthrottle.backends.ebpf import privileges
+
+    return privileges.why_refused(error, str(error.filename))
 
 
 def show_error(error: click.ClickException) -> None:
@@ -67,6 +76,10 @@ def show_error(error: click.ClickException) -> None:
     # Only click's list of choices has newlines, never the user's input.
     if isinstance(error, click.MissingParameter):
         error.show()
+        return
+    # A group of commands without one of them: its help. click before 8.2 prints that itself.
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        echo_lines(error.format_message(), err=True)
         return
     message = printable(error.format_message())
     if isinstance(error, click.UsageError):

@@ -8,6 +8,8 @@ from typing import Any, Sequence
 from pybpfthrottle.cli.say import echo, echo_json
 from pybpfthrottle.model import printable
 
+_WIDEST = 60  # characters; with the other columns of a list about 120
+
 
 def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     """Print rows of text in columns as wide as necessary."""
@@ -16,6 +18,11 @@ def show(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths))
         echo((indent + "  ".join(cells)).rstrip())
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that would make its column too wide."""
+    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
 
 
 def show_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.cli import tables
-from pybpfthrottle.cli.say import echo
+from pybpfthrottle.cli.say import echo, why
 from pybpfthrottle.errors import ProcessError, ThrottleError
 from pybpfthrottle.inforce import InForce, in_force, limit, owner
 from pybpfthrottle.linux import clock, process
@@ -52,13 +52,7 @@ def _all(find: Callable[[], list[Record]]) -> list[Record]:
     try:
         return find()
     except OSError as error:
-        raise ThrottleError(f"cannot list the throttles of this machine: {_why(error)}") from error
-
-
-def _why(error: OSError) -> str:
-    from pybpfthrottle.backends.ebpf import privileges
-
-    return privileges.why_refused(error, str(error.filename or "the query"))
+        raise ThrottleError(f"cannot list the throttles of this machine: {why(error)}") from error
 
 
 def show_all(*, as_json: bool) -> None:
@@ -146,7 +140,7 @@ def _row(one: InForce, owner: str) -> tuple[str, ...]:
     return (
         record.id,
         record.spec.name,
-        f"{one.target} (waits)" if one.waits else one.target,
+        tables.shortened(one.target) + (" (waits)" if one.waits else ""),
         *(one.limit(direction) if direction in one.limits else "" for direction in Direction),
         owner,
     )

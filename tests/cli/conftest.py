@@ -175,7 +175,7 @@ class Tool:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith((*_OWN_VARIABLES, "COLUMNS", "LINES"))
+            if not name.startswith((*_OWN_VARIABLES, "COLUMNS", "LINES", "PYTHONUNBUFFERED"))
         }
         return {**kept, "TERM": "xterm", **changes, "PYTHONPATH": self.path}
 

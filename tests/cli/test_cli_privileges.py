@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -53,6 +54,26 @@ def test_the_demo_of_a_user_is_one_line(tool, anybody):
     result = tool.run("demo", "--seconds", "2", prefix=[*own_loopback, *anybody])
     assert result.status == 1
     assert "root" in result.complaint
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("apply", "--dry-run"), ("supervise",)], ids=" ".join
+)
+def test_throttles_cannot_be_found_by_a_user(tool, anybody, arguments):
+    """Which capabilities are missing, and what to do, instead of an errno."""
+    result = tool.run(*arguments, prefix=anybody)
+    assert result.status == 1
+    assert "BPF_MAP_GET_NEXT_ID gives EPERM: this process lacks CAP_BPF" in result.complaint
+    assert "root" in result.complaint
+
+
+def test_explain_does_not_claim_what_a_user_cannot_see(tool, anybody):
+    """That nothing limits a process would be a guess."""
+    result = tool.run("explain", str(os.getpid()), prefix=anybody)
+    assert (result.status, result.err) == (0, "")
+    assert "What limits it now cannot be seen: " in result.text
+    assert "this process lacks CAP_BPF" in result.text
+    assert "Nothing limits it now" not in result.text
 
 
 @pytest.mark.parametrize("arguments", [("top", "--once"), ("top", "--plain"), ("monitor",)])

@@ -92,6 +92,12 @@ def test_a_full_disk_is_a_failure(tool, scratch, arguments):
     assert "No space left on device" in told[0]
 
 
+def test_a_command_keeps_its_status_where_nothing_can_be_said(tool):
+    """What run says is lost; what the command did is not."""
+    with open("/dev/full", "w") as full:
+        assert tool.run("run", *LIMIT, "--", "true", stderr=full).status == 0
+
+
 def test_a_full_disk_does_not_fail_the_command_that_is_run(tool):
     """Its status is its own; the failure is said."""
     result = tool.run("run", *LIMIT, "-q", "--json-file", "/dev/full", "--", "sh", "-c", "exit 3")
