@@ -172,6 +172,8 @@ def effective_user(pid: int) -> int:
 
 def select(target: Target) -> Selection:
     """Return the processes of a target. Raises ProcessError for what does not exist."""
+    if not all(target.names):
+        raise ProcessError("the process name is empty")
     return Selection(
         tuple(Process(pid) for pid in dict.fromkeys(target.pids)),
         frozenset(target.names),

@@ -275,6 +275,8 @@ class _Command:
                 self._shown.remove((throttle, watch))
 
     def _end(self, watch: Watch, reason: str) -> None:
+        if reason == "removed":
+            watch.note("The limit was removed.")
         watch.end(reason=reason)
         self.failed |= watch.failed()
         self.refuted |= watch.refuted

@@ -83,6 +83,22 @@ def test_a_direction_without_a_limit_is_null(tool, scratch):
     tool.finish(process)
 
 
+def test_a_long_command_does_not_make_the_list_wide(tool):
+    """It is shortened there; show and JSON have all of it."""
+    script = "echo r; exec sleep 30 #" + "x" * 500
+    process = tool.start(
+        *("run", "--download-limit", "1M", "--label", "long", "--", "sh", "-c", script), stdout=PIPE
+    )
+    assert process.stdout.readline() == b"r\n"
+    [row] = [line for line in tool.run("list").text.splitlines() if str(process.pid) in line]
+    assert "the command sh -c echo r; exec sleep 30 #xxx" in row
+    assert "xxx...  1.0 MB/s" in row
+    assert len(row) < 200
+    assert script in tool.run("show", "--pid", str(process.pid)).text
+    process.send_signal(signal.SIGTERM)
+    tool.finish(process)
+
+
 @pytest.mark.parametrize("way", ["id", "label", "cgroup", "owner"])
 def test_a_throttle_is_shown_however_it_is_chosen(tool, limiting, way):
     """By id, name, cgroup, or the process that keeps it."""
@@ -146,6 +162,7 @@ def test_a_throttle_is_removed_from_another_terminal(tool, limiting, attached):
     told = events(process)
     assert process.wait(10) == 0
     assert (told[-1]["event"], told[-1]["reason"]) == ("end", "removed")
+    assert (told[-2]["event"], told[-2]["text"]) == ("note", "The limit was removed.")
 
 
 def test_removing_the_limit_of_a_command_leaves_the_command(tool, attached):

@@ -157,6 +157,25 @@ def test_nothing_at_all_shows_the_help(tool):
     assert result.err.startswith("Usage: pybpfthrottle ")
 
 
+@pytest.mark.parametrize(
+    "group", [("config",), ("cgroup",), ("bpf",), ("bpf", "prog")], ids=" ".join
+)
+def test_a_group_of_commands_without_one_shows_its_help(tool, group):
+    """As lines, on standard error where click has it as an error."""
+    result = tool.run(*group)
+    told = result.err if result.status else result.text
+    assert told.startswith(f"Usage: pybpfthrottle {' '.join(group)} [OPTIONS] COMMAND")
+    assert "\nCommands:\n" in told
+    assert "Error" not in told
+
+
+def test_an_empty_name_is_refused(tool):
+    """No process has it; a shell makes it of a variable that is not set."""
+    result = tool.run("--name", "", "--download-limit", "1M")
+    assert result.status == 1
+    assert result.complaint == "pybpfthrottle: error: the process name is empty"
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("run", "--help"), ("demo", "-h")])
 def test_help_is_no_error(tool, arguments):
     """--help prints to standard output and leaves with 0."""
@@ -329,7 +348,9 @@ def test_a_process_id_that_is_missing_is_said(tool, pid, said, command):
 )
 def test_an_option_of_another_command_says_where_it_goes(tool, arguments, said):
     """Of the bare command behind run, and of run in front of it."""
-    assert said in tool.run(*arguments).usage_error
+    told = tool.run(*arguments).usage_error
+    assert said in told
+    assert "Did you mean" not in told
 
 
 def test_behind_two_hyphens_nothing_is_ours(tool):
