@@ -141,7 +141,10 @@ class ShareError(ThrottleError):
 
 
 class LaunchError(Error):
-    """A command that could not be started. ``status`` is the exit status, as in shells."""
+    """A command that could not be started. ``status`` is the exit status, as in shells.
+
+    It has no message if a signal, such as that of Ctrl-C, came before the command was started.
+    """
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)

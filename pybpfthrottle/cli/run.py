@@ -56,7 +56,8 @@ def run(
         _refuse_netns_without_a_network(request, netns=netns)
         return _run(request, command, user, wait, _outputs(request, json_file), netns=netns)
     except LaunchError as error:
-        say(str(error))
+        if str(error):
+            say(str(error))
         return error.status
     except Error as error:
         say_error(error)
@@ -93,7 +94,11 @@ def _run(
             Thread(target=_prepare).start()
         spec = request.spec(Target(command=tuple(argv)))
         wish = Wish(backends=request.backends, options=request.options)
-        live, own = throttle.start_command(command.pid, spec, wish)
+        try:
+            live, own = throttle.start_command(command.pid, spec, wish)
+        except Error:
+            command.check_waits()  # Ctrl-C may be the reason
+            raise
         stack.callback(_end, live, own, netns=netns)
         # A child that was not let go is in the cgroup still: it must end first.
         stack.callback(command.abandon)

@@ -76,7 +76,10 @@ class Command:
 
     def let_go(self) -> None:
         """Execute the command. Raises LaunchError if that fails; then the child is gone."""
-        os.write(self._go, b"g")
+        try:
+            os.write(self._go, b"g")
+        except BrokenPipeError:
+            self._ended_by_signal(os.waitpid(self.pid, 0)[1])
         os.close(self._go)
         self._go = -1
         report = b""
@@ -89,14 +92,23 @@ class Command:
             status, _, message = report.decode("utf-8", "replace").partition(" ")
             raise LaunchError(message, status=int(status))
 
+    def check_waits(self) -> None:
+        """Raise LaunchError, without a message, if a signal has ended the child that waits."""
+        pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self._ended_by_signal(wait_status)
+
+    def _ended_by_signal(self, wait_status: int) -> NoReturn:
+        # Such as Ctrl-C, which this process leaves to the command.
+        os.close(self._go)
+        os.close(self._report)
+        self._go = self._report = -1
+        raise LaunchError("", status=_exit_status(wait_status))
+
     def poll(self) -> Optional[int]:
         """Return the command's exit status (128 + N for signal N); None while it runs."""
         pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return None
-        if os.WIFSIGNALED(wait_status):
-            return 128 + os.WTERMSIG(wait_status)
-        return os.WEXITSTATUS(wait_status)
+        return _exit_status(wait_status) if pid else None
 
     def abandon(self) -> None:
         """End the child without executing the command."""
@@ -105,6 +117,12 @@ class Command:
             os.close(self._report)
             self._go = self._report = -1
             os.waitpid(self.pid, 0)
+
+
+def _exit_status(wait_status: int) -> int:
+    if os.WIFSIGNALED(wait_status):
+        return 128 + os.WTERMSIG(wait_status)
+    return os.WEXITSTATUS(wait_status)
 
 
 def _child(
@@ -120,6 +138,8 @@ def _child(
         if not argv[0]:
             raise FileNotFoundError(errno.ENOENT, "")
         os.execvp(argv[0], argv)
+    except KeyboardInterrupt:  # before its signals were restored
+        os._exit(128 + signal.SIGINT)
     except LaunchError as error:
         os.write(report, f"{error.status} {error}".encode())
     except OSError as error:

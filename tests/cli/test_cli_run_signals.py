@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+from pybpfthrottle.errors import LaunchError
 from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import process
+from pybpfthrottle.linux.launch import Command
 
 LIMIT = ("run", "-q", "--download-limit", "1M")
 LOOP = "echo ready; while :; do sleep 0.05; done"
@@ -34,6 +38,12 @@ def session_of(pid):
         if int(session) == pid and state != "Z":
             found.append(int(name))
     return found
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
 
 
 PASSED_ON = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
@@ -65,6 +75,32 @@ def test_a_command_that_handles_a_signal_goes_on_with_its_limit(tool, eventually
     assert attached(cgroup)
     process.send_signal(signal.SIGTERM)
     assert tool.finish(process).status == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("after_s", [0, 0.02, 0.05, 0.1, 0.2])
+def test_an_interrupt_before_the_command_starts_is_130(tool, eventually, after_s):
+    """Ctrl-C ends the child that waits for the limit; that is no failure of ours."""
+    process = tool.start(*LIMIT, "--", "sleep", "30", start_new_session=True)
+    eventually(lambda: len(session_of(process.pid)) > 1)
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    result = tool.finish(process)
+    assert (result.status, result.err) == (130, "")
+
+
+@pytest.mark.parametrize("way", ["let_go", "check_waits"])
+def test_a_child_that_was_interrupted_has_its_status(eventually, way):
+    """Whichever notices first: there is no message, and nothing is left to wait for."""
+    command = Command(["true"])
+    eventually(lambda: not catches(command.pid, signal.SIGINT))
+    os.kill(command.pid, signal.SIGINT)
+    eventually(lambda: process.has_ended(command.pid))
+    with pytest.raises(LaunchError) as raised:
+        getattr(command, way)()
+    command.abandon()
+    assert (str(raised.value), raised.value.status) == ("", 130)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(command.pid, 0)
 
 
 def test_an_interrupt_by_kill_is_not_passed_on(tool, tmp_path):
