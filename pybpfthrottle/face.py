@@ -96,7 +96,7 @@ def target_from(
 ) -> Target:
     """Return the target that is given as for ``limit``. Raises ThrottleError if there is none."""
     target = Target(
-        pids=_some(pid),
+        pids=tuple(map(_process_id, _some(pid))),
         names=_some(name),
         executables=tuple(map(os.fspath, _some(exe))),
         users=tuple(map(str, _some(user))),
@@ -167,6 +167,12 @@ def group(
     if supervise:
         made.supervise()
     return made
+
+
+def _process_id(given: Any) -> int:
+    if not isinstance(given, int):
+        raise ThrottleError(f"a process id is a number, such as 1234, but not {given!r}")
+    return given
 
 
 def _some(given: Some[Any]) -> tuple[Any, ...]:

@@ -100,6 +100,7 @@ class Throttle:
         self._undo = undo
         self._own = own
         self._driver: Optional[Driver] = None
+        self._removed = False
         self._goes_on: Callable[[], bool] = lambda: not self.vanished()
         self._end = "exited" if selection is not None else "vanished"
         # What is done instead of what was requested, a line each; ``notes`` has them too.
@@ -117,7 +118,8 @@ class Throttle:
         return {direction: part.limits[direction] for direction, part in self._parts.items()}
 
     def counters(self) -> dict[Direction, Counters]:
-        """Return what each direction counted since the throttle was made."""
+        """Return what each direction counted since the throttle was made. Raises ThrottleError."""
+        self._refuse_if_removed()
 
         def read() -> dict[Direction, Counters]:
             found: dict[Direction, Counters] = {}
@@ -187,6 +189,7 @@ class Throttle:
     def _set(
         self, direction: Direction, rate: Optional[Rate], *, paused: Optional[Rate] = None
     ) -> None:
+        self._refuse_if_removed()
         self._do(lambda: self._parts[direction].set_rate(direction, rate, paused=paused))
         self.spec = self.spec.with_limit(direction, rate, paused)
 
@@ -304,6 +307,7 @@ class Throttle:
     def remove(self) -> None:
         """Remove the limits. Doing so twice is no error."""
         self._do(self._undo.close)
+        self._removed = True
         if self._driver is not None:
             driver, self._driver = self._driver, None
             driver.release()
@@ -402,6 +406,10 @@ class Throttle:
         if cgroup.exists():
             text += "; a new one at the same path is not limited"
         return text
+
+    def _refuse_if_removed(self) -> None:
+        if self._removed:
+            raise ThrottleError(f"the throttle {self.id} was removed, and its counters with it")
 
     def _do(self, function: Callable[[], T]) -> T:
         return function() if self._driver is None else self._driver.call(function)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 from lab import ENVIRONMENT, TOOL, attached
@@ -68,6 +68,23 @@ def test_limits_change_while_it_is_in_force(scratch: Cgroup) -> None:
             throttle.set(download="much")
         assert throttle.limits == expected
         assert throttle.counters()[Direction.UPLOAD].packets_total == 0
+
+
+def test_a_removed_throttle_says_so(scratch: Cgroup) -> None:
+    """After the block there are no counters, and nothing to change."""
+    with pybpfthrottle.limit(cgroup=scratch.path, download="1M") as throttle:
+        throttle.pause()
+    for use in (throttle.counters, throttle.resume, lambda: throttle.set(download="2M")):
+        with pytest.raises(ThrottleError, match=f"the throttle {throttle.id} was removed"):
+            use()
+    throttle.remove()
+
+
+@pytest.mark.parametrize("pid", ["1234", [1, "2"]])
+def test_a_process_id_that_is_no_number_is_refused(pid: Any) -> None:
+    """Such as one that was read from a file."""
+    with pytest.raises(ThrottleError, match="a process id is a number"):
+        pybpfthrottle.limit(pid=pid, download="1M")
 
 
 def test_all_limits_of_a_process_share_one_thread(scratch: Cgroup) -> None:
