@@ -137,8 +137,10 @@ def stubs(path: str, types: tuple[str, ...]) -> None:
     from pybpfthrottle.cli import bpf_show
     from pybpfthrottle.cli.say import echo_lines
 
-    with bpf_show.refused(f"read {path}"), elf.naming(path):
-        text = generator.module(elf.read_file(path), path, types)
+    with bpf_show.refused(f"read {path}"):
+        spec = elf.read_file(path)
+        with elf.naming(path):
+            text = generator.module(spec, path, types)
     echo_lines(text.rstrip("\n"))
 
 

@@ -63,9 +63,11 @@ def say_error(error: Exception) -> None:
 
 
 def why(error: Exception) -> str:
-    """Return an error's text; where bpf(2) refused something, what is behind that."""
-    if not (isinstance(error, OSError) and str(error.filename).startswith("BPF_")):
+    """Return an error's text without an errno; where bpf(2) refused it, what is behind that."""
+    if not (isinstance(error, OSError) and error.filename and error.strerror):
         return str(error)
+    if not str(error.filename).startswith("BPF_"):
+        return f"{error.filename}: {error.strerror}"
     from pybpfthrottle.backends.ebpf import privileges
 
     return privileges.why_refused(error, str(error.filename))

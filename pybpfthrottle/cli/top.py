@@ -15,7 +15,9 @@ from pybpfthrottle import traffic
 from pybpfthrottle.cli import screen, tables
 from pybpfthrottle.cli.records import CSV, Output, flat
 from pybpfthrottle.cli.say import echo, echo_json, is_terminal
+from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.model import Direction, format_bytes, format_rate, printable
+from pybpfthrottle.targets import user_id
 from pybpfthrottle.traffic import ProcessTraffic, Watch
 from pybpfthrottle.usage import Intervals, Row
 
@@ -179,7 +181,15 @@ def _full_screen(tables_of_rows: Iterator[list[Row]], options: Options) -> None:
 def kept(
     pids: Sequence[int], names: Sequence[str], users: Sequence[str], cgroups: Sequence[str]
 ) -> Callable[[ProcessTraffic], bool]:
-    """Return what tells whether a process is one of those; all are if nothing is given."""
+    """Return what tells whether a process is one of those; all are if nothing is given.
+
+    Raises ProcessError for processes and users that do not exist: they would never be shown.
+    """
+    for pid in pids:
+        if not os.path.exists(f"/proc/{pid}"):
+            raise ProcessError(f"there is no process {pid}")
+    for user in users:
+        user_id(user)
     if not (pids or names or users or cgroups):
         return lambda one: True
     paths = [os.path.realpath(path) for path in cgroups]

@@ -61,3 +61,12 @@ def test_inspect_reads_no_endless_file(tool, tmp_path, path, reason):
     result = tool.run("inspect", str(made))
     assert result.status == 1
     assert result.err == f"pybpfthrottle: error: {made}: {reason}\n"
+
+
+def test_what_is_no_object_is_named_once(tool):
+    """By stubs too."""
+    result = tool.run("bpf", "stubs", "/etc/passwd")
+    assert (result.status, result.err) == (
+        1,
+        "pybpfthrottle: error: /etc/passwd: not an ELF file\n",
+    )

@@ -169,6 +169,30 @@ def test_a_group_of_commands_without_one_shows_its_help(tool, group):
     assert "Error" not in told
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--pid", "4194304", "no process 4194304"),
+        ("--user", "no-such-user", "no user 'no-such-user'"),
+    ],
+)
+@pytest.mark.parametrize("command", [("top", "--once"), ("monitor",)], ids=" ".join)
+def test_who_does_not_exist_is_not_waited_for(tool, command, option, value, said):
+    """That nobody sends anything would be true, and would not help."""
+    result = tool.run(*command, option, value)
+    assert result.status == 1
+    assert result.complaint == f"pybpfthrottle: error: there is {said}"
+
+
+def test_a_file_that_cannot_be_written_is_named(tool, tmp_path):
+    """With the reason, and without an errno."""
+    result = tool.run("metrics", "-o", str(tmp_path / "absent" / "x.prom"))
+    assert result.status == 1
+    assert result.complaint == (
+        f"pybpfthrottle: error: {tmp_path}/absent/x.prom: No such file or directory"
+    )
+
+
 def test_an_empty_name_is_refused(tool):
     """No process has it; a shell makes it of a variable that is not set."""
     result = tool.run("--name", "", "--download-limit", "1M")
