@@ -230,6 +230,11 @@ class Injected:
 
     ``seen`` are all that came; each was delivered or lost. Of a delay there are the median and
     the 99th percentile, in seconds, as far as it was measured.
+
+    What was not asked for is ``late_dropped``, all that were dropped for want of time or room:
+    ``too_late`` for their keeper, ``no_room`` in a queue or the memory of ours, or ``refused`` by
+    a device. ``passed_undelayed`` were not held, and ``unread`` are datagrams that arrived, but
+    found no room in the buffer of the command's socket, as far as that can be known.
     """
 
     seen: int = 0
@@ -240,7 +245,11 @@ class Injected:
     corrupted: int = 0
     failed_answers: int = 0
     late_dropped: int = 0
+    too_late: int = 0
+    no_room: int = 0
+    refused: int = 0
     passed_undelayed: int = 0
+    unread: int = 0
     delay_p50_s: Optional[float] = None
     delay_p99_s: Optional[float] = None
 

@@ -10,6 +10,7 @@ from typing import (
     Any,
     Callable,
     Collection,
+    Iterable,
     Mapping,
     Optional,
     Protocol,
@@ -404,16 +405,35 @@ class Done:
 
     def __str__(self) -> str:
         """Return it for people: ``dropped 12 of 1000``, and the delay if there was one."""
-        text = f"dropped {self.dropped} of {self.seen}"
-        more = (("blocked", self.hooks.blocked), ("DNS answers dropped", self.hooks.unanswered))
-        text += "".join(f", {name} {count}" for name, count in more if count)
         one = self.diverted
-        if one is not None and one.failed_answers:
-            text += f", DNS answers failed {one.failed_answers}"
-        if one is not None and one.delay_p50_s is not None and one.delay_p99_s is not None:
-            times = map(texts.as_time, (one.delay_p50_s, one.delay_p99_s))
-            text += ", delay p50 {}, p99 {}".format(*times)
-        return text
+        text = [f"dropped {self.dropped} of {self.seen}"]
+        if one is not None and one.late_dropped:
+            reasons = ", ".join(_named(_reasons(one)))
+            text.append(f"{one.late_dropped} of them unasked ({reasons})")
+        more = (("blocked", self.hooks.blocked), ("DNS answers dropped", self.hooks.unanswered))
+        text += _named(more)
+        if one is not None:
+            text += _named(_beside(one))
+            if one.delay_p50_s is not None and one.delay_p99_s is not None:
+                times = map(texts.as_time, (one.delay_p50_s, one.delay_p99_s))
+                text.append("delay p50 {}, p99 {}".format(*times))
+        return ", ".join(text)
+
+
+def _reasons(one: Injected) -> Sequence[tuple[str, int]]:
+    return (("too late", one.too_late), ("no room", one.no_room), ("refused", one.refused))
+
+
+def _beside(one: Injected) -> Sequence[tuple[str, int]]:
+    return (
+        ("passed undelayed", one.passed_undelayed),
+        ("dropped by the command's full sockets", one.unread),
+        ("DNS answers failed", one.failed_answers),
+    )
+
+
+def _named(counts: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"{name} {count}" for name, count in counts if count]
 
 
 def inexact(conditions: Conditions, *, elsewhere: Collection[Direction] = ()) -> list[str]:

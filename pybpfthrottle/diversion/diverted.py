@@ -188,13 +188,9 @@ class Diversion:
     def counts(self) -> Injected:
         """Return what was done so far, in packets as they were on the wire."""
         self._keeper.run()
-        state, done = self._state[0], self._tally.injected()
-        return replace(
-            done,
-            seen=done.seen + state.full,
-            late_dropped=done.late_dropped + state.full,
-            passed_undelayed=state.stale + state.unserved,
-        )
+        state = self._state[0]
+        done = self._tally.injected(state.full)
+        return replace(done, passed_undelayed=state.stale + state.unserved)
 
     def problems(self) -> list[str]:
         """Return what keeps packets from being impaired as asked for, a line each."""

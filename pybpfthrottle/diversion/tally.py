@@ -61,19 +61,26 @@ class Tally:
         counts[Count.DELIVERED] += count
         counts[_FIRST + step_of(delay_ns)] += count
 
-    def injected(self) -> Injected:
-        """Return what was done so far, in packets as they were on the wire."""
+    def injected(self, full: int = 0) -> Injected:
+        """Return what was done so far, in packets as they were on the wire.
+
+        ``full`` are those that the keeper has not seen, since its queue had no room for them.
+        """
         counts = self.counts
-        late = counts[Count.LATE_DROPPED] + counts[Count.FULL_DROPPED] + counts[Count.REFUSED]
+        too_late, refused = counts[Count.LATE_DROPPED], counts[Count.REFUSED]
+        no_room = counts[Count.FULL_DROPPED] + full
         return Injected(
-            seen=counts[Count.SEEN],
+            seen=counts[Count.SEEN] + full,
             delivered=counts[Count.DELIVERED],
             lost=counts[Count.LOST],
             duplicated=counts[Count.DUPLICATED],
             reordered=counts[Count.REORDERED],
             corrupted=counts[Count.CORRUPTED],
             failed_answers=counts[Count.FAILED_ANSWERS],
-            late_dropped=late,
+            late_dropped=too_late + no_room + refused,
+            too_late=too_late,
+            no_room=no_room,
+            refused=refused,
             delay_p50_s=self.delay_s(0.5),
             delay_p99_s=self.delay_s(0.99),
         )

@@ -25,8 +25,6 @@ from pybpfthrottle.linux import clock, helper, run_files, tuntap
 _BATCH = 64
 # An owner that was killed may have to wait for a CPU before it can end.
 _GONE_S, _LOOK_S = 10.0, 0.05
-# What comes later than this helps nobody: the sender has sent it once more.
-_LATEST_NS = 1_000_000_000
 # Of a direction: as much as 10 Gbit/s have on their way in 100 ms.
 _MOST_BYTES = 128 << 20
 
@@ -118,9 +116,6 @@ class Way:
                 return False
             held = heapq.heappop(self._heap)
             self._held_bytes -= len(held.frame)
-            if now_ns - held.due_ns > _LATEST_NS:
-                self.tally.counts[Count.LATE_DROPPED] += held.packets
-                continue
             try:
                 os.write(self._sink, held.frame)
             except OSError:

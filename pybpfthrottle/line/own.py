@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Collection, Optional, Sequence
 
 from pybpfthrottle import wayout
@@ -40,6 +41,7 @@ class OwnNetwork:
         self._keeper: Optional[LineKeeper] = None
         self._tallies: list[Tally] = []
         self._way: Optional[WayOut] = None
+        self._device = ""
         self._repairing: list[Chore] = []
         self._resolver = resolver.choose()
         self._notes = [self._resolver.note] if self._resolver.note else []
@@ -85,6 +87,7 @@ class OwnNetwork:
         keeper.restore_later(way.id)
         outer, device = tuntap.create(tuntap.IFF_TUN, f"{wayout.DEVICES}%d")
         undo.callback(os.close, outer)
+        self._device = device
         devices.keep_quiet(device)
         devices.set_up(device, queue=_QUEUE_PACKETS)
         for each in way.ends:
@@ -129,8 +132,21 @@ class OwnNetwork:
         return tuple(Direction)
 
     def counts(self) -> dict[Direction, Injected]:
-        """Return what was done to each direction's packets."""
-        return {one: tally.injected() for one, tally in zip(Direction, self._tallies)}
+        """Return what was done to each direction's packets, and what else became of them."""
+        if not self._tallies:
+            return {}
+        outer, inner, unread = self._overflowed()
+        found = dict(zip(Direction, map(Tally.injected, self._tallies, (outer, inner))))
+        found[Direction.DOWNLOAD] = replace(found[Direction.DOWNLOAD], unread=unread)
+        return found
+
+    def _overflowed(self) -> tuple[int, int, int]:
+        """Return what the devices had no room for, this machine's first, and the sockets."""
+
+        def look() -> tuple[int, int]:
+            return devices.unsent(_INNER), netns.unread()
+
+        return (devices.unsent(self._device), *netns.inside(self._namespace, look))
 
     def addresses(self) -> dict[str, list[str]]:
         """Return the addresses of the command, and those by which it reaches this machine."""

@@ -27,6 +27,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_F_NODAD = 1, 2, 2
 _RTA_OIF = 4
 _MAIN_TABLE, _STATIC, _ON_LINK, _UNICAST = 254, 4, 253, 1
 _NUMBER = struct.Struct("=I")
+_DEVICES, _SEND_DROPS = "/proc/thread-self/net/dev", 11  # net/core/net-procfs.c
 
 
 def keep_quiet(name: str) -> None:
@@ -41,6 +42,16 @@ def set_up(name: str, *, queue: Optional[int] = None) -> None:
     if queue is not None:
         body += netlink.attribute(_IFLA_TXQLEN, _NUMBER.pack(queue))
     netlink.change(_RTM_NEWLINK, body)
+
+
+def unsent(name: str) -> int:
+    """Return how many packets were to be sent by a device, and found no room in its queue."""
+    with open(_DEVICES) as file:
+        for line in file:
+            shown, _, counts = line.partition(":")
+            if shown.strip() == name:
+                return int(counts.split()[_SEND_DROPS])
+    return 0
 
 
 def add_address(name: str, interface: Interface) -> None:

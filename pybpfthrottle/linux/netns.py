@@ -190,6 +190,16 @@ def _in_thread(work: Callable[[], T]) -> T:
         return thread.submit(work).result()
 
 
+def unread() -> int:
+    """Return how many datagrams found no room in the sockets of this thread's namespace."""
+    with open("/proc/thread-self/net/snmp") as file:
+        names, counts = (line.split() for line in file if line.startswith("Udp:"))
+    found = int(counts[names.index("RcvbufErrors")])
+    with suppress(FileNotFoundError), open("/proc/thread-self/net/snmp6") as file:
+        found += sum(int(line.split()[1]) for line in file if line.startswith("Udp6RcvbufErrors"))
+    return found
+
+
 class Listed(NamedTuple):
     """A socket that the kernel lists: its inode, its cgroup, and both ends, its own first.
 

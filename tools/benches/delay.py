@@ -6,8 +6,8 @@ p50, p99: of round trips, in ms beyond the delay that was asked for. Mbit/s: TCP
 the CPU time of our keeper meanwhile, with that of the kernel for what it gives back. lost, twice,
 behind: of UDP datagrams of 1200 bytes at 100 Mbit/s. sibling: the same of a process beside it, for
 which nothing is asked. loss: the share of datagrams that was lost, and the standard deviation.
-meant: the share that our keeper lost on purpose. too late: how many it dropped for being a second
-late.
+meant: the share that our keeper lost on purpose. unasked: how many it dropped for want of time or
+room, or let pass. unread: how many arrived, but found no room in the receiver's socket.
 
 netem is of a device, so that it delays the sibling too. Where this kernel lacks it, an emulated
 machine has it (tools/vmtest --run), whose load has to be small.
@@ -16,10 +16,13 @@ machine has it (tools/vmtest --run), whose load has to be small.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from benches.child import Child, TransferError
@@ -27,7 +30,7 @@ from benches.figures import percentile
 from benches.surroundings import python
 from benches.table import show
 from pybpfthrottle import diversion
-from pybpfthrottle.conditions.model import Impairment, Loss
+from pybpfthrottle.conditions.model import Impairment, Injected, Loss
 from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import cgroup as cgroups
@@ -38,6 +41,7 @@ from pybpfthrottle.model import Rate
 _KINDS = {"tcp4": 4, "udp4": 4, "tcp6": 6, "udp6": 6}
 _DATAGRAM_BYTES = 1200
 _NETEM_PACKETS = 1_000_000
+_SHOWN = ("twice", "behind", "unasked", "unread")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 Row = dict[str, Any]
@@ -100,6 +104,7 @@ class _Lab:
         own = own_cgroups.create_empty(cgroups.root())
         stack.callback(own.remove)
         self._place: Cgroup = own.cgroup
+        self._report = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "line.jsonl"
         # What the near end is run by.
         self._by: list[str] = []
         Child(stack, self._wire.server.inside(*python("benches.delay_peer", "far"))).ready()
@@ -118,7 +123,7 @@ class _Lab:
                     beyond = percentile(trips, percent) - wanted.delay_s * 1e3
                     found[f"{kind} p{percent}"] = round(beyond, 3)
             found.update(self._download(late))
-            found.update(self._datagrams())
+            found.update(self._datagrams(late))
             found.update(self._sibling())
         return found
 
@@ -128,17 +133,15 @@ class _Lab:
         with self._impaired(way, wanted) as late:
             if late is _MISSING:
                 return None
-            came = self._many()["came"]
-            counted = late.counts() if late else None
+            got = self._many(late)
         share = wanted.loss.share if wanted.loss else 0.0
-        found = {
-            "lost": round(100 * (1 - came / count), 3),
+        return {
+            "lost": round(100 * (1 - got["came"] / count), 3),
             "sigma": round(100 * (share * (1 - share) / count) ** 0.5, 3),
+            "meant": round(100 * got["meant"] / count, 3),
+            "unasked": got["unasked"],
+            "unread": got["unread"],
         }
-        if counted:
-            found["meant"] = round(100 * counted.lost / max(counted.seen, 1), 3)
-            found["too late"] = counted.late_dropped
-        return found
 
     def _download(self, late: Any) -> Row:
         before, sent = _cpu_s(late), _retransmitted(self._wire.server)
@@ -151,10 +154,10 @@ class _Lab:
             "retransmitted": _retransmitted(self._wire.server) - sent,
         }
 
-    def _datagrams(self) -> Row:
-        found = self._many()
-        lost = self._arguments.datagrams - found["came"]
-        return {"lost": lost, "twice": found["twice"], "behind": found["behind"]}
+    def _datagrams(self, late: Any) -> Row:
+        got = self._many(late)
+        lost = self._arguments.datagrams - got["came"]
+        return {"lost": lost, **{name: got[name] for name in _SHOWN}}
 
     def _sibling(self) -> Row:
         host = self._wire.server.address
@@ -165,9 +168,22 @@ class _Lab:
             "sibling Mbit/s": round(got["bytes_per_s"] * 8e-6, 1),
         }
 
-    def _many(self) -> Any:
+    def _many(self, late: Any) -> Row:
+        """Return what came of many datagrams, and what our keeper has done to them."""
         numbers = (self._arguments.rate.bytes_per_s, self._arguments.datagrams, _DATAGRAM_BYTES)
-        return self._ask("datagrams", self._wire.server.address, *map(str, numbers))
+        before = late.counts() if late else Injected()
+        got: Row = self._ask("datagrams", self._wire.server.address, *map(str, numbers))
+        after = late.counts() if late else self._counted_by_line()
+        got["meant"] = after.lost - before.lost
+        got["unasked"] = _unasked(after) - _unasked(before)
+        return got
+
+    def _counted_by_line(self) -> Injected:
+        """Return what the line of the last command has counted, nothing without one."""
+        if not self._by:
+            return Injected()
+        *_, last = self._report.read_text().splitlines()
+        return Injected(**json.loads(last)["network"]["download"]["diverted"])
 
     def _ask(self, *what: str, beside: bool = False) -> Any:
         with ExitStack() as stack:
@@ -189,6 +205,7 @@ class _Lab:
         elif way == "line":
             share = wanted.loss.share if wanted.loss else 0.0
             self._by = python("pybpfthrottle", "run", "-q", "--netns", "--seed", "1")
+            self._by += ["--json-file", str(self._report)]
             self._by.append(f"--delay={wanted.delay_s * 1e3:g}ms")
             self._by += [f"--download-loss={100 * share:g}%", "--"]
             yield None
@@ -206,6 +223,10 @@ class _Lab:
     def _tc(self, what: str, *options: str) -> bool:
         command = self._wire.server.inside("tc", "qdisc", what, "dev", DEVICE, "root", *options)
         return not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+def _unasked(counted: Injected) -> int:
+    return counted.late_dropped + counted.passed_undelayed
 
 
 # Instead of a way that this kernel does not have.

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, Callable
 
 from benches.surroundings import READY
+from pybpfthrottle.linux import netns
 from pybpfthrottle.linux.sockets import SO_MAX_PACING_RATE
 
 _PORT = 7001
@@ -19,7 +20,8 @@ _BLOCK = bytes(1 << 16)
 _WORD = struct.Struct("!Q")
 _ASKED = struct.Struct("!QQQ")  # bytes a second, a number of datagrams, and their size
 _ECHO = 0
-_BUFFER_BYTES = 8 << 20
+# As the kernel counts them; all of them may wait for a receiver that does not get the CPU.
+_BYTES_EACH = 4096
 _SO_RCVBUFFORCE = 33
 _PATIENCE_S = 3.0
 
@@ -101,16 +103,22 @@ def get(host: str, rate: str, seconds: str) -> dict[str, Any]:
 
 
 def datagrams(host: str, rate: str, count: str, size: str) -> dict[str, Any]:
-    """How many of numbered datagrams came, how many twice, and behind a later one."""
+    """How many of numbered datagrams came, how many twice, behind a later one, or in vain."""
+    before = netns.unread()
     with _connected(host, "udp") as one:
-        one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, int(count) * _BYTES_EACH)
         one.send(_ASKED.pack(int(rate), int(count), int(size)))
         numbers: list[int] = []
         with suppress(TimeoutError, socket.timeout):
             while True:
                 numbers.append(_WORD.unpack_from(one.recv(1 << 16))[0])
-    behind = sum(now < before for before, now in zip(numbers, numbers[1:]))
-    return {"came": len(set(numbers)), "twice": len(numbers) - len(set(numbers)), "behind": behind}
+    came = len(set(numbers))
+    return {
+        "came": came,
+        "twice": len(numbers) - came,
+        "behind": sum(now < last for last, now in zip(numbers, numbers[1:])),
+        "unread": netns.unread() - before,
+    }
 
 
 _ASKS: dict[str, Callable[..., dict[str, Any]]] = {"ping": ping, "get": get, "datagrams": datagrams}

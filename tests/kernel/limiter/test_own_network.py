@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
@@ -22,6 +23,7 @@ from targets import PATIENCE_S, eventually
 from pybpfthrottle import wayout
 from pybpfthrottle.cli.app import cli
 from pybpfthrottle.demo.wire import Namespace, Wire
+from pybpfthrottle.line.own import _QUEUE_PACKETS
 from pybpfthrottle.linux import netns, process
 
 pytestmark = pytest.mark.since("5.10")
@@ -61,6 +63,15 @@ def state(end: Namespace) -> tuple[dict[str, str], str, list[str]]:
         return netns.inside(fd, look)
     finally:
         os.close(fd)
+
+
+def keeper_of(near: Near) -> int:
+    """The keeper of the line of ``run``."""
+    return next(
+        pid
+        for pid in process.families()[near.process.pid]
+        if b"line.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
 
 def set_router(end: Namespace, value: int) -> None:
@@ -287,16 +298,12 @@ def test_after_a_kill_all_is_restored(wire: Wire, who: str) -> None:
     with behind(wire.client, "--delay", "1ms") as near:
         assert near.ask("ping", wire.server.address, PORT, "udp", 1)
         tool = near.process.pid
-        keepers = [
-            pid
-            for pid in process.families()[tool]
-            if b"line.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        for pid in (*(keepers if who == "both" else ()), tool):
+        keeper = keeper_of(near)
+        for pid in (*([keeper] if who == "both" else ()), tool):
             os.kill(pid, signal.SIGKILL)
         near.process.wait()
         if who == "both":
-            eventually(lambda: process.has_ended(keepers[0]))
+            eventually(lambda: process.has_ended(keeper))
             wayout.tidy_up()
         eventually(lambda: state(wire.client) == before)
     assert eventually(lambda: not wayout.abandoned())
@@ -319,10 +326,44 @@ cli(["run", "--netns", "--delay", "1ms", "--", "true"])
 def test_a_keeper_that_dies_is_replaced(wire: Wire) -> None:
     """The devices stay, and with them the connections."""
     with behind(wire.client, "--delay", "1ms") as near:
-        for pid in process.families()[near.process.pid]:
-            if b"line.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+        os.kill(keeper_of(near), signal.SIGKILL)
         assert near.ask("bulk", wire.server.address, PORT, 50_000)
+
+
+def test_a_keeper_that_was_away_loses_only_what_found_no_room_and_tells_it(
+    wire: Wire, tmp_path: Path
+) -> None:
+    """However long that was; nothing can overtake what waits for it."""
+    file = tmp_path / "network.jsonl"
+    count = _QUEUE_PACKETS + 200
+    with behind(wire.client, "--delay", "20ms", "--json-file", str(file)) as near:
+        assert near.ask("ping", wire.server.address, PORT, "udp", 1)
+        near.ask("send", wire.server.address, PORT, 200, 100, 0)
+        keeper = keeper_of(near)
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            near.ask("send", wire.server.address, PORT, count, 20, 0)
+            time.sleep(1.3)
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        assert near.ask("ping", wire.server.address, PORT, "tcp", 1)  # it comes last
+    done = told(file)["upload"]["diverted"]
+    assert 200 <= done["no_room"] <= 400
+    assert done["late_dropped"] == done["no_room"]
+    assert done["delivered"] + done["no_room"] == done["seen"] >= 200 + count
+    assert done["too_late"] == done["refused"] == done["passed_undelayed"] == 0
+
+
+def test_what_the_command_has_no_room_for_is_told(wire: Wire, tmp_path: Path) -> None:
+    """Its own sockets may be too full for what arrives: that is no loss that was asked for."""
+    file = tmp_path / "network.jsonl"
+    with behind(wire.client, "--delay", "1ms", "--json-file", str(file)) as near:
+        near.ask("send", wire.server.address, PORT, 2500, 1000)
+        found, _ = near.ask("receive", 1.0)
+    done = told(file)["download"]
+    assert done["diverted"]["unread"] > 0
+    assert len(found) + done["diverted"]["unread"] == 2500
+    assert done["dropped"] == 0
 
 
 def test_the_command_asks_name_servers_that_it_can_reach(wire: Wire, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from pybpfthrottle.conditions import profiles, texts
-from pybpfthrottle.conditions.hooks import rule_of
-from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Loss, Outage
-from pybpfthrottle.conditions.network import Asked, refuse_what_is_missing
+from pybpfthrottle.conditions.hooks import Counted, rule_of
+from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected, Loss, Outage
+from pybpfthrottle.conditions.network import Asked, Done, refuse_what_is_missing
 from pybpfthrottle.errors import LimitError, SettingsError, ThrottleError
 from pybpfthrottle.model import Direction, Rate
 
@@ -114,6 +114,20 @@ def test_each_profile_tells_its_numbers(profile):
     assert profile.numbers()
     assert profile.about
     assert profile.to_json()["name"] == profile.name
+
+
+def test_what_nobody_asked_for_is_told_with_its_reason():
+    """It counts as dropped, and how many were to be is the rest."""
+    late = Injected(
+        seen=100, lost=1, late_dropped=9, too_late=4, no_room=5, passed_undelayed=3, unread=2
+    )
+    done = Done(Counted(seen=90), late)
+    assert str(done) == (
+        "dropped 10 of 100, 9 of them unasked (too late 4, no room 5), passed undelayed 3,"
+        " dropped by the command's full sockets 2"
+    )
+    assert Done.from_json(done.to_json()) == done
+    assert str(Done(Counted(seen=99), Injected(seen=100, lost=1))) == "dropped 1 of 100"
 
 
 def test_what_is_given_stands_in_place_of_a_profiles_own():
