@@ -11,6 +11,7 @@ of them is left when it ends, in whatever way.
 from __future__ import annotations
 
 import ctypes
+import errno
 import heapq
 import mmap
 import os
@@ -33,7 +34,7 @@ from pybpfthrottle.diversion.packets import Packet
 from pybpfthrottle.diversion.queueing import Leaving, Queue, Waiting
 from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Count, Tally
-from pybpfthrottle.linux import clock, helper
+from pybpfthrottle.linux import clock, helper, tuntap
 from pybpfthrottle.model import Direction
 
 # Packets that are read, and that are given back, before the other has its turn.
@@ -137,6 +138,8 @@ class Keeper:
         self._owner = owner
         self._lines: dict[int, Line] = {}
         self._networks: dict[int, Network] = {}
+        # Those whose device does not take anything any more.
+        self._broken: set[int] = set()
         self._settings: list[int] = []
         self._addresses: dict[tuple[int, int], tuple[int, bytes]] = {}
         self._heap: list[Held] = []
@@ -204,12 +207,15 @@ class Keeper:
             helper.report(self._owner, unserved=inode)
             return
         line, network = self._lines.get(number), self._networks.get(inode)
-        if line is None or network is None:  # it was in the ring by then
+        if line is None:  # it was in the ring by then
             return
         packet = Packet(bytearray(record[_PACKET_AT : _PACKET_AT + length]), segment)
+        line.tally.counts[Count.SEEN] += packet.count
+        if network is None:
+            line.tally.counts[Count.REFUSED] += packet.count
+            return
         if is_translated:
             _translate(packet, record)
-        line.tally.counts[Count.SEEN] += packet.count
         address = self._address(inode, network.control, device, at_ns)
         if line.queue is not None:
             for one in packet.split():
@@ -272,10 +278,21 @@ class Keeper:
         self._held_bytes -= len(held.frame)
         try:
             os.write(held.device, held.frame)
-        except OSError:
+        except OSError as error:
             held.line.tally.counts[Count.REFUSED] += held.packets
+            self._refused(self._network_of(held.device), error)
             return
         held.line.tally.delivered(now_ns - held.at_ns, held.packets)
+
+    def _network_of(self, device: int) -> int:
+        return next(inode for inode, one in self._networks.items() if one.device == device)
+
+    def _refused(self, network: int, error: Exception) -> None:
+        """Ask for another device if somebody has removed the one of a namespace, or set it down."""
+        is_broken = isinstance(error, OSError) and error.errno in (tuntap.GONE, errno.EIO)
+        if is_broken and network not in self._broken:
+            self._broken.add(network)
+            helper.report(self._owner, broken=network)
 
     def _queues(self) -> Iterator[Any]:
         return (line for line in self._lines.values() if line.queue is not None)
@@ -301,8 +318,9 @@ class Keeper:
         frame = waiting.packet.frame(address, tag | DivertTag.DIVERT_LOST * one.is_lost, device)
         try:
             os.write(self._networks[waiting.network].device, frame)
-        except (KeyError, OSError):  # nobody is in that namespace any more
+        except (KeyError, OSError) as error:  # nobody is in that namespace any more, or see below
             line.tally.counts[Count.REFUSED] += 1
+            self._refused(waiting.network, error)
             return
         if one.is_lost:
             line.tally.counts[Count.LOST] += 1
@@ -372,13 +390,15 @@ class Keeper:
         return True
 
     def _forget(self, inode: int) -> None:
-        """Close the device in a namespace that nobody is in; what is held for it is lost."""
+        """Close the device in a namespace; what is held for it is lost."""
         network = self._networks.pop(inode, None)
+        self._broken.discard(inode)
         if network is None:
             return
-        self._held_bytes -= sum(
-            len(held.frame) for held in self._heap if held.device == network.device
-        )
+        lost = [held for held in self._heap if held.device == network.device]
+        for held in lost:
+            self._held_bytes -= len(held.frame)
+            held.line.tally.counts[Count.REFUSED] += held.packets
         self._heap = [held for held in self._heap if held.device != network.device]
         heapq.heapify(self._heap)
         for fd in (network.device, network.control, *network.held):

@@ -167,6 +167,10 @@ class DiversionKeeper(SharedHelper):
     def _hear(self, message: Mapping[str, Any]) -> None:
         if "unserved" in message:
             self._serve_network(message["unserved"])
+        if "broken" in message:
+            log.warning("Somebody has removed our device for delayed packets; there is a new one")
+            self._forget_network(message["broken"])
+            self._serve_network(message["broken"])
         if message.get("unreturned") in self._kept:
             self._kept[message["unreturned"]].refused = _UNRETURNED
         for state in ("opened", "closed"):
@@ -238,10 +242,15 @@ class DiversionKeeper(SharedHelper):
         What could not be served may be served by now.
         """
         self.unserved.clear()
-        for index, inode in enumerate(self._networks):
-            if inode and not netns.exists(inode):
-                self._networks[index] = 0
-                self.tell({"forget": inode, "index": index})
+        for inode in self._served():
+            if not netns.exists(inode):
+                self._forget_network(inode)
+
+    def _forget_network(self, inode: int) -> None:
+        if inode in self._networks:
+            index = self._networks.index(inode)
+            self._networks[index] = 0
+            self.tell({"forget": inode, "index": index})
 
     def _let_loopback_in(self) -> None:
         for inode in self._served():

@@ -52,6 +52,8 @@ class Way:
         self.source = source
         self._sink = sink
         self.tally = tally
+        # Whether somebody has removed the device that it is read from.
+        self.is_gone = False
         self._heap: list[Held] = []
         self._held_bytes = self._number = 0
         self._impairing = Impairing(impairing.from_json(told))
@@ -64,7 +66,10 @@ class Way:
 
     def _split(self) -> None:
         """Have the kernel split packets, and finish checksums, if each has a fate of its own."""
-        tuntap.set_offload(self.source, 0 if self._impairing.splits else _WHOLE)
+        try:
+            tuntap.set_offload(self.source, 0 if self._impairing.splits else _WHOLE)
+        except OSError as error:
+            self._refused(error)
 
     @property
     def due_ns(self) -> int:
@@ -73,11 +78,20 @@ class Way:
 
     def take(self) -> bool:
         """Read packets; return whether there may be more."""
-        with suppress(BlockingIOError):
+        try:
             for _ in range(_BATCH):
                 self._decide(os.read(self.source, _LARGEST_BYTES), clock.monotonic_ns())
-            return True
-        return False
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._refused(error)
+            return False
+        return True
+
+    def _refused(self, error: OSError) -> None:
+        if error.errno != tuntap.GONE:
+            raise error
+        self.is_gone = True
 
     def _decide(self, frame: bytes, now_ns: int) -> None:
         fate = self._impairing.decide(now_ns)
@@ -166,6 +180,7 @@ class Keeper:
         self.way_id = ""
         self._owner = owner
         self._ways: list[Way] = []
+        self._gone: set[int] = set()
         self._drains = False
         self._wakeups = helper.Wakeups(owner)
 
@@ -177,12 +192,20 @@ class Keeper:
             if self._owner.fileno() in ready and not self._listen():
                 return
             takes = [way.take() for way in self._ways if way.source in ready]
+            self._say_what_is_gone()
             gives = [way.give() for way in self._ways]
             is_idle = not any((*takes, *gives))
             if is_idle:
                 dues = (way.due_ns for way in self._ways if way.due_ns)
                 self._wakeups.wake_at(min(dues, default=0))
                 self._say_when_drained()
+
+    def _say_what_is_gone(self) -> None:
+        for number, way in enumerate(self._ways):
+            if way.is_gone and number not in self._gone:
+                self._gone.add(number)
+                self._wakeups.remove(way.source)
+                helper.report(self._owner, gone=number)
 
     def _say_when_drained(self) -> None:
         if self._drains and not any(way.due_ns for way in self._ways):

@@ -9,6 +9,7 @@ from pybpfthrottle.diversion import impairing
 from pybpfthrottle.diversion.tally import Tally
 from pybpfthrottle.errors import NamespaceError
 from pybpfthrottle.linux.helper import SharedHelper
+from pybpfthrottle.model import Direction
 
 # Starting takes a twentieth of a second, on a machine that is busy with other things far longer.
 _READY_S = 20.0
@@ -29,6 +30,8 @@ class LineKeeper(SharedHelper):
         self._way_id = ""
         self._wanted: Sequence[Impairment] = ()
         self._is_open = self._is_empty = False
+        # Which of the devices somebody has removed: the source of what comes in, or goes out.
+        self.gone: set[Direction] = set()
         super().__init__()
 
     def restore_later(self, way_id: str) -> None:
@@ -74,6 +77,8 @@ class LineKeeper(SharedHelper):
     def _hear(self, message: Mapping[str, Any]) -> None:
         self._is_open = "opened" in message or self._is_open
         self._is_empty = "drained" in message
+        if "gone" in message:
+            self.gone.add(Direction(message["gone"]))
 
     def _introduce(self) -> None:
         wanted = list(map(impairing.to_json, self._wanted))

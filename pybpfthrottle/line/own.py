@@ -163,9 +163,17 @@ class OwnNetwork:
 
     def notes(self) -> list[str]:
         """Return what is otherwise than may be expected, a line each."""
-        if self._keeper is None or self._keeper.ended is None:
-            return self._notes
-        return [*self._notes, f"the command's network is down: {self._keeper.ended}"]
+        why = self._why_down()
+        return [*self._notes, *([f"the command's network is down: {why}"] if why else [])]
+
+    def _why_down(self) -> str:
+        if self._keeper is None:
+            return ""
+        of = {Direction.DOWNLOAD: self._device, Direction.UPLOAD: f"{_INNER} of the command"}
+        gone = [name for direction, name in of.items() if direction in self._keeper.gone]
+        if gone:
+            return f"somebody has removed the device {' and '.join(gone)}"
+        return self._keeper.ended or ""
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it."""
@@ -178,7 +186,7 @@ class OwnNetwork:
         """
         keeper, self._keeper = self._keeper, None
         with self._closing:  # which ends it although somebody does not want to wait
-            if keeper is not None and self.counts()[Direction.UPLOAD].seen:
+            if keeper is not None and not keeper.gone and self.counts()[Direction.UPLOAD].seen:
                 self._drain(keeper)
 
     def _drain(self, keeper: LineKeeper) -> None:

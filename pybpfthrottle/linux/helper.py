@@ -245,6 +245,10 @@ class Wakeups:
         """Wake up when a descriptor is readable, too."""
         self._epoll.register(fd, select.EPOLLIN)
 
+    def remove(self, fd: int) -> None:
+        """Wake up for a descriptor no more."""
+        self._epoll.unregister(fd)
+
     def wait(self, *, is_idle: bool = True) -> set[int]:
         """Return the descriptors that are readable, at once if the helper is not idle."""
         ready = {fd for fd, _ in self._epoll.poll(-1 if is_idle else 0)}

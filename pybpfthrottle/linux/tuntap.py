@@ -5,6 +5,7 @@ Source: Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -19,6 +20,8 @@ _IFF_NO_PI, _IFF_VNET_HDR = 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 = 0x01, 0x02, 0x04
 TUN_F_USO4, TUN_F_USO6 = 0x20, 0x40
 _NAME_BYTES, _REQUEST_BYTES = 16, 40
+# What a descriptor says once somebody has removed its device.
+GONE = errno.EBADFD
 
 
 def create(kind: int, name: str) -> tuple[int, str]:

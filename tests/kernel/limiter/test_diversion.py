@@ -225,6 +225,26 @@ def test_packets_pass_a_keeper_that_was_stopped(wire: Wire, near: Near, scratch:
         assert min(near.ask("ping", wire.server.address, PORT, "udp", 3)) >= 0.2
 
 
+@pytest.mark.parametrize("how", ["del", "set down"])
+def test_a_device_that_somebody_removes_is_made_anew(
+    wire: Wire, near: Near, scratch: Cgroup, how: str
+) -> None:
+    """What was to come back by it is counted; its keeper lives on, and delays what comes then."""
+    with diversion.open(scratch, Impairment(delay_s=DELAY_S)) as late:
+        near.ask("ping", wire.server.address, PORT, "udp", 1)
+        first, (name,) = keeper_of(os.getpid()), devices(wire)
+        verb, *more = how.split()
+        subprocess.run(wire.client.inside("ip", "link", verb, name, *more), check=True)
+        near.ask("send", wire.server.address, PORT, 3, 100)
+        eventually(lambda: late.counts().refused == 3)
+        late.chores()[0].run()
+        assert min(near.ask("ping", wire.server.address, PORT, "udp", 3)) >= DELAY_S
+        assert late.counts().late_dropped == 3
+        assert len(devices(wire)) == 1
+        assert keeper_of(os.getpid()) == first
+    assert not devices(wire)
+
+
 def test_a_keeper_that_was_killed_is_replaced(wire: Wire, near: Near, scratch: Cgroup) -> None:
     """Until then, packets pass undelayed, and nothing of it is there."""
     with diversion.open(scratch, Impairment(delay_s=0.3)) as late:
