@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -85,8 +86,8 @@ class Processes:
     def expect(self, names: Iterable[str], *, follow: bool) -> bool:
         """Have the kernel add each process that begins to have such a name, as far as it keeps it.
 
-        Names that another throttle expects remain that one's. Returns False where the kernel does
-        not follow processes: then nothing is done.
+        Names that another throttle expects remain that one's until its end. Returns False where the
+        kernel does not follow processes: then nothing is done.
         """
         if self._tracing is None:
             return False
@@ -453,6 +454,10 @@ class Tracing:
     ) -> None:
         self._executed = executed
         self._names = names
+        # What the kernel has for somebody else, or no room for, by the name and the slot.
+        self._refused: dict[tuple[str, int], ThrottleProcess] = {}
+        # Throttles that share it may be in several threads.
+        self._busy = threading.Lock()
         self.links = links
         self._attached = attached
 
@@ -496,26 +501,37 @@ class Tracing:
         return iter(()) if self._executed is None else self._executed.read(0)
 
     def expect(self, name: str, expected: ThrottleProcess) -> None:
-        """Have the kernel add each process that begins to have a name. The first to ask has it."""
+        """Have the kernel add each process that begins to have a name.
+
+        The first to ask has it, and after its end the next.
+        """
+        with self._busy:
+            self._expect(name, expected)
+
+    def _expect(self, name: str, expected: ThrottleProcess) -> None:
         if self._names is None:
             return
         key = _name_key(name)
         try:
             self._names.elements.update(key, bytes(expected), abi.BPF_NOEXIST)
-        except FileExistsError:
-            known = self._names.get(key)
-            if known is not None and known.slot != expected.slot:
-                log.info("Another limit expects processes named %s", name)
         except OSError as error:
-            log.info("Processes named %s are limited a moment after they start: %s", name, error)
+            known = self._names.get(key)
+            if known is None or known.slot != expected.slot:
+                self._refused[name, expected.slot] = expected
+                log.info("Processes named %s are limited only a moment later: %s", name, error)
 
     def forget(self, slot: int) -> None:
-        """Expect no more processes for a throttle."""
+        """Expect no more processes for a throttle; others that expect the same may have them."""
         if self._names is None:
             return
-        for name, expected in list(self._names.items()):
-            if expected.slot == slot:
-                self._names.pop(name, None)
+        with self._busy:
+            for name, expected in list(self._names.items()):
+                if expected.slot == slot:
+                    self._names.pop(name, None)
+            waiting, self._refused = self._refused, {}
+            for (name, other), wanted in waiting.items():
+                if other != slot:
+                    self._expect(name, wanted)
 
     def close(self) -> None:
         """Detach and close all."""

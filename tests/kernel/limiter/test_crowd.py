@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Iterable, Iterator
 
 import pytest
@@ -190,6 +192,35 @@ def test_what_one_starts_is_limited_with_it(scratch: Cgroup) -> None:
         processes[2].do(f"tell({child}, 'make(AF_INET, SOCK_DGRAM)')")
         eventually(lambda: set(made[2].processes()) == {processes[2].pid, child})
         assert made[1].processes() == [processes[1].pid]
+
+
+def starts_limited(live: Throttle, program: Path) -> bool:
+    """Whether a process is limited as soon as it has its name."""
+    with subprocess.Popen([program, "60"]) as one:
+        try:
+            eventually(lambda: Path(f"/proc/{one.pid}/comm").read_text().strip() == program.name)
+            return live.by_name([one.pid]) == {one.pid} and one.pid in live.processes()
+        finally:
+            one.kill()
+
+
+@since("5.8")
+def test_a_name_goes_to_the_next_that_expects_it(tmp_path: Path) -> None:
+    """After the end of the first that does, and not to one that has ended meanwhile."""
+    program = tmp_path / f"n{os.getpid()}"
+    shutil.copy(shutil.which("sleep") or "", program)
+    with ExitStack() as stack:
+        made = []
+        for pid in stack.enter_context(idle(4)):
+            made.append(limit(pid))
+            stack.callback(made[-1].remove)
+        _, first, second, third = made
+        for live in (first, second, third):
+            live.expect([program.name])
+        assert starts_limited(first, program)
+        second.remove()
+        first.remove()
+        assert starts_limited(third, program)
 
 
 def test_what_was_started_in_the_last_moment_is_not_left_behind(

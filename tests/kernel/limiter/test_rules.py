@@ -637,6 +637,23 @@ def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
 
 
 @alone
+@since("5.8")
+def test_names_are_expected_by_who_takes_over(rules: Path, sleep: str) -> None:
+    """As the kernel forgets them with the process that kept the rule."""
+    with running(sleep, "60") as one:
+        tool("apply", str(rules))
+        (first,) = throttles(MINE)
+        os.kill(first["owner_pid"], signal.SIGKILL)
+        eventually(lambda: not throttles(MINE)[0]["supervised"])
+        same = rule(MINE, {Direction.UPLOAD: Rate.parse("500K")}, name=os.path.basename(sleep))
+        with kept(same) as found:
+            eventually(lambda: found.processes(MINE) == {one.pid})
+            throttle = found.keeper.held[MINE, ""].throttle
+            assert throttle.id == first["id"]
+            assert starts_unseen(found, throttle, sleep, "60")
+
+
+@alone
 def test_the_kernel_keeps_many_rules_alone(scratch: Cgroup, shell: Shell, sleep: str, rules: Path):
     """Although they share programs, which nobody but the kernel has then."""
     place = below_mount(scratch)
