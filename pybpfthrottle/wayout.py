@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import suppress
 from ipaddress import IPv4Interface, IPv6Interface, ip_network
-from typing import Any, Collection, Iterator, Mapping, Optional, Union
+from typing import Any, Collection, Iterator, Mapping, Optional, Sequence, Union
 
 from pybpfthrottle.backends.nft import FAMILY, Nft, of, table_name
 from pybpfthrottle.bpf.obj.plain import NamedTuple
@@ -24,8 +24,10 @@ DEVICES = "pybpfn"
 # Of RFC 2544, for measurements between networks: nobody should have them in use.
 _POOL = ip_network("198.19.0.0/16")
 _PREFIX, _PREFIX6 = 30, 64
+_SYS = "/proc/sys/"
 _V4, _V6 = "/proc/sys/net/ipv4/conf", "/proc/sys/net/ipv6/conf"
 _ALL4, _ALL6 = f"{_V4}/all/forwarding", f"{_V6}/all/forwarding"
+_DEFAULT6 = f"{_V6}/default/forwarding"
 _ROUTES, _ROUTES6 = "/proc/thread-self/net/route", "/proc/thread-self/net/ipv6_route"
 _RTF_ADDRCONF = 0x00040000  # include/uapi/linux/ipv6_route.h: by router advertisements
 # All but answers, in the language of nft.
@@ -46,7 +48,8 @@ class WayOut(NamedTuple):
 
     ``networks`` are those of the namespaces of ours, by CIDR. ``settings`` are paths in /proc/sys,
     each with its content before, in the order in which they are restored. ``forwarding`` was that
-    of IPv4 as a whole, which is not changed.
+    of IPv4 as a whole, which is not changed, and ``forwarding6`` that of new devices for IPv6, once
+    it is again as it was: where they are otherwise, somebody else has switched forwarding on.
     """
 
     id: str
@@ -55,6 +58,7 @@ class WayOut(NamedTuple):
     networks: tuple[str, ...]
     settings: tuple[tuple[str, str], ...] = ()
     forwarding: str = ""
+    forwarding6: str = ""
 
     @property
     def ends(self) -> list[Ends]:
@@ -87,6 +91,7 @@ class WayOut(NamedTuple):
                 tuple(str(ip_network(one)) for one in told["networks"]),
                 tuple((str(path), str(before)) for path, before in told["settings"]),
                 str(told["forwarding"]),
+                str(told.get("forwarding6", "")),
             )
         except (OSError, KeyError, TypeError, ValueError):
             return None
@@ -110,35 +115,65 @@ def begin(way_id: str) -> WayOut:
     return way
 
 
-def finish(way: WayOut, device: str) -> None:
+def finish(way: WayOut, device: str) -> Upkeep:
     """Translate addresses, and have this thread's network namespace forward packets.
 
-    Raises NamespaceError. ``end`` is needed in any case.
+    The upkeep is to be run now and then. Raises NamespaceError. ``end`` is needed in any case.
     """
     with cgroup.locked():
         settings = tuple(_forwarding(way))
         way = way._replace(settings=settings, forwarding=_get(_ALL4))
         way.write()
-        _change(way, device)
+        upkeep = Upkeep(way, device)
+        _change(upkeep.rules)
         try:
-            for path, _ in settings:
-                _set(path, "1")
+            for path in _needed(way):
+                _switch_on(path)
         except OSError as error:
             raise NamespaceError(f"packets cannot be forwarded: {error}") from error
+        if any(path == _ALL6 for path, _ in settings):
+            way._replace(forwarding6=_get(_DEFAULT6)).write()
+        return upkeep
 
 
-def repair(way_id: str, device: str) -> bool:
-    """Put back the rules of nftables if somebody has removed them; return whether that was so.
+class Upkeep:
+    """Keeps a way out as it has to be, whatever others do meanwhile."""
 
-    Whoever loads the rules of a firewall anew removes all others. Raises BackendError or
-    NamespaceError.
-    """
-    with Nft() as nft:
-        way = WayOut.read(way_id)
-        if way is None or nft.table(table_name(way_id)) is not None:
-            return False
-    _change(way, device)
-    return True
+    def __init__(self, way: WayOut, device: str) -> None:
+        self._id = way.id
+        self._device = device
+        self.rules = _rules(way, device)
+
+    def run(self) -> list[str]:
+        """Put back what others have removed or switched off; return what that was, a line each.
+
+        Whoever loads the rules of a firewall anew removes all others, and a manager of networks
+        that sets up a device may switch its forwarding off. Who has made this machine a router
+        since may forward, too. Raises BackendError or NamespaceError.
+        """
+        way = WayOut.read(self._id)
+        if way is None:
+            return []
+        found = []
+        with Nft() as nft:
+            is_there = nft.table(table_name(self._id)) is not None
+        rules = _rules(way, self._device)
+        if not is_there or rules != self.rules:
+            _change(rules)
+        if not is_there:
+            found.append(
+                "rules of nftables that others had removed are back: the command needs them"
+            )
+        self.rules = rules
+        with suppress(OSError):  # of a device that is gone meanwhile
+            for path in _needed(way):
+                if _get(path) == "0":
+                    _switch_on(path)
+                    name = path[len(_SYS) :].replace("/", ".")
+                    found.append(
+                        f"{name}, which others had switched off, is on again: the command needs it"
+                    )
+        return found
 
 
 def firewalls() -> list[str]:
@@ -272,7 +307,8 @@ def _table(path: str) -> list[list[str]]:
 def _forwarding(way: WayOut) -> Iterator[tuple[str, str]]:
     """Yield the settings to change: those that are off, or that another way out has switched on.
 
-    IPv4 is forwarded by devices. IPv6 has a switch for all, which sets those of the devices too.
+    IPv4 is forwarded by devices. IPv6 has a switch for all, which sets those of the devices too:
+    these are set back at once, as they only tell whether a device is to be a router's.
     """
     of_others = {
         path: before
@@ -293,16 +329,44 @@ def _forwarding6(of_others: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield from ((path, was) for path, was in of_others.items() if path.startswith(_V6))
     elif _get(_ALL6) == "0":
         yield _ALL6, "0"
-        # To switch that off again does so for all devices, also for those that are on already.
-        devices = (path for path in sorted(glob.glob(f"{_V6}/*/forwarding")) if path != _ALL6)
-        yield from ((path, "1") for path in devices if _get(path) == "1")
+        yield from ((path, "1") for path in _devices6() if _get(path) == "1")
 
 
-def _change(way: WayOut, device: str) -> None:
-    """Have nftables translate what comes from our network, and forward nothing else than before."""
+def _devices6() -> list[str]:
+    """Return the paths of the settings that the switch of IPv6 sets too."""
+    return [path for path in sorted(glob.glob(f"{_V6}/*/forwarding")) if path != _ALL6]
+
+
+def _needed(way: WayOut) -> list[str]:
+    """Return the settings that have to be on."""
+    return [path for path, _ in _as_set(way) if path.startswith(_V4) or path == _ALL6]
+
+
+def _switch_on(path: str) -> None:
+    if path == _ALL6:
+        _set_all6("1", {one: _get(one) for one in _devices6()})
+    else:
+        _set(path, "1")
+
+
+def _set_all6(value: str, devices: Mapping[str, str]) -> None:
+    """Set the switch of IPv6, and devices as they are to be then."""
+    _set(_ALL6, value)
+    for path, own in devices.items():
+        with suppress(OSError):  # of a device that is gone
+            _set(path, own)
+
+
+def _rules(way: WayOut, device: str) -> list[str]:
+    """Return what translates what comes from our network, and forwards nothing else than before.
+
+    It takes the place of what there is.
+    """
     table = f"{FAMILY} {table_name(way.id)}"
     kinds = {4: "ip", 6: "ip6"}
-    lines = [
+    return [
+        f"add table {table}",
+        f"delete table {table}",
         f"add table {table}",
         f"add chain {table} out {{ type nat hook postrouting priority 100; }}",
         *(
@@ -317,9 +381,12 @@ def _change(way: WayOut, device: str) -> None:
         f'add rule {table} through oifname "{DEVICES}*" accept',
         *(f"add rule {table} through {one} drop" for one in _forwarded_by_us(way)),
     ]
+
+
+def _change(rules: Sequence[str]) -> None:
     try:
         with Nft() as nft:
-            nft.change("\n".join([*lines, ""]))
+            nft.change("\n".join([*rules, ""]))
     except BackendError as error:
         raise NamespaceError(
             f"the command's addresses cannot be translated: {error}. This needs nftables with NAT"
@@ -330,9 +397,9 @@ def _change(way: WayOut, device: str) -> None:
 def _forwarded_by_us(way: WayOut) -> Iterator[str]:
     """Yield what matches packets that this machine did not forward before, and shall not now.
 
-    Answers are those of somebody who forwards since, such as Docker.
+    Answers are those of somebody who forwards since on a device that was on already.
     """
-    for path, _ in way.settings:
+    for path, _ in _as_set(way):
         if path.startswith(_V4):
             yield f'meta nfproto ipv4 iifname "{path.split("/")[-2]}" {_UNASKED}'
         elif path == _ALL6:
@@ -358,14 +425,28 @@ def _as_set(way: WayOut) -> Iterator[tuple[str, str]]:
 
     Somebody else, such as Docker, may have made this machine a router since, or none.
     """
-    is_others = _get(_ALL4) != way.forwarding
+    others = (
+        (_V4, _get(_ALL4) != way.forwarding),
+        (_V6, way.forwarding6 not in ("", _get(_DEFAULT6))),
+    )
     for path, before in way.settings:
-        if not (is_others and path.startswith(_V4)):
+        if not any(is_others and path.startswith(kind) for kind, is_others in others):
             yield path, before
 
 
 def _restore(way: WayOut, needed: Collection[str]) -> None:
     for path, before in _as_set(way):
-        if path not in needed:
-            with suppress(OSError):  # of a device that is gone
+        with suppress(OSError):  # of a device that is gone
+            if path in needed:
+                continue
+            if path == _ALL6:
+                _set_all6(before, _devices6_after(way))
+            elif path.startswith(_V4):
                 _set(path, before)
+
+
+def _devices6_after(way: WayOut) -> dict[str, str]:
+    """Return how devices are to be: as they are, unless we were killed while all were on."""
+    if way.forwarding6:
+        return {path: _get(path) for path in _devices6()}
+    return {path: "1" for path, _ in way.settings if path.startswith(_V6) and path != _ALL6}

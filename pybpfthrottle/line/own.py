@@ -17,7 +17,7 @@ from pybpfthrottle.line.keeping import LineKeeper
 from pybpfthrottle.linux import devices, libc, netns, tuntap
 from pybpfthrottle.model import Direction
 from pybpfthrottle.supervisor import Chore, Periodic
-from pybpfthrottle.wayout import WayOut
+from pybpfthrottle.wayout import Upkeep, WayOut
 
 _INNER = "net0"
 _CLONE_NEWNET = 0x40000000
@@ -94,7 +94,7 @@ class OwnNetwork:
             devices.add_address(device, each.outer)
         inner = netns.inside(self._namespace, lambda: _lay_inside(way))
         undo.callback(os.close, inner)
-        wayout.finish(way, device)
+        upkeep = wayout.finish(way, device)
         self._notes += wayout.firewalls()
         if len(way.networks) == 1:
             self._notes.append(f"the command has no IPv6: {wayout.why_no_ipv6()}")
@@ -103,12 +103,12 @@ class OwnNetwork:
             undo.callback(tally.close)
         keeper.serve((inner, outer), self._tallies, self._impairments)
         self._keeper = keeper
-        self._repairing = [Periodic(_REPAIRED_S, lambda: self._repair(way, device))]
+        self._repairing = [Periodic(_REPAIRED_S, lambda: self._repair(upkeep))]
 
-    def _repair(self, way: WayOut, device: str) -> None:
-        note = "rules of nftables that others had removed are back: the command needs them"
-        if wayout.repair(way.id, device) and note not in self._notes:
-            self._notes.append(note)
+    def _repair(self, upkeep: Upkeep) -> None:
+        for note in upkeep.run():
+            if note not in self._notes:
+                self._notes.append(note)
 
     def set(self, conditions: Conditions, *, anew: bool = True) -> None:
         """Impair what passes from now on, in both directions; before ``open`` from its begin on.

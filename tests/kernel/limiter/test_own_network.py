@@ -74,21 +74,29 @@ def keeper_of(near: Near) -> int:
     )
 
 
-def set_router(end: Namespace, value: int) -> None:
-    """Have a namespace forward IPv4, or not."""
-    subprocess.run(end.inside("sysctl", "-qw", f"net.ipv4.ip_forward={value}"), check=True)
+def set_router(end: Namespace, value: int, version: int = 4) -> None:
+    """Have a namespace forward packets, or not."""
+    set_forwarding(end, "all", value, version)
+
+
+def set_forwarding(end: Namespace, device: str, value: int, version: int = 4) -> None:
+    """Have a device forward packets, or not."""
+    setting = f"net.ipv{version}.conf.{device}.forwarding={value}"
+    subprocess.run(end.inside("sysctl", "-qw", setting), check=True)
 
 
 @contextmanager
-def stays_a_router(end: Namespace) -> Iterator[None]:
-    """Afterwards a namespace forwards IPv4, and no IPv6; then it is none any more."""
+def stays_a_router(end: Namespace, version: int = 4) -> Iterator[None]:
+    """Afterwards a namespace forwards IPv4 or IPv6, and not the other; then it is none any more."""
     try:
         yield
         settings = state(end)[0]
-        assert settings["/proc/sys/net/ipv4/conf/wire/forwarding"] == "1\n"
-        assert settings["/proc/sys/net/ipv6/conf/wire/forwarding"] == "0\n"
+        for one in (4, 6):
+            now = settings[f"/proc/sys/net/ipv{one}/conf/wire/forwarding"]
+            assert now == f"{int(one == version)}\n"
     finally:
         set_router(end, 0)
+        set_router(end, 0, 6)
 
 
 def in_own_run(end: Namespace, program: str) -> subprocess.CompletedProcess[str]:
@@ -263,10 +271,72 @@ def test_rules_that_somebody_removes_come_back(wire: Wire) -> None:
         assert near.ask("ping", wire.server.address, PORT, "udp", 1)
 
 
-def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire) -> None:
-    """As Docker does, which may be started while a command runs."""
-    with stays_a_router(wire.client), behind(wire.client, "--delay", "1ms"):
-        set_router(wire.client, 1)
+@pytest.mark.parametrize("version", [4, 6])
+def test_who_forwards_meanwhile_goes_on_to_do_so(wire: Wire, version: int) -> None:
+    """As Docker does, which may be started while a command runs; our rules then let it do so."""
+    drops = 'ipv4 iifname "wire"' if version == 4 else "nfproto ipv6 ct"
+    with stays_a_router(wire.client, version), behind(wire.client, "--delay", "1ms"):
+        assert drops in state(wire.client)[1]
+        set_router(wire.client, 1, version)
+        eventually(lambda: drops not in state(wire.client)[1])
+
+
+def test_devices_go_on_as_others_set_them(wire: Wire) -> None:
+    """IPv6 needs them for nothing: only its switch is on, and back at the end."""
+    before = state(wire.client)[0]
+    with behind(wire.client, "--delay", "1ms") as near:
+        changed = {path for path, now in state(wire.client)[0].items() if before.get(path) != now}
+        assert [path for path in sorted(changed) if "ipv6" in path and "pybpfn" not in path] == [
+            "/proc/sys/net/ipv6/conf/all/forwarding"
+        ]
+        set_forwarding(wire.client, "wire", 1, 6)
+        assert near.ask("ping", wire.server.address6, PORT, "udp", 1)
+    after = state(wire.client)[0]
+    set_forwarding(wire.client, "wire", 0, 6)
+    assert after == {**before, "/proc/sys/net/ipv6/conf/wire/forwarding": "1\n"}
+
+
+@pytest.mark.parametrize(("device", "version"), [("wire", 4), ("all", 6)])
+def test_forwarding_that_somebody_switches_off_comes_back(
+    wire: Wire, tmp_path: Path, device: str, version: int
+) -> None:
+    """As systemd-networkd does when it sets up a device anew; the user is told."""
+    before = state(wire.client)
+    file = tmp_path / "network.jsonl"
+    host = wire.server.address if version == 4 else wire.server.address6
+    with behind(wire.client, "--delay", "1ms", "--json-file", str(file)) as near:
+        during = state(wire.client)
+        set_forwarding(wire.client, device, 0, version)
+        eventually(lambda: state(wire.client) == during)
+        assert near.ask("ping", host, PORT, "udp", 1)
+    told_notes = [json.loads(line).get("text", "") for line in file.read_text().splitlines()]
+    name = f"net.ipv{version}.conf.{device}.forwarding"
+    assert any(note.startswith(f"{name}, which others had switched off") for note in told_notes)
+    assert state(wire.client) == before
+
+
+@pytest.mark.parametrize("device_before", [0, 1])
+def test_a_kill_in_the_middle_of_switching_on_leaves_nothing(
+    wire: Wire, device_before: int
+) -> None:
+    """When IPv6 is on for all devices, and not yet back for those that are to be as before."""
+    set_forwarding(wire.client, "wire", device_before, 6)
+    before = state(wire.client)
+    program = """
+import os, signal
+from pybpfthrottle import wayout
+from pybpfthrottle.cli.app import cli
+set_one = wayout._set
+def kill(path, value):
+    set_one(path, value)
+    if path == wayout._ALL6:
+        os.kill(os.getpid(), signal.SIGKILL)
+wayout._set = kill
+cli(["run", "--netns", "--delay", "1ms", "--", "true"])
+"""
+    assert in_own_run(wire.client, program).returncode == -signal.SIGKILL
+    eventually(lambda: state(wire.client) == before)
+    set_forwarding(wire.client, "wire", 0, 6)
 
 
 def test_a_line_that_begins_on_a_router_leaves_it_one(wire: Wire) -> None:
