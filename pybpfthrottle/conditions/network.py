@@ -23,7 +23,7 @@ from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.conditions import profiles, texts
 from pybpfthrottle.conditions.diversions import Diversions
 from pybpfthrottle.conditions.hooks import Counted, Hooks
-from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected
+from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected, Loss
 from pybpfthrottle.conditions.traces import Replay, Trace
 from pybpfthrottle.conditions.traces import read as read_trace
 from pybpfthrottle.errors import LimitError, ThrottleError
@@ -102,7 +102,9 @@ class Asked:
             ends = map(texts.as_time, (min(self.late.round_trips_s), max(self.late.round_trips_s)))
             replay.append("delay {} to {} as recorded".format(*ends))
         numbers = ", ".join([*rates, *replay, *wrong, *seed])
-        return f"{self.profile}: {numbers}" if self.profile else numbers
+        if self.profile in ("", numbers):  # that of an offline machine says no more
+            return numbers
+        return f"{self.profile}: {numbers}"
 
 
 def _text(name: str, value: Any) -> str:
@@ -178,7 +180,6 @@ class Network:
             self._hooks = Hooks(throttle)
             undo.callback(self._hooks.close)
             self.asked = asked
-            self._hooks.follow()
             self._put(asked)
             self._chore = Periodic(_LOOK_S, self._follow, together=True)
             self._undo = undo.pop_all()
@@ -301,8 +302,10 @@ class Network:
     def _put_conditions(self, conditions: Conditions) -> None:
         self._in_force = conditions
         self._detour.set(self._as_replayed(conditions))
-        self._come_last()
         self._hooks.set(conditions, loopback=self._loopback, elsewhere=self._detour.serves())
+        self._come_last()
+        # Only now, so that they do not count what passes while a diversion begins.
+        self._hooks.follow()
 
     def _move_delay(self, delay_s: float) -> None:
         self._delay_s = delay_s
@@ -442,13 +445,17 @@ def inexact(conditions: Conditions, *, elsewhere: Collection[Direction] = ()) ->
     Packets of the directions ``elsewhere`` are split before they get lost.
     """
     found = []
-    by_hooks = [conditions.impairment(one) for one in Direction if one not in elsewhere]
-    if any(each.loss and not each.loss.nth for each in by_hooks):
+    losses = {
+        one: conditions.impairment(one).loss or Loss() for one in Direction if one not in elsewhere
+    }
+    # Where everything is lost, it does not matter how.
+    losses = {one: loss for one, loss in losses.items() if 0 < loss.share < 1}
+    if any(not loss.nth for loss in losses.values()):
         found.append(
             "packets that the kernel has merged (GRO), or is to split (TSO), are lost as a whole:"
             " the share of what is lost is kept, but it comes in bursts"
         )
-    if conditions.upload.loss and Direction.UPLOAD not in elsewhere:
+    if Direction.UPLOAD in losses:
         found.append("TCP is told at once of a packet that it sent and that was lost")
     if conditions.dns == "slow":
         found.append(

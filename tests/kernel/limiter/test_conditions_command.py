@@ -89,5 +89,7 @@ def test_a_command_has_a_bad_network_and_its_end_says_what_was_done() -> None:
     )
     assert done.returncode == 1
     assert "TimeoutError" in done.stderr or "socket.timeout" in done.stderr
-    assert "pybpfthrottle: Bad network: offline: offline.\n" in done.stderr
+    assert "pybpfthrottle: Bad network: offline.\n" in done.stderr
     assert "pybpfthrottle: upload: dropped 1 of 1\n" in done.stderr
+    assert "of packets dropped" not in done.stderr  # by a limit, and there is none
+    assert "lost" not in done.stderr

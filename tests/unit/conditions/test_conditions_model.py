@@ -10,7 +10,7 @@ import pytest
 from pybpfthrottle.conditions import profiles, texts
 from pybpfthrottle.conditions.hooks import Counted, rule_of
 from pybpfthrottle.conditions.model import OFFLINE, Conditions, Impairment, Injected, Loss, Outage
-from pybpfthrottle.conditions.network import Asked, Done, refuse_what_is_missing
+from pybpfthrottle.conditions.network import Asked, Done, inexact, refuse_what_is_missing
 from pybpfthrottle.errors import LimitError, SettingsError, ThrottleError
 from pybpfthrottle.model import Direction, Rate
 
@@ -128,6 +128,19 @@ def test_what_nobody_asked_for_is_told_with_its_reason():
     )
     assert Done.from_json(done.to_json()) == done
     assert str(Done(Counted(seen=99), Injected(seen=100, lost=1))) == "dropped 1 of 100"
+
+
+@pytest.mark.parametrize(("loss", "notes"), [("1%", 2), ("every:3", 1), ("100%", 0), ("0%", 0)])
+def test_how_packets_are_lost_is_told_where_it_matters(loss, notes):
+    """Not where all are lost: nobody can tell then."""
+    assert len(inexact(texts.conditions_from({"loss": loss}))) == notes
+    assert inexact(texts.conditions_from({"loss": loss}), elsewhere=Direction) == []
+
+
+def test_a_profile_that_says_all_by_its_name_is_not_named_twice():
+    """Offline is offline."""
+    assert str(Asked.of("offline", seed="1")) == "offline"
+    assert str(Asked.of("offline", delay="1ms", seed="1")) == "offline: delay 1 ms, offline"
 
 
 def test_what_is_given_stands_in_place_of_a_profiles_own():
