@@ -46,6 +46,7 @@ log = Logger(__name__)
 
 MARKS, PROCESSES = "MARKS", "PROCESSES"
 PERIOD_S = 1.0
+# While there are none: there may be hundreds of throttles that wait.
 _WAITING_PERIOD_S = 8.0
 _REPORTER = "pybpft_exec"
 # As long as the kernel keeps it, with the byte that ends it.
