@@ -100,8 +100,9 @@ class Reading(NamedTuple):
         share = self.counters.packets_dropped / max(1, self.counters.packets_total)
         active_s = elapsed_s if self.active_s is None else self.active_s
         idle = f"{active_s:.1f} of " if 0 < active_s < elapsed_s - 1 else ""
-        # Without a limit there is nothing that a limit could have dropped.
-        dropped = "" if self.verdict is None else f", {share:.1%} of packets dropped"
+        # Only a limit drops, perhaps one that was lifted.
+        is_limited = self.verdict is not None or share
+        dropped = f", {share:.1%} of packets dropped" if is_limited else ""
         amount = format_bytes(self.counters.bytes_passed)
         return f"{self.line()}, {amount} in {idle}{elapsed_s:.1f} s{dropped}"
 

@@ -327,6 +327,12 @@ class _Namespace:
                     self._read()
         return self.names.get(interface, f"#{interface}")
 
+    def refresh(self) -> None:
+        """Read once in a while: another namespace may have got the number."""
+        if time.monotonic() - self._read_s > _RENAMED_S:
+            with suppress(OSError):
+                self._read()
+
     def _read(self) -> None:
         self.cookie, self.names = netns.interfaces(self.pid)
         self._read_s = time.monotonic()
@@ -346,6 +352,7 @@ class _Namespaces:
             if number not in self._found:
                 self._found[number] = _Namespace(number, pid)
             self._found[number].pid = pid
+            self._found[number].refresh()
             return self._found[number]
         return None
 

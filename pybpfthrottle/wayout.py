@@ -59,6 +59,13 @@ class WayOut(NamedTuple):
     settings: tuple[tuple[str, str], ...] = ()
     forwarding: str = ""
     forwarding6: str = ""
+    # Of the namespace, whose number another one has when it has ended.
+    cookie: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The network namespace."""
+        return self.namespace, self.cookie
 
     @property
     def ends(self) -> list[Ends]:
@@ -92,6 +99,7 @@ class WayOut(NamedTuple):
                 tuple((str(path), str(before)) for path, before in told["settings"]),
                 str(told["forwarding"]),
                 str(told.get("forwarding6", "")),
+                int(told.get("cookie", 0)),
             )
         except (OSError, KeyError, TypeError, ValueError):
             return None
@@ -110,7 +118,9 @@ def begin(way_id: str) -> WayOut:
         if network is None:
             raise NamespaceError(f"no network of {_POOL} is free here")
         networks = (network, _new_network6()) if why_no_ipv6() == "" else (network,)
-        way = WayOut(way_id, process.identity(), netns.number(), networks)
+        way = WayOut(
+            way_id, process.identity(), netns.number(), networks, cookie=netns.own_cookie()
+        )
         way.write()
     return way
 
@@ -208,10 +218,10 @@ def end(way: WayOut) -> None:
     """
     with cgroup.locked():
         way = WayOut.read(way.id) or way  # which may have been changed further
-        others = [one for one in _known() if one.namespace == way.namespace and one.id != way.id]
+        others = [one for one in _known() if one.place == way.place and one.id != way.id]
         needed = {path for one in others for path, _ in one.settings}
         is_left = False
-        with suppress(BackendError), Nft(way.namespace) as nft:
+        with suppress(BackendError), Nft(*way.place) as nft:
             is_left = True
             if nft.descriptor < 0:
                 _restore(way, needed)
@@ -313,7 +323,7 @@ def _forwarding(way: WayOut) -> Iterator[tuple[str, str]]:
     of_others = {
         path: before
         for other in _known()
-        if other.namespace == way.namespace and other.id != way.id
+        if other.place == way.place and other.id != way.id
         for path, before in _as_set(other)
     }
     for path in sorted(glob.glob(f"{_V4}/*/forwarding")):

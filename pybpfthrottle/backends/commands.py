@@ -24,13 +24,16 @@ class Commands:
     All methods raise BackendError.
     """
 
-    def __init__(self, namespace: Optional[int] = None) -> None:
-        """``namespace`` is the number of the network namespace; None is this process's own."""
+    def __init__(self, namespace: Optional[int] = None, cookie: int = 0) -> None:
+        """``namespace`` is the number of the network namespace; None is this process's own.
+
+        With a ``cookie`` no other one that has got the number.
+        """
         self._resources = ExitStack()
         self._fd = -1
         self.namespace = netns.number() if namespace is None else namespace
-        if self.namespace != netns.number():
-            fd = netns.open_by_number(self.namespace)
+        if self.namespace != netns.number() or cookie not in (0, netns.own_cookie()):
+            fd = netns.open_by_number(self.namespace, cookie)
             if fd is None:
                 raise BackendError(f"there is no network namespace {self.namespace} any more")
             self._fd = fd

@@ -133,7 +133,7 @@ class OwnThrottle(ChoosesOnce):
         self._counters = dict.fromkeys(order.limits, Counters())
         self._file = OwnFile(self)
         self._rules: Rules
-        self._namespace = 0
+        self._namespace = self._cookie = 0
         self._seen_s = -math.inf
         self._restored = False
         self._lost = False
@@ -153,6 +153,7 @@ class OwnThrottle(ChoosesOnce):
             for rate in self._limits.values():
                 self._kind.check(rate)
             self._namespace = self._most_common_namespace()
+            self._cookie = netns.cookie(self._namespace)
             # Which numbers are free is not to change until they are used.
             with locked():
                 self._rules = self._kind.open(
@@ -172,7 +173,12 @@ class OwnThrottle(ChoosesOnce):
         self._look_for_strangers()
 
     def _save(self, handles: Mapping[str, Any]) -> None:
-        self._file.update(handles={"network_namespace": self._namespace, **handles})
+        self._file.update(handles={**self._place, **handles})
+
+    @property
+    def _place(self) -> dict[str, int]:
+        """The network namespace, as a record has it."""
+        return {"network_namespace": self._namespace, "network_cookie": self._cookie}
 
     def _most_common_namespace(self) -> int:
         """Return the network namespace that most of the processes are in."""
@@ -203,7 +209,7 @@ class OwnThrottle(ChoosesOnce):
             kept=self._order.spec.kept,
             since_ns=clock.boottime_ns(),
             attached_by=self._rules.name,
-            handles={"network_namespace": self._namespace, **self._rules.handles},
+            handles={**self._place, **self._rules.handles},
         )
 
     # Somebody else may remove the rules.
@@ -456,7 +462,7 @@ class Leftover(NamedTuple):
     def remove(self) -> None:
         """Delete the rules, unless they went with their network namespace. Raises BackendError."""
         with locked():
-            if netns.exists(int(self.record.handles["network_namespace"])):
+            if netns.exists(*_place_of(self.record)):
                 rules = _open(self.rules, self.record)
                 try:
                     rules.delete()
@@ -491,8 +497,16 @@ def _open(kind: Kind, record: Record) -> Rules:
         files.update(kind.backend, record.id, handles={**record.handles, **handles})
 
     order = order_of(record)
-    namespace = int(record.handles["network_namespace"])
+    namespace, cookie = _place_of(record)
+    if not netns.exists(namespace, cookie):
+        raise BackendError(f"there is no network namespace {namespace} any more")
     return kind.open(record.id, order, namespace, record.handles, save)
+
+
+def _place_of(record: Record) -> tuple[int, int]:
+    """Return the number and the cookie of a record's network namespace."""
+    handles = record.handles
+    return int(handles["network_namespace"]), int(handles.get("network_cookie", 0))
 
 
 def _how(kind: Kind, rate: Optional[Rate], name: str) -> dict[str, str]:

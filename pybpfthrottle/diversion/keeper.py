@@ -393,6 +393,8 @@ class Keeper:
         """Close the device in a namespace; what is held for it is lost."""
         network = self._networks.pop(inode, None)
         self._broken.discard(inode)
+        # Another one may get its number.
+        self._addresses = {key: one for key, one in self._addresses.items() if key[0] != inode}
         if network is None:
             return
         lost = [held for held in self._heap if held.device == network.device]

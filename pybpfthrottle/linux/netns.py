@@ -111,30 +111,59 @@ def interfaces(pid: Optional[int] = None) -> Interfaces:
 
 
 def _own_interfaces() -> Interfaces:
-    cookie = 0
+    return Interfaces(own_cookie(), dict(socket.if_nameindex()))
+
+
+def own_cookie() -> int:
+    """Return the cookie of this thread's network namespace, which no other ever has.
+
+    0 before Linux 5.14.
+    """
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-        cookie = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
-    return Interfaces(cookie, dict(socket.if_nameindex()))
+        return int(struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
+    return 0
 
 
-def open_by_number(wanted: int) -> Optional[int]:
+def cookie(wanted: int) -> int:
+    """Return the cookie of the network namespace with a number, 0 if it is gone or not told."""
+    fd = open_by_number(wanted)
+    if fd is None:
+        return 0
+    try:
+        return _cookie_of(fd)
+    finally:
+        os.close(fd)
+
+
+def _cookie_of(fd: int) -> int:
+    with suppress(OSError):  # who may not enter it does not know
+        return inside(fd, own_cookie)
+    return 0
+
+
+def open_by_number(wanted: int, cookie: int = 0) -> Optional[int]:
     """Return a descriptor of the network namespace with a number; the caller closes it.
 
     None if no visible process is in it, and it is not mounted here (ip netns): then it is gone, as
-    far as this process can see. The kernel may give the number to another one later.
+    far as this process can see. The kernel gives the number of one that has ended to the next one;
+    that is not found if it has another ``cookie``.
     """
     for path in _places():
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if os.fstat(fd).st_ino == wanted:
+            if os.fstat(fd).st_ino != wanted:
+                os.close(fd)
+            elif cookie and _cookie_of(fd) not in (0, cookie):
+                os.close(fd)
+                return None
+            else:
                 return fd
-            os.close(fd)
     return None
 
 
-def exists(wanted: int) -> bool:
+def exists(wanted: int, cookie: int = 0) -> bool:
     """Whether there is a network namespace with a number, as far as this process can see."""
-    fd = open_by_number(wanted)
+    fd = open_by_number(wanted, cookie)
     if fd is not None:
         os.close(fd)
     return fd is not None

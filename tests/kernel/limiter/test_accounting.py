@@ -28,7 +28,7 @@ from pybpfthrottle.cli import plot
 from pybpfthrottle.demo.wire import DEVICE
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import cgroup, netns, process
-from pybpfthrottle.traffic import ProcessTraffic, Scope, Watch
+from pybpfthrottle.traffic import ProcessTraffic, Scope, Watch, _Namespaces
 
 # TCP with time stamps, over IPv4 with an MTU of 1500: 1448 bytes of 1500.
 SEGMENT, PACKET = 1448, 1500
@@ -411,3 +411,17 @@ def test_the_screen_is_given_back() -> None:
     assert b"\x1b[?25h" in out[out.rindex(b"\x1b[?25l") :]
     assert b"Traceback" not in out
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 130
+
+
+@pytest.mark.since("5.14")
+def test_a_namespace_with_the_number_of_another_is_read_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel gives the number of one that has ended to the next one."""
+    namespaces = _Namespaces()
+    known = namespaces.of()
+    assert known
+    cookie, known.cookie, known.names = known.cookie, 1, {1: "gone"}
+    monkeypatch.setattr(traffic, "_RENAMED_S", 0.0)
+    assert namespaces.by_cookie(cookie) is known
+    assert known.names[1] == "lo"

@@ -215,6 +215,27 @@ def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch
     answer(own, "nft", "delete", "table", "inet", "pybpfthrottle-zzzzzz")
 
 
+@since("5.14")
+def test_a_namespace_that_has_got_the_number_of_another_is_left_alone(own, scratch):
+    """The kernel gives it to the next one at once; what is there is not a dead throttle's."""
+    number = netns.number(own.wire.client.process.pid)
+    limits = {Direction.UPLOAD: RATE}
+    with Nft(number) as nft:
+        order = Order(ThrottleSpec(Target(), limits), limits, [scratch])
+        Table("zzzzzz", nft).create(limits, order)
+    gone = Identity(1 << 22, process.identity().pid_namespace, 1)
+    spec = ThrottleSpec(Target(), {Direction.UPLOAD: RATE})
+    cookie = netns.cookie(number)
+    assert netns.exists(number, cookie)
+    assert not netns.exists(number, cookie + 1)
+    for other, is_left in ((cookie + 1, True), (cookie, False)):
+        handles = {"network_namespace": number, "network_cookie": other}
+        files.write(Record("zzzzzz", spec, gone, "nftables", Match.CGROUP, handles=handles))
+        assert tool("cleanup").returncode == 0
+        assert files.read("nftables", "zzzzzz") is None
+        assert ("zzzzzz" in answer(own, "nft", "list", "ruleset")) is is_left
+
+
 # Once, or so many times: a backend that follows sockets has to notice this one.
 TO_ITSELF = """
 import socket, sys, time

@@ -16,7 +16,7 @@ import pytest
 from echo import PORT, Far, Near
 from lab import ENVIRONMENT, attached
 from since import needs_command
-from targets import eventually, live_map
+from targets import PATIENCE_S, eventually, live_map
 
 import pybpfthrottle
 from pybpfthrottle import diversion, traffic
@@ -227,7 +227,7 @@ def test_packets_pass_a_keeper_that_was_stopped(wire: Wire, near: Near, scratch:
 
 @pytest.mark.parametrize("how", ["del", "set down"])
 def test_a_device_that_somebody_removes_is_made_anew(
-    wire: Wire, near: Near, scratch: Cgroup, how: str
+    wire: Wire, near: Near, scratch: Cgroup, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     """What was to come back by it is counted; its keeper lives on, and delays what comes then."""
     with diversion.open(scratch, Impairment(delay_s=DELAY_S)) as late:
@@ -237,8 +237,8 @@ def test_a_device_that_somebody_removes_is_made_anew(
         subprocess.run(wire.client.inside("ip", "link", verb, name, *more), check=True)
         near.ask("send", wire.server.address, PORT, 3, 100)
         eventually(lambda: late.counts().refused == 3)
-        late.chores()[0].run()
-        assert min(near.ask("ping", wire.server.address, PORT, "udp", 3)) >= DELAY_S
+        late._keeper.wait_until(lambda: "there is a new one" in caplog.text, PATIENCE_S)
+        eventually(lambda: min(near.ask("ping", wire.server.address, PORT, "udp", 3)) >= DELAY_S)
         assert late.counts().late_dropped == 3
         assert len(devices(wire)) == 1
         assert keeper_of(os.getpid()) == first

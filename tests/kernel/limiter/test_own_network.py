@@ -25,6 +25,7 @@ from pybpfthrottle.cli.app import cli
 from pybpfthrottle.demo.wire import Namespace, Wire
 from pybpfthrottle.line.own import _QUEUE_PACKETS
 from pybpfthrottle.linux import netns, process
+from pybpfthrottle.wayout import WayOut
 
 pytestmark = pytest.mark.since("5.10")
 
@@ -377,6 +378,22 @@ def test_after_a_kill_all_is_restored(wire: Wire, who: str) -> None:
             wayout.tidy_up()
         eventually(lambda: state(wire.client) == before)
     assert eventually(lambda: not wayout.abandoned())
+
+
+@pytest.mark.since("5.14")
+def test_a_namespace_that_has_got_the_number_of_another_is_left_alone(wire: Wire) -> None:
+    """What a killed process has recorded of one that has ended is not restored in the next."""
+    number = netns.number(wire.client.process.pid)
+    gone = process.Identity(1 << 22, process.identity().pid_namespace, 1)
+    path = "/proc/sys/net/ipv4/conf/wire/forwarding"
+    set_forwarding(wire.client, "wire", 1)
+    cookie = netns.cookie(number)
+    for other, value in ((cookie + 1, "1\n"), (cookie, "0\n")):
+        way = WayOut("abcdef", gone, number, (), ((path, "0"),), "0", cookie=other)
+        way.write()
+        assert [one.id for one in wayout.tidy_up()] == ["abcdef"]
+        assert not wayout.abandoned()
+        assert state(wire.client)[0][path] == value
 
 
 def test_a_kill_while_a_line_is_being_laid_leaves_nothing(wire: Wire) -> None:

@@ -38,6 +38,10 @@ def test_without_a_limit_there_is_no_verdict() -> None:
     reading = Reading(Direction.DOWNLOAD, None, 1e6, Counters())
     assert reading.verdict is None
     assert reading.line() == "download: actual=976.6 KB/s, no limit"
+    assert "dropped" not in reading.summary(1.0)
+    before = Counters(packets_total=4, packets_dropped=1)
+    lifted = Reading(Direction.DOWNLOAD, None, 1e6, before)
+    assert lifted.summary(1.0).endswith(", 25.0% of packets dropped")
 
 
 def test_what_is_blocked_has_no_ratio() -> None:
