@@ -175,14 +175,15 @@ class Upkeep:
                 "rules of nftables that others had removed are back: the command needs them"
             )
         self.rules = rules
-        with suppress(OSError):  # of a device that is gone meanwhile
-            for path in _needed(way):
-                if _get(path) == "0":
-                    _switch_on(path)
-                    name = path[len(_SYS) :].replace("/", ".")
-                    found.append(
-                        f"{name}, which others had switched off, is on again: the command needs it"
-                    )
+        off = [path for path in _needed(way) if _get(path) == "0"]
+        for path in off:
+            # Whoever looks while IPv6 is being switched on takes that for somebody else's doing.
+            with suppress(OSError), cgroup.locked():  # a device may be gone meanwhile
+                _switch_on(path)
+                name = path[len(_SYS) :].replace("/", ".")
+                found.append(
+                    f"{name}, which others had switched off, is on again: the command needs it"
+                )
         return found
 
 

@@ -181,6 +181,8 @@ class Network:
             undo.callback(self._hooks.close)
             self.asked = asked
             self._put(asked)
+            # Only now, so that they do not count what passes while a diversion begins.
+            self._hooks.follow()
             self._chore = Periodic(_LOOK_S, self._follow, together=True)
             self._undo = undo.pop_all()
 
@@ -304,8 +306,6 @@ class Network:
         self._detour.set(self._as_replayed(conditions))
         self._hooks.set(conditions, loopback=self._loopback, elsewhere=self._detour.serves())
         self._come_last()
-        # Only now, so that they do not count what passes while a diversion begins.
-        self._hooks.follow()
 
     def _move_delay(self, delay_s: float) -> None:
         self._delay_s = delay_s

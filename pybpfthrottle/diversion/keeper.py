@@ -318,7 +318,7 @@ class Keeper:
         frame = waiting.packet.frame(address, tag | DivertTag.DIVERT_LOST * one.is_lost, device)
         try:
             os.write(self._networks[waiting.network].device, frame)
-        except (KeyError, OSError) as error:  # nobody is in that namespace any more, or see below
+        except (KeyError, OSError) as error:  # nobody is in it any more, or it is broken
             line.tally.counts[Count.REFUSED] += 1
             self._refused(waiting.network, error)
             return

@@ -168,9 +168,9 @@ class DiversionKeeper(SharedHelper):
         if "unserved" in message:
             self._serve_network(message["unserved"])
         if "broken" in message:
-            log.warning("Somebody has removed our device for delayed packets; there is a new one")
             self._forget_network(message["broken"])
             self._serve_network(message["broken"])
+            log.warning("Somebody has removed our device for delayed packets; there is a new one")
         if message.get("unreturned") in self._kept:
             self._kept[message["unreturned"]].refused = _UNRETURNED
         for state in ("opened", "closed"):
