@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Interface, IPv6Interface, ip_network
 from typing import Any, Collection, Iterator, Mapping, Optional, Sequence, Union
 
@@ -110,6 +110,9 @@ def begin(way_id: str) -> WayOut:
 
     ``finish`` does the rest, once there is a device. Raises NamespaceError.
     """
+    # Without nft, nobody could say that nothing is left, and forget the way out.
+    with _nft() as nft:
+        nft.check("")
     with cgroup.locked():
         used = [ip_network(one) for way in _known() for one in way.networks]
         used += map(ip_network, _routed())
@@ -395,9 +398,15 @@ def _rules(way: WayOut, device: str) -> list[str]:
 
 
 def _change(rules: Sequence[str]) -> None:
+    with _nft() as nft:
+        nft.change("\n".join([*rules, ""]))
+
+
+@contextmanager
+def _nft() -> Iterator[Nft]:
     try:
         with Nft() as nft:
-            nft.change("\n".join([*rules, ""]))
+            yield nft
     except BackendError as error:
         raise NamespaceError(
             f"the command's addresses cannot be translated: {error}. This needs nftables with NAT"

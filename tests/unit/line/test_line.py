@@ -13,7 +13,7 @@ from pybpfthrottle import wayout
 from pybpfthrottle.conditions.model import Conditions, Impairment, Loss
 from pybpfthrottle.diversion import impairing
 from pybpfthrottle.diversion.tally import Tally
-from pybpfthrottle.errors import BackendError
+from pybpfthrottle.errors import BackendError, NamespaceError
 from pybpfthrottle.line import keeper, resolver
 from pybpfthrottle.line.keeper import Way
 from pybpfthrottle.linux import run_files, tuntap
@@ -169,6 +169,15 @@ def test_a_table_that_cannot_be_removed_stays_known(monkeypatch, tmp_path: Path)
         wayout.end(way)
         assert run_files.stems(run_files.WAYS_OUT) == ["abc"]
     wayout.end(way)
+    assert run_files.stems(run_files.WAYS_OUT) == []
+
+
+def test_without_nft_no_way_out_is_begun(monkeypatch, tmp_path: Path):
+    """Its record would stay: nobody could say that its table is gone."""
+    monkeypatch.setattr(run_files, "DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NamespaceError, match="nft is not installed: install the package nftables"):
+        wayout.begin("abc")
     assert run_files.stems(run_files.WAYS_OUT) == []
 
 
