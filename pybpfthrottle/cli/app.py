@@ -27,7 +27,7 @@ from pybpfthrottle.cli.options import (
     words_of,
 )
 from pybpfthrottle.cli.records import BOTH_ON_STDOUT, Output, record_option
-from pybpfthrottle.cli.say import echo_lines, is_terminal, say, say_error, show_error
+from pybpfthrottle.cli.say import echo_lines, say, say_error, show_error
 from pybpfthrottle.errors import Error, LimitError
 from pybpfthrottle.model import Direction, Rate
 
@@ -156,7 +156,7 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
         backends_command.show(as_json=options["as_json"], try_them=False)
         return
     if not any(ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in options):
-        if is_terminal(sys.stdin) and is_terminal(sys.stdout):
+        if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
             ctx.invoke(top)
             return
         echo_lines(ctx.get_help(), err=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 
 import pytest
 
@@ -60,6 +62,16 @@ def test_a_dumb_terminal_gets_lines(tool, scratch, arguments):
     assert "\x1b" not in terminal.text
     assert "\r" not in terminal.text.replace("\r\n", "")
     assert len(terminal.text.splitlines()) > 1
+
+
+def test_the_bare_command_on_a_dumb_terminal_is_a_table(tool, eventually):
+    """As that of top, line by line until Ctrl-C, not the help."""
+    process, terminal = tool.start_on_terminal(environment={"TERM": "dumb"})
+    eventually(lambda: "down/s" in terminal.text)
+    os.kill(process.pid, signal.SIGINT)
+    assert tool.finish(process).status == 130
+    assert "\x1b" not in terminal.text
+    assert "Usage" not in terminal.text
 
 
 @pytest.mark.parametrize(
