@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 from contextlib import suppress
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
@@ -1267,8 +1268,10 @@ def _flush(stream: Optional[TextIO]) -> Optional[OSError]:
         stream.flush()
     except OSError as error:
         # Otherwise Python would fail again at exit, with status 120.
+        is_device = stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
+        # Who closes a terminal expects nothing more on it.
+        return None if is_device and error.errno == EIO else error
     return None
 
 
