@@ -344,9 +344,6 @@ class Keeper(Frequent):
         surveyed_s = time.thread_time() - begin_s
         self._end_others(found)
         self._hold_all([*found, *self._for_later(found)])
-        for held in self.held.values():
-            # Another throttle that has expected the same names may be gone.
-            held.expect()
         for note in survey.notes:
             self._say_once(note)
         least_s = _PAUSE_WITHOUT_WORD_S if self._executions is None else _LEAST_PAUSE_S
