@@ -3,7 +3,8 @@
 ratio: TCP payload over ten seconds, once a handshake's worth has passed, divided by the limit.
 lowest, highest: the same in one second after the first. retransmitted %: of what the servers sent;
 of HTTP/3 the datagrams that were lost, and the ratio is that of the streams' payload. All of it is
-what the servers' own sockets tell (TCP_INFO, by ss), or the server of HTTP/3.
+what the servers' own sockets tell (TCP_INFO, by ss), or the server of HTTP/3. For HTTP/3 curl and
+ngtcp2's server are those of Debian trixie, unpacked in a cache; the ratio is what curl has written.
 
 Programs and servers that are not installed are left out, and named.
 """
@@ -24,12 +25,15 @@ from pathlib import Path
 from statistics import median
 from typing import Callable, Optional
 
+from vm import VmError
+
 from benches.child import PATIENCE_S, TransferError
 from benches.line import DelayLine, LineSpec
-from benches.quic import lost_datagrams
-from benches.servers import SSH_PORT, Place, serve, start
+from benches.quic import datagrams, without_gso
+from benches.servers import HTTP3_PORT, SSH_PORT, Place, serve, serve_http3, start
 from benches.surroundings import python
 from benches.table import show
+from benches.unpacked import Unpacked, unpacked
 from pybpfthrottle.demo.wire import Namespace, Wire
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Rate
@@ -37,6 +41,7 @@ from pybpfthrottle.model import Rate
 _COLUMNS = ("ratio", "lowest", "highest", "retransmitted %")
 # A program may say hello to its server, as ssh does, long before anything is transferred.
 _HANDSHAKE_BYTES = 32 << 10
+_CURL_HTTP3 = "curl, HTTP/3"
 _PAGE = b"<script>fetch('large').then(got => got.body.pipeTo(new WritableStream()))</script>"
 Command = Callable[[Place], str]
 
@@ -62,6 +67,7 @@ PROGRAMS: dict[str, Command] = {
     ),
     "chromium": lambda at: f"{at.chromium} {at.url}/page.html",
     "chromium, HTTP/3": lambda at: f"{at.chromium_http3} {at.https}/page.html",
+    _CURL_HTTP3: lambda at: shlex.join([*at.curl_http3(), "-o", str(at.written)]),
     "aioquic, HTTP/3": lambda at: shlex.join(python("benches.http3", "get", f"{at.https}/large")),
     "rsync over ssh": lambda at: (
         f"rsync -e '{_ssh(at)}' --inplace {at.address}:{at.directory}/files/large {at.directory}/to"
@@ -71,6 +77,7 @@ PROGRAMS: dict[str, Command] = {
 _NEEDS = {
     "pip": sys.executable,
     "aioquic, HTTP/3": sys.executable,
+    _CURL_HTTP3: sys.executable,
     "apt": "/usr/lib/apt/apt-helper",
 }
 
@@ -100,6 +107,13 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, Error) as error:
         print(f"bench programs: {error}", file=sys.stderr)
         return 2
+    programs = None
+    if _CURL_HTTP3 in commands:
+        try:
+            programs = unpacked()
+        except VmError as error:
+            print(f"{_CURL_HTTP3}: left out: {error}", file=sys.stderr)
+            del commands[_CURL_HTTP3]
     table: dict[str, dict[str, float]] = {}
     for (name, command), rate, delay in product(commands.items(), limits, delays):
         program = _NEEDS.get(name, name.split()[0].rstrip(","))
@@ -107,9 +121,11 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"{name}: left out, {program} is missing", file=sys.stderr)
             continue
         row = f"{name}, {rate}, {delay:g} ms"
+        own = programs if name == _CURL_HTTP3 else None
         try:
             rounds = [
-                _transfer(command, rate, delay, arguments.seconds) for _ in range(arguments.rounds)
+                _transfer(command, rate, delay, arguments.seconds, own)
+                for _ in range(arguments.rounds)
             ]
         except (TransferError, Error, OSError) as error:
             print(f"{row}: {error}", file=sys.stderr)
@@ -119,25 +135,32 @@ def main(arguments: argparse.Namespace) -> int:
     return show(table, as_json=arguments.json) if table else 1
 
 
-def _transfer(command: Command, rate: Rate, delay_ms: float, seconds: int) -> tuple[float, ...]:
+def _transfer(
+    command: Command, rate: Rate, delay_ms: float, seconds: int, programs: Optional[Unpacked]
+) -> tuple[float, ...]:
     """Serve, limit, transfer; the columns' values."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         directory.chmod(0o755)
         wire = DelayLine(LineSpec(delay_s=delay_ms / 2000)) if delay_ms else Wire()
         stack.enter_context(wire)
-        place = Place(wire.server.address, directory)
+        place = Place(wire.server.address, directory, programs)
         serve(stack, wire.server, place, {"page.html": _PAGE})
+        if programs:
+            without_gso(wire.server)
+            serve_http3(stack, wire.server, place, HTTP3_PORT, ngtcp2="reno")
+        before = datagrams(wire)
         prefix = python("pybpfthrottle", "run", "-q", "--download-limit", str(rate.bytes_per_s))
         shell = f"export HOME={directory} TMPDIR={directory}; exec {command(place)}"
         inside = wire.client.inside(*prefix, "--", "sh", "-c", shell)
         start(stack, inside)
         sent, again = _watch(wire.server, place, seconds)
-        lost_percent = lost_datagrams(wire.server, wire.client)
+        left, came = (now - one for now, one in zip(datagrams(wire), before))
     steps = [after - before for before, after in zip(sent, sent[1:])]
     windows = [step / rate.bytes_per_s for step in steps[1:]]
     ratio = (sent[-1] - sent[0]) / rate.bytes_per_s / len(steps)
-    return ratio, min(windows), max(windows), lost_percent + 100 * again / sent[-1]
+    lost = 1 - came / left if came else 0.0
+    return ratio, min(windows), max(windows), 100 * (lost + again / sent[-1])
 
 
 def _watch(server: Namespace, place: Place, seconds: int) -> tuple[list[int], int]:

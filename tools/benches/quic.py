@@ -1,11 +1,16 @@
-"""QUIC downloads under each kind of limit. Needs aioquic in this interpreter.
+"""QUIC downloads under each kind of limit.
+
+The server is ngtcp2's, which paces; nginx, which sends at once what it may, and has 131 KB on their
+way at least; or aioquic's, in this interpreter, which is too slow for 10 MB/s. The client of the
+first two is curl. All but aioquic are those of Debian trixie, unpacked in a cache.
 
 All but rtt and ping are of the time after the first two seconds. billed: all packets that the
 client received, with their headers, divided by the limit. ratio: the same of stream data alone;
 0.95 is exact. lowest, highest: the same in one second. lost: of the datagrams that the server
-sent, those that the client did not get. rtt: as the client's library sees it, ms. ping: the round
+sent, those that the client did not get. rtt: as aioquic's client sees it, ms. ping: the round
 trip of a small UDP flow inside the limit, its 95th percentile in ms. helper: CPU time of the
-limit's helper processes, s per GB.
+limit's helper processes, s per GB, and per cent of a core. start lost: what our limit has dropped
+in the first two seconds, KB.
 """
 
 from __future__ import annotations
@@ -13,26 +18,49 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
+import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple, Optional
+
+from vm import VmError
 
 from benches.child import Child, TransferError
 from benches.figures import BIN_S
 from benches.line import DelayLine, LineSpec
 from benches.methods import LIMITED_PORT, METHODS, OTHER_PORT, Method, MethodError
+from benches.servers import Place, serve_http3
 from benches.surroundings import python
 from benches.table import show
-from pybpfthrottle.demo.wire import Namespace, Wire
+from benches.unpacked import Unpacked, unpacked
+from pybpfthrottle import throttles
+from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Direction, Rate
 
 _KNOWN = {method.name: method for method in METHODS if Direction.DOWNLOAD in method.directions}
-_COLUMNS = ("billed", "ratio", "lowest", "highest", "lost %", "rtt ms", "ping ms", "helper s/GB")
 _START_UP_S = 2.0
+_ETHERNET_BYTES = 14  # veth has it, and the delay line has not
+
+
+class Row(NamedTuple):
+    """The columns of one transfer; None is what cannot be told."""
+
+    billed: float
+    ratio: float
+    lowest: float
+    highest: float
+    lost_percent: float
+    rtt_ms: Optional[float]
+    ping_ms: float
+    helper_s_per_gb: float
+    helper_percent: float
+    start_lost_kb: Optional[float]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +69,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--limits", default="500K,10M", metavar="RATES")
     add("--connections", default="1,4", metavar="NUMBERS")
     add("--delays", default="0,20", metavar="MS", help="round-trip times; 0 is a veth pair")
-    add("--control", default="reno", choices=("reno", "cubic"), help="of the sender")
+    add("--server", default="ngtcp2", choices=("ngtcp2", "nginx", "aioquic"))
+    add("--control", default="reno", choices=("reno", "cubic", "bbr"), help="of the latter two")
     add("--methods", default="shape,police,ifb,ifb-codel", metavar="NAMES", help=",".join(_KNOWN))
     add("--seconds", type=float, default=12.0, help="length of each transfer")
     add("--rounds", type=int, default=3, help="rounds; the median counts")
@@ -50,10 +79,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, and print a row for each cell and method; the exit status."""
-    if importlib.util.find_spec("aioquic") is None:
-        print("bench quic: needs aioquic: pip install aioquic", file=sys.stderr)
-        return 2
+    programs = None
     try:
+        if arguments.server != "aioquic":
+            programs = unpacked()
+        elif importlib.util.find_spec("aioquic") is None:
+            print("bench quic: needs aioquic: pip install aioquic", file=sys.stderr)
+            return 2
         limits = list(map(Rate.parse, arguments.limits.split(",")))
         connections = list(map(int, arguments.connections.split(",")))
         delays = list(map(float, arguments.delays.split(",")))
@@ -61,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
     except KeyError as error:
         print(f"bench quic: --methods: choose from {', '.join(_KNOWN)}, not {error}")
         return 2
-    except (ValueError, Error) as error:
+    except (ValueError, Error, VmError) as error:
         print(f"bench quic: {error}", file=sys.stderr)
         return 2
     table: dict[str, dict[str, float]] = {}
@@ -70,49 +102,95 @@ def main(arguments: argparse.Namespace) -> int:
         name = f"{rate} x {count}, {delay:g} ms, {method.name}"
         try:
             rounds = [
-                _transfer(method, rate, count, delay, arguments) for _ in range(arguments.rounds)
+                _transfer(method, rate, count, delay, programs, arguments)
+                for _ in range(arguments.rounds)
             ]
         except (TransferError, MethodError, Error) as error:
             print(f"{name}: {error}", file=sys.stderr)
             failed = True
             continue
-        values = (round(median(column), 3) for column in zip(*rounds))
-        table[name] = dict(zip(_COLUMNS, values))
+        table[name] = {
+            field.replace("_", " "): round(median(values), 3)
+            for field, values in zip(Row._fields, zip(*rounds))
+            if None not in values
+        }
         print(name, table[name], file=sys.stderr)
     return show(table, as_json=arguments.json) if table else int(failed)
 
 
 def _transfer(
-    method: Method, rate: Rate, count: int, delay_ms: float, arguments: argparse.Namespace
-) -> tuple[float, ...]:
-    """Download once; the columns. Raises TransferError, MethodError or NamespaceError."""
+    method: Method,
+    rate: Rate,
+    count: int,
+    delay_ms: float,
+    programs: Optional[Unpacked],
+    arguments: argparse.Namespace,
+) -> Row:
+    """Download once. Raises TransferError, MethodError or NamespaceError."""
     with ExitStack() as stack:
         wire = stack.enter_context(DelayLine(LineSpec(delay_ms / 2000)) if delay_ms else Wire())
+        address, ethernet = wire.server.address, 0 if delay_ms else _ETHERNET_BYTES
+        without_gso(wire.server)
         method.apply(wire.client, Direction.DOWNLOAD, rate)
-        where = (wire.server.address, str(LIMITED_PORT))
-        serve = python("benches.quic_peer", "serve", *where, "--control", arguments.control)
-        Child(stack, wire.server.inside(*serve)).ready()
-        echo = python("benches.quic_peer", "echo", where[0], str(OTHER_PORT))
-        Child(stack, wire.server.inside(*echo)).ready()
-        get = python("benches.quic_peer", "get", *where, "--connections", str(count))
+        if programs is None:
+            get = _serve_aioquic(stack, wire.server, count, arguments.control)
+        else:
+            ngtcp2 = arguments.control if arguments.server == "ngtcp2" else None
+            get = _serve_http3(stack, wire.server, count, programs, ngtcp2)
+        answer = python("benches.quic_ping", "answer", address, str(OTHER_PORT))
+        Child(stack, wire.server.inside(*answer)).ready()
         prefix = method.prefix(Direction.DOWNLOAD, rate)
         client = Child(stack, wire.client.inside(*prefix, *get))
         client.ready()
         time.sleep(_START_UP_S)
-        before = datagrams(wire.server, wire.client)
+        start_lost_kb = _dropped_kb(client.pid)
+        before = _counted(wire, client)
         time.sleep(max(0.0, arguments.seconds - _START_UP_S))
-        lost = lost_datagrams(wire.server, wire.client, before)
-        cpu_s = _helpers_s(client.pid)
+        counted = (now - one for now, one in zip(_counted(wire, client), before))
+        seconds, octets, sent, got, cpu_s = counted
         client.stop()
         report = client.report()
+    if not got:
+        raise TransferError("no data arrived")
     per_second = _seconds(report["bins"], arguments.seconds, rate)
-    billed = _seconds(report["billed"], arguments.seconds, rate)
-    trips = report["round_trips_ms"] or [0.0]
-    per_gb = cpu_s / (sum(count for _, count in report["billed"]) / 1e9)
-    return (
-        *(mean(billed), mean(per_second), min(per_second), max(per_second), lost, mean(trips)),
-        *(report["ping_ms"], per_gb),
+    billed = (octets / sent - ethernet) * got
+    trips = report.get("round_trips_ms")
+    return Row(
+        *(billed / seconds / rate.bytes_per_s, mean(per_second), min(per_second), max(per_second)),
+        100 * (1 - got / sent),
+        mean(trips) if trips else None,
+        report["ping_ms"],
+        *(cpu_s / (billed / 1e9), 100 * cpu_s / seconds),
+        start_lost_kb,
     )
+
+
+def _serve_aioquic(stack: ExitStack, server: Namespace, count: int, control: str) -> list[str]:
+    """Start the server; return the client's command."""
+    where = (server.address, str(LIMITED_PORT))
+    serve = python("benches.quic_peer", "serve", *where, "--control", control)
+    Child(stack, server.inside(*serve)).ready()
+    return python("benches.quic_peer", "get", *where, "--connections", str(count))
+
+
+def _serve_http3(
+    stack: ExitStack, server: Namespace, count: int, programs: Unpacked, ngtcp2: Optional[str]
+) -> list[str]:
+    """Start the server; return the client's command."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+    place = Place(server.address, directory, programs)
+    serve_http3(stack, server, place, LIMITED_PORT, ngtcp2)
+    get = ("benches.quic_curl", server.address, str(OTHER_PORT), str(count))
+    return python(*get, "--", *place.curl_http3(LIMITED_PORT))
+
+
+def _dropped_kb(pid: int) -> Optional[float]:
+    """What the limit of one of our processes has dropped; None if it has none."""
+    for running in throttles():
+        if running.owner_pid == pid:
+            with closing(running.open()) as throttle:
+                return throttle.counters()[Direction.DOWNLOAD].bytes_dropped / 1000
+    return None
 
 
 def _helpers_s(pid: int) -> float:
@@ -138,23 +216,36 @@ def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[fl
     return [one / rate.bytes_per_s for one in sums]
 
 
-def lost_datagrams(
-    sender: Namespace, receiver: Namespace, before: tuple[int, int] = (0, 0)
-) -> float:
-    """Return how much of what one end has sent the other did not get, in per cent.
+def without_gso(end: Namespace) -> None:
+    """Have what is sent cut into packets before the device, as a network carries them."""
+    one_each = f"ip link set {DEVICE} gso_max_segs 1"
+    subprocess.run(end.inside(*one_each.split()), check=True, capture_output=True)
 
-    ``before`` has what was sent, and what came, until some time ago.
+
+def _counted(wire: Wire, client: Child) -> tuple[float, ...]:
+    """Return the time, bytes and packets sent, packets that came, and CPU time, all until now."""
+    octets, _ = _sent(wire.server)
+    return time.monotonic(), octets, *datagrams(wire), _helpers_s(client.pid)
+
+
+def _sent(end: Namespace) -> tuple[int, int]:
+    """Return what has left by the device: bytes, maybe with headers of Ethernet, and packets."""
+    lines = Path(f"/proc/{end.process.pid}/net/dev").read_text().splitlines()
+    fields = next(line for line in lines if line.strip().startswith(f"{DEVICE}:")).split()
+    return int(fields[9]), int(fields[10])
+
+
+def datagrams(wire: Wire) -> tuple[int, int]:
+    """Return how many packets the server has sent, and datagrams came to the client's sockets.
+
+    Their programs may have been too slow for these.
     """
-    sent, got = (now - one for now, one in zip(datagrams(sender, receiver), before))
-    return 100 * (1 - got / sent) if sent else 0.0
+    came = sum(_udp_count(wire.client, field) for field in ("InDatagrams", "RcvbufErrors"))
+    return _sent(wire.server)[1], came
 
 
-def datagrams(sender: Namespace, receiver: Namespace) -> tuple[int, int]:
-    """Return how many one end has sent, and the other has got."""
-    return _counted(sender, "OutDatagrams"), _counted(receiver, "InDatagrams")
-
-
-def _counted(end: Namespace, field: str) -> int:
+def _udp_count(end: Namespace, field: str) -> int:
+    """Return what the kernel counts in a network namespace."""
     names, values = (
         line.split()
         for line in Path(f"/proc/{end.process.pid}/net/snmp").read_text().splitlines()

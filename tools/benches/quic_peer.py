@@ -1,8 +1,8 @@
 """One end of QUIC downloads: the server sends as fast as it may, the client counts. Needs aioquic.
 
 Both go on until standard input ends. The client then reports, as JSON, how many bytes came in each
-``BIN_S`` since it began, as data and as packets, the round trips in ms as its connections see them,
-and that of a small flow of another process beside it, its 95th percentile.
+``BIN_S`` since it began, the round trips in ms as its connections see them, and that of a small
+flow of another process beside it, its 95th percentile.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import asyncio
 import datetime
 import json
 import logging
-import select
-import socket
 import ssl
-import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import repeat
-from typing import Any, Callable, ClassVar, Iterable, Optional
+from typing import Callable, ClassVar, Iterable, Optional
 
 from aioquic.asyncio import QuicConnectionProtocol, connect, serve
 from aioquic.quic.configuration import QuicConfiguration
@@ -31,15 +28,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from benches.figures import BIN_S
+from benches.quic_ping import Ping
 from benches.surroundings import READY
 
 _BLOCK = bytes(60_000)
 # What the server hands to its library ahead of what can be sent.
 _AHEAD_BYTES = 2 << 20
 _PAUSE_S = 0.002
-_HEADERS_BYTES = 28  # of IPv4 and UDP
-_PING_BYTES = 64
-_PING_PAUSE_S, _PING_PATIENCE_S = 0.05, 1.0
 
 
 async def pump(
@@ -75,21 +70,12 @@ class _Client(QuicConnectionProtocol):
     """Counts what all connections receive together."""
 
     bins: ClassVar[Counter[int]] = Counter()
-    billed: ClassVar[Counter[int]] = Counter()
     begin_s = time.monotonic()
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
-        """Count a packet."""
-        self.billed[self._bin()] += len(data) + _HEADERS_BYTES
-        super().datagram_received(data, addr)
 
     def quic_event_received(self, event: QuicEvent) -> None:
         """Count data."""
         if isinstance(event, StreamDataReceived):
-            self.bins[self._bin()] += len(event.data)
-
-    def _bin(self) -> int:
-        return int((time.monotonic() - self.begin_s) / BIN_S)
+            self.bins[int((time.monotonic() - self.begin_s) / BIN_S)] += len(event.data)
 
 
 def _certificate(configuration: QuicConfiguration) -> None:
@@ -132,59 +118,28 @@ async def _download(address: str, port: int, ended: asyncio.Event) -> float:
 async def _get(address: str, port: int, connections: int) -> None:
     ended = asyncio.Event()
     downloads = [asyncio.ensure_future(_download(address, port, ended)) for _ in range(connections)]
-    ping = subprocess.Popen(
-        [sys.executable, "-m", "benches.quic_peer", "ping", address, str(port + 2)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    ping = Ping(address, port + 2)
     print(READY, flush=True)
     await until_input_ends()
-    bins, billed = sorted(_Client.bins.items()), sorted(_Client.billed.items())
-    told, _ = ping.communicate()
+    bins, ping_ms = sorted(_Client.bins.items()), ping.end()
     ended.set()
     done, _ = await asyncio.wait(downloads, timeout=2)
     round_trips = [one.result() for one in done if one.exception() is None]
-    report = {"bins": bins, "billed": billed, "round_trips_ms": round_trips}
-    print(json.dumps({**report, "ping_ms": float(told)}), flush=True)
-
-
-def _echo(address: str, port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
-        own.bind((address, port))
-        print(READY, flush=True)
-        while sys.stdin not in select.select([own, sys.stdin], [], [])[0]:
-            own.sendto(*own.recvfrom(_PING_BYTES))
-
-
-def _ping(address: str, port: int) -> None:
-    """Ask again and again; one that has no answer took as long as it was waited for."""
-    took_ms = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
-        own.connect((address, port))
-        while not select.select([sys.stdin], [], [], _PING_PAUSE_S)[0]:
-            begin_s = time.monotonic()
-            own.send(str(begin_s).encode().ljust(_PING_BYTES))
-            while select.select([own], [], [], _PING_PATIENCE_S)[0]:
-                if float(own.recv(_PING_BYTES)) == begin_s:
-                    break
-            took_ms.append(1000 * (time.monotonic() - begin_s))
-    print(sorted(took_ms)[len(took_ms) * 95 // 100])
+    report = {"bins": bins, "round_trips_ms": round_trips, "ping_ms": ping_ms}
+    print(json.dumps(report), flush=True)
 
 
 def main() -> None:
     """Be the end that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("role", choices=("serve", "get", "echo", "ping"))
+    parser.add_argument("role", choices=("serve", "get"))
     parser.add_argument("address")
     parser.add_argument("port", type=int)
     parser.add_argument("--control", default="reno")
     parser.add_argument("--connections", type=int, default=1)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    if arguments.role in ("echo", "ping"):
-        (_echo if arguments.role == "echo" else _ping)(arguments.address, arguments.port)
-    elif arguments.role == "serve":
+    if arguments.role == "serve":
         asyncio.run(_serve(arguments.address, arguments.port, arguments.control))
     else:
         asyncio.run(_get(arguments.address, arguments.port, arguments.connections))

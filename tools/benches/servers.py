@@ -12,26 +12,45 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import Iterator, Mapping, NamedTuple, Optional
 
 from benches.child import PATIENCE_S, Child
 from benches.surroundings import ENVIRONMENT, python
+from benches.unpacked import Unpacked
 from pybpfthrottle.demo.wire import Namespace
 
 _BYTES = 8 << 30
+_STARTS_S = 0.5
 # Where servers are: for the system, or beside the interpreter.
 SERVERS = os.pathsep.join([os.environ["PATH"], "/usr/sbin", os.path.dirname(sys.executable)])
 _CHROMIUM = (
     "chromium --headless=new --no-sandbox --disable-gpu --disable-background-networking"
     " --disable-component-update --no-first-run"
 )
-SSH_PORT, IPERF_PORT = 2222, 5201
+SSH_PORT, IPERF_PORT, HTTP3_PORT = 2222, 5201, 8443
 _NGINX = """daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/log;
 events {{ worker_connections 512; }}
 http {{
     access_log off; sendfile on; types {{ text/html html; }}
     server {{
         listen {address}:80; listen {address}:443 ssl http2;
+        ssl_certificate {directory}/cert; ssl_certificate_key {directory}/key;
+        root {directory}/files;
+    }}
+}}
+"""
+# Each packet is sent as a network carries it, and a buffer of 64 KB would be all that a connection
+# has on its way.
+_NGINX_HTTP3 = """daemon off; worker_processes 1; user root; pid {directory}/pid3;
+error_log {directory}/log3;
+events {{ worker_connections 512; }}
+http {{
+    access_log off; types {{ text/html html; }} quic_gso off; http3_stream_buffer_size 256k;
+    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    server {{
+        listen {address}:{port} quic;
         ssl_certificate {directory}/cert; ssl_certificate_key {directory}/key;
         root {directory}/files;
     }}
@@ -52,6 +71,7 @@ class Place(NamedTuple):
 
     address: str
     directory: Path
+    programs: Optional[Unpacked] = None
 
     @property
     def url(self) -> str:
@@ -82,12 +102,25 @@ class Place(NamedTuple):
         """The same, which asks this server by HTTP/3 and by nothing else."""
         return f"{self.chromium} --origin-to-force-quic-on={self.address}:443"
 
+    @property
+    def written(self) -> Path:
+        """The file that curl writes what it gets by HTTP/3."""
+        return self.directory / "to" / "http3"
+
+    def curl_http3(self, port: int = HTTP3_PORT) -> list[str]:
+        """Return curl's command for the large file of ``serve_http3``."""
+        assert self.programs
+        where = ("--resolve", f"bench:{port}:{self.address}", f"https://bench:{port}/large")
+        return self.programs.curl("-skN", "--http3-only", *where)
+
     def acknowledged(self) -> int:
-        """Return the payload that clients have acknowledged by HTTP/3."""
-        try:
-            return int.from_bytes((self.directory / "acknowledged").read_bytes(), "little")
-        except FileNotFoundError:
-            return 0
+        """Return the payload that clients have acknowledged, or written, by HTTP/3."""
+        total = 0
+        with suppress(FileNotFoundError):
+            total += int.from_bytes((self.directory / "acknowledged").read_bytes(), "little")
+        with suppress(FileNotFoundError):
+            total += self.written.stat().st_size
+        return total
 
 
 def has_http3() -> bool:
@@ -121,15 +154,9 @@ def serve(stack: ExitStack, server: Namespace, place: Place, files: Mapping[str,
 
     Besides ``files`` there are ``large`` and a wheel, both without an end that a transfer sees.
     """
-    for name in ("files", "to"):
-        (place.directory / name).mkdir()
-    for name in ("large", "large-1.0-py3-none-any.whl"):
-        with (place.directory / "files" / name).open("wb") as file:
-            file.truncate(_BYTES)
+    _prepare(place.directory)
     for name, data in files.items():
         (place.directory / "files" / name).write_bytes(data)
-    for command in _keys(place.directory):
-        subprocess.run(command, check=True, capture_output=True)
     fields = {"address": place.address, "directory": place.directory, "port": SSH_PORT}
     (place.directory / "nginx.conf").write_text(_NGINX.format(**fields))
     (place.directory / "sshd.conf").write_text(_SSHD.format(**fields))
@@ -144,7 +171,42 @@ def serve(stack: ExitStack, server: Namespace, place: Place, files: Mapping[str,
     if has_http3():
         command = python("benches.http3", "serve", place.address, str(place.directory))
         Child(stack, server.inside(*command)).ready()
-    time.sleep(0.5)
+    time.sleep(_STARTS_S)
+
+
+def serve_http3(
+    stack: ExitStack, server: Namespace, place: Place, port: int, ngtcp2: Optional[str] = None
+) -> None:
+    """Start nginx with HTTP/3, or ngtcp2's server with a congestion control.
+
+    It has the files of ``serve``, or only the large ones.
+    """
+    assert place.programs
+    directory = place.directory
+    if not (directory / "files").exists():
+        _prepare(directory)
+    if ngtcp2:
+        files = (f"{directory}/files", place.address, str(port), f"{directory}/key")
+        command = place.programs.ngtcp2("-q", f"--cc={ngtcp2}", "-d", *files, f"{directory}/cert")
+    else:
+        config = directory / "nginx3.conf"
+        config.write_text(
+            _NGINX_HTTP3.format(address=place.address, directory=directory, port=port)
+        )
+        command = place.programs.nginx("-e", f"{directory}/log3", "-c", str(config))
+    start(stack, server.inside(*command))
+    time.sleep(_STARTS_S)
+
+
+def _prepare(directory: Path) -> None:
+    """Make the large files, and the keys."""
+    for name in ("files", "to"):
+        (directory / name).mkdir()
+    for name in ("large", "large-1.0-py3-none-any.whl"):
+        with (directory / "files" / name).open("wb") as file:
+            file.truncate(_BYTES)
+    for command in _keys(directory):
+        subprocess.run(command, check=True, capture_output=True)
 
 
 def _keys(directory: Path) -> Iterator[list[str]]:
