@@ -32,9 +32,11 @@
 #define DROP 0
 
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
 #define IPV4_HEADER_BYTES 20
 #define IPV6_HEADER_BYTES 40
 #define LEAST_HEADER_BYTES 40
+#define LARGE_DATAGRAM_BYTES 1200 /* RFC 9000, 14.1 */
 #define TCP_FIN_SYN_RST 7
 #define TCP_ACK 16
 
@@ -173,17 +175,28 @@ always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 	return tcp->rcv_rtt_est.rtt_us >> 3;
 }
 
-/* Tell the keeper of a namespace that it cannot send in yet. */
-always_inline void ask_for(struct throttle_gate *gate, __u32 network)
+/* Tell the keeper of a namespace that it cannot send in yet; return whether there was room. */
+always_inline int ask_for(struct throttle_gate *gate, __u32 network)
 {
 	struct throttle_ack *ack = bpf_ringbuf_reserve(&GATE_RING, sizeof(*ack), 0);
 
 	if (!ack)
-		return;
+		return 0;
 	ack->length = 0;
 	ack->gate = gate->id;
 	ack->network = network;
 	bpf_ringbuf_submit(ack, BPF_RB_FORCE_WAKEUP);
+	return 1;
+}
+
+/*
+ * Tell the keeper of the first large datagram: QUIC begins with one, a round trip before its first
+ * data comes, and the queue for that takes as long to start. Names are asked for by small ones.
+ */
+always_inline void tell_of_datagram(struct throttle_gate *gate, struct __sk_buff *skb)
+{
+	if (skb->len >= LARGE_DATAGRAM_BYTES && !gate->large_datagrams)
+		gate->large_datagrams = ask_for(gate, 0);
 }
 
 /* Whether the keeper can send for a connection, and, found out once, how its window is scaled. */
@@ -290,6 +303,8 @@ SEC("cgroup_skb/egress") int PROGRAM(gate)(struct __sk_buff *skb)
 	if (!sk)
 		return PASS;
 	socket = bpf_sk_storage_get(&SOCKETS, sk, 0, 0);
+	if (!socket && sk->protocol == IPPROTO_UDP)
+		tell_of_datagram(gate, skb);
 	if (!socket || socket->slot != slot || state_of(sk, socket, gate) != GATE_READY)
 		return PASS;
 	if (bpf_skb_load_bytes(skb, 0, start, LEAST_HEADER_BYTES))

@@ -193,6 +193,8 @@ struct throttle_gate {
 	__u64 ungated[GATE_UNGATED];
 	__u64 taken;
 	__u64 oldest_ns;
+	__u32 large_datagrams; /* whether the keeper was told that one has left */
+	__u32 reserved;
 };
 
 /* An acknowledgement as the keeper gets it. */
@@ -204,7 +206,7 @@ struct throttle_ack {
 	__u32 edge;    /* struct throttle_socket's */
 	__u32 payload; /* bytes of data that it was sent with */
 	__u32 mark;
-	__u32 network; /* the inode of its network namespace */
+	__u32 network; /* the inode of its network namespace; 0: a large datagram has left */
 	__u32 segment;
 	__u32 round_trip_us; /* as the kernel estimates it from data that has come; 0: not yet */
 	__u8 length; /* of its headers in bytes */

@@ -298,6 +298,9 @@ class Queueable(Protocol):
     def drops_early(self) -> bool:
         """Whether downloads without a receive window are over the limit now."""
 
+    def on_datagram(self, call: Callable[[], object]) -> None:
+        """Call something once a large datagram has left, whose answers may be large as well."""
+
     def why_no_queue(self) -> Optional[str]:
         """Return why they are not to wait in a queue, or None."""
 

@@ -205,6 +205,10 @@ class Diversion:
             return f"their keeper has ended: {self._keeper.ended}"
         return self._kept.refused
 
+    def has_taken(self) -> bool:
+        """Whether any packet was diverted until now."""
+        return bool(self._state[0].taken)
+
     def unserved(self) -> Optional[str]:
         """Return why no packet could be diverted until now, or None."""
         state, reasons = self._state[0], self._keeper.unserved

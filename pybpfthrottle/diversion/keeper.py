@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf.keeper import Element, Ring
 from pybpfthrottle.backends.ebpf.records import (
@@ -27,15 +27,16 @@ from pybpfthrottle.backends.ebpf.records import (
     ThrottleGate,
     element,
 )
-from pybpfthrottle.conditions.model import Impairment
-from pybpfthrottle.diversion import impairing, tap
-from pybpfthrottle.diversion.impairing import Impairing
+from pybpfthrottle.diversion import tap
 from pybpfthrottle.diversion.packets import Packet
 from pybpfthrottle.diversion.queueing import Leaving, Queue, Waiting
 from pybpfthrottle.diversion.records import DivertKeeper, DivertPacket, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Count, Tally
 from pybpfthrottle.linux import clock, helper, tuntap
 from pybpfthrottle.model import Direction
+
+if TYPE_CHECKING:
+    from pybpfthrottle.diversion.impairing import Impairing
 
 # Packets that are read, and that are given back, before the other has its turn.
 _BATCH = 64
@@ -63,21 +64,16 @@ class Network(NamedTuple):
 
 
 class Line:
-    """One diversion: it impairs packets, or is the queue of a limit."""
+    """One diversion: it impairs packets, or is the queue of a limit and has no ``impairing``."""
+
+    impairing: Impairing
 
     def __init__(
-        self,
-        state: int,
-        tally: int,
-        links: Sequence[int],
-        *,
-        told: Any = None,
-        queue: Optional[Queue] = None,
+        self, state: int, tally: int, links: Sequence[int], queue: Optional[Queue] = None
     ) -> None:
         self._memory = mmap.mmap(state, mmap.PAGESIZE)
         self.state = DivertState.from_buffer(self._memory)
         self.tally = Tally(tally)
-        self.impairing = Impairing(Impairment() if told is None else impairing.from_json(told))
         self.queue = queue
         self.unreturned = Unreturned()
         self._fds = [state, *links]
@@ -383,6 +379,8 @@ class Keeper:
             self._shared.alive = 1
             helper.report(self._owner, opened=message["open"])
         elif "change" in message:
+            from pybpfthrottle.diversion import impairing
+
             wanted = impairing.from_json(message["impairment"])
             self._lines[message["change"]].impairing.change(wanted, anew=message["anew"])
         elif "close" in message:
@@ -431,8 +429,13 @@ class Keeper:
 def _open(message: Mapping[str, Any], fds: Sequence[int]) -> Line:
     """Return the diversion that the owner tells of."""
     if "slot" not in message:
+        # The queue of a limit does without, and has to start soon.
+        from pybpfthrottle.diversion import impairing
+
         state, tally, *links = fds
-        return Line(state, tally, links, told=message["impairment"])
+        line = Line(state, tally, links)
+        line.impairing = impairing.Impairing(impairing.from_json(message["impairment"]))
+        return line
     state, tally, bucket, config, gate, *links = fds
     slot = message["slot"]
     download = element(slot, Direction.DOWNLOAD)
@@ -441,7 +444,7 @@ def _open(message: Mapping[str, Any], fds: Sequence[int]) -> Line:
         Element(config, download, ThrottleConfig),
         Element(gate, slot, ThrottleGate),
     )
-    return Line(state, tally, links, queue=queue)
+    return Line(state, tally, links, queue)
 
 
 # More than any message has.

@@ -1,4 +1,9 @@
-"""The queue that a limit gets once UDP downloads come over it, and what is told of it."""
+"""The queue that a limit gets before UDP downloads come over it, and what is told of it.
+
+It begins with the first large datagram that is sent, where that is told, so that it is ready when
+data comes: senders double their rate each round trip, and lose half of what they send if nothing
+holds it. At the latest it begins once downloads are over the limit. Only then it is told to people.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +39,10 @@ class LimitQueue:
         # How often the programs of each were attached, as far as the limit comes after them.
         self._attached: list[tuple[Diversion, int]] = []
         self._told: Optional[str] = None
-        self._is_over = False
+        self._impossible: Optional[str] = None
+        self._is_expected = self._is_over = False
         self._looking = Look(_LOOK_S, self._look, _LOOKS)
+        limit.on_datagram(self._expect)
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it."""
@@ -48,27 +55,45 @@ class LimitQueue:
         self._is_over = True
         self._diverted.close()
 
+    def _expect(self) -> None:
+        """Begin it at once."""
+        self._is_expected = True
+        self._looking.due_s = 0.0
+
     def _look(self) -> bool:
         """Begin or end it, or be where the packets pass by now; return whether chores changed."""
         if self._is_over:
             return False
-        refused = self._limit.why_no_queue()
+        refused = self._impossible or self._limit.why_no_queue()
         if not self._diverted:
-            if not self._limit.drops_early():
-                return False
-            if refused is None:
-                return self._begin()
-            self._tell(refused)
-            return False
+            return self._look_without(refused)
         if refused is not None:
-            return self._end_all(refused)
+            return self._end_all()
         try:
             self._diverted.follow()
             self._come_last()
         except (Error, OSError) as error:
             log.info("The queue of UDP downloads cannot follow: %s", error)
         failure = self._failure()
-        return False if failure is None else self._refuse(failure)
+        if failure is not None:
+            return self._refuse(failure)
+        if self._told != _WAITS and self._is_used():
+            self._tell(None)
+        return False
+
+    def _look_without(self, refused: Optional[str]) -> bool:
+        """Begin it, unless it is refused; then tell so once downloads are over the limit."""
+        is_used = self._is_used()
+        if refused is None:
+            return (is_used or self._is_expected) and self._begin()
+        if is_used or self._told is not None:
+            self._tell(refused)
+            self._is_over = self._impossible is not None
+        return self._is_over
+
+    def _is_used(self) -> bool:
+        """Whether downloads have come over the limit."""
+        return self._limit.drops_early() or any(one.has_taken() for one in self._diverted.open)
 
     def _begin(self) -> bool:
         try:
@@ -76,18 +101,16 @@ class LimitQueue:
             self._come_last()
         except (Error, OSError) as error:
             return self._refuse(str(error))
-        self._tell(None)
         return True
 
     def _refuse(self, why: str) -> bool:
         """Do without for good."""
-        self._is_over = True
-        return self._end_all(f"no queue is possible here: {why}")
+        self._impossible = f"no queue is possible here: {why}"
+        return self._end_all()
 
-    def _end_all(self, why: str) -> bool:
+    def _end_all(self) -> bool:
         self._diverted.close()
         self._attached = []
-        self._tell(why)
         return True
 
     def _come_last(self) -> None:

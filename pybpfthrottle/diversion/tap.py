@@ -12,13 +12,13 @@ import os
 import socket
 import struct
 from contextlib import ExitStack, suppress
-from typing import NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.bpf import links, tc
-from pybpfthrottle.bpf.abi import AttachType
-from pybpfthrottle.bpf.links import Link
-from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux import tuntap
+
+if TYPE_CHECKING:
+    from pybpfthrottle.bpf.links import Link
+    from pybpfthrottle.bpf.programs import Program
 
 _SIOCGIFNAME, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8910, 0x8913, 0x8914
 _SIOCSIFMTU, _SIOCGIFHWADDR, _SIOCGIFINDEX = 0x8922, 0x8927, 0x8933
@@ -94,6 +94,10 @@ def create(back: Program) -> Tap:
 
 
 def _attach(back: Program, control: socket.socket, name: bytes) -> Optional[Link]:
+    # The keeper does without, and has to start soon.
+    from pybpfthrottle.bpf import links, tc
+    from pybpfthrottle.bpf.abi import AttachType
+
     answer = fcntl.ioctl(control, _SIOCGIFINDEX, _request(name))
     (index,) = struct.unpack_from("=i", answer, _NAME_BYTES)
     try:

@@ -28,6 +28,7 @@ log = Logger(__name__)
 _END_S = 2.0
 _MOST_STARTS = 5
 _MESSAGE_BYTES = 4096
+_FIRST = -20  # of all priorities
 _PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -163,6 +164,7 @@ class SharedHelper:
             except (OSError, ValueError):
                 self._socket.close()
                 raise
+        _hurry(self._process.pid)
         self._socket.setblocking(False)
 
     def _restart(self) -> None:
@@ -204,6 +206,15 @@ class SharedHelper:
         return True
 
 
+def _hurry(pid: int) -> None:
+    """Have busy processes wait for a helper, from its start on, which takes a tenth of a second."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, _FIRST)
+    # With autogroup the CPU is shared by session: the niceness of the helper's session counts.
+    with suppress(OSError), open(f"/proc/{pid}/autogroup", "w") as autogroup:
+        autogroup.write(str(_FIRST))
+
+
 def begin(fd: int, name: str) -> socket.socket:
     """Make this process a helper, as quick as may be; return its end of the owner's socket.
 
@@ -213,14 +224,9 @@ def begin(fd: int, name: str) -> socket.socket:
         signal.signal(number, signal.SIG_IGN)
     shown = ctypes.create_string_buffer(name.encode())
     libc.prctl(_PR_SET_NAME, ctypes.addressof(shown))
-    # By default the kernel coalesces timers within 50 us. Busy processes can wait.
+    # By default the kernel coalesces timers within 50 us.
     with suppress(OSError):
         libc.prctl(_PR_SET_TIMERSLACK, 1000)
-    with suppress(OSError):
-        os.nice(-20)
-    # With autogroup the CPU is shared by session: the niceness of the helper's session counts.
-    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
-        autogroup.write("-20")
     return socket.socket(fileno=fd)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
@@ -117,6 +117,11 @@ class Gate:
         """Do without the gate."""
         self.close()
         self.refused = why
+
+    def on_datagram(self, call: Callable[[], object]) -> None:
+        """Call something once a large datagram has left, if there is a gate."""
+        if self._kept is not None:
+            self._kept.on_datagram = call
 
     def chores(self) -> Sequence[Chore]:
         """Return the keeper's chore, which all gates of this process share."""

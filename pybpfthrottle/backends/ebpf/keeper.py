@@ -249,7 +249,7 @@ class Gate:
         cookie, at_ns, _, device, edge, payload, mark, network, *rest = _ACK.unpack_from(record)
         segment, round_trip_us, length, scale, passed = rest
         if not length:
-            self._keeper.tell(self, unserved=network)
+            self._keeper.tell(self, **({"unserved": network} if network else {"datagram": True}))
             return
         packet = bytearray(record[_ACK.size : _ACK.size + length])
         at = 20 if packet[0] >> 4 == 4 else 40

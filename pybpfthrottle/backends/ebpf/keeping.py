@@ -46,6 +46,8 @@ class Kept:
         self.networks: set[int] = set()
         self.is_served = False
         self.ungated: Counter[str] = Counter()
+        # Called once a large datagram has left.
+        self.on_datagram: Callable[[], object] = lambda: None
         self._shared = gate.typed(U32, StructureCodec(ThrottleGate))
         self._shared[slot] = ThrottleGate(id=number)
 
@@ -129,6 +131,8 @@ class KeeperProcess(SharedHelper):
         kept.is_served = kept.is_served or "serves" in message
         if "ungated" in message:
             kept.ungated[message["ungated"]] += 1
+        if "datagram" in message:
+            kept.on_datagram()
         if "unserved" in message:
             self._serve_networks(kept)
 

@@ -640,6 +640,14 @@ class EbpfThrottle:
         """Whether downloads without a receive window are over the limit now."""
         return self._bucket.drops_early(Direction.DOWNLOAD)
 
+    def on_datagram(self, call: Callable[[], object]) -> None:
+        """Call something once a large datagram has left, as far as that is told.
+
+        By marks it would be told of all processes' datagrams.
+        """
+        if self._marks is None:
+            self._gate.on_datagram(call)
+
     def why_no_queue(self) -> Optional[str]:
         """Return why what has no receive window is not to wait in a queue, or None."""
         shape = self._options.shape.get(Direction.DOWNLOAD, "auto")

@@ -21,9 +21,13 @@ from targets import PATIENCE_S, eventually, live_map
 import pybpfthrottle
 from pybpfthrottle import diversion, traffic
 from pybpfthrottle.backends.ebpf.marks import MARKS
+from pybpfthrottle.bpf import links
+from pybpfthrottle.bpf.abi import AttachType
+from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.conditions.model import Impairment, Injected, Loss
 from pybpfthrottle.demo.wire import DEVICE, Wire
-from pybpfthrottle.diversion import keeping, tap
+from pybpfthrottle.diversion import keeping
 from pybpfthrottle.diversion.impairing import Impairing
 from pybpfthrottle.diversion.records import DivertBounds
 from pybpfthrottle.linux import cgroup, netns, process
@@ -297,13 +301,14 @@ def test_before_tcx_the_device_has_a_filter(
     wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux 6.6 brought tcx."""
+    create_link = links.create_link
 
-    class Links:
-        @staticmethod
-        def create_link(*_: object) -> None:
+    def create_older_link(program: Program, target: int, attach_type: AttachType) -> Link:
+        if attach_type is AttachType.TCX_INGRESS:
             raise OSError(errno.EINVAL, "not known")
+        return create_link(program, target, attach_type)
 
-    monkeypatch.setattr(tap, "links", Links)
+    monkeypatch.setattr(links, "create_link", create_older_link)
     with diversion.open(scratch, Impairment(delay_s=0.1)):
         assert min(near.ask("ping", wire.server.address, PORT, "tcp", 3)) >= 0.1
     assert not devices(wire)

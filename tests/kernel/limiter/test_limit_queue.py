@@ -128,6 +128,22 @@ def test_it_is_the_limit_that_passes(wire: Wire, near: Near, scratch: Cgroup) ->
         assert 0 < passed <= (end_ns - begin_ns) / 1e9 * RATE + 2 * (SIZE + HEADERS)
 
 
+@pytest.mark.since("6.1")  # the gate tells of it
+def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup) -> None:
+    """A large datagram that is sent begins it: a burst loses nothing. It is told when used."""
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
+        eventually(lambda: any(one._kept.is_open for one in live._queue._diverted.open))  # type: ignore[union-attr]
+        assert (told(live), diverted(live)) == ("", 0)
+        near.ask("receive", 0.5)
+        near.ask("send", wire.server.address, PORT, 50, SIZE, 0)
+        numbers, _ = near.ask("receive", 1.5)
+        assert numbers == list(range(50))
+        assert diverted(live) > 0
+        assert live.counters()[DOWNLOAD].packets_dropped == 0
+        eventually(lambda: told(live) == "queue")
+
+
 @pytest.mark.parametrize("by", ["SIGKILL", "SIGSTOP"])
 def test_without_its_keeper_packets_pass(wire: Wire, near: Near, scratch: Cgroup, by: str) -> None:
     """They are dropped early again; a killed keeper is replaced, and one that goes on serves."""

@@ -109,24 +109,34 @@ def test_few_packets_are_no_queue():
     assert not any(lost)
 
 
-def standing(fair, *, tos=0, seconds=2):
-    """A flow that has 40 packets in its queue all the time, one each 5 ms: what leaves."""
+def standing(fair, *, tos=0, step_ns=5 * MS, count=400):
+    """A flow that has 40 packets in its queue all the time, one each step: what leaves."""
     found = []
-    for number in range(seconds * 200):
-        fair.put(waiting(number, number * 5 * MS, tos=tos))
+    for number in range(count):
+        fair.put(waiting(number, number * step_ns, tos=tos))
         if number >= 40:
-            found.append(fair.get(number * 5 * MS))
+            found.append(fair.get(number * step_ns))
     return found
 
 
 def test_one_that_waits_for_too_long_loses_single_packets():
-    """The more, the longer it does so; and never two at once."""
-    lost = [at for at, one in enumerate(standing(Fair())) if one.is_lost]
+    """The more, the longer it does so."""
+    lost = [
+        at for at, one in enumerate(standing(Fair(), step_ns=MS // 4, count=8000)) if one.is_lost
+    ]
     gaps = [later - one for one, later in zip(lost, lost[1:])]
-    assert 20 <= lost[0] <= 30  # an interval of 100 ms, with a packet each 5
-    assert min(gaps) > 1
-    assert gaps[-1] < gaps[0]
-    assert gaps == sorted(gaps, reverse=True) or max(gaps) <= 21
+    assert 400 <= lost[0] <= 410  # an interval of 100 ms, with a packet each 0.25
+    assert gaps[0] == pytest.approx(400, abs=2)
+    assert gaps[-1] < gaps[0] / 3
+    assert all(later <= one + 1 for one, later in zip(gaps, gaps[1:]))
+
+
+def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
+    """It would gain nothing: what waits too long does so in its own queue."""
+    lost = [at for at, one in enumerate(standing(Fair(), count=2000)) if one.is_lost]
+    assert 20 <= lost[0] <= 30
+    gaps = [later - one for one, later in zip(lost, lost[1:])]
+    assert set(gaps[1:]) == {queueing.LEAST_APART}
 
 
 @pytest.mark.parametrize("version", [4, 6])
