@@ -39,8 +39,8 @@ def download(command: list[str], connections: int) -> Counter[int]:
     while sys.stdin.fileno() not in (ready := _readable(outputs)):
         for output in ready:
             count = len(os.read(output, _READ_BYTES))
-            if not count:
-                outputs.remove(output)
+            if not count:  # it has told why
+                sys.exit("a download has ended")
             bins[int((time.monotonic() - begin_s) / BIN_S)] += count
     for one in running:
         one.terminate()

@@ -14,13 +14,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple, Optional
 
-from benches.child import PATIENCE_S, Child
+from benches.child import PATIENCE_S, Child, TransferError
 from benches.surroundings import ENVIRONMENT, python
 from benches.unpacked import Unpacked
 from pybpfthrottle.demo.wire import Namespace
 
 _BYTES = 8 << 30
-_STARTS_S = 0.5
+_STARTS_S, _LOOK_S = 0.5, 0.02
 # Where servers are: for the system, or beside the interpreter.
 SERVERS = os.pathsep.join([os.environ["PATH"], "/usr/sbin", os.path.dirname(sys.executable)])
 _CHROMIUM = (
@@ -111,7 +111,7 @@ class Place(NamedTuple):
         """Return curl's command for the large file of ``serve_http3``."""
         assert self.programs
         where = ("--resolve", f"bench:{port}:{self.address}", f"https://bench:{port}/large")
-        return self.programs.curl("-skN", "--http3-only", *where)
+        return self.programs.curl("-sSkN", "--http3-only", *where)
 
     def acknowledged(self) -> int:
         """Return the payload that clients have acknowledged, or written, by HTTP/3."""
@@ -195,7 +195,17 @@ def serve_http3(
         )
         command = place.programs.nginx("-e", f"{directory}/log3", "-c", str(config))
     start(stack, server.inside(*command))
-    time.sleep(_STARTS_S)
+    _wait_for(server, port)
+
+
+def _wait_for(server: Namespace, port: int) -> None:
+    """Wait until datagrams are served: curl gives up at once where they are not."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    sockets = Path(f"/proc/{server.process.pid}/net/udp")
+    while f":{port:04X} " not in sockets.read_text():
+        if time.monotonic() > deadline_s:
+            raise TransferError("the server of HTTP/3 does not start")
+        time.sleep(_LOOK_S)
 
 
 def _prepare(directory: Path) -> None:
