@@ -94,7 +94,11 @@ class Asked:
 
     def __str__(self) -> str:
         """Return its numbers for people, with the profile's name."""
-        rates = [f"{one} {rate.written()}" for one, rate in self.limits.items() if rate]
+        rates = [
+            f"{one} up to {rate}" if one in self.traces else f"{one} {rate.written()}"
+            for one, rate in self.limits.items()
+            if rate
+        ]
         wrong = [texts.described(self.conditions)] if self.conditions else []
         seed = [f"seed {self.conditions.download.seed}"] * self.conditions.is_by_chance
         replay = [f"replay {path}" for path in self.replayed]

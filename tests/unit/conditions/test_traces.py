@@ -87,7 +87,7 @@ def test_a_replay_is_a_limit_of_the_traces_peak(tmp_path: Path) -> None:
     path = written(tmp_path, "0\n10\n150\n")
     asked = Asked.of(replay=path)
     assert asked.limits == {DOWN: Rate(30_080), UP: None}
-    assert str(asked).endswith(f"replay {path}")
+    assert str(asked) == f"download up to {asked.limits[DOWN]}, replay {path}"
 
 
 def test_the_rate_and_the_delay_are_moved_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
