@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from typing import (
@@ -20,6 +20,7 @@ from typing import (
 )
 
 from pybpfthrottle import networks, registry
+from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.protocol import Executions, Record
 from pybpfthrottle.backends.protocol import get as get_backend
 from pybpfthrottle.errors import Error, ThrottleError
@@ -274,8 +275,8 @@ class Keeper(Frequent):
         self._executions: Optional[Executions] = None
         self._said: set[str] = set()
         self._in_advance = in_advance
-        # Rules whose throttles wait for processes.
-        self._waiting: frozenset[str] = frozenset()
+        # Rules whose throttles wait for processes, and how many share their programs.
+        self._waiting: Mapping[str, int] = {}
         # Whether throttles have come, gone or changed since somebody asked.
         self._has_changed = False
         self._look_s = math.inf
@@ -321,7 +322,7 @@ class Keeper(Frequent):
         """Have the rules decide that are in force now."""
         self._now = self._in_force()
         self._book = Rulebook(self._now, self._spared)
-        self._waiting = _that_wait(self._book.rules) if self._in_advance else frozenset()
+        self._waiting = _that_wait(self._book.rules) if self._in_advance else {}
 
     def _in_force(self) -> list[Rule]:
         """Return the rules that are in force now, with their limits of now."""
@@ -510,7 +511,8 @@ class Keeper(Frequent):
             if held is not None and self._refresh(held, wanted):
                 return
             self._end(name, key)
-            wish = dataclasses.replace(self._wish, insist=wanted.rule.insist)
+            wish = _in_company(self._waiting.get(name, 1), self._wish)
+            wish = dataclasses.replace(wish, insist=wanted.rule.insist)
             throttle = start(self._spec(wanted), _wish_for(wanted.rule, wish))
             with ExitStack() as undo:
                 undo.callback(throttle.remove)
@@ -527,7 +529,7 @@ class Keeper(Frequent):
             if wanted.is_for_later:
                 # Who comes is limited all the same, after it has started.
                 log.info("No throttle waits for processes of rule %s: %s", name, error)
-                self._waiting = frozenset()
+                self._waiting = {}
                 self._end(name, key)
                 return
             if all(map(process.has_ended, wanted.pids or (0,))) and wanted.pids:
@@ -655,12 +657,19 @@ def in_force_now(rules: Iterable[Rule], machine: Machine) -> list[Rule]:
     return [rule for rule in at if rule is not None]
 
 
-def _that_wait(rules: Iterable[Rule]) -> frozenset[str]:
-    """Return the names of rules whose throttles are to wait for processes."""
+def _that_wait(rules: Iterable[Rule]) -> dict[str, int]:
+    """Return the names of rules whose throttles are to wait, and how many are of the same kind."""
     waiting = [(rule.name, _traffic(rule)) for rule in rules if rule.waits]
     kinds = list(dict.fromkeys(traffic for _, traffic in waiting))[:_MOST_KINDS_WAITING]
-    chosen = [name for name, traffic in waiting if traffic in kinds]
-    return frozenset(chosen[:_MOST_WAITING])
+    chosen = [one for one in waiting if one[1] in kinds][:_MOST_WAITING]
+    counts = Counter(traffic for _, traffic in chosen)
+    return {name: counts[traffic] for name, traffic in chosen}
+
+
+def _in_company(number: int, wish: Wish) -> Wish:
+    """Return how to start one of so many throttles that may share their programs."""
+    options: Options = wish.options.get("ebpf") or Options()
+    return wish.changed(options={**wish.options, "ebpf": options._replace(company=number)})
 
 
 def _wish_for(rule: Rule, wish: Wish) -> Wish:

@@ -18,6 +18,8 @@ class Options(NamedTuple):
     denied (EPERM for the send of a UDP program). ``shape`` is one of settings.SHAPES for a
     direction. ``guard`` has a child process restore connections if this process is killed.
     ``own_marks``: other programs look at the marks, which therefore are for this limit alone.
+    ``company``: how many limits this process is going to have, if that is known: they share their
+    programs from the first one on.
     """
 
     attach: Mapping[Direction, AttachPolicy] = MappingProxyType({})
@@ -25,3 +27,4 @@ class Options(NamedTuple):
     shape: Mapping[Direction, str] = MappingProxyType({})
     guard: bool = False
     own_marks: bool = False
+    company: int = 1

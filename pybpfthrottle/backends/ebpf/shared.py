@@ -329,7 +329,7 @@ class Sharing:
     def _may_share(self, order: Order) -> bool:
         # The first may well be the only one.
         return (
-            bool(self._alone or self._banks)
+            bool(self._alone or self._banks or _company(order) > 1)
             and not self.refused
             and features.DIRECT_PACKET_ACCESS.available()
         )
@@ -342,7 +342,10 @@ class Sharing:
                 return seat
         try:
             before = sum(bank.terms == terms for bank in self._banks)
-            bank = Bank(min(_MOST, _FIRST * _GROWTH**before), terms)
+            size = _FIRST * _GROWTH**before
+            while size <= _company(order):  # slot 0 is nobody's
+                size *= _GROWTH
+            bank = Bank(min(_MOST, size), terms)
         except (Error, OSError) as error:
             self.refuse(str(error))
             return None
@@ -366,6 +369,10 @@ class Sharing:
                 self._alone -= 1
             elif bank.is_closed:
                 self._banks.remove(bank)
+
+
+def _company(order: Order) -> int:
+    return (order.options or Options()).company
 
 
 def _limited(order: Order) -> Iterator[tuple[Hashable, list[Hashable]]]:

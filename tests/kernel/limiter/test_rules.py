@@ -21,7 +21,7 @@ from unittest.mock import Mock
 
 import pytest
 from by_backend import tool
-from lab import ENVIRONMENT, TOOL, Lab, attached
+from lab import ENVIRONMENT, PACKETS, TOOL, Lab, attached
 from redis_server import redis
 from shells import RATE, Shell
 from since import since
@@ -364,6 +364,14 @@ def test_only_names_are_waited_for_and_not_too_many(monkeypatch: Any) -> None:
     many = [dataclasses.replace(silent(f"many {n}", f"many-{n}"), to=kinds[0].to) for n in range(4)]
     with kept(each, pattern, place, *kinds, *many, in_advance=True) as found:
         assert {name for name, _ in found.keeper.held} == {"kind 0", "kind 1", "many 0", "many 1"}
+
+
+@since("5.8")
+def test_those_that_wait_share_one_set_of_programs() -> None:
+    """Every packet of the machine meets them: the first one does not have programs of its own."""
+    with kept(*(silent(f"mine {n}", f"nobody-{n}") for n in range(9)), in_advance=True) as found:
+        assert len(found.keeper.held) == 9
+        assert len(own_programs().intersection(attached(cgroup.root(), PACKETS[:1]))) == 1
 
 
 def test_nothing_waits_where_the_kernel_does_not_follow(monkeypatch: Any) -> None:
