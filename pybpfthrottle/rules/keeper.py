@@ -399,7 +399,9 @@ class Keeper(Frequent):
         return found
 
     def remove(self) -> None:
-        """Remove all throttles of rules."""
+        """Remove all throttles of rules. What is still to be done finds no rules then."""
+        self._rules, self._look_s = (), math.inf
+        self._open_book()
         for name, key in list(self.held):
             self._end(name, key)
         if self._executions is not None:

@@ -108,9 +108,11 @@ def test_a_throttle_by_two_backends_is_one(own):
     upload = ("--upload-limit", "1M", "--upload-backend", "ebpf")
     command = [*TOOL, "run", *NFT_DOWNLOAD.options, *upload, "--", "sleep", "60"]
     with started(own.inside(*command)) as running:
-        eventually(lambda: len(throttles(running.pid)) and tables(own))
+        both = {"upload": "ebpf", "download": "nftables"}
+        # Each backend has its record as soon as it limits.
+        eventually(lambda: [one["backends"] for one in throttles(running.pid)] == [both])
+        assert tables(own)
         [listed] = throttles(running.pid)
-        assert listed["backends"] == {"upload": "ebpf", "download": "nftables"}
         changed = tool("set", listed["id"], "-d", "2M", "-u", "3M")
         assert changed.stdout == (f"Changed {listed['id']}: download 2.0 MB/s, upload 3.0 MB/s.\n")
         assert throttles(running.pid)[0]["limits"] == {"download": 2 << 20, "upload": 3 << 20}

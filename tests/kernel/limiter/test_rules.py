@@ -366,6 +366,15 @@ def test_only_names_are_waited_for_and_not_too_many(monkeypatch: Any) -> None:
         assert {name for name, _ in found.keeper.held} == {"kind 0", "kind 1", "many 0", "many 1"}
 
 
+def test_after_the_end_nothing_is_limited_any_more(sleep: str) -> None:
+    """Whatever the keeper was about to do, and although a process matches."""
+    with running(sleep, "60") as one, kept(rule("mine", name=os.path.basename(sleep))) as found:
+        eventually(lambda: found.processes("mine") == {one.pid})
+        found.call(found.keeper.remove)
+        found.call(found.keeper.look)
+        assert not found.keeper.held
+
+
 @since("5.8")
 def test_those_that_wait_share_one_set_of_programs() -> None:
     """Every packet of the machine meets them: the first one does not have programs of its own."""
