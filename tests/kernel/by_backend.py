@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, NamedTuple
 
 from lab import ENVIRONMENT, TOOL, Lab
+from targets import eventually
 
 from pybpfthrottle.backends import files
-from pybpfthrottle.linux import netns
+from pybpfthrottle.linux import netns, process
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.settings import BACKENDS
 
@@ -104,3 +106,22 @@ def throttles(pid: int) -> list[dict]:
 def running_with(own: Lab, case: Case, *command: str) -> list[str]:
     """The tool that runs a command with a limit."""
     return own.inside(*TOOL, "run", *case.options, "--", *(command or ("sleep", "60")))
+
+
+def limiting(running: subprocess.Popen[str]) -> list[dict]:
+    """The throttles of a tool that runs a command, once that has begun: then they are in force.
+
+    They are listed before: their records come first, in case that they are killed meanwhile.
+    """
+
+    def program(pid: int) -> str:
+        with suppress(FileNotFoundError):
+            return os.readlink(f"/proc/{pid}/exe")
+        return ""
+
+    def has_begun() -> bool:
+        children = process.families().get(running.pid, ())
+        return bool({*map(program, children)} - {program(running.pid), ""})
+
+    eventually(has_begun)
+    return throttles(running.pid)

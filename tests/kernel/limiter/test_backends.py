@@ -15,7 +15,18 @@ import time
 from typing import Iterator
 
 import pytest
-from by_backend import FAST, RATE, Case, answer, running_with, started, throttles, tool, unchanged
+from by_backend import (
+    FAST,
+    RATE,
+    Case,
+    answer,
+    limiting,
+    running_with,
+    started,
+    throttles,
+    tool,
+    unchanged,
+)
 from lab import ENVIRONMENT, TOOL, Lab, lab
 from refusing import __file__ as refusing
 from since import needs_command, since
@@ -83,7 +94,7 @@ def test_a_transfer_is_held_to_its_limit_and_others_are_not(case, ipv6):
 def test_a_throttle_is_listed_changed_and_removed_from_anywhere(own, case):
     """The owner says what others have changed, and goes on without the limit."""
     with started(running_with(own, case)) as running:
-        [listed] = eventually(lambda: throttles(running.pid))
+        [listed] = limiting(running)
         direction = str(case.direction)
         assert listed["backends"] == {direction: case.backend}
         option = f"--{direction}-limit"
@@ -108,11 +119,9 @@ def test_a_throttle_by_two_backends_is_one(own):
     upload = ("--upload-limit", "1M", "--upload-backend", "ebpf")
     command = [*TOOL, "run", *NFT_DOWNLOAD.options, *upload, "--", "sleep", "60"]
     with started(own.inside(*command)) as running:
-        both = {"upload": "ebpf", "download": "nftables"}
-        # Each backend has its record as soon as it limits.
-        eventually(lambda: [one["backends"] for one in throttles(running.pid)] == [both])
+        [listed] = limiting(running)
         assert tables(own)
-        [listed] = throttles(running.pid)
+        assert listed["backends"] == {"upload": "ebpf", "download": "nftables"}
         changed = tool("set", listed["id"], "-d", "2M", "-u", "3M")
         assert changed.stdout == (f"Changed {listed['id']}: download 2.0 MB/s, upload 3.0 MB/s.\n")
         assert throttles(running.pid)[0]["limits"] == {"download": 2 << 20, "upload": 3 << 20}
@@ -127,7 +136,7 @@ def test_a_throttle_by_two_backends_is_one(own):
 def test_after_a_kill_cleanup_leaves_nothing(own, case):
     """Neither rules nor files nor cgroups; it says what it has removed."""
     with started(running_with(own, case)) as running:
-        [listed] = eventually(lambda: throttles(running.pid))
+        [listed] = limiting(running)
         made = [Cgroup(path) for path in listed["target"]["cgroups"]]
         running.kill()
         running.wait()
@@ -144,7 +153,7 @@ def test_after_a_kill_cleanup_leaves_nothing(own, case):
 def test_the_next_start_tidies_up_too(own, case):
     """As cleanup does."""
     with started(running_with(own, case)) as running:
-        [listed] = eventually(lambda: throttles(running.pid))
+        [listed] = limiting(running)
         running.kill()
         running.wait()
     tool("run", "-q", "-u", "1M", "--", "true")
@@ -185,7 +194,7 @@ def test_a_restored_table_counts_on(own):
     """From what was known."""
     command = f"curl --globoff -sN --max-time 5 {own.url} >/dev/null; sleep 30"
     with started(running_with(own, NFT_DOWNLOAD, "sh", "-c", command)) as running:
-        [listed] = eventually(lambda: throttles(running.pid))
+        [listed] = limiting(running)
         time.sleep(3)
         [table] = tables(own)
         answer(own, *f"nft flush {table}".split())

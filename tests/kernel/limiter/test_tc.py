@@ -19,6 +19,7 @@ from by_backend import (
     Case,
     answer,
     configuration,
+    limiting,
     recorded_in,
     running_with,
     started,
@@ -71,7 +72,7 @@ def qdiscs(own: Lab, device: str = "wire") -> list[dict]:
 def in_force(own: Lab, case: Case, *command: str) -> Iterator[subprocess.Popen[str]]:
     """The tool with its limit in force."""
     with started(running_with(own, case, *command)) as running:
-        eventually(lambda: throttles(running.pid))
+        limiting(running)
         yield running
 
 
