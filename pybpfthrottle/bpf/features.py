@@ -48,7 +48,8 @@ def _try(feature: Feature) -> Optional[Exception]:
     try:
         feature.probe()
     except (OSError, BpfError) as error:
-        return error
+        # It is kept: without the frames that it came through, which may hold megabytes.
+        return error.with_traceback(None)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -165,6 +166,8 @@ def _keep(
         accounts.begin(supervisor, stack, keeper, store)
         keeper.begin(rules.rules, rules.groups)
         registry.tidy_up()
+        # What was needed to begin is no longer: this goes on for weeks.
+        gc.collect()
         own = _told(own)
         if going_on is not None:
             going_on.ready()

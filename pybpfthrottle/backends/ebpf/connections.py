@@ -174,7 +174,9 @@ class _Adoption:
             try:
                 self._detach = self._attach_program(program)
             except (BpfError, CgroupError) as error:
-                self.refused = error if isinstance(error, AttachError) else self.refused
+                if isinstance(error, AttachError):
+                    # Without the frames that it came through: they hold megabytes.
+                    self.refused = error.with_traceback(None)
                 log.debug("Connections that are open are not for %s: %s", program.name, error)
                 continue
             self._program = program

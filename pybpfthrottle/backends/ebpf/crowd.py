@@ -167,7 +167,8 @@ class Crowd:
             try:
                 self._tracing = Tracing.begin(self._loaded.maps, executions=False)
             except (Error, OSError) as error:
-                self._untraced = error
+                # Without the frames that it came through: they hold megabytes.
+                self._untraced = error.with_traceback(None)
                 raise
             self._closing.callback(self._tracing.close)
             return self._tracing
