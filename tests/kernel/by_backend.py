@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from contextlib import contextmanager, suppress
 from typing import Iterator, NamedTuple
@@ -108,20 +107,19 @@ def running_with(own: Lab, case: Case, *command: str) -> list[str]:
     return own.inside(*TOOL, "run", *case.options, "--", *(command or ("sleep", "60")))
 
 
-def limiting(running: subprocess.Popen[str]) -> list[dict]:
+def limiting(running: subprocess.Popen[str], command: str = "sleep") -> list[dict]:
     """The throttles of a tool that runs a command, once that has begun: then they are in force.
 
     They are listed before: their records come first, in case that they are killed meanwhile.
     """
 
-    def program(pid: int) -> str:
-        with suppress(FileNotFoundError):
-            return os.readlink(f"/proc/{pid}/exe")
+    def name(pid: int) -> str:
+        with suppress(OSError), open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
         return ""
 
     def has_begun() -> bool:
-        children = process.families().get(running.pid, ())
-        return bool({*map(program, children)} - {program(running.pid), ""})
+        return command in map(name, process.families().get(running.pid, ()))
 
     eventually(has_begun)
     return throttles(running.pid)

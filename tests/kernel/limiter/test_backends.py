@@ -194,7 +194,7 @@ def test_a_restored_table_counts_on(own):
     """From what was known."""
     command = f"curl --globoff -sN --max-time 5 {own.url} >/dev/null; sleep 30"
     with started(running_with(own, NFT_DOWNLOAD, "sh", "-c", command)) as running:
-        [listed] = limiting(running)
+        [listed] = limiting(running, "sh")
         time.sleep(3)
         [table] = tables(own)
         answer(own, *f"nft flush {table}".split())

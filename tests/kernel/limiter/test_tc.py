@@ -72,7 +72,7 @@ def qdiscs(own: Lab, device: str = "wire") -> list[dict]:
 def in_force(own: Lab, case: Case, *command: str) -> Iterator[subprocess.Popen[str]]:
     """The tool with its limit in force."""
     with started(running_with(own, case, *command)) as running:
-        limiting(running)
+        limiting(running, *command[:1])
         yield running
 
 
