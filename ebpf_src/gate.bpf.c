@@ -106,6 +106,13 @@ static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
 static struct tcp_sock *(*bpf_skc_to_tcp_sock)(void *sk) = (void *)137;
 
 #include "configs.h"
+#ifdef MARKED
+#include "marked.h"
+#define GATE_PROGRAM pybpft_mgate
+#else
+#define mark_of(sk) 1
+#define GATE_PROGRAM PROGRAM(gate)
+#endif
 
 /* Acknowledgements on their way to the keeper. */
 struct {
@@ -282,7 +289,7 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 	}
 }
 
-SEC("cgroup_skb/egress") int PROGRAM(gate)(struct __sk_buff *skb)
+SEC("cgroup_skb/egress") int GATE_PROGRAM(struct __sk_buff *skb)
 {
 	__u32 slot = SLOT_OF(skb), down = ELEMENT(slot, THROTTLE_DOWNLOAD);
 	__u32 at, headers, payload, number, edge, kept, round_trip_us;
@@ -297,7 +304,7 @@ SEC("cgroup_skb/egress") int PROGRAM(gate)(struct __sk_buff *skb)
 	int passes;
 
 	HOLD_RECORD();
-	if (!gate || !config || !sk)
+	if (!gate || !config || !sk || !mark_of(sk))
 		return PASS;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)

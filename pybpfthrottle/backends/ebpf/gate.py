@@ -9,6 +9,7 @@ from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.crowd import Crowd
 from pybpfthrottle.backends.ebpf.keeping import RING, KeeperProcess, Kept, Pids
+from pybpfthrottle.backends.ebpf.programs import Scope
 from pybpfthrottle.backends.ebpf.shared import GATE, Seat
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
@@ -34,13 +35,12 @@ _WHY_UNGATED = {
 class Gate:
     """The gate of one throttle, or why it has none (``refused``). ``close`` opens all windows."""
 
-    program = programs.gate()
-
-    def __init__(self, pids: Pids, refused: Optional[str]) -> None:
+    def __init__(self, scope: Scope, pids: Pids, refused: Optional[str]) -> None:
         """Begin to start the keeper, which takes a while, unless the gate is refused already.
 
         ``pids`` returns the processes whose connections may go through the gate.
         """
+        self.program = programs.gate(scope)
         self.refused = refused
         self._pids = pids
         self._keeper: Optional[KeeperProcess] = None
@@ -93,8 +93,9 @@ class Gate:
                 elif seat is not None:
                     loaded = seat.load([self.program.name], maps, ring)
                 else:
+                    own, _ = self.program.objects
                     used = {**maps, RING: ring}
-                    loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
+                    loaded = loader.load(self.spec(own), [self.program.name], maps=used)
                 undo.callback(loaded.close)
                 self._kept = self._keeper.serve(gate, limits, self._pids, slot)
             except (Error, OSError) as error:

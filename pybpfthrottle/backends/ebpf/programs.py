@@ -146,8 +146,8 @@ PROGRAMS = (
     Shipped("pybpft_create", _MARKS, _SOCK_CREATE, Role.MARK, _STORAGE),
     Shipped("pybpft_adopt", _BOTH, _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", _BOTH, _SETSOCKOPT, Role.BELONGS, _ASKING),
-    Shipped("pybpft_gate", ("gate", ENTRIES), _EGRESS, Role.GATE, _GATE),
-    Shipped("pybpft_mgate", (ENTRIES,), _EGRESS, Role.GATE, _GATE, _MARKED),
+    Shipped("pybpft_gate", ("gate", ENTRIES), _EGRESS, Role.GATE, _GATE, _ALL),
+    Shipped("pybpft_mgate", ("gate-marked", ENTRIES), _EGRESS, Role.GATE, _GATE, _MARKED),
     *(
         Shipped(name, objects, hook, Role.SHARED, needs, multipath=multipath)
         for name, objects, hook, needs, multipath in (
@@ -248,10 +248,10 @@ def policer(scope: Scope, direction: Direction, verdict: str) -> Shipped:
     return found
 
 
-def gate(scope: Scope = Scope.ALL) -> Shipped:
-    """Return the gate: of marked sockets where throttles share it, or of whatever is shaped."""
-    wanted = None if scope is Scope.ALL else scope
-    return next(one for one in with_role(Role.GATE) if one.scope is wanted)
+def gate(scope: Scope) -> Shipped:
+    """Return the gate of marked sockets, or of whatever is shaped."""
+    (found,) = with_role(Role.GATE, scope)
+    return found
 
 
 def shaper(scope: Scope) -> Shipped:

@@ -176,7 +176,8 @@ class EbpfThrottle:
     def _prepare(self) -> None:
         order = self._order
         self._take_seat(sharing.join(order))
-        self._gate = Gate(self._pids, self._why_no_gate())
+        scope = Scope.ALL if order.cgroups else Scope.MARKED
+        self._gate = Gate(scope, self._pids, self._why_no_gate())
         self._guarded.callback(self._gate.close)
         if order.cgroups:
             self._load(Scope.ALL)
@@ -641,11 +642,9 @@ class EbpfThrottle:
         return self._bucket.drops_early(Direction.DOWNLOAD)
 
     def on_datagram(self, call: Callable[[], object]) -> None:
-        """Call something once a large datagram has left, as far as that is told.
-
-        By marks it would be told of all processes' datagrams.
-        """
-        if self._marks is None:
+        """Call something once a large datagram has left, as far as that is told."""
+        # The gate of both is told of all processes' datagrams.
+        if not (self._order.cgroups and self._marks is not None):
             self._gate.on_datagram(call)
 
     def why_no_queue(self) -> Optional[str]:

@@ -129,9 +129,11 @@ def test_it_is_the_limit_that_passes(wire: Wire, near: Near, scratch: Cgroup) ->
 
 
 @pytest.mark.since("6.1")  # the gate tells of it
-def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup) -> None:
+@pytest.mark.parametrize("by", ["cgroup", "marks"])
+def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup, by: str) -> None:
     """A large datagram that is sent begins it: a burst loses nothing. It is told when used."""
-    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+    target = {"cgroup": scratch.path} if by == "cgroup" else {"pid": near.process.pid}
+    with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
         near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
         eventually(lambda: any(one._kept.is_open for one in live._queue._diverted.open))  # type: ignore[union-attr]
         assert (told(live), diverted(live)) == ("", 0)
@@ -142,6 +144,17 @@ def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup
         assert diverted(live) > 0
         assert live.counters()[DOWNLOAD].packets_dropped == 0
         eventually(lambda: told(live) == "queue")
+
+
+@pytest.mark.since("6.1")
+def test_others_datagrams_begin_none(wire: Wire, near: Near, other: Near) -> None:
+    """By marks the gate sees the packets of all processes."""
+    with pybpfthrottle.limit(pid=near.process.pid, download=RATE) as live:
+        other.ask("send", wire.server.address, PORT, 50, SIZE, 0)
+        assert len(other.ask("receive", 1, 50)[0]) == 50
+        assert not live._queue._is_expected  # type: ignore[union-attr]
+        near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
+        eventually(lambda: live._queue._is_expected)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("by", ["SIGKILL", "SIGSTOP"])

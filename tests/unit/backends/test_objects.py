@@ -214,6 +214,7 @@ MAPS_OF = {
     },
     "gate-shared": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
     "gate": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", records.RECORD},
+    "gate-marked": {"CGROUP_CONFIGS", "GATE", "GATE_RING", "SOCKETS", "MARKS", records.RECORD},
     "processes": {"PROCESSES", "NAMES", "EXECUTED", records.RECORD},
     "conditions": {*_CONDITIONS},
     "conditions-early": {*_CONDITIONS},
