@@ -150,9 +150,12 @@ def _transfer(
         seconds, octets, sent, got, cpu_s = counted
         client.stop()
         report = client.report()
-    if not got:
-        raise TransferError("no data arrived")
     per_second = _seconds(report["bins"], arguments.seconds, rate)
+    if not any(per_second):
+        raise TransferError(
+            f"no data arrived after {_START_UP_S:g} s; of {sent:.0f} packets that the server then"
+            f" sent, with pings, {got:.0f} did; dropped before that: {start_lost_kb or 0:.0f} KB"
+        )
     billed = (octets / sent - ethernet) * got
     trips = report.get("round_trips_ms")
     return Row(
@@ -211,8 +214,6 @@ def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[fl
     step = round(1 / BIN_S)
     numbers = range(round(_START_UP_S / BIN_S), int(seconds / BIN_S) - step + 1, step)
     sums = [sum(by_bin.get(at + i, 0) for i in range(step)) for at in numbers]
-    if not any(sums):
-        raise TransferError("no data arrived")
     return [one / rate.bytes_per_s for one in sums]
 
 
