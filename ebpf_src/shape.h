@@ -284,11 +284,20 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	/* TCP sends at least two segments at once, so each connection may owe as many. */
 	__s64 target = PACING_TARGET_NS + smaller(share, MOST_PACED_NS) +
 		       smaller(queued, MOST_QUEUED_NS);
-	__u64 rate = paced_rate(config->rate_bytes_per_s, flows, debt_of(bucket, now), target);
-	__u32 value = smaller(rate, UNLIMITED);
-	__u32 difference = larger(value, socket->pacing) - smaller(value, socket->pacing);
-	__u32 packets;
+	__s64 debt = debt_of(bucket, now);
+	__u32 value, difference, packets;
 
+	/*
+	 * Pacing holds a debt. What a pause has saved would come on top of it in the first seconds of a
+	 * bulk transfer, which begins with a full segment.
+	 */
+	if (counts && !counts->now && !counts->before && ctx->skb_len >= ctx->mss_cache &&
+	    debt < PACING_TARGET_NS) {
+		debt = PACING_TARGET_NS;
+		bucket->even_at_ns = now + debt;
+	}
+	value = smaller(paced_rate(config->rate_bytes_per_s, flows, debt, target), UNLIMITED);
+	difference = larger(value, socket->pacing) - smaller(value, socket->pacing);
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
 	if (!socket->pacing) {
 		packets = first_packets(config, THROTTLE_UPLOAD, now, 1);

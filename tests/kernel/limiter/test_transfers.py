@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
-from lab import LARGEST_PACKET, Lab, Transfer, lab, median_ratio, median_windows, three_times
+from lab import (
+    ENVIRONMENT,
+    LARGEST_PACKET,
+    TOOL,
+    Lab,
+    Transfer,
+    lab,
+    median_ratio,
+    median_windows,
+    three_times,
+)
 
 from pybpfthrottle.backends.ebpf.bucket import POLICE, SMALL_NS
+from pybpfthrottle.demo.peer import PORT
 from pybpfthrottle.model import Rate
 
 pytestmark = pytest.mark.timed
+
+# Uploads by several connections after a pause; prints how long that took and what was acknowledged.
+AFTER_A_PAUSE = """
+import json, select, socket, struct, sys, time
+host, port, flows, pause_s, seconds = sys.argv[1], *map(int, sys.argv[2:4]), *map(float, sys.argv[4:])
+all_of_them = [socket.create_connection((host, port)) for _ in range(flows)]
+def acked():
+    infos = (one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128) for one in all_of_them)
+    return sum(struct.unpack_from("=Q", info, 120)[0] for info in infos)
+for one in all_of_them:
+    one.sendall(b"PUT / HTTP/1.1\\r\\nHost: there\\r\\nContent-Length: 1000000000\\r\\n\\r\\n")
+    one.setblocking(False)
+time.sleep(pause_s)
+begin, before = time.monotonic(), acked()
+while time.monotonic() < begin + seconds:
+    for one in select.select([], all_of_them, [], 0.01)[1]:
+        one.send(bytes(65536))
+print(json.dumps([time.monotonic() - begin, acked() - before]))
+"""
 
 
 def limited(direction: str, limit: str, seconds: int, *options: str):
@@ -70,6 +104,20 @@ def test_an_idle_time_saves_up_no_more_than_the_burst() -> None:
         came += count
         assert came <= rate.bytes_per_s * at + spare
     assert came >= 0.9 * rate.bytes_per_s * 3
+
+
+@pytest.mark.since("5.10")  # uploads are paced
+def test_what_a_pause_has_saved_does_not_come_on_top() -> None:
+    """Connections that share a limit hold a debt; together with the credit it would be 0.2 s."""
+    rate = Rate.parse("2M")
+    with lab() as own:
+        upload = [sys.executable, "-c", AFTER_A_PAUSE, own.wire.server.address, str(PORT)]
+        limited = [*TOOL, "run", "-q", "--upload-limit", "2M", "--", *upload, "8", "2.5", "3"]
+        done = subprocess.run(
+            own.inside(*limited), env=ENVIRONMENT, stdout=subprocess.PIPE, timeout=30, check=True
+        )
+    seconds, count = json.loads(done.stdout)
+    assert 0.94 <= count / seconds / rate.bytes_per_s <= 1.04
 
 
 @pytest.mark.parametrize("direction", ["download", "upload"])
