@@ -57,6 +57,12 @@ class Sources(NamedTuple):
                 say(f"error: {mistake}")
             raise RulesError(error.mistakes[-1:]) from error
 
+    def none(self, rules: Rules) -> str:
+        """Return that there are no rules, and where they were looked for."""
+        if rules.files:
+            return f"There are no enabled rules in {' or '.join(rules.files)}."
+        return f"There are no rules in {reading.places(self.paths)}."
+
 
 def apply(given: Sequence[str], *, dry_run: bool, diff: bool, stop: bool, as_json: bool) -> int:
     """Make the machine match rules; return the exit status."""
@@ -71,9 +77,11 @@ def apply(given: Sequence[str], *, dry_run: bool, diff: bool, stop: bool, as_jso
     elif dry_run or diff:
         for line in changes.lines(found):
             echo(line)
+    if not rules.rules and not as_json:
+        echo(sources.none(rules))
     if not dry_run:
         return _make_it_so(sources, rules, keeps, quiet=as_json)
-    if not found.pending and not as_json:
+    if rules.rules and not found.pending and not as_json:
         echo("The machine matches the rules.")
     return 0
 
@@ -139,6 +147,8 @@ def daemon(given: Sequence[str], accounts: Accounts) -> int:
     keeps = instance.current()
     if keeps is not None and keeps.kind == DAEMON:
         raise ThrottleError(f"process {keeps.owner.pid} is pybpfthrottle daemon already")
+    if not rules.rules:
+        say(sources.none(rules))
     return _keep(DAEMON, sources, rules, keeps, None, accounts)
 
 
@@ -208,6 +218,8 @@ def _reloaded(own: Instance, sources: Sources, keeper: Keeper) -> Instance:
         for mistake in error.mistakes:
             say(f"error: {mistake}; the rules of before go on")
         return _told(own, error.mistakes)
+    if not rules.rules:
+        say(sources.none(rules))
     keeper.change(rules.rules, rules.groups)
     return _told(own)
 
@@ -229,7 +241,10 @@ def explain(pid: int, given: Sequence[str], *, as_json: bool) -> int:
     """Say which rule is for a process, and why; return the exit status."""
     process.Process(pid)
     sources = Sources.of(given)
-    told = _Explained(sources.read().rules, pid)
+    rules = sources.read()
+    if not rules.rules:
+        say(sources.none(rules))
+    told = _Explained(rules.rules, pid)
     if as_json:
         if told.unseen:
             say(f"what limits it now cannot be seen: {told.unseen}")

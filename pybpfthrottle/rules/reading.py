@@ -69,11 +69,22 @@ def read(sources: Sequence[str]) -> Rules:
     return Rules(seated, tuple(found), tuple(files))
 
 
+def places(sources: Sequence[str]) -> str:
+    """Return where rules are looked for, for people."""
+    return " or ".join(
+        os.path.join(source, _PATTERN) if _is_directory(source) else source for source in sources
+    )
+
+
 def _files(source: str) -> list[str]:
-    # The usual directories need not be there, or may be made later.
-    if os.path.isdir(source) or os.path.basename(source) == _DIRECTORY:
+    if _is_directory(source):
         return sorted(glob.glob(os.path.join(glob.escape(source), _PATTERN)))
     return [source]
+
+
+def _is_directory(source: str) -> bool:
+    # The usual directories need not be there, or may be made later.
+    return os.path.isdir(source) or os.path.basename(source) == _DIRECTORY
 
 
 def _text(path: str, mistakes: list[str]) -> Optional[str]:

@@ -632,6 +632,21 @@ def test_apply_makes_the_machine_match(rules: Path, sleep: str) -> None:
 
 
 @alone
+def test_without_rules_it_says_where_they_were_looked_for(tmp_path: Path) -> None:
+    """As a directory without any, and a file whose rules are disabled, look like all is well."""
+    none = f"There are no rules in {tmp_path}/*.toml."
+    dry = tool("apply", "--dry-run", str(tmp_path))
+    assert (dry.returncode, dry.stdout) == (0, f"{none}\n")
+    assert none in tool("explain", str(os.getpid()), str(tmp_path)).stderr
+    path = tmp_path / "rules.toml"
+    path.write_text(
+        '[[rule]]\nname = "off"\nmatch = { name = "x" }\nblock = true\nenabled = false\n'
+    )
+    assert tool("apply", "-n", str(path)).stdout == f"There are no enabled rules in {path}.\n"
+    assert json.loads(tool("apply", "-n", "--json", str(path)).stdout)["rules"] == []
+
+
+@alone
 def test_a_killed_keeper_loses_nothing(rules: Path, sleep: str) -> None:
     """The limit stays; the next start takes it over, and has no second one."""
     with running(sleep, "60") as one:

@@ -207,6 +207,15 @@ def test_no_directory_is_no_mistake_but_a_missing_file_is(tmp_path: Path) -> Non
         reading.read([str(tmp_path / "rules.toml")])
 
 
+def test_where_rules_are_looked_for_is_said_by_patterns(tmp_path: Path) -> None:
+    """A directory stands for the files in it that are read, whether it is there or not."""
+    assert reading.places([str(tmp_path), "/a.toml"]) == f"{tmp_path}/*.toml or /a.toml"
+    usual = reading.directories({"HOME": str(tmp_path / "none")})
+    assert reading.places(usual) == (
+        f"/etc/pybpfthrottle/rules.d/*.toml or {tmp_path}/none/.config/pybpfthrottle/rules.d/*.toml"
+    )
+
+
 def test_five_hundred_rules_are_read_in_a_moment(tmp_path: Path) -> None:
     """As many as a site may have."""
     text = "\n".join(RULE.replace('"a"', f'"{number}"') for number in range(500))
