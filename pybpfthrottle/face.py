@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Iterable, Optional, TypeVar, Union
+from contextlib import contextmanager, suppress
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, TypeVar, Union
+from weakref import WeakKeyDictionary
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
 from pybpfthrottle.bpf.obj.plain import NamedTuple
-from pybpfthrottle.errors import ThrottleError
-from pybpfthrottle.linux.process import Identity
+from pybpfthrottle.errors import CgroupError, ProcessError, ThrottleError
+from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux.cgroup import Cgroup, locked
+from pybpfthrottle.linux.process import Identity, Process
 from pybpfthrottle.model import Limits, Rate, Target, ThrottleSpec, Traffic
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.shares import GivenRate, GivenRates, GroupSpec, Member
@@ -40,6 +44,7 @@ def limit(
     to: Some[str] = (),
     but: Some[str] = (),
     label: str = "",
+    stack: bool = False,
     wish: Optional[Wish] = None,
     supervise: bool = True,
 ) -> Throttle:
@@ -52,14 +57,19 @@ def limit(
     that alone are limited, ``but`` those that are not. ``label`` is a name to choose the throttle
     by. ``wish`` says how to put the limit in force.
 
+    What another process limits already is refused, with what is above or below it. So is a process
+    or cgroup that this program limits already in the same direction; but it may limit a process and
+    its child, or a cgroup and one below it. ``stack`` allows all of these; packets are then charged
+    to both limits.
+
     The limit is in force when this returns, and ends with the ``with`` or ``async with`` block, by
     ``remove``, or with this process. Later processes and open connections need looking after: by a
     background thread, which all throttles of this process share; within ``async with`` by the event
     loop; and without ``supervise`` by the caller, who has to run what ``chores`` returns.
 
     Raises LimitError for a limit that cannot be read, ProcessError or CgroupError for a target
-    that does not exist or may not be limited, ThrottleError if another process limits it already
-    or nothing can limit here, and BpfError for what the kernel refuses. Then nothing stays
+    that does not exist, may not be limited or is limited already, ThrottleError if nothing can
+    limit here, and BpfError for what the kernel refuses. Then nothing stays
     attached. Needs root, or CAP_BPF and CAP_NET_ADMIN; Linux 4.10, for processes 5.10.
     """
     limits = {
@@ -77,7 +87,12 @@ def limit(
         from pybpfthrottle import networks  # which takes a moment
 
         meant = networks.traffic(traffic, _some(to), _some(but), loopback=loopback)
-    throttle = start(ThrottleSpec(target, limits, meant, label), wish or Wish())
+    wish = wish or Wish()
+    if stack:
+        wish = wish.changed(stack=True)
+    with beside_own(target, limits, wish) as remember:
+        throttle = start(ThrottleSpec(target, limits, meant, label), wish)
+        remember(throttle)
     registry.tidy_up_again()
     if supervise:
         throttle.supervise()
@@ -109,6 +124,56 @@ def target_from(
     if target.processes and (target.cgroups or target.units):
         raise ThrottleError("processes cannot share a limit with cgroups and units")
     return target
+
+
+Given = Union[Identity, Cgroup]
+# The throttles of this program, with the process that has made them: a child of it has copies.
+_own: WeakKeyDictionary[Throttle, tuple[int, Mapping[Given, str]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def beside_own(target: Target, limits: Limits, wish: Wish) -> Iterator[Callable[[Throttle], None]]:
+    """Yield what remembers the throttle that is started meanwhile for a target.
+
+    Raises ProcessError or CgroupError if this program limits a part of it already.
+    """
+    with locked():
+        given = dict(_given(target))
+        if not wish.stack:
+            _refuse_own(given, limits)
+        yield lambda throttle: _own.__setitem__(throttle, (os.getpid(), given))
+
+
+def _given(target: Target) -> Iterator[tuple[Given, str]]:
+    """Yield the processes and cgroups of a target that exist, and what people call them."""
+    for pid in target.pids:
+        with suppress(ProcessError):
+            process = Process(pid)
+            yield process.identity, f"process {pid} ({process.name})"
+    for path in target.cgroups:
+        with suppress(CgroupError):
+            yield cgroups.from_path(path), path
+    for name in target.units:
+        with suppress(CgroupError):
+            yield cgroups.from_unit(name), name
+
+
+def _refuse_own(given: Mapping[Given, str], limits: Limits) -> None:
+    for throttle, (maker, others) in list(_own.items()):
+        both = [one for one in given if one in others]
+        if both and maker == os.getpid() and _limits_any(throttle, limits):
+            error = ProcessError if isinstance(both[0], Identity) else CgroupError
+            raise error(
+                f"{given[both[0]]} is already limited by {throttle.id}, which this program has"
+                " made: packets would be charged to both limits. Change that one with its set(),"
+                " or give stack=True if you want both"
+            )
+
+
+def _limits_any(throttle: Throttle, limits: Limits) -> bool:
+    """Whether a throttle is in force, and limits one of the directions that are to be limited."""
+    own = {**throttle.limits, **throttle.paused}
+    return any(rate and own.get(one) for one, rate in limits.items()) and throttle.in_force
 
 
 class Line(Group):

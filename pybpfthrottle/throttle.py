@@ -229,6 +229,11 @@ class Throttle:
             return "removed"
         return "" if self._goes_on() else self._end
 
+    @property
+    def in_force(self) -> bool:
+        """Whether the throttle was not removed, and has something to limit, now or later."""
+        return not self._removed and not self.ended()
+
     def processes(self) -> list[int]:
         """Return the selected processes that are limited now, and their children."""
         return self._do(

@@ -37,6 +37,7 @@ def conditions(
     children: bool = True,
     loopback: bool = False,
     label: str = "",
+    stack: bool = False,
     wish: Optional[Wish] = None,
     supervise: bool = True,
     **given: Any,
@@ -64,7 +65,12 @@ def conditions(
     target = face.target_from(
         pid=pid, name=name, exe=exe, user=user, cgroup=cgroup, unit=unit, children=children
     )
-    network = begin(target, asked, wish=wish or Wish(), loopback=loopback, label=label)
+    wish = wish or Wish()
+    if stack:
+        wish = wish.changed(stack=True)
+    with face.beside_own(target, asked.limits, wish) as remember:
+        network = begin(target, asked, wish=wish, loopback=loopback, label=label)
+        remember(network.throttle)
     registry.tidy_up()
     if supervise:
         network.supervise()

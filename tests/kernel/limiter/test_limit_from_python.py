@@ -18,7 +18,7 @@ from targets import NEXT_PASS_S, Target, eventually, followed, marked, programs_
 import pybpfthrottle
 from pybpfthrottle import Direction, Rate, registry
 from pybpfthrottle.backends.ebpf import programs
-from pybpfthrottle.errors import LimitError, ProcessError, ThrottleError
+from pybpfthrottle.errors import CgroupError, LimitError, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup
 from pybpfthrottle.linux.cgroup import Cgroup
 
@@ -92,7 +92,7 @@ def test_all_limits_of_a_process_share_one_thread(scratch: Cgroup) -> None:
     child = scratch.create_child("child")
     try:
         with pybpfthrottle.limit(cgroup=child.path, upload="1M"):
-            second = pybpfthrottle.limit(cgroup=child.path, upload="1M")
+            second = pybpfthrottle.limit(cgroup=child.path, download="1M")
             assert threads() == 1
             second.remove()
             assert threads() == 1
@@ -240,6 +240,44 @@ def test_what_another_process_limits_is_refused(scratch: Cgroup, own: Target) ->
         wish = pybpfthrottle.Wish(stack=True)
         pybpfthrottle.limit(pid=own.pid, upload="1M", wish=wish).remove()
         other.communicate(timeout=10)
+
+
+def test_what_this_program_limits_is_refused(scratch: Cgroup, own: Target) -> None:
+    """In the same direction, unless both are wanted, until the first limit ends."""
+    first = pybpfthrottle.limit(pid=own.pid, upload="1M")
+    with pytest.raises(
+        ProcessError, match=rf"{own.pid} .* is already limited by {first.id}, .* set"
+    ):
+        pybpfthrottle.limit(pid=[os.getpid(), own.pid], upload="2M", download="1M")
+    with pytest.raises(ProcessError, match="already limited"):
+        pybpfthrottle.conditions(pid=own.pid, upload="2M")
+    pybpfthrottle.limit(pid=own.pid, download="1M").remove()
+    pybpfthrottle.limit(pid=own.pid, upload="2M", stack=True).remove()
+    next(one for one in pybpfthrottle.throttles() if one.id == first.id).open().remove()
+    eventually(lambda: not first.in_force)
+    with pybpfthrottle.limit(pid=own.pid, upload="2M"):
+        first.remove()
+    with pybpfthrottle.limit(cgroup=scratch.path, upload="1M") as throttle:
+        with pytest.raises(
+            CgroupError, match=rf"{scratch.path} is already limited by {throttle.id}"
+        ):
+            pybpfthrottle.limit(cgroup=scratch.path, upload="1M")
+        throttle.set(upload=None)
+        pybpfthrottle.limit(cgroup=scratch.path, upload="1M").remove()
+
+
+def test_a_child_of_this_program_asks_only_the_kernel(own: Target) -> None:
+    """It has no thread that would answer for the throttles of its parent."""
+    with pybpfthrottle.limit(pid=own.pid, upload="1M"):
+        child = os.fork()
+        if child == 0:
+            try:
+                pybpfthrottle.limit(pid=own.pid, upload="1M")
+            except ProcessError as error:
+                os._exit(f"by process {os.getppid()}" not in str(error))
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_burst_of_threads_may_use_one_throttle(scratch: Cgroup) -> None:
