@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # A tmux session may be attached from another login meanwhile. A check takes milliseconds.
 _LOGIN_LASTS_S = 10.0
+_FIRST = 1  # the init system
 _COMM_BYTES = 15  # the kernel keeps this many bytes of a process's name
 
 
@@ -269,6 +270,32 @@ def share_cgroups(selection: Selection) -> bool:
         )
     except (CgroupError, OSError):  # the cgroup is not visible here, or is gone
         return True
+
+
+def reaches_far(selection: Selection, *, moved: bool) -> str:
+    """Return that all processes, or what carries this session, are limited; empty otherwise.
+
+    ``moved``: those in other cgroups than the chosen ones are not.
+    """
+    chosen = {one.pid for one in selection.processes}
+    if _FIRST in chosen and selection.children:
+        which = "all processes in its cgroup" if moved else "all processes"
+        alone = "" if moved else "; to limit it alone, add --no-children"
+        return (
+            f"process {process.listed([_FIRST])} has started all others, directly or not: {which}"
+            f" are limited, this session's too{alone}"
+        )
+    if chosen.isdisjoint(process.own_session()):
+        return ""
+    _, carriers = _login_at(int(time.monotonic()), os.getpid())
+    for carrier in carriers:
+        covered = process.ancestors(carrier.pid) if selection.children else [carrier.pid]
+        if carrier.is_open and not chosen.isdisjoint(covered):
+            return (
+                f"process {process.listed([carrier.pid])} has this session's connection: the limit"
+                " slows down your own remote login"
+            )
+    return ""
 
 
 def _refuse_nested(chosen: Sequence[Cgroup]) -> None:

@@ -600,7 +600,10 @@ def _carry_out(
         throttle.lasts_as_long_as(lambda: any(one.alive() for one in selection.processes))
     else:
         throttle = _move(plan, spec, wish, selection)
-    throttle.plan_notes = tuple(notes)
+    if selection is not None:
+        moved = plan.place in (Place.MOVED, Place.MOVED_ONLY)
+        notes.append(targets.reaches_far(selection, moved=moved))
+    throttle.plan_notes = tuple(filter(None, notes))
     return throttle
 
 

@@ -30,10 +30,14 @@ _VARIABLE = b"SSH_CONNECTION="  # man 1 ssh: address and port of the client, and
 
 
 class Carrier(NamedTuple):
-    """A socket that a login may need: who has it open, and the id of its cgroup."""
+    """A socket that a login may need: of which process, and the id of its cgroup.
+
+    ``is_open`` is False where a process only has it as its SSH_CONNECTION.
+    """
 
     pid: int
     cgroup_id: int
+    is_open: bool
 
 
 def processes() -> list[int]:
@@ -73,7 +77,7 @@ def carriers(pids: Iterable[int]) -> list[Carrier]:
             inodes = {one.inode for one in descriptors(pid)}
             ends = _connection(pid)
             found += [
-                Carrier(pid, one.cgroup_id)
+                Carrier(pid, one.cgroup_id, one.inode in inodes)
                 for one in sockets
                 if (one.inode in inodes and one.state != _LISTEN)
                 or (one.ends == ends and one.state == _ESTABLISHED)

@@ -55,7 +55,12 @@ class Host:
         """Return what the tool says in a login, where it runs in some way, of a limit."""
         limit = [*TOOL, "--cgroup", target.path, "--upload-limit", "4K", "--duration", "0.3"]
         client = self.login(*way, *limit, *options, service=self.service)
-        return "".join(iter(lambda: client.recv(4096).decode(), ""))
+        return heard(client)
+
+
+def heard(client: socket.socket) -> str:
+    """Return what is said until the login ends."""
+    return "".join(iter(lambda: client.recv(4096).decode(), ""))
 
 
 def _empty_and_remove(own: Cgroup) -> None:
@@ -164,3 +169,14 @@ def test_a_console_has_no_connection(host: Host) -> None:
     said = os.fsdecode(done.stdout)
     assert REFUSED not in said
     assert "Limiting" in said
+
+
+@pytest.mark.parametrize("options", ["", "--no-children"])
+def test_a_limit_on_who_serves_the_own_login_is_told(host: Host, options: str) -> None:
+    """It is asked for by its id, and slows down the terminal that it was typed on."""
+    limit = [*TOOL, "--upload-limit", "1M", "--duration", "0.3"]
+    for target, told in (("$PPID", True), ("$$", False)):
+        script = f"{shlex.join(limit)} {options} --pid {target}; true"
+        said = heard(host.login("sh", "-c", script, service=host.service))
+        assert "Limiting" in said
+        assert ("has this session's connection" in said) == told

@@ -294,6 +294,24 @@ def test_in_a_pid_namespace_the_process_is_moved(scratch: Cgroup) -> None:
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_limit_on_the_first_process_is_one_on_all(alone: bool) -> None:
+    """Which is said. Here it is that of a pid namespace, so that it is not that of the machine."""
+    inside = ["unshare", "--pid", "--cgroup", "--fork", "--kill-child", "--mount-proc"]
+    limit = [*TOOL, "--pid", "1", "--upload-limit", "1G", "--duration", "0.3"]
+    done = subprocess.run(
+        [*inside, "sh", "-c", '"$@"; true', "sh", *limit, *["--no-children"] * alone],
+        capture_output=True,
+        env=ENVIRONMENT,
+        text=True,
+        timeout=60,
+    )
+    assert "Limiting process 1 (sh)" in done.stdout
+    said = [line for line in done.stdout.splitlines() if "all processes" in line]
+    assert len(said) == (not alone)
+    assert all("process 1 (sh) has started all others" in line for line in said)
+
+
 # Capabilities.
 
 
