@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pybpfthrottle.cli.say import make_room
+from pybpfthrottle.cli.say import clear_the_line
 from pybpfthrottle.model import printable
 
 
@@ -35,6 +35,5 @@ class ToTerminal(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        for clear in make_room:
-            clear()
+        clear_the_line()
         super().emit(record)

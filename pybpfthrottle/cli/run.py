@@ -17,12 +17,17 @@ from pybpfthrottle import registry, throttle
 from pybpfthrottle.cli import conditions
 from pybpfthrottle.cli.options import Request
 from pybpfthrottle.cli.records import Output
-from pybpfthrottle.cli.say import PROGRAM, say, say_error
+from pybpfthrottle.cli.say import PROGRAM, clear_the_line, say, say_error
 from pybpfthrottle.errors import Error, LaunchError
 from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.launch import Command, User
 from pybpfthrottle.linux.own_cgroups import OwnCgroup
-from pybpfthrottle.linux.signals import SentSignals, SignalQueue
+from pybpfthrottle.linux.signals import (
+    SentSignals,
+    SignalQueue,
+    stop_as_a_job,
+    stops_left_to_others,
+)
 from pybpfthrottle.model import Target
 from pybpfthrottle.plan import Wish
 from pybpfthrottle.supervisor import Periodic, Supervisor
@@ -40,6 +45,7 @@ _PASSED_ON = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
 # kill are told apart, and passed on.
 _LEFT_ALONE = (signal.SIGINT,)
 _SENT = (signal.SIGQUIT,)
+_QUEUED = (*_PASSED_ON, *_LEFT_ALONE, signal.SIGCONT, signal.SIGCHLD)
 
 
 def run(
@@ -86,7 +92,7 @@ def _run(
         enter = {} if line is None else {"enter": line.enter}
         command = Command(argv, user=None if user is None else User.parse(user), **enter)
         stack.callback(command.abandon)
-        signals = stack.enter_context(SignalQueue((*_PASSED_ON, *_LEFT_ALONE, signal.SIGCHLD)))
+        signals = stack.enter_context(SignalQueue(_QUEUED))
         sent = stack.enter_context(SentSignals(_SENT))
         # Moving a process takes the kernel about 15 ms: read and import the rest meanwhile. Python
         # 3.9 lets two threads import the same module from a zip, and one of them gets half of it.
@@ -122,6 +128,8 @@ def _run(
             prove=request.prove,
             network=network,
         )
+        # From now on the command decides whether it stops; this process follows it.
+        stack.enter_context(stops_left_to_others())
         command.let_go()
         from pybpfthrottle.cli import background
 
@@ -245,7 +253,7 @@ class _Run:
             supervisor.step(end if self._limited else math.inf)
             came = [*signals.take(), *sent.take()]
             if self._status is None:
-                self._status = self._command.poll()
+                self._poll(came)
             # A signal ends the wait for processes that outlive the command.
             stopped = self._status is not None and any(
                 number in came for number in (*_ENDING, signal.SIGINT)
@@ -257,6 +265,20 @@ class _Run:
             if self._status is not None and (stopped or not self._outlived()):
                 self._lift("exited")
                 return self._status
+
+    def _poll(self, came: Sequence[signal.Signals]) -> None:
+        """Find out what has become of the command; as long as it is stopped, be stopped, too."""
+        was_stopped = self._command.is_stopped
+        self._status = self._command.poll()
+        if not self._command.is_stopped:
+            return
+        if not was_stopped:
+            with suppress(OSError):  # the terminal may be gone
+                clear_the_line()
+            stop_as_a_job()
+        elif signal.SIGCONT in came:
+            # A shell continues the whole job, but sudo, for example, only its own child.
+            os.kill(self._command.pid, signal.SIGCONT)
 
     def _sample(self) -> None:
         if self._limited:

@@ -21,10 +21,15 @@ PROGRAM = "pybpfthrottle: "
 make_room: list[Callable[[], None]] = []
 
 
-def echo(line: str = "", *, err: bool = False, file: Optional[IO[Any]] = None) -> None:
-    """Print one line, with unprintable characters escaped. Raises OSError."""
+def clear_the_line() -> None:
+    """Clear the live line. Raises OSError."""
     for clear in make_room:
         clear()
+
+
+def echo(line: str = "", *, err: bool = False, file: Optional[IO[Any]] = None) -> None:
+    """Print one line, with unprintable characters escaped. Raises OSError."""
+    clear_the_line()
     click.echo(printable(line), file=file, err=err)
 
 

@@ -64,6 +64,7 @@ class Command:
         It calls ``enter`` before it becomes the user. That may raise LaunchError.
         """
         self.argv = list(argv)
+        self.is_stopped = False
         go_read, self._go = os.pipe()
         self._report, report_write = os.pipe()
         self.pid = os.fork()
@@ -106,9 +107,17 @@ class Command:
         raise LaunchError("", status=_exit_status(wait_status))
 
     def poll(self) -> Optional[int]:
-        """Return the command's exit status (128 + N for signal N); None while it runs."""
-        pid, wait_status = os.waitpid(self.pid, os.WNOHANG)
-        return _exit_status(wait_status) if pid else None
+        """Return the command's exit status (128 + N for signal N); None while it runs.
+
+        ``is_stopped`` says from then on whether it is stopped.
+        """
+        while True:
+            pid, wait_status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            if not pid:
+                return None
+            self.is_stopped = os.WIFSTOPPED(wait_status)
+            if not self.is_stopped and not os.WIFCONTINUED(wait_status):
+                return _exit_status(wait_status)
 
     def abandon(self) -> None:
         """End the child without executing the command."""
@@ -165,6 +174,9 @@ def _restore_signals() -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    # Stopped before it executes the command, it would keep who waits for that.
+    if signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, lambda *_: None)
     # Python ignores these signals.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)

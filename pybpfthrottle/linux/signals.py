@@ -9,7 +9,7 @@ import struct
 from contextlib import contextmanager, suppress
 from typing import Any, Iterable, Iterator
 
-from pybpfthrottle.linux import libc
+from pybpfthrottle.linux import libc, process
 
 # struct signalfd_siginfo: the number, an error, and the code, in 128 bytes.
 _SIGINFO = struct.Struct("=Iii116x")
@@ -24,6 +24,33 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def stops_left_to_others() -> Iterator[None]:
+    """Let SIGTSTP, as of Ctrl-Z, pass for the duration of the context, unless it is ignored."""
+    before = signal.getsignal(signal.SIGTSTP)
+    if before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGTSTP, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+def stop_as_a_job() -> None:
+    """Stop this process until SIGCONT, if a shell controls it as a job.
+
+    Otherwise do nothing: the kernel drops SIGTSTP where no process of the session could continue
+    the stopped ones, and a shell without job control may ignore it.
+    """
+    before = signal.getsignal(signal.SIGTSTP)
+    if before is not signal.SIG_IGN and process.terminal_of(os.getpid()):
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # this thread gets it before the call returns
+        signal.signal(signal.SIGTSTP, before)
 
 
 class SignalQueue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -259,11 +260,89 @@ def test_signals_in_a_row_are_all_passed_on(tool):
 
 def test_a_stopped_command_is_waited_for(tool):
     """A command that is stopped for a while has not ended."""
-    process = started(tool, "echo ready; kill -STOP $$; exit 5")
+    # On a terminal its job would be stopped, too.
+    process = started(tool, "echo ready; kill -STOP $$; exit 5", start_new_session=True)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.7)
     os.kill(tool.cgroup_of(process).pids()[0], signal.SIGCONT)
     assert tool.finish(process).status == 5
+
+
+# As users type it: the tool is a job of this shell, which waits for Enter before it continues it.
+SHELL = ("bash", "--norc", "-mc", '"$@"; echo "back $?"; read go; fg >&2; echo "end $?"', "bash")
+TIDIES_UP = """
+import os, signal, time
+
+def stop(*_):
+    time.sleep(0.5)
+    print("tidied up", flush=True)
+    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    os._exit(5)
+
+signal.signal(signal.SIGTSTP, stop)
+print("ready", flush=True)
+while True:
+    time.sleep(1)
+"""
+STOPS = {
+    "by itself": (("sh", "-c", "echo ready; kill -STOP $$; exit 5"), b""),
+    "at Ctrl-Z": (("sh", "-c", "echo ready; sleep 2; exit 5"), b"\x1a"),
+    "at Ctrl-Z, after it has tidied up": ((sys.executable, "-c", TIDIES_UP), b"\x1a"),
+}
+
+
+@pytest.mark.parametrize("way", STOPS)
+def test_a_stopped_command_gives_the_terminal_back(tool, way):
+    """Its job is stopped once it is, and goes on with it."""
+    command, keys = STOPS[way]
+    process, terminal = tool.start_on_terminal(*LIMIT, "--", *command, prefix=SHELL)
+    terminal.wait_for("ready")
+    terminal.type(keys)
+    terminal.wait_for("back 14")  # 128, and SIGTSTP or SIGSTOP
+    assert "tidied up" in terminal.text.partition("back")[0] or command[-1] != TIDIES_UP
+    terminal.type(b"\n")
+    terminal.wait_for("end 5")
+    assert tool.finish(process).status == 0
+
+
+def test_a_command_that_ignores_ctrl_z_keeps_the_terminal(tool):
+    """As without the tool."""
+    process, terminal = tool.start_on_terminal(
+        *(*LIMIT, "--", "sh", "-c", "trap '' TSTP; echo ready; read line; echo got $line; exit 5"),
+        prefix=SHELL,
+    )
+    terminal.wait_for("ready")
+    terminal.type(b"\x1a")
+    time.sleep(0.5)
+    terminal.type(b"a line\n")
+    terminal.wait_for("got a line")
+    terminal.wait_for("back 5")
+    terminal.type(b"\n")
+    tool.finish(process)
+
+
+def test_ctrl_z_before_the_command_starts(tool):
+    """It stops the job, or comes too early or late: nobody waits forever for what is stopped."""
+    for after_s in (0.1, 0.15, 0.2, 0.25, 0.3):
+        process, terminal = tool.start_on_terminal(
+            *(*LIMIT, "--", "sh", "-c", "exit 5"),
+            prefix=(*SHELL[:2], "-mc", '"$@"; status=$?; [ $status = 5 ] || fg; :', "bash"),
+        )
+        time.sleep(after_s)
+        terminal.type(b"\x1a")
+        assert tool.finish(process).status == 0
+
+
+def test_who_continues_only_the_tool_continues_the_command(tool):
+    """As sudo does, whose child it is."""
+    script = '"$@"; pid=$(jobs -p); kill -CONT $pid; while kill -0 $pid; do sleep 0.1; done; :'
+    process, terminal = tool.start_on_terminal(
+        *(*LIMIT, "--", "sh", "-c", "echo ready; kill -STOP $$; exit 5"),
+        prefix=(*SHELL[:2], "-mc", script, "bash"),
+    )
+    terminal.wait_for("Exit 5")
+    assert tool.finish(process).status == 0
 
 
 def test_ctrl_backslash_reaches_the_command_once(tool, tmp_path):
