@@ -79,8 +79,16 @@ class OwnRecord:
         if self._map is not None:
             self._map.write(self._fields, flags=ThrottleRecordFlags.REMOVED)
 
+    def is_removed(self) -> bool:
+        """Whether somebody else has removed the throttle, noticed or not; under the lock."""
+        if self._map is not None and not self._map.is_at(self._generation):
+            entry = self._map.read()
+            self.removed_by_others |= entry is not None and entry.removed
+        return self.removed_by_others
+
     def _write(self) -> None:
-        if self._map is not None:
+        # Written over, a removal would be noticed by nobody, and the throttle would go on.
+        if self._map is not None and not self.is_removed():
             self._fields.update(self._throttle.recorded())
             self._generation = self._map.write(self._fields, flags=self._flags)
 

@@ -528,7 +528,9 @@ class EbpfThrottle:
         before, self._pins = self._pins, ""
         try:
             with locked():
-                self._pins = pins.pin(self._id, kept)
+                # What somebody has removed meanwhile is not to have pins again.
+                if not self._record.is_removed():
+                    self._pins = pins.pin(self._id, kept)
         except OSError as error:
             self._notes.append(
                 f"the limit ends with process {process.identity().pid}, which keeps it, since the"

@@ -197,6 +197,21 @@ def test_one_that_stays_shares_too(scratch: Cgroup) -> None:
             live.remove()
 
 
+def test_what_others_have_removed_has_no_pins_again(scratch: Cgroup) -> None:
+    """Its process may limit another cgroup before it notices, and does not undo the removal."""
+    with children(scratch, 2) as (first, other):
+        live = throttle.start(ThrottleSpec(What(cgroups=(first.path,)), BOTH, kept=True))
+        try:
+            with throttle.open_record(record_of(live)) as found:
+                found.remove()
+            assert not pins.of(live.id)
+            live.add(other)
+            assert not pins.of(live.id)
+            assert live.ended() == "removed"
+        finally:
+            live.remove()
+
+
 def test_processes_are_limited_by_shared_programs_too(scratch: Cgroup) -> None:
     """Their sockets of before and later ones, and nobody else's."""
     with children(scratch, 2) as (first, other), limited(first):
