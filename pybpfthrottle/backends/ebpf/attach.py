@@ -127,11 +127,13 @@ def _try_below(
         ) from error
     try:
         remaining = _remaining(program, trial.cgroup, attach_type)
+        # One that was detached meanwhile was not switched off by this.
+        there = attached.effective_ids(trial.cgroup, attach_type)
     except OSError:  # the kernel will report it again
         return
     finally:
         trial.remove()
-    lost = [one for one in hidden if one.program_id not in remaining]
+    lost = [one for one in hidden if one.program_id in there - remaining]
     if lost:
         raise _overriding(program, cgroup, lost)
 

@@ -215,14 +215,14 @@ def left(origin: Cgroup, other: Cgroup) -> list[Attached]:
     if other == origin:
         return []
     known = Links()
-    elsewhere = {
-        (one.attach_type, one.program_id) for one in at(other, effective=True, known=known)
-    }
-    return [
-        one
-        for one in at(origin, effective=True, known=known)
-        if (one.attach_type, one.program_id) not in elsewhere
-    ]
+
+    def running(where: Cgroup) -> dict[tuple[AttachType, int], Attached]:
+        found = at(where, effective=True, known=known)
+        return {(one.attach_type, one.program_id): one for one in found}
+
+    # One that begins or ends above both meanwhile is not among those before and after.
+    before, elsewhere, after = running(origin), running(other), running(origin)
+    return [one for key, one in before.items() if key in after and key not in elsewhere]
 
 
 def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:

@@ -10,12 +10,13 @@ import time
 import uuid
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 from foreign import other
 from lab import ENVIRONMENT, TOOL, attached, lab
 from own_mounts import __file__ as own_mounts
+from since import since
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import attached as attachments
@@ -303,6 +304,46 @@ def test_one_above_what_is_visible_stays_in_force(
         if how == "ALLOW_OVERRIDE":
             assert f"theirs (id {theirs.info().id}" in done.stderr
             assert "above the cgroups visible here" in done.stderr
+
+
+@since("4.15")
+def test_one_above_that_ends_meanwhile_was_not_switched_off(
+    scratch: Cgroup, child: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a limit's that another instance removes between the question and the trial."""
+    with other(scratch, "ALLOW_MULTIPLE"):
+        found = list(attachments.at(scratch, [AttachType.CGROUP_INET_EGRESS]))
+    assert found
+    monkeypatch.setattr(attachments, "from_above", lambda *_: found)
+    throttle.apply([child], UPLOAD).remove()
+
+
+@since("4.15")
+def test_one_above_both_that_begins_or_ends_meanwhile_is_not_left(
+    scratch: Cgroup, child: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs for one cgroup and not for another is asked for one after the other."""
+    sibling = scratch.create_child("sibling")
+    ask, stack = attachments.at, ExitStack()
+
+    def begin() -> None:
+        stack.enter_context(other(scratch, "ALLOW_MULTIPLE"))
+
+    def asked_before(change: Callable[[], None]) -> Callable[..., list[Any]]:
+        def asked(*arguments: Any, **options: Any) -> list[Any]:
+            found = list(ask(*arguments, **options))
+            change()
+            return found
+
+        return asked
+
+    try:
+        with stack:
+            for change in (begin, stack.close):
+                monkeypatch.setattr(attachments, "at", asked_before(change))
+                assert attachments.left(sibling, child) == []
+    finally:
+        sibling.remove(patience_s=5)
 
 
 def show(*arguments: str) -> Any:
