@@ -230,10 +230,12 @@ def test_mptcp_is_counted(watch: Watch, protocol: int) -> None:
         listener.listen()
         worker = os.fork()
         if not worker:
-            accepted, _ = listener.accept()
-            while accepted.recv(1 << 16):
-                pass
-            os._exit(0)
+            try:
+                accepted, _ = listener.accept()
+                while accepted.recv(1 << 16):
+                    pass
+            finally:  # whatever happens: this is a copy of the process that runs the tests
+                os._exit(0)
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as client:
             client.connect(listener.getsockname())
             client.sendall(bytes(1_000_000))

@@ -157,11 +157,13 @@ def test_a_forked_child_that_keeps_the_link_is_disarmed(scratch: Cgroup) -> None
     """Where the owner is gone and a child has inherited its link, the limit is lifted."""
     owner = os.fork()
     if owner == 0:
-        live = throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("1M")})
-        if os.fork() == 0:
-            time.sleep(3)
-        del live
-        os._exit(0)
+        try:
+            live = throttle.apply([scratch], {Direction.UPLOAD: Rate.parse("1M")})
+            if os.fork() == 0:
+                time.sleep(3)
+            del live
+        finally:  # whatever happens: this is a copy of the process that runs the tests
+            os._exit(0)
     os.waitpid(owner, 0)
     assert len(attached(scratch)) == 1
     found = [found for found in leftovers.find() if found.owner_pid == owner]
