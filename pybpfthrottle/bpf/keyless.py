@@ -6,7 +6,6 @@ from typing import Any, Generic, Iterator, TypeVar
 
 from pybpfthrottle.bpf.abi import MapType
 from pybpfthrottle.bpf.codecs import CodecLike, codec_for
-from pybpfthrottle.bpf.elements import Elements
 from pybpfthrottle.bpf.maps import Map
 
 V = TypeVar("V")
@@ -21,24 +20,24 @@ class Queue(Generic[V]):
     """
 
     def __init__(self, of: Map[Any, Any], value: CodecLike = bytes) -> None:
-        self._elements = _keyless(of, MapType.QUEUE, MapType.STACK)
+        self._of = _keyless(of, MapType.QUEUE, MapType.STACK)
         self._value = codec_for(value, of.spec.value_size)
 
     def push(self, value: V, *, drop_oldest: bool = False) -> None:
         """Put a value in. Raises OSError (E2BIG) if it is full and nothing may be dropped."""
-        self._elements.update(None, self._value.encode(value), _EXIST if drop_oldest else 0)
+        self._of.elements.update(None, self._value.encode(value), _EXIST if drop_oldest else 0)
 
     def pop(self) -> V:
         """Take the next value out. Raises IndexError if there is none."""
         try:
-            return self._decode(self._elements.lookup_and_delete(None))
+            return self._decode(self._of.elements.lookup_and_delete(None))
         except FileNotFoundError:
             raise IndexError("pop from an empty map") from None
 
     def peek(self) -> V:
         """Return the next value, left where it is. Raises IndexError if there is none."""
         try:
-            return self._decode(self._elements.lookup(None))
+            return self._decode(self._of.elements.lookup(None))
         except FileNotFoundError:
             raise IndexError("peek into an empty map") from None
 
@@ -63,19 +62,19 @@ class BloomFilter(Generic[V]):
     """
 
     def __init__(self, of: Map[Any, Any], value: CodecLike = bytes) -> None:
-        self._elements = _keyless(of, MapType.BLOOM_FILTER)
+        self._of = _keyless(of, MapType.BLOOM_FILTER)
         self._value = codec_for(value, of.spec.value_size)
 
     def add(self, value: V) -> None:
         """Add a value; none can be taken out."""
-        self._elements.update(None, self._value.encode(value))
+        self._of.elements.update(None, self._value.encode(value))
 
     def __contains__(self, value: V) -> bool:
-        return self._elements.contains(self._value.encode(value))
+        return self._of.elements.contains(self._value.encode(value))
 
 
-def _keyless(of: Map[Any, Any], *types: MapType) -> Elements:
+def _keyless(of: Map[Any, Any], *types: MapType) -> Map[Any, Any]:
     if of.spec.type not in types:
         names = " or ".join(wanted.name for wanted in types)
         raise TypeError(f"map {of.spec.name!r} has type {of.spec.type}, not {names}")
-    return of.elements
+    return of

@@ -65,8 +65,17 @@ class Map(MutableMapping[K, V]):
     Linux 4.10; source: man 2 bpf.
     """
 
-    def __init__(self, fd: int, spec: MapSpec, key: Codec[K], value: Codec[V]) -> None:
-        self.fd = fd
+    def __init__(
+        self,
+        fd: int,
+        spec: MapSpec,
+        key: Codec[K],
+        value: Codec[V],
+        owner: Optional[Map[Any, Any]] = None,
+    ) -> None:
+        """With an ``owner`` the descriptor is the owner's, as long as that has one."""
+        self._fd = fd
+        self._owner = owner
         self.spec = spec
         # What its readers give, where the object declares it.
         self.record: Optional[Codec[Any]] = None
@@ -76,6 +85,13 @@ class Map(MutableMapping[K, V]):
         if spec.type in _PER_CPU:
             # The kernel pads each CPU's value, and has one for CPUs that may still be plugged in.
             self._value_bytes = (spec.value_size + 7) // 8 * 8 * possible_cpus()
+
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 once it is closed."""
+        # Kept here, the number would soon be that of another map: its values may be larger, and the
+        # kernel would write past the room for ours.
+        return self._fd if self._owner is None else self._owner.fd
 
     @property
     def elements(self) -> Elements:
@@ -90,7 +106,8 @@ class Map(MutableMapping[K, V]):
         """
         value = codec_for(value, self.spec.value_size)
         key = codec_for(key, self.spec.key_size)
-        return Map(self.fd, self.spec, key, _value_codec(self.spec, value))
+        owner = self if self._owner is None else self._owner
+        return Map(-1, self.spec, key, _value_codec(self.spec, value), owner)
 
     def typed_by_btf(self) -> Map[Any, Any]:
         """Return the same map with keys and values as its BTF describes them, structs as dicts.
@@ -196,8 +213,10 @@ class Map(MutableMapping[K, V]):
 
     def close(self) -> None:
         """Close the descriptor. The kernel keeps the map while a program uses it."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
+        if self._owner is not None:
+            self._owner.close()
+        elif self._fd >= 0:
+            fd, self._fd = self._fd, -1
             os.close(fd)
 
     def __enter__(self) -> Map[K, V]:

@@ -151,7 +151,7 @@ class Marks(Frequent):
         ``processes`` has those of the throttle, if it does not have all maps for itself.
         """
         self._selection = selection
-        self._marks = maps[MARKS].elements
+        self._marks = maps[MARKS]
         self._processes = processes or Processes(maps, 0)
         self._mark_for = U32.encode(self._processes.slot)
         self._adopting = adopting
@@ -230,8 +230,8 @@ class Marks(Frequent):
             self._processes.discard(pid)
         for found in Scan().new(pids):
             with suppress(KeyError, OSError):
-                if self._marks.lookup(U32.encode(found.socket.fileno())) == self._mark_for:
-                    self._marks.delete(U32.encode(found.socket.fileno()))
+                if self._marks.elements.lookup(U32.encode(found.socket.fileno())) == self._mark_for:
+                    self._marks.elements.delete(U32.encode(found.socket.fileno()))
                     yield found.socket
 
     def fileno(self) -> int:
@@ -381,11 +381,11 @@ class Marks(Frequent):
     def _put_mark(self, key: bytes) -> None:
         """Mark a socket, unless it has a mark that counts: then raise FileExistsError."""
         try:
-            self._marks.update(key, self._mark_for, abi.BPF_NOEXIST)
+            self._marks.elements.update(key, self._mark_for, abi.BPF_NOEXIST)
         except FileExistsError:
-            if not self._processes.may_replace(U32.decode(self._marks.lookup(key))):
+            if not self._processes.may_replace(U32.decode(self._marks.elements.lookup(key))):
                 raise
-            self._marks.update(key, self._mark_for)
+            self._marks.elements.update(key, self._mark_for)
 
     def _look_for_sharing(self) -> None:
         """Note which other processes use marked sockets: a mark applies to all users of a socket.

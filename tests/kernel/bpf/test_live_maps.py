@@ -325,6 +325,33 @@ def test_a_bloom_filter_has_what_was_added() -> None:
         assert sum(number in bloom for number in range(1000, 2000)) < 200
 
 
+def test_a_closed_map_is_not_taken_for_the_next_one() -> None:
+    """Which gets its descriptor's number: its values may not fit into the room for the others."""
+    with maps.create(MapSpec("first", MapType.ARRAY, 4, 8, 1)) as first:
+        typed, number = first.typed("I", "Q"), first.fd
+    with maps.create(MapSpec("second", MapType.ARRAY, 4, 1 << 16, 1)) as second:
+        assert second.fd == number
+        for use in (lambda: typed[0], lambda: typed.update({0: 1}), lambda: list(typed)):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                use()
+        assert second[(0).to_bytes(4, sys.byteorder)] == bytes(1 << 16)
+        typed.close()
+        assert second.fd == number
+
+
+@since("4.20")
+def test_a_closed_queue_is_not_taken_for_the_next_one() -> None:
+    """Nor what stands in for it."""
+    with maps.create(MapSpec("first", MapType.QUEUE, 0, 8, 1)) as first:
+        queue, number = Queue(first, "Q"), first.fd
+    with maps.create(MapSpec("second", MapType.QUEUE, 0, 1 << 16, 1)) as second:
+        assert second.fd == number
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            queue.push(1)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            queue.pop()
+
+
 def test_a_queue_is_made_of_no_other_map() -> None:
     """Another type of map is a TypeError."""
     with made(MapType.HASH) as found, pytest.raises(TypeError, match="QUEUE or STACK"):
