@@ -23,6 +23,7 @@
     ├── StoreError                     the file of what was counted cannot be used
     ├── ThrottleError                  a throttle that was refused, or is gone
     │   ├── BackendError               what one backend cannot do here; another one may
+    │   │   └── NoNamespaceError       the network namespace of a throttle is gone
     │   ├── NoMarksError               single processes cannot be limited here, cgroups can
     │   ├── DiversionError             packets cannot be held and given back here
     │   └── ShareError                 what a group or its members ask for cannot be
@@ -72,6 +73,7 @@ __all__ = [
     "NamespaceError",
     "NoCgroupError",
     "NoMarksError",
+    "NoNamespaceError",
     "ObjectFileError",
     "ProcessError",
     "ProgramLoadError",
@@ -126,6 +128,10 @@ class ThrottleError(Error):
 
 class BackendError(ThrottleError):
     """A backend other than eBPF, or the program that it runs, has failed; another may work."""
+
+
+class NoNamespaceError(BackendError):
+    """The network namespace of a throttle is gone, and with it what was in force there."""
 
 
 class NoMarksError(ThrottleError):

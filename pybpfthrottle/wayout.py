@@ -17,6 +17,7 @@ from pybpfthrottle.backends.nft import FAMILY, Nft, of, table_name
 from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import BackendError, NamespaceError
 from pybpfthrottle.linux import cgroup, netns, process, run_files
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.linux.process import Identity
 
 # Of the devices by which namespaces of ours are reached.
@@ -63,9 +64,9 @@ class WayOut(NamedTuple):
     cookie: int = 0
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> Place:
         """The network namespace."""
-        return self.namespace, self.cookie
+        return Place(self.namespace, self.cookie)
 
     @property
     def ends(self) -> list[Ends]:
@@ -225,7 +226,7 @@ def end(way: WayOut) -> None:
         others = [one for one in _known() if one.place == way.place and one.id != way.id]
         needed = {path for one in others for path, _ in one.settings}
         is_left = False
-        with suppress(BackendError), Nft(*way.place) as nft:
+        with suppress(BackendError), Nft(way.place) as nft:
             is_left = True
             if nft.descriptor < 0:
                 _restore(way, needed)

@@ -8,8 +8,9 @@ import subprocess
 from contextlib import ExitStack
 from typing import Any, Optional
 
-from pybpfthrottle.errors import BackendError
+from pybpfthrottle.errors import BackendError, NoNamespaceError
 from pybpfthrottle.linux import netns, process
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.logger import Logger
 
 log = Logger(__name__)
@@ -24,20 +25,27 @@ class Commands:
     All methods raise BackendError.
     """
 
-    def __init__(self, namespace: Optional[int] = None, cookie: int = 0) -> None:
-        """``namespace`` is the number of the network namespace; None is this process's own.
+    def __init__(self, place: Optional[Place] = None) -> None:
+        """``place`` is the network namespace; None is this process's own.
 
-        With a ``cookie`` no other one that has got the number.
+        With a cookie it is no other one that has got the number. Raises NoNamespaceError if it is
+        gone.
         """
         self._resources = ExitStack()
         self._fd = -1
-        self.namespace = netns.number() if namespace is None else namespace
-        if self.namespace != netns.number() or cookie not in (0, netns.own_cookie()):
-            fd = netns.open_by_number(self.namespace, cookie)
+        self.place = place or Place(netns.number())
+        number, cookie = self.place
+        if number != netns.number() or cookie not in (0, netns.own_cookie()):
+            fd = netns.open_by_number(number, cookie)
             if fd is None:
-                raise BackendError(f"there is no network namespace {self.namespace} any more")
+                raise NoNamespaceError(f"there is no network namespace {number} any more")
             self._fd = fd
             self._resources.callback(os.close, fd)
+
+    @property
+    def namespace(self) -> int:
+        """The number of the namespace."""
+        return self.place.number
 
     @property
     def descriptor(self) -> int:

@@ -33,10 +33,11 @@ from pybpfthrottle.backends.protocol import (
     Record,
     no_dial,
 )
-from pybpfthrottle.errors import BackendError, Error, ProcessError, ThrottleError
+from pybpfthrottle.errors import BackendError, Error, NoNamespaceError, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup, locked, locked_if_free
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore, Periodic
@@ -109,7 +110,7 @@ class Kind(NamedTuple):
     """
 
     backend: str
-    open: Callable[[str, Order, int, Mapping[str, Any], Save], Rules]
+    open: Callable[[str, Order, Place, Mapping[str, Any], Save], Rules]
     how: Callable[[Optional[Rate]], Mapping[str, str]]
     burst_bytes: Callable[[Optional[Rate]], int]
     leftovers: str
@@ -133,7 +134,7 @@ class OwnThrottle(ChoosesOnce):
         self._counters = dict.fromkeys(order.limits, Counters())
         self._file = OwnFile(self)
         self._rules: Rules
-        self._namespace = self._cookie = 0
+        self._place = Place(0)
         self._seen_s = -math.inf
         self._restored = False
         self._lost = False
@@ -152,13 +153,11 @@ class OwnThrottle(ChoosesOnce):
         try:
             for rate in self._limits.values():
                 self._kind.check(rate)
-            self._namespace = self._most_common_namespace()
-            self._cookie = netns.cookie(self._namespace)
+            namespace = self._most_common_namespace()
+            self._place = Place(namespace, netns.cookie(namespace))
             # Which numbers are free is not to change until they are used.
             with locked():
-                self._rules = self._kind.open(
-                    self._id, self._order, self._namespace, {}, self._save
-                )
+                self._rules = self._kind.open(self._id, self._order, self._place, {}, self._save)
                 self._undo.callback(self._rules.close)
                 self._file.create(self._record())
                 self._undo.callback(self._withdraw)
@@ -173,12 +172,12 @@ class OwnThrottle(ChoosesOnce):
         self._look_for_strangers()
 
     def _save(self, handles: Mapping[str, Any]) -> None:
-        self._file.update(handles={**self._place, **handles})
+        self._file.update(handles={**self._where, **handles})
 
     @property
-    def _place(self) -> dict[str, int]:
+    def _where(self) -> dict[str, int]:
         """The network namespace, as a record has it."""
-        return {"network_namespace": self._namespace, "network_cookie": self._cookie}
+        return {"network_namespace": self._place.number, "network_cookie": self._place.cookie}
 
     def _most_common_namespace(self) -> int:
         """Return the network namespace that most of the processes are in."""
@@ -209,7 +208,7 @@ class OwnThrottle(ChoosesOnce):
             kept=self._order.spec.kept,
             since_ns=clock.boottime_ns(),
             attached_by=self._rules.name,
-            handles={**self._place, **self._rules.handles},
+            handles={**self._where, **self._rules.handles},
         )
 
     # Somebody else may remove the rules.
@@ -251,7 +250,7 @@ class OwnThrottle(ChoosesOnce):
     def _look_for_strangers(self) -> None:
         """Note the processes in other network namespaces, where no rule sees their packets."""
         strangers = [
-            pid for pid, number in _namespaces(self._pids()).items() if number != self._namespace
+            pid for pid, number in _namespaces(self._pids()).items() if number != self._place.number
         ]
         if strangers:
             self._say(
@@ -462,7 +461,7 @@ class Leftover(NamedTuple):
     def remove(self) -> None:
         """Delete the rules, unless they went with their network namespace. Raises BackendError."""
         with locked():
-            if netns.exists(*_place_of(self.record)):
+            with suppress(NoNamespaceError):
                 rules = _open(self.rules, self.record)
                 try:
                     rules.delete()
@@ -491,22 +490,14 @@ def order_of(record: Record) -> Order:
 
 
 def _open(kind: Kind, record: Record) -> Rules:
-    """Return the rules of a record. Raises BackendError if their namespace is gone."""
+    """Return the rules of a record. Raises NoNamespaceError if their namespace is gone."""
 
     def save(handles: Mapping[str, Any]) -> None:
         files.update(kind.backend, record.id, handles={**record.handles, **handles})
 
-    order = order_of(record)
-    namespace, cookie = _place_of(record)
-    if not netns.exists(namespace, cookie):
-        raise BackendError(f"there is no network namespace {namespace} any more")
-    return kind.open(record.id, order, namespace, record.handles, save)
-
-
-def _place_of(record: Record) -> tuple[int, int]:
-    """Return the number and the cookie of a record's network namespace."""
     handles = record.handles
-    return int(handles["network_namespace"]), int(handles.get("network_cookie", 0))
+    place = Place(int(handles["network_namespace"]), int(handles.get("network_cookie", 0)))
+    return kind.open(record.id, order_of(record), place, handles, save)
 
 
 def _how(kind: Kind, rate: Optional[Rate], name: str) -> dict[str, str]:

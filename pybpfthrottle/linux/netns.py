@@ -91,6 +91,13 @@ def number(pid: Optional[int] = None) -> int:
     return os.stat(_of("self" if pid is None else pid)).st_ino
 
 
+class Place(NamedTuple):
+    """A network namespace: its number, and its cookie; 0 if that is not known."""
+
+    number: int
+    cookie: int = 0
+
+
 class Interfaces(NamedTuple):
     """The interfaces of a network namespace: names by index. ``cookie`` is 0 before Linux 5.14."""
 
@@ -161,9 +168,9 @@ def open_by_number(wanted: int, cookie: int = 0) -> Optional[int]:
     return None
 
 
-def exists(wanted: int, cookie: int = 0) -> bool:
+def exists(wanted: int) -> bool:
     """Whether there is a network namespace with a number, as far as this process can see."""
-    fd = open_by_number(wanted, cookie)
+    fd = open_by_number(wanted)
     if fd is not None:
         os.close(fd)
     return fd is not None

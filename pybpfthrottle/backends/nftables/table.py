@@ -10,6 +10,7 @@ from pybpfthrottle.backends.protocol import Order
 from pybpfthrottle.backends.recorded import Kind, Save, State
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore
 
@@ -107,9 +108,9 @@ def _refuse_beyond(rate: Optional[Rate]) -> None:
 
 
 def _open(
-    throttle_id: str, order: Order, namespace: int, handles: Mapping[str, Any], save: Save
+    throttle_id: str, order: Order, place: Place, handles: Mapping[str, Any], save: Save
 ) -> Table:
-    return Table(throttle_id, Nft(namespace), loopback=order.traffic.loopback)
+    return Table(throttle_id, Nft(place), loopback=order.traffic.loopback)
 
 
 def _how(rate: Optional[Rate]) -> Mapping[str, str]:

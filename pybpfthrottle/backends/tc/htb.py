@@ -29,7 +29,7 @@ class HtbRules(OnDevices):
     backend = NAME
 
     def _prepare(self, handles: Mapping[str, Any]) -> None:
-        self._nft = Nft(self._ip.namespace)
+        self._nft = Nft(self._ip.place)
         self._minor = int(handles.get("minor", 0)) or self._free_minor()
 
     def _free_minor(self) -> int:

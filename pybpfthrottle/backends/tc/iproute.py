@@ -9,6 +9,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence
 from pybpfthrottle.backends.commands import Commands
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux import netns
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.logger import Logger
 
 log = Logger(__name__)
@@ -96,7 +97,7 @@ class Scratch(Iproute):
         super().__init__()
         self._fd = fd
         self._resources.callback(os.close, fd)
-        self.namespace = os.fstat(fd).st_ino
+        self.place = Place(os.fstat(fd).st_ino)
 
     def __enter__(self) -> Scratch:
         return self

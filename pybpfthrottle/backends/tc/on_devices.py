@@ -14,6 +14,7 @@ from pybpfthrottle.backends.tc import shaper
 from pybpfthrottle.backends.tc.iproute import Iproute, Listing, devices
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux.cgroup import Cgroup, locked_if_free
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.supervisor import Chore, Periodic
@@ -37,7 +38,7 @@ class OnDevices(ABC):
         self,
         throttle_id: str,
         order: Order,
-        namespace: int,
+        place: Place,
         handles: Mapping[str, Any],
         save: Save,
     ) -> None:
@@ -45,7 +46,7 @@ class OnDevices(ABC):
         self._order = order
         self._save = save
         [(self._direction, self._rate)] = order.limits.items()
-        self._ip = Iproute(namespace)
+        self._ip = Iproute(place)
         self._before = Counters(*handles.get("before", ()))
         self._notes: dict[str, None] = {}
         self._following = Periodic(_FOLLOW_S, self._follow)

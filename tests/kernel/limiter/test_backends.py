@@ -36,9 +36,10 @@ from pybpfthrottle.backends import files
 from pybpfthrottle.backends.nft import Nft
 from pybpfthrottle.backends.nftables.table import Table
 from pybpfthrottle.backends.protocol import Match, Order, Record
-from pybpfthrottle.errors import BackendError
+from pybpfthrottle.errors import BackendError, NoNamespaceError
 from pybpfthrottle.linux import cgroup, netns, process
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.netns import Place
 from pybpfthrottle.linux.process import Identity
 from pybpfthrottle.model import Direction, Target, ThrottleSpec
 
@@ -211,7 +212,7 @@ def test_a_table_of_a_throttles_name_that_is_not_ours_is_left_alone(own, scratch
     before = answer(own, "nft", "list", "ruleset")
     number = netns.number(own.wire.client.process.pid)
     limits = {Direction.UPLOAD: RATE}
-    with Nft(number) as nft:
+    with Nft(Place(number)) as nft:
         table = Table("zzzzzz", nft)
         with pytest.raises(BackendError, match="that pybpfthrottle has not made"):
             table.create(limits, Order(ThrottleSpec(Target(), limits), limits, [scratch]))
@@ -231,14 +232,15 @@ def test_a_namespace_that_has_got_the_number_of_another_is_left_alone(own, scrat
     """The kernel gives it to the next one at once; what is there is not a dead throttle's."""
     number = netns.number(own.wire.client.process.pid)
     limits = {Direction.UPLOAD: RATE}
-    with Nft(number) as nft:
+    with Nft(Place(number)) as nft:
         order = Order(ThrottleSpec(Target(), limits), limits, [scratch])
         Table("zzzzzz", nft).create(limits, order)
     gone = Identity(1 << 22, process.identity().pid_namespace, 1)
     spec = ThrottleSpec(Target(), {Direction.UPLOAD: RATE})
     cookie = netns.cookie(number)
-    assert netns.exists(number, cookie)
-    assert not netns.exists(number, cookie + 1)
+    Nft(Place(number, cookie)).close()
+    with pytest.raises(NoNamespaceError, match=f"no network namespace {number} any more"):
+        Nft(Place(number, cookie + 1))
     for other, is_left in ((cookie + 1, True), (cookie, False)):
         handles = {"network_namespace": number, "network_cookie": other}
         files.write(Record("zzzzzz", spec, gone, "nftables", Match.CGROUP, handles=handles))
