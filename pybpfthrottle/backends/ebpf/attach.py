@@ -103,10 +103,17 @@ def refuse_to_override(
     found = attached.overridden(cgroup, attach_type)
     if found:
         raise _overriding(program, cgroup, found)
-    hidden = attached.from_above(cgroup, attach_type)
-    # A link can never be overridden.
-    if not all(one.links for one in hidden):
+    seen = {one.program_id for one in _without_link(cgroup, attach_type)}
+    # One that ends while it is looked at seems to have none, but is not seen again.
+    again = _without_link(cgroup, attach_type) if seen else []
+    hidden = [one for one in again if one.program_id in seen]
+    if hidden:
         _try_below(program, cgroup, attach_type, hidden)
+
+
+def _without_link(cgroup: Cgroup, attach_type: AttachType) -> list[Attached]:
+    """Return the programs above the visible cgroups that may be overridden: a link never is."""
+    return [one for one in attached.from_above(cgroup, attach_type) if not one.links]
 
 
 def _try_below(

@@ -9,8 +9,11 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack, contextmanager
+from errno import EROFS
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 from foreign import other
@@ -25,6 +28,7 @@ from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux import cgroup as cgroups
+from pybpfthrottle.linux import own_cgroups
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.settings import AttachPolicy
@@ -314,8 +318,12 @@ def test_one_above_that_ends_meanwhile_was_not_switched_off(
     with other(scratch, "ALLOW_MULTIPLE"):
         found = list(attachments.at(scratch, [AttachType.CGROUP_INET_EGRESS]))
     assert found
-    monkeypatch.setattr(attachments, "from_above", lambda *_: found)
-    throttle.apply([child], UPLOAD).remove()
+    for later in (found, []):
+        answers = chain([found], repeat(later))
+        monkeypatch.setattr(attachments, "from_above", lambda *_, given=answers: next(given))
+        if not later:  # then it need not be tried out, which cannot be done everywhere
+            monkeypatch.setattr(own_cgroups, "create_empty", Mock(side_effect=OSError(EROFS, "")))
+        throttle.apply([child], UPLOAD).remove()
 
 
 @since("4.15")
