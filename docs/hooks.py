@@ -25,7 +25,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> Iterator[str]:
     """Each command: what it does, its options, its examples."""
-    from pybpfthrottle.cli.app import cli
+    from pybpfthrottle.cli.commands.bare import cli
 
     yield from _command(cli, click.Context(cli, info_name="pybpfthrottle"))
 

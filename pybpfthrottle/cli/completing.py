@@ -12,7 +12,6 @@ from functools import wraps
 from typing import Any, Callable, Iterable, Iterator, Tuple
 
 import click
-from click.shell_completion import CompletionItem
 
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import printable
@@ -22,7 +21,7 @@ _Found = Iterator[Tuple[str, str]]
 _Completer = Callable[[click.Context, click.Parameter, str], Any]
 
 # Neither quotes nor blanks, nothing that a shell expands, no option.
-_HARMLESS = re.compile(r"[\w.@:+,/][\w.@:+,/-]*")
+_HARMLESS = r"[\w.@:+,/][\w.@:+,/-]*"
 
 
 def _completer(find: Callable[[], _Found]) -> _Completer:
@@ -30,13 +29,15 @@ def _completer(find: Callable[[], _Found]) -> _Completer:
 
     @wraps(find)
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
+        from click.shell_completion import CompletionItem
+
         found: dict[str, str] = {}
         with suppress(Error, OSError):  # there is no place to say so
             found.update(find())
         return [
             CompletionItem(value, help=printable(meaning) or None)
             for value, meaning in sorted(found.items())
-            if value.startswith(incomplete) and _HARMLESS.fullmatch(value)
+            if value.startswith(incomplete) and re.fullmatch(_HARMLESS, value)
         ]
 
     return complete
@@ -115,4 +116,6 @@ def interfaces() -> _Found:
 
 def cgroups(ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
     """Have the shell complete directories."""
+    from click.shell_completion import CompletionItem
+
     return [CompletionItem(incomplete, type="dir")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, TypeVar
 
 import click
@@ -113,6 +112,8 @@ def begin(
 
 def show_profiles(*, as_json: bool) -> None:
     """Print the profiles, each with its numbers."""
+    import json
+
     from pybpfthrottle.cli.say import echo, echo_json
     from pybpfthrottle.conditions import profiles
 

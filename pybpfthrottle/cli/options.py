@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import re
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from pybpfthrottle.cli import completing
 from pybpfthrottle.cli.conditions import asked_from, condition_options
-from pybpfthrottle.cli.records import Output, record_option
 from pybpfthrottle.cli.say import say
+from pybpfthrottle.cli.values import parse_duration, parse_rate, record_option
 from pybpfthrottle.errors import LimitError, SettingsError, ThrottleError
 from pybpfthrottle.linux import clock
 from pybpfthrottle.model import (
     TRAFFIC_KINDS,
     Direction,
     Limits,
-    Rate,
     Target,
     ThrottleSpec,
     Traffic,
@@ -29,75 +24,10 @@ from pybpfthrottle.model import (
 from pybpfthrottle.settings import ATTACH_METHODS, BACKENDS, EGRESS_VERDICTS, SHAPES
 
 if TYPE_CHECKING:
+    from pybpfthrottle.cli.records import Output
     from pybpfthrottle.conditions.network import Asked
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_MAX_DURATION_S = 10 * 366 * 86400.0
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def parse_rate(ctx: click.Context, param: click.Parameter, text: Optional[str]) -> Optional[Rate]:
-    """Return a limit, as Rate.parse reads it."""
-    if text is None:
-        return None
-    try:
-        return Rate.parse(text)
-    except LimitError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def parse_duration(
-    ctx: click.Context, param: click.Parameter, text: Optional[str]
-) -> Optional[float]:
-    """Return ``5``, ``0.5``, ``90s``, ``2h`` or ``1h30m`` in seconds; more than 0."""
-    if text is None:
-        return None
-    seconds = _seconds(text.strip())
-    if not 0 < seconds <= _MAX_DURATION_S:
-        raise click.BadParameter(
-            f"{text!r} is not a duration: give seconds above 0 and up to ten years, such as 5 or"
-            " 0.5, or use a unit: 90s, 1m, 2h, 1d"
-        )
-    return seconds
-
-
-def _seconds(text: str) -> float:
-    """Return a duration in seconds, or NaN if it is not a duration."""
-    parts = re.findall(r"([0-9.]+)([smhd])", text.lower(), re.ASCII)
-    if parts and "".join(map("".join, parts)) != text.lower():
-        return math.nan
-    with suppress(ValueError):
-        if not parts:
-            return float(text)
-        return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
-    return math.nan
-
-
-class ProcessId(click.IntRange):  # type: ignore[misc]  # mypy does not read click
-    """The id of a process, with clear errors for what ``--pid "$(pgrep x)"`` may give instead."""
-
-    name = "pid"
-
-    def __init__(self) -> None:
-        super().__init__(min=1)
-
-    def convert(
-        self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]
-    ) -> Any:
-        """Return the number."""
-        text = str(value).strip()
-        if not text:
-            self.fail("a process id is missing: the value is empty (did pgrep find nothing?)")
-        if len(text.split()) > 1:
-            self.fail(f"{text!r} is several process ids; repeat the option for each")
-        if re.match(r"-+[A-Za-z]", text):
-            self.fail(f"a process id is missing before {text}")
-        return super().convert(text, param, ctx)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> Any:
-        """Return the processes that run, with their names."""
-        return completing.pids(ctx, param, incomplete)
 
 
 class BackendOption(click.Option):  # type: ignore[misc]  # mypy does not read click

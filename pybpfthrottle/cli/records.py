@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import time
 from datetime import datetime, timezone
 from typing import (
@@ -23,8 +22,6 @@ from typing import (
     TextIO,
 )
 
-import click
-
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.model import Direction, printable
 
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 JSON, CSV = "JSON lines", "CSV"
 BOTH_ON_STDOUT = "--json and --record - cannot be combined: both need standard output"
-_FORMS = {".csv": CSV, ".jsonl": JSON, ".json": JSON}
+FORMS = {".csv": CSV, ".jsonl": JSON, ".json": JSON}
 # A spreadsheet takes what begins with one of these for a formula; anybody can name a process so.
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -205,36 +202,6 @@ class CsvRows:
     def end(self, last: Sample, total: Sample, **fields: Any) -> None:
         """The rest since the last sample."""
         self.sample(last)
-
-
-class RecordFile(click.File):  # type: ignore[misc]  # mypy does not read click
-    """The name of a file to record to: its ending tells the form; ``-`` is CSV."""
-
-    def __init__(self) -> None:
-        super().__init__("w", lazy=False)
-
-    def convert(
-        self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]
-    ) -> Any:
-        """Return the Output, whose file is empty."""
-        if isinstance(value, Output):
-            return value
-        form = CSV if value == "-" else _FORMS.get(os.path.splitext(value)[1].lower(), "")
-        if not form:
-            self.fail(f"{value!r} must end in .csv for CSV, or in .jsonl or .json for JSON lines")
-        return Output(super().convert(value, param, ctx), form, on_stdout=value == "-")
-
-
-def record_option(command: Any) -> Any:
-    """Add the option --record."""
-    option = click.option(
-        "--record",
-        type=RecordFile(),
-        metavar="FILE",
-        help="Record every second to FILE, as CSV (.csv) or JSON lines (.jsonl); - is CSV on"
-        " standard output. See pybpfthrottle plot.",
-    )
-    return option(command)
 
 
 def flat(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_zsh_completes_from_the_first_time_on(shell, tmp_path):
 @pytest.mark.parametrize("name", completion.FILES)
 def test_installed_for_all_users(monkeypatch, capsys, tmp_path, name):
     """Root's is for everybody; it is told where it is."""
-    from pybpfthrottle.cli.app import cli
+    from pybpfthrottle.cli.commands.bare import cli
 
     monkeypatch.setattr(completion, "_OF_ALL_USERS", tmp_path)
     completion.install(name, cli)
@@ -98,7 +98,7 @@ def test_installed_for_one_user(monkeypatch, capsys, tmp_path):
     """Where the shell looks below the home; zsh has no such place: it is said what to do."""
     import click
 
-    from pybpfthrottle.cli.app import cli
+    from pybpfthrottle.cli.commands.bare import cli
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

@@ -14,7 +14,7 @@ from since import needs_command, since
 
 from pybpfthrottle.bpf import compiling, loader
 from pybpfthrottle.bpf.running import RunningKernel
-from pybpfthrottle.cli import app
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.errors import CompileError, ExternError
 
 SOURCE = FIXTURES / "with_headers.src.c"
@@ -28,7 +28,7 @@ def clang(monkeypatch):
 
 def run(*arguments):
     """The result of a command."""
-    return CliRunner().invoke(app.cli, ["bpf", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["bpf", *map(str, arguments)])
 
 
 def test_a_source_is_compiled_with_our_headers(tmp_path):

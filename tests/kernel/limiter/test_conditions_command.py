@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from lab import ENVIRONMENT, TOOL
 from targets import PATIENCE_S, Target, target
 
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.conditions import profiles
 from pybpfthrottle.linux.cgroup import Cgroup
 

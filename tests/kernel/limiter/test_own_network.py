@@ -21,7 +21,7 @@ from lab import ENVIRONMENT, TOOL
 from targets import PATIENCE_S, eventually
 
 from pybpfthrottle import wayout
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.demo.wire import Namespace, Wire
 from pybpfthrottle.line.own import _QUEUE_PACKETS
 from pybpfthrottle.linux import netns, process
@@ -326,7 +326,7 @@ def test_a_kill_in_the_middle_of_switching_on_leaves_nothing(
     program = """
 import os, signal
 from pybpfthrottle import wayout
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 set_one = wayout._set
 def kill(path, value):
     set_one(path, value)
@@ -402,7 +402,7 @@ def test_a_kill_while_a_line_is_being_laid_leaves_nothing(wire: Wire) -> None:
     program = """
 import os, signal
 from pybpfthrottle import wayout
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 wayout.firewalls = lambda: os.kill(os.getpid(), signal.SIGKILL)
 cli(["run", "--netns", "--delay", "1ms", "--", "true"])
 """

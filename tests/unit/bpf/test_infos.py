@@ -14,7 +14,7 @@ from pybpfthrottle.bpf import abi, btf_objects, features, program_info, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd
 from pybpfthrottle.bpf.program_info import ProgramInfo
 from pybpfthrottle.cli import bpf_show
-from pybpfthrottle.cli.bpf import bpf
+from pybpfthrottle.cli.commands.bpf import bpf
 
 TYPES = b"the bytes of some types"
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from pybpfthrottle import history
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.history import Line, Recorder, Throttled
 from pybpfthrottle.model import Moved

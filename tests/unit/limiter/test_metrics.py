@@ -20,7 +20,7 @@ from since import needs_command
 
 from pybpfthrottle import endpoint, metrics
 from pybpfthrottle.backends.protocol import Match, Record
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.endpoint import Address, Endpoint
 from pybpfthrottle.errors import SettingsError, ThrottleError
 from pybpfthrottle.inforce import InForce

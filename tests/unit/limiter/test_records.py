@@ -11,7 +11,8 @@ import os
 import click
 import pytest
 
-from pybpfthrottle.cli.records import CSV, JSON, Output, RecordFile, Sample, flat, iso
+from pybpfthrottle.cli.records import CSV, JSON, Output, Sample, flat, iso
+from pybpfthrottle.cli.values import RecordFile
 from pybpfthrottle.meter import Reading
 from pybpfthrottle.model import Counters, Direction, Rate
 

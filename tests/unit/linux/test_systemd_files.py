@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from pybpfthrottle import unitfiles
 from pybpfthrottle.cli import services
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.errors import ServiceError
 from pybpfthrottle.linux import systemd
 from pybpfthrottle.linux.notify import notify

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -31,15 +32,18 @@ def test_the_command_line_is_complete(site: Path) -> None:
     """The reference has each command and each option of it."""
     import click
 
-    from pybpfthrottle.cli.app import cli
+    from pybpfthrottle.cli.commands.bare import cli
 
     page = (site / "reference/cli/index.html").read_text()
 
-    def commands(command: click.Command) -> list[click.Command]:
-        below = command.commands.values() if isinstance(command, click.Group) else []
-        return [command, *(each for one in below for each in commands(one))]
+    def commands(command: click.Command, context: click.Context) -> Iterator[click.Command]:
+        yield command
+        for name in command.list_commands(context) if isinstance(command, click.Group) else []:
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from commands(below, click.Context(below, parent=context))
 
-    for command in commands(cli):
+    for command in commands(cli, click.Context(cli)):
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.opts[-1] in page

@@ -12,7 +12,7 @@ import pytest
 from packing import manpages
 
 from pybpfthrottle.cli import completing
-from pybpfthrottle.cli.app import cli
+from pybpfthrottle.cli.commands.bare import cli
 from pybpfthrottle.linux import cgroup, process
 from pybpfthrottle.linux.cgroup import Cgroup
 
@@ -20,7 +20,8 @@ from pybpfthrottle.linux.cgroup import Cgroup
 def contexts(command, context):
     """A command and all below it."""
     yield context
-    for name, below in getattr(command, "commands", {}).items():
+    for name in command.list_commands(context) if isinstance(command, click.Group) else []:
+        below = command.get_command(context, name)
         yield from contexts(below, click.Context(below, info_name=name, parent=context))
 
 

@@ -11,7 +11,7 @@ from packing import manpages, sbom
 def files() -> Iterator[tuple[str, str]]:
     """Yield each file's place and text."""
     from pybpfthrottle.cli import completion
-    from pybpfthrottle.cli.app import cli
+    from pybpfthrottle.cli.commands.bare import cli
 
     for page in manpages.pages(cli):
         yield f"man/man{manpages.SECTION}/{page.file}", page.source
