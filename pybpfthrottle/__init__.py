@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pybpfthrottle import bpf, traffic
     from pybpfthrottle.conditions import conditions
     from pybpfthrottle.errors import Error
-    from pybpfthrottle.face import group, limit, throttles
+    from pybpfthrottle.face import limit, throttles
+    from pybpfthrottle.groups import group
     from pybpfthrottle.linux import cgroup
     from pybpfthrottle.linux.process import Process
     from pybpfthrottle.model import (
@@ -81,7 +82,7 @@ _HOMES = {
     "Verdict": "model",
     "Wish": "plan",
     "apply": "throttle",
-    "group": "face",
+    "group": "groups",
     "limit": "face",
     "start": "throttle",
     "throttles": "face",

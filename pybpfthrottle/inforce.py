@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Match, Record
 from pybpfthrottle.backends.protocol import get as get_backend
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import ThrottleError
 from pybpfthrottle.linux import process
 from pybpfthrottle.model import Counters, Direction, Limits, Rate, Traffic

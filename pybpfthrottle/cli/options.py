@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.cli.conditions import asked_from, condition_options
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.cli.values import parse_duration, parse_rate, record_option

@@ -15,13 +15,13 @@ from typing import (
     Any,
     Iterable,
     Mapping,
-    NamedTuple,
     Optional,
     Protocol,
     Sequence,
     TextIO,
 )
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.model import Direction, printable
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 from pybpfthrottle import registry
 from pybpfthrottle.backends.protocol import Record
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.cli import tables
 from pybpfthrottle.cli.say import echo, why
 from pybpfthrottle.errors import ProcessError, ThrottleError

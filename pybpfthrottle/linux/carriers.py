@@ -9,8 +9,9 @@ import os
 import re
 from collections import defaultdict
 from contextlib import suppress
-from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import endpoints, netns, process, tables
 from pybpfthrottle.linux.endpoints import Description, Endpoint
 

@@ -14,8 +14,9 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import CgroupError, NoCgroupError, ProcessError
 from pybpfthrottle.linux import libc, tables
 from pybpfthrottle.logger import Logger

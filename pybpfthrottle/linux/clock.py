@@ -10,7 +10,9 @@ import os
 import time
 from contextlib import suppress
 from functools import cache
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, Optional
+
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _FIRST_TIME_NAMESPACE = 0xEFFFFFFA  # PROC_TIME_INIT_INO of include/linux/proc_ns.h
 _NS_PER_S = 1_000_000_000

@@ -6,8 +6,9 @@ import os
 import socket
 import struct
 from contextlib import suppress
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Iterable, Iterator, Optional
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import endpoints, sockets
 from pybpfthrottle.linux.endpoints import Description
 

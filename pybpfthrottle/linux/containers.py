@@ -13,7 +13,9 @@ import re
 import stat
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Iterator, Optional
+
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 _ID = r"(?P<id>[0-9a-f]{64})"
 # A component of the path by engine; the monitors beside the containers (conmon) match none.

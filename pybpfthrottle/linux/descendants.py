@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Iterable, NamedTuple
+from typing import Iterable
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import process, tables
 
 # To ask more threads for their children costs as much as to look at all processes.

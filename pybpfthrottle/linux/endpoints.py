@@ -7,8 +7,9 @@ import ipaddress
 import socket
 import struct
 from contextlib import suppress
-from typing import Any, Callable, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import tables
 
 T = TypeVar("T")

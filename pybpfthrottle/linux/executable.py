@@ -6,8 +6,9 @@ import os
 import re
 import stat
 from contextlib import suppress
-from typing import NamedTuple, Optional
+from typing import Optional
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux.process import Process
 

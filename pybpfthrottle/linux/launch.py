@@ -7,8 +7,9 @@ import grp
 import os
 import pwd
 import signal
-from typing import Callable, NamedTuple, NoReturn, Optional, Sequence
+from typing import Callable, NoReturn, Optional, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import LaunchError, ProcessError
 
 NOT_EXECUTABLE = 126

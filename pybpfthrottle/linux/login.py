@@ -11,8 +11,9 @@ import re
 import socket
 from contextlib import suppress
 from ipaddress import IPv6Address, ip_address
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import netns, process
 from pybpfthrottle.linux.sockets import descriptors
 

@@ -16,12 +16,12 @@ from typing import (
     Iterable,
     Iterator,
     Mapping,
-    NamedTuple,
     Optional,
     TypeVar,
     Union,
 )
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import cgroup, libc, netlink, process
 from pybpfthrottle.linux.sockets import TcpInfo
 

@@ -5,8 +5,9 @@ Source: NetworkManager's D-Bus reference; NMMetered of nm-dbus-interface.h.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux.dbus import Bus
 
 _SERVICE = "org.freedesktop.NetworkManager"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.errors import ProcessError
 from pybpfthrottle.linux import clock, tables
 

@@ -10,8 +10,9 @@ import struct
 import time
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, Sequence
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import libc, process
 
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, Optional
+
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 
 POWER = "/sys/class/power_supply"
 DEVICES = "/sys/class/net"

@@ -6,8 +6,9 @@ import ipaddress
 import os
 import socket
 from contextlib import suppress
-from typing import Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
+from typing import Callable, Collection, Iterable, Iterator, Mapping, Optional, TypeVar
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import netns, sockets
 from pybpfthrottle.linux.endpoints import IPPROTO_MPTCP
 from pybpfthrottle.linux.netns import Connection

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Iterable, NamedTuple, Optional
+from typing import Iterable, Optional
 
+from pybpfthrottle.bpf.obj.plain import NamedTuple
 from pybpfthrottle.linux import process, sockets
 from pybpfthrottle.linux.sockets import TcpInfo
 

@@ -302,6 +302,7 @@ UNUSED = {
     *("click", "rich", "elftools", "logging", "subprocess", "concurrent", "tempfile", "csv"),
     *("dataclasses", "inspect", "ast"),
     *("pybpfthrottle.backends.nft", "pybpfthrottle.backends.tc", "pybpfthrottle.networks"),
+    *("pybpfthrottle.groups", "pybpfthrottle.shares", "pybpfthrottle.sharing"),
 }
 
 
