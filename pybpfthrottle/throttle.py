@@ -603,6 +603,8 @@ def _carry_out(
     if selection is not None:
         moved = plan.place in (Place.MOVED, Place.MOVED_ONLY)
         notes.append(targets.reaches_far(selection, moved=moved))
+        if moved and not selection.children:
+            notes.append("What they start from now on is limited too: it begins in that cgroup.")
     throttle.plan_notes = tuple(filter(None, notes))
     return throttle
 
@@ -616,7 +618,7 @@ def _move(plan: Plan, spec: ThrottleSpec, wish: Wish, selection: Selection) -> T
         moved = undo.enter_context(Moved(one.pid for one in selection.processes))
         throttle = _enforce(spec, plan.backends, moved.cgroups, before, wish.options, undo)
         undo.callback(throttle.remove)
-        moved.move()
+        moved.move(children=selection.children)
         undo.pop_all()
     throttle.lasts_as_long_as(moved.populated)
     throttle.what = f"{selection}, moved"

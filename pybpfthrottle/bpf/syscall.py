@@ -68,6 +68,11 @@ def number_of(
         ) from None
 
 
+def is_compatible_mode() -> bool:
+    """Whether this Python has 32 bits, and the kernel 64, which serves it in compatibility."""
+    return sys.maxsize < 1 << 32 and os.uname().machine in _COMPAT
+
+
 # Asking uname(2) each time costs a fifth of a short command.
 _own_number = cache(number)
 

@@ -16,7 +16,9 @@ _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000
 # include/uapi/linux/time.h, timerfd.h
 _CLOCK_MONOTONIC = 1
-_TIMER = struct.Struct("@qqqq")  # struct itimerspec: the period, and the first time
+# struct itimerspec: the period, and the first time. Where a long has 32 bits, so has time_t by the
+# function's plain name, in glibc and musl.
+_TIMER = struct.Struct("@llll")
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:

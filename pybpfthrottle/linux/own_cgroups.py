@@ -173,8 +173,8 @@ class Moved:
         """The cgroups that were made."""
         return [own.cgroup for own in self._own.values()]
 
-    def move(self) -> None:
-        """Move the processes, and their children that are in the same cgroups.
+    def move(self, *, children: bool = True) -> None:
+        """Move the processes, and with ``children`` their children that are in the same cgroups.
 
         Raises CgroupError.
         """
@@ -184,6 +184,8 @@ class Moved:
             for pid in pending:
                 with suppress(ProcessError, ProcessLookupError):
                     self._move(pid)
+            if not children:
+                return
             # A child started meanwhile is where its parent was then.
             families = process.families()
             pending = {child for pid in moved for child in families.get(pid, ())}

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pybpfthrottle.bpf import syscall  # noqa: E402
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LD_W_ABS, JEQ_K, RET_K = 0x20, 0x15, 0x06
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
 NUMBER_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 16
-BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+BPF = syscall.number()
 OTHERS = {"pidfd_open": 434, "pidfd_getfd": 438}
 
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from socket import AF_INET, AF_INET6, SOCK_DGRAM, SOCK_STREAM
 from typing import Any, Optional, TextIO
 
-SYS_EXIT = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}[platform.machine()] if sys.maxsize > 1 << 32 else 1
 
 _kept: dict[int, socket.socket] = {}
 _received: dict[int, int] = {}

@@ -17,6 +17,7 @@ from pybpfthrottle.backends.ebpf.bucket import Bucket
 from pybpfthrottle.backends.ebpf.pacer import Pacer
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
 from pybpfthrottle.backends.ebpf.records import ThrottleLevel, ThrottleSlack, ThrottleSocket
+from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
@@ -46,8 +47,9 @@ class Connections:
     """The connections of a throttle that were open when it began.
 
     The kernel adopts them (Linux 6.12). Otherwise their uploads are paced from user space (Linux
-    5.10), and their downloads are policed. ``limited`` returns the processes whose sockets are
-    limited, ``holders`` all that may have one of these sockets open, as they may be handed over.
+    5.10), and their downloads are policed; so are both for a Python of 32 bits on a kernel of 64
+    bits. ``limited`` returns the processes whose sockets are limited, ``holders`` all that may have
+    one of these sockets open, as they may be handed over.
     """
 
     def __init__(
@@ -112,7 +114,8 @@ class Connections:
         """Return how the connections not adopted by the kernel are limited; None without any."""
         if not self._unadopted:
             return None
-        if direction is Direction.UPLOAD and self._bucket.paces(direction):
+        paces = direction is Direction.UPLOAD and self._bucket.paces(direction)
+        if paces and not syscall.is_compatible_mode():
             return f"{len(self._pacer)} paced from user space"
         return f"{self._unadopted} policed"
 
@@ -145,6 +148,11 @@ class _Adoption:
         self._program: Optional[Shipped] = None
         self.unadopted = 0
         self.refused: Optional[AttachError] = None
+        if syscall.is_compatible_mode():  # net/socket.c, do_sock_setsockopt()
+            self._untried.clear()
+            self.refused = AttachError(
+                "for a Python of 32 bits on a kernel of 64 bits, no program is asked"
+            )
 
     def __call__(self, found: Borrowed) -> None:
         """Shape a socket if it is a connection."""

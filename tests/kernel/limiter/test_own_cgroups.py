@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,26 @@ def test_a_child_of_a_threaded_cgroup_takes_the_process(scratch: Cgroup, sleeper
         assert own.remove()
     finally:
         threaded.remove(patience_s=5)
+
+
+@pytest.mark.parametrize("children", [True, False])
+def test_children_move_too_unless_they_are_not_meant(scratch: Cgroup, children: bool) -> None:
+    """They come back with their parents."""
+    script = "import os, time; print(os.fork() or os.getpid(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        (child,) = {int(parent.stdout.readline()) for _ in range(2)}
+        try:
+            for pid in (parent.pid, child):
+                scratch.move_in(pid)
+            with own_cgroups.Moved([parent.pid]) as moved:
+                moved.move(children=children)
+                (own,) = moved.cgroups
+                assert set(own.pids()) == ({parent.pid, child} if children else {parent.pid})
+            assert set(scratch.pids()) == {parent.pid, child}
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
 
 
 def test_a_process_that_is_gone_is_an_error() -> None:

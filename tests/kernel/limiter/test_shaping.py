@@ -15,7 +15,7 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 import unadopted
 from lab import ENVIRONMENT, TOOL, Lab, attached, lab
-from since import needs_release, parse, running
+from since import needs_machine, needs_release, parse, running
 from targets import live_map
 
 from pybpfthrottle import throttle
@@ -23,7 +23,7 @@ from pybpfthrottle.backends.ebpf import programs as shipped
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleFlags
-from pybpfthrottle.bpf import links, programs
+from pybpfthrottle.bpf import links, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import AttachMode
@@ -221,6 +221,7 @@ OPEN = {"kernel": TOOL, "user space": [TOOL[0], unadopted.__file__]}
 @pytest.fixture(params=OPEN)
 def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
     """Who shapes the connections that were open before the limit."""
+    need_as_many_bits()
     shipped.read.cache_clear()
     if request.param == "user space":
         unadopted.refuse()
@@ -228,10 +229,18 @@ def shaped_by(request: pytest.FixtureRequest) -> Iterator[str]:
     shipped.read.cache_clear()
 
 
+def need_as_many_bits() -> None:
+    """Skip where the kernel asks no program at the setsockopt hook."""
+    needs_machine(
+        "a Python with as many bits as the kernel", found=not syscall.is_compatible_mode()
+    )
+
+
 def need_to_shape_open(
     live: Throttle, shaped_by: str, direction: Direction = Direction.UPLOAD
 ) -> None:
     """Skip where this kernel is too old to adopt open connections; on others it has to."""
+    need_as_many_bits()
     need_shaping(live, direction)
     if shaped_by == "kernel":
         needs_release(ADOPTS_SINCE, "a program at the setsockopt hook that adopts open connections")

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.timed
 # Uploads by several connections after a pause; prints how long that took and what was acknowledged.
 AFTER_A_PAUSE = """
 import json, select, socket, struct, sys, time
-host, port, flows, pause_s, seconds = sys.argv[1], *map(int, sys.argv[2:4]), *map(float, sys.argv[4:])
+host, port, flows, pause_s, seconds = sys.argv[1:]
+port, flows, pause_s, seconds = int(port), int(flows), float(pause_s), float(seconds)
 all_of_them = [socket.create_connection((host, port)) for _ in range(flows)]
 def acked():
     infos = (one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128) for one in all_of_them)
