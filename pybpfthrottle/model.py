@@ -19,7 +19,7 @@ _BYTE_UNITS = {
 _BIT_UNITS = {"kbit": 1000, "mbit": 1000**2, "gbit": 1000**3}
 _SIZE_UNITS = {**_BYTE_UNITS, **dict.fromkeys(("t", "tb", "tib"), _K**4)}
 _MAX_BYTES = 1000 * _K**4
-_NUMBER = re.compile(r"([0-9]*)\.?([0-9]*)")
+_NUMBER = r"([0-9]*)\.?([0-9]*)"
 _MAX_DIGITS = 30
 
 _BLOCK = "block"
@@ -100,7 +100,7 @@ class _Amount(NamedTuple):
     def read(cls, text: str) -> _Amount:
         """Take a text apart."""
         given = text.strip()
-        match = _NUMBER.match(given)
+        match = re.match(_NUMBER, given)
         whole, fraction = match.groups() if match else ("", "")
         written = match.group() if match else ""
         # Unicode has other digits too, and a K that becomes an ASCII one in lower case.

@@ -15,9 +15,10 @@ import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from operator import is_not
-from typing import TYPE_CHECKING, Callable, Iterable, Optional, Protocol, TypeVar
+from typing import TYPE_CHECKING, Callable, Iterable, Optional, TypeVar
 from weakref import WeakKeyDictionary
 
+from pybpfthrottle.bpf.obj.plain import Protocol
 from pybpfthrottle.errors import Error
 from pybpfthrottle.logger import Logger
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Iterator, Mapping, Optional, Protocol
+from typing import Any, Iterator, Mapping, Optional
 
 from pybpfthrottle.backends.protocol import Match, Record
-from pybpfthrottle.bpf.obj.plain import NamedTuple
+from pybpfthrottle.bpf.obj.plain import NamedTuple, Protocol
 from pybpfthrottle.errors import BackendError
 from pybpfthrottle.linux import run_files
 from pybpfthrottle.linux.cgroup import locked, locked_if_free

@@ -6,6 +6,7 @@ A backend makes an offer for a direction and a way of matching packets, puts lim
 
 from __future__ import annotations
 
+import typing
 from contextlib import suppress
 from enum import Enum, IntEnum
 from importlib import import_module
@@ -15,12 +16,10 @@ from typing import (
     Iterator,
     Mapping,
     Optional,
-    Protocol,
     Sequence,
-    runtime_checkable,
 )
 
-from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, Protocol, made
 from pybpfthrottle.errors import CgroupError, ThrottleError
 from pybpfthrottle.linux import clock, process
 from pybpfthrottle.linux.cgroup import Cgroup, known_as
@@ -279,8 +278,8 @@ class Part(Protocol):
         """Close a limit opened by ``open``, leaving it in force as it is."""
 
 
-@runtime_checkable
-class Queueable(Protocol):
+@typing.runtime_checkable
+class Queueable(typing.Protocol):
     """A part whose downloads without a receive window may wait in a queue."""
 
     def before_limit(self) -> Foothold:

@@ -18,7 +18,6 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
-    Protocol,
     Sequence,
 )
 
@@ -33,6 +32,7 @@ from pybpfthrottle.backends.protocol import (
     Record,
     no_dial,
 )
+from pybpfthrottle.bpf.obj.plain import Protocol
 from pybpfthrottle.errors import BackendError, Error, NoNamespaceError, ProcessError, ThrottleError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, netns, process

@@ -8,11 +8,11 @@ import os
 from contextlib import ExitStack, suppress
 from enum import IntEnum
 from types import MappingProxyType
-from typing import BinaryIO, Callable, Iterator, Mapping, Optional, Protocol, Sequence
+from typing import BinaryIO, Callable, Iterator, Mapping, Optional, Sequence
 
 from pybpfthrottle.bpf import abi, descriptors, syscall
 from pybpfthrottle.bpf.abi import AttachType, Attr, Cmd, LinkType
-from pybpfthrottle.bpf.obj.plain import NamedTuple
+from pybpfthrottle.bpf.obj.plain import NamedTuple, Protocol
 from pybpfthrottle.bpf.programs import Program
 
 _NAME_BYTES = 256  # more than any tracepoint's name has

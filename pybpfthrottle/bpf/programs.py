@@ -39,7 +39,7 @@ _SOURCE_FIELDS = (
     *("line_info_rec_size", "line_info", "line_info_cnt"),
 )
 _NO_FLAGS = (1 << 32) - 1
-_UNKNOWN_HELPER = re.compile(r"unknown#(\d+)")
+_UNKNOWN_HELPER = r"unknown#(\d+)"
 
 
 class TestRunResult(NamedTuple):
@@ -434,7 +434,7 @@ def _explained(
 
 def _reached(log: str, poisoned: Sequence[Poisoned]) -> Optional[Poisoned]:
     """Return the poisoned instruction that the verifier reached, if it is one that it speaks of."""
-    match = _UNKNOWN_HELPER.search(log)
+    match = re.search(_UNKNOWN_HELPER, log)
     number = int(match[1]) - POISON if match else -1
     return poisoned[number] if 0 <= number < len(poisoned) else None
 

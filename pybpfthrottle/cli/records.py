@@ -16,12 +16,11 @@ from typing import (
     Iterable,
     Mapping,
     Optional,
-    Protocol,
     Sequence,
     TextIO,
 )
 
-from pybpfthrottle.bpf.obj.plain import NamedTuple
+from pybpfthrottle.bpf.obj.plain import NamedTuple, Protocol
 from pybpfthrottle.cli.say import say
 from pybpfthrottle.model import Direction, printable
 

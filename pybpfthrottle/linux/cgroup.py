@@ -28,7 +28,7 @@ _PATIENCE_S = 5.0
 # kernfs gives its first number to the root of a hierarchy (fs/kernfs/dir.c).
 _ROOT_ID = 1
 _FIRST_CGROUP_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO of include/linux/proc_ns.h
-_USER_MANAGER = re.compile(r"user@\d+\.service")
+_USER_MANAGER = r"user@\d+\.service"
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
 
 
@@ -600,7 +600,7 @@ def unit_of(path: str) -> str:
     units = [part.lstrip("_") for part in path.split("/") if is_unit(part)]
     # Slices are units too, but hold other units rather than processes.
     units = [unit for unit in units if not unit.endswith(".slice")]
-    if units and _USER_MANAGER.fullmatch(units[0]):
+    if units and re.fullmatch(_USER_MANAGER, units[0]):
         return "/".join(units[:2])
     return units[0] if units else ""
 

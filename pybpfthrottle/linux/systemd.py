@@ -13,7 +13,7 @@ log = Logger(__name__)
 # systemd allows 255 characters in the name of a unit; others are named after these.
 _MOST = 220
 _PART = r"[A-Za-z0-9:_\\-][A-Za-z0-9:_.\\-]*"
-_SERVICE = re.compile(rf"(?=.{{1,{_MOST}}}\Z){_PART}(@[A-Za-z0-9:_.\\-]*)?\.service")
+_SERVICE = rf"(?=.{{1,{_MOST}}}\Z){_PART}(@[A-Za-z0-9:_.\\-]*)?\.service"
 _OTHER_KINDS = (
     *("automount", "device", "mount", "path", "scope", "slice", "socket", "swap", "target"),
     "timer",
@@ -32,7 +32,7 @@ def service_name(name: str) -> str:
     full = name if name.endswith(".service") else f"{name}.service"
     if name.rpartition(".")[2] in _OTHER_KINDS:
         raise ServiceError(f"{name!r} is no service: only services can be limited in this way")
-    if not _SERVICE.fullmatch(full):
+    if not re.fullmatch(_SERVICE, full):
         raise ServiceError(
             f"{name!r} is not the name of a service: it has letters, digits and :-_.\\ only, one @"
             f" at most, and up to {_MOST} characters"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional, Protocol
+from typing import Any, Mapping, Optional
 
 from pybpfthrottle.backends.ebpf.records import RECORD, ThrottleRecordFlags
 from pybpfthrottle.backends.ebpf.registry import ANSWER, ASKED, RecordMap, own_records, record_of
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.obj.plain import Protocol
 from pybpfthrottle.errors import AttachError
 from pybpfthrottle.linux.cgroup import locked, locked_if_free
 from pybpfthrottle.model import Direction, Limits, Rate

@@ -13,9 +13,9 @@ import time
 from contextlib import suppress
 from functools import partial
 from socket import AF_INET, AF_INET6, IPPROTO_RAW, IPPROTO_TCP, IPPROTO_UDP
-from typing import Callable, Iterable, Iterator, Optional, Protocol, Sequence
+from typing import Callable, Iterable, Iterator, Optional, Sequence
 
-from pybpfthrottle.bpf.obj.plain import NamedTuple
+from pybpfthrottle.bpf.obj.plain import NamedTuple, Protocol
 from pybpfthrottle.errors import CgroupError, Error, ProcessError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import netns, process, sockets

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, TypeVar, Union
 
 from pybpfthrottle.bpf import abi
 from pybpfthrottle.bpf.abi import MapType, ProgType
@@ -19,7 +19,7 @@ from pybpfthrottle.bpf.obj.btf_rewrite import loadable
 from pybpfthrottle.bpf.obj.externs import Address, Extern, KernelId, Symbols
 from pybpfthrottle.bpf.obj.insn import BPF_PSEUDO_BTF_ID, CALL, INSN_BYTES
 from pybpfthrottle.bpf.obj.patch import Instructions, PatchError, Poisoned
-from pybpfthrottle.bpf.obj.plain import NamedTuple
+from pybpfthrottle.bpf.obj.plain import NamedTuple, Protocol
 from pybpfthrottle.bpf.obj.relocate import LinkedProgram, Placed
 from pybpfthrottle.bpf.obj.specs import (
     ExternReference,
@@ -44,24 +44,19 @@ class KernelFacts(Protocol):
     @property
     def types(self) -> Kernel:
         """The types of the kernel, and those of its modules."""
-        ...
 
     @property
     def core_types(self) -> Kernel:
         """The types that answer CO-RE, which may come from elsewhere."""
-        ...
 
     def setting(self, name: str) -> Optional[str]:
         """Return a setting of its configuration."""
-        ...
 
     def symbol(self, name: str) -> Optional[int]:
         """Return the address of a symbol."""
-        ...
 
     def has_symbol(self, name: str) -> bool:
         """Return whether there is a symbol of this name."""
-        ...
 
 
 class Fitted(NamedTuple):

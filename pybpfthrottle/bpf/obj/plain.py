@@ -6,7 +6,8 @@ constructor, equality and text, and is a dataclass to all that asks (``dataclass
 
 typing compiles the constructor of each ``NamedTuple`` as it is defined, in 0.1 ms, and a start
 defines a hundred of which it makes a few. The ``NamedTuple`` here is the same, but its methods are
-made when its first tuple is.
+made when its first tuple is. A ``Protocol`` is an ordinary class at run time: only type checkers
+look at it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, TypeVar
 
 if TYPE_CHECKING:
     from typing import NamedTuple as NamedTuple
+    from typing import Protocol as Protocol
 
     from typing_extensions import dataclass_transform
 else:
@@ -62,6 +64,9 @@ else:
         return cls._make(values)
 
     NamedTuple = type.__new__(_Definition, "NamedTuple", (), {})
+
+    class Protocol:
+        """What a type has to have, told by its methods."""
 
 
 D = TypeVar("D", bound="Data")

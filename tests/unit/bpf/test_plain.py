@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, made
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple, Protocol, made
 
 
 class Point(Data):
@@ -141,3 +141,18 @@ def test_subclasses_of_named_tuples():
     """A subclass has its own constructor, which calls that of the row."""
     assert (Narrow(1), type(Narrow(1))) == ((1, 5), Narrow)
     assert type(Narrow._make([1, 2])) is Narrow
+
+
+def test_a_protocol_costs_a_class():
+    """At run time it is an ordinary class, which others may derive from."""
+
+    class Counts(Protocol):
+        def count(self) -> int:
+            """Return how many there are."""
+
+    class Three(Counts):
+        def count(self) -> int:
+            return 3
+
+    assert type(Counts) is type
+    assert Three().count() == 3
