@@ -57,9 +57,9 @@ TABLE = {
         "traffic:monitor",
         "Print a line every second for each process that uses the line, until Ctrl-C.",
     ),
-    "usage": ("usage:usage", "Show what was sent and received on the last days, today included."),
+    "usage": ("counted:usage", "Show what was sent and received on the last days, today included."),
     "metrics": (
-        "metrics:metrics",
+        "counted:metrics",
         "Print metrics for Prometheus: the throttles in force, their limits and counters.",
     ),
     "sockets": (
@@ -67,18 +67,18 @@ TABLE = {
         "Show a process's sockets, and which throttles limit each one, or why none does.",
     ),
     "backends": (
-        "backends:backends",
+        "machine:backends",
         "List the ways to limit, whether they work here, and if not, why.",
     ),
     "cleanup": (
-        "cleanup:cleanup",
+        "machine:cleanup",
         (
             "Remove leftovers of a crash: programs, tables of nftables, tc's classes and devices,"
             " cgroups."
         ),
     ),
     "verify-setup": (
-        "verify:verify_setup",
+        "machine:verify_setup",
         "Check whether limits work on this machine; if not, say why and how to fix it.",
     ),
     "inspect": (

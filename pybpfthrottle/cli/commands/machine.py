@@ -1,4 +1,4 @@
-"""pybpfthrottle verify-setup: whether limits work here."""
+"""pybpfthrottle backends, verify-setup and cleanup: what works here, and what a crash has left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,57 @@ import click
 
 from pybpfthrottle.cli import completing
 from pybpfthrottle.cli.values import ProcessId
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle backends
+  sudo pybpfthrottle backends --try
+  sudo pybpfthrottle backends --json | jq '.backends[] | select(.download.available) | .name'
+
+\b
+Exit status: 0 done, 1 a packet passed an available backend uncounted (--try), 2 wrong usage.
+"""
+)
+@click.option(
+    "--try",
+    "try_them",
+    is_flag=True,
+    help="Also limit a packet by each, between two network namespaces.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def backends(try_them: bool, as_json: bool) -> None:
+    """List the ways to limit, whether they work here, and if not, why.
+
+    The best one that can do what was asked is used, unless --download-backend or --upload-backend
+    names another one.
+    """
+    from pybpfthrottle.cli import backends as backends_command
+
+    sys.exit(backends_command.show(as_json=as_json, try_them=try_them))
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  sudo pybpfthrottle cleanup --dry-run
+  sudo pybpfthrottle cleanup
+""",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def cleanup(dry_run: bool, as_json: bool) -> None:
+    """Remove leftovers of a crash: programs, tables of nftables, tc's classes and devices, cgroups.
+
+    Starting a limit does this too. It leaves what other tools have made and running throttles
+    alone.
+    """
+    from pybpfthrottle.cli import cleanup as cleanup_command
+
+    cleanup_command.cleanup(dry_run=dry_run, as_json=as_json)
 
 
 @click.command(
