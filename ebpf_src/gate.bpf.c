@@ -106,13 +106,6 @@ static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
 static struct tcp_sock *(*bpf_skc_to_tcp_sock)(void *sk) = (void *)137;
 
 #include "configs.h"
-#ifdef MARKED
-#include "marked.h"
-#define GATE_PROGRAM pybpft_mgate
-#else
-#define mark_of(sk) 1
-#define GATE_PROGRAM PROGRAM(gate)
-#endif
 
 /* Acknowledgements on their way to the keeper. */
 struct {
@@ -289,7 +282,7 @@ always_inline void untranslate(struct throttle_ack *ack, const struct ends *ends
 	}
 }
 
-SEC("cgroup_skb/egress") int GATE_PROGRAM(struct __sk_buff *skb)
+always_inline int pass_gate(struct __sk_buff *skb)
 {
 	__u32 slot = SLOT_OF(skb), down = ELEMENT(slot, THROTTLE_DOWNLOAD);
 	__u32 at, headers, payload, number, edge, kept, round_trip_us;
@@ -304,7 +297,7 @@ SEC("cgroup_skb/egress") int GATE_PROGRAM(struct __sk_buff *skb)
 	int passes;
 
 	HOLD_RECORD();
-	if (!gate || !config || !sk || !mark_of(sk))
+	if (!gate || !config || !sk)
 		return PASS;
 	sk = bpf_sk_fullsock(sk);
 	if (!sk)
@@ -380,5 +373,21 @@ SEC("cgroup_skb/egress") int GATE_PROGRAM(struct __sk_buff *skb)
 	/* Not the verdict that tells of congestion: the connection would slow down its own sending. */
 	return passes ? PASS : DROP;
 }
+
+SEC("cgroup_skb/egress") int PROGRAM(gate)(struct __sk_buff *skb)
+{
+	return pass_gate(skb);
+}
+
+#ifndef SHARED
+#include "marked.h"
+
+/* The packets of all processes come here, and large datagrams are not to be told of for others. */
+SEC("cgroup_skb/egress") int pybpft_mgate(struct __sk_buff *skb)
+{
+	HOLD_RECORD();
+	return mark_of(skb->sk) ? pass_gate(skb) : PASS;
+}
+#endif
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

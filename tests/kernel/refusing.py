@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pybpfthrottle.bpf import syscall  # noqa: E402
+from pybpfthrottle.bpf import syscall
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LD_W_ABS, JEQ_K, RET_K = 0x20, 0x15, 0x06

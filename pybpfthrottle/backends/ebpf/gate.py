@@ -93,9 +93,8 @@ class Gate:
                 elif seat is not None:
                     loaded = seat.load([self.program.name], maps, ring)
                 else:
-                    own, _ = self.program.objects
                     used = {**maps, RING: ring}
-                    loaded = loader.load(self.spec(own), [self.program.name], maps=used)
+                    loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
                 undo.callback(loaded.close)
                 self._kept = self._keeper.serve(gate, limits, self._pids, slot)
             except (Error, OSError) as error:

@@ -147,7 +147,7 @@ PROGRAMS = (
     Shipped("pybpft_adopt", _BOTH, _SETSOCKOPT, Role.ADOPT, _ADOPTING),
     Shipped("pybpft_belongs", _BOTH, _SETSOCKOPT, Role.BELONGS, _ASKING),
     Shipped("pybpft_gate", ("gate", ENTRIES), _EGRESS, Role.GATE, _GATE, _ALL),
-    Shipped("pybpft_mgate", ("gate-marked", ENTRIES), _EGRESS, Role.GATE, _GATE, _MARKED),
+    Shipped("pybpft_mgate", ("gate", ENTRIES), _EGRESS, Role.GATE, _GATE, _MARKED),
     *(
         Shipped(name, objects, hook, Role.SHARED, needs, multipath=multipath)
         for name, objects, hook, needs, multipath in (
