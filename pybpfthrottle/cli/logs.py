@@ -30,7 +30,7 @@ class OneLine(logging.Formatter):
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
-class ToTerminal(logging.StreamHandler[Any]):
+class ToTerminal(logging.StreamHandler):  # type: ignore[type-arg]  # no generic before 3.11
     """Log lines to standard error, each on a line of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:

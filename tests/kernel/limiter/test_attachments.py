@@ -127,7 +127,9 @@ def test_show_tells_what_bpftool_tells(busy: Cgroup) -> None:
 def test_effective_tells_what_bpftool_tells(busy: Cgroup) -> None:
     """So it is for what is effective, the ancestors' programs included."""
     found = ours("show", "--effective", busy.path)
-    assert comparable(found) == comparable(theirs("show", busy.path, "effective"))
+    # Old releases tell flags here, too, where they mean nothing.
+    expected = [{**row, "attach_flags": ""} for row in theirs("show", busy.path, "effective")]
+    assert comparable(found) == comparable(expected)
     assert len(found) > len(HOOKS)
 
 
