@@ -15,7 +15,7 @@ from pybpfthrottle.bpf.abi import AttachType
 def refuse() -> None:
     """Have this process's kernel refuse it from now on."""
     (adopter,) = programs.with_role(Role.ADOPT)
-    for name in (programs.object_for(Scope.ALL), programs.ENTRIES):
+    for name in (*map(programs.object_for, Scope), programs.ENTRIES):
         adopting = programs.read(name).programs[adopter.name]
         adopting.expected_attach_type = AttachType.CGROUP_INET_INGRESS
 

@@ -60,13 +60,18 @@ class Connections:
         load: Load,
         limited: Pids,
         holders: Pids,
+        policed: Callable[[], None],
         policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
         slot: int = 0,
     ) -> None:
-        """``load`` loads a program for a scope with the throttle's maps; ``slot`` is its place."""
+        """``load`` loads a program for a scope with the throttle's maps; ``slot`` is its place.
+
+        ``policed`` is called when there are downloads that are policed.
+        """
         self._shaped = maps[SOCKETS]
         self._bucket = bucket
         self._load = load
+        self._policed = policed
         self._holders = holders
         self._policy = policy
         self._slot = slot
@@ -92,6 +97,7 @@ class Connections:
         if adoption.unadopted:
             self._unadopted += adoption.unadopted
             self._make_do()
+            self._policed()
 
     def _make_do(self) -> None:
         """Pace uploads; where nothing slows connections down, allow as much debt as the policer."""

@@ -123,6 +123,11 @@ class Gate:
         if self._kept is not None:
             self._kept.on_datagram = call
 
+    def share(self) -> None:
+        """Get its part of the limit beside connections that are policed."""
+        if self._keeper is not None and self._kept is not None and not self._kept.is_shared:
+            self._keeper.share(self._kept)
+
     def chores(self) -> Sequence[Chore]:
         """Return the keeper's chore, which all gates of this process share."""
         return [] if self._keeper is None else [self._keeper]

@@ -61,6 +61,8 @@ _SILENT_NS = 60 * _MS
 # The rate may change while a window waits.
 _SHORTEST_WAIT_NS, _LONGEST_WAIT_NS = 50_000, 20 * _MS
 _SHORTEST_MEMORY_NS = 60_000 * _MS
+# Over which it is found out what others take.
+_WINDOW_NS = 100 * _MS
 # After this many unanswered windows a connection is left to the kernel.
 _MAX_UNANSWERED = 2
 
@@ -204,6 +206,31 @@ class Outlet(Protocol):
         """Tell the owner something of a gate."""
 
 
+class _Others:
+    """What connections of before the limit take of it, which are not gated.
+
+    Who is policed may owe 0.3 s, and keeps it owed: nobody who waits until nothing is owed would
+    ever have a turn. ``granted_ns`` is what was granted lately.
+    """
+
+    def __init__(self) -> None:
+        self.granted_ns = 0
+        self._since_ns = self._owed = self._claims = 0
+        self._squeezes = False
+
+    def squeeze(self, now: int, owed: int, outstanding: int) -> bool:
+        """Whether they take more than a quarter of the limit, and something is always owed."""
+        elapsed = now - self._since_ns
+        if elapsed < _WINDOW_NS:
+            return self._squeezes and owed > 0
+        claims = owed + outstanding
+        taken = claims - self._claims + elapsed - self.granted_ns
+        is_recent = elapsed < 10 * _WINDOW_NS
+        self._squeezes = is_recent and min(owed, self._owed) > 0 and taken > elapsed // 4
+        self._since_ns, self._owed, self._claims, self.granted_ns = now, owed, claims, 0
+        return self._squeezes
+
+
 class Gate:
     """The connections of one throttle."""
 
@@ -222,6 +249,9 @@ class Gate:
         self._queue: deque[Flow] = deque()
         self._granted: dict[int, Flow] = {}  # may still use a window, or need it repeated
         self._forget_ns = 0
+        self.is_shared = False  # with connections that are policed
+        self._others = _Others()
+        self._half_even_ns = 0  # up to when half of the limit is granted
         self._rate = self._inverse = 0
         self._even_at_ns = self._charged_at = 0
 
@@ -448,12 +478,15 @@ class Gate:
                 weighted += outstanding * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
             if not outstanding and not each.repeat_ns:
                 del self._granted[each.cookie]
-        owed = self._owed(now) + (near * self._inverse >> _SHIFT)
-        if flow.round_trip_ns <= SHORT_ROUND_TRIP_NS:
-            return owed
-        ahead = weighted // far if far else 0
-        ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
-        return owed + (far * self._inverse >> _SHIFT) - ahead
+        owed = self._owed(now)
+        outstanding = (near + far) * self._inverse >> _SHIFT
+        is_squeezed = self.is_shared and self._others.squeeze(now, owed, outstanding)
+        wait = owed + (near * self._inverse >> _SHIFT)
+        if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
+            ahead = weighted // far if far else 0
+            ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
+            wait += (far * self._inverse >> _SHIFT) - ahead
+        return min(wait, self._half_even_ns - now) if is_squeezed else wait
 
     def _owed(self, now: int) -> int:
         """Return for how many nanoseconds the limit is used up.
@@ -471,8 +504,12 @@ class Gate:
         is_used_up = flow.remaining() < 2 * flow.segment and now > flow.measurable_ns
         flow.granted_ns = now if is_used_up else 0
         flow.granted_from, flow.last_ns = flow.edge, now
+        before = max(flow.outstanding, 0)
         self._send(flow, self._next_edge(flow), now)
         flow.outstanding = flow.usable()
+        price = (flow.outstanding - before) * self._inverse >> _SHIFT
+        self._others.granted_ns += price
+        self._half_even_ns = max(self._half_even_ns, now) + 2 * price
         flow.repeats = 0
         self._granted[flow.cookie] = flow
         flow.repeat_ns = now + _REPEAT_NS + 4 * flow.round_trip_ns
@@ -674,7 +711,9 @@ class Keeper:
         else:
             if fds:
                 self._open(message["gate"], message["slot"], *fds)
-            self._serve(self._gates[message["gate"]], message["networks"])
+            gate = self._gates[message["gate"]]
+            gate.is_shared = message["shared"]
+            self._serve(gate, message["networks"])
         return True
 
     def _open(self, number: int, slot: int, gate: int, buckets: int, configs: int) -> None:

@@ -48,6 +48,7 @@ class Kept:
         self.ungated: Counter[str] = Counter()
         # Called once a large datagram has left.
         self.on_datagram: Callable[[], object] = lambda: None
+        self.is_shared = False
         self._shared = gate.typed(U32, StructureCodec(ThrottleGate))
         self._shared[slot] = ThrottleGate(id=number)
 
@@ -101,6 +102,12 @@ class KeeperProcess(SharedHelper):
         """Wait until a gate is served: connections that begin earlier would stall."""
         self.wait_until(lambda: kept.is_served, _READY_S)
 
+    def share(self, kept: Kept) -> None:
+        """Have a gate get its part beside connections that are policed."""
+        with self._busy:
+            kept.is_shared = True
+            self._serve_networks(kept)
+
     def drop(self, kept: Kept) -> None:
         """Have the keeper open all windows of a gate, and forget it."""
         with self._busy:
@@ -139,11 +146,12 @@ class KeeperProcess(SharedHelper):
     def _serve(self, kept: Kept) -> None:
         networks = self._find_networks(kept)
         message = {"gate": kept.number, "slot": kept.slot, "networks": networks}
-        self.tell(message, [one.fd for one in kept.maps])
+        self.tell({**message, "shared": kept.is_shared}, [one.fd for one in kept.maps])
 
     def _serve_networks(self, kept: Kept) -> None:
         """Give the keeper sockets in the namespaces of limited processes, and of this one."""
-        self.tell({"gate": kept.number, "networks": self._find_networks(kept)})
+        networks = self._find_networks(kept)
+        self.tell({"gate": kept.number, "networks": networks, "shared": kept.is_shared})
 
     def _find_networks(self, kept: Kept) -> list[int]:
         """Return the namespaces that a gate is served in, once the keeper has sockets there."""

@@ -413,6 +413,7 @@ class EbpfThrottle:
                 slot=self._slot,
                 limited=self._pids,
                 holders=self._holders,
+                policed=self._gate.share,
                 # Whatever the method of the limit: it is attached for a moment only.
                 policy=AttachPolicy(override_others=self._loaded.policy().override_others),
             )
