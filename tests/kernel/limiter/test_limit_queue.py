@@ -172,7 +172,7 @@ def test_without_its_keeper_packets_pass(wire: Wire, near: Near, scratch: Cgroup
         before = diverted(live)
         comes_to(near, wire, lambda: diverted(live) > before)
         assert (keepers() == [pid]) == (by == "SIGSTOP")
-        assert told(live) == "queue"
+        eventually(lambda: told(live) == "queue")
 
 
 def test_without_a_device_they_are_dropped_early(
