@@ -147,7 +147,7 @@ def daemon(given: Sequence[str], accounts: Accounts) -> int:
     keeps = instance.current()
     if keeps is not None and keeps.kind == DAEMON:
         raise ThrottleError(f"process {keeps.owner.pid} is pybpfthrottle daemon already")
-    if not rules.rules:
+    if not rules.files:  # who writes such files may have none in force for now
         say(sources.none(rules))
     return _keep(DAEMON, sources, rules, keeps, None, accounts)
 
@@ -218,7 +218,7 @@ def _reloaded(own: Instance, sources: Sources, keeper: Keeper) -> Instance:
         for mistake in error.mistakes:
             say(f"error: {mistake}; the rules of before go on")
         return _told(own, error.mistakes)
-    if not rules.rules:
+    if not rules.files:
         say(sources.none(rules))
     keeper.change(rules.rules, rules.groups)
     return _told(own)
