@@ -210,25 +210,35 @@ class _Others:
     """What connections of before the limit take of it, which are not gated.
 
     Who is policed may owe 0.3 s, and keeps it owed: nobody who waits until nothing is owed would
-    ever have a turn. ``granted_ns`` is what was granted lately.
+    ever have a turn.
     """
 
     def __init__(self) -> None:
-        self.granted_ns = 0
         self._since_ns = self._owed = self._claims = 0
-        self._squeezes = False
+        self._granted_ns = 0  # since then
+        self._half_even_ns = 0  # up to when half of the limit is granted, while they take much
+        self._squeeze = False
 
-    def squeeze(self, now: int, owed: int, outstanding: int) -> bool:
-        """Whether they take more than a quarter of the limit, and something is always owed."""
+    def granted(self, now: int, price_ns: int) -> None:
+        """Something was granted to gated connections."""
+        self._granted_ns += price_ns
+        # Not while they have it all: they would run ahead of their half for as long.
+        if self._squeeze:
+            self._half_even_ns = max(self._half_even_ns, now) + 2 * price_ns
+
+    def wait(self, now: int, owed: int, outstanding: int) -> Optional[int]:
+        """Return in how many nanoseconds gated ones have a turn for their half.
+
+        None unless the others take more than a quarter of the limit, and something is always owed.
+        """
         elapsed = now - self._since_ns
-        if elapsed < _WINDOW_NS:
-            return self._squeezes and owed > 0
-        claims = owed + outstanding
-        taken = claims - self._claims + elapsed - self.granted_ns
-        is_recent = elapsed < 10 * _WINDOW_NS
-        self._squeezes = is_recent and min(owed, self._owed) > 0 and taken > elapsed // 4
-        self._since_ns, self._owed, self._claims, self.granted_ns = now, owed, claims, 0
-        return self._squeezes
+        if elapsed >= _WINDOW_NS:
+            claims = owed + outstanding
+            taken = claims - self._claims + elapsed - self._granted_ns
+            is_recent = elapsed < 10 * _WINDOW_NS
+            self._squeeze = is_recent and min(owed, self._owed) > 0 and taken > elapsed // 4
+            self._since_ns, self._owed, self._claims, self._granted_ns = now, owed, claims, 0
+        return self._half_even_ns - now if self._squeeze and owed > 0 else None
 
 
 class Gate:
@@ -249,11 +259,13 @@ class Gate:
         self._queue: deque[Flow] = deque()
         self._granted: dict[int, Flow] = {}  # may still use a window, or need it repeated
         self._forget_ns = 0
-        self.is_shared = False  # with connections that are policed
-        self._others = _Others()
-        self._half_even_ns = 0  # up to when half of the limit is granted
+        self._others: Optional[_Others] = None
         self._rate = self._inverse = 0
         self._even_at_ns = self._charged_at = 0
+
+    def share(self) -> None:
+        """Get a part of the limit beside connections that are policed."""
+        self._others = self._others or _Others()
 
     def begin_turn(self) -> None:
         """Read the rate, and how much is owed at present."""
@@ -479,14 +491,16 @@ class Gate:
             if not outstanding and not each.repeat_ns:
                 del self._granted[each.cookie]
         owed = self._owed(now)
-        outstanding = (near + far) * self._inverse >> _SHIFT
-        is_squeezed = self.is_shared and self._others.squeeze(now, owed, outstanding)
         wait = owed + (near * self._inverse >> _SHIFT)
         if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
             ahead = weighted // far if far else 0
             ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
             wait += (far * self._inverse >> _SHIFT) - ahead
-        return min(wait, self._half_even_ns - now) if is_squeezed else wait
+        if self._others is not None:
+            outstanding = (near + far) * self._inverse >> _SHIFT
+            turn = self._others.wait(now, owed, outstanding)
+            wait = wait if turn is None else min(wait, turn)
+        return wait
 
     def _owed(self, now: int) -> int:
         """Return for how many nanoseconds the limit is used up.
@@ -507,9 +521,8 @@ class Gate:
         before = max(flow.outstanding, 0)
         self._send(flow, self._next_edge(flow), now)
         flow.outstanding = flow.usable()
-        price = (flow.outstanding - before) * self._inverse >> _SHIFT
-        self._others.granted_ns += price
-        self._half_even_ns = max(self._half_even_ns, now) + 2 * price
+        if self._others is not None:
+            self._others.granted(now, (flow.outstanding - before) * self._inverse >> _SHIFT)
         flow.repeats = 0
         self._granted[flow.cookie] = flow
         flow.repeat_ns = now + _REPEAT_NS + 4 * flow.round_trip_ns
@@ -712,7 +725,8 @@ class Keeper:
             if fds:
                 self._open(message["gate"], message["slot"], *fds)
             gate = self._gates[message["gate"]]
-            gate.is_shared = message["shared"]
+            if message["shared"]:
+                gate.share()
             self._serve(gate, message["networks"])
         return True
 

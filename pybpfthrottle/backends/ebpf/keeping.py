@@ -144,14 +144,16 @@ class KeeperProcess(SharedHelper):
             self._serve_networks(kept)
 
     def _serve(self, kept: Kept) -> None:
-        networks = self._find_networks(kept)
-        message = {"gate": kept.number, "slot": kept.slot, "networks": networks}
-        self.tell({**message, "shared": kept.is_shared}, [one.fd for one in kept.maps])
+        self._tell_of(kept, [one.fd for one in kept.maps])
 
     def _serve_networks(self, kept: Kept) -> None:
         """Give the keeper sockets in the namespaces of limited processes, and of this one."""
+        self._tell_of(kept)
+
+    def _tell_of(self, kept: Kept, fds: Sequence[int] = ()) -> None:
         networks = self._find_networks(kept)
-        self.tell({"gate": kept.number, "networks": networks, "shared": kept.is_shared})
+        message = {"gate": kept.number, "slot": kept.slot, "networks": networks}
+        self.tell({**message, "shared": kept.is_shared}, fds)
 
     def _find_networks(self, kept: Kept) -> list[int]:
         """Return the namespaces that a gate is served in, once the keeper has sockets there."""

@@ -209,3 +209,19 @@ def test_what_only_the_kernel_may_send_is_left_to_it(world, kind):
     assert world.told == [{"ungated": "options"}]
     assert world.sent == []
     assert world.gate.flows == {}
+
+
+def test_who_had_the_limit_alone_has_its_half_at_once_beside_others() -> None:
+    """What was granted before others took much does not count against its half."""
+    others, window = keeper._Others(), keeper._WINDOW_NS
+    now = 0
+    for _ in range(100):  # all of the limit, while nothing else passes
+        now += window
+        assert others.wait(now, 1, 0) is None
+        others.granted(now, window)
+    for _ in range(2):  # all is taken by others
+        now += window
+        turn = others.wait(now, 3 * window, 0)
+    assert turn is not None and turn <= 0
+    others.granted(now, window)
+    assert others.wait(now, 3 * window, window) == 2 * window
