@@ -222,6 +222,7 @@ def test_who_had_the_limit_alone_has_its_half_at_once_beside_others() -> None:
     for _ in range(2):  # all is taken by others
         now += window
         turn = others.wait(now, 3 * window, 0)
-    assert turn is not None and turn <= 0
+    assert turn is not None
+    assert turn <= 0
     others.granted(now, window)
     assert others.wait(now, 3 * window, window) == 2 * window
