@@ -20,7 +20,7 @@ from pybpfthrottle.bpf.abi import AttachType, LinkType, ProgType
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.obj import asm, elf
-from pybpfthrottle.bpf.obj.btf import Btf
+from pybpfthrottle.bpf.obj.btf import Btf, Kind
 from pybpfthrottle.bpf.program_info import run_statistics
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -264,4 +264,4 @@ def test_the_kernels_own_btf_is_listed() -> None:
     data = btf_objects.data_by_id(own.id)
     assert data == Path("/sys/kernel/btf/vmlinux").read_bytes()
     assert len(data) == own.size_bytes
-    assert Btf(data).type(1).name
+    assert Btf(data).find(Kind.STRUCT, "task_struct")
