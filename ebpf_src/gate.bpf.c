@@ -326,7 +326,7 @@ always_inline int pass_gate(struct __sk_buff *skb)
 	edge = number + ((__u32)(tcp[14] << 8 | tcp[15]) << socket->window_scale);
 	payload = skb->len - headers;
 	now = bpf_ktime_get_ns();
-	passes = tcp[13] & TCP_FIN_SYN_RST || payload || !socket->gated ||
+	passes = tcp[13] & TCP_FIN_SYN_RST || payload || !socket->gated || !socket->edge_known ||
 		 !config->rate_bytes_per_s || (__s64)now > config->expires_ns || is_stale(gate, now);
 	if (passes) {
 		if (!socket->edge_known || (__s32)(edge - socket->edge) > 0)

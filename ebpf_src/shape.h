@@ -63,13 +63,9 @@
 #define FIRST_PACKET_SHARE 72500 /* so that it is 20 ms' worth */
 
 #define TCP_BPF_DELACK_MAX 1003
-#define GATE_WINDOW_US 8000 /* what the kernel may promise beyond two round trips */
-#define MOST_GATE_WAY_US 200000
 #define GATE_AFTER_BYTES 6000 /* in an epoch: while nothing is owed, small flows never meet the keeper */
 #define FAR_WAY_US 50000
-#define LEAST_GATE_BYTES 256
 #define LEAST_ROOM_BYTES 65536
-#define GATE_SLACK_NS (330 * MS)
 #define MOST_GATE_SLACK_NS (1000 * MS)
 #define SLOW_START_ROUND_TRIPS 4
 #define MOST_SLOW_START_NS (400 * MS)

@@ -83,6 +83,14 @@ enum throttle_pacing {
 	PACING_STEP_SHIFT = 4,  /* a change by less than a 16th is none */
 };
 
+/* What the kernel may promise by itself where the gate's keeper opens windows, and its price. */
+enum throttle_gate_window {
+	GATE_WINDOW_US = 8000, /* beyond two round trips */
+	MOST_GATE_WAY_US = 200000,
+	LEAST_GATE_BYTES = 256, /* beyond two segments */
+	GATE_SLACK_NS = 330 * 1000 * 1000,
+};
+
 /* What SO_MAX_PACING_RATE has where nothing is paced. */
 enum throttle_pacing_rate {
 	UNLIMITED = 0xffffffff,
@@ -265,6 +273,7 @@ union throttle_constants {
 	enum throttle_pacing_rate pacing_rate;
 	enum throttle_gate_bounds gate_bounds;
 	enum throttle_gate_state gate_state;
+	enum throttle_gate_window gate_window;
 };
 
 /*

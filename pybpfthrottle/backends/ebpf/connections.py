@@ -14,9 +14,14 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequenc
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.backends.ebpf.attach import attach, refuse_to_override
 from pybpfthrottle.backends.ebpf.bucket import Bucket
-from pybpfthrottle.backends.ebpf.pacer import Pacer
 from pybpfthrottle.backends.ebpf.programs import Role, Scope, Shipped
-from pybpfthrottle.backends.ebpf.records import ThrottleLevel, ThrottleSlack, ThrottleSocket
+from pybpfthrottle.backends.ebpf.records import (
+    ThrottleGateWindow,
+    ThrottleLevel,
+    ThrottleSlack,
+    ThrottleSocket,
+)
+from pybpfthrottle.backends.ebpf.unadopted import Unadopted
 from pybpfthrottle.bpf import syscall
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.loader import Object
@@ -46,10 +51,11 @@ Load = Callable[[Scope, str], Object]
 class Connections:
     """The connections of a throttle that were open when it began.
 
-    The kernel adopts them (Linux 6.12). Otherwise their uploads are paced from user space (Linux
-    5.10), and their downloads are policed; so are both for a Python of 32 bits on a kernel of 64
-    bits. ``limited`` returns the processes whose sockets are limited, ``holders`` all that may have
-    one of these sockets open, as they may be handed over.
+    The kernel adopts them (Linux 6.12). Otherwise they are shaped from user space (Linux 5.10):
+    their uploads are paced, and their downloads go through the gate, or are policed if there is
+    none. Both are policed for a Python of 32 bits on a kernel of 64 bits. ``limited`` returns the
+    processes whose sockets are limited, ``holders`` all that may have one of these sockets open, as
+    they may be handed over.
     """
 
     def __init__(
@@ -60,23 +66,29 @@ class Connections:
         load: Load,
         limited: Pids,
         holders: Pids,
+        promise: Callable[[Rate], int],
         policed: Callable[[], None],
         policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
         slot: int = 0,
     ) -> None:
         """``load`` loads a program for a scope with the throttle's maps; ``slot`` is its place.
 
-        ``policed`` is called when there are downloads that are policed.
+        ``promise`` returns, for a rate, what the kernel may promise a sender by itself, or 0 where
+        no gate is in force. ``policed`` is called when there are downloads that are policed.
         """
         self._shaped = maps[SOCKETS]
         self._bucket = bucket
         self._load = load
+        self._promised = promise
         self._policed = policed
         self._holders = holders
         self._policy = policy
         self._slot = slot
-        self._pacer = Pacer(limited, maps[SOCKETS], bucket.seen, slot)
-        self._unadopted = 0
+        self._unadopted = Unadopted(
+            limited, maps[SOCKETS], bucket.seen, promise=self._promise, slot=slot
+        )
+        # How many the kernel did not adopt, and of how many no program could be asked.
+        self._not_adopted = self._not_asked = 0
         # What the user should know of it, a line each.
         self.notes: tuple[str, ...] = ()
 
@@ -89,45 +101,78 @@ class Connections:
         with ExitStack() as stack:
             adoption = _Adoption(
                 lambda program: _attach(load, program, cgroups, self._policy, stack),
-                self._pacer,
+                self._unadopted.take,
             )
             yield adoption
-        if adoption.refused is not None and adoption.unadopted:
+        if adoption.refused is not None and adoption.not_adopted:
             self.notes = (f"connections that were open before are not shaped: {adoption.refused}",)
-        if adoption.unadopted:
-            self._unadopted += adoption.unadopted
+        if adoption.not_adopted:
+            self._not_adopted += adoption.not_adopted
+            self._not_asked += adoption.not_asked
+            self.follow()
             self._make_do()
-            self._policed()
 
     def _make_do(self) -> None:
-        """Pace uploads; where nothing slows connections down, allow as much debt as the policer."""
+        """Allow as much debt as it takes; where nothing slows connections down, as the policer."""
         for direction in self._bucket.rates:
-            paced = direction is Direction.UPLOAD
-            if paced and self._bucket.paces(direction):
-                self._pacer.set_rate(self._bucket.in_force(direction))
-            self._bucket.leave_room(direction, ThrottleSlack.PACING_SLACK_NS if paced else 0)
+            if direction is Direction.UPLOAD:
+                slack_ns: int = ThrottleSlack.PACING_SLACK_NS
+            else:
+                slack_ns = ThrottleGateWindow.GATE_SLACK_NS if self._shapes(direction) else 0
+            self._bucket.leave_room(direction, slack_ns)
             log.info("%s: of open connections %s", direction, self.describe(direction))
+        if self._not_asked or not self._shapes(Direction.DOWNLOAD):
+            self._policed()
 
-    def set_rate(self, rate: Optional[Rate]) -> None:
-        """Pace uploads at another rate; None restores the connections."""
-        self._pacer.set_rate(rate)
+    def follow(self) -> None:
+        """Shape connections from user space by the limits as they are now."""
+        upload = Direction.UPLOAD
+        if upload in self._bucket.rates:
+            rate = self._bucket.in_force(upload) if self._bucket.paces(upload) else None
+            self._unadopted.rate = rate
+        self._unadopted.run()
 
     def move_rate(self, rate: Rate) -> None:
-        """Pace uploads at another rate from the pacer's next round on."""
-        self._pacer.rate = rate
+        """Pace uploads at another rate from the next round on."""
+        self._unadopted.rate = rate
+
+    def _promise(self) -> int:
+        """Return what the kernel may promise a sender by itself, or 0 where no gate is in force."""
+        download = Direction.DOWNLOAD
+        rate = self._bucket.rates.get(download) and self._bucket.in_force(download)
+        if rate is None or self._bucket.shaping(download).method != "gate":
+            return 0
+        return self._promised(rate)
+
+    def _shapes(self, direction: Direction) -> bool:
+        """Whether connections are shaped from user space in a direction."""
+        if direction is Direction.UPLOAD:
+            return self._bucket.paces(direction)
+        return bool(self._promise())
 
     def describe(self, direction: Direction) -> Optional[str]:
         """Return how the connections not adopted by the kernel are limited; None without any."""
-        if not self._unadopted:
+        if not self._not_adopted:
             return None
-        paces = direction is Direction.UPLOAD and self._bucket.paces(direction)
-        if paces and not syscall.is_compatible_mode():
-            return f"{len(self._pacer)} paced from user space"
-        return f"{self._unadopted} policed"
+        shapes = self._shapes(direction)
+        policed = self._not_asked if shapes else self._not_adopted
+        found = [f"{policed} policed"] if policed else []
+        if shapes and len(self._unadopted):
+            how = "paced" if direction is Direction.UPLOAD else "gated"
+            found.insert(0, f"{len(self._unadopted)} {how} from user space")
+        return ", ".join(found) or None
 
     def chores(self) -> Sequence[Chore]:
-        """Return the pacer's chore, if connections are paced."""
-        return [self._pacer] if len(self._pacer) else []
+        """Return the chore for connections that are shaped from user space, if there are any."""
+        return [self._unadopted] if len(self._unadopted) else []
+
+    def forget(self, own: socket.socket) -> None:
+        """Give one connection back what it had, and have nothing to do with it any more."""
+        self._unadopted.forget(own)
+        records: Map[int, ThrottleSocket] = self._shaped.typed(U32, StructureCodec(ThrottleSocket))
+        with suppress(KeyError, OSError):
+            _restore(own, records[own.fileno()])
+            del records[own.fileno()]
 
     def restore(self) -> None:
         """Restore the pacing and window of all shaped connections."""
@@ -137,22 +182,25 @@ class Connections:
 class _Adoption:
     """Shapes connections by the first program that works at the setsockopt hook.
 
-    ``attach_program`` returns what detaches it again. ``unadopted`` counts the connections whose
-    downloads, at least, are policed; ``refused`` says what kept a program from being attached.
+    ``attach_program`` returns what detaches it again, and ``take`` is called with each connection
+    that is to be shaped from user space. ``not_adopted`` counts them, with those of which no
+    program could be asked, ``not_asked``; ``refused`` says why none was attached.
     """
 
     def __init__(
-        self, attach_program: Callable[[Shipped], Callable[[], None]], pacer: Pacer
+        self,
+        attach_program: Callable[[Shipped], Callable[[], None]],
+        take: Callable[[Borrowed], None],
     ) -> None:
         self._attach_program = attach_program
         self._detach: Callable[[], None] = lambda: None
-        self._pacer = pacer
+        self._take = take
         self._untried = [
             *programs.with_role(Role.ADOPT),
             *programs.with_role(Role.BELONGS),
         ]
         self._program: Optional[Shipped] = None
-        self.unadopted = 0
+        self.not_adopted = self.not_asked = 0
         self.refused: Optional[AttachError] = None
         if syscall.is_compatible_mode():  # net/socket.c, do_sock_setsockopt()
             self._untried.clear()
@@ -173,14 +221,15 @@ class _Adoption:
                 return
             if self._program is not None and self._program.role is Role.BELONGS:
                 if answer:
-                    self._pacer.take(found)
-                    break
-                return  # the shaper has adopted it
+                    self._take(found)
+                    self.not_adopted += 1
+                return  # otherwise the shaper has adopted it
             if answer:
                 return
             self._detach()
             self._program = None
-        self.unadopted += 1
+        self.not_adopted += 1
+        self.not_asked += 1
 
     def _attach_next(self) -> bool:
         while self._untried:
@@ -245,14 +294,6 @@ def restore(pids: Iterable[int], shaped: Map[Any, Any], slot: Optional[int] = No
                 _restore(own, record)
                 if slot:
                     del records[own.fileno()]
-
-
-def forget(own: socket.socket, shaped: Map[Any, Any]) -> None:
-    """Give one connection back what it had, and have nothing to do with it any more."""
-    records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
-    with suppress(KeyError, OSError):
-        _restore(own, records[own.fileno()])
-        del records[own.fileno()]
 
 
 def _restore(own: socket.socket, record: ThrottleSocket) -> None:

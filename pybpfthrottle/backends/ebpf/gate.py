@@ -10,6 +10,7 @@ from pybpfthrottle.backends.ebpf.connections import SOCKETS
 from pybpfthrottle.backends.ebpf.crowd import Crowd
 from pybpfthrottle.backends.ebpf.keeping import RING, KeeperProcess, Kept, Pids
 from pybpfthrottle.backends.ebpf.programs import Scope
+from pybpfthrottle.backends.ebpf.records import ThrottleGateWindow
 from pybpfthrottle.backends.ebpf.shared import GATE, Seat
 from pybpfthrottle.bpf import loader
 from pybpfthrottle.bpf.abi import BPF_F_MMAPABLE
@@ -17,6 +18,7 @@ from pybpfthrottle.bpf.loader import Object
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.specs import ObjectSpec
 from pybpfthrottle.errors import Error
+from pybpfthrottle.model import Rate
 from pybpfthrottle.supervisor import Chore
 
 _MAPS = (GATE, "CGROUP_BUCKETS", "CGROUP_CONFIGS")
@@ -122,6 +124,17 @@ class Gate:
         """Call something once a large datagram has left, if there is a gate."""
         if self._kept is not None:
             self._kept.on_datagram = call
+
+    def promise(self, rate: Rate) -> int:
+        """Return what the kernel may promise a sender by itself, in bytes.
+
+        0 if no keeper opens windows. By the same law as in ebpf_src/shape.h.
+        """
+        way_us = None if self._kept is None else self._kept.way_us
+        if way_us is None:
+            return 0
+        ways_us = 2 * min(way_us, ThrottleGateWindow.MOST_GATE_WAY_US)
+        return rate.bytes_per_s * (ThrottleGateWindow.GATE_WINDOW_US + ways_us) // 1_000_000
 
     def share(self) -> None:
         """Get its part of the limit beside connections that are policed."""

@@ -52,6 +52,12 @@ class Kept:
         self._shared = gate.typed(U32, StructureCodec(ThrottleGate))
         self._shared[slot] = ThrottleGate(id=number)
 
+    @property
+    def way_us(self) -> Optional[int]:
+        """The longest round trip that the keeper has seen; None if it does not serve the gate."""
+        shared = self._shared[self.slot]
+        return shared.round_trip_ns // 1000 if shared.alive else None
+
     def abandon(self) -> None:
         """Have all acknowledgements pass, even if the keeper cannot say so itself."""
         shared = self._shared[self.slot]

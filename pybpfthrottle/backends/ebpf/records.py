@@ -86,6 +86,15 @@ class ThrottleGateState(IntEnum):
     GATE_ASKED = 3
 
 
+class ThrottleGateWindow(IntEnum):
+    """enum throttle_gate_window: what the kernel may promise where the keeper opens windows."""
+
+    GATE_WINDOW_US = 8000
+    MOST_GATE_WAY_US = 200_000
+    LEAST_GATE_BYTES = 256
+    GATE_SLACK_NS = 330_000_000
+
+
 class ThrottlePacing(IntEnum):
     """enum throttle_pacing: the rules for pacing uploads."""
 

@@ -353,8 +353,8 @@ class EbpfThrottle:
         if self._marks is None:
             return
         for own in self._marks.let_go(pids):
-            if SOCKETS in self._loaded.maps:
-                connections.forget(own, self._loaded.maps[SOCKETS])
+            if self._connections is not None:
+                self._connections.forget(own)
 
     def _look_at_marks(self) -> None:
         """Limit marked sockets too, wherever they are. Raises BpfError or AttachError."""
@@ -413,6 +413,7 @@ class EbpfThrottle:
                 slot=self._slot,
                 limited=self._pids,
                 holders=self._holders,
+                promise=self._gate.promise,
                 policed=self._gate.share,
                 # Whatever the method of the limit: it is attached for a moment only.
                 policy=AttachPolicy(override_others=self._loaded.policy().override_others),
@@ -593,8 +594,8 @@ class EbpfThrottle:
             spec=self._order.spec.with_limit(direction, rate, paused)
         )
         self._log(direction)
-        if self._connections is not None and direction is Direction.UPLOAD:
-            self._connections.set_rate(rate if self._bucket.paces(direction) else None)
+        if self._connections is not None:
+            self._connections.follow()
 
     def dial(self, direction: Direction) -> MapDial:
         """Return what moves a direction's rate many times a second."""

@@ -290,6 +290,35 @@ def test_a_running_download_comes_down_and_stays(scratch: Cgroup) -> None:
     assert all(0.88 <= ratio <= 1.12 for ratio in ratios), ratios
 
 
+@pytest.mark.since("6.1")  # what the kernel needs for the gate
+@pytest.mark.timed
+def test_an_open_download_goes_through_the_gate(scratch: Cgroup, shaped_by: str) -> None:
+    """It loses nothing once its sender has come down; its window is given back at the end."""
+    direction = Direction.DOWNLOAD
+    line = lab(round_trip_s=WAYS[direction], fastest=Rate.parse("20M"))
+    with line as own, client(own, scratch, direction):
+        time.sleep(1)
+        before = now(scratch)
+        with limited(scratch, direction, shape="gate") as live:
+            if shaped_by == "kernel":
+                needs_release(ADOPTS_SINCE, "a program that adopts open connections")
+            time.sleep(2)
+            counters = live.counters()[direction]
+            ratios = [rate_over(scratch, direction, 1) for _ in range(3)]
+            assert live.counters()[direction].packets_dropped == counters.packets_dropped
+            clamp = now(scratch).clamp
+            live.set_limit(direction, Rate(RATE.bytes_per_s // 4))
+            time.sleep(1)
+            less = rate_over(scratch, direction, 2)
+            live.set_limit(direction, None)
+            assert any(rate_over(scratch, direction, 1) > 5 for _ in range(10))
+        after = now(scratch)
+    assert all(0.94 <= ratio <= 1.06 for ratio in ratios), ratios
+    assert 0.23 <= less <= 0.27
+    assert clamp < RATE.bytes_per_s // 4
+    assert after.clamp >= before.clamp
+
+
 def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
     """Within 100 ms the connection is paced at the new rate; lifting the limit restores it."""
     direction = Direction.UPLOAD
@@ -504,16 +533,20 @@ def test_a_new_rate_is_for_open_connections_too(scratch: Cgroup, shaped_by: str)
 
 
 def test_it_is_told_what_becomes_of_open_connections(scratch: Cgroup, shaped_by: str) -> None:
-    """Where the kernel does not adopt them: how many are paced, and how many policed."""
+    """Where the kernel does not adopt them: how many are shaped from user space."""
     limits = dict.fromkeys(Direction, RATE)
     with lab() as own, client(own, scratch, Direction.UPLOAD):
         with throttle.apply([scratch], limits) as live:
             need_to_shape_open(live, shaped_by)
+            has_gate = live.how()[Direction.DOWNLOAD]["shape"] == "gate"
             told = {str(name): how.get("open_connections") for name, how in live.how().items()}
+    if running() >= parse("6.1"):
+        assert has_gate
     if shaped_by == "kernel":
         assert told == {"upload": None, "download": None}
     else:
-        assert told == {"upload": "1 paced from user space", "download": "1 policed"}
+        downloads = "gated from user space" if has_gate else "policed"
+        assert told == {"upload": "1 paced from user space", "download": f"1 {downloads}"}
 
 
 def test_a_connection_that_was_brought_along_is_limited_too(

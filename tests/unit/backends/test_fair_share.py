@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pybpfthrottle.backends.ebpf.pacer import fair_share
+from pybpfthrottle.backends.ebpf.unadopted import fair_share
 
 
 @pytest.mark.parametrize(

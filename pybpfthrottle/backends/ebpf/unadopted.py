@@ -1,13 +1,15 @@
-"""Pace, from user space, uploads of connections that were open before the limit.
+"""Shape, from user space, connections that were open before the limit.
 
 Before Linux 6.12 these cannot be handed to a program: a chore does for them what the shaper does
-for all others (ebpf_src/shape.h). It runs only four times a second, so it divides the rate from
-the start, whereas the shaper lets each connection find out how much there is.
+for all others (ebpf_src/shape.h). It runs only four times a second. That is enough for downloads,
+whose windows the gate's keeper opens. It divides the rate of uploads from the start, whereas the
+shaper lets each connection find out how much there is.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import socket
 import sys
 import time
@@ -15,10 +17,15 @@ from contextlib import suppress
 from typing import Any, Callable, Iterable, Optional
 
 from pybpfthrottle.backends.ebpf.bucket import Seen
-from pybpfthrottle.backends.ebpf.records import ThrottlePacing, ThrottlePacingRate, ThrottleSocket
+from pybpfthrottle.backends.ebpf.records import (
+    ThrottleGateWindow,
+    ThrottlePacing,
+    ThrottlePacingRate,
+    ThrottleSocket,
+)
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.bpf.obj.plain import Data
+from pybpfthrottle.bpf.obj.plain import Data, NamedTuple
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
 from pybpfthrottle.model import Rate
@@ -27,6 +34,7 @@ _PERIOD_S = 0.25
 # Pacing takes at most this fraction of one CPU's time, however many connections there are.
 _MOST_BUSY = 0.05
 _RECENT_MS = 1000
+_TCP, _CLAMP = socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP
 # A smaller share is no use: TCP waits out the gap between two segments, whatever is set meanwhile.
 _LEAST = 1024
 # 1/N of a fair share: the extra on top of it, and the least that is left of it.
@@ -53,20 +61,41 @@ class _Usage(Data):
         return self.bytes_per_s
 
 
+class _Options(NamedTuple):
+    """What a connection has."""
+
+    pacing: int  # bytes per second
+    clamp: int  # of its receive window, in bytes
+
+    @classmethod
+    def of(cls, own: socket.socket) -> _Options:
+        pacing = own.getsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, 4)
+        return cls(int.from_bytes(pacing, sys.byteorder), own.getsockopt(_TCP, _CLAMP))
+
+
 class _Flow(Data):
-    """A connection. ``wants`` is what it uses, or infinite if it uses about all it may."""
+    """A connection; ``original`` is what it had.
+
+    ``wants`` is what it uses of the upload limit, or infinite if it uses about all it may.
+    """
 
     place: Place
-    original: int
+    original: _Options
+    segment_bytes: int
     usage: _Usage
     wants: float
     pacing: int = 0
+    clamp: int = 0
 
 
-class Pacer:
-    """Paces the connections that it is given; ``set_rate(None)`` restores them.
+class Unadopted:
+    """Shapes the connections that it is given.
 
-    It first records each change in ``shaped``, the map SOCKETS, so that whoever has that map can
+    They are paced at a share of ``rate``, which is None for no pacing. Acknowledgements of their
+    downloads go through the gate unless ``promise`` returns 0. It returns the bytes that the kernel
+    may promise a sender by itself.
+
+    Each change is first recorded in ``shaped``, the map SOCKETS, so that whoever has that map can
     restore the connections, as ``connections.restore`` does. A descriptor is borrowed only for a
     moment, lest its owner's close have no effect. Linux 5.6.
     """
@@ -76,14 +105,16 @@ class Pacer:
         pids: Callable[[], Iterable[int]],
         shaped: Map[Any, Any],
         seen: Callable[[], Seen],
+        promise: Callable[[], int],
         slot: int = 0,
     ) -> None:
         self._slot = slot
+        self._promise = promise
         self._pids = pids
         self._records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
         self._seen = seen
         self._flows: dict[int, _Flow] = {}
-        # What they share; None leaves them as they were.
+        # What their uploads share; None leaves them as they were.
         self.rate: Optional[Rate] = None
         self._level = 0.0
         self._passed = _Usage(0, time.monotonic())
@@ -94,28 +125,27 @@ class Pacer:
         return len(self._flows)
 
     def take(self, found: Borrowed) -> None:
-        """Pace one more connection, from the next round on. Raises OSError."""
+        """Shape one more connection, from the next round on. Raises OSError."""
         info = TcpInfo.of(found.socket)
-        original = found.socket.getsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, 4)
         flow = _Flow(
             found.place,
-            int.from_bytes(original, sys.byteorder),
+            _Options.of(found.socket),
+            found.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG),
             _Usage(info.bytes_acked, time.monotonic()),
             math.inf if info.last_data_sent_ms < _RECENT_MS else 0.0,
         )
         self._flows[found.place.inode] = flow
 
-    def set_rate(self, rate: Optional[Rate]) -> None:
-        """Share a new rate from now on; None restores the connections."""
-        self.rate = rate
-        self.run()
+    def forget(self, own: socket.socket) -> None:
+        """Have nothing to do with a connection any more."""
+        self._flows.pop(os.fstat(own.fileno()).st_ino, None)
 
     def fileno(self) -> int:
         """Return -1: it has no descriptor."""
         return -1
 
     def run(self) -> None:
-        """Measure the connections, and share the rate accordingly."""
+        """Measure the connections, share the rate accordingly, and see to the gate."""
         begin = time.monotonic()
         self._round()
         end = time.monotonic()
@@ -123,15 +153,15 @@ class Pacer:
 
     def _round(self) -> None:
         """Visit all connections; look for those that have moved, and forget those not found."""
-        pacing = self._share()
-        lost = [flow for flow in self._flows.values() if not self._visit(flow, pacing)]
+        pacing, promise = self._share(), self._promise()
+        lost = [flow for flow in self._flows.values() if not self._visit(flow, pacing, promise)]
         if not lost:
             return
         places = sockets.places(self._pids())
         for flow in lost:
             inode = flow.place.inode
             flow.place = places.get(inode, flow.place)
-            if inode not in places or not self._visit(flow, pacing):
+            if inode not in places or not self._visit(flow, pacing, promise):
                 del self._flows[inode]
 
     def _share(self) -> int:
@@ -155,8 +185,8 @@ class Pacer:
         factor = max(1 + extra / _EXTRA, 1 / _LEAST_SHARE)
         return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)
 
-    def _visit(self, flow: _Flow, pacing: int) -> bool:
-        """Pace a connection and measure what it took; return False if it is gone."""
+    def _visit(self, flow: _Flow, pacing: int, promise: int) -> bool:
+        """Shape a connection and measure what it took; return False if it is gone."""
         with suppress(OSError), sockets.borrow(flow.place) as own:
             info = TcpInfo.of(own)
             if not info.sends:
@@ -164,19 +194,49 @@ class Pacer:
             used = flow.usage.look(info.bytes_acked)
             if used is not None:
                 flow.wants = used if 2 * used < flow.pacing else math.inf
-            least = flow.pacing >> ThrottlePacing.PACING_STEP_SHIFT
-            if pacing != flow.pacing and abs(pacing - flow.pacing) >= least:
-                self._pace(flow, own, pacing)
+            clamp = promise and max(promise, _least_window(flow.segment_bytes))
+            paces = _differ(pacing, flow.pacing)
+            # TCP's autotuning raises it.
+            clamps = clamp != flow.clamp or (clamp and own.getsockopt(_TCP, _CLAMP) > clamp)
+            if paces or clamps:
+                self._record(flow, own, pacing, clamp)
+            if paces:
+                _set_pacing(own, pacing or flow.original.pacing)
+                flow.pacing = pacing
+            if clamps:
+                own.setsockopt(_TCP, _CLAMP, clamp or flow.original.clamp)
+                flow.clamp = clamp
             return True
         return False
 
-    def _pace(self, flow: _Flow, own: socket.socket, pacing: int) -> None:
-        self._records[own.fileno()] = ThrottleSocket(
-            pacing=pacing, original_pacing=flow.original, slot=self._slot
-        )
-        option = (pacing or flow.original).to_bytes(4, sys.byteorder)
-        own.setsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, option)
-        flow.pacing = pacing
+    def _record(self, flow: _Flow, own: socket.socket, pacing: int, clamp: int) -> None:
+        # The gate's program has its part of it.
+        try:
+            record = self._records[own.fileno()]
+        except KeyError:
+            record = ThrottleSocket(
+                original_pacing=flow.original.pacing,
+                original_clamp=flow.original.clamp,
+                segment=flow.segment_bytes,
+                slot=self._slot,
+            )
+        record.pacing, record.clamp, record.gated = pacing, clamp, bool(clamp)
+        self._records[own.fileno()] = record
+
+
+def _least_window(segment_bytes: int) -> int:
+    return 2 * segment_bytes + ThrottleGateWindow.LEAST_GATE_BYTES
+
+
+def _differ(value: int, before: int) -> bool:
+    """Whether a change of the rate is worth while."""
+    step = before >> ThrottlePacing.PACING_STEP_SHIFT
+    return value != before and abs(value - before) >= step
+
+
+def _set_pacing(own: socket.socket, rate: int) -> None:
+    option = rate.to_bytes(4, sys.byteorder)
+    own.setsockopt(socket.SOL_SOCKET, sockets.SO_MAX_PACING_RATE, option)
 
 
 def fair_share(rate: float, wants: Iterable[float]) -> float:
