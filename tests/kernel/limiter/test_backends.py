@@ -46,6 +46,7 @@ from pybpfthrottle.model import Direction, Target, ThrottleSpec
 SECONDS = 8
 # A bucket may hold a second's worth, which passes at once.
 SETTLED = 2
+MANY_TIMES = 4
 # The directions that a backend can limit, and the first kernel that has what it needs.
 BACKENDS = {
     "ebpf": (tuple(Direction), "4.15"),
@@ -87,7 +88,7 @@ def test_a_transfer_is_held_to_its_limit_and_others_are_not(case, ipv6):
             transfer = own.download if case.direction is Direction.DOWNLOAD else own.upload
             windows = transfer(case.options, SECONDS).windows(RATE, SECONDS)
             assert sum(windows[SETTLED:]) / (SECONDS - SETTLED) == pytest.approx(1, abs=0.1)
-            assert int(other.communicate()[0]) > FAST.bytes_per_s
+            assert int(other.communicate()[0]) / 2 > MANY_TIMES * RATE.bytes_per_s
 
 
 @pytest.mark.timed
