@@ -611,8 +611,9 @@ always_inline void remember(void *ctx, struct throttle_socket *socket)
 {
 	if (bpf_getsockopt(ctx, SOL_SOCKET, SO_MAX_PACING_RATE, &socket->original_pacing, 4))
 		socket->original_pacing = UNLIMITED;
+	/* Linux 6.1; before, a large one does as well: the buffer bounds the window too. */
 	if (bpf_getsockopt(ctx, SOL_TCP, TCP_WINDOW_CLAMP, &socket->original_clamp, 4))
-		socket->original_clamp = 0;
+		socket->original_clamp = USUAL_CLAMP;
 }
 
 /* In packets. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import struct
@@ -27,7 +28,7 @@ from pybpfthrottle.bpf import links, programs, syscall
 from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import AttachMode
-from pybpfthrottle.bpf.obj.asm import return_imm
+from pybpfthrottle.bpf.obj import asm
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
@@ -36,6 +37,7 @@ from pybpfthrottle.throttle import Throttle
 pytestmark = pytest.mark.timed
 
 UNLIMITED = (1 << 64) - 1
+GETSOCKOPT = 57  # bpf_getsockopt
 RATE = Rate.parse("2M")
 # The second is not tried before a connection is there.
 SHAPES_SINCE = {
@@ -193,6 +195,37 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
     assert after.clamp > 60_000
 
 
+@pytest.fixture
+def hidden_clamp() -> Iterator[None]:
+    """A kernel that tells programs of no window's clamp, as before Linux 6.1."""
+    shipped.read.cache_clear()
+    asked, ask = map(re.escape, (asm.mov_imm(3, socket.TCP_WINDOW_CLAMP), asm.call(GETSOCKOPT)))
+    objects = map(shipped.read, ("throttle", "throttle-direct"))
+    for program in (one for spec in objects for one in spec.programs.values()):
+        code = program.function.code
+        code = re.sub(asked + b"(.{,24}" + ask + b")", asm.mov_imm(3, 0) + rb"\1", code, flags=re.S)
+        program.function = program.function.changed(code=code)
+    yield
+    shipped.read.cache_clear()
+
+
+@pytest.mark.since("6.1")  # where it is to be hidden
+def test_an_unknown_window_is_opened_again(scratch: Cgroup, hidden_clamp: None) -> None:
+    """What a connection had is not known; afterwards it has as much as it may need."""
+    direction = Direction.DOWNLOAD
+    with lab(round_trip_s=WAYS[direction]) as own:
+        with limited(scratch, direction) as live:
+            with client(own, scratch, direction):
+                need_shaping(live, direction)
+                time.sleep(0.5)
+                during = now(scratch)
+                live.remove()
+                after = now(scratch)
+                assert any(rate_over(scratch, direction, 1) > 5 for _ in range(5))
+    assert during.clamp <= RATE.bytes_per_s
+    assert after.clamp == 65535 << 7
+
+
 @pytest.mark.parametrize("direction", Direction)
 def test_what_the_kernel_has_refused_is_not_tried_again(
     scratch: Cgroup, direction: Direction
@@ -291,7 +324,6 @@ def test_a_running_download_comes_down_and_stays(scratch: Cgroup) -> None:
 
 
 @pytest.mark.since("6.1")  # what the kernel needs for the gate
-@pytest.mark.timed
 def test_an_open_download_goes_through_the_gate(scratch: Cgroup, shaped_by: str) -> None:
     """It loses nothing once its sender has come down; its window is given back at the end."""
     direction = Direction.DOWNLOAD
@@ -369,7 +401,7 @@ def test_another_tools_exclusive_program_leaves_the_policer(scratch: Cgroup, pla
     below = scratch.create_child("below")
     fd = (below if place == "same" else scratch).open()
     theirs = programs.load(
-        return_imm(1),
+        asm.return_imm(1),
         type=ProgType.SOCK_OPS,
         license="GPL",
         name="theirs",
