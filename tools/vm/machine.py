@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 
 # The second CPU is never started (maxcpus=1), but per-CPU maps have a value for it. Where it
 # runs, a kernel that patches its code (for the first program at a hook) may oops in emulation.
-_COMMON = ["-accel", "tcg", "-smp", "2", "-m", "1024", "-display", "none", "-nodefaults"]
+_COMMON = ["-accel", "tcg", "-smp", "2", "-m", "2048", "-display", "none", "-nodefaults"]
 _COMMON += ["-no-user-config", "-no-reboot"]
 _KERNEL = "panic=-1 oops=panic quiet loglevel=4 random.trust_cpu=on maxcpus=1"
 
