@@ -74,6 +74,14 @@ def needs_machine(what: str, *, found: bool) -> None:
         raise Lack(f"needs {what}")
 
 
+def needs_configuration() -> str:
+    """Return the running kernel's configuration; skip where no file tells it."""
+    __tracebackhide__ = True
+    found = _configuration()
+    needs_machine("a kernel whose configuration can be read", found=found is not None)
+    return found or ""
+
+
 def running() -> tuple[int, ...]:
     """Return the release of the running kernel, as (6, 12)."""
     return parse(os.uname().release)
@@ -98,9 +106,10 @@ def _set(option: str) -> Optional[bool]:
 
 @cache
 def _configuration() -> Optional[str]:
-    kept = Path(f"/boot/config-{os.uname().release}")
-    if kept.exists():
-        return kept.read_text()
+    release = os.uname().release
+    for kept in (Path(f"/boot/config-{release}"), Path(f"/lib/modules/{release}/config")):
+        if kept.exists():
+            return kept.read_text()
     try:
         with gzip.open("/proc/config.gz", "rt") as file:
             return file.read()

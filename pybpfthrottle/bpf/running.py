@@ -86,6 +86,12 @@ def _version_of_notes(image: bytes) -> int:
     raise ValueError("no note of Linux")
 
 
+def config_files() -> list[str]:
+    """Return where kernels (CONFIG_IKCONFIG_PROC) and distributions keep its configuration."""
+    release = os.uname().release
+    return ["/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"]
+
+
 class RunningKernel(Data, frozen=True):
     """The files that tell of the running kernel, each read at most once, when it is asked for.
 
@@ -103,15 +109,12 @@ class RunningKernel(Data, frozen=True):
     def settings(self) -> Mapping[str, str]:
         """The configuration it was built with: CONFIG_HZ -> "250"; empty if that is not told.
 
-        From /proc/config.gz (CONFIG_IKCONFIG_PROC) or /boot/config-RELEASE. Raises OSError for a
-        given file that cannot be read.
+        From one of ``config_files``. Raises OSError for a file that cannot be read.
         """
         if self.config_path:
             return _settings(self.config_path)
-        for path in ("/proc/config.gz", f"/boot/config-{os.uname().release}"):
-            if os.path.exists(path):
-                return _settings(path)
-        return {}
+        path = next(filter(os.path.exists, config_files()), None)
+        return {} if path is None else _settings(path)
 
     def setting(self, name: str) -> Optional[str]:
         """Return a setting as the configuration spells it, or one that libbpf calls LINUX_*."""

@@ -13,6 +13,7 @@ from pybpfthrottle.backends.ebpf.features import CONGESTION_VERDICT, DIRECT_PACK
 from pybpfthrottle.bpf import features, syscall
 from pybpfthrottle.bpf.abi import Attr, Cmd, ProgType
 from pybpfthrottle.bpf.obj.insn import CALL, decoded
+from pybpfthrottle.bpf.running import config_files
 from pybpfthrottle.diagnostics.check import Check, Result, Setup, failed, passed, skipped, warned
 from pybpfthrottle.errors import Error, ObjectFileError
 
@@ -27,12 +28,6 @@ _REQUIRED_OPTIONS = (
 _WANTED_OPTIONS = ("CONFIG_BPF_JIT",)
 LOCKDOWN = "/sys/kernel/security/lockdown"
 _OPTIONAL = (features.LINK, CONGESTION_VERDICT, DIRECT_PACKET_ACCESS)
-
-
-def config_files() -> list[str]:
-    """Return where kernels and distributions keep the kernel's build configuration."""
-    release = os.uname().release
-    return ["/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"]
 
 
 def configuration() -> Optional[tuple[str, dict[str, str]]]:

@@ -32,6 +32,7 @@ TOOL = [sys.executable, "-m", "pybpfthrottle"]
 # Of what is not limited; more would only make a small machine too busy to measure anything.
 FASTEST = Rate.parse("100M")
 LARGEST_PACKET = 64 * 1024
+TIME_IS_UP = 28  # curl's exit status
 
 
 class Transfer(NamedTuple):
@@ -84,13 +85,14 @@ class Lab:
         """Curl to the server; it is the server that counts."""
         curl = ["curl", "--globoff", "-sN", "--max-time", str(seconds), "-T", "-", self.url]
         with open("/dev/zero", "rb") as zeros:
-            subprocess.run(
+            done = subprocess.run(
                 self.inside(*TOOL, "run", "-q", *options, "--", *curl),
                 stdin=zeros,
                 stdout=subprocess.DEVNULL,
                 env=ENVIRONMENT,
                 timeout=seconds + 30,
             )
+        assert done.returncode == TIME_IS_UP  # else the server has nothing to tell
         assert self.server.stdout
         steps = json.loads(self.server.stdout.readline())["timeline"]
         return Transfer([(step * peer.STEP_S, count) for step, count in enumerate(steps)])

@@ -84,6 +84,7 @@ MODULES += (
     "nf_tables",
     "nft_socket",
     "nft_limit",
+    "nft_objref",
     "nft_chain_nat",
     "nft_ct",
     "nft_nat",

@@ -80,7 +80,8 @@ def kconfig_map(
             contents[offset : offset + size] = encode_setting(btf, type_id, name, text)
         elif name not in weak:
             raise ExternError(
-                f"this kernel's configuration has no {name}; declare it __weak if it may be missing"
+                f"this kernel's configuration has no {name}, or no file tells it; declare it __weak"
+                " if it may be missing"
             )
     datasec = btf.find(Kind.DATASEC, KCONFIG)
     return MapSpec(

@@ -68,8 +68,9 @@ def jumps() -> bytes:
     code = asm.call(7) + asm.mov_imm(6, 3) + asm.mov_imm(0, 7)
     for kind in (0x5, 0x6):
         for operation in (0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0x7, 0xA, 0xB, 0xC, 0xD):
-            code += insn(operation << 4 | kind, dst=0, imm=-9)
-            code += insn(operation << 4 | 8 | kind, dst=0, src=6)
+            # Linux 7.2 shows one that leads to what comes next anyway as an unconditional one.
+            code += insn(operation << 4 | kind, dst=0, off=1, imm=-9) + asm.mov_imm(2, 0)
+            code += insn(operation << 4 | 8 | kind, dst=0, src=6, off=1) + asm.mov_imm(2, 0)
     code += insn(0x05) + insn(0x06) + insn(0xE5, off=1) + asm.mov_imm(2, 0)
     code += insn(0x18, dst=1, imm=-2) + insn(0, imm=1)
     code += insn(0x85, src=1, imm=2) + asm.return_imm(0) + asm.return_imm(1)

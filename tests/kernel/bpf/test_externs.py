@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from compiled import compiled
 from run_once import run
-from since import since
+from since import needs_configuration, since
 
 from pybpfthrottle.bpf import links, loader
 from pybpfthrottle.bpf.errors import ExternError, UnresolvedError
@@ -22,13 +20,8 @@ from pybpfthrottle.bpf.running import RunningKernel
 @pytest.fixture(scope="module")
 def spec():
     """The object that declares all of them."""
+    needs_configuration()
     return elf.read_object(compiled("externs"))
-
-
-def configuration():
-    """The configuration of the running kernel."""
-    kept = Path(f"/boot/config-{os.uname().release}")
-    return kept.read_text() if kept.exists() else gzip.open("/proc/config.gz", "rt").read()
 
 
 def values(loaded):
@@ -52,7 +45,7 @@ def settings(spec):
 
 def test_settings_are_those_the_kernel_was_built_with(settings):
     """Numbers, bools, tristates, characters and strings are read from the configuration."""
-    config = dict(re.findall(r"^(CONFIG_\w+)=(.*)$", configuration(), re.MULTILINE))
+    config = dict(re.findall(r"^(CONFIG_\w+)=(.*)$", needs_configuration(), re.MULTILINE))
     assert settings["answered"] == 1
     assert settings["hz"] == int(config["CONFIG_HZ"])
     assert settings["syscalls"] == 1

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from compiled import compiled
+from since import needs_configuration
 
 from pybpfthrottle.bpf import btf_objects, loader
 from pybpfthrottle.bpf.obj import elf
@@ -29,6 +30,7 @@ def map_id(live):
 @pytest.fixture
 def loaded():
     """A loaded object with settings, data and several functions."""
+    needs_configuration()
     with loader.load(elf.read_object(compiled("externs")), ["settings"]) as found:
         yield found
 
