@@ -5,7 +5,8 @@
  * pybpfthrottle/backends/ebpf/records.py declares the same structures and enums;
  * a test compares each of them with the BTF of each object, in both directions.
  *
- * Each record has one writer: user space, or the programs.
+ * Each record has one writer: user space, or the programs. But user space replaces the throttle_socket
+ * of a connection that it shapes itself. What a program has written meanwhile is found out again.
  */
 #ifndef THROTTLE_H
 #define THROTTLE_H
@@ -83,7 +84,7 @@ enum throttle_pacing {
 	PACING_STEP_SHIFT = 4,  /* a change by less than a 16th is none */
 };
 
-/* What the kernel may promise by itself where the gate's keeper opens windows, and its price. */
+/* The window that the kernel advertises by itself where the gate's keeper opens it, and its price. */
 enum throttle_gate_window {
 	GATE_WINDOW_US = 8000, /* beyond two round trips */
 	MOST_GATE_WAY_US = 200000,

@@ -23,8 +23,8 @@ _PTRACE_SCOPE, _NO_ATTACH = "/proc/sys/kernel/yama/ptrace_scope", 3
 # include/uapi/asm-generic/socket.h, include/uapi/linux/tcp.h
 SO_MAX_PACING_RATE = 47
 
-# include/net/tcp_states.h: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING
-_SENDING = (1, 4, 8, 9, 11)
+# include/net/tcp_states.h: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING
+_CONNECTED = (1, 4, 5, 8, 9, 11)
 
 
 class Refusal(NamedTuple):
@@ -96,13 +96,13 @@ class TcpInfo(NamedTuple):
     receive_window: int  # bytes; Linux 6.2
 
     @property
-    def sends(self) -> bool:
-        """Whether the connection is established and can still send.
+    def is_connected(self) -> bool:
+        """Whether the connection is established and can still send or receive.
 
         Not for a listener: accepted sockets inherit its settings. Not for SYN_SENT: programs are
         notified once it is established.
         """
-        return self.state in _SENDING
+        return self.state in _CONNECTED
 
     def moved_within(self, seconds: float) -> bool:
         """Whether the connection carried data within the last seconds."""
@@ -319,20 +319,41 @@ def places(pids: Iterable[int]) -> dict[int, Place]:
     return found
 
 
-def borrow(place: Place) -> socket.socket:
-    """Return the socket at a place. Close it soon: until then its owner cannot end it.
+class Lenders:
+    """Processes to borrow sockets from, each opened once. ``with`` closes them."""
 
-    Raises OSError if it is gone.
-    """
-    with Lender(place.pid) as lender:
-        fd = lender.borrow(place.number)
-    try:
-        if os.fstat(fd).st_ino != place.inode:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
-        return socket.socket(fileno=fd)
-    except OSError:
-        os.close(fd)
-        raise
+    def __init__(self) -> None:
+        self._opened: dict[int, Lender] = {}
+
+    def borrow(self, place: Place) -> socket.socket:
+        """Return the socket at a place. Close it soon: until then its owner cannot end it.
+
+        Raises OSError if it is gone.
+        """
+        if place.pid not in self._opened:
+            self._opened[place.pid] = Lender(place.pid)
+        fd = self._opened[place.pid].borrow(place.number)
+        try:
+            if os.fstat(fd).st_ino != place.inode:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "pidfd_getfd")
+            return socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            raise
+
+    def __enter__(self) -> Lenders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lender in self._opened.values():
+            lender.close()
+        self._opened.clear()
+
+
+def borrow(place: Place) -> socket.socket:
+    """Return the socket at one place, as ``Lenders.borrow`` does."""
+    with Lenders() as lenders:
+        return lenders.borrow(place)
 
 
 def tcp_of(pids: Iterable[int]) -> Iterator[socket.socket]:

@@ -66,28 +66,31 @@ class Connections:
         load: Load,
         limited: Pids,
         holders: Pids,
-        promise: Callable[[Rate], int],
+        advertised: Callable[[Rate], int],
         policed: Callable[[], None],
         policy: AttachPolicy = AttachPolicy(),  # noqa: B008 - an immutable value
         slot: int = 0,
     ) -> None:
         """``load`` loads a program for a scope with the throttle's maps; ``slot`` is its place.
 
-        ``promise`` returns, for a rate, what the kernel may promise a sender by itself, or 0 where
-        no gate is in force. ``policed`` is called when there are downloads that are policed.
+        ``advertised`` returns, for a rate, the window that the kernel may advertise by itself, or 0
+        where no gate is in force. ``policed`` is called when there are downloads that are policed.
         """
         self._shaped = maps[SOCKETS]
         self._bucket = bucket
         self._load = load
-        self._promised = promise
+        self._advertised = advertised
         self._policed = policed
         self._holders = holders
         self._policy = policy
         self._slot = slot
         self._unadopted = Unadopted(
-            limited, maps[SOCKETS], bucket.seen, promise=self._promise, slot=slot
+            *(limited, maps[SOCKETS], bucket.seen),
+            advertised=self._window,
+            policed=policed,
+            slot=slot,
         )
-        # How many the kernel did not adopt, and of how many no program could be asked.
+        # How many the kernel did not adopt, and how many of them are not shaped in any way.
         self._not_adopted = self._not_asked = 0
         # What the user should know of it, a line each.
         self.notes: tuple[str, ...] = ()
@@ -110,56 +113,61 @@ class Connections:
             self._not_adopted += adoption.not_adopted
             self._not_asked += adoption.not_asked
             self.follow()
-            self._make_do()
-
-    def _make_do(self) -> None:
-        """Allow as much debt as it takes; where nothing slows connections down, as the policer."""
-        for direction in self._bucket.rates:
-            if direction is Direction.UPLOAD:
-                slack_ns: int = ThrottleSlack.PACING_SLACK_NS
-            else:
-                slack_ns = ThrottleGateWindow.GATE_SLACK_NS if self._shapes(direction) else 0
-            self._bucket.leave_room(direction, slack_ns)
-            log.info("%s: of open connections %s", direction, self.describe(direction))
-        if self._not_asked or not self._shapes(Direction.DOWNLOAD):
-            self._policed()
 
     def follow(self) -> None:
         """Shape connections from user space by the limits as they are now."""
+        if not self._not_adopted:
+            return
         upload = Direction.UPLOAD
         if upload in self._bucket.rates:
             rate = self._bucket.in_force(upload) if self._bucket.paces(upload) else None
             self._unadopted.rate = rate
         self._unadopted.run()
+        for direction, limit in self._bucket.rates.items():
+            if limit is not None and not limit.is_blocked:
+                self._leave_room(direction)
+                log.info("%s: open connections: %s", direction, self.describe(direction))
+
+    def _leave_room(self, direction: Direction) -> None:
+        """Allow as much debt as it takes; where nothing slows connections down, as the policer."""
+        if direction is Direction.UPLOAD:
+            self._bucket.leave_room(direction, ThrottleSlack.PACING_SLACK_NS)
+        elif self._shapes(direction):
+            self._bucket.leave_room(direction, ThrottleGateWindow.GATE_SLACK_NS)
+        else:
+            self._bucket.leave_room(direction)
+        if direction is Direction.DOWNLOAD and (self._not_asked or not self._shapes(direction)):
+            self._policed()
 
     def move_rate(self, rate: Rate) -> None:
         """Pace uploads at another rate from the next round on."""
         self._unadopted.rate = rate
 
-    def _promise(self) -> int:
-        """Return what the kernel may promise a sender by itself, or 0 where no gate is in force."""
+    def _window(self) -> int:
+        """Return the window that the kernel may advertise, or 0 where no gate is in force."""
         download = Direction.DOWNLOAD
         rate = self._bucket.rates.get(download) and self._bucket.in_force(download)
         if rate is None or self._bucket.shaping(download).method != "gate":
             return 0
-        return self._promised(rate)
+        return self._advertised(rate)
 
     def _shapes(self, direction: Direction) -> bool:
         """Whether connections are shaped from user space in a direction."""
         if direction is Direction.UPLOAD:
             return self._bucket.paces(direction)
-        return bool(self._promise())
+        return bool(self._window())
 
     def describe(self, direction: Direction) -> Optional[str]:
         """Return how the connections not adopted by the kernel are limited; None without any."""
         if not self._not_adopted:
             return None
-        shapes = self._shapes(direction)
-        policed = self._not_asked if shapes else self._not_adopted
-        found = [f"{policed} policed"] if policed else []
-        if shapes and len(self._unadopted):
-            how = "paced" if direction is Direction.UPLOAD else "gated"
-            found.insert(0, f"{len(self._unadopted)} {how} from user space")
+        shaped, policed = 0, self._not_asked + len(self._unadopted)
+        if self._shapes(direction):
+            refused = self._unadopted.policed if direction is Direction.DOWNLOAD else 0
+            shaped, policed = len(self._unadopted) - refused, self._not_asked + refused
+        how = "paced" if direction is Direction.UPLOAD else "gated"
+        found = [f"{shaped} {how} from user space"] if shaped else []
+        found += [f"{policed} policed"] if policed else []
         return ", ".join(found) or None
 
     def chores(self) -> Sequence[Chore]:
@@ -173,6 +181,10 @@ class Connections:
         with suppress(KeyError, OSError):
             _restore(own, records[own.fileno()])
             del records[own.fileno()]
+
+    def release(self) -> None:
+        """Give back what was set from user space: that is known of sockets that have moved, too."""
+        self._unadopted.release()
 
     def restore(self) -> None:
         """Restore the pacing and window of all shaped connections."""
@@ -211,7 +223,7 @@ class _Adoption:
     def __call__(self, found: Borrowed) -> None:
         """Shape a socket if it is a connection."""
         with suppress(OSError):  # no longer connected
-            if found.is_tcp and (info := TcpInfo.of(found.socket)).sends:
+            if found.is_tcp and (info := TcpInfo.of(found.socket)).is_connected:
                 self._shape(found, info.receive_window)
 
     def _shape(self, found: Borrowed, window: int) -> None:

@@ -125,8 +125,8 @@ class Gate:
         if self._kept is not None:
             self._kept.on_datagram = call
 
-    def promise(self, rate: Rate) -> int:
-        """Return what the kernel may promise a sender by itself, in bytes.
+    def advertised(self, rate: Rate) -> int:
+        """Return the window that the kernel may advertise by itself, in bytes.
 
         0 if no keeper opens windows. By the same law as in ebpf_src/shape.h.
         """

@@ -87,7 +87,7 @@ class ThrottleGateState(IntEnum):
 
 
 class ThrottleGateWindow(IntEnum):
-    """enum throttle_gate_window: what the kernel may promise where the keeper opens windows."""
+    """enum throttle_gate_window: what the kernel advertises where the keeper opens windows."""
 
     GATE_WINDOW_US = 8000
     MOST_GATE_WAY_US = 200_000

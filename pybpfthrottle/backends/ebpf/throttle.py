@@ -413,7 +413,7 @@ class EbpfThrottle:
                 slot=self._slot,
                 limited=self._pids,
                 holders=self._holders,
-                promise=self._gate.promise,
+                advertised=self._gate.advertised,
                 policed=self._gate.share,
                 # Whatever the method of the limit: it is attached for a moment only.
                 policy=AttachPolicy(override_others=self._loaded.policy().override_others),
@@ -761,6 +761,8 @@ class EbpfThrottle:
         if self._placed and SOCKETS in self._loaded.maps:
             # The shaper sets nothing any more.
             self._bucket.lift()
+            if self._connections is not None:
+                self._connections.release()
             connections.restore(self._holders(), self._loaded.maps[SOCKETS], self._slot)
 
     def _pids(self) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterable, Optional
 
 from pybpfthrottle.backends.ebpf.bucket import Seen
 from pybpfthrottle.backends.ebpf.records import (
+    ThrottleGateState,
     ThrottleGateWindow,
     ThrottlePacing,
     ThrottlePacingRate,
@@ -27,12 +28,14 @@ from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.bpf.obj.plain import Data, NamedTuple
 from pybpfthrottle.linux import sockets
-from pybpfthrottle.linux.sockets import Borrowed, Place, TcpInfo
+from pybpfthrottle.linux.sockets import Borrowed, Lenders, Place, TcpInfo
 from pybpfthrottle.model import Rate
 
 _PERIOD_S = 0.25
-# Pacing takes at most this fraction of one CPU's time, however many connections there are.
+# Rounds take at most this fraction of one CPU's time, however many connections there are.
 _MOST_BUSY = 0.05
+# In rounds: for the keeper to be able to send in a connection's network namespace.
+_PATIENCE = 4
 _RECENT_MS = 1000
 _TCP, _CLAMP = socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP
 # A smaller share is no use: TCP waits out the gap between two segments, whatever is set meanwhile.
@@ -77,6 +80,7 @@ class _Flow(Data):
     """A connection; ``original`` is what it had.
 
     ``wants`` is what it uses of the upload limit, or infinite if it uses about all it may.
+    ``refusals`` counts the rounds in which the gate could not take it.
     """
 
     place: Place
@@ -86,14 +90,17 @@ class _Flow(Data):
     wants: float
     pacing: int = 0
     clamp: int = 0
+    gated: bool = False
+    gate: int = ThrottleGateState.GATE_UNKNOWN
+    refusals: int = 0
 
 
 class Unadopted:
     """Shapes the connections that it is given.
 
     They are paced at a share of ``rate``, which is None for no pacing. Acknowledgements of their
-    downloads go through the gate unless ``promise`` returns 0. It returns the bytes that the kernel
-    may promise a sender by itself.
+    downloads go through the gate unless ``advertised`` returns 0. It returns the window in bytes
+    that the kernel may advertise by itself. ``policed`` is called when the gate does not take some.
 
     Each change is first recorded in ``shaped``, the map SOCKETS, so that whoever has that map can
     restore the connections, as ``connections.restore`` does. A descriptor is borrowed only for a
@@ -105,11 +112,14 @@ class Unadopted:
         pids: Callable[[], Iterable[int]],
         shaped: Map[Any, Any],
         seen: Callable[[], Seen],
-        promise: Callable[[], int],
+        *,
+        advertised: Callable[[], int],
+        policed: Callable[[], None],
         slot: int = 0,
     ) -> None:
         self._slot = slot
-        self._promise = promise
+        self._advertised = advertised
+        self._on_policed = policed
         self._pids = pids
         self._records: Map[int, ThrottleSocket] = shaped.typed(U32, StructureCodec(ThrottleSocket))
         self._seen = seen
@@ -123,6 +133,11 @@ class Unadopted:
     def __len__(self) -> int:
         """Return how many connections are left."""
         return len(self._flows)
+
+    @property
+    def policed(self) -> int:
+        """How many downloads are not gated, although they were to be."""
+        return sum(flow.refusals > _PATIENCE for flow in self._flows.values())
 
     def take(self, found: Borrowed) -> None:
         """Shape one more connection, from the next round on. Raises OSError."""
@@ -153,16 +168,24 @@ class Unadopted:
 
     def _round(self) -> None:
         """Visit all connections; look for those that have moved, and forget those not found."""
-        pacing, promise = self._share(), self._promise()
-        lost = [flow for flow in self._flows.values() if not self._visit(flow, pacing, promise)]
-        if not lost:
-            return
-        places = sockets.places(self._pids())
-        for flow in lost:
-            inode = flow.place.inode
-            flow.place = places.get(inode, flow.place)
-            if inode not in places or not self._visit(flow, pacing, promise):
-                del self._flows[inode]
+        aims = self._share(), self._advertised()
+        with Lenders() as lenders:
+            flows = self._flows.values()
+            lost = [flow for flow in flows if not self._visit(flow, lenders, *aims)]
+            places = sockets.places(self._pids()) if lost else {}
+            for flow in lost:
+                inode = flow.place.inode
+                flow.place = places.get(inode, flow.place)
+                if inode not in places or not self._visit(flow, lenders, *aims):
+                    del self._flows[inode]
+        if self.policed:
+            self._on_policed()
+
+    def release(self) -> None:
+        """Give all connections back what they had, wherever they are."""
+        self.rate, self._advertised = None, lambda: 0
+        self._round()
+        self._flows.clear()
 
     def _share(self) -> int:
         """Return what each may send, in bytes per second; 0 if nothing is limited.
@@ -185,20 +208,24 @@ class Unadopted:
         factor = max(1 + extra / _EXTRA, 1 / _LEAST_SHARE)
         return min(max(_LEAST, int(self._level * factor)), ThrottlePacingRate.UNLIMITED)
 
-    def _visit(self, flow: _Flow, pacing: int, promise: int) -> bool:
+    def _visit(self, flow: _Flow, lenders: Lenders, pacing: int, window: int) -> bool:
         """Shape a connection and measure what it took; return False if it is gone."""
-        with suppress(OSError), sockets.borrow(flow.place) as own:
+        with suppress(OSError), lenders.borrow(flow.place) as own:
             info = TcpInfo.of(own)
-            if not info.sends:
+            if not info.is_connected:
                 return False
             used = flow.usage.look(info.bytes_acked)
             if used is not None:
                 flow.wants = used if 2 * used < flow.pacing else math.inf
-            clamp = promise and max(promise, _least_window(flow.segment_bytes))
+            # Not before somebody else opens the window.
+            clamp = 0
+            if window and self._is_gated(flow, own):
+                clamp = max(window, _least_window(flow.segment_bytes))
             paces = _differ(pacing, flow.pacing)
             # TCP's autotuning raises it.
-            clamps = clamp != flow.clamp or (clamp and own.getsockopt(_TCP, _CLAMP) > clamp)
-            if paces or clamps:
+            clamps = _differ(clamp, flow.clamp) or 0 < clamp < own.getsockopt(_TCP, _CLAMP)
+            if paces or clamps or bool(window) != flow.gated:
+                flow.gated = bool(window)
                 self._record(flow, own, pacing, clamp)
             if paces:
                 _set_pacing(own, pacing or flow.original.pacing)
@@ -209,8 +236,19 @@ class Unadopted:
             return True
         return False
 
+    def _is_gated(self, flow: _Flow, own: socket.socket) -> bool:
+        """Look up, until it is so, whether the gate's program has found that it can take it."""
+        if flow.gate != ThrottleGateState.GATE_READY:
+            with suppress(KeyError):
+                record = self._records[own.fileno()]
+                flow.gate = record.gate
+                flow.segment_bytes = max(flow.segment_bytes, record.segment)
+            refused = flow.gate in (ThrottleGateState.GATE_ASKED, ThrottleGateState.GATE_NEVER)
+            flow.refusals = flow.refusals + 1 if refused else 0
+        return flow.gate == ThrottleGateState.GATE_READY
+
     def _record(self, flow: _Flow, own: socket.socket, pacing: int, clamp: int) -> None:
-        # The gate's program has its part of it.
+        # What the programs write meanwhile may be lost: they find it out again.
         try:
             record = self._records[own.fileno()]
         except KeyError:
@@ -220,7 +258,7 @@ class Unadopted:
                 segment=flow.segment_bytes,
                 slot=self._slot,
             )
-        record.pacing, record.clamp, record.gated = pacing, clamp, bool(clamp)
+        record.pacing, record.clamp, record.gated = pacing, clamp, flow.gated
         self._records[own.fileno()] = record
 
 
@@ -229,7 +267,7 @@ def _least_window(segment_bytes: int) -> int:
 
 
 def _differ(value: int, before: int) -> bool:
-    """Whether a change of the rate is worth while."""
+    """Whether a change is worth while."""
     step = before >> ThrottlePacing.PACING_STEP_SHIFT
     return value != before and abs(value - before) >= step
 

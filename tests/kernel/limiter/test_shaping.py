@@ -8,8 +8,9 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
@@ -21,6 +22,7 @@ from targets import live_map
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import programs as shipped
+from pybpfthrottle.backends.ebpf.keeping import KeeperProcess
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.backends.ebpf.programs import HOOKS
 from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleFlags
@@ -29,8 +31,10 @@ from pybpfthrottle.bpf.abi import AttachType, ProgType
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import AttachMode
 from pybpfthrottle.bpf.obj import asm
+from pybpfthrottle.demo import peer
 from pybpfthrottle.linux import sockets
 from pybpfthrottle.linux.cgroup import Cgroup
+from pybpfthrottle.linux.sockets import TcpInfo
 from pybpfthrottle.model import Direction, Rate
 from pybpfthrottle.throttle import Throttle
 
@@ -38,6 +42,7 @@ pytestmark = pytest.mark.timed
 
 UNLIMITED = (1 << 64) - 1
 GETSOCKOPT = 57  # bpf_getsockopt
+FIN_WAIT2 = 5  # include/net/tcp_states.h
 RATE = Rate.parse("2M")
 # The second is not tried before a connection is there.
 SHAPES_SINCE = {
@@ -350,6 +355,64 @@ def test_an_open_download_goes_through_the_gate(scratch: Cgroup, shaped_by: str)
     assert 0.2 <= less <= 0.27
     assert clamp < RATE.bytes_per_s // 4
     assert after.clamp >= before.clamp
+
+
+HALF_CLOSES = """
+import socket, sys, time
+own = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+own.sendall(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+end = time.monotonic() + 2
+while own.recv(1 << 20):
+    if time.monotonic() > end:
+        own.shutdown(socket.SHUT_WR)
+        end = float("inf")
+"""
+
+
+@pytest.mark.since("6.1")  # what the kernel needs for the gate
+def test_a_half_closed_download_goes_through_the_gate(scratch: Cgroup, shaped_by: str) -> None:
+    """It still receives; it is limited, and gets its window back."""
+    direction, line = Direction.DOWNLOAD, lab(round_trip_s=WAYS[Direction.DOWNLOAD])
+    with line as own, ExitStack() as stack:
+        address = own.wire.server.address
+        command = own.inside(sys.executable, "-c", HALF_CLOSES, address, str(peer.PORT))
+        client = stack.enter_context(
+            subprocess.Popen(command, preexec_fn=lambda: scratch.move_in(0))
+        )
+        stack.callback(client.kill)
+        time.sleep(1)
+        before = now(scratch)
+        with limited(scratch, direction, shape="gate") as live:
+            if shaped_by == "kernel":
+                needs_release(ADOPTS_SINCE, "a program that adopts open connections")
+            time.sleep(2.5)
+            found = sockets.tcp_of(scratch.pids_below())
+            assert [TcpInfo.of(one).state for one in found] == [FIN_WAIT2]
+            assert 0.7 <= rate_over(scratch, direction, 2) <= 1.06
+            live.set_limit(direction, None)
+            assert any(rate_over(scratch, direction, 1) > 2 for _ in range(10))
+        assert now(scratch).clamp >= before.clamp
+
+
+@pytest.mark.since("6.1")  # what the kernel needs for the gate
+def test_where_the_keeper_cannot_send_an_open_download_is_policed(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its window is left alone, and that is told."""
+    monkeypatch.setattr(KeeperProcess, "_find_networks", lambda *_: [])
+    shipped.read.cache_clear()
+    unadopted.refuse()
+    direction, line = Direction.DOWNLOAD, lab(round_trip_s=WAYS[Direction.DOWNLOAD])
+    with line as own, client(own, scratch, direction):
+        need_as_many_bits()
+        time.sleep(1)
+        before = now(scratch)
+        with limited(scratch, direction, shape="gate") as live:
+            time.sleep(2)
+            assert rate_over(scratch, direction, 3) >= 0.6
+            assert live.how()[direction]["open_connections"] == "1 policed"
+            assert now(scratch).clamp >= before.clamp
+    shipped.read.cache_clear()
 
 
 def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
