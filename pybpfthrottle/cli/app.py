@@ -54,7 +54,7 @@ def _status(argv: Optional[list[str]]) -> int:
         status = _entry(argv).main(argv, prog_name="pybpfthrottle", standalone_mode=False)
     except SystemExit as end:
         return int(end.code or 0)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):  # the second while a command is imported
         return _INTERRUPTED
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption):
