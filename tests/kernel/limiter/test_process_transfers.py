@@ -32,7 +32,7 @@ from pybpfthrottle.model import Direction, Rate
 pytestmark = pytest.mark.timed
 
 RATE = Rate.parse("1M")
-MANY_TIMES = 5  # an emulated machine carries 7 MB/s beside the limited process
+MANY_TIMES = 3  # an emulated machine carries 4 MB/s beside the limited process
 DIRECTIONS = list(Direction)
 
 
