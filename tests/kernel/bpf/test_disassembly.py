@@ -65,10 +65,10 @@ def memory() -> bytes:
 
 def jumps() -> bytes:
     """Each comparison of 64 and 32 bits, far jumps, calls of a helper and of a function."""
-    code = asm.call(7) + asm.mov_imm(6, 3) + asm.mov_imm(0, 7)
+    code = asm.call(7) + asm.mov_imm(6, 3)
     for kind in (0x5, 0x6):
         for operation in (0x1, 0x2, 0x3, 0x4, 0x5, 0x6, 0x7, 0xA, 0xB, 0xC, 0xD):
-            # Linux 7.2 shows one that leads to what comes next anyway as an unconditional one.
+            # Linux 7.2 shows one whose outcome it knows as an unconditional one.
             code += insn(operation << 4 | kind, dst=0, off=1, imm=-9) + asm.mov_imm(2, 0)
             code += insn(operation << 4 | 8 | kind, dst=0, src=6, off=1) + asm.mov_imm(2, 0)
     code += insn(0x05) + insn(0x06) + insn(0xE5, off=1) + asm.mov_imm(2, 0)
