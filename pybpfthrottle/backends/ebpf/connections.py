@@ -90,8 +90,8 @@ class Connections:
             policed=policed,
             slot=slot,
         )
-        # How many the kernel did not adopt, and how many of them are not shaped in any way.
-        self._not_adopted = self._not_asked = 0
+        # How many are not shaped in any way.
+        self._not_asked = 0
         # What the user should know of it, a line each.
         self.notes: tuple[str, ...] = ()
 
@@ -110,13 +110,12 @@ class Connections:
         if adoption.refused is not None and adoption.not_adopted:
             self.notes = (f"connections that were open before are not shaped: {adoption.refused}",)
         if adoption.not_adopted:
-            self._not_adopted += adoption.not_adopted
             self._not_asked += adoption.not_asked
             self.follow()
 
     def follow(self) -> None:
         """Shape connections from user space by the limits as they are now."""
-        if not self._not_adopted:
+        if not self._not_asked and not len(self._unadopted):
             return
         upload = Direction.UPLOAD
         if upload in self._bucket.rates:
@@ -159,8 +158,6 @@ class Connections:
 
     def describe(self, direction: Direction) -> Optional[str]:
         """Return how the connections not adopted by the kernel are limited; None without any."""
-        if not self._not_adopted:
-            return None
         shaped, policed = 0, self._not_asked + len(self._unadopted)
         if self._shapes(direction):
             refused = self._unadopted.policed if direction is Direction.DOWNLOAD else 0

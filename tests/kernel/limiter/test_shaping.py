@@ -17,7 +17,7 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 import unadopted
 from lab import ENVIRONMENT, TOOL, Lab, attached, lab
-from since import needs_machine, needs_release, parse, running
+from since import is_emulated, needs_machine, needs_release, parse, running
 from targets import live_map
 
 from pybpfthrottle import throttle
@@ -44,6 +44,8 @@ UNLIMITED = (1 << 64) - 1
 GETSOCKOPT = 57  # bpf_getsockopt
 FIN_WAIT2 = 5  # include/net/tcp_states.h
 RATE = Rate.parse("2M")
+# In an emulated machine the gate's keeper comes late, and one second is unlike the other.
+SHARES = (0.3, 1.6) if is_emulated() else (0.9, 1.1)
 # The second is not tried before a connection is there.
 SHAPES_SINCE = {
     Direction.UPLOAD: ("5.10", "socket storage for programs of cgroups"),
@@ -191,7 +193,7 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
                 during = now(scratch)
                 live.remove()
                 after = now(scratch)
-                assert rate_over(scratch, direction, 1) > 2
+                assert rate_over(scratch, direction, 1) > (2 if is_emulated() else 5)
     if direction is Direction.UPLOAD:
         assert during.max_pacing <= RATE.bytes_per_s * 9 // 8
     else:
@@ -350,12 +352,12 @@ def test_an_open_download_goes_through_the_gate(scratch: Cgroup, shaped_by: str)
             live.set_limit(direction, None)
             assert any(rate_over(scratch, direction, 1) > 2 for _ in range(10))
         after = now(scratch)
-    # Of what is policed, a tenth and more is dropped. In an emulated machine the keeper comes late,
-    # and one second is unlike the other.
+    # Of what is policed, a tenth and more is dropped.
     dropped = later.bytes_dropped - then.bytes_dropped
     assert dropped <= 0.02 * (later.bytes_total - then.bytes_total)
-    assert 0.3 <= sum(ratios) / 3 <= 1.6, ratios
-    assert 0.05 <= less <= 0.5
+    least, most = SHARES
+    assert least <= sum(ratios) / 3 <= most, ratios
+    assert least / 4 <= less <= most / 4
     assert clamp < RATE.bytes_per_s // 4
     assert after.clamp >= before.clamp
 
@@ -391,23 +393,21 @@ def test_a_half_closed_download_goes_through_the_gate(scratch: Cgroup, shaped_by
             time.sleep(2.5)
             found = sockets.tcp_of(scratch.pids_below())
             assert [TcpInfo.of(one).state for one in found] == [FIN_WAIT2]
-            assert 0.3 <= rate_over(scratch, direction, 2) <= 1.6
+            assert SHARES[0] <= rate_over(scratch, direction, 2) <= SHARES[1]
             live.set_limit(direction, None)
             assert any(rate_over(scratch, direction, 1) > 2 for _ in range(10))
         assert now(scratch).clamp >= before.clamp
 
 
 @pytest.mark.since("6.1")  # what the kernel needs for the gate
+@pytest.mark.parametrize("shaped_by", ["user space"], indirect=True)
 def test_where_the_keeper_cannot_send_an_open_download_is_policed(
-    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+    scratch: Cgroup, shaped_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its window is left alone, and that is told."""
     monkeypatch.setattr(KeeperProcess, "_find_networks", lambda *_: [])
-    shipped.read.cache_clear()
-    unadopted.refuse()
     direction, line = Direction.DOWNLOAD, lab(round_trip_s=WAYS[Direction.DOWNLOAD])
     with line as own, client(own, scratch, direction):
-        need_as_many_bits()
         time.sleep(1)
         before = now(scratch)
         with limited(scratch, direction, shape="gate") as live:
@@ -415,7 +415,6 @@ def test_where_the_keeper_cannot_send_an_open_download_is_policed(
             assert rate_over(scratch, direction, 3) >= 0.3
             assert live.how()[direction]["open_connections"] == "1 policed"
             assert now(scratch).clamp >= before.clamp
-    shipped.read.cache_clear()
 
 
 def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
