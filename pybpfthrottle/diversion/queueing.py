@@ -25,6 +25,9 @@ TARGET_NS, INTERVAL_NS = 5 * _MS, 100 * _MS
 # So many packets of a flow are no queue. No sender has less than two on their way, and one like
 # Reno that loses a packet in 70 has 10 in the middle.
 LEAST_PACKETS = 12
+# Nor are so many, while they wait for less than that: with 45 at the most on their way and in the
+# queue, such a sender loses one in a thousand. Another flow does not wait for them.
+USUAL_PACKETS, LONG_NS = 40, 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.
 LEAST_APART = 70
@@ -165,8 +168,9 @@ class Fair:
         return Leaving(one, not is_marked)
 
     def _is_over(self, flow: _Flow, waited_ns: int, now_ns: int) -> bool:
-        """Whether a flow has waited for longer than the target for a whole interval."""
-        if waited_ns < TARGET_NS or len(flow.waiting) < LEAST_PACKETS:
+        """Whether a flow has had a queue that is too long for a whole interval."""
+        least = LEAST_PACKETS if waited_ns >= LONG_NS else USUAL_PACKETS
+        if waited_ns < TARGET_NS or len(flow.waiting) < least:
             flow.over_ns, flow.is_dropping = 0, False
         elif not flow.over_ns:
             flow.over_ns = now_ns + INTERVAL_NS

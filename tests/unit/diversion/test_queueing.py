@@ -109,14 +109,21 @@ def test_few_packets_are_no_queue():
     assert not any(lost)
 
 
-def standing(fair, *, tos=0, step_ns=5 * MS, count=400):
-    """A flow that has 40 packets in its queue all the time, one each step: what leaves."""
+def standing(fair, *, tos=0, step_ns=5 * MS, count=400, length=queueing.USUAL_PACKETS):
+    """A flow that has so many packets in its queue all the time, one each step: what leaves."""
     found = []
     for number in range(count):
         fair.put(waiting(number, number * step_ns, tos=tos))
-        if number >= 40:
+        if number >= length:
             found.append(fair.get(number * step_ns))
     return found
+
+
+@pytest.mark.parametrize(("step_ns", "loses"), [(2 * MS, False), (4 * MS, True)])
+def test_a_longer_queue_is_one_by_its_time(step_ns, loses):
+    """They wait for 60 and for 120 ms; a sender with so few would lose one packet in 500."""
+    found = standing(Fair(), step_ns=step_ns, length=queueing.USUAL_PACKETS * 3 // 4)
+    assert any(one.is_lost for one in found) == loses
 
 
 def test_one_that_waits_for_too_long_loses_single_packets():
