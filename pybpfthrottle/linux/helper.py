@@ -26,6 +26,8 @@ from pybpfthrottle.logger import Logger
 log = Logger(__name__)
 
 _END_S = 2.0
+# Another thread may have read what is waited for.
+_LOOK_S = 0.01
 _MOST_STARTS = 5
 _MESSAGE_BYTES = 4096
 _FIRST = -20  # of all priorities
@@ -115,9 +117,10 @@ class SharedHelper:
             # select() takes no descriptor above 1023, and there may be many.
             heard = select.poll()
             heard.register(self._socket, select.POLLIN)
-            if wait_s <= 0 or not heard.poll(wait_s * 1000):
+            if wait_s <= 0:
                 return
-            self.run()
+            if heard.poll(min(wait_s, _LOOK_S) * 1000):
+                self.run()
 
     def tell(self, message: Mapping[str, Any], fds: Iterable[int] = ()) -> None:
         """Send the helper a message, and copies of descriptors, unless it has ended for good."""
