@@ -28,34 +28,44 @@ _CHROMIUM = (
     " --disable-component-update --no-first-run"
 )
 SSH_PORT, IPERF_PORT, HTTP3_PORT = 2222, 5201, 8443
-_NGINX = """daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/log;
+# nginx makes these directories when it starts; its own are below /var/lib, if it is installed.
+_SCRATCH = """    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+"""
+_NGINX = (
+    """daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/log;
 events {{ worker_connections 512; }}
 http {{
     access_log off; sendfile on; types {{ text/html html; }}
-    server {{
+"""
+    + _SCRATCH
+    + """    server {{
         listen {address}:80; listen {address}:443 ssl http2;
         ssl_certificate {directory}/cert; ssl_certificate_key {directory}/key;
         root {directory}/files;
     }}
 }}
 """
+)
 # Each packet is sent as a network carries it, and a buffer of 64 KB would be all that a connection
 # has on its way.
-_NGINX_HTTP3 = """daemon off; worker_processes 1; user root; pid {directory}/pid3;
+_NGINX_HTTP3 = (
+    """daemon off; worker_processes 1; user root; pid {directory}/pid3;
 error_log {directory}/log3;
 events {{ worker_connections 512; }}
 http {{
     access_log off; types {{ text/html html; }} quic_gso off; http3_stream_buffer_size 256k;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    server {{
+"""
+    + _SCRATCH
+    + """    server {{
         listen {address}:{port} quic;
         ssl_certificate {directory}/cert; ssl_certificate_key {directory}/key;
         root {directory}/files;
     }}
 }}
 """
+)
 # curl 8.14 with OpenSSL's QUIC hangs, with a limit or without, if a timer of it goes off before its
 # handshake is complete: the streams that it writes to then stay blocked, and the server waits for
 # them (https://github.com/curl/curl/issues/21463). On veth that is 1 ms after the server has
