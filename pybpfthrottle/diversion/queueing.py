@@ -25,8 +25,8 @@ TARGET_NS, INTERVAL_NS = 5 * _MS, 100 * _MS
 # So many packets of a flow are no queue. No sender has less than two on their way, and one like
 # Reno that loses a packet in 70 has 10 in the middle.
 LEAST_PACKETS = 12
-# Nor are so many, while they wait for less than that: with 45 at the most on their way and in the
-# queue, such a sender loses one in a thousand. Another flow does not wait for them.
+# Nor are these, while they wait for less than that: Reno loses one packet in a thousand if at most
+# 52 are on their way and in the queue. Another flow does not wait for them.
 USUAL_PACKETS, LONG_NS = 40, 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.

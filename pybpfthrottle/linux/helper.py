@@ -26,7 +26,7 @@ from pybpfthrottle.logger import Logger
 log = Logger(__name__)
 
 _END_S = 2.0
-# Another thread may have read what is waited for.
+# Another thread may have read what is waited for: look so often.
 _LOOK_S = 0.01
 _MOST_STARTS = 5
 _MESSAGE_BYTES = 4096
@@ -114,11 +114,11 @@ class SharedHelper:
         deadline_s = time.monotonic() + patience_s
         while not is_done() and self.ended is None:
             wait_s = deadline_s - time.monotonic()
+            if wait_s <= 0:
+                return
             # select() takes no descriptor above 1023, and there may be many.
             heard = select.poll()
             heard.register(self._socket, select.POLLIN)
-            if wait_s <= 0:
-                return
             if heard.poll(min(wait_s, _LOOK_S) * 1000):
                 self.run()
 

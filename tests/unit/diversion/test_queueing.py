@@ -121,7 +121,7 @@ def standing(fair, *, tos=0, step_ns=5 * MS, count=400, length=queueing.USUAL_PA
 
 @pytest.mark.parametrize(("step_ns", "loses"), [(2 * MS, False), (4 * MS, True)])
 def test_a_longer_queue_is_one_by_its_time(step_ns, loses):
-    """They wait for 60 and for 120 ms; a sender with so few would lose one packet in 500."""
+    """They wait for 60 and for 120 ms."""
     found = standing(Fair(), step_ns=step_ns, length=queueing.USUAL_PACKETS * 3 // 4)
     assert any(one.is_lost for one in found) == loses
 
