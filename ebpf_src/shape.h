@@ -261,6 +261,15 @@ always_inline __s64 debt_of(struct throttle_bucket *bucket, __u64 now)
 	return bucket->even_at_ns ? (__s64)(bucket->even_at_ns - now) : 0;
 }
 
+/* What a slow start leaves out may be made up for, as far as it is usual on a way. */
+always_inline void make_up(struct throttle_bucket *bucket, __u64 way_us)
+{
+	__u64 credit = smaller(way_us * SLOW_START_ROUND_TRIPS * 1000, MOST_SLOW_START_NS);
+
+	if (bucket->credit_ns < credit)
+		bucket->credit_ns = credit;
+}
+
 /* This kernel refuses the option: the policer alone is left, and needs a longer burst. */
 always_inline void police_instead(struct throttle_bucket *bucket, __u32 flag)
 {
@@ -292,6 +301,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 		debt = PACING_TARGET_NS;
 		bucket->even_at_ns = now + debt;
 	}
+	make_up(bucket, ctx->srtt_us / 8);
 	value = smaller(paced_rate(config->rate_bytes_per_s, flows, debt, target), UNLIMITED);
 	difference = larger(value, socket->pacing) - smaller(value, socket->pacing);
 	/* Pacing begins after ten packets. Refused, and not needed, where something was sent before. */
@@ -385,7 +395,7 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	__u32 value;
 	struct throttle_gate *gate = bpf_map_lookup_elem(&GATE, &slot);
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
-	__u64 bytes, least, way_us, credit, slack, after, since;
+	__u64 bytes, least, way_us, slack, after, since;
 	int gated, is_far = ctx->srtt_us > FAR_WAY_US * 8;
 
 	if (!gate || !gate->alive)
@@ -431,10 +441,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	slack = smaller(slack, MOST_GATE_SLACK_NS);
 	if (bucket->slack_ns < slack)
 		bucket->slack_ns = slack;
-	/* What a slow start leaves out may be made up for, as far as it is usual on such a way. */
-	credit = smaller(way_us * SLOW_START_ROUND_TRIPS * 1000, MOST_SLOW_START_NS);
-	if (gated && bucket->credit_ns < credit)
-		bucket->credit_ns = credit;
+	if (gated)
+		make_up(bucket, way_us);
 	return 1;
 }
 

@@ -9,9 +9,10 @@ import mmap
 import os
 from enum import IntEnum
 from itertools import accumulate
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-from pybpfthrottle.conditions.model import Injected
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.model import Injected
 
 _STEP_SHIFT = 12  # 4.096 us
 _LINEAR, _HALF = 1024, 512
@@ -66,6 +67,9 @@ class Tally:
 
         ``full`` are those that the keeper has not seen, since its queue had no room for them.
         """
+        # The keeper does without, and has to start soon.
+        from pybpfthrottle.conditions.model import Injected
+
         counts = self.counts
         too_late, refused = counts[Count.LATE_DROPPED], counts[Count.REFUSED]
         no_room = counts[Count.FULL_DROPPED] + full

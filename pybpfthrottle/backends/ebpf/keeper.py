@@ -53,6 +53,10 @@ _ROUND_TRIPS = 8
 _ESTIMATED_NS = 2 * _MS
 # After a window was closed on data that is on its way, for so long nothing tells of the round trip.
 _CLOSING_NS = 500 * _MS
+# What a connection is thought to have sent in its first round trip: ten segments.
+_FIRST_BYTES = 14_600
+# While there is credit, far senders may have half as much again on their way, and so much at least.
+_EXTRA, _LEAST_EXTRA_NS = 2, 20 * _MS
 # A window update may be lost like any packet. Unless it is repeated, the sender waits for its own
 # timer, 200 ms.
 _REPEAT_NS, _MAX_REPEATS = 20 * _MS, 4
@@ -153,6 +157,7 @@ class Flow:
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
         *("own_ns", "shortest_ns", "measured", "measurable_ns", "estimate_ns"),
+        *("round_ns", "round_from", "round_edge", "arrived", "arrived_before", "unused"),
     )
 
     def __init__(self, cookie: int, acked: int, edge: int, promised: int) -> None:
@@ -172,6 +177,11 @@ class Flow:
         self.round_trip_ns = self.estimate_ns = 0
         self.own_ns = self.shortest_ns = self.measured = self.measurable_ns = 0
         self.unanswered = self.repeats = self.repeat_ns = 0
+        # When a round trip began, and up to where data was acknowledged and granted by then; what
+        # arrived in the last two, and how much of the window was left after the last.
+        self.round_ns, self.round_from, self.round_edge = 0, acked, edge
+        self.arrived = self.arrived_before = _FIRST_BYTES
+        self.unused = 0
         self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
         self.last_stamp: Optional[int] = None
@@ -184,6 +194,20 @@ class Flow:
         """Return ``remaining``, or 0 if it is less than a segment: that is not sent."""
         remaining = self.remaining()
         return remaining if remaining >= self.segment else 0
+
+    def look_back(self, now: int) -> None:
+        """Find out what has arrived in a round trip and more, and what is left of the window."""
+        if now < self.round_ns + self.round_trip_ns * 5 // 4 + 4 * CHUNK_NS:
+            return
+        if self.round_ns:
+            self.arrived_before = self.arrived
+            self.arrived = signed(self.acked - self.round_from)
+            self.unused = max(signed(self.round_edge - self.acked) - 2 * self.segment, 0)
+        self.round_ns, self.round_from, self.round_edge = now, self.acked, self.edge
+
+    def likely(self) -> int:
+        """Return the most that it can send in a round trip: a slow start doubles it, or more."""
+        return 3 * max(self.arrived, self.arrived_before)
 
 
 class Record(Protocol):
@@ -326,6 +350,7 @@ class Gate:
         if acked != flow.acked:
             flow.answered, flow.unanswered = True, 0
         flow.acked = acked
+        flow.look_back(at_ns)
         if signed(promised - flow.promised) > 0:
             flow.promised = promised
         if has_sack is None:
@@ -470,6 +495,8 @@ class Gate:
 
     def _next_edge(self, flow: Flow) -> int:
         most = min(max(flow.remaining(), 0) + self._step(flow), self._most(flow))
+        if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
+            most = min(most, self._step(flow) + flow.likely())
         most = min(most, signed(flow.promised - flow.acked)) >> flow.scale << flow.scale
         return (flow.acked + most) & 0xFFFFFFFF
 
@@ -483,18 +510,22 @@ class Gate:
             if now > each.last_ns + _SILENT_NS + 4 * each.round_trip_ns:
                 each.outstanding = 0
             outstanding = max(each.outstanding, 0)
-            if each.round_trip_ns <= SHORT_ROUND_TRIP_NS:
-                near += outstanding
-            else:
-                far += outstanding
-                weighted += outstanding * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
             if not outstanding and not each.repeat_ns:
                 del self._granted[each.cookie]
+            elif each.round_trip_ns <= SHORT_ROUND_TRIP_NS:
+                near += outstanding
+            else:
+                # Who is held up elsewhere leaves a part of its window, which is for the others.
+                used = max(outstanding - each.unused, 0)
+                far += used
+                weighted += used * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
         owed = self._owed(now)
         wait = owed + (near * self._inverse >> _SHIFT)
         if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
             ahead = weighted // far if far else 0
             ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
+            # What a slow start has left out is not made up for at once: the path may be full.
+            wait = max(wait, -max(ahead // _EXTRA, _LEAST_EXTRA_NS))
             wait += (far * self._inverse >> _SHIFT) - ahead
         if self._others is not None:
             outstanding = (near + far) * self._inverse >> _SHIFT

@@ -51,6 +51,24 @@ signed.connect((other, 7001))
 while signed.recv(1 << 16):
     pass
 """
+# A server that sends 100 KB/s on each connection, and a client of eight.
+SLOW = """
+import select, socket, sys, time
+role, server = sys.argv[1:]
+if role == "serve":
+    listening = socket.create_server((server, 7002))
+    print("ready", flush=True)
+    accepted = [listening.accept()[0] for _ in range(8)]
+    while True:
+        for one in accepted:
+            one.sendall(bytes(2000))
+        time.sleep(0.02)
+connected = [socket.create_connection((server, 7002)) for _ in range(8)]
+print("ready", flush=True)
+while True:
+    for one in select.select(connected, [], [])[0]:
+        one.recv(1 << 16)
+"""
 # Those that any network namespace may choose: reno, and the machine's own.
 CONTROLS = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
 
@@ -169,6 +187,29 @@ def test_a_download_keeps_to_its_limit_without_a_loss(scratch: Cgroup, case: str
             assert taken() > 0
         assert sent_twice(own) <= 0.01 * counters.packets_total
     assert counters.bytes_dropped <= 0.01 * counters.bytes_total
+
+
+def test_slow_servers_leave_the_limit_to_a_fast_one(scratch: Cgroup) -> None:
+    """They do not use their windows, whose sum is many times what the limit lets pass."""
+    rate = Rate.parse("10M")
+    with ExitStack() as ending:
+        own = ending.enter_context(lab(round_trip_s=0.05))
+        live = ending.enter_context(limited(own, scratch, rate))
+        address = own.wire.server.address
+        for role, side in (("serve", own.wire.server), ("ask", own.wire.client)):
+            started = subprocess.Popen(
+                side.inside(sys.executable, "-c", SLOW, role, address),
+                stdout=subprocess.PIPE,
+                preexec_fn=None if role == "serve" else lambda: scratch.move_in(0),
+            )
+            ending.callback(started.communicate)
+            ending.callback(started.kill)
+            assert started.stdout is not None
+            assert started.stdout.readline()
+        time.sleep(2)
+        with downloads(own, scratch):
+            time.sleep(2)
+            assert ratio(live, 3, rate) >= 0.9
 
 
 def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:

@@ -51,7 +51,7 @@ class World:
         if flow.cookie in self.unreachable:
             return False
         acked, window = struct.unpack_from("!I2xH", flow.packet, 20 + 8)
-        assert len(self.sent) < 1000, "the same is sent again and again"
+        assert len(self.sent) < 100_000, "the same is sent again and again"
         self.sent.append((flow.cookie, (acked + (window << flow.scale)) & 0xFFFFFFFF))
         return True
 
@@ -99,6 +99,29 @@ def record(cookie, acked, window, scale, round_trip_ms, edge, now, kind=8):
     return data
 
 
+class Far:
+    """A sender that answers a round trip later, with a window of its own of megabytes."""
+
+    def __init__(self, world, cookie, *, round_trip_ms):
+        self.world = world
+        self.cookie = cookie
+        self.acked = 1000
+        self.round_trip_ms = round_trip_ms
+
+    def edge(self):
+        """Up to where it may send."""
+        return max(self.world.edges(self.cookie), default=self.acked)
+
+    def answer(self, at_most=1 << 30):
+        """Send what it may, or less; return how much that was."""
+        sent = min(self.edge() - self.acked, at_most)
+        self.acked += sent
+        self.world.acknowledge(
+            self.cookie, self.acked, window=1 << 22, round_trip_ms=self.round_trip_ms
+        )
+        return sent
+
+
 @pytest.fixture
 def world(monkeypatch):
     """A gate at work."""
@@ -128,10 +151,38 @@ def test_no_window_ends_beyond_the_kernels(world):
 
 def test_a_far_sender_gets_a_round_trip_in_steps(world):
     """What is on its way to it and back is not waited for, and nothing more is granted."""
-    world.acknowledge(7, 1000, window=1 << 22, round_trip_ms=100)
-    granted = world.edges(7)[-1] - 1000
+    far = Far(world, 7, round_trip_ms=100)
+    for _ in range(4):
+        world.bucket.even_at_ns = world.now
+        far.answer()
+        world.now += 130 * MS
+    granted = far.edge() - far.acked
     assert RATE * 0.095 <= granted <= RATE * 0.11
     assert len(world.edges(7)) >= 10
+
+
+def test_a_far_sender_gets_no_more_than_a_slow_start_would_use(world):
+    """Before it has answered, it is granted three times what its first window was, and a step."""
+    far = Far(world, 7, round_trip_ms=100)
+    far.answer()
+    assert far.edge() - far.acked <= 3 * keeper._FIRST_BYTES + STEP + 128
+
+
+def test_what_a_sender_does_not_use_is_for_the_others(world):
+    """Eight are held up elsewhere, and do not fill their windows; the ninth fills its own."""
+    slow = [Far(world, cookie, round_trip_ms=50) for cookie in range(1, 9)]
+    fast = Far(world, 9, round_trip_ms=50)
+    before = 0
+    for turn in range(60):
+        arrived = sum(each.answer(at_most=500) for each in slow) + fast.answer()
+        # Nothing had been owed for 50 ms at most.
+        lag = world.now - 50 * MS
+        world.bucket.even_at_ns = max(world.bucket.even_at_ns, lag) + arrived * 1000
+        for _ in range(50):
+            world.now += MS
+            world.turn()
+        before = fast.acked if turn == 20 else before
+    assert fast.acked - before > 0.8 * RATE * (59 - 20) * 0.05
 
 
 def test_senders_take_turns(world):

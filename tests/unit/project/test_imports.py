@@ -100,6 +100,13 @@ def test_loading_an_object_imports_little():
     assert loaded & {"ast", "dataclasses", "inspect", "pdb"} == set()
 
 
+@pytest.mark.parametrize("helper", ["backends.ebpf.keeper", "diversion.keeper"])
+def test_a_helper_imports_little(helper):
+    """It has to be ready before data comes: a tenth of a second after the limit needs it."""
+    loaded = loaded_by(f"import pybpfthrottle.{helper}") - loaded_by("")
+    assert loaded & (HEAVY | {"ast", "dataclasses", "inspect", "random", "subprocess"}) == set()
+
+
 def test_each_public_name_is_there():
     """Each name in __all__ can be imported from the package, and they are sorted."""
     import pybpfthrottle
