@@ -69,6 +69,7 @@
 #define MOST_GATE_SLACK_NS (1000 * MS)
 #define SLOW_START_ROUND_TRIPS 4
 #define MOST_SLOW_START_NS (400 * MS)
+#define MOST_EXTRA_NS (4 * PACING_TARGET_NS) /* half as much again as the rate */
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
 
 /* The start of the context, as in linux/bpf.h. */
@@ -237,18 +238,17 @@ always_inline __u32 first_packets(const struct throttle_config *config, __u32 di
 }
 
 /*
- * The whole rate while nothing is owed, a fair share at the target debt, and less above it. TCP
- * paces its headers too, so while there is credit it is a little more than the whole.
+ * The whole rate while nothing is owed, a fair share at the target debt, and less above it. While
+ * there is credit it is more than the whole: TCP paces its headers too, and a slow start is made up for.
  */
 always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt, __s64 target)
 {
 	__u64 share = rate / flows;
 	__u64 paced;
 
-	if (debt <= -PACING_TARGET_NS)
-		return rate + (rate >> PACING_EXTRA_SHIFT);
 	if (debt <= 0)
-		return rate + (rate >> PACING_EXTRA_SHIFT) * (__u64)-debt / PACING_TARGET_NS;
+		return rate + (rate >> PACING_EXTRA_SHIFT) *
+				      (__u64)smaller(-debt, MOST_EXTRA_NS) / PACING_TARGET_NS;
 	if (debt < target)
 		return rate - (rate - share) * (__u64)debt / (__u64)target;
 	paced = share * (__u64)target / (__u64)debt;

@@ -79,7 +79,7 @@ enum throttle_gate_state {
 /* The law of pacing, by which user space paces what the kernel does not adopt. */
 enum throttle_pacing {
 	PACING_TARGET_NS = 60 * 1000 * 1000,
-	PACING_EXTRA_SHIFT = 2, /* while there is credit a quarter more than the rate, */
+	PACING_EXTRA_SHIFT = 3, /* an 8th more than the rate for a credit as large as the target, */
 	PACING_LEAST_SHIFT = 2, /* and never less than a quarter of a fair share */
 	PACING_STEP_SHIFT = 6,  /* a change by less than a 64th is none */
 };

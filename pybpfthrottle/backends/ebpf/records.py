@@ -99,7 +99,7 @@ class ThrottlePacing(IntEnum):
     """enum throttle_pacing: the rules for pacing uploads."""
 
     PACING_TARGET_NS = 60_000_000
-    PACING_EXTRA_SHIFT = 2
+    PACING_EXTRA_SHIFT = 3
     PACING_LEAST_SHIFT = 2
     PACING_STEP_SHIFT = 6
 

@@ -40,9 +40,8 @@ _RECENT_MS = 1000
 _TCP, _CLAMP = socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP
 # A smaller share is no use: TCP waits out the gap between two segments, whatever is set meanwhile.
 _LEAST = 1024
-# 1/N of a fair share: the extra on top of it, half of what the kernel adds, which looks at each
-# acknowledgement; and the least that is left of it.
-_EXTRA = 2 << ThrottlePacing.PACING_EXTRA_SHIFT
+# 1/N of a fair share: the extra on top of it, and the least that is left of it.
+_EXTRA = 1 << ThrottlePacing.PACING_EXTRA_SHIFT
 _LEAST_SHARE = 1 << ThrottlePacing.PACING_LEAST_SHIFT
 
 
