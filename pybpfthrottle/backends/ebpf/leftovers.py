@@ -169,7 +169,10 @@ def _remove_unnamed(leftover: Leftover) -> None:
 
 
 def _remove_program(leftover: Leftover, program_id: int) -> None:
-    map_ids = programs.info_by_id(program_id).map_ids
+    try:
+        map_ids = programs.info_by_id(program_id).map_ids
+    except FileNotFoundError:
+        return  # another start has removed it meanwhile
     shaped = open_map(map_ids, SOCKETS)
     with nullcontext() if shaped is None else shaped:
         if leftover.cgroup is None or not _detach(program_id, leftover.hook, leftover.cgroup):

@@ -281,3 +281,9 @@ def test_what_had_no_rate_when_it_was_killed_is_removed(scratch: Cgroup, how: st
     assert left
     assert {one["id"] for one in cleanup()["programs"]} == set(left)
     assert attached(scratch, HOOKS) == []
+
+
+def test_what_another_start_has_removed_meanwhile_is_no_error() -> None:
+    """Two that start at once find the same leftovers, and one of them comes second."""
+    gone = leftovers.Leftover(0x7FFFFFFF, "pybpft_ingress", AttachType.CGROUP_INET_INGRESS, 1, None)
+    leftovers.remove(gone)
