@@ -53,6 +53,8 @@ _ROUND_TRIPS = 8
 _ESTIMATED_NS = 2 * _MS
 # After a window was closed on data that is on its way, for so long nothing tells of the round trip.
 _CLOSING_NS = 500 * _MS
+# Beyond a round trip and a quarter, data that a window allows may come so much later.
+_LATE_NS = 20 * _MS
 # What a connection is thought to have sent in its first round trip: ten segments.
 _FIRST_BYTES = 14_600
 # While there is credit, far senders may have half as much again on their way, and so much at least.
@@ -195,9 +197,13 @@ class Flow:
         remaining = self.remaining()
         return remaining if remaining >= self.segment else 0
 
+    def is_far(self) -> bool:
+        """Whether its sender gets its next window before it has used up the last one."""
+        return self.round_trip_ns > SHORT_ROUND_TRIP_NS
+
     def look_back(self, now: int) -> None:
         """Find out what has arrived in a round trip and more, and what is left of the window."""
-        if now < self.round_ns + self.round_trip_ns * 5 // 4 + 4 * CHUNK_NS:
+        if now < self.round_ns + self.round_trip_ns * 5 // 4 + _LATE_NS:
             return
         if self.round_ns:
             self.arrived_before = self.arrived
@@ -490,12 +496,11 @@ class Gate:
         """Whether a sender is to have more: before it has used up what it has, if it is far."""
         more = signed(self._next_edge(flow) - flow.edge)
         is_used_up = flow.remaining() < 2 * flow.segment
-        is_far = flow.round_trip_ns > SHORT_ROUND_TRIP_NS
-        return more > 0 and (is_used_up or (is_far and more >= 2 * flow.segment))
+        return more > 0 and (is_used_up or (flow.is_far() and more >= 2 * flow.segment))
 
     def _next_edge(self, flow: Flow) -> int:
         most = min(max(flow.remaining(), 0) + self._step(flow), self._most(flow))
-        if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
+        if flow.is_far():
             most = min(most, self._step(flow) + flow.likely())
         most = min(most, signed(flow.promised - flow.acked)) >> flow.scale << flow.scale
         return (flow.acked + most) & 0xFFFFFFFF
@@ -512,7 +517,7 @@ class Gate:
             outstanding = max(each.outstanding, 0)
             if not outstanding and not each.repeat_ns:
                 del self._granted[each.cookie]
-            elif each.round_trip_ns <= SHORT_ROUND_TRIP_NS:
+            elif not each.is_far():
                 near += outstanding
             else:
                 # Who is held up elsewhere leaves a part of its window, which is for the others.
@@ -521,7 +526,7 @@ class Gate:
                 weighted += used * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
         owed = self._owed(now)
         wait = owed + (near * self._inverse >> _SHIFT)
-        if flow.round_trip_ns > SHORT_ROUND_TRIP_NS:
+        if flow.is_far():
             ahead = weighted // far if far else 0
             ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
             # What a slow start has left out is not made up for at once: the path may be full.
