@@ -162,7 +162,8 @@ always_inline __u32 scale_of(struct tcp_sock *tcp)
 
 /*
  * The largest segment that its sender may send: at first as large as its own, and more if one came.
- * Nothing is sent into a window of less. The round trip is eight times what it says.
+ * Nothing is sent into a window of less. The round trip is eight times what it says; of small segments
+ * alone the kernel has only measured how long it took until a window was full of them.
  */
 always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 {
@@ -172,6 +173,8 @@ always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 		return 0;
 	if (tcp->inet_conn.icsk_ack.rcv_mss > socket->segment)
 		socket->segment = tcp->inet_conn.icsk_ack.rcv_mss;
+	if (tcp->inet_conn.icsk_ack.rcv_mss * 2 < socket->segment)
+		return 0;
 	return tcp->rcv_rtt_est.rtt_us >> 3;
 }
 

@@ -270,6 +270,14 @@ always_inline void make_up(struct throttle_bucket *bucket, __u64 way_us)
 		bucket->credit_ns = credit;
 }
 
+/* That is what is made up for then, and not the pause before it. */
+always_inline void forget_pause(const struct throttle_config *config,
+				struct throttle_bucket *bucket, __u64 now)
+{
+	if (debt_of(bucket, now) < -(__s64)config->credit_ns)
+		bucket->even_at_ns = now - config->credit_ns;
+}
+
 /* This kernel refuses the option: the policer alone is left, and needs a longer burst. */
 always_inline void police_instead(struct throttle_bucket *bucket, __u32 flag)
 {
@@ -582,12 +590,15 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 {
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
 	__u64 before = share->bytes, moved = before ? ctx->bytes_received - before : 0;
+	__u64 counted = share->counted;
 	int news = !ctx->skb_len || ctx->bytes_received != before;
 	struct throttle_flows *flows;
 
 	if (!gates && !news)
 		return;
 	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
+	if (flows && share->counted != counted && flows->now == 1 && !flows->before)
+		forget_pause(config, bucket, now);
 	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
 		return;
 	if (news)

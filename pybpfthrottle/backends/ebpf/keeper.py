@@ -508,9 +508,11 @@ class Gate:
     def _wait(self, flow: Flow, now: int) -> int:
         """Return in how many nanoseconds the limit allows more.
 
-        What far senders were granted arrives a round trip later, and by then the limit allows more.
+        What far senders are granted arrives a round trip later, and by then the limit allows more.
+        Of what others have on their way, as much will have arrived as comes in such a time.
         """
-        near = far = weighted = 0
+        own = min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS)
+        near = far = 0
         for each in list(self._granted.values()):
             if now > each.last_ns + _SILENT_NS + 4 * each.round_trip_ns:
                 each.outstanding = 0
@@ -522,16 +524,13 @@ class Gate:
             else:
                 # Who is held up elsewhere leaves a part of its window, which is for the others.
                 used = max(outstanding - each.unused, 0)
-                far += used
-                weighted += used * min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
+                far += used * own // max(own, each.round_trip_ns)
         owed = self._owed(now)
         wait = owed + (near * self._inverse >> _SHIFT)
         if flow.is_far():
-            ahead = weighted // far if far else 0
-            ahead = max(ahead, min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS))
             # What a slow start has left out is not made up for at once: the path may be full.
-            wait = max(wait, -max(ahead // _EXTRA, _LEAST_EXTRA_NS))
-            wait += (far * self._inverse >> _SHIFT) - ahead
+            wait = max(wait, -max(own // _EXTRA, _LEAST_EXTRA_NS))
+            wait += (far * self._inverse >> _SHIFT) - own
         if self._others is not None:
             outstanding = (near + far) * self._inverse >> _SHIFT
             turn = self._others.wait(now, owed, outstanding)

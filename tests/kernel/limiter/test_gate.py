@@ -51,19 +51,19 @@ signed.connect((other, 7001))
 while signed.recv(1 << 16):
     pass
 """
-# A server that sends 100 KB/s on each connection, and a client of eight.
+# A server that sends so many bytes each 20 ms on each of some connections, and their client.
 SLOW = """
 import select, socket, sys, time
-role, server = sys.argv[1:]
+role, server, count, octets = *sys.argv[1:3], *map(int, sys.argv[3:])
 if role == "serve":
     listening = socket.create_server((server, 7002))
     print("ready", flush=True)
-    accepted = [listening.accept()[0] for _ in range(8)]
+    accepted = [listening.accept()[0] for _ in range(count)]
     while True:
         for one in accepted:
-            one.sendall(bytes(2000))
+            one.sendall(bytes(octets))
         time.sleep(0.02)
-connected = [socket.create_connection((server, 7002)) for _ in range(8)]
+connected = [socket.create_connection((server, 7002)) for _ in range(count)]
 print("ready", flush=True)
 while True:
     for one in select.select(connected, [], [])[0]:
@@ -189,27 +189,55 @@ def test_a_download_keeps_to_its_limit_without_a_loss(scratch: Cgroup, case: str
     assert counters.bytes_dropped <= 0.01 * counters.bytes_total
 
 
-def test_slow_servers_leave_the_limit_to_a_fast_one(scratch: Cgroup) -> None:
-    """They do not use their windows, whose sum is many times what the limit lets pass."""
-    rate = Rate.parse("10M")
+@contextmanager
+def slow_servers(own: Lab, cgroup: Cgroup, count: int, octets: int) -> Iterator[None]:
+    """So many connections in a cgroup, on each of which so many bytes come each 20 ms."""
+    given = (own.wire.server.address, str(count), str(octets))
     with ExitStack() as ending:
-        own = ending.enter_context(lab(round_trip_s=0.05))
-        live = ending.enter_context(limited(own, scratch, rate))
-        address = own.wire.server.address
         for role, side in (("serve", own.wire.server), ("ask", own.wire.client)):
             started = subprocess.Popen(
-                side.inside(sys.executable, "-c", SLOW, role, address),
+                side.inside(sys.executable, "-c", SLOW, role, *given),
                 stdout=subprocess.PIPE,
-                preexec_fn=None if role == "serve" else lambda: scratch.move_in(0),
+                preexec_fn=None if role == "serve" else lambda: cgroup.move_in(0),
             )
             ending.callback(started.communicate)
             ending.callback(started.kill)
             assert started.stdout is not None
             assert started.stdout.readline()
-        time.sleep(2)
-        with downloads(own, scratch):
+        yield
+
+
+def test_slow_servers_leave_the_limit_to_a_fast_one(scratch: Cgroup) -> None:
+    """They do not use their windows, whose sum is many times what the limit lets pass."""
+    rate = Rate.parse("10M")
+    with lab(round_trip_s=0.05) as own, limited(own, scratch, rate) as live:
+        with slow_servers(own, scratch, 8, 2000):
             time.sleep(2)
-            assert ratio(live, 3, rate) >= 0.9
+            with downloads(own, scratch):
+                time.sleep(2)
+                assert ratio(live, 3, rate) >= 0.9
+
+
+def test_downloads_do_not_run_ahead_beside_a_small_flow(scratch: Cgroup) -> None:
+    """Of that, TCP takes for the round trip how long it takes until a window is full: a second."""
+    rate = Rate.parse("500K")
+    with lab(round_trip_s=0.003) as own, limited(own, scratch, rate) as live:
+        with slow_servers(own, scratch, 1, 64), downloads(own, scratch, 4):
+            time.sleep(0.5)
+            assert 0.94 <= ratio(live, 3, rate) <= 1.03
+
+
+def test_a_pause_is_not_made_up_for(scratch: Cgroup) -> None:
+    """A slow start from far away is, but nothing was sent too slowly when nothing was asked for."""
+    with lab(round_trip_s=0.1) as own, limited(own, scratch) as live:
+        with downloads(own, scratch, 4):
+            time.sleep(1.5)
+        time.sleep(2.5)
+        before = passed(live)
+        with downloads(own, scratch, 4):
+            while passed(live) == before:
+                time.sleep(0.01)
+            assert ratio(live, 1.5) <= 1.06
 
 
 def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:

@@ -191,6 +191,23 @@ def test_what_a_sender_does_not_use_is_for_the_others(world):
     assert fast.acked - before > 0.8 * RATE * (59 - 20) * 0.05
 
 
+def test_nobody_runs_ahead_for_what_comes_from_further_away(world):
+    """What is on a long way says nothing of when data comes on a short one."""
+    world.acknowledge(1, 1000, window=1 << 20, round_trip_ms=150)
+    assert world.edges(1)[-1] > 1000
+    world.bucket.even_at_ns += 20 * MS
+    world.acknowledge(2, 1000, round_trip_ms=3)
+    assert world.edges(2)[-1] == 1000
+
+
+def test_a_short_way_does_not_wait_for_all_that_is_on_a_long_one(world):
+    """Only for what comes from there meanwhile."""
+    world.acknowledge(1, 1000, window=1 << 20, round_trip_ms=150)
+    assert world.edges(1)[-1] - 1000 > 4 * STEP
+    world.acknowledge(2, 1000, round_trip_ms=3)
+    assert world.edges(2)[-1] > 1000
+
+
 def test_senders_take_turns(world):
     """Those that wait get one window each, in the order in which they came."""
     for cookie in (1, 2, 3):
