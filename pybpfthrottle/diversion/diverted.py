@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import features, programs
 from pybpfthrottle.backends.ebpf.attach import ATTACH_TYPES, attach, refuse_to_override
@@ -19,7 +18,6 @@ from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.conditions.model import Impairment, Injected
 from pybpfthrottle.diversion.keeping import OBJECT, DiversionKeeper, Kept, networks_of
 from pybpfthrottle.diversion.records import KEEPER, RING, STATE, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Tally
@@ -28,6 +26,9 @@ from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction
 from pybpfthrottle.settings import AttachPolicy
 from pybpfthrottle.supervisor import Chore
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.model import Impairment, Injected
 
 _TAG_BITS = 10
 _BUCKETS, _CONFIGS = "CGROUP_BUCKETS", "CGROUP_CONFIGS"
@@ -164,9 +165,9 @@ class Diversion:
         return self._kept
 
     @property
-    def impairment(self) -> Impairment:
-        """What is done to packets at present."""
-        return self._kept.wanted or Impairment()
+    def impairment(self) -> Optional[Impairment]:
+        """What is done to packets at present; None for the queue of a limit."""
+        return self._kept.wanted
 
     @property
     def tag(self) -> int:
@@ -189,8 +190,7 @@ class Diversion:
         """Return what was done so far, in packets as they were on the wire."""
         self._keeper.run()
         state = self._state[0]
-        done = self._tally.injected(state.full)
-        return replace(done, passed_undelayed=state.stale + state.unserved)
+        return self._tally.injected(state.full, undelayed=state.stale + state.unserved)
 
     def problems(self) -> list[str]:
         """Return what keeps packets from being impaired as asked for, a line each."""

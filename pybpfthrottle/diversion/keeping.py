@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, suppress
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import loader, maps
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.maps import Map
-from pybpfthrottle.conditions.model import Impairment
-from pybpfthrottle.diversion import impairing, tap
+from pybpfthrottle.diversion import tap
 from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper
 from pybpfthrottle.diversion.tally import Tally
 from pybpfthrottle.errors import Error
@@ -21,6 +20,9 @@ from pybpfthrottle.linux import netns
 from pybpfthrottle.linux.helper import SharedHelper
 from pybpfthrottle.logger import Logger
 from pybpfthrottle.supervisor import next_round
+
+if TYPE_CHECKING:
+    from pybpfthrottle.conditions.model import Impairment
 
 log = Logger(__name__)
 
@@ -70,6 +72,9 @@ class Kept:
     def told(self) -> Mapping[str, Any]:
         """Return what the keeper is told of it."""
         if self.wanted is not None:
+            # Without it the queue of a limit is there sooner.
+            from pybpfthrottle.diversion import impairing
+
             return {"impairment": impairing.to_json(self.wanted)}
         return {"slot": self.slot}
 
@@ -93,11 +98,15 @@ class DiversionKeeper(SharedHelper):
         self.unserved: dict[int, str] = {}
         spec = programs.read(OBJECT)
         with ExitStack() as undo:
-            self._back = undo.enter_context(loader.load(spec, [_BACK]))
             self.shared = undo.enter_context(maps.create(spec.maps[KEEPER]))
             self.ring = undo.enter_context(maps.create(spec.maps[RING]))
-            self._closing = undo
+            # First: it starts while this process loads the programs.
             super().__init__()
+            try:
+                self._back = undo.enter_context(loader.load(spec, [_BACK]))
+            except BaseException:
+                self._end_process()
+                raise
             self.due_s = next_round(_FORGET_S)
             self._tell_ring()
             self._closing = undo.pop_all()

@@ -62,10 +62,11 @@ class Tally:
         counts[Count.DELIVERED] += count
         counts[_FIRST + step_of(delay_ns)] += count
 
-    def injected(self, full: int = 0) -> Injected:
+    def injected(self, full: int = 0, undelayed: int = 0) -> Injected:
         """Return what was done so far, in packets as they were on the wire.
 
-        ``full`` are those that the keeper has not seen, since its queue had no room for them.
+        The keeper has not seen those that are ``full``, since its queue had no room for them, and
+        those that passed ``undelayed``.
         """
         # The keeper does without, and has to start soon.
         from pybpfthrottle.conditions.model import Injected
@@ -85,6 +86,7 @@ class Tally:
             too_late=too_late,
             no_room=no_room,
             refused=refused,
+            passed_undelayed=undelayed,
             delay_p50_s=self.delay_s(0.5),
             delay_p99_s=self.delay_s(0.99),
         )
