@@ -167,8 +167,7 @@ class Cgroup:
         return f"Cgroup({self.path!r})"
 
     def _read(self, name: str) -> str:
-        with open(os.path.join(self.reach, name)) as file:
-            return file.read()
+        return tables.read(os.path.join(self.reach, name))
 
 
 def _leader(tid: int) -> int:

@@ -44,16 +44,19 @@ def use(data: bytes) -> None:
     _USES[kind.decode()](name)
 
 
-def _files(module: Any, files: dict[str, bytes]) -> None:
-    """Have a module see these files, decoded as Python would."""
+def _files(files: dict[str, bytes]) -> None:
+    """Have what reads /proc see these files."""
 
-    def opened(path: str, mode: str = "r", errors: Optional[str] = None, **more: Any) -> Any:
+    def contents(path: str) -> bytes:
         if path not in files:
             raise FileNotFoundError(2, "No such file", path)
-        file = io.BytesIO(files[path])
-        return file if "b" in mode else io.TextIOWrapper(file, "utf-8", errors, **more)
+        return files[path]
 
-    module.open = opened
+    def opened(path: str, errors: Optional[str] = None, **more: Any) -> Any:
+        return io.TextIOWrapper(io.BytesIO(contents(path)), "utf-8", errors, **more)
+
+    tables.contents = contents
+    process.open = opened  # type: ignore[attr-defined]
 
 
 def _escaped(name: bytes, what: bytes) -> bytes:
@@ -64,7 +67,7 @@ def _escaped(name: bytes, what: bytes) -> bytes:
 def _stat(name: bytes) -> None:
     numbers = b" ".join(b"%d" % number for number in range(50))
     line = b"7 (" + name[:_LONGEST_COMM] + b") S " + numbers + b"\n"
-    _files(process, {"/proc/7/stat": line})
+    _files({"/proc/7/stat": line})
     found = process._stat(7)
     assert found is not None
     assert found[:4] == ["S", "0", "1", "2"], found
@@ -72,14 +75,14 @@ def _stat(name: bytes) -> None:
 
 
 def _comm(name: bytes) -> None:
-    _files(process, {"/proc/7/comm": name[:_LONGEST_COMM] + b"\n"})
+    _files({"/proc/7/comm": name[:_LONGEST_COMM] + b"\n"})
     assert process._name(7).encode(errors="replace") != b"?" or name == b"?"
 
 
 def _status(name: bytes) -> None:
     shown = _escaped(name[:_LONGEST_COMM], b"\n\\")
     text = b"Name:\t" + shown + b"\nUmask:\t0022\nTgid:\t42\nUid:\t1\t2\t3\t4\nCapEff:\t0\n"
-    _files(tables, {"/proc/7/status": text, "/proc/self/status": text})
+    _files({"/proc/7/status": text, "/proc/self/status": text})
     assert cgroup._leader(7) == 42
     assert targets.effective_user(7) == 2
     assert process.own_status()["CapEff"] == "0"
@@ -89,7 +92,7 @@ def _mountinfo(name: bytes) -> None:
     path = _escaped(b"/home/" + name, b" \t\n\\")
     line = b"30 25 0:27 / " + path + b" rw - fuse.x " + _escaped(name, b" \t\n\\#") + b" rw\n"
     cgroups = b"31 25 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
-    _files(tables, {"/proc/self/mountinfo": line + cgroups})
+    _files({"/proc/self/mountinfo": line + cgroups})
     found = cgroup.mounts()
     assert len(found) == 2, found
     assert found[0].path.encode(errors="surrogateescape") == b"/home/" + name
@@ -99,7 +102,7 @@ def _mountinfo(name: bytes) -> None:
 def _cgroup(name: bytes) -> None:
     inside = name.replace(b"\n", b"").replace(b"/", b"") or b"x"
     text = b"1:name=systemd:/\n0::/user/" + inside + b"\n"
-    _files(tables, {"/proc/7/cgroup": text})
+    _files({"/proc/7/cgroup": text})
     where = cgroup.Mount("0:28", "/", "/sys/fs/cgroup", "cgroup2")
     if inside in (b".", b"..") or inside.endswith(b" (deleted)"):
         return
@@ -112,7 +115,7 @@ def _unix(name: bytes) -> None:
     header = b"Num       RefCount Protocol Flags    Type St Inode Path\n"
     line = b"0000000000000000: 00000002 00000000 00010000 0001 01 "
     table = header + line + b"4711 " + name + b"\n" + line + b"4712 @safe\n"
-    _files(tables, {"/proc/7/net/unix": table})
+    _files({"/proc/7/net/unix": table})
     found = endpoints.listed_in_proc(7)
     assert {4711, 4712} <= found.keys(), found
 
@@ -122,7 +125,7 @@ def _fdinfo(name: bytes) -> None:
     # The kernel allows no blanks in the names of devices.
     device = b"".join(bytes([one]) for one in device if not chr(one).isspace())
     text = b"pos:\t0\nflags:\t0104002\nmnt_id:\t30\niff:\t" + device + b"\n"
-    _files(tables, {"/proc/7/fdinfo/3": text})
+    _files({"/proc/7/fdinfo/3": text})
     assert len(carriers._interface(7, "3")) <= 1
 
 

@@ -98,7 +98,7 @@ def refuse_to_override(
     A program attached with BPF_F_ALLOW_OVERRIDE is replaced by any program attached below it.
     Call this before attaching anything; ``policy`` may allow overriding.
     """
-    if policy.override_others:
+    if policy.override_others or not attached.runs_any(cgroup, attach_type):
         return
     found = attached.overridden(cgroup, attach_type)
     if found:

@@ -233,6 +233,13 @@ def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:
     return frozenset(_ids_at(cgroup, hook, effective=True))
 
 
+def runs_any(cgroup: Cgroup, hook: AttachType) -> bool:
+    """Whether any program runs at a cgroup's hook. If the kernel does not say, one may."""
+    with suppress(OSError, CgroupError):
+        return bool(effective_ids(cgroup, hook))
+    return True
+
+
 def _ids_at(cgroup: Cgroup, hook: AttachType, *, effective: bool = False) -> tuple[int, ...]:
     return _query(cgroup, hook, effective=effective).program_ids
 

@@ -150,7 +150,7 @@ class Loaded:
     def ids(self) -> dict[str, int]:
         """Return the ids of the maps."""
         shared = {} if self._seat is None else self._seat.map_ids
-        own = {name: live.info().id for name, live in self.maps.items() if name not in shared}
+        own = {name: live.id for name, live in self.maps.items() if name not in shared}
         return {**shared, **own}
 
     def close(self) -> None:

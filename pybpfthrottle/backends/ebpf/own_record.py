@@ -57,7 +57,7 @@ class OwnRecord:
     def create(self, maps: Mapping[str, Map[Any, Any]], *, kept: bool) -> None:
         """Write the record for the first time, into one of the throttle's maps."""
         self._map = RecordMap(maps[RECORD])
-        own_records.add(maps[RECORD].info().id)
+        own_records.add(maps[RECORD].id)
         self._flags = ThrottleRecordFlags.KEPT if kept else ThrottleRecordFlags(0)
         self._write()
 

@@ -209,6 +209,7 @@ def of_object(name: str) -> tuple[Shipped, ...]:
     return tuple(program for program in PROGRAMS if name in program.objects)
 
 
+@cache
 def with_role(role: Role, scope: Optional[Scope] = None) -> tuple[Shipped, ...]:
     """Return the programs with a role, for a scope if one is given."""
     return tuple(

@@ -563,7 +563,7 @@ class Rules:
         if found is None:
             return None
         self._resources.enter_context(found)
-        map_id = found.info().id
+        map_id = found.id
         self._marks[map_id] = found.typed(U32, RAW)
         return map_id
 

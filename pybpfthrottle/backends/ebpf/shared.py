@@ -143,7 +143,7 @@ class Bank:
     @cached_property
     def map_ids(self) -> Mapping[str, int]:
         """The ids of the maps."""
-        return {name: live.info().id for name, live in self.maps.items()}
+        return {name: live.id for name, live in self.maps.items()}
 
     def take(self, order: Order) -> Optional[Seat]:
         """Return a free slot, or None.

@@ -55,7 +55,7 @@ from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import clock, process, sockets
 from pybpfthrottle.linux.cgroup import Cgroup, locked
 from pybpfthrottle.linux.sockets import Borrowed, Place
-from pybpfthrottle.logger import Logger
+from pybpfthrottle.logger import INFO, Logger
 from pybpfthrottle.model import Counters, Direction, Limits, Rate
 from pybpfthrottle.settings import SHAPES, AttachPolicy
 from pybpfthrottle.supervisor import Chore, Look
@@ -231,6 +231,8 @@ class EbpfThrottle:
 
     def _log(self, direction: Direction) -> None:
         """Log in one line what is attached, how, and at what rate."""
+        if not log.isEnabledFor(INFO):
+            return
         how = self.describe(direction)
         log.info(
             "%s: limited to %s, attached by %s to %s; %s, since %s",

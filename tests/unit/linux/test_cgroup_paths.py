@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 
 import pytest
@@ -40,14 +39,12 @@ def files(monkeypatch):
     """Puts bytes in place of files of /proc, for the modules that are tested."""
     contents = {}
 
-    def fake_open(path, *arguments, **options):
+    def fake_contents(path):
         if path not in contents:
             raise FileNotFoundError(2, "No such file or directory", path)
-        text = io.BytesIO(contents[path])
-        return io.TextIOWrapper(text, encoding="utf-8", errors=options.get("errors", "strict"))
+        return contents[path]
 
-    for module in (tables, cgroup):
-        monkeypatch.setattr(module, "open", fake_open, raising=False)
+    monkeypatch.setattr(tables, "contents", fake_contents)
     return contents
 
 

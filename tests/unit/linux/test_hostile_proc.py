@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import socket
 from contextlib import contextmanager
@@ -32,13 +31,9 @@ def named(name: bytes):
 
 @pytest.fixture
 def proc(monkeypatch):
-    """Files of /proc that are made up; decoded as real ones are."""
+    """Files of /proc that are made up."""
     files: dict[str, bytes] = {}
-
-    def opened(path, **options):
-        return io.TextIOWrapper(io.BytesIO(files[path]), encoding="utf-8", **options)
-
-    monkeypatch.setattr(tables, "open", opened, raising=False)
+    monkeypatch.setattr(tables, "contents", files.__getitem__)
     return files
 
 

@@ -26,7 +26,7 @@ def _restored(monkeypatch):
     monkeypatch.setattr(process, "open", open, raising=False)
     from pybpfthrottle.linux import tables
 
-    monkeypatch.setattr(tables, "open", open, raising=False)
+    monkeypatch.setattr(tables, "contents", tables.contents)
 
 
 @each_subject
