@@ -55,8 +55,8 @@ _ESTIMATED_NS = 2 * _MS
 _CLOSING_NS = 500 * _MS
 # Beyond a round trip and a quarter, data that a window allows may come so much later.
 _LATE_NS = 20 * _MS
-# What a connection is thought to have sent in its first round trip: ten segments.
-_FIRST_BYTES = 14_600
+# What a connection is thought to have sent in its first round trip, however long: ten segments.
+_FIRST_BYTES, _FOR_EVER_NS = 14_600, 1 << 62
 # While there is credit, far senders may have half as much again on their way, and so much at least.
 _EXTRA, _LEAST_EXTRA_NS = 2, 20 * _MS
 # A window update may be lost like any packet. Unless it is repeated, the sender waits for its own
@@ -159,7 +159,7 @@ class Flow:
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
         *("own_ns", "shortest_ns", "measured", "measurable_ns", "estimate_ns"),
-        *("round_ns", "round_from", "round_edge", "arrived", "arrived_before", "unused"),
+        *("round_ns", "round_from", "round_edge", "rounds", "unused"),
     )
 
     def __init__(self, cookie: int, acked: int, edge: int, promised: int) -> None:
@@ -180,9 +180,9 @@ class Flow:
         self.own_ns = self.shortest_ns = self.measured = self.measurable_ns = 0
         self.unanswered = self.repeats = self.repeat_ns = 0
         # When a round trip began, and up to where data was acknowledged and granted by then; what
-        # arrived in the last two, and how much of the window was left after the last.
+        # arrived in the last two and in which time; how much of the window was left after that.
         self.round_ns, self.round_from, self.round_edge = 0, acked, edge
-        self.arrived = self.arrived_before = _FIRST_BYTES
+        self.rounds = (_FIRST_BYTES, _FOR_EVER_NS), (_FIRST_BYTES, _FOR_EVER_NS)
         self.unused = 0
         self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
@@ -203,17 +203,24 @@ class Flow:
 
     def look_back(self, now: int) -> None:
         """Find out what has arrived in a round trip and more, and what is left of the window."""
-        if now < self.round_ns + self.round_trip_ns * 5 // 4 + _LATE_NS:
+        took_ns = now - self.round_ns
+        if took_ns < self._round():
             return
         if self.round_ns:
-            self.arrived_before = self.arrived
-            self.arrived = signed(self.acked - self.round_from)
+            self.rounds = self.rounds[1], (signed(self.acked - self.round_from), took_ns)
             self.unused = max(signed(self.round_edge - self.acked) - 2 * self.segment, 0)
         self.round_ns, self.round_from, self.round_edge = now, self.acked, self.edge
 
     def likely(self) -> int:
-        """Return the most that it can send in a round trip: a slow start doubles it, or more."""
-        return 3 * max(self.arrived, self.arrived_before)
+        """Return the most that it can send in a round trip: a slow start doubles it, or more.
+
+        If that has become longer, what is on its way has too.
+        """
+        took_ns = self._round()
+        return 3 * max(count * max(took_ns, before) // before for count, before in self.rounds)
+
+    def _round(self) -> int:
+        return self.round_trip_ns * 5 // 4 + _LATE_NS
 
 
 class Record(Protocol):

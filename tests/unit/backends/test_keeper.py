@@ -171,6 +171,22 @@ def test_a_far_sender_gets_no_more_than_a_slow_start_would_use(world):
     assert far.edge() - far.acked <= 3 * keeper._FIRST_BYTES + STEP + 128
 
 
+def test_a_way_that_becomes_longer_gets_a_longer_window_at_once(world):
+    """What was as much as a sender could use on the short way is little on the long one."""
+    far = Far(world, 7, round_trip_ms=3)
+    for _ in range(20):
+        far.answer()
+        for _ in range(8):
+            world.bucket.even_at_ns = world.now
+            world.now += MS
+            world.turn()
+    far.round_trip_ms = 100
+    world.bucket.even_at_ns = world.now
+    far.answer()
+    world.turn()
+    assert far.edge() - far.acked >= RATE * 0.095
+
+
 def test_what_a_sender_does_not_use_is_for_the_others(world):
     """Eight are held up elsewhere, and do not fill their windows; the ninth fills its own."""
     slow = [Far(world, cookie, round_trip_ms=50) for cookie in range(1, 9)]
