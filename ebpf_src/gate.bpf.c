@@ -35,6 +35,7 @@
 #define IPPROTO_UDP 17
 #define IPV4_HEADER_BYTES 20
 #define IPV6_HEADER_BYTES 40
+#define TCP_MSS_DEFAULT 536
 #define LEAST_HEADER_BYTES 40
 #define LARGE_DATAGRAM_BYTES 1200 /* RFC 9000, 14.1 */
 #define TCP_FIN_SYN_RST 7
@@ -162,8 +163,8 @@ always_inline __u32 scale_of(struct tcp_sock *tcp)
 
 /*
  * The largest segment that its sender may send: at first as large as its own, and more if one came.
- * Nothing is sent into a window of less. The round trip is eight times what it says; of small segments
- * alone the kernel has only measured how long it took until a window was full of them.
+ * Nothing is sent into a window of less. The round trip is eight times what it says. Until a full
+ * segment has come the kernel has only measured how long it took until a window was full.
  */
 always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 {
@@ -173,7 +174,7 @@ always_inline __u32 look_at(struct bpf_sock *sk, struct throttle_socket *socket)
 		return 0;
 	if (tcp->inet_conn.icsk_ack.rcv_mss > socket->segment)
 		socket->segment = tcp->inet_conn.icsk_ack.rcv_mss;
-	if (tcp->inet_conn.icsk_ack.rcv_mss * 2 < socket->segment)
+	if (tcp->inet_conn.icsk_ack.rcv_mss <= TCP_MSS_DEFAULT)
 		return 0;
 	return tcp->rcv_rtt_est.rtt_us >> 3;
 }

@@ -69,6 +69,8 @@
 #define MOST_GATE_SLACK_NS (1000 * MS)
 #define SLOW_START_ROUND_TRIPS 4
 #define MOST_SLOW_START_NS (400 * MS)
+#define PAUSE_SHIFT 20 /* of nanoseconds: about a millisecond */
+#define LEAST_PAUSE 500 /* of these; longer than a round trip in which nothing comes */
 #define MOST_EXTRA_NS (4 * PACING_TARGET_NS) /* half as much again as the rate */
 #define GATE_PATIENCE_BYTES 65536 /* with a first window, until the keeper can send where it is */
 
@@ -270,12 +272,22 @@ always_inline void make_up(struct throttle_bucket *bucket, __u64 way_us)
 		bucket->credit_ns = credit;
 }
 
-/* That is what is made up for then, and not the pause before it. */
+/*
+ * A full segment has come. After a pause the credit that there is for a slow start begins anew, or the
+ * pause would be made up for. How much there may be is learnt again, too.
+ */
 always_inline void forget_pause(const struct throttle_config *config,
-				struct throttle_bucket *bucket, __u64 now)
+				struct throttle_bucket *bucket, struct throttle_flows *flows,
+				__u64 now)
 {
-	if (debt_of(bucket, now) < -(__s64)config->credit_ns)
-		bucket->even_at_ns = now - config->credit_ns;
+	__u32 time = now >> PAUSE_SHIFT;
+
+	if (time - flows->moved > LEAST_PAUSE) {
+		if (debt_of(bucket, now) < -(__s64)config->credit_ns)
+			bucket->even_at_ns = now - config->credit_ns;
+		bucket->credit_ns = 0;
+	}
+	flows->moved = time;
 }
 
 /* This kernel refuses the option: the policer alone is left, and needs a longer burst. */
@@ -590,15 +602,14 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 {
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
 	__u64 before = share->bytes, moved = before ? ctx->bytes_received - before : 0;
-	__u64 counted = share->counted;
 	int news = !ctx->skb_len || ctx->bytes_received != before;
 	struct throttle_flows *flows;
 
 	if (!gates && !news)
 		return;
 	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
-	if (flows && share->counted != counted && flows->now == 1 && !flows->before)
-		forget_pause(config, bucket, now);
+	if (flows && moved >= LEAST_SEGMENT_BYTES / 2)
+		forget_pause(config, bucket, flows, now);
 	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
 		return;
 	if (news)

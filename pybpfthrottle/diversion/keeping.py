@@ -102,13 +102,12 @@ class DiversionKeeper(SharedHelper):
             self.ring = undo.enter_context(maps.create(spec.maps[RING]))
             # First: it starts while this process loads the programs.
             super().__init__()
-            try:
+            with ExitStack() as unused:
+                unused.callback(self._end_process)
                 self._back = undo.enter_context(loader.load(spec, [_BACK]))
-            except BaseException:
-                self._end_process()
-                raise
-            self.due_s = next_round(_FORGET_S)
-            self._tell_ring()
+                self.due_s = next_round(_FORGET_S)
+                self._tell_ring()
+                unused.pop_all()
             self._closing = undo.pop_all()
 
     def run(self) -> None:

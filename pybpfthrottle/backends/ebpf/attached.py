@@ -234,7 +234,10 @@ def effective_ids(cgroup: Cgroup, hook: AttachType) -> frozenset[int]:
 
 
 def runs_any(cgroup: Cgroup, hook: AttachType) -> bool:
-    """Whether any program runs at a cgroup's hook. If the kernel does not say, one may."""
+    """Whether any program runs at a cgroup's hook, as far as the kernel tells (Linux 4.15).
+
+    If it may not tell this process, one may.
+    """
     with suppress(OSError, CgroupError):
         return bool(effective_ids(cgroup, hook))
     return True

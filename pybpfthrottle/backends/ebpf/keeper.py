@@ -519,19 +519,22 @@ class Gate:
         Of what others have on their way, as much will have arrived as comes in such a time.
         """
         own = min(flow.round_trip_ns, _MAX_ROUND_TRIP_NS)
-        near = far = 0
+        near = far = outstanding = 0
         for each in list(self._granted.values()):
             if now > each.last_ns + _SILENT_NS + 4 * each.round_trip_ns:
                 each.outstanding = 0
-            outstanding = max(each.outstanding, 0)
-            if not outstanding and not each.repeat_ns:
+            if each.outstanding <= 0 and not each.repeat_ns:
                 del self._granted[each.cookie]
-            elif not each.is_far():
-                near += outstanding
+                continue
+            # Who is held up elsewhere, or has little to send, leaves its window to the others.
+            used = min(max(each.outstanding, 0), each.likely())
+            if each.is_far():
+                used = min(used, max(each.outstanding - each.unused, 0))
+                way = min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
+                far += used * own // max(own, way)
             else:
-                # Who is held up elsewhere leaves a part of its window, which is for the others.
-                used = max(outstanding - each.unused, 0)
-                far += used * own // max(own, each.round_trip_ns)
+                near += used
+            outstanding += used
         owed = self._owed(now)
         wait = owed + (near * self._inverse >> _SHIFT)
         if flow.is_far():
@@ -539,8 +542,7 @@ class Gate:
             wait = max(wait, -max(own // _EXTRA, _LEAST_EXTRA_NS))
             wait += (far * self._inverse >> _SHIFT) - own
         if self._others is not None:
-            outstanding = (near + far) * self._inverse >> _SHIFT
-            turn = self._others.wait(now, owed, outstanding)
+            turn = self._others.wait(now, owed, outstanding * self._inverse >> _SHIFT)
             wait = wait if turn is None else min(wait, turn)
         return wait
 

@@ -178,7 +178,7 @@ class ThrottleFlows(ctypes.Structure):
         ("now", c_uint32),
         ("before", c_uint32),
         ("begun", c_uint32),
-        ("reserved", c_uint32),
+        ("moved", c_uint32),
     )
 
 

@@ -224,6 +224,22 @@ def test_a_short_way_does_not_wait_for_all_that_is_on_a_long_one(world):
     assert world.edges(2)[-1] > 1000
 
 
+def test_what_others_take_is_the_same_whoever_asks(world):
+    """It is a difference of what is on its way, which is counted in full from wherever it comes."""
+    world.gate.share()
+    seen = []
+    world.gate._others.wait = lambda now, owed, outstanding: seen.append(outstanding)
+    world.acknowledge(1, 1000, window=1 << 20, round_trip_ms=150)
+    flows = [world.gate.flows[1]]
+    world.acknowledge(2, 1000)
+    flows.append(world.gate.flows[2])
+    world.gate.begin_turn()
+    seen.clear()
+    for flow in flows:
+        world.gate._wait(flow, world.now)
+    assert seen[0] == seen[1] > 0
+
+
 def test_senders_take_turns(world):
     """Those that wait get one window each, in the order in which they came."""
     for cookie in (1, 2, 3):
