@@ -159,7 +159,7 @@ class Flow:
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
         *("own_ns", "shortest_ns", "measured", "measurable_ns", "estimate_ns"),
-        *("round_ns", "round_from", "round_edge", "rounds", "unused"),
+        *("round_ns", "round_from", "round_edge", "rounds", "unused", "likely"),
     )
 
     def __init__(self, cookie: int, acked: int, edge: int, promised: int) -> None:
@@ -183,7 +183,7 @@ class Flow:
         # arrived in the last two and in which time; how much of the window was left after that.
         self.round_ns, self.round_from, self.round_edge = 0, acked, edge
         self.rounds = (_FIRST_BYTES, _FOR_EVER_NS), (_FIRST_BYTES, _FOR_EVER_NS)
-        self.unused = 0
+        self.unused, self.likely = 0, 3 * _FIRST_BYTES
         self.base = 0  # the checksum without the window and the timestamp
         self.stamp = self.stamp_at = 0
         self.last_stamp: Optional[int] = None
@@ -202,25 +202,20 @@ class Flow:
         return self.round_trip_ns > SHORT_ROUND_TRIP_NS
 
     def look_back(self, now: int) -> None:
-        """Find out what has arrived in a round trip and more, and what is left of the window."""
-        took_ns = now - self.round_ns
-        if took_ns < self._round():
-            return
-        if self.round_ns:
-            self.rounds = self.rounds[1], (signed(self.acked - self.round_from), took_ns)
-            self.unused = max(signed(self.round_edge - self.acked) - 2 * self.segment, 0)
-        self.round_ns, self.round_from, self.round_edge = now, self.acked, self.edge
+        """Find out what has arrived in a round trip and more, and what is left of the window.
 
-    def likely(self) -> int:
-        """Return the most that it can send in a round trip: a slow start doubles it, or more.
-
-        If that has become longer, what is on its way has too.
+        From that follows the most that is likely to be sent in a round trip: a slow start doubles
+        it, or more. If the round trip has become longer, what is on its way has too.
         """
-        took_ns = self._round()
-        return 3 * max(count * max(took_ns, before) // before for count, before in self.rounds)
-
-    def _round(self) -> int:
-        return self.round_trip_ns * 5 // 4 + _LATE_NS
+        took_ns, round_ns = now - self.round_ns, self.round_trip_ns * 5 // 4 + _LATE_NS
+        if took_ns >= round_ns:
+            if self.round_ns:
+                self.rounds = self.rounds[1], (signed(self.acked - self.round_from), took_ns)
+                self.unused = max(signed(self.round_edge - self.acked) - 2 * self.segment, 0)
+            self.round_ns, self.round_from, self.round_edge = now, self.acked, self.edge
+        (before, before_ns), (last, last_ns) = self.rounds
+        before = before * max(round_ns, before_ns) // before_ns
+        self.likely = 3 * max(before, last * max(round_ns, last_ns) // last_ns)
 
 
 class Record(Protocol):
@@ -508,7 +503,7 @@ class Gate:
     def _next_edge(self, flow: Flow) -> int:
         most = min(max(flow.remaining(), 0) + self._step(flow), self._most(flow))
         if flow.is_far():
-            most = min(most, self._step(flow) + flow.likely())
+            most = min(most, self._step(flow) + flow.likely)
         most = min(most, signed(flow.promised - flow.acked)) >> flow.scale << flow.scale
         return (flow.acked + most) & 0xFFFFFFFF
 
@@ -527,7 +522,7 @@ class Gate:
                 del self._granted[each.cookie]
                 continue
             # Who is held up elsewhere, or has little to send, leaves its window to the others.
-            used = min(max(each.outstanding, 0), each.likely())
+            used = min(max(each.outstanding, 0), each.likely)
             if each.is_far():
                 used = min(used, max(each.outstanding - each.unused, 0))
                 way = min(each.round_trip_ns, _MAX_ROUND_TRIP_NS)
