@@ -81,7 +81,8 @@ def test_a_child_of_a_threaded_cgroup_takes_the_process(scratch: Cgroup, sleeper
 @pytest.mark.parametrize("children", [True, False])
 def test_children_move_too_unless_they_are_not_meant(scratch: Cgroup, children: bool) -> None:
     """They come back with their parents."""
-    script = "import os, time; print(os.fork() or os.getpid(), flush=True); time.sleep(60)"
+    # At once each: PYTHONUNBUFFERED writes the ends of lines by themselves, and the two would mix.
+    script = "import os, time; os.write(1, b'%d\\n' % (os.fork() or os.getpid())); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         assert parent.stdout
         (child,) = {int(parent.stdout.readline()) for _ in range(2)}
