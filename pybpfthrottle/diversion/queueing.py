@@ -36,7 +36,7 @@ _RECENT_NS = 16 * INTERVAL_NS
 # What a flow may send in its turn: a packet of the usual largest size.
 _TURN_BYTES = 1514
 # Of all flows together. Beyond, the longest flow loses its oldest packets.
-_MOST_NS, _LEAST_BYTES = 250 * _MS, 64 * 1024
+_MOST_NS, _LEAST_BYTES = 500 * _MS, 64 * 1024
 # Below that the policer does not count a packet as lost, and none gets lost.
 _LEAST_LOST_BYTES = 160
 # What comes later than this helps nobody: the sender has sent it once more.
@@ -172,6 +172,9 @@ class Fair:
         least = LEAST_PACKETS if waited_ns >= LONG_NS else USUAL_PACKETS
         if waited_ns < TARGET_NS or len(flow.waiting) < least:
             flow.over_ns, flow.is_dropping = 0, False
+        elif waited_ns >= LONG_NS and not flow.drop_ns:
+            # A slow start doubles what it has on its way before it knows, and would fill the queue.
+            flow.over_ns = now_ns
         elif not flow.over_ns:
             flow.over_ns = now_ns + INTERVAL_NS
         return bool(flow.over_ns) and now_ns >= flow.over_ns

@@ -138,10 +138,21 @@ def test_one_that_waits_for_too_long_loses_single_packets():
     assert all(later <= one + 1 for one, later in zip(gaps, gaps[1:]))
 
 
+def test_a_slow_start_loses_one_as_soon_as_it_waits_for_long():
+    """It comes four times as fast as it leaves; an interval later, twice as much would wait."""
+    fair, left = Fair(), []
+    for number in range(400):
+        fair.put(waiting(number, number * MS))
+        if number % 4 == 3:
+            one = fair.get(number * MS)
+            left.append((number * MS - one.waiting.at_ns, one.is_lost))
+    waited_ns = next(waited_ns for waited_ns, is_lost in left if is_lost)
+    assert queueing.LONG_NS <= waited_ns <= queueing.LONG_NS + 4 * MS
+
+
 def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
     """It would gain nothing: what waits too long does so in its own queue."""
     lost = [at for at, one in enumerate(standing(Fair(), count=2000)) if one.is_lost]
-    assert 20 <= lost[0] <= 30
     gaps = [later - one for one, later in zip(lost, lost[1:])]
     assert set(gaps[1:]) == {queueing.LEAST_APART}
 
