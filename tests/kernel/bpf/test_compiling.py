@@ -127,8 +127,9 @@ def test_type_checkers_know_what_is_in_an_object(modules):
     (modules / "use.py").write_text(USE)
     (modules / "misuse.py").write_text(MISUSE)
     told = check(modules, *sorted(path.name for path in modules.glob("*.py")))
-    wrong = {line.partition(": error")[0] for line in told.splitlines()[:-1]}
-    assert wrong == {f"{modules}/misuse.py:{line}" for line in (4, 5, 6, 7)}
+    # With the directory of an earlier run, if it has told the same and is in the cache.
+    wrong = {line.partition(": error")[0].rpartition("/")[2] for line in told.splitlines()[:-1]}
+    assert wrong == {f"misuse.py:{line}" for line in (4, 5, 6, 7)}
     (modules / "flows.py").rename(modules / "flows.pyi")
     assert "Success" in check(modules, "use.py", "flows.pyi")
 
