@@ -153,6 +153,7 @@ def test_a_slow_start_loses_one_as_soon_as_it_waits_for_long():
 def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
     """It would gain nothing: what waits too long does so in its own queue."""
     lost = [at for at, one in enumerate(standing(Fair(), count=2000)) if one.is_lost]
+    assert lost[0] == 0  # which has waited for 200 ms
     gaps = [later - one for one, later in zip(lost, lost[1:])]
     assert set(gaps[1:]) == {queueing.LEAST_APART}
 
