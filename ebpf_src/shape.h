@@ -273,7 +273,7 @@ always_inline void make_up(struct throttle_bucket *bucket, __u64 way_us)
 }
 
 /*
- * A full segment has come. After a pause the credit that there is for a slow start begins anew, or the
+ * More than a small message has come. After a pause the credit for a slow start begins anew, or the
  * pause would be made up for. How much there may be is learnt again, too.
  */
 always_inline void forget_pause(const struct throttle_config *config,

@@ -151,7 +151,7 @@ struct throttle_flows {
 	__u32 now;
 	__u32 before;
 	__u32 begun; /* connections that began in this epoch */
-	__u32 moved; /* when a download last moved a full segment, on a clock of forget_pause's */
+	__u32 moved; /* when a download last moved more than a small message, in 2^20 ns */
 };
 
 /* What a TCP connection has moved in a direction. */
