@@ -251,10 +251,8 @@ always_inline __u64 paced_rate(__u64 rate, __u32 flows, __s64 debt, __s64 target
 	if (debt <= 0)
 		return rate + (rate >> PACING_EXTRA_SHIFT) *
 				      (__u64)smaller(-debt, MOST_EXTRA_NS) / PACING_TARGET_NS;
-	if (debt < target)
-		return rate - (rate - share) * (__u64)debt / (__u64)target;
 	paced = share * (__u64)target / (__u64)debt;
-	return paced > share >> PACING_LEAST_SHIFT ? paced : share >> PACING_LEAST_SHIFT;
+	return larger(smaller(paced, rate), share >> PACING_LEAST_SHIFT);
 }
 
 /* After a change of the rate it is the old rate's until the next packet that the limit is for. */

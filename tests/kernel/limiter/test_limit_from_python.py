@@ -306,6 +306,7 @@ UNUSED = {
 }
 
 
+@pytest.mark.alone  # limits in force by other backends are looked for by these
 def test_a_start_imports_only_what_it_needs(scratch: Cgroup) -> None:
     """A limit is in force without any other package, and without the backends it does not use."""
     code = (
