@@ -297,8 +297,8 @@ always_inline int pass_gate(struct __sk_buff *skb)
 	struct throttle_ack *ack;
 	__u8 start[LEAST_HEADER_BYTES + 20], *tcp;
 	struct ends ends;
-	__u64 now;
-	int passes;
+	__u64 now, oldest;
+	int passes, wakes;
 
 	HOLD_RECORD();
 	if (!gate || !config || !sk)
@@ -369,11 +369,16 @@ always_inline int pass_gate(struct __sk_buff *skb)
 		return PASS;
 	}
 	untranslate(ack, &ends, at);
-	if (!payload && !gate->oldest_ns)
-		gate->oldest_ns = now;
 	gate->taken++;
-	/* Adaptive wake-ups would stop after one that is left out, until the keeper has caught up. */
-	bpf_ringbuf_submit(ack, payload ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+	/*
+	 * A wake-up costs as much as all else here, and one is enough for all that waits. Adaptive ones
+	 * would stop after one that is left out, until the keeper has caught up.
+	 */
+	oldest = *(volatile __u64 *)&gate->oldest_ns;
+	if (!payload && !oldest)
+		gate->oldest_ns = now;
+	wakes = !payload && (!oldest || (__s64)(now - oldest) > GATE_WAKE_NS);
+	bpf_ringbuf_submit(ack, wakes ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 	/* Not the verdict that tells of congestion: the connection would slow down its own sending. */
 	return passes ? PASS : DROP;
 }

@@ -59,10 +59,15 @@ class Sending(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """What all CPUs have worked so far. Source: man 5 proc_stat."""
+    """What all CPUs have worked, but for an unknown constant. Source: man 5 proc_stat.
+
+    It is the time in which they were not idle: that is measured, while the times of work are those
+    of what ran at each tick of a clock, with which a program of a steady rhythm is in step.
+    """
     with open("/proc/stat") as file:
-        user, nice, system, _idle, _iowait, irq, softirq = map(int, file.readline().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        _, _, _, idle, iowait, _, _, steal = map(int, file.readline().split()[1:9])
+    own_s = time.monotonic() * os.sysconf("SC_NPROCESSORS_ONLN")
+    return own_s - (idle + iowait + steal) / os.sysconf("SC_CLK_TCK")
 
 
 class Receiver:

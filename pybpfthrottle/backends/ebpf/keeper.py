@@ -77,6 +77,7 @@ _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
 _TIMESTAMP, _SACK = 8, 5
+_STAMPED = b"\1\1\x08\x0a"  # how the only options of almost all acknowledgements begin
 _GATE_OF_ACK = struct.Struct("=I")
 _ACK = struct.Struct("=QQIIIIIIIIBBBx")  # struct throttle_ack without its packet
 # Signatures, and MPTCP's data sequence signals (the window there is the whole connection's).
@@ -299,9 +300,9 @@ class Gate:
         """Get a part of the limit beside connections that are policed."""
         self._others = self._others or _Others()
 
-    def begin_turn(self) -> None:
+    def begin_turn(self, now: int) -> None:
         """Read the rate, and how much is owed at present."""
-        self.shared.oldest_ns = 0
+        self.shared.oldest_ns = now
         bucket = self._bucket.read()
         self._even_at_ns, self._charged_at = bucket.even_at_ns, bucket.inverse_rate
         config = self._config.read()
@@ -317,6 +318,7 @@ class Gate:
                 self.decide(flow, now)
         self.fresh.clear()
         self.due_ns = self.serve(now)
+        self.shared.oldest_ns = 0
 
     def take(self, record: memoryview, now: int) -> None:
         """Record one acknowledgement, or forward it at once if its sender needs each."""
@@ -336,6 +338,7 @@ class Gate:
                 return  # it was in the ring by then
             self._forget(now)
             flow = self.flows[cookie] = Flow(cookie, acked, edge, promised)
+            flow.target = _target(packet, at, device)
         elif not passed and acked == flow.acked and flow.fresh:
             self.decide(flow, now)  # a duplicate tells its sender of a loss
         if signed(acked - flow.acked) < 0:
@@ -344,8 +347,6 @@ class Gate:
         has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
         flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
         flow.segment, flow.device, flow.estimate_ns = segment, device, 1000 * round_trip_us
-        if flow.device and at == 40:  # a link-local address is one of a device
-            flow.target = (*flow.target, 0, flow.device)
         if edge != flow.passed_edge:
             flow.passed_edge = edge
             flow.edge = edge if signed(edge - flow.edge) > 0 else flow.edge
@@ -597,6 +598,8 @@ class Gate:
         window = signed(edge - flow.acked) >> flow.scale
         window = min(max(window, 0), 0xFFFF)
         packet, at = flow.packet, flow.at
+        if not flow.base:
+            flow.base = _checksum(packet, at, flow.stamp_at)
         total = flow.base + window
         struct.pack_into("!H", packet, at + 14, window)
         if flow.stamp_at:
@@ -624,12 +627,15 @@ def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) 
     """
     length = len(packet)
     stamp_at, has_sack = 0, False
-    for kind, where in _options(packet, at, length):
-        if kind in _FOREIGN_OPTIONS:
-            return None
-        if kind == _TIMESTAMP and where % 2 == 0:
-            stamp_at = where + 2
-        has_sack = has_sack or kind == _SACK
+    if length == at + 32 and packet[at + 20 : at + 24] == _STAMPED:
+        stamp_at = 24
+    elif length > at + 20:
+        for kind, where in _options(packet, at, length):
+            if kind in _FOREIGN_OPTIONS:
+                return None
+            if kind == _TIMESTAMP and where % 2 == 0:
+                stamp_at = where + 2
+            has_sack = has_sack or kind == _SACK
     if passed:  # a data segment: what follows it is a pure acknowledgement
         struct.pack_into("!I", packet, at + 4, following)
         packet[at + 13] = 0x10 | packet[at + 13] & 0x40
@@ -637,22 +643,32 @@ def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) 
             struct.pack_into("!H", packet, 2, length)
         else:
             struct.pack_into("!H", packet, 4, length - 40)
+    flow.stamp_at = stamp_at
+    if stamp_at:
+        flow.stamp = int.from_bytes(packet[at + stamp_at : at + stamp_at + 4], "big")
+    # Of several that come at once, most are never sent on.
+    flow.packet, flow.at, flow.base = packet, at, 0
+    return has_sack
+
+
+def _target(packet: bytearray, at: int, device: int) -> tuple[Any, ...]:
+    """Return where a packet goes, as sendto(2) has it."""
+    if at == 20:
+        return socket.inet_ntop(socket.AF_INET, bytes(packet[16:20])), 0
+    address = socket.inet_ntop(socket.AF_INET6, bytes(packet[24:40]))
+    return (address, 0, 0, device) if device else (address, 0)  # a link-local one is a device's
+
+
+def _checksum(packet: bytearray, at: int, stamp_at: int) -> int:
+    """Return the sum of a packet without what changes: its window, checksum and timestamp."""
     if at == 20:
         packet[4] = packet[5] = 0  # the kernel fills in the identification
-        flow.target = (socket.inet_ntop(socket.AF_INET, bytes(packet[16:20])), 0)
-    else:
-        flow.target = (socket.inet_ntop(socket.AF_INET6, bytes(packet[24:40])), 0)
     packet[at + 14 : at + 18] = b"\0\0\0\0"
-    flow.stamp_at = 0
     if stamp_at:
-        flow.stamp_at = stamp_at
-        flow.stamp = struct.unpack_from("!I", packet, at + stamp_at)[0]
         packet[at + stamp_at : at + stamp_at + 4] = b"\0\0\0\0"
     first = 12 if at == 20 else 8
-    words = struct.unpack_from(f"!{(length - first) // 2}H", packet, first)
-    flow.base = socket.IPPROTO_TCP + length - at + sum(words)
-    flow.packet, flow.at = packet, at
-    return has_sack
+    words = struct.unpack_from(f"!{(len(packet) - first) // 2}H", packet, first)
+    return socket.IPPROTO_TCP + len(packet) - at + sum(words)
 
 
 def _options(packet: bytearray, at: int, length: int) -> Iterator[tuple[int, int]]:
@@ -683,11 +699,13 @@ class Keeper:
 
     def run(self) -> None:
         """Serve until the owner is gone."""
+        is_idle = True
         try:
             while True:
-                if self._owner.fileno() in self._wakeups.wait() and not self._listen():
+                ready = self._wakeups.wait(is_idle=is_idle)
+                if self._owner.fileno() in ready and not self._listen():
                     return
-                self._turn()
+                is_idle = self._turn()
         finally:
             for gate in self._gates.values():
                 gate.close()
@@ -721,27 +739,29 @@ class Keeper:
         """Tell the owner something of a gate."""
         helper.report(self._owner, gate=gate.number, **what)
 
-    def _turn(self) -> None:
+    def _turn(self) -> bool:
+        """Do what is due and look at what has come; return whether nothing has come meanwhile."""
         now = clock.monotonic_ns()
         turn: dict[int, Gate] = {}
         for record in self._ring.records() if self._ring is not None else ():
             number = _GATE_OF_ACK.unpack_from(record, ThrottleAck.gate.offset)[0]
-            gate = turn.get(number) or self._begin_turn(number, turn)
+            gate = turn.get(number) or self._begin_turn(number, turn, now)
             if gate is not None:
                 gate.take(record, now)
         for number, gate in self._gates.items():
             if gate.due_ns and gate.due_ns <= now and number not in turn:
-                self._begin_turn(number, turn)
+                self._begin_turn(number, turn, now)
         for gate in turn.values():
             gate.end_turn(now)
         dues = (gate.due_ns for gate in self._gates.values() if gate.due_ns)
         self._wakeups.wake_at(min(dues, default=0))
+        return self._ring is None or self._ring.is_empty()
 
-    def _begin_turn(self, number: int, turn: dict[int, Gate]) -> Optional[Gate]:
+    def _begin_turn(self, number: int, turn: dict[int, Gate], now: int) -> Optional[Gate]:
         gate = self._gates.get(number)
         if gate is not None:
             turn[number] = gate
-            gate.begin_turn()
+            gate.begin_turn(now)
         return gate
 
     def _listen(self) -> bool:

@@ -75,6 +75,7 @@ class ThrottleGateBounds(IntEnum):
     GATE_PACKET_BYTES = 100
     GATE_RING_BYTES = 1 << 18
     GATE_STALE_NS = 60_000_000
+    GATE_WAKE_NS = 1_000_000
 
 
 class ThrottleGateState(IntEnum):

@@ -61,7 +61,7 @@ class World:
 
     def acknowledge(self, cookie, acked, *, window=60_000, scale=7, round_trip_ms=0, edge=0):
         """Have the kernel acknowledge data, and the gate decide."""
-        self.gate.begin_turn()
+        self.gate.begin_turn(self.now)
         packet = record(
             cookie, acked, window >> scale, scale, round_trip_ms, edge or acked, self.now
         )
@@ -70,7 +70,7 @@ class World:
 
     def turn(self):
         """Let the gate do what is due."""
-        self.gate.begin_turn()
+        self.gate.begin_turn(self.now)
         self.gate.end_turn(self.now)
 
     def edges(self, cookie):
@@ -233,7 +233,7 @@ def test_what_others_take_is_the_same_whoever_asks(world):
     flows = [world.gate.flows[1]]
     world.acknowledge(2, 1000)
     flows.append(world.gate.flows[2])
-    world.gate.begin_turn()
+    world.gate.begin_turn(world.now)
     seen.clear()
     for flow in flows:
         world.gate._wait(flow, world.now)
@@ -266,7 +266,7 @@ def test_a_window_is_no_less_than_its_unit(world, scale):
 @pytest.mark.parametrize("scale", [7, 10, 12])
 def test_a_far_sender_is_not_held_back_by_the_windows_unit(world, scale):
     """A slow limit's steps of two segments add up to what is on its way."""
-    world.gate.begin_turn()
+    world.gate.begin_turn(world.now)
     world.acknowledge(7, 1000, window=1 << 20, scale=scale, round_trip_ms=50)
     assert world.edges(7)[-1] - 1000 >= RATE * 0.045
 
@@ -309,7 +309,7 @@ def test_a_window_of_megabytes_is_taken_back(world):
 def test_what_only_the_kernel_may_send_is_left_to_it(world, kind):
     """A signature does not survive another window, and MPTCP's window is not the connection's."""
     packet = record(1, 1000, 400, 7, 0, 1000, world.now, kind)
-    world.gate.begin_turn()
+    world.gate.begin_turn(world.now)
     world.gate.take(memoryview(packet), world.now)
     world.gate.end_turn(world.now)
     assert world.told == [{"ungated": "options"}]
