@@ -13,7 +13,7 @@ from pybpfthrottle.model import Rate
 
 _GB = 1 << 30
 # The CPU time of less is that of the small flows, and of whatever else the machine does.
-_LEAST_FOR_CPU_BYTES = _GB // 4
+_LEAST_FOR_CPU_BYTES = _GB // 20
 
 
 class Reports(NamedTuple):
