@@ -667,7 +667,7 @@ def _checksum(packet: bytearray, at: int, stamp_at: int) -> int:
     if stamp_at:
         packet[at + stamp_at : at + stamp_at + 4] = b"\0\0\0\0"
     first = 12 if at == 20 else 8
-    words = struct.unpack_from(f"!{(len(packet) - first) // 2}H", packet, first)
+    words: tuple[int, ...] = struct.unpack_from(f"!{(len(packet) - first) // 2}H", packet, first)
     return socket.IPPROTO_TCP + len(packet) - at + sum(words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 
 import pytest
@@ -121,6 +122,14 @@ class Far:
             self.cookie, self.acked, window=1 << 22, round_trip_ms=self.round_trip_ms
         )
         return sent
+
+
+@pytest.fixture
+def socketpair():
+    """A Unix socket, and its other end."""
+    both = socket.socketpair()
+    with both[0], both[1]:
+        yield both
 
 
 @pytest.fixture
@@ -315,6 +324,43 @@ def test_what_only_the_kernel_may_send_is_left_to_it(world, kind):
     assert world.told == [{"ungated": "options"}]
     assert world.sent == []
     assert world.gate.flows == {}
+
+
+def test_nobody_wakes_the_keeper_while_it_looks_at_what_has_come(world):
+    """While it does, the gate takes an acknowledgement as one that waits since it began to."""
+    waits = []
+    world.gate._keeper = world
+    send = world.send
+    world.send = lambda flow: (waits.append(world.gate.shared.oldest_ns), send(flow))[1]
+    world.acknowledge(7, 1000)
+    assert waits == [world.now]
+    assert world.gate.shared.oldest_ns == 0
+
+
+class Arrivals:
+    """A ring in which one record comes while the first one is handled."""
+
+    def __init__(self, *records):
+        self.left = list(records)
+
+    def records(self):
+        """Those of one look."""
+        return [self.left.pop(0)] if self.left else []
+
+    def is_empty(self):
+        """Whether nothing has come since."""
+        return not self.left
+
+
+def test_the_keeper_looks_once_more_before_it_sleeps(world, socketpair):
+    """What came while it looked at something else had nobody wake it up."""
+    own = keeper.Keeper(socketpair[0])
+    own._gates[1] = world.gate
+    packets = [record(7, acked, 400, 7, 0, acked, world.now) for acked in (1000, 2448)]
+    own._ring = Arrivals(*map(memoryview, packets))
+    assert not own._turn()
+    assert own._turn()
+    assert world.gate.flows[7].acked == 2448
 
 
 def test_who_had_the_limit_alone_has_its_half_at_once_beside_others() -> None:
