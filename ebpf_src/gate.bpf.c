@@ -297,8 +297,8 @@ always_inline int pass_gate(struct __sk_buff *skb)
 	struct throttle_ack *ack;
 	__u8 start[LEAST_HEADER_BYTES + 20], *tcp;
 	struct ends ends;
-	__u64 now, oldest;
-	int passes, wakes;
+	__u64 now;
+	int passes, looks, wakes;
 
 	HOLD_RECORD();
 	if (!gate || !config || !sk)
@@ -369,15 +369,18 @@ always_inline int pass_gate(struct __sk_buff *skb)
 		return PASS;
 	}
 	untranslate(ack, &ends, at);
-	gate->taken++;
+	/* A barrier as well: the record is in the ring before it is read whether the keeper looks there. */
+	__sync_fetch_and_add(&gate->taken, 1);
 	/*
 	 * A wake-up costs as much as all else here, and one is enough for all that waits. Adaptive ones
 	 * would stop after one that is left out, until the keeper has caught up.
 	 */
-	oldest = *(volatile __u64 *)&gate->oldest_ns;
-	if (!payload && !oldest)
+	looks = *(volatile __u64 *)&gate->oldest_ns != 0;
+	if (!payload && !looks)
 		gate->oldest_ns = now;
-	wakes = !payload && (!oldest || (__s64)(now - oldest) > GATE_WAKE_NS);
+	wakes = !payload && (!looks || (__s64)(now - gate->woken_ns) > GATE_WAKE_NS);
+	if (wakes)
+		gate->woken_ns = now;
 	bpf_ringbuf_submit(ack, wakes ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 	/* Not the verdict that tells of congestion: the connection would slow down its own sending. */
 	return passes ? PASS : DROP;

@@ -20,7 +20,7 @@ import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf.keeper import Element, Ring
+from pybpfthrottle.backends.ebpf.keeper import WRITING_NS, Element, Ring
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
     ThrottleConfig,
@@ -160,7 +160,7 @@ class Keeper:
             tap.restore(self._settings)
 
     def _turn(self) -> bool:
-        """Read packets, and give some back; return whether that was all."""
+        """Read packets, and give some back; return whether to sleep before the next turn."""
         self._shared.oldest_ns = 0
         taken = self._take(_BATCH)
         given = max(self._give(_BATCH), self._serve_queues(_BATCH))
@@ -170,7 +170,9 @@ class Keeper:
         # would be thought to come when the keeper does not keep up.
         self._shared.oldest_ns = 0
         if self._ring is not None and not self._ring.is_empty():
-            return False
+            if not taken:
+                self._wakeups.wake_at(clock.monotonic_ns() + WRITING_NS)
+            return not taken
         due_ns = self._next_due_ns()
         self._shared.next_due_ns = due_ns
         # Once nothing is due, look at the ring once more: while a packet waited, others came in

@@ -61,8 +61,9 @@ class Sending(NamedTuple):
 def cpu_seconds() -> float:
     """What all CPUs have worked, but for an unknown constant. Source: man 5 proc_stat.
 
-    It is the time in which they were not idle: that is measured, while the times of work are those
-    of what ran at each tick of a clock, with which a program of a steady rhythm is in step.
+    It is the time in which they were not idle. Where an idle CPU has no tick (NO_HZ) that is
+    measured; the times of work are those of what ran at each tick, with which a program of a steady
+    rhythm is in step.
     """
     with open("/proc/stat") as file:
         _, _, _, idle, iowait, _, _, steal = map(int, file.readline().split()[1:9])

@@ -73,6 +73,8 @@ _WINDOW_NS = 100 * _MS
 _MAX_UNANSWERED = 2
 
 _SO_MARK, _IP_PKTINFO = 36, 8
+# Who is writing a record may have been interrupted by who reads it.
+WRITING_NS = 50_000
 _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
@@ -155,7 +157,8 @@ class Flow:
     """One connection: its newest acknowledgement, and what its sender was granted."""
 
     __slots__ = (
-        *("cookie", "packet", "at", "scale", "segment", "mark", "network", "device", "target"),
+        *("cookie", "packet", "at", "scale", "segment", "mark", "network"),
+        *("device", "where", "target"),
         *("acked", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
@@ -168,6 +171,7 @@ class Flow:
         self.packet = bytearray()
         self.at = 0  # offset of the TCP header
         self.scale = self.segment = self.mark = self.network = self.device = 0
+        self.where = bytearray()  # its address, in network byte order
         self.target: tuple[Any, ...] = ("", 0)
         self.acked = acked  # up to where data is acknowledged
         self.edge = edge  # up to where the sender was told it may send
@@ -300,9 +304,9 @@ class Gate:
         """Get a part of the limit beside connections that are policed."""
         self._others = self._others or _Others()
 
-    def begin_turn(self, now: int) -> None:
+    def begin_turn(self) -> None:
         """Read the rate, and how much is owed at present."""
-        self.shared.oldest_ns = now
+        self.shared.oldest_ns = clock.monotonic_ns()
         bucket = self._bucket.read()
         self._even_at_ns, self._charged_at = bucket.even_at_ns, bucket.inverse_rate
         config = self._config.read()
@@ -338,7 +342,6 @@ class Gate:
                 return  # it was in the ring by then
             self._forget(now)
             flow = self.flows[cookie] = Flow(cookie, acked, edge, promised)
-            flow.target = _target(packet, at, device)
         elif not passed and acked == flow.acked and flow.fresh:
             self.decide(flow, now)  # a duplicate tells its sender of a loss
         if signed(acked - flow.acked) < 0:
@@ -346,7 +349,10 @@ class Gate:
         is_repeated = not is_new and not passed and acked == flow.acked
         has_sack = _keep(flow, packet, at, (sequence + payload) & 0xFFFFFFFF, bool(passed))
         flow.scale, flow.mark, flow.network, flow.taken_ns = scale, mark, network, at_ns
-        flow.segment, flow.device, flow.estimate_ns = segment, device, 1000 * round_trip_us
+        flow.segment, flow.estimate_ns = segment, 1000 * round_trip_us
+        where = packet[16:20] if at == 20 else packet[24:40]
+        if where != flow.where or device != flow.device:
+            flow.where, flow.device, flow.target = where, device, _target(where, device)
         if edge != flow.passed_edge:
             flow.passed_edge = edge
             flow.edge = edge if signed(edge - flow.edge) > 0 else flow.edge
@@ -651,12 +657,12 @@ def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) 
     return has_sack
 
 
-def _target(packet: bytearray, at: int, device: int) -> tuple[Any, ...]:
+def _target(address: bytearray, device: int) -> tuple[Any, ...]:
     """Return where a packet goes, as sendto(2) has it."""
-    if at == 20:
-        return socket.inet_ntop(socket.AF_INET, bytes(packet[16:20])), 0
-    address = socket.inet_ntop(socket.AF_INET6, bytes(packet[24:40]))
-    return (address, 0, 0, device) if device else (address, 0)  # a link-local one is a device's
+    if len(address) == 4:
+        return socket.inet_ntop(socket.AF_INET, address), 0
+    shown = socket.inet_ntop(socket.AF_INET6, address)
+    return (shown, 0, 0, device) if device else (shown, 0)  # a link-local one is a device's
 
 
 def _checksum(packet: bytearray, at: int, stamp_at: int) -> int:
@@ -740,28 +746,32 @@ class Keeper:
         helper.report(self._owner, gate=gate.number, **what)
 
     def _turn(self) -> bool:
-        """Do what is due and look at what has come; return whether nothing has come meanwhile."""
+        """Look at what has come and do what is due; return whether to sleep before the next."""
         now = clock.monotonic_ns()
         turn: dict[int, Gate] = {}
+        record = None
         for record in self._ring.records() if self._ring is not None else ():
             number = _GATE_OF_ACK.unpack_from(record, ThrottleAck.gate.offset)[0]
-            gate = turn.get(number) or self._begin_turn(number, turn, now)
+            gate = turn.get(number) or self._begin_turn(number, turn)
             if gate is not None:
                 gate.take(record, now)
         for number, gate in self._gates.items():
             if gate.due_ns and gate.due_ns <= now and number not in turn:
-                self._begin_turn(number, turn, now)
+                self._begin_turn(number, turn)
         for gate in turn.values():
             gate.end_turn(now)
-        dues = (gate.due_ns for gate in self._gates.values() if gate.due_ns)
-        self._wakeups.wake_at(min(dues, default=0))
-        return self._ring is None or self._ring.is_empty()
+        due_ns = min((gate.due_ns for gate in self._gates.values() if gate.due_ns), default=0)
+        is_idle = self._ring is None or self._ring.is_empty()
+        if not is_idle and record is None:
+            is_idle, due_ns = True, clock.monotonic_ns() + WRITING_NS
+        self._wakeups.wake_at(due_ns)
+        return is_idle
 
-    def _begin_turn(self, number: int, turn: dict[int, Gate], now: int) -> Optional[Gate]:
+    def _begin_turn(self, number: int, turn: dict[int, Gate]) -> Optional[Gate]:
         gate = self._gates.get(number)
         if gate is not None:
             turn[number] = gate
-            gate.begin_turn(now)
+            gate.begin_turn()
         return gate
 
     def _listen(self) -> bool:

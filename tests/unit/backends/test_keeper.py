@@ -62,7 +62,7 @@ class World:
 
     def acknowledge(self, cookie, acked, *, window=60_000, scale=7, round_trip_ms=0, edge=0):
         """Have the kernel acknowledge data, and the gate decide."""
-        self.gate.begin_turn(self.now)
+        self.gate.begin_turn()
         packet = record(
             cookie, acked, window >> scale, scale, round_trip_ms, edge or acked, self.now
         )
@@ -71,7 +71,7 @@ class World:
 
     def turn(self):
         """Let the gate do what is due."""
-        self.gate.begin_turn(self.now)
+        self.gate.begin_turn()
         self.gate.end_turn(self.now)
 
     def edges(self, cookie):
@@ -242,7 +242,7 @@ def test_what_others_take_is_the_same_whoever_asks(world):
     flows = [world.gate.flows[1]]
     world.acknowledge(2, 1000)
     flows.append(world.gate.flows[2])
-    world.gate.begin_turn(world.now)
+    world.gate.begin_turn()
     seen.clear()
     for flow in flows:
         world.gate._wait(flow, world.now)
@@ -275,7 +275,7 @@ def test_a_window_is_no_less_than_its_unit(world, scale):
 @pytest.mark.parametrize("scale", [7, 10, 12])
 def test_a_far_sender_is_not_held_back_by_the_windows_unit(world, scale):
     """A slow limit's steps of two segments add up to what is on its way."""
-    world.gate.begin_turn(world.now)
+    world.gate.begin_turn()
     world.acknowledge(7, 1000, window=1 << 20, scale=scale, round_trip_ms=50)
     assert world.edges(7)[-1] - 1000 >= RATE * 0.045
 
@@ -318,7 +318,7 @@ def test_a_window_of_megabytes_is_taken_back(world):
 def test_what_only_the_kernel_may_send_is_left_to_it(world, kind):
     """A signature does not survive another window, and MPTCP's window is not the connection's."""
     packet = record(1, 1000, 400, 7, 0, 1000, world.now, kind)
-    world.gate.begin_turn(world.now)
+    world.gate.begin_turn()
     world.gate.take(memoryview(packet), world.now)
     world.gate.end_turn(world.now)
     assert world.told == [{"ungated": "options"}]
@@ -338,29 +338,95 @@ def test_nobody_wakes_the_keeper_while_it_looks_at_what_has_come(world):
 
 
 class Arrivals:
-    """A ring in which one record comes while the first one is handled."""
+    """A ring in which one record comes while the last one is handled, and one that is written."""
 
-    def __init__(self, *records):
-        self.left = list(records)
+    fd = -1
+
+    def __init__(self, gate, packets):
+        self.gate = gate
+        self.left = [None, *packets]
 
     def records(self):
-        """Those of one look."""
-        return [self.left.pop(0)] if self.left else []
+        """What is there to be read."""
+        record = self.left.pop(0) if self.left else None
+        return [] if record is None else [memoryview(record)]
 
     def is_empty(self):
         """Whether nothing has come since."""
+        assert self.gate.shared.oldest_ns == 0, "who comes now would wake up nobody"
         return not self.left
 
 
-def test_the_keeper_looks_once_more_before_it_sleeps(world, socketpair):
+def test_the_keeper_looks_once_more_before_it_sleeps(world, socketpair, monkeypatch):
     """What came while it looked at something else had nobody wake it up."""
     own = keeper.Keeper(socketpair[0])
     own._gates[1] = world.gate
+    monkeypatch.setattr(world.gate, "close", lambda: None)
     packets = [record(7, acked, 400, 7, 0, acked, world.now) for acked in (1000, 2448)]
-    own._ring = Arrivals(*map(memoryview, packets))
-    assert not own._turn()
-    assert own._turn()
+    own._ring = Arrivals(world.gate, packets)
+    slept = []
+
+    def wait(*, is_idle):
+        slept.append((is_idle, own._wakeups._armed_ns))
+        if len(slept) == 4:
+            socketpair[1].close()
+            return {socketpair[0].fileno()}
+        return set()
+
+    monkeypatch.setattr(own._wakeups, "wait", wait)
+    own.run()
+    assert [is_idle for is_idle, _ in slept] == [True, True, False, True]
+    assert slept[1][1] == world.now + keeper.WRITING_NS, (
+        "not before whoever writes has had a moment"
+    )
     assert world.gate.flows[7].acked == 2448
+
+
+def ones_complement_sum(data):
+    """The sum that is all ones where a checksum is right (RFC 1071)."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(
+    "options", [b"", b"\1\1\x08\x0a" + bytes(8), b"\x08\x0a" + bytes(8) + b"\0\0"]
+)
+def test_each_packet_has_the_checksum_of_its_window_and_time(world, version, options):
+    """However often it is sent, and whatever was in the packet that it is made of."""
+    addresses = bytes(range(1, 9)) if version == 4 else bytes(range(1, 33))
+    length = 20 + len(options)
+    if version == 4:
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 77, 0, 64, 6, 0) + addresses
+    else:
+        ip = struct.pack("!IHBB", 6 << 28, length, 6, 64) + addresses
+    tcp = struct.pack("!HHIIBBHHH", 1, 2, 5, 1000, length // 4 << 4, 0x10, 400, 0xABCD, 0)
+    head = ThrottleAck(
+        cookie=7, at_ns=world.now, gate=1, edge=1000, segment=SEGMENT, window_scale=7
+    )
+    head.length = len(ip + tcp + options)
+    data = bytearray(bytes(head))
+    at = ThrottleAck.packet.offset
+    data[at : at + head.length] = ip + tcp + options
+    sent = []
+    world.send = lambda flow: sent.append((flow.target[0], bytes(flow.packet))) or True
+    world.bucket.even_at_ns += 5 * MS
+    world.gate.begin_turn()
+    world.gate.take(memoryview(data), world.now)
+    world.gate.end_turn(world.now)
+    for _ in range(3):
+        world.now += 30 * MS
+        world.turn()
+    assert len({packet for _, packet in sent}) > 1
+    for target, packet in sent:
+        assert (
+            socket.inet_pton(socket.AF_INET if version == 4 else socket.AF_INET6, target)
+            == (addresses[len(addresses) // 2 :])
+        )
+        pseudo = addresses + struct.pack("!HH", 6, length)
+        assert ones_complement_sum(pseudo + packet[len(ip) :]) == 0xFFFF
 
 
 def test_who_had_the_limit_alone_has_its_half_at_once_beside_others() -> None:
