@@ -378,9 +378,9 @@ always_inline int pass_gate(struct __sk_buff *skb)
 	looks = *(volatile __u64 *)&gate->oldest_ns != 0;
 	if (!payload && !looks)
 		gate->oldest_ns = now;
-	wakes = !payload && (!looks || (__s64)(now - gate->woken_ns) > GATE_WAKE_NS);
+	wakes = !payload && (!looks || gate->woken != (__u32)(now >> GATE_WAKE_SHIFT));
 	if (wakes)
-		gate->woken_ns = now;
+		gate->woken = now >> GATE_WAKE_SHIFT;
 	bpf_ringbuf_submit(ack, wakes ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 	/* Not the verdict that tells of congestion: the connection would slow down its own sending. */
 	return passes ? PASS : DROP;

@@ -66,7 +66,7 @@ enum throttle_gate_bounds {
 	GATE_PACKET_BYTES = 100, /* the headers of an acknowledgement */
 	GATE_RING_BYTES = 1 << 18,
 	GATE_STALE_NS = 60 * 1000 * 1000, /* what waits longer waits for nobody */
-	GATE_WAKE_NS = 1000 * 1000, /* while the keeper looks it is woken up so often at most */
+	GATE_WAKE_SHIFT = 20, /* of nanoseconds: while the keeper looks it is woken up once in 1 ms */
 };
 
 /* Whether the keeper can send for a connection. */
@@ -190,10 +190,10 @@ struct throttle_socket {
 };
 
 /*
- * The gate of one throttle. Written by its keeper, but for `id` and the last four: `taken`, `woken_ns`
- * and `large_datagrams` are the programs', and both set `oldest_ns`, since when an acknowledgement waits for the keeper, or the
- * keeper looks at what has come: the programs where it is 0, the keeper when it looks, and to 0 when
- * it has done so. Then it looks whether something has come meanwhile, of which nobody told it.
+ * The gate of one throttle. Written by its keeper, but for `id` and the last four. `oldest_ns` is since
+ * when an acknowledgement waits for the keeper, or the keeper looks at what has come: the programs set
+ * it where it is 0, the keeper when it begins to look, and to 0 when it has done so. Then it looks
+ * whether something has come meanwhile, of which nobody told it. The other three are the programs'.
  */
 struct throttle_gate {
 	__u32 alive; /* whether the keeper serves it */
@@ -204,9 +204,8 @@ struct throttle_gate {
 	__u64 ungated[GATE_UNGATED];
 	__u64 taken;
 	__u64 oldest_ns;
-	__u64 woken_ns; /* when the keeper was last woken up */
 	__u32 large_datagrams; /* whether the keeper was told that one has left */
-	__u32 reserved;
+	__u32 woken;           /* when the keeper was last woken up, in 2^20 ns */
 };
 
 /* An acknowledgement as the keeper gets it. */

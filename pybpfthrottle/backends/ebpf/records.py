@@ -75,7 +75,7 @@ class ThrottleGateBounds(IntEnum):
     GATE_PACKET_BYTES = 100
     GATE_RING_BYTES = 1 << 18
     GATE_STALE_NS = 60_000_000
-    GATE_WAKE_NS = 1_000_000
+    GATE_WAKE_SHIFT = 20
 
 
 class ThrottleGateState(IntEnum):
@@ -235,9 +235,8 @@ class ThrottleGate(ctypes.Structure):
         ("ungated", c_uint64 * ThrottleGateBounds.GATE_UNGATED),
         ("taken", c_uint64),
         ("oldest_ns", c_uint64),
-        ("woken_ns", c_uint64),
         ("large_datagrams", c_uint32),
-        ("reserved", c_uint32),
+        ("woken", c_uint32),
     )
 
 
