@@ -461,7 +461,7 @@ def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
     with started(own.inside("sh", "-c", loop)) as client:
         command = [*(refused(*rules) if rules else TOOL), "--pid", str(client.pid)]
         done = subprocess.run(
-            [*command, *NFT_DOWNLOAD.options, "--duration", "6"],
+            [*command, *NFT_DOWNLOAD.options, "--duration", "10"],
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -471,7 +471,7 @@ def test_a_process_is_moved_for_a_backend_that_only_knows_cgroups(own, rules):
     assert "Single sockets cannot be limited here: nftables tells cgroups apart" in done.stdout
     assert "moved into a cgroup of their own" in done.stdout
     assert "Connections that are already open are not limited" in done.stdout
-    # A slow machine sees of six seconds too little to tell a burst from a higher rate.
+    # A slow machine sees of ten seconds too little to tell a burst from a higher rate.
     held = ("✅ THROTTLED", "within the burst") if is_emulated() else ("✅ THROTTLED",)
     assert any(words in done.stdout for words in held), done.stdout
 
