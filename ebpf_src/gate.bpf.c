@@ -372,8 +372,8 @@ always_inline int pass_gate(struct __sk_buff *skb)
 	/* A barrier as well: the record is in the ring before it is read whether the keeper looks there. */
 	__sync_fetch_and_add(&gate->taken, 1);
 	/*
-	 * A wake-up costs as much as all else here, and one is enough for all that waits. Adaptive ones
-	 * would stop after one that is left out, until the keeper has caught up.
+	 * A wake-up is an interrupt to a CPU, and one is enough for all that waits. Adaptive ones would
+	 * stop after one that is left out, until the keeper has caught up.
 	 */
 	looks = *(volatile __u64 *)&gate->oldest_ns != 0;
 	if (!payload && !looks)

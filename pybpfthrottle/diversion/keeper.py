@@ -20,7 +20,7 @@ import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from pybpfthrottle.backends.ebpf.keeper import WRITING_NS, Element, Ring
+from pybpfthrottle.backends.ebpf.keeper import Element, Ring
 from pybpfthrottle.backends.ebpf.records import (
     ThrottleBucket,
     ThrottleConfig,
@@ -170,9 +170,9 @@ class Keeper:
         # would be thought to come when the keeper does not keep up.
         self._shared.oldest_ns = 0
         if self._ring is not None and not self._ring.is_empty():
-            if not taken:
-                self._wakeups.wake_at(clock.monotonic_ns() + WRITING_NS)
-            return not taken
+            if not (taken or given):
+                self._wakeups.wake_soon()
+            return not (taken or given)
         due_ns = self._next_due_ns()
         self._shared.next_due_ns = due_ns
         # Once nothing is due, look at the ring once more: while a packet waited, others came in

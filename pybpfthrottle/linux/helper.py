@@ -31,6 +31,7 @@ _LOOK_S = 0.01
 _MOST_STARTS = 5
 _MESSAGE_BYTES = 4096
 _FIRST = -20  # of all priorities
+_WRITING_NS = 50_000
 _PR_SET_NAME, _PR_SET_TIMERSLACK = 15, 29
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -273,6 +274,13 @@ class Wakeups:
         wait_ns = max(due_ns - clock.monotonic_ns(), 1) if due_ns else else_after_ns
         libc.timerfd_settime(self._timer, wait_ns)
         self._armed_ns = due_ns
+
+    def wake_soon(self) -> None:
+        """Wake up when whoever writes a record has had a moment to do so.
+
+        The helper may have interrupted it, on the same CPU.
+        """
+        self.wake_at(clock.monotonic_ns() + _WRITING_NS)
 
 
 def listen(owner: socket.socket, fds: int = 8) -> Optional[tuple[Any, list[int]]]:

@@ -73,8 +73,6 @@ _WINDOW_NS = 100 * _MS
 _MAX_UNANSWERED = 2
 
 _SO_MARK, _IP_PKTINFO = 36, 8
-# Who is writing a record may have been interrupted by who reads it.
-WRITING_NS = 50_000
 _BUSY, _DISCARDED, _LENGTH = 1 << 31, 1 << 30, (1 << 30) - 1
 
 _TCP = struct.Struct("!IIBBH")  # sequence, acknowledgement, offset, flags, window
@@ -189,7 +187,7 @@ class Flow:
         self.round_ns, self.round_from, self.round_edge = 0, acked, edge
         self.rounds = (_FIRST_BYTES, _FOR_EVER_NS), (_FIRST_BYTES, _FOR_EVER_NS)
         self.unused, self.likely = 0, 3 * _FIRST_BYTES
-        self.base = 0  # the checksum without the window and the timestamp
+        self.base = 0  # the checksum without the window and the timestamp; 0: not summed up yet
         self.stamp = self.stamp_at = 0
         self.last_stamp: Optional[int] = None
 
@@ -605,7 +603,7 @@ class Gate:
         window = min(max(window, 0), 0xFFFF)
         packet, at = flow.packet, flow.at
         if not flow.base:
-            flow.base = _checksum(packet, at, flow.stamp_at)
+            flow.base = _blank(packet, at, flow.stamp_at)
         total = flow.base + window
         struct.pack_into("!H", packet, at + 14, window)
         if flow.stamp_at:
@@ -635,7 +633,7 @@ def _keep(flow: Flow, packet: bytearray, at: int, following: int, passed: bool) 
     stamp_at, has_sack = 0, False
     if length == at + 32 and packet[at + 20 : at + 24] == _STAMPED:
         stamp_at = 24
-    elif length > at + 20:
+    else:
         for kind, where in _options(packet, at, length):
             if kind in _FOREIGN_OPTIONS:
                 return None
@@ -665,8 +663,8 @@ def _target(address: bytearray, device: int) -> tuple[Any, ...]:
     return (shown, 0, 0, device) if device else (shown, 0)  # a link-local one is a device's
 
 
-def _checksum(packet: bytearray, at: int, stamp_at: int) -> int:
-    """Return the sum of a packet without what changes: its window, checksum and timestamp."""
+def _blank(packet: bytearray, at: int, stamp_at: int) -> int:
+    """Blank out a packet's window, checksum and timestamp; return the sum of the rest."""
     if at == 20:
         packet[4] = packet[5] = 0  # the kernel fills in the identification
     packet[at + 14 : at + 18] = b"\0\0\0\0"
@@ -749,7 +747,6 @@ class Keeper:
         """Look at what has come and do what is due; return whether to sleep before the next."""
         now = clock.monotonic_ns()
         turn: dict[int, Gate] = {}
-        record = None
         for record in self._ring.records() if self._ring is not None else ():
             number = _GATE_OF_ACK.unpack_from(record, ThrottleAck.gate.offset)[0]
             gate = turn.get(number) or self._begin_turn(number, turn)
@@ -760,12 +757,13 @@ class Keeper:
                 self._begin_turn(number, turn)
         for gate in turn.values():
             gate.end_turn(now)
-        due_ns = min((gate.due_ns for gate in self._gates.values() if gate.due_ns), default=0)
-        is_idle = self._ring is None or self._ring.is_empty()
-        if not is_idle and record is None:
-            is_idle, due_ns = True, clock.monotonic_ns() + WRITING_NS
-        self._wakeups.wake_at(due_ns)
-        return is_idle
+        if self._ring is not None and not self._ring.is_empty():
+            if not turn:
+                self._wakeups.wake_soon()
+            return not turn
+        dues = (gate.due_ns for gate in self._gates.values() if gate.due_ns)
+        self._wakeups.wake_at(min(dues, default=0))
+        return True
 
     def _begin_turn(self, number: int, turn: dict[int, Gate]) -> Optional[Gate]:
         gate = self._gates.get(number)

@@ -376,7 +376,7 @@ def test_the_keeper_looks_once_more_before_it_sleeps(world, socketpair, monkeypa
     monkeypatch.setattr(own._wakeups, "wait", wait)
     own.run()
     assert [is_idle for is_idle, _ in slept] == [True, True, False, True]
-    assert slept[1][1] == world.now + keeper.WRITING_NS, (
+    assert slept[1][1] == world.now + keeper.helper._WRITING_NS, (
         "not before whoever writes has had a moment"
     )
     assert world.gate.flows[7].acked == 2448
