@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -30,6 +31,8 @@ from pybpfthrottle.linux import own_cgroups
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 30.0
 _OWN_VARIABLES = ("PYBPFTHROTTLE_", "CHADTHROTTLE_", "_PYBPFTHROTTLE_")
+# What any command does for limits whose process was killed, such as those of a test beside it.
+_OF_OTHERS = re.compile(r"^pybpfthrottle: the process that kept .* has ended; .*\n", re.MULTILINE)
 _numbers = itertools.count()
 
 
@@ -216,7 +219,8 @@ class Tool:
     def finish(self, process, *, input=None):
         """Wait for its end."""
         out, err = process.communicate(input, timeout=_PATIENCE_S)
-        result = Result(process.pid, process.returncode, out or b"", (err or b"").decode())
+        said = _OF_OTHERS.sub("", (err or b"").decode())
+        result = Result(process.pid, process.returncode, out or b"", said)
         assert "Traceback" not in result.err, result.err
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from subprocess import PIPE
 
@@ -92,7 +93,7 @@ def test_a_long_command_does_not_make_the_list_wide(tool):
     assert process.stdout.readline() == b"r\n"
     [row] = [line for line in tool.run("list").text.splitlines() if str(process.pid) in line]
     assert "the command sh -c echo r; exec sleep 30 #xxx" in row
-    assert "xxx...  1.0 MB/s" in row
+    assert re.search(r"xxx\.\.\. +1\.0 MB/s", row)  # as wide as the other throttles' limits
     assert len(row) < 200
     assert script in tool.run("show", "--pid", str(process.pid)).text
     process.send_signal(signal.SIGTERM)

@@ -84,6 +84,7 @@ def test_a_unit_that_is_restarted_is_limited_again(tool, units, attached, eventu
     end(tool, started)
 
 
+@pytest.mark.timed  # a fifth of a second decides
 def test_a_restarted_unit_is_limited_from_its_first_packet_on(tool, units):
     """Its counters have each packet that was sent right after each start."""
     unit = units.start()
