@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from benches import figures
 from benches.figures import Figures, RoundTrips
-from benches.ping import Sample
+from benches.ping import BYTES, Sample
 from benches.tcp_info import Sent
 from benches.traffic import Received
 from pybpfthrottle.model import Rate
@@ -29,8 +29,9 @@ class Reports(NamedTuple):
 def judge(rate: Rate, reports: Reports) -> Figures:
     """The figures, of the time between the first byte and the end alone."""
     received = reports.received
-    together = figures.total(received.bins)
-    came = sum(together)
+    came = sum(map(sum, received.bins))
+    # The small flow has its part of the limit: at 50 KB/s a sixteenth.
+    together = figures.total([*received.bins, _bins(reports.inside, received)])
     windows = figures.windows(together, rate.bytes_per_s)
     sent = sum(flow.bytes_sent for flow in reports.sent)
     again = sum(flow.bytes_retransmitted for flow in reports.sent)
@@ -46,6 +47,16 @@ def judge(rate: Rate, reports: Reports) -> Figures:
         stall_s=figures.longest_stall_s(received.bins),
         udp_ratio=_udp_ratio(rate, reports),
     )
+
+
+def _bins(samples: Sequence[Sample], received: Received) -> list[int]:
+    """The bytes of a small flow in the bins of a transfer."""
+    bins = [0] * len(received.bins[0])
+    for sample in samples:
+        at = (sample.begin_s - received.begin_s) // figures.BIN_S
+        if 0 <= at < len(bins):
+            bins[int(at)] += BYTES
+    return bins
 
 
 def _round_trips(samples: Sequence[Sample], received: Received) -> Optional[RoundTrips]:

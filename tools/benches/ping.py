@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from benches.surroundings import READY
 
-_BYTES = 64
+BYTES = 64
 _PAUSE_S = 0.02
 _PATIENCE_S = 15.0
 
@@ -34,7 +34,7 @@ def ping(connection: socket.socket) -> list[Sample]:
     over = False
     while not over:
         begin_s = time.monotonic()
-        connection.sendall(bytes(_BYTES))
+        connection.sendall(bytes(BYTES))
         over = not _answered(connection)
         samples.append(Sample(begin_s, time.monotonic() - begin_s))
         over = over or bool(select.select([sys.stdin], [], [], _PAUSE_S)[0])
@@ -43,7 +43,7 @@ def ping(connection: socket.socket) -> list[Sample]:
 
 def _answered(connection: socket.socket) -> bool:
     """Wait for the whole answer; False if standard input ends before."""
-    missing = _BYTES
+    missing = BYTES
     while missing:
         ready, _, _ = select.select([connection, sys.stdin], [], [])
         if connection not in ready:
@@ -78,7 +78,7 @@ def _accept(selector: selectors.BaseSelector, server: Any) -> None:
 
 def _answer(selector: selectors.BaseSelector, connection: Any) -> None:
     try:
-        data = connection.recv(_BYTES)
+        data = connection.recv(BYTES)
         connection.sendall(data)
     except OSError:
         data = b""

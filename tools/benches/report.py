@@ -29,8 +29,8 @@ _HEADER: tuple[str, ...] = (
 _NONE = "-"
 _HIGH_RATIO = 10
 _LEGEND = """\
-ratio: TCP payload received from the first byte on, divided by the limit (tc also counts headers:
-0.956 is exact for it).
+ratio: TCP payload received from the first byte on, with that of the ping inside, divided by the
+limit (tc also counts headers: 0.956 is exact for it).
 1 s windows: the same ratio in the lowest and the highest second, from the third second on.
 UDP: the same ratio for the UDP flow. retransmitted: the share of TCP data sent again.
 ping: round trip of 64 bytes, p50 / p95 / max, inside and outside the limit. fairness: Jain's index.
