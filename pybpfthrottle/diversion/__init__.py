@@ -14,9 +14,10 @@ if TYPE_CHECKING:
         needs_diversion,
         open,  # noqa: A004 - it is diversion.open
         open_queue,
+        prepare_queue,
     )
 
-__all__ = ["Diversion", "needs_diversion", "open", "open_queue"]
+__all__ = ["Diversion", "needs_diversion", "open", "open_queue", "prepare_queue"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,12 @@ from pybpfthrottle.backends.ebpf.bucket import NETWORKS
 from pybpfthrottle.backends.ebpf.marks import MARKS
 from pybpfthrottle.backends.ebpf.shared import GATE
 from pybpfthrottle.backends.protocol import Foothold
-from pybpfthrottle.bpf import maps
+from pybpfthrottle.bpf import maps, running
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.diversion import keeping
 from pybpfthrottle.diversion.keeping import OBJECT, DiversionKeeper, Kept, networks_of
 from pybpfthrottle.diversion.records import KEEPER, RING, STATE, DivertState, DivertTag
 from pybpfthrottle.diversion.tally import Tally
@@ -81,17 +82,15 @@ def open_queue(place: Cgroup, foothold: Foothold, *, marked: bool, pids: Pids) -
     """Have UDP that comes in for a cgroup, or for a limit's marked sockets, wait for its turn.
 
     It does so in a queue of its limit, and only while that is used up. This does not wait for the
-    keeper to start: until then all passes, as it does before Linux 5.10. ``pids`` returns the
+    keeper to start, but packets do, for 0.2 s at most. ``pids`` returns the
     processes whose network namespaces are served from the start.
 
     Needs what ``open`` needs. Raises DiversionError, AttachError or CgroupError.
     """
-    shared = (_BUCKETS, _CONFIGS, NETWORKS, *([MARKS] if marked else []))
     with ExitStack() as undo:
         try:
             diversion = Diversion.join(undo)
-            used = {name: foothold.maps[name] for name in shared if name in foothold.maps}
-            names = ("pybpfd_queuem", "pybpfd_outm") if marked else ("pybpfd_queue", "pybpfd_out")
+            names, used = _parts_of_queue(foothold, marked)
             kept = diversion._attached(place, names, used, slot=foothold.slot)
             kept.limit = [foothold.maps[name] for name in (_BUCKETS, _CONFIGS, GATE)]
             kept.slot = foothold.slot
@@ -101,6 +100,27 @@ def open_queue(place: Cgroup, foothold: Foothold, *, marked: bool, pids: Pids) -
             raise DiversionError(str(error)) from error
         diversion._closing = undo.pop_all()
     return diversion
+
+
+def prepare_queue(foothold: Foothold, *, marked: bool) -> None:
+    """Do ahead what takes ``open_queue`` long: fit the programs to this kernel, once.
+
+    Raises ObjectFileError or ExternError.
+    """
+    names, used = _parts_of_queue(foothold, marked)
+    _loadable(names, _sizes(used))
+    keeping.programs_of_device()
+    running.forget_types()
+
+
+def _parts_of_queue(
+    foothold: Foothold, marked: bool
+) -> tuple[tuple[str, str], dict[str, Map[Any, Any]]]:
+    """Return the programs of a limit's queue, and the maps that they share with the limit."""
+    shared = (_BUCKETS, _CONFIGS, NETWORKS, *([MARKS] if marked else []))
+    used = {name: foothold.maps[name] for name in shared if name in foothold.maps}
+    names = ("pybpfd_queuem", "pybpfd_outm") if marked else ("pybpfd_queue", "pybpfd_out")
+    return names, used
 
 
 class Diversion:
@@ -144,9 +164,7 @@ class Diversion:
         bit = _bit(self._number) if slot is None else DivertTag.DIVERT_QUEUED
         self._state[0] = DivertState(self._number, 1, bit, loopback, slot or 0)
         used = {KEEPER: self._keeper.shared, RING: self._keeper.ring, STATE: state, **given}
-        # A limit's maps may have room for others too.
-        sizes = tuple((name, one.spec.max_entries) for name, one in given.items())
-        loaded = self._closing.enter_context(_loadable(names, sizes).load(maps=used))
+        loaded = self._closing.enter_context(_loadable(names, _sizes(given)).load(maps=used))
         live = [loaded.programs[name] for name in names]
 
         def attach_all() -> Sequence[Link]:
@@ -237,6 +255,11 @@ def _names(marked: bool) -> tuple[str, str]:
     if features.MPTCP_SOCKET.available():
         return "pybpfd_inp", "pybpfd_outp"
     return "pybpfd_inm", "pybpfd_outm"
+
+
+def _sizes(given: Mapping[str, Map[Any, Any]]) -> tuple[tuple[str, int], ...]:
+    """Return the sizes of maps: a limit's may have room for others too."""
+    return tuple((name, one.spec.max_entries) for name, one in given.items())
 
 
 @cache

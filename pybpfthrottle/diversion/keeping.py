@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import time
 from contextlib import ExitStack, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
-from pybpfthrottle.bpf import loader, maps
-from pybpfthrottle.bpf.codecs import U32, StructureCodec
+from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.links import Link
+from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.diversion import tap
 from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper
@@ -100,11 +103,13 @@ class DiversionKeeper(SharedHelper):
         with ExitStack() as undo:
             self.shared = undo.enter_context(maps.create(spec.maps[KEEPER]))
             self.ring = undo.enter_context(maps.create(spec.maps[RING]))
+            # What the programs see of it.
+            self._seen = DivertKeeper.from_buffer(mmap.mmap(self.shared.fd, mmap.PAGESIZE))
             # First: it starts while this process loads the programs.
             super().__init__()
             with ExitStack() as unused:
                 unused.callback(self._end_process)
-                self._back = undo.enter_context(loader.load(spec, [_BACK]))
+                self._back = undo.enter_context(programs_of_device().load())
                 self.due_s = next_round(_FORGET_S)
                 self._tell_ring()
                 unused.pop_all()
@@ -205,8 +210,7 @@ class DiversionKeeper(SharedHelper):
                 log.warning("Packets are delayed no longer: %s", error)
 
     def _abandon(self) -> None:
-        shared = self.shared.typed(U32, StructureCodec(DivertKeeper))
-        shared[0] = DivertKeeper()
+        ctypes.memset(ctypes.addressof(self._seen), 0, ctypes.sizeof(self._seen))
 
     def _close(self) -> None:
         self._restore()
@@ -219,6 +223,11 @@ class DiversionKeeper(SharedHelper):
             maps = [one.fd for one in kept.limit]
             fds = [kept.state.fd, kept.tally.fd, *maps, *(link.fd for link in links)]
             self.tell({"open": number, **kept.told()}, fds)
+        if kept.limit and not kept.is_open and list(self._kept) == [number]:
+            # The keeper takes a moment to start. Until then packets wait for it in the ring, and it
+            # reads that once it knows what it was told so far.
+            self._seen.namespaces[:] = self._networks
+            self._seen.alive = 1
 
     def _serve_network(self, inode: int) -> None:
         """Give the keeper a device in a network namespace, unless it has one."""
@@ -285,6 +294,12 @@ class DiversionKeeper(SharedHelper):
     def _tell_ring(self) -> None:
         size = self.ring.info().max_entries
         self.tell({"ring": size}, [self.shared.fd, self.ring.fd])
+
+
+@cache
+def programs_of_device() -> Loadable:
+    """Return the program of our devices, fitted to this kernel once."""
+    return Loadable(programs.read(OBJECT), [_BACK])
 
 
 def networks_of(pids: Iterable[int]) -> list[int]:

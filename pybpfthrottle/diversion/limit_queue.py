@@ -7,6 +7,7 @@ holds it. At the latest it begins once downloads are over the limit. Only then i
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Optional
 
 from pybpfthrottle.backends.ebpf.programs import Scope
@@ -40,7 +41,7 @@ class LimitQueue:
         self._attached: list[tuple[Diversion, int]] = []
         self._told: Optional[str] = None
         self._impossible: Optional[str] = None
-        self._is_expected = self._is_over = False
+        self._is_prepared = self._is_expected = self._is_over = False
         self._looking = Look(_LOOK_S, self._look, _LOOKS)
         limit.on_datagram(self._expect)
 
@@ -85,7 +86,7 @@ class LimitQueue:
         """Begin it, unless it is refused; then tell so once downloads are over the limit."""
         is_used = self._is_used()
         if refused is None:
-            return (is_used or self._is_expected) and self._begin()
+            return self._begin() if is_used or self._is_expected else self._prepare()
         if is_used or self._told is not None:
             self._tell(refused)
             self._is_over = self._impossible is not None
@@ -94,6 +95,21 @@ class LimitQueue:
     def _is_used(self) -> bool:
         """Whether downloads have come over the limit."""
         return self._limit.drops_early() or any(one.has_taken() for one in self._diverted.open)
+
+    def _prepare(self) -> bool:
+        """Once, do what is long ahead: data may come milliseconds after the first datagram."""
+        if self._is_prepared:
+            return False
+        from pybpfthrottle import diversion
+
+        # If it is impossible this is told once it is needed.
+        with suppress(Error, OSError):
+            foothold = self._limit.before_limit()
+            for marked, places in ((False, foothold.cgroups), (True, foothold.marked_at)):
+                if places:
+                    diversion.prepare_queue(foothold, marked=marked)
+        self._is_prepared = True
+        return True
 
     def _begin(self) -> bool:
         try:

@@ -17,7 +17,11 @@ from targets import eventually
 import pybpfthrottle
 from pybpfthrottle import registry
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.demo.wire import Wire
+from pybpfthrottle.diversion import diverted as owner
+from pybpfthrottle.diversion import keeping
+from pybpfthrottle.diversion.keeping import DiversionKeeper
 from pybpfthrottle.linux import cgroup, netns, process, tuntap
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
@@ -144,6 +148,41 @@ def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup
         assert diverted(live) > 0
         assert live.counters()[DOWNLOAD].packets_dropped == 0
         eventually(lambda: told(live) == "queue")
+
+
+@pytest.mark.since("6.1")
+@pytest.mark.parametrize("by", ["cgroup", "marks"])
+def test_packets_wait_for_a_keeper_that_starts(
+    wire: Wire, near: Near, scratch: Cgroup, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst loses nothing, though it comes before the keeper; what is slow was done ahead."""
+    start = DiversionKeeper._start
+    stopped = []
+
+    def start_slowly(keeper: DiversionKeeper) -> None:
+        start(keeper)
+        os.kill(keeper.pid, signal.SIGSTOP)
+        stopped.append(keeper.pid)
+
+    def prepared(*_: object) -> None:
+        raise AssertionError("this takes too long by now")
+
+    owner._loadable.cache_clear()
+    keeping.programs_of_device.cache_clear()
+    target = {"cgroup": scratch.path} if by == "cgroup" else {"pid": near.process.pid}
+    with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
+        eventually(lambda: live._queue._is_prepared)  # type: ignore[union-attr]
+        monkeypatch.setattr(DiversionKeeper, "_start", start_slowly)
+        monkeypatch.setattr(Loadable, "__init__", prepared)
+        near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
+        eventually(lambda: live._queue._diverted.open)  # type: ignore[union-attr]
+        near.ask("receive", 0.5)
+        near.ask("send", wire.server.address, PORT, 50, SIZE, 0)
+        eventually(lambda: diverted(live) > 0)
+        os.kill(stopped[0], signal.SIGCONT)
+        numbers, _ = near.ask("receive", 1.5)
+        assert numbers == list(range(50))
+        assert live.counters()[DOWNLOAD].packets_dropped == 0
 
 
 @pytest.mark.since("6.1")
