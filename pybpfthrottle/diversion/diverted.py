@@ -230,7 +230,8 @@ class Diversion:
     def unserved(self) -> Optional[str]:
         """Return why no packet could be diverted until now, or None."""
         state, reasons = self._state[0], self._keeper.unserved
-        return next(iter(reasons.values()), None) if state.unserved and not state.taken else None
+        is_unserved = self._kept.is_unserved or not state.taken
+        return next(iter(reasons.values()), None) if state.unserved and is_unserved else None
 
     def chores(self) -> Sequence[Chore]:
         """Return the keeper's chore, which all diversions of this process share."""

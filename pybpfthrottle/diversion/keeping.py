@@ -71,6 +71,8 @@ class Kept:
         self.slot = slot
         self.is_open = self.is_closing = self.is_closed = False
         self.refused: Optional[str] = None
+        # What was taken of it early has no device to come back by.
+        self.is_unserved = False
 
     def told(self) -> Mapping[str, Any]:
         """Return what the keeper is told of it."""
@@ -98,6 +100,8 @@ class DiversionKeeper(SharedHelper):
         # By the index in the record that the programs read; 0 is free.
         self._networks = [0] * DivertBounds.DIVERT_NAMESPACES
         self._settings: list[int] = []
+        # Whether the keeper reads the ring by now.
+        self._reads = False
         self.unserved: dict[int, str] = {}
         spec = programs.read(OBJECT)
         with ExitStack() as undo:
@@ -146,14 +150,16 @@ class DiversionKeeper(SharedHelper):
         ``networks`` are the namespaces where it is sure to be needed. Raises AttachError,
         CgroupError or OSError.
         """
+        networks = list(networks)
         with self._busy:
-            for inode in networks:
-                self._serve_network(inode)
+            is_early = kept.limit and not self._reads and not self._served()
+            if not is_early:
+                self._serve_networks(networks)
             self._kept[number] = kept
             try:
                 if kept.loopback:
                     self._let_loopback_in()
-                self._open(number, kept)
+                self._open(number, kept, early=networks if is_early else ())
             except BaseException:
                 del self._kept[number]
                 raise
@@ -186,6 +192,7 @@ class DiversionKeeper(SharedHelper):
             log.warning("Somebody has removed our device for delayed packets; there is a new one")
         if message.get("unreturned") in self._kept:
             self._kept[message["unreturned"]].refused = _UNRETURNED
+        self._reads = self._reads or "opened" in message
         for state in ("opened", "closed"):
             kept = self._kept.get(message.get(state, 0))
             if kept is not None:
@@ -195,8 +202,7 @@ class DiversionKeeper(SharedHelper):
         networks = self._served()
         self._networks = [0] * len(self._networks)
         self._tell_ring()
-        for inode in networks:
-            self._serve_network(inode)
+        self._serve_networks(networks)
         if self._settings:
             tap.change(self._settings)
             self.tell({"settings": True}, self._settings)
@@ -216,18 +222,33 @@ class DiversionKeeper(SharedHelper):
         self._restore()
         self._closing.close()
 
-    def _open(self, number: int, kept: Kept) -> None:
+    def _open(self, number: int, kept: Kept, *, early: Sequence[int] = ()) -> None:
         with ExitStack() as closing:
             # The keeper alone has them: when it ends, however, nothing is diverted any more.
             links = [closing.enter_context(link) for link in kept.attach()]
+            if early:
+                self._take_early(early)
+                kept.is_unserved = not self._served()
             maps = [one.fd for one in kept.limit]
             fds = [kept.state.fd, kept.tally.fd, *maps, *(link.fd for link in links)]
             self.tell({"open": number, **kept.told()}, fds)
-        if kept.limit and not kept.is_open and list(self._kept) == [number]:
-            # The keeper takes a moment to start. Until then packets wait for it in the ring, and it
-            # reads that once it knows what it was told so far.
-            self._seen.namespaces[:] = self._networks
-            self._seen.alive = 1
+
+    def _take_early(self, networks: Sequence[int]) -> None:
+        """Have packets wait in the ring from now on, and only then make what they come back by.
+
+        That and the start of the keeper take a moment. It does not read the ring before it knows
+        of the first diversion.
+        """
+        for index, inode in enumerate(networks[: len(self._networks)]):
+            self._seen.namespaces[index] = inode
+        self._seen.alive = 1
+        self._serve_networks(networks)
+        # Where that is impossible they pass.
+        self._seen.namespaces[:] = self._networks
+
+    def _serve_networks(self, networks: Iterable[int]) -> None:
+        for inode in networks:
+            self._serve_network(inode)
 
     def _serve_network(self, inode: int) -> None:
         """Give the keeper a device in a network namespace, unless it has one."""

@@ -2,11 +2,13 @@
 
 It begins with the first large datagram that is sent, where that is told, so that it is ready when
 data comes: senders double their rate each round trip, and lose half of what they send if nothing
-holds it. At the latest it begins once downloads are over the limit. Only then it is told to people.
+holds it. For the same reason its programs are fitted to the kernel before anything needs it. At the
+latest it begins once downloads are over the limit. Only then it is told to people.
 """
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Optional
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = Logger(__name__)
 
 _LOOK_S = 0.25
+# Then a program that ends at once does not wait for what it does not need.
+_SOON_S = 0.02
 # A look is one system call while there is no queue.
 _LOOKS = Budget(0.002)
 
@@ -43,6 +47,7 @@ class LimitQueue:
         self._impossible: Optional[str] = None
         self._is_prepared = self._is_expected = self._is_over = False
         self._looking = Look(_LOOK_S, self._look, _LOOKS)
+        self._looking.due_s = time.monotonic() + _SOON_S
         limit.on_datagram(self._expect)
 
     def chores(self) -> list[Chore]:

@@ -172,6 +172,7 @@ def test_packets_wait_for_a_keeper_that_starts(
     target = {"cgroup": scratch.path} if by == "cgroup" else {"pid": near.process.pid}
     with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
         eventually(lambda: live._queue._is_prepared)  # type: ignore[union-attr]
+        assert not live._queue._diverted  # type: ignore[union-attr]
         monkeypatch.setattr(DiversionKeeper, "_start", start_slowly)
         monkeypatch.setattr(Loadable, "__init__", prepared)
         near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
