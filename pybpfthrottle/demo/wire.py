@@ -87,6 +87,11 @@ class Wire:
         for end in (self.client, self.server):
             _wait_for_link(end)
 
+    def change(self, options: str) -> None:
+        """Change both devices, as ``ip link set`` does: "mtu 9000". Raises NamespaceError."""
+        for end in (self.client, self.server):
+            _ip(end, f"link set {DEVICE} {options}")
+
     def __exit__(self, *_: object) -> None:
         self.close()
 

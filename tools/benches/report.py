@@ -158,6 +158,7 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "udp_percent": cell.udp_percent,
         "lost_percent": cell.lost_percent,
         "middle_ms": cell.middle_ms,
+        "link": cell.link,
         "bottleneck_bytes_per_s": narrow.rate.bytes_per_s if narrow else None,
         "bottleneck_queue_bytes": narrow.queue_bytes if narrow else None,
         "methods": {

@@ -59,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--middle", metavar="MS", help="round-trip time in the middle third of each transfer")
     add("--loss", default="0", metavar="PERCENT", help="packets that a path loses, each way (0)")
     add(
+        "--link",
+        default="",
+        metavar="OPTIONS",
+        help='set both devices, as ip link set does: "mtu 9000", "gso_max_segs 1"',
+    )
+    add(
         "--udp",
         type=int,
         default=0,
@@ -203,6 +209,7 @@ def measure(arguments: argparse.Namespace) -> Result:
             arguments.udp,
             arguments.loss,
             arguments.middle,
+            arguments.link,
         )
         for control, delay, rate, flows, direction in product(
             controls, arguments.delays, arguments.limits, arguments.flows, arguments.directions

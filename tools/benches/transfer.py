@@ -43,6 +43,8 @@ class Cell(NamedTuple):
     # The packets that are lost, each way, and the round trip in the middle third of a transfer.
     lost_percent: float = 0.0
     middle_ms: Optional[float] = None
+    # What both devices have, as "ip link set" takes it.
+    link: str = ""
 
     def __str__(self) -> str:
         path = f"{self.round_trip_ms:g} ms" if self.round_trip_ms else "direct"
@@ -52,6 +54,8 @@ class Cell(NamedTuple):
             path += f", {self.middle_ms:g} ms in the middle"
         if self.lost_percent:
             path += f", {self.lost_percent:g} % lost"
+        if self.link:
+            path += f", {self.link}"
         flows = f"{self.flows} flow" + "s" * (self.flows > 1)
         if self.udp_percent:
             flows += f" beside UDP of {self.udp_percent} %"
@@ -99,6 +103,8 @@ def transfer(cell: Cell, method: Method, seconds: float) -> Outcome:
     """Limit, transfer, and judge. Raises TransferError, MethodError or NamespaceError."""
     with ExitStack() as stack:
         wire = stack.enter_context(cell.wire(seconds))
+        if cell.link:
+            wire.change(cell.link)
         method.apply(wire.client, cell.direction, cell.rate)
         reports = _collect(_start(stack, wire, cell, method, seconds), seconds)
         dropped = wire.dropped() if isinstance(wire, DelayLine) else 0

@@ -170,6 +170,9 @@ CASES = {
     "slow": {"rate": "200K"},
     "ipv6": {"rate": "2M", "ipv6": True},
     "far": {"rate": "2M", "count": 2, "round_trip_s": 0.02},
+    "jumbo frames": {"rate": "2M", "count": 4, "link": "mtu 9000"},
+    "largest packets": {"rate": "10M", "link": "mtu 65535"},
+    "one packet at a time": {"rate": "2M", "count": 4, "link": "gso_max_segs 1"},
 }
 
 
@@ -178,7 +181,10 @@ def test_a_download_keeps_to_its_limit_without_a_loss(scratch: Cgroup, case: str
     """However short or long the way is: that is what the gate is for."""
     given = dict(CASES[case])
     rate, count = Rate.parse(given.pop("rate")), given.pop("count", 1)
+    link = given.pop("link", "")
     with lab(**given) as own, limited(own, scratch, rate) as live:
+        if link:
+            own.wire.change(link)
         with downloads(own, scratch, count):
             time.sleep(1)
             assert 0.94 <= ratio(live, 3, rate) <= 1.04

@@ -130,6 +130,12 @@ def test_the_report_has_a_table_for_each_cell():
     assert "- nft, upload: not here" in text
 
 
+def test_a_cell_says_what_is_unusual_about_its_path():
+    """So that two tables of the same limit can be told apart."""
+    cell = CELL._replace(lost_percent=1.5, middle_ms=50, link="mtu 9000")
+    assert str(cell).endswith("20 ms, 50 ms in the middle, 1.5 % lost, mtu 9000")
+
+
 def test_a_column_that_nothing_is_in_is_left_out():
     """Without a UDP flow there is no column for one."""
     plain = CellResult(CELL, {"police": [outcome()]})
