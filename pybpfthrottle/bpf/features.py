@@ -34,6 +34,10 @@ class Feature(Data, frozen=True):
     since: str
     probe: Callable[[], None]
 
+    def __hash__(self) -> int:
+        # It is asked for again and again, and its name tells it from others.
+        return hash(self.name)
+
     def missing(self) -> Optional[Exception]:
         """Return the error that trying it gave, or None where this kernel has it."""
         return _try(self)

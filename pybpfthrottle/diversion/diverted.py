@@ -81,9 +81,8 @@ def open(  # noqa: A001 - it is diversion.open
 def open_queue(place: Cgroup, foothold: Foothold, *, marked: bool, pids: Pids) -> Diversion:
     """Have UDP that comes in for a cgroup, or for a limit's marked sockets, wait for its turn.
 
-    It does so in a queue of its limit, and only while that is used up. This does not wait for the
-    keeper to start, but packets do, for 0.2 s at most. ``pids`` returns the
-    processes whose network namespaces are served from the start.
+    It does so in a queue of its limit, from its ``start`` on, and only while that is used up.
+    ``pids`` returns the processes whose network namespaces are served from the start.
 
     Needs what ``open`` needs. Raises DiversionError, AttachError or CgroupError.
     """
@@ -94,8 +93,10 @@ def open_queue(place: Cgroup, foothold: Foothold, *, marked: bool, pids: Pids) -
             kept = diversion._attached(place, names, used, slot=foothold.slot)
             kept.limit = [foothold.maps[name] for name in (_BUCKETS, _CONFIGS, GATE)]
             kept.slot = foothold.slot
-            diversion._keeper.begin(diversion._number, kept, networks_of(pids()))
-            undo.callback(diversion._keeper.drop, diversion._number)
+            diversion._networks = networks_of(pids())
+            diversion._links = list(kept.attach())
+            for link in diversion._links:
+                undo.callback(link.close)
         except OSError as error:
             raise DiversionError(str(error)) from error
         diversion._closing = undo.pop_all()
@@ -109,7 +110,7 @@ def prepare_queue(foothold: Foothold, *, marked: bool) -> None:
     """
     names, used = _parts_of_queue(foothold, marked)
     _loadable(names, _sizes(used))
-    keeping.programs_of_device()
+    keeping.program_of_device()
     running.forget_types()
 
 
@@ -131,6 +132,9 @@ class Diversion:
         self._tally = tally
         # More than once if the keeper has had to be replaced: then they come after those of others.
         self.times_attached = 0
+        # Of a queue that is not started: what the keeper gets then, and where it begins.
+        self._links: list[Link] = []
+        self._networks: list[int] = []
         self._closing = ExitStack()
         self._number = keeper.number()
 
@@ -162,7 +166,8 @@ class Diversion:
         state = self._closing.enter_context(maps.create(spec.maps[STATE]))
         self._state: Map[int, DivertState] = state.typed(U32, StructureCodec(DivertState))
         bit = _bit(self._number) if slot is None else DivertTag.DIVERT_QUEUED
-        self._state[0] = DivertState(self._number, 1, bit, loopback, slot or 0)
+        is_on = slot is None
+        self._state[0] = DivertState(self._number, is_on, bit, loopback, slot or 0)
         used = {KEEPER: self._keeper.shared, RING: self._keeper.ring, STATE: state, **given}
         loaded = self._closing.enter_context(_loadable(names, _sizes(given)).load(maps=used))
         live = [loaded.programs[name] for name in names]
@@ -179,8 +184,18 @@ class Diversion:
                 undo.pop_all()
             return made  # type: ignore[return-value]
 
-        self._kept = Kept(state, self._tally, attach_all)
+        self._kept = Kept(self._state, self._tally, attach_all)
         return self._kept
+
+    def start(self) -> None:
+        """Have a queue take packets, whose programs are attached. Doing so twice is no error.
+
+        It does not wait for the keeper to start, but packets do. Raises OSError.
+        """
+        links, self._links = self._links, []
+        if links:
+            self._keeper.begin(self._number, self._kept, self._networks, links)
+            self._closing.callback(self._keeper.drop, self._number)
 
     @property
     def impairment(self) -> Optional[Impairment]:
@@ -225,13 +240,13 @@ class Diversion:
 
     def has_taken(self) -> bool:
         """Whether any packet was diverted until now."""
-        return bool(self._state[0].taken)
+        return bool(self._state[0].taken) and not self._kept.has_no_device
 
     def unserved(self) -> Optional[str]:
         """Return why no packet could be diverted until now, or None."""
         state, reasons = self._state[0], self._keeper.unserved
-        is_unserved = self._kept.is_unserved or not state.taken
-        return next(iter(reasons.values()), None) if state.unserved and is_unserved else None
+        passes = self._kept.has_no_device or (state.unserved and not state.taken)
+        return next(iter(reasons.values()), None) if passes else None
 
     def chores(self) -> Sequence[Chore]:
         """Return the keeper's chore, which all diversions of this process share."""

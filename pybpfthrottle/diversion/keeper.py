@@ -151,9 +151,12 @@ class Keeper:
         try:
             while True:
                 ready = self._wakeups.wait(is_idle=is_idle)
-                if self._owner.fileno() in ready and not self._listen():
-                    return
-                is_idle = self._turn()
+                # All that it is told, before it reads packets of what it is told of.
+                while self._owner.fileno() in ready:
+                    if not self._listen():
+                        return
+                    ready = self._wakeups.wait(is_idle=False)
+                is_idle = self._ring is None or self._turn()
         finally:
             self._drain(list(self._lines.values()))
             self._shared.alive = 0

@@ -16,7 +16,7 @@ from pybpfthrottle.bpf.links import Link
 from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.maps import Map
 from pybpfthrottle.diversion import tap
-from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper
+from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper, DivertState
 from pybpfthrottle.diversion.tally import Tally
 from pybpfthrottle.errors import Error
 from pybpfthrottle.linux import netns
@@ -53,7 +53,7 @@ class Kept:
 
     def __init__(
         self,
-        state: Map[Any, Any],
+        state: Map[int, DivertState],
         tally: Tally,
         attach: Callable[[], Sequence[Link]],
         *,
@@ -71,8 +71,14 @@ class Kept:
         self.slot = slot
         self.is_open = self.is_closing = self.is_closed = False
         self.refused: Optional[str] = None
-        # What was taken of it early has no device to come back by.
-        self.is_unserved = False
+        # No device can be made for what it took before that was known.
+        self.has_no_device = False
+
+    def switch_on(self) -> None:
+        """Have its programs take packets: until then they only let them pass, and count nothing."""
+        state = self.state[0]
+        state.on = 1
+        self.state[0] = state
 
     def told(self) -> Mapping[str, Any]:
         """Return what the keeper is told of it."""
@@ -113,7 +119,7 @@ class DiversionKeeper(SharedHelper):
             super().__init__()
             with ExitStack() as unused:
                 unused.callback(self._end_process)
-                self._back = undo.enter_context(programs_of_device().load())
+                self._back = undo.enter_context(program_of_device().load())
                 self.due_s = next_round(_FORGET_S)
                 self._tell_ring()
                 unused.pop_all()
@@ -144,22 +150,35 @@ class DiversionKeeper(SharedHelper):
             self.drop(number)
             raise OSError(f"{self.title.lower()} does not start ({self.ended or 'it hangs'})")
 
-    def begin(self, number: int, kept: Kept, networks: Iterable[int]) -> None:
-        """Have the keeper serve a diversion as soon as it can; until then packets pass.
+    def begin(
+        self,
+        number: int,
+        kept: Kept,
+        networks: Iterable[int],
+        links: Optional[Sequence[Link]] = None,
+    ) -> None:
+        """Have the keeper serve a diversion as soon as it can.
 
-        ``networks`` are the namespaces where it is sure to be needed. Raises AttachError,
-        CgroupError or OSError.
+        ``networks`` are the namespaces where it is sure to be needed. ``links`` are those of a
+        queue, whose programs are attached but take nothing yet. While the keeper starts, the
+        packets of the first queue wait for it; others pass. Raises AttachError, CgroupError or
+        OSError.
         """
         networks = list(networks)
         with self._busy:
-            is_early = kept.limit and not self._reads and not self._served()
-            if not is_early:
+            is_early = links is not None and not self._reads and not self._served()
+            if is_early:
+                self._take_early(kept, networks)
+            else:
                 self._serve_networks(networks)
             self._kept[number] = kept
             try:
                 if kept.loopback:
                     self._let_loopback_in()
-                self._open(number, kept, early=networks if is_early else ())
+                self._open(number, kept, kept.attach() if links is None else links)
+                if links is not None and not is_early:
+                    # The keeper knows of it before it reads the first packet.
+                    kept.switch_on()
             except BaseException:
                 del self._kept[number]
                 raise
@@ -210,7 +229,7 @@ class DiversionKeeper(SharedHelper):
             if kept.is_closing:
                 continue
             try:
-                self._open(number, kept)
+                self._open(number, kept, kept.attach())
             except (Error, OSError) as error:
                 kept.refused = str(error)
                 log.warning("Packets are delayed no longer: %s", error)
@@ -221,30 +240,34 @@ class DiversionKeeper(SharedHelper):
     def _close(self) -> None:
         self._restore()
         self._closing.close()
+        # It is in a cycle, and would keep the map until the garbage is collected.
+        del self._seen
 
-    def _open(self, number: int, kept: Kept, *, early: Sequence[int] = ()) -> None:
+    def _open(self, number: int, kept: Kept, links: Sequence[Link]) -> None:
         with ExitStack() as closing:
             # The keeper alone has them: when it ends, however, nothing is diverted any more.
-            links = [closing.enter_context(link) for link in kept.attach()]
-            if early:
-                self._take_early(early)
-                kept.is_unserved = not self._served()
+            for link in links:
+                closing.enter_context(link)
             maps = [one.fd for one in kept.limit]
             fds = [kept.state.fd, kept.tally.fd, *maps, *(link.fd for link in links)]
             self.tell({"open": number, **kept.told()}, fds)
 
-    def _take_early(self, networks: Sequence[int]) -> None:
+    def _take_early(self, kept: Kept, networks: Sequence[int]) -> None:
         """Have packets wait in the ring from now on, and only then make what they come back by.
 
         That and the start of the keeper take a moment. It does not read the ring before it knows
-        of the first diversion.
+        of the first diversion. What was taken is lost if there can be no device.
         """
-        for index, inode in enumerate(networks[: len(self._networks)]):
+        wanted = [inode for inode in networks if inode not in self.unserved]
+        for index, inode in enumerate(wanted[: len(self._networks)]):
             self._seen.namespaces[index] = inode
-        self._seen.alive = 1
-        self._serve_networks(networks)
-        # Where that is impossible they pass.
-        self._seen.namespaces[:] = self._networks
+            self._seen.alive = 1
+        kept.switch_on()
+        try:
+            self._serve_networks(networks)
+        finally:
+            self._seen.namespaces[:] = self._networks
+        kept.has_no_device = not self._served()
 
     def _serve_networks(self, networks: Iterable[int]) -> None:
         for inode in networks:
@@ -318,7 +341,7 @@ class DiversionKeeper(SharedHelper):
 
 
 @cache
-def programs_of_device() -> Loadable:
+def program_of_device() -> Loadable:
     """Return the program of our devices, fitted to this kernel once."""
     return Loadable(programs.read(OBJECT), [_BACK])
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = Logger(__name__)
 
 _LOOK_S = 0.25
-# Then a program that ends at once does not wait for what it does not need.
+# So long after the start the programs are fitted: one that ends at once does not wait for that.
 _SOON_S = 0.02
 # A look is one system call while there is no queue.
 _LOOKS = Budget(0.002)
@@ -78,6 +78,7 @@ class LimitQueue:
         try:
             self._diverted.follow()
             self._come_last()
+            self._start()
         except (Error, OSError) as error:
             log.info("The queue of UDP downloads cannot follow: %s", error)
         failure = self._failure()
@@ -105,21 +106,25 @@ class LimitQueue:
         """Once, do what is long ahead: data may come milliseconds after the first datagram."""
         if self._is_prepared:
             return False
+        self._is_prepared = True
         from pybpfthrottle import diversion
 
         # If it is impossible this is told once it is needed.
         with suppress(Error, OSError):
             foothold = self._limit.before_limit()
-            for marked, places in ((False, foothold.cgroups), (True, foothold.marked_at)):
+            wanted = {False: foothold.cgroups, True: foothold.marked_at}
+            for marked, places in wanted.items():
                 if places:
                     diversion.prepare_queue(foothold, marked=marked)
-        self._is_prepared = True
-        return True
+            # There may be places later.
+            self._is_prepared = any(wanted.values())
+        return self._begin() if self._is_expected else self._is_prepared
 
     def _begin(self) -> bool:
         try:
             self._diverted.begin()
             self._come_last()
+            self._start()
         except (Error, OSError) as error:
             return self._refuse(str(error))
         return True
@@ -140,6 +145,11 @@ class LimitQueue:
         if now != self._attached:
             self._limit.attach_last()
         self._attached = now
+
+    def _start(self) -> None:
+        """Have packets wait from now on; before, the limit would charge for them twice."""
+        for one in self._diverted.open:
+            one.start()
 
     def _failure(self) -> Optional[str]:
         """Return why packets do not wait although they are to, or None."""

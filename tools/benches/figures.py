@@ -28,8 +28,8 @@ class RoundTrips(NamedTuple):
 class Figures(NamedTuple):
     """A transfer in figures. None is what was too short, or too still, to tell.
 
-    ``ratio`` and the windows are TCP payload over what the limit allows, with the small flow's
-    inside; ``udp_ratio`` is that of the UDP flow beside it.
+    ``ratio`` and the windows are TCP payload over what the limit allows, that of the small flow
+    inside as well; ``udp_ratio`` is that of the UDP flow beside it.
     """
 
     ratio: float

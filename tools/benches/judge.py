@@ -53,7 +53,7 @@ def _bins(samples: Sequence[Sample], received: Received) -> list[int]:
     """The bytes of a small flow in the bins of a transfer."""
     bins = [0] * len(received.bins[0])
     for sample in samples:
-        at = (sample.begin_s - received.begin_s) // figures.BIN_S
+        at = (sample.begin_s + sample.took_s - received.begin_s) // figures.BIN_S
         if 0 <= at < len(bins):
             bins[int(at)] += BYTES
     return bins

@@ -49,8 +49,8 @@ DEFAULT_TESTS = (*AREAS["limiter"], AREAS["--pid"][0])
 # nearly as long as the limit of one test, as 2000 sockets take it more than a second to tell of. Of
 # the transfers of processes, those whose verdict is by a wide margin and does not take minutes. No
 # way is short there. Of tc what other kernels lack; it looks for sockets again and again, which
-# takes so long there that new ones have moved megabytes by then. The gate's keeper is a process
-# that has to be quick: how much passes there is of the emulation too.
+# takes so long there that new ones have moved megabytes by then. What the gate lets pass tells of
+# the emulation too: its keeper is a process that has to be quick.
 EXPRESSION = " and ".join(
     [
         "not many_starts and not 2000_sockets and not two_thousand_sockets",

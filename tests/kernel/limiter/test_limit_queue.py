@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +19,10 @@ import pybpfthrottle
 from pybpfthrottle import registry
 from pybpfthrottle.backends.ebpf.options import Options
 from pybpfthrottle.bpf.loader import Loadable
+from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.diversion import diverted as owner
-from pybpfthrottle.diversion import keeping
+from pybpfthrottle.diversion import keeping, tap
 from pybpfthrottle.diversion.keeping import DiversionKeeper
 from pybpfthrottle.linux import cgroup, netns, process, tuntap
 from pybpfthrottle.linux.cgroup import Cgroup
@@ -168,10 +170,10 @@ def test_packets_wait_for_a_keeper_that_starts(
         raise AssertionError("this takes too long by now")
 
     owner._loadable.cache_clear()
-    keeping.programs_of_device.cache_clear()
+    keeping.program_of_device.cache_clear()
     target = {"cgroup": scratch.path} if by == "cgroup" else {"pid": near.process.pid}
     with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
-        eventually(lambda: live._queue._is_prepared)  # type: ignore[union-attr]
+        eventually(lambda: keeping.program_of_device.cache_info().currsize)  # it is the last
         assert not live._queue._diverted  # type: ignore[union-attr]
         monkeypatch.setattr(DiversionKeeper, "_start", start_slowly)
         monkeypatch.setattr(Loadable, "__init__", prepared)
@@ -184,6 +186,51 @@ def test_packets_wait_for_a_keeper_that_starts(
         numbers, _ = near.ask("receive", 1.5)
         assert numbers == list(range(50))
         assert live.counters()[DOWNLOAD].packets_dropped == 0
+
+
+@pytest.mark.since("6.1")
+def test_packets_wait_while_their_device_is_made(
+    wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pays once, in whichever of two cgroups; the limit comes after the queue by then."""
+    made, create = threading.Event(), tap.create
+
+    def create_late(back: Program) -> tap.Tap:
+        assert made.wait(5)
+        return create(back)
+
+    other = Near(wire.client.inside)
+    both = [scratch.create_child("first"), scratch.create_child("second")]
+    for place, one in zip(both, (near, other)):
+        place.move_in(one.process.pid)
+    monkeypatch.setattr(tap, "create", create_late)
+    try:
+        with pybpfthrottle.limit(cgroup=[each.path for each in both], download=RATE) as live:
+            queue = live._queue
+            assert queue is not None
+            before = live.counters()[DOWNLOAD].packets_total
+            near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
+            eventually(lambda: len(queue._diverted.open) == 2)
+            eventually(lambda: queue._diverted.open[0]._state[0].on)
+            near.ask("receive", 0.1)
+            near.ask("send", wire.server.address, PORT, 40, SIZE, 0)
+            eventually(lambda: diverted(live) > 0)
+            made.set()
+            eventually(lambda: queue._diverted.open[1]._state[0].on)
+            other.ask("send", wire.server.address, PORT, 10, SIZE, 0)
+            came = [one.ask("receive", 1.5)[0] for one in (near, other)]
+            after = live.counters()[DOWNLOAD]
+        assert came == [sorted(set(numbers)) for numbers in came]
+        # A flow loses its first packet that waits for 100 ms.
+        assert after.packets_dropped <= 1
+        assert sum(map(len, came)) == 50 - after.packets_dropped
+        assert after.packets_total - before == 1 + 50
+    finally:
+        made.set()
+        other.end()
+        scratch.move_in(near.process.pid)
+        for place in both:
+            place.remove(patience_s=5)
 
 
 @pytest.mark.since("6.1")

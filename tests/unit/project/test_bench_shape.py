@@ -109,7 +109,7 @@ def test_only_the_time_of_the_transfer_is_judged():
     datagrams = [(999, 7000), (1000, 40_000), (1099, 60_000), (1100, 9000)]
     sent = [Sent(100, 1, 0), Sent(300, 3, 0)]
     found = judge(Rate(400_000), Reports(received, sent, samples, [], datagrams))
-    assert found.ratio == pytest.approx(1 + 64 / 400_000)
+    assert found.ratio == pytest.approx(1 + 2 * 64 / 400_000)
     assert found.inside == pytest.approx((20, 20, 20))
     assert found.outside is None
     assert found.udp_ratio == pytest.approx(0.25)
