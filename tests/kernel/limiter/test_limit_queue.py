@@ -335,7 +335,7 @@ def test_in_the_root_of_all_cgroups_there_is_none(wire: Wire, near: Near) -> Non
 def test_a_rate_that_is_too_high_ends_it(wire: Wire, near: Near, scratch: Cgroup) -> None:
     """What waits is given back; a lower rate has a queue again."""
     with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
-        comes_to(near, wire, lambda: diverted(live) > 0)
+        comes_to(near, wire, lambda: told(live) == "queue" and diverted(live) > 0)
         live.set(download="100M")
         eventually(lambda: told(live) == "early drops")
         assert not devices(wire)
