@@ -249,7 +249,7 @@ def test_without_its_keeper_packets_pass(wire: Wire, near: Near, scratch: Cgroup
     """They are dropped early again; a killed keeper is replaced, and one that goes on serves."""
     with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
         comes_to(near, wire, lambda: diverted(live) > 0)
-        (pid,) = keepers()
+        (pid,) = eventually(keepers)
         os.kill(pid, signal.Signals[by])
         try:
             comes_to(near, wire, lambda: bool(near.ask("receive", 0.5)[0]))
