@@ -152,6 +152,7 @@ def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup
         eventually(lambda: told(live) == "queue")
 
 
+@pytest.mark.timed  # packets wait for 200 ms at most
 @pytest.mark.since("6.1")
 @pytest.mark.parametrize("by", ["cgroup", "marks"])
 def test_packets_wait_for_a_keeper_that_starts(
@@ -188,6 +189,7 @@ def test_packets_wait_for_a_keeper_that_starts(
         assert live.counters()[DOWNLOAD].packets_dropped == 0
 
 
+@pytest.mark.timed  # packets wait for 200 ms at most
 @pytest.mark.since("6.1")
 def test_packets_wait_while_their_device_is_made(
     wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
