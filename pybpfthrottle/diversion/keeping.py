@@ -255,8 +255,8 @@ class DiversionKeeper(SharedHelper):
     def _take_early(self, kept: Kept, networks: Sequence[int]) -> None:
         """Have packets wait in the ring from now on, and only then make what they come back by.
 
-        That and the start of the keeper take a moment. It does not read the ring before it knows
-        of the first diversion. What was taken is lost if there can be no device.
+        That and the start of the keeper take a moment. The keeper does not read the ring before it
+        knows of the first diversion. What was taken is lost if there can be no device.
         """
         wanted = [inode for inode in networks if inode not in self.unserved]
         for index, inode in enumerate(wanted[: len(self._networks)]):

@@ -77,7 +77,6 @@ class LimitQueue:
             return self._end_all()
         try:
             self._diverted.follow()
-            self._come_last()
             self._start()
         except (Error, OSError) as error:
             log.info("The queue of UDP downloads cannot follow: %s", error)
@@ -123,7 +122,6 @@ class LimitQueue:
     def _begin(self) -> bool:
         try:
             self._diverted.begin()
-            self._come_last()
             self._start()
         except (Error, OSError) as error:
             return self._refuse(str(error))
@@ -147,7 +145,8 @@ class LimitQueue:
         self._attached = now
 
     def _start(self) -> None:
-        """Have packets wait from now on; before, the limit would charge for them twice."""
+        """Have packets wait, once the limit comes last: before, it would charge for them twice."""
+        self._come_last()
         for one in self._diverted.open:
             one.start()
 

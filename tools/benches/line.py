@@ -101,10 +101,7 @@ class DelayLine(Wire):
 
     def settle(self) -> None:
         """Let the devices hold what is sent while the process waits for its turn."""
-        for end in (self.client, self.server):
-            subprocess.run(
-                end.inside(*f"ip link set {DEVICE} txqueuelen {_RING_PACKETS}".split()), check=True
-            )
+        self.change(f"txqueuelen {_RING_PACKETS}")
 
     def dropped(self) -> int:
         """The packets that a device dropped because the process did not keep up."""
