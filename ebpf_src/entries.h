@@ -32,6 +32,13 @@ always_inline __u32 own_slot(void)
 }
 #define OWN_SLOT() own_slot()
 
+/*
+ * Into a call to a place that the verifier knows the kernel writes a jump, which saves 14 ns, and at
+ * each load has word sent to all CPUs, which takes 0.1 ms. That is for the policer, which sees each
+ * packet; the others go to a place that the verifier does not know: no slot has the highest bit.
+ */
+#define BY_MAP(slot, place) ((place) + ((slot) >> 31))
+
 always_inline int enter(struct __sk_buff *skb, __u32 slot, __u32 direction, int drop)
 {
 	HOLD(CGROUP_CONFIGS);
@@ -50,8 +57,10 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 
 SEC("cgroup_skb/egress") int pybpft_gate(struct __sk_buff *skb)
 {
-	skb->cb[0] = OWN_SLOT();
-	bpf_tail_call(skb, &EGRESS, ENTRY_GATE);
+	__u32 slot = OWN_SLOT();
+
+	skb->cb[0] = slot;
+	bpf_tail_call(skb, &EGRESS, BY_MAP(slot, ENTRY_GATE));
 	return PASS;
 }
 
@@ -108,7 +117,7 @@ always_inline int shape_for(struct bpf_sock_ops *ctx, __u32 slot)
 	default:
 		return 1;
 	}
-	bpf_tail_call(ctx, &SOCKOPS, 0);
+	bpf_tail_call(ctx, &SOCKOPS, BY_MAP(slot, 0));
 	return 1;
 }
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
@@ -18,6 +18,7 @@ from typing import (
     Optional,
     Sequence,
     TypeVar,
+    cast,
 )
 
 from pybpfthrottle import registry, targets
@@ -698,13 +699,19 @@ def _enforce(
 
 def _queue_for(part: Optional[Part], undo: ExitStack) -> Optional[LimitQueue]:
     """Return the queue that downloads may get, if their backend can do with one."""
-    if not isinstance(part, Queueable):
+    if part is None or not _can_queue(type(part)):
         return None
     from pybpfthrottle.diversion.limit_queue import LimitQueue
 
-    queue = LimitQueue(part)
+    queue = LimitQueue(cast(Queueable, part))
     undo.callback(queue.close)
     return queue
+
+
+@cache
+def _can_queue(kind: type[Part]) -> bool:
+    # Python asks for each method of a protocol, each time.
+    return issubclass(kind, Queueable)
 
 
 def _order(

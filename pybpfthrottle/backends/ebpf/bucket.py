@@ -314,12 +314,17 @@ class Bucket:
     def begin(self, refused: Mapping[str, str]) -> None:
         """Put all rates in force. ``refused`` says why methods are unavailable."""
         self.refused = dict(refused)
-        # The shaper learns from any of them whether networks matter.
+        for direction, rate in self.rates.items():
+            self.set_rate(direction, rate)
+
+    def lift_others(self) -> None:
+        """Let packets pass whose direction has no limit, before ``begin``.
+
+        The shaper learns from either direction whether networks matter.
+        """
         for direction in Direction:
             if direction not in self.rates:
                 self._lift(direction)
-        for direction, rate in self.rates.items():
-            self.set_rate(direction, rate)
 
     def set_rate(self, direction: Direction, rate: Optional[Rate]) -> None:
         """Change a rate immediately; the programs rescale the debt, which is constant in bytes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 from pybpfthrottle.backends.ebpf import programs
@@ -87,23 +86,19 @@ class Gate:
             return None
         gate, *limits = (maps[name] for name in _MAPS)
         slot = 0 if seat is None else seat.slot
-        with ExitStack() as undo:
-            try:
-                ring = self._keeper.ring()
-                if of_crowd:
-                    loaded = Object({}, {})
-                elif seat is not None:
-                    loaded = seat.load([self.program.name], maps, ring)
-                else:
-                    used = {**maps, RING: ring}
-                    loaded = loader.load(self.spec("gate"), [self.program.name], maps=used)
-                undo.callback(loaded.close)
-                self._kept = self._keeper.serve(gate, limits, self._pids, slot)
-            except (Error, OSError) as error:
-                self.refuse(str(error))
-                return None
-            undo.pop_all()
-        return loaded
+        try:
+            ring = self._keeper.ring()
+            # The keeper gets ready while the program is loaded.
+            self._kept = self._keeper.serve(gate, limits, self._pids, slot)
+            if of_crowd:
+                return Object({}, {})
+            if seat is not None:
+                return seat.load([self.program.name], maps, ring)
+            used = {**maps, RING: ring}
+            return loader.load(self.spec("gate"), [self.program.name], maps=used)
+        except (Error, OSError) as error:
+            self.refuse(str(error))
+            return None
 
     def enter(self, crowd: Crowd) -> None:
         """Share the program of a crowd. Raises Error or OSError."""

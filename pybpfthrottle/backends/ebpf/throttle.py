@@ -286,6 +286,7 @@ class EbpfThrottle:
                 expires_ns=self._order.spec.expires_ns,
                 slot=self._slot,
             )
+            self._bucket.lift_others()
             if self._seat is None:
                 put_networks(self._loaded.maps, self._order.traffic)
         # The gate comes last: until its keeper serves it, it opens no window.

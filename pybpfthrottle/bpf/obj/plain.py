@@ -143,7 +143,7 @@ class Data:
         return type(self)(**{**{name: self.__dict__[name] for name in self._names}, **changes})
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(self.__dict__[name] for name in self._names)
+        return tuple(map(self.__dict__.__getitem__, self._names))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):
