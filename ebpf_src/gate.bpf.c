@@ -199,8 +199,8 @@ always_inline int ask_for(struct throttle_gate *gate, __u32 network)
  */
 always_inline void tell_of_datagram(struct throttle_gate *gate, struct __sk_buff *skb)
 {
-	if (skb->len >= LARGE_DATAGRAM_BYTES && !gate->large_datagrams)
-		gate->large_datagrams = ask_for(gate, 0);
+	if (skb->len >= LARGE_DATAGRAM_BYTES && !gate->datagram_ns && ask_for(gate, 0))
+		gate->datagram_ns = bpf_ktime_get_ns();
 }
 
 /* Whether the keeper can send for a connection, and, found out once, how its window is scaled. */

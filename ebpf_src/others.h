@@ -32,6 +32,9 @@
 /* Beyond what may be owed anyway: early losses have to have time to be answered. */
 #define OTHERS_SLACK_NS (40 * 1000 * 1000)
 #define OTHERS_HALF_NS (50 * 1000 * 1000)
+/* So much, and so long, until a queue is there, which takes 10 to 20 ms, and holds 500 ms. */
+#define STARTS_SLACK_NS (400 * 1000 * 1000)
+#define STARTS_NS (50 * 1000 * 1000)
 
 static long (*bpf_skb_ecn_set_ce)(struct __sk_buff *skb) = (void *)97; /* Linux 5.1 */
 
@@ -81,6 +84,25 @@ always_inline int is_marked(struct __sk_buff *skb)
 		return 0;
 	ecn = (start[0] >> 4 == 6 ? start[1] >> 4 : start[1]) & ECN_CE;
 	return ecn == ECN_CE || (ecn == ECN_ECT0 && bpf_skb_ecn_set_ce(skb) == 1);
+}
+
+/*
+ * What may be owed beyond what may be anyway. A queue is about to start once the gate has told of a
+ * large datagram: what comes by then is rather let in, and what comes after it waits for that much
+ * longer.
+ */
+always_inline __u64 slack_of_others(const struct throttle_config *config, __u32 direction,
+				    __u64 now)
+{
+	__u32 slot = config->slot;
+	struct throttle_gate *gate;
+
+	if (direction != THROTTLE_DOWNLOAD || !(config->flags & THROTTLE_GATE))
+		return OTHERS_SLACK_NS;
+	gate = bpf_map_lookup_elem(&GATE, &slot);
+	if (gate && gate->datagram_ns && (__s64)(now - gate->datagram_ns) < STARTS_NS)
+		return STARTS_SLACK_NS;
+	return OTHERS_SLACK_NS;
 }
 
 /* Whether a packet is to be dropped although the bucket would let it pass. */

@@ -239,7 +239,7 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 #include "others.h"
 #else
 /* Linux 4.14 does without. */
-#define OTHERS_SLACK_NS 0
+#define slack_of_others(config, direction, now) 0
 #define is_early(skb, bucket, config, direction, billed, now) 0
 #endif
 
@@ -276,7 +276,7 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	/* TCP's headers are free, where they are found. */
 	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
 		if (!is_early(skb, bucket, config, direction, billed, now) &&
-		    pay(bucket, config, billed, OTHERS_SLACK_NS, now))
+		    pay(bucket, config, billed, slack_of_others(config, direction, now), now))
 			return PASS;
 	} else if (pay(bucket, config, billed, 0, now)) {
 		return PASS;

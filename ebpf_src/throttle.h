@@ -204,8 +204,9 @@ struct throttle_gate {
 	__u64 ungated[GATE_UNGATED];
 	__u64 taken;
 	__u64 oldest_ns;
-	__u32 large_datagrams; /* whether the keeper was told that one has left */
-	__u32 woken;           /* when the keeper was last woken up, in 2^20 ns */
+	__u64 datagram_ns; /* when the keeper was told that a large datagram has left; 0: not yet */
+	__u32 woken;       /* when the keeper was last woken up, in 2^20 ns */
+	__u32 reserved;
 };
 
 /* An acknowledgement as the keeper gets it. */

@@ -65,6 +65,8 @@ def open(  # noqa: A001 - it is diversion.open
     with ExitStack() as undo:
         try:
             diversion = Diversion.join(undo)
+            # It starts while the programs are loaded.
+            diversion._keeper.start()
             names = _names(marks is not None)
             kept = diversion._attached(place, names, maps, loopback=loopback)
             kept.wanted, kept.loopback = impairment, loopback

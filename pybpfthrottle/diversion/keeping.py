@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Optional, Se
 from pybpfthrottle.backends.ebpf import programs
 from pybpfthrottle.bpf import maps
 from pybpfthrottle.bpf.links import Link
-from pybpfthrottle.bpf.loader import Loadable
+from pybpfthrottle.bpf.loader import Loadable, Object
 from pybpfthrottle.bpf.maps import Map
+from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.diversion import tap
 from pybpfthrottle.diversion.records import KEEPER, RING, DivertBounds, DivertKeeper, DivertState
 from pybpfthrottle.diversion.tally import Tally
-from pybpfthrottle.errors import Error
+from pybpfthrottle.errors import BpfError, Error
 from pybpfthrottle.linux import netns
 from pybpfthrottle.linux.helper import SharedHelper
 from pybpfthrottle.logger import Logger
@@ -100,12 +101,13 @@ class DiversionKeeper(SharedHelper):
     module = "pybpfthrottle.diversion.keeper"
 
     def __init__(self) -> None:
-        """Begin to start the process. Raises OSError, BpfError or ObjectFileError."""
+        """Make what it shares with the programs. Raises OSError, BpfError or ObjectFileError."""
         self._numbers = 0
         self._kept: dict[int, Kept] = {}
         # By the index in the record that the programs read; 0 is free.
         self._networks = [0] * DivertBounds.DIVERT_NAMESPACES
         self._settings: list[int] = []
+        self._back: Optional[Object] = None
         # Whether the keeper reads the ring by now.
         self._reads = False
         self.unserved: dict[int, str] = {}
@@ -115,14 +117,9 @@ class DiversionKeeper(SharedHelper):
             self.ring = undo.enter_context(maps.create(spec.maps[RING]))
             # What the programs see of it.
             self._seen = DivertKeeper.from_buffer(mmap.mmap(self.shared.fd, mmap.PAGESIZE))
-            # First: it starts while this process loads the programs.
             super().__init__()
-            with ExitStack() as unused:
-                unused.callback(self._end_process)
-                self._back = undo.enter_context(program_of_device().load())
-                self.due_s = next_round(_FORGET_S)
-                self._tell_ring()
-                unused.pop_all()
+            self.due_s = next_round(_FORGET_S)
+            self._tell_ring()
             self._closing = undo.pop_all()
 
     def run(self) -> None:
@@ -170,6 +167,7 @@ class DiversionKeeper(SharedHelper):
             if is_early:
                 self._take_early(kept, networks)
             else:
+                self.start()
                 self._serve_networks(networks)
             self._kept[number] = kept
             try:
@@ -253,10 +251,11 @@ class DiversionKeeper(SharedHelper):
             self.tell({"open": number, **kept.told()}, fds)
 
     def _take_early(self, kept: Kept, networks: Sequence[int]) -> None:
-        """Have packets wait in the ring from now on, and only then make what they come back by.
+        """Have packets wait in the ring from now on, and only then do what takes long.
 
-        That and the start of the keeper take a moment. The keeper does not read the ring before it
-        knows of the first diversion. What was taken is lost if there can be no device.
+        That is the keeper's start, and the device by which they come back. The keeper does not read
+        the ring before it knows of the first diversion. What was taken is lost if there can be no
+        device.
         """
         wanted = [inode for inode in networks if inode not in self.unserved]
         for index, inode in enumerate(wanted[: len(self._networks)]):
@@ -264,6 +263,7 @@ class DiversionKeeper(SharedHelper):
             self._seen.alive = 1
         kept.switch_on()
         try:
+            self.start()
             self._serve_networks(networks)
         finally:
             self._seen.namespaces[:] = self._networks
@@ -281,8 +281,8 @@ class DiversionKeeper(SharedHelper):
             self.unserved[inode] = f"{len(self._networks)} network namespaces are served already"
             return
         try:
-            made = self._inside(inode, lambda: tap.create(self._back.programs[_BACK]))
-        except OSError as error:
+            made = self._inside(inode, lambda: tap.create(self._program_of_device()))
+        except (BpfError, OSError) as error:
             self.unserved[inode] = f"no device can be made in its network namespace: {error}"
             log.warning("Packets pass undelayed: %s", self.unserved[inode])
             return
@@ -293,6 +293,11 @@ class DiversionKeeper(SharedHelper):
         made.close()
         if any(kept.loopback for kept in self._kept.values()):
             self._let_loopback_in()
+
+    def _program_of_device(self) -> Program:
+        if self._back is None:
+            self._back = self._closing.enter_context(program_of_device().load())
+        return self._back.programs[_BACK]
 
     def _served(self) -> list[int]:
         return [inode for inode in self._networks if inode]

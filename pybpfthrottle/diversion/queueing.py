@@ -25,9 +25,11 @@ TARGET_NS, INTERVAL_NS = 5 * _MS, 100 * _MS
 # So many packets of a flow are no queue. No sender has less than two on their way, and one like
 # Reno that loses a packet in 70 has 10 in the middle.
 LEAST_PACKETS = 12
-# Nor are these, while they wait for less than that: Reno loses one packet in a thousand if at most
-# 52 are on their way and in the queue. Another flow does not wait for them.
-USUAL_PACKETS, LONG_NS = 40, 100 * _MS
+# Nor are these, while they wait for less than that: Reno loses one packet in 2,000 if at most 73
+# are on their way and in the queue. Another flow does not wait for them.
+USUAL_PACKETS, LONG_NS = 72, 200 * _MS
+# A slow start doubles what it has on its way before it knows, and is told sooner.
+FIRST_NS = 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.
 LEAST_APART = 70
@@ -79,8 +81,8 @@ class _Flow:
     """The packets of one flow, and what CoDel knows of it."""
 
     __slots__ = (
-        *("bytes", "count", "deficit", "drop_ns", "is_dropping", "key", "over_ns", "since"),
-        "waiting",
+        *("bytes", "count", "deficit", "drop_ns", "is_dropping", "key", "lost_ns", "over_ns"),
+        *("since", "waiting"),
     )
 
     def __init__(self, key: bytes) -> None:
@@ -88,7 +90,7 @@ class _Flow:
         self.waiting: deque[Waiting] = deque()
         self.bytes = 0
         self.deficit = _TURN_BYTES
-        self.over_ns = self.drop_ns = self.count = 0
+        self.over_ns = self.drop_ns = self.lost_ns = self.count = 0
         self.is_dropping = False
         # How many packets have left since one got lost.
         self.since = LEAST_APART
@@ -158,7 +160,8 @@ class Fair:
         """Return a flow's next packet, and whether it gets lost."""
         one = self._pop(flow)
         flow.since += 1
-        is_due = self._is_over(flow, now_ns - one.at_ns, now_ns) and self._is_due(flow, now_ns)
+        is_over = self._is_over(flow, now_ns - one.at_ns, now_ns)
+        is_due = is_over and self._is_due(flow, one.at_ns, now_ns)
         if now_ns - one.at_ns > _LATEST_NS:
             return Leaving(one, True)
         if not is_due or len(one.packet.data) < _LEAST_LOST_BYTES:
@@ -172,21 +175,24 @@ class Fair:
         least = LEAST_PACKETS if waited_ns >= LONG_NS else USUAL_PACKETS
         if waited_ns < TARGET_NS or len(flow.waiting) < least:
             flow.over_ns, flow.is_dropping = 0, False
-        elif waited_ns >= LONG_NS and not flow.drop_ns:
-            # A slow start doubles what it has on its way before it knows, and would fill the queue.
+        elif waited_ns >= FIRST_NS and not flow.drop_ns:
             flow.over_ns = now_ns
         elif not flow.over_ns:
             flow.over_ns = now_ns + INTERVAL_NS
         return bool(flow.over_ns) and now_ns >= flow.over_ns
 
-    def _is_due(self, flow: _Flow, now_ns: int) -> bool:
-        """Whether a flow that is over the target loses a packet now; more often with each."""
+    def _is_due(self, flow: _Flow, at_ns: int, now_ns: int) -> bool:
+        """Whether a flow that is over the target loses a packet now; more often with each.
+
+        What came before the last loss waits for what was sent before its sender knew of that.
+        """
         if not flow.is_dropping:
             is_recent = flow.count > 2 and now_ns - flow.drop_ns < _RECENT_NS
             flow.count = flow.count - 2 if is_recent else 0
             flow.is_dropping, flow.drop_ns = True, now_ns
-        if now_ns < flow.drop_ns or flow.since < LEAST_APART:
+        if now_ns < flow.drop_ns or at_ns < flow.lost_ns or flow.since < LEAST_APART:
             return False
+        flow.lost_ns = now_ns
         flow.count += 1
         flow.since = 0
         flow.drop_ns += int(INTERVAL_NS / flow.count**0.5)

@@ -33,6 +33,7 @@ class LineKeeper(SharedHelper):
         # Which of the devices somebody has removed: the source of what comes in, or goes out.
         self.gone: set[Direction] = set()
         super().__init__()
+        self.start()
 
     def restore_later(self, way_id: str) -> None:
         """Have a way out ended by the keeper if this process is killed, from now on."""

@@ -18,10 +18,13 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any, Callable, ClassVar, Iterable, Mapping, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterable, Mapping, Optional, TypeVar
 
 from pybpfthrottle.linux import clock, libc, process
 from pybpfthrottle.logger import Logger
+
+if TYPE_CHECKING:
+    import subprocess
 
 log = Logger(__name__)
 
@@ -41,9 +44,9 @@ H = TypeVar("H", bound="SharedHelper")
 class SharedHelper:
     """The owner's side: one helper process for all its users in this process.
 
-    It starts with the first user and ends with the last. As a chore it replaces a helper that has
-    died. A class of helpers has a ``title`` for people, and the ``module`` whose ``main`` is called
-    with the number of the helper's socket.
+    It ends with the last of its users. What it is told before its ``start`` waits in its socket. As
+    a chore it replaces a helper that has died. A class of helpers has a ``title`` for people, and
+    the ``module`` whose ``main`` is called with the number of the helper's socket.
     """
 
     title: ClassVar[str]
@@ -56,7 +59,7 @@ class SharedHelper:
 
     @classmethod
     def join(cls: type[H]) -> H:
-        """Return the helper of this process, begun to be started if there is none.
+        """Return the helper of this process, a new one if there is none.
 
         Each call needs one of ``leave``. Raises OSError if no helper can be started.
         """
@@ -87,18 +90,30 @@ class SharedHelper:
             self._close()
 
     def __init__(self) -> None:
-        """Begin to start the process. Raises OSError if that is impossible."""
+        """Make its socket. Raises OSError."""
         self._owner = os.getpid()
         self._users = self._starts = 0
         self.due_s = math.inf
         # Changes and the chore may be in different threads.
         self._busy = threading.RLock()
-        self._start()
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._connect()
+
+    def start(self) -> None:
+        """Begin to start the process, unless it was started. Raises OSError if it is impossible."""
+        with self._busy:
+            if self._process is None and self.ended is None:
+                try:
+                    self._spawn()
+                except OSError as error:
+                    self.ended = str(error)
+                    self._end_process()
+                    raise
 
     @property
     def pid(self) -> int:
-        """The helper's process id."""
-        return self._process.pid
+        """The helper's process id; 0 before its start."""
+        return 0 if self._process is None else self._process.pid
 
     def fileno(self) -> int:
         """Return the descriptor of the socket that the helper reports on."""
@@ -147,15 +162,18 @@ class SharedHelper:
         """Close what was shared with the helper."""
         raise NotImplementedError
 
-    def _start(self) -> None:
+    def _connect(self) -> None:
+        self._socket, self._other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+
+    def _spawn(self) -> None:
         import subprocess  # which takes a moment, and most limits need no helper
 
         self._starts += 1
-        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The helper needs no other package.
         environment = {**os.environ, "PYTHONPATH": process.PACKAGE_ROOT}
-        program = f"from {self.module} import main; main({other.fileno()})"
-        with other:
+        program = f"from {self.module} import main; main({self._other.fileno()})"
+        with self._other as other:
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-S", "-c", program],
@@ -165,11 +183,9 @@ class SharedHelper:
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-            except (OSError, ValueError):
-                self._socket.close()
-                raise
+            except ValueError as error:
+                raise OSError(str(error)) from error
         _hurry(self._process.pid)
-        self._socket.setblocking(False)
 
     def _restart(self) -> None:
         code = self._end_process()
@@ -178,8 +194,9 @@ class SharedHelper:
             self.ended = f"{self._starts} times, at last with exit status {code}"
             return
         try:
-            self._start()
-        except (OSError, ValueError) as error:
+            self._connect()
+            self._spawn()
+        except OSError as error:
             self.ended = str(error)
             return
         self._introduce()
@@ -188,13 +205,16 @@ class SharedHelper:
         from subprocess import TimeoutExpired
 
         self._socket.close()
-        try:
-            self._process.wait(_END_S)
-        except TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._other.close()
+        code: Optional[int] = None
+        if self._process is not None:
+            try:
+                code = self._process.wait(_END_S)
+            except TimeoutExpired:
+                self._process.kill()
+                code = self._process.wait()
         self._abandon()
-        return self._process.returncode
+        return code
 
     def _listen(self) -> bool:
         """Read the helper's messages; return False if it is gone."""

@@ -85,6 +85,7 @@ class KeeperProcess(SharedHelper):
         for one in _raw_sockets():  # fail now if raw sockets are not permitted
             one.close()
         super().__init__()
+        self.start()
 
     def ring(self) -> Map[Any, Any]:
         """Return the ring for the programs of all gates. Raises BpfError or ObjectFileError."""

@@ -235,8 +235,9 @@ class ThrottleGate(ctypes.Structure):
         ("ungated", c_uint64 * ThrottleGateBounds.GATE_UNGATED),
         ("taken", c_uint64),
         ("oldest_ns", c_uint64),
-        ("large_datagrams", c_uint32),
+        ("datagram_ns", c_uint64),
         ("woken", c_uint32),
+        ("reserved", c_uint32),
     )
 
 

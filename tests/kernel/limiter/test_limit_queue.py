@@ -24,6 +24,7 @@ from pybpfthrottle.demo.wire import Wire
 from pybpfthrottle.diversion import diverted as owner
 from pybpfthrottle.diversion import keeping, tap
 from pybpfthrottle.diversion.keeping import DiversionKeeper
+from pybpfthrottle.diversion.limit_queue import LimitQueue
 from pybpfthrottle.linux import cgroup, netns, process, tuntap
 from pybpfthrottle.linux.cgroup import Cgroup
 from pybpfthrottle.model import Direction, Rate
@@ -159,7 +160,7 @@ def test_packets_wait_for_a_keeper_that_starts(
     wire: Wire, near: Near, scratch: Cgroup, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A burst loses nothing, though it comes before the keeper; what is slow was done ahead."""
-    start = DiversionKeeper._start
+    start = DiversionKeeper.start
     stopped = []
 
     def start_slowly(keeper: DiversionKeeper) -> None:
@@ -176,7 +177,7 @@ def test_packets_wait_for_a_keeper_that_starts(
     with pybpfthrottle.limit(**target, download=RATE) as live:  # type: ignore[arg-type]
         eventually(lambda: keeping.program_of_device.cache_info().currsize)  # it is the last
         assert not live._queue._diverted  # type: ignore[union-attr]
-        monkeypatch.setattr(DiversionKeeper, "_start", start_slowly)
+        monkeypatch.setattr(DiversionKeeper, "start", start_slowly)
         monkeypatch.setattr(Loadable, "__init__", prepared)
         near.ask("send", wire.server.address, PORT, 1, SIZE, 0)
         eventually(lambda: live._queue._diverted.open)  # type: ignore[union-attr]
@@ -187,6 +188,26 @@ def test_packets_wait_for_a_keeper_that_starts(
         numbers, _ = near.ask("receive", 1.5)
         assert numbers == list(range(50))
         assert live.counters()[DOWNLOAD].packets_dropped == 0
+
+
+@pytest.mark.timed  # it is expected for 50 ms
+@pytest.mark.since("6.1")
+def test_while_it_is_expected_more_may_be_owed(
+    wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before it is let in, 0.4 s of the limit here; if none comes it is as ever."""
+    monkeypatch.setattr(LimitQueue, "_look", lambda queue: False)
+    rate = 1 << 20
+    burst = int(0.4 * rate / (SIZE + HEADERS))
+    with pybpfthrottle.limit(cgroup=scratch.path, download=rate) as live:
+        dropped = [0]
+        for _ in range(2):
+            near.ask("send", wire.server.address, PORT, burst, SIZE, 0)
+            near.ask("receive", 1)
+            dropped.append(live.counters()[DOWNLOAD].packets_dropped)
+    # Early, of each hundred one; the second time about a third.
+    assert dropped[1] <= burst // 50
+    assert dropped[2] - dropped[1] > burst // 5
 
 
 @pytest.mark.timed  # packets wait for 200 ms at most

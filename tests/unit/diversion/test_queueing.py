@@ -147,7 +147,22 @@ def test_a_slow_start_loses_one_as_soon_as_it_waits_for_long():
             one = fair.get(number * MS)
             left.append((number * MS - one.waiting.at_ns, one.is_lost))
     waited_ns = next(waited_ns for waited_ns, is_lost in left if is_lost)
-    assert queueing.LONG_NS <= waited_ns <= queueing.LONG_NS + 4 * MS
+    assert queueing.FIRST_NS <= waited_ns <= queueing.FIRST_NS + 4 * MS
+
+
+def test_what_came_before_a_loss_causes_no_other():
+    """Its sender could not know by then, however long it waits: here 300 packets come at once."""
+    fair = Fair()
+    for number in range(300):
+        fair.put(waiting(number, 0))
+    lost = []
+    for number in range(300, 600):
+        now_ns = (number - 250) * 2 * MS
+        fair.put(waiting(number, now_ns))
+        one = fair.get(now_ns)
+        if one.is_lost:
+            lost.append(one.waiting.at_ns)
+    assert lost == [0]
 
 
 def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
@@ -155,7 +170,9 @@ def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
     lost = [at for at, one in enumerate(standing(Fair(), count=2000)) if one.is_lost]
     assert lost[0] == 0  # which has waited for 200 ms
     gaps = [later - one for one, later in zip(lost, lost[1:])]
-    assert set(gaps[1:]) == {queueing.LEAST_APART}
+    # The next is of those that came when one was lost already, and 72 were before it.
+    assert set(gaps[1:]) == {queueing.USUAL_PACKETS}
+    assert queueing.USUAL_PACKETS >= queueing.LEAST_APART
 
 
 @pytest.mark.parametrize("version", [4, 6])
