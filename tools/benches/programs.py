@@ -29,7 +29,7 @@ from vm import VmError
 
 from benches.child import PATIENCE_S, TransferError
 from benches.line import DelayLine, LineSpec
-from benches.quic import datagrams, without_gso
+from benches.quic import datagrams, fall_silent, without_gso
 from benches.servers import HTTP3_PORT, SSH_PORT, Place, serve, serve_http3, start
 from benches.surroundings import python
 from benches.table import show
@@ -41,8 +41,6 @@ from pybpfthrottle.model import Rate
 _COLUMNS = ("ratio", "lowest", "highest", "retransmitted %")
 # A program may say hello to its server, as ssh does, long before anything is transferred.
 _HANDSHAKE_BYTES = 32 << 10
-# The queue of a limit holds half a second.
-_ON_THE_WAY_S = 0.8
 _CURL_HTTP3 = "curl, HTTP/3"
 _PAGE = b"<script>fetch('large').then(got => got.body.pipeTo(new WritableStream()))</script>"
 Command = Callable[[Place], str]
@@ -157,20 +155,13 @@ def _transfer(
         inside = wire.client.inside(*prefix, "--", "sh", "-c", shell)
         start(stack, inside)
         sent, again = _watch(wire.server, place, seconds)
-        _fall_silent(wire)
+        fall_silent(wire)
         left, came = (now - one for now, one in zip(datagrams(wire), before))
     steps = [after - before for before, after in zip(sent, sent[1:])]
     windows = [step / rate.bytes_per_s for step in steps[1:]]
     ratio = (sent[-1] - sent[0]) / rate.bytes_per_s / len(steps)
     lost = 1 - came / left if came else 0.0
     return ratio, min(windows), max(windows), 100 * (lost + again / sent[-1])
-
-
-def _fall_silent(wire: Wire) -> None:
-    """Have the server send nothing more, and what is on its way arrive: that is not lost."""
-    blackhole = f"ip route add blackhole {wire.client.address}/32"
-    subprocess.run(wire.server.inside(*blackhole.split()), check=True, capture_output=True)
-    time.sleep(_ON_THE_WAY_S)
 
 
 def _watch(server: Namespace, place: Place, seconds: int) -> tuple[list[int], int]:

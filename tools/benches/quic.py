@@ -4,13 +4,13 @@ The server is ngtcp2's, which paces; nginx, which sends at once what it may, and
 way at least; or aioquic's, in this interpreter, which is too slow for 10 MB/s. The client of the
 first two is curl. All but aioquic are those of Debian trixie, unpacked in a cache.
 
-All but rtt and ping are of the time after the first two seconds. billed: all packets that the
-client received, with their headers, divided by the limit. ratio: the same of stream data alone;
-0.95 is exact. lowest, highest: the same in one second. lost: of the datagrams that the server
-sent, those that the client did not get. rtt: as aioquic's client sees it, ms. ping: the round
-trip of a small UDP flow inside the limit, its 95th percentile in ms. helper: CPU time of the
-limit's helper processes, s per GB, and per cent of a core. start lost: what our limit has dropped
-in the first two seconds, KB.
+All but lost, rtt and ping are of the time after the first two seconds. billed: all packets that
+the client received, with their headers, divided by the limit. ratio: the same of stream data
+alone; 0.95 is exact. lowest, highest: the same in one second. lost: of all datagrams that the
+server sent, those that the client did not get, whose programs may have been too slow. rtt: as
+aioquic's client sees it, ms. ping: the round trip of a small UDP flow inside the limit, its 95th
+percentile in ms. helper: CPU time of the limit's helper processes, s per GB, and per cent of a
+core. start lost: what our limit has dropped in the first two seconds, KB.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from pybpfthrottle.model import Direction, Rate
 
 _KNOWN = {method.name: method for method in METHODS if Direction.DOWNLOAD in method.directions}
 _START_UP_S = 2.0
+# The queue of a limit holds half a second.
+_ON_THE_WAY_S = 0.8
 _ETHERNET_BYTES = 14  # veth has it, and the delay line has not
 
 
@@ -140,6 +142,7 @@ def _transfer(
         answer = python("benches.quic_ping", "answer", address, str(OTHER_PORT))
         Child(stack, wire.server.inside(*answer)).ready()
         prefix = method.prefix(Direction.DOWNLOAD, rate)
+        at_first = datagrams(wire)
         client = Child(stack, wire.client.inside(*prefix, *get))
         client.ready()
         time.sleep(_START_UP_S)
@@ -150,6 +153,8 @@ def _transfer(
         seconds, octets, sent, got, cpu_s = counted
         client.stop()
         report = client.report()
+        fall_silent(wire)
+        left, came = (now - one for now, one in zip(datagrams(wire), at_first))
     per_second = _seconds(report["bins"], arguments.seconds, rate)
     if not any(per_second):
         raise TransferError(
@@ -160,7 +165,7 @@ def _transfer(
     trips = report.get("round_trips_ms")
     return Row(
         *(billed / seconds / rate.bytes_per_s, mean(per_second), min(per_second), max(per_second)),
-        100 * (1 - got / sent),
+        100 * (1 - came / left),
         mean(trips) if trips else None,
         report["ping_ms"],
         *(cpu_s / (billed / 1e9), 100 * cpu_s / seconds),
@@ -237,12 +242,18 @@ def _sent(end: Namespace) -> tuple[int, int]:
 
 
 def datagrams(wire: Wire) -> tuple[int, int]:
-    """Return how many packets the server has sent, and datagrams came to the client's sockets.
-
-    Their programs may have been too slow for these.
-    """
-    came = sum(_udp_count(wire.client, field) for field in ("InDatagrams", "RcvbufErrors"))
+    """Return how many packets the server has sent, and how many datagrams came to the client."""
+    came = sum(
+        _udp_count(wire.client, field) for field in ("InDatagrams", "NoPorts", "RcvbufErrors")
+    )
     return _sent(wire.server)[1], came
+
+
+def fall_silent(wire: Wire) -> None:
+    """Have the server send nothing more, and what is on its way arrive: that is not lost."""
+    blackhole = f"ip route add blackhole {wire.client.address}/32"
+    subprocess.run(wire.server.inside(*blackhole.split()), check=True, capture_output=True)
+    time.sleep(_ON_THE_WAY_S)
 
 
 def _udp_count(end: Namespace, field: str) -> int:
