@@ -33,9 +33,10 @@ always_inline __u32 own_slot(void)
 #define OWN_SLOT() own_slot()
 
 /*
- * Into a call to a place that the verifier knows the kernel writes a jump, which saves 14 ns, and at
- * each load has word sent to all CPUs, which takes 0.1 ms. That is for the policer, which sees each
- * packet; the others go to a place that the verifier does not know: no slot has the highest bit.
+ * Into a call to a place that the verifier knows the kernel writes a jump, which saves each packet
+ * 14 ns, and at each load has word sent to all CPUs, which takes 0.1 ms. The policer has that, which
+ * sees all packets. The gate, which sees those that leave, and the shaper go to a place that the
+ * verifier does not know: no slot has the highest bit.
  */
 #define BY_MAP(slot, place) ((place) + ((slot) >> 31))
 

@@ -32,9 +32,8 @@
 /* Beyond what may be owed anyway: early losses have to have time to be answered. */
 #define OTHERS_SLACK_NS (40 * 1000 * 1000)
 #define OTHERS_HALF_NS (50 * 1000 * 1000)
-/* So much, and so long, until a queue is there, which takes 10 to 20 ms, and holds 500 ms. */
-#define STARTS_SLACK_NS (400 * 1000 * 1000)
-#define STARTS_NS (50 * 1000 * 1000)
+/* So much until a queue is there, which takes 10 to 20 ms, and holds 500 ms. */
+#define LENT_NS (400 * 1000 * 1000)
 
 static long (*bpf_skb_ecn_set_ce)(struct __sk_buff *skb) = (void *)97; /* Linux 5.1 */
 
@@ -87,28 +86,27 @@ always_inline int is_marked(struct __sk_buff *skb)
 }
 
 /*
- * What may be owed beyond what may be anyway. A queue is about to start once the gate has told of a
- * large datagram: what comes by then is rather let in, and what comes after it waits for that much
- * longer.
+ * What is lent to downloads: once the gate has told of a large datagram their queue is about to start,
+ * and what comes by then is rather let in. What comes after it waits for that. If the queue is late, or
+ * cannot be after all, half of the limit passes while the other half pays back.
  */
-always_inline __u64 slack_of_others(const struct throttle_config *config, __u32 direction,
-				    __u64 now)
+always_inline __u64 lent(const struct throttle_config *config, __u32 direction, __u64 now)
 {
 	__u32 slot = config->slot;
 	struct throttle_gate *gate;
 
-	if (direction != THROTTLE_DOWNLOAD || !(config->flags & THROTTLE_GATE))
-		return OTHERS_SLACK_NS;
+	if (direction != THROTTLE_DOWNLOAD || !(config->flags & THROTTLE_LEND))
+		return 0;
 	gate = bpf_map_lookup_elem(&GATE, &slot);
-	if (gate && gate->datagram_ns && (__s64)(now - gate->datagram_ns) < STARTS_NS)
-		return STARTS_SLACK_NS;
-	return OTHERS_SLACK_NS;
+	if (!gate || !gate->datagram_ns)
+		return 0;
+	return larger(LENT_NS - ((__s64)(now - gate->datagram_ns) >> 1), 0);
 }
 
 /* Whether a packet is to be dropped although the bucket would let it pass. */
 always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket,
 			   const struct throttle_config *config, __u32 direction, __u32 billed,
-			   __u64 now)
+			   __u64 lent_ns, __u64 now)
 {
 	__u64 half_at = bucket->half_at_ns;
 	/* Pacing holds a debt, which is no queue. */
@@ -116,7 +114,7 @@ always_inline int is_early(struct __sk_buff *skb, struct throttle_bucket *bucket
 	__s64 owed = bucket->even_at_ns - now - held;
 	__s64 target = larger(OTHERS_TARGET, OTHERS_TARGET_BYTES * config->inverse_rate >>
 						     (INVERSE_RATE_SHIFT + 10));
-	__u64 root = root_of_share(bucket, owed, target, now);
+	__u64 root = root_of_share(bucket, owed - (__s64)lent_ns, target, now);
 	__u32 sum = bucket->early_sum + (root * root >> 16);
 	__u32 slot = config->slot, tag = skb->tc_index;
 	struct throttle_gate *gate;

@@ -239,8 +239,9 @@ always_inline int pay(struct throttle_bucket *bucket, const struct throttle_conf
 #include "others.h"
 #else
 /* Linux 4.14 does without. */
-#define slack_of_others(config, direction, now) 0
-#define is_early(skb, bucket, config, direction, billed, now) 0
+#define OTHERS_SLACK_NS 0
+#define lent(config, direction, now) 0
+#define is_early(skb, bucket, config, direction, billed, lent_ns, now) 0
 #endif
 
 #ifndef ENTRIES
@@ -251,7 +252,7 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &element);
 	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &element);
 	__u32 billed;
-	__u64 now;
+	__u64 now, lent_ns;
 
 	HOLD_RECORD();
 	if (!config || !stats || !bucket)
@@ -275,8 +276,12 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 		return PASS;
 	/* TCP's headers are free, where they are found. */
 	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
-		if (!is_early(skb, bucket, config, direction, billed, now) &&
-		    pay(bucket, config, billed, slack_of_others(config, direction, now), now))
+		lent_ns = lent(config, direction, now);
+		if (!is_early(skb, bucket, config, direction, billed, lent_ns, now) &&
+		    pay(bucket, config, billed, OTHERS_SLACK_NS + lent_ns, now))
+			return PASS;
+	} else if (billed == skb->len) {
+		if (pay(bucket, config, billed, lent(config, direction, now), now))
 			return PASS;
 	} else if (pay(bucket, config, billed, 0, now)) {
 		return PASS;

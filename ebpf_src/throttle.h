@@ -36,6 +36,7 @@ enum throttle_flags {
 	THROTTLE_WINDOW = 4,   /* downloads: TCP's receive window moves at the rate */
 	THROTTLE_GATE = 8,     /* downloads: the gate's keeper opens the window, where it can */
 	THROTTLE_NETWORKS = 16, /* the address of the other end decides whether to limit */
+	THROTTLE_LEND = 32,    /* downloads: what comes before their queue may be owed */
 };
 
 /* How a record begins. Version 1 had a shorter configuration, and no struct throttle_record. */
@@ -190,10 +191,10 @@ struct throttle_socket {
 };
 
 /*
- * The gate of one throttle. Written by its keeper, but for `id` and the last four. `oldest_ns` is since
+ * The gate of one throttle. Written by its keeper, but for `id` and the last five. `oldest_ns` is since
  * when an acknowledgement waits for the keeper, or the keeper looks at what has come: the programs set
  * it where it is 0, the keeper when it begins to look, and to 0 when it has done so. Then it looks
- * whether something has come meanwhile, of which nobody told it. The other three are the programs'.
+ * whether something has come meanwhile, of which nobody told it. The others are the programs'.
  */
 struct throttle_gate {
 	__u32 alive; /* whether the keeper serves it */

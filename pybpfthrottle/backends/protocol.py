@@ -300,6 +300,9 @@ class Queueable(typing.Protocol):
     def on_datagram(self, call: Callable[[], object]) -> None:
         """Call something once a large datagram has left, whose answers may be large as well."""
 
+    def lend(self, is_lent: bool) -> None:
+        """Say whether they may owe what comes between that and the start of their queue."""
+
     def why_no_queue(self) -> Optional[str]:
         """Return why they are not to wait in a queue, or None."""
 

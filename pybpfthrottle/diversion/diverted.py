@@ -67,6 +67,7 @@ def open(  # noqa: A001 - it is diversion.open
             diversion = Diversion.join(undo)
             # It starts while the programs are loaded.
             diversion._keeper.start()
+            diversion._keeper.program_of_device()
             names = _names(marks is not None)
             kept = diversion._attached(place, names, maps, loopback=loopback)
             kept.wanted, kept.loopback = impairment, loopback

@@ -281,7 +281,7 @@ class DiversionKeeper(SharedHelper):
             self.unserved[inode] = f"{len(self._networks)} network namespaces are served already"
             return
         try:
-            made = self._inside(inode, lambda: tap.create(self._program_of_device()))
+            made = self._inside(inode, lambda: tap.create(self.program_of_device()))
         except (BpfError, OSError) as error:
             self.unserved[inode] = f"no device can be made in its network namespace: {error}"
             log.warning("Packets pass undelayed: %s", self.unserved[inode])
@@ -294,7 +294,8 @@ class DiversionKeeper(SharedHelper):
         if any(kept.loopback for kept in self._kept.values()):
             self._let_loopback_in()
 
-    def _program_of_device(self) -> Program:
+    def program_of_device(self) -> Program:
+        """Return the program by which packets come back, loaded once. Raises BpfError."""
         if self._back is None:
             self._back = self._closing.enter_context(program_of_device().load())
         return self._back.programs[_BACK]

@@ -9,7 +9,6 @@ latest it begins once downloads are over the limit. Only then it is told to peop
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Optional
 
 from pybpfthrottle.backends.ebpf.programs import Scope
@@ -108,15 +107,17 @@ class LimitQueue:
         self._is_prepared = True
         from pybpfthrottle import diversion
 
-        # If it is impossible this is told once it is needed.
-        with suppress(Error, OSError):
+        try:
             foothold = self._limit.before_limit()
             wanted = {False: foothold.cgroups, True: foothold.marked_at}
+            # There may be places later.
+            self._is_prepared = any(wanted.values())
+            self._limit.lend(self._is_prepared)
             for marked, places in wanted.items():
                 if places:
                     diversion.prepare_queue(foothold, marked=marked)
-            # There may be places later.
-            self._is_prepared = any(wanted.values())
+        except (Error, OSError):  # it is told once it is needed
+            self._limit.lend(False)
         return self._begin() if self._is_expected else self._is_prepared
 
     def _begin(self) -> bool:
@@ -133,6 +134,7 @@ class LimitQueue:
         return self._end_all()
 
     def _end_all(self) -> bool:
+        self._limit.lend(False)
         self._diverted.close()
         self._attached = []
         return True

@@ -119,10 +119,12 @@ class Fair:
         flow.bytes += size
         self.bytes += size
 
-    def trim(self, most_bytes: int) -> None:
+    def trim(self, most_bytes: int, now_ns: int) -> None:
         """Have the oldest packets of the longest flows get lost, if there are too many."""
         while self.bytes > most_bytes:
-            self._lost.append(self._pop(max(self._flows.values(), key=lambda each: each.bytes)))
+            longest = max(self._flows.values(), key=lambda each: each.bytes)
+            longest.lost_ns = now_ns
+            self._lost.append(self._pop(longest))
 
     def get(self, now_ns: int) -> Optional[Leaving]:
         """Return the next packet that leaves, or None if there is none."""
@@ -161,10 +163,11 @@ class Fair:
         one = self._pop(flow)
         flow.since += 1
         is_over = self._is_over(flow, now_ns - one.at_ns, now_ns)
-        is_due = is_over and self._is_due(flow, one.at_ns, now_ns)
+        is_large = len(one.packet.data) >= _LEAST_LOST_BYTES
+        is_due = is_over and is_large and self._is_due(flow, one.at_ns, now_ns)
         if now_ns - one.at_ns > _LATEST_NS:
             return Leaving(one, True)
-        if not is_due or len(one.packet.data) < _LEAST_LOST_BYTES:
+        if not is_due:
             return Leaving(one, False)
         is_marked = one.packet.mark_congested()
         self.marked += is_marked
@@ -252,7 +255,8 @@ class Queue:
         """Read the rate, what is owed, and whether TCP waits for it."""
         bucket, config, gate = (record.read() for record in self._records)
         self._inverse = config.inverse_rate if config.rate_bytes_per_s else 0
-        self._fair.trim(max(_LEAST_BYTES, config.rate_bytes_per_s * _MOST_NS // _SECOND_NS))
+        most_bytes = max(_LEAST_BYTES, config.rate_bytes_per_s * _MOST_NS // _SECOND_NS)
+        self._fair.trim(most_bytes, now_ns)
         self._even_ns = max(bucket.even_at_ns, now_ns - max(config.credit_ns, bucket.credit_ns))
         self._debt_ns = config.debt_ns + max(config.slack_ns, bucket.slack_ns)
         self._half_ns = max(self._half_ns, now_ns - _HALF_NS)

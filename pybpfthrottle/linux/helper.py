@@ -61,7 +61,7 @@ class SharedHelper:
     def join(cls: type[H]) -> H:
         """Return the helper of this process, a new one if there is none.
 
-        Each call needs one of ``leave``. Raises OSError if no helper can be started.
+        Each call needs one of ``leave``. Raises OSError.
         """
         with cls._sharing:
             shared = cls._shared
@@ -198,6 +198,7 @@ class SharedHelper:
             self._spawn()
         except OSError as error:
             self.ended = str(error)
+            self._socket.close()
             return
         self._introduce()
 

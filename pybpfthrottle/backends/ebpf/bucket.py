@@ -299,6 +299,7 @@ class Bucket:
         # The rates in force that are not the limits.
         self._moved: dict[Direction, Rate] = {}
         self.refused: dict[str, str] = {}
+        self._lends = False
         self._shapings = dict.fromkeys(limits, POLICE)
         key = ElementCodec(slot)
         self._configs: Map[int, ThrottleConfig] = maps["CGROUP_CONFIGS"].typed(
@@ -344,6 +345,7 @@ class Bucket:
             expires_ns=self._expires_ns,
         )
         config.slot = self._slot
+        config.flags |= self._lending(direction, rate)
         config.slack_ns = self._configs[direction].slack_ns
         self._configs[direction] = config
         self._shapings[direction] = shaping
@@ -414,6 +416,20 @@ class Bucket:
     def paces(self, direction: Direction) -> bool:
         """Whether a direction's connections are to be paced."""
         return self._shapings[direction].method == "pace"
+
+    def lend(self, is_lent: bool) -> None:
+        """Say whether what comes before the queue of downloads may be owed."""
+        self._lends = is_lent
+        direction = Direction.DOWNLOAD
+        if direction in self.rates:
+            config = self._configs[direction]
+            config.flags &= ~ThrottleFlags.LEND
+            config.flags |= self._lending(direction, self.rates[direction])
+            self._configs[direction] = config
+
+    def _lending(self, direction: Direction, rate: Optional[Rate]) -> int:
+        is_lent = self._lends and direction is Direction.DOWNLOAD
+        return ThrottleFlags.LEND if is_lent and too_fast_for_queue(rate) is None else 0
 
     def leave_room(self, direction: Direction, slack_ns: int = 0) -> None:
         """Allow as much debt as the policer does, for connections that nothing else slows down."""

@@ -98,7 +98,7 @@ class KeeperProcess(SharedHelper):
     def serve(
         self, gate: Map[Any, Any], limits: Sequence[Map[Any, Any]], pids: Pids, slot: int = 0
     ) -> Kept:
-        """Have the keeper serve a gate, whose program is loaded with the keeper's ring."""
+        """Have the keeper serve a gate, whose program is to be loaded with the keeper's ring."""
         with self._busy:
             self._numbers += 1
             kept = self._kept[self._numbers] = Kept(self._numbers, gate, limits, pids, slot)

@@ -30,6 +30,7 @@ class ThrottleFlags(IntFlag):
     WINDOW = 4
     GATE = 8
     NETWORKS = 16
+    LEND = 32
 
 
 class ThrottleFormat(IntEnum):

@@ -650,9 +650,16 @@ class EbpfThrottle:
 
     def on_datagram(self, call: Callable[[], object]) -> None:
         """Call something once a large datagram has left, as far as that is told."""
-        # The gate of both is told of all processes' datagrams.
-        if not (self._order.cgroups and self._marks is not None):
+        if self._hears_of_datagrams():
             self._gate.on_datagram(call)
+
+    def lend(self, is_lent: bool) -> None:
+        """Say whether a queue is to come: what comes before it may be owed."""
+        self._bucket.lend(is_lent and self._hears_of_datagrams())
+
+    def _hears_of_datagrams(self) -> bool:
+        # The gate of both is told of all processes' datagrams.
+        return not (self._order.cgroups and self._marks is not None)
 
     def why_no_queue(self) -> Optional[str]:
         """Return why what has no receive window is not to wait in a queue, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from targets import eventually
 import pybpfthrottle
 from pybpfthrottle import registry
 from pybpfthrottle.backends.ebpf.options import Options
+from pybpfthrottle.backends.ebpf.records import ThrottleFlags
 from pybpfthrottle.bpf.loader import Loadable
 from pybpfthrottle.bpf.programs import Program
 from pybpfthrottle.demo.wire import Wire
@@ -165,6 +167,7 @@ def test_packets_wait_for_a_keeper_that_starts(
 
     def start_slowly(keeper: DiversionKeeper) -> None:
         start(keeper)
+        assert keeper.pid
         os.kill(keeper.pid, signal.SIGSTOP)
         stopped.append(keeper.pid)
 
@@ -190,16 +193,22 @@ def test_packets_wait_for_a_keeper_that_starts(
         assert live.counters()[DOWNLOAD].packets_dropped == 0
 
 
-@pytest.mark.timed  # it is expected for 50 ms
+def lends(live: Throttle) -> bool:
+    """Whether what comes before the queue may be owed."""
+    return bool(live._parts[DOWNLOAD]._bucket.flags(DOWNLOAD) & ThrottleFlags.LEND)  # type: ignore
+
+
+@pytest.mark.timed  # it is lent for 0.8 s
 @pytest.mark.since("6.1")
 def test_while_it_is_expected_more_may_be_owed(
     wire: Wire, near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes before it is let in, 0.4 s of the limit here; if none comes it is as ever."""
-    monkeypatch.setattr(LimitQueue, "_look", lambda queue: False)
+    monkeypatch.setattr(LimitQueue, "_begin", lambda queue: False)
     rate = 1 << 20
     burst = int(0.4 * rate / (SIZE + HEADERS))
     with pybpfthrottle.limit(cgroup=scratch.path, download=rate) as live:
+        eventually(lambda: lends(live))
         dropped = [0]
         for _ in range(2):
             near.ask("send", wire.server.address, PORT, burst, SIZE, 0)
@@ -208,6 +217,26 @@ def test_while_it_is_expected_more_may_be_owed(
     # Early, of each hundred one; the second time about a third.
     assert dropped[1] <= burst // 50
     assert dropped[2] - dropped[1] > burst // 5
+
+
+@pytest.mark.since("6.1")
+def test_where_there_can_be_none_nothing_is_lent(
+    near: Near, scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above its rate, and as soon as it is refused; a lower rate has it again."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "not here")
+
+    with pybpfthrottle.limit(cgroup=scratch.path, download=RATE) as live:
+        eventually(lambda: lends(live))
+        live.set_limit(DOWNLOAD, Rate(100_000_000))
+        assert not lends(live)
+        live.set_limit(DOWNLOAD, Rate(RATE))
+        assert lends(live)
+        monkeypatch.setattr(owner.Diversion, "join", refuse)
+        near.ask("send", "127.0.0.1", PORT, 1, SIZE, 0)
+        eventually(lambda: not lends(live))
 
 
 @pytest.mark.timed  # packets wait for 200 ms at most
@@ -244,7 +273,7 @@ def test_packets_wait_while_their_device_is_made(
             came = [one.ask("receive", 1.5)[0] for one in (near, other)]
             after = live.counters()[DOWNLOAD]
         assert came == [sorted(set(numbers)) for numbers in came]
-        # A flow loses its first packet that waits for 100 ms.
+        # A flow loses its first packet that waits for 200 ms.
         assert after.packets_dropped <= 1
         assert sum(map(len, came)) == 50 - after.packets_dropped
         assert after.packets_total - before == 1 + 50

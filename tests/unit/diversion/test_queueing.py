@@ -121,7 +121,7 @@ def standing(fair, *, tos=0, step_ns=5 * MS, count=400, length=queueing.USUAL_PA
 
 @pytest.mark.parametrize(("step_ns", "loses"), [(2 * MS, False), (4 * MS, True)])
 def test_a_longer_queue_is_one_by_its_time(step_ns, loses):
-    """They wait for 60 and for 120 ms."""
+    """54 packets wait for 108 and for 216 ms."""
     found = standing(Fair(), step_ns=step_ns, length=queueing.USUAL_PACKETS * 3 // 4)
     assert any(one.is_lost for one in found) == loses
 
@@ -165,14 +165,28 @@ def test_what_came_before_a_loss_causes_no_other():
     assert lost == [0]
 
 
-def test_one_that_does_not_slow_down_loses_no_more_than_who_does():
-    """It would gain nothing: what waits too long does so in its own queue."""
-    lost = [at for at, one in enumerate(standing(Fair(), count=2000)) if one.is_lost]
-    assert lost[0] == 0  # which has waited for 200 ms
+@pytest.mark.parametrize(
+    ("length", "step_ns", "gap"), [(80, 5 * MS, 80), (20, 15 * MS, queueing.LEAST_APART)]
+)
+def test_one_that_does_not_slow_down_loses_no_more_than_who_does(length, step_ns, gap):
+    """It would gain nothing: what waits too long does so in its own queue.
+
+    In a long queue the next one is of those that came when one was lost already.
+    """
+    found = standing(Fair(), step_ns=step_ns, count=2000, length=length)
+    lost = [at for at, one in enumerate(found) if one.is_lost]
+    assert lost[0] == 0  # which has waited for 300 ms and more
     gaps = [later - one for one, later in zip(lost, lost[1:])]
-    # The next is of those that came when one was lost already, and 72 were before it.
-    assert set(gaps[1:]) == {queueing.USUAL_PACKETS}
-    assert queueing.USUAL_PACKETS >= queueing.LEAST_APART
+    assert set(gaps[1:]) == {gap}
+
+
+def test_a_small_packet_is_not_the_one_that_is_lost():
+    """The next large one is."""
+    fair = Fair()
+    for number in range(200):
+        fair.put(waiting(number, 0, size=40 if number < 20 else 1200))
+    left = [fair.get(queueing.LONG_NS + number) for number in range(100)]
+    assert [at for at, one in enumerate(left) if one.is_lost] == [20]
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -215,7 +229,7 @@ def test_the_longest_flow_loses_its_oldest():
     for number in range(50):
         fair.put(waiting(number))
     fair.put(waiting(0, port=53))
-    fair.trim(20_000)
+    fair.trim(20_000, 0)
     assert fair.bytes <= 20_000
     found = drained(fair, 0)
     lost = [number_of(one) for one in found if one.is_lost]
