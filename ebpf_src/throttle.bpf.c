@@ -251,8 +251,9 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	struct throttle_config *config = bpf_map_lookup_elem(&CGROUP_CONFIGS, &element);
 	struct throttle_stats *stats = bpf_map_lookup_elem(&CGROUP_STATS, &element);
 	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &element);
+	__u64 now, slack = 0;
 	__u32 billed;
-	__u64 now, lent_ns;
+	int early = 0;
 
 	HOLD_RECORD();
 	if (!config || !stats || !bucket)
@@ -275,17 +276,15 @@ always_inline int police(struct __sk_buff *skb, __u32 direction, int drop)
 	if (unlikely((__s64)now > config->expires_ns))
 		return PASS;
 	/* TCP's headers are free, where they are found. */
-	if (billed == skb->len && billed >= SMALL_PACKET_BYTES) {
-		lent_ns = lent(config, direction, now);
-		if (!is_early(skb, bucket, config, direction, billed, lent_ns, now) &&
-		    pay(bucket, config, billed, OTHERS_SLACK_NS + lent_ns, now))
-			return PASS;
-	} else if (billed == skb->len) {
-		if (pay(bucket, config, billed, lent(config, direction, now), now))
-			return PASS;
-	} else if (pay(bucket, config, billed, 0, now)) {
-		return PASS;
+	if (billed == skb->len) {
+		slack = lent(config, direction, now);
+		if (billed >= SMALL_PACKET_BYTES) {
+			early = is_early(skb, bucket, config, direction, billed, slack, now);
+			slack += OTHERS_SLACK_NS;
+		}
 	}
+	if (!early && pay(bucket, config, billed, slack, now))
+		return PASS;
 	stats->packets_dropped++;
 	stats->bytes_dropped += billed;
 	/* At a full queue TCP tries again each 0.5 s, 15 times: what is blocked is to last longer. */
