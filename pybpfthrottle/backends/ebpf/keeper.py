@@ -44,6 +44,10 @@ _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 # A window lasts this long, plus two round trips: short enough to serve a small flow in between,
 # long enough for Python (200 windows a second for each throttle, at any rate).
 CHUNK_NS = 5 * _MS
+# At high rates turns cost more than all else. There near senders get windows for twice as long, and
+# their acknowledgements come with the next window if that is soon. Of windows that are larger still
+# some data gets lost on the sender's own machine.
+_HIGH_RATES, _LONG_CHUNK_NS = range(50_000_000, 150_000_001), 10 * _MS
 # On longer paths a sender gets its next window before it has used up the last one.
 SHORT_ROUND_TRIP_NS = _MS
 _MAX_ROUND_TRIP_NS = 200 * _MS
@@ -157,7 +161,8 @@ class Flow:
     __slots__ = (
         *("cookie", "packet", "at", "scale", "segment", "mark", "network"),
         *("device", "where", "target"),
-        *("acked", "edge", "promised", "fresh", "queued", "taken_ns", "last_ns"),
+        *("acked", "edge", "promised", "fresh", "queued", "held"),
+        *("taken_ns", "last_ns"),
         *("outstanding", "granted_ns", "granted_from", "round_trip_ns", "answered", "unanswered"),
         *("repeats", "repeat_ns", "base", "stamp", "stamp_at", "last_stamp", "passed_edge"),
         *("own_ns", "shortest_ns", "measured", "measurable_ns", "estimate_ns"),
@@ -176,6 +181,7 @@ class Flow:
         self.passed_edge = edge  # what the kernel has told it without the keeper
         self.promised = promised  # up to where the kernel accepts data
         self.fresh = self.queued = self.answered = False
+        self.held = False  # whether its acknowledgement waits for its next window
         self.taken_ns = self.last_ns = 0
         self.outstanding = 0  # bytes granted that have not arrived
         self.granted_ns = self.granted_from = 0
@@ -398,8 +404,12 @@ class Gate:
         if not self._rate:
             self._send(flow, flow.promised, now)
             return
-        if self._wants(flow) and not self._queue and self._wait(flow, now) <= 0:
+        is_next = self._wants(flow) and not self._queue
+        wait = self._wait(flow, now) if is_next else 0
+        if is_next and wait <= 0:
             self._grant(flow, now)
+        elif is_next and wait <= _LONG_CHUNK_NS and self._is_near_and_fast(flow):
+            flow.held = True
         else:
             self._send(flow, flow.edge, now)
         self._enqueue(flow)
@@ -412,12 +422,16 @@ class Gate:
             wants = self._wants(flow)
             wait = self._wait(flow, now) if wants else 0
             if wait > 0:
+                if flow.held and wait > _LONG_CHUNK_NS:
+                    self._send(flow, flow.edge, now)
                 due = now + min(max(wait, _SHORTEST_WAIT_NS), _LONGEST_WAIT_NS)
                 break
             self._queue.popleft()
             flow.queued = False
             if wants:
                 self._grant(flow, now)
+            elif flow.held:
+                self._send(flow, flow.edge, now)
             self._enqueue(flow)
         self.shared.next_due_ns = due
         for flow in list(self._granted.values()):
@@ -439,7 +453,7 @@ class Gate:
         self._queue.clear()
         for flow in list(self.flows.values()):
             flow.queued, flow.repeat_ns = False, 0
-            if signed(flow.promised - flow.edge) > 0:
+            if flow.held or signed(flow.promised - flow.edge) > 0:
                 self._send(flow, flow.promised, now)
 
     def close(self) -> None:
@@ -492,7 +506,11 @@ class Gate:
         Two segments at least, whatever the window's unit takes off them.
         """
         least = 2 * flow.segment + (1 << flow.scale)
-        return max(self._rate * CHUNK_NS // _SECOND_NS, least)
+        chunk_ns = _LONG_CHUNK_NS if self._is_near_and_fast(flow) else CHUNK_NS
+        return max(self._rate * chunk_ns // _SECOND_NS, least)
+
+    def _is_near_and_fast(self, flow: Flow) -> bool:
+        return self._rate in _HIGH_RATES and not flow.is_far()
 
     def _most(self, flow: Flow) -> int:
         """Return the size of the largest window in bytes: what a sender needs to go on sending."""
@@ -599,6 +617,7 @@ class Gate:
 
     def _send(self, flow: Flow, edge: int, now: int) -> None:
         """Send its acknowledgement with the window up to an edge."""
+        flow.held = False
         window = signed(edge - flow.acked) >> flow.scale
         window = min(max(window, 0), 0xFFFF)
         packet, at = flow.packet, flow.at

@@ -153,6 +153,51 @@ def test_a_near_sender_has_5_ms_and_then_has_to_wait(world):
     assert world.edges(7)[-1] == 1000 + 2 * STEP
 
 
+def at_a_high_rate(world):
+    """A sender that has used up its first window at 100 MB/s; up to where, and what was sent."""
+    world.gate._config.value = config_for(Rate(100 * RATE), loopback=False)
+    world.acknowledge(1, 1000, window=8_000_000, scale=9)
+    edge = world.edges(1)[-1]
+    assert edge - 1000 == 10 * 100 * RATE // 1000 // 512 * 512  # 10 ms
+    world.sent.clear()
+    return edge
+
+
+def test_at_a_high_rate_an_acknowledgement_comes_with_the_next_window(world):
+    """Each of them costs time, and as soon as the window is due there is one anyway."""
+    edge = at_a_high_rate(world)
+    world.bucket.even_at_ns = world.now + 8 * MS
+    world.acknowledge(1, edge, window=8_000_000, scale=9)
+    assert world.sent == []
+    world.now = world.gate.due_ns
+    world.turn()
+    (told,) = world.edges(1)
+    assert told > edge
+
+
+@pytest.mark.parametrize("then_ms", [8, 30])
+def test_a_window_that_comes_late_keeps_no_acknowledgement(world, then_ms):
+    """Its sender would take the data for lost. What is owed may grow meanwhile, too."""
+    edge = at_a_high_rate(world)
+    world.bucket.even_at_ns = world.now + (8 if then_ms > 8 else 11) * MS
+    world.acknowledge(1, edge, window=8_000_000, scale=9)
+    assert world.edges(1) == ([] if then_ms > 8 else [edge])
+    world.bucket.even_at_ns = world.now + then_ms * MS
+    world.turn()
+    assert world.edges(1) == [edge]
+
+
+def test_a_limit_that_ends_lets_an_acknowledgement_go(world):
+    """Even if its window becomes no larger by that."""
+    edge = at_a_high_rate(world)
+    world.bucket.even_at_ns = world.now + 8 * MS
+    world.acknowledge(1, edge, window=8_000_000, scale=9)
+    assert world.sent == []
+    world.gate.flows[1].promised = edge
+    world.gate.open_all()
+    assert world.edges(1) == [edge]
+
+
 def test_no_window_ends_beyond_the_kernels(world):
     """The kernel would drop what is sent there."""
     world.acknowledge(7, 1000, window=4096)
