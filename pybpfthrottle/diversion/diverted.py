@@ -65,7 +65,7 @@ def open(  # noqa: A001 - it is diversion.open
     with ExitStack() as undo:
         try:
             diversion = Diversion.join(undo)
-            # It starts while the programs are loaded.
+            # It starts while the programs are loaded, of which none may be refused.
             diversion._keeper.start()
             diversion._keeper.program_of_device()
             names = _names(marks is not None)

@@ -193,12 +193,12 @@ class SharedHelper:
         if self._starts >= _MOST_STARTS:
             self.ended = f"{self._starts} times, at last with exit status {code}"
             return
+        self._process = None
         try:
             self._connect()
-            self._spawn()
+            self.start()
         except OSError as error:
             self.ended = str(error)
-            self._socket.close()
             return
         self._introduce()
 

