@@ -29,7 +29,7 @@ from vm import VmError
 
 from benches.child import PATIENCE_S, TransferError
 from benches.line import DelayLine, LineSpec
-from benches.quic import datagrams, fall_silent, without_gso
+from benches.quic import carry_datagrams, datagrams, fall_silent
 from benches.servers import HTTP3_PORT, SSH_PORT, Place, serve, serve_http3, start
 from benches.surroundings import python
 from benches.table import show
@@ -147,7 +147,7 @@ def _transfer(
         place = Place(wire.server.address, directory, programs)
         serve(stack, wire.server, place, {"page.html": _PAGE})
         if programs:
-            without_gso(wire.server)
+            carry_datagrams(wire)
             serve_http3(stack, wire.server, place, HTTP3_PORT, ngtcp2="reno")
         before = datagrams(wire)
         prefix = python("pybpfthrottle", "run", "-q", "--download-limit", str(rate.bytes_per_s))

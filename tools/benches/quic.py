@@ -132,7 +132,7 @@ def _transfer(
     with ExitStack() as stack:
         wire = stack.enter_context(DelayLine(LineSpec(delay_ms / 2000)) if delay_ms else Wire())
         address, ethernet = wire.server.address, 0 if delay_ms else _ETHERNET_BYTES
-        without_gso(wire.server)
+        carry_datagrams(wire)
         method.apply(wire.client, Direction.DOWNLOAD, rate)
         if programs is None:
             get = _serve_aioquic(stack, wire.server, count, arguments.control)
@@ -222,10 +222,13 @@ def _seconds(bins: list[tuple[int, int]], seconds: float, rate: Rate) -> list[fl
     return [one / rate.bytes_per_s for one in sums]
 
 
-def without_gso(end: Namespace) -> None:
-    """Have what is sent cut into packets before the device, as a network carries them."""
-    one_each = f"ip link set {DEVICE} gso_max_segs 1"
-    subprocess.run(end.inside(*one_each.split()), check=True, capture_output=True)
+def carry_datagrams(wire: Wire) -> None:
+    """Have each packet be one datagram: cut before the device, and none that finds a neighbour."""
+    wire.change("gso_max_segs 1")
+    if not isinstance(wire, DelayLine):
+        wire.change("arp off address 02:00:00:00:00:01")  # the same, so each is for the other end
+    for end in (wire.client, wire.server):
+        _ip(end, f"-6 address flush dev {DEVICE}")
 
 
 def _counted(wire: Wire, client: Child) -> tuple[float, ...]:
@@ -251,9 +254,12 @@ def datagrams(wire: Wire) -> tuple[int, int]:
 
 def fall_silent(wire: Wire) -> None:
     """Have the server send nothing more, and what is on its way arrive: that is not lost."""
-    blackhole = f"ip route add blackhole {wire.client.address}/32"
-    subprocess.run(wire.server.inside(*blackhole.split()), check=True, capture_output=True)
+    _ip(wire.server, f"route add blackhole {wire.client.address}/32")
     time.sleep(_ON_THE_WAY_S)
+
+
+def _ip(end: Namespace, arguments: str) -> None:
+    subprocess.run(end.inside("ip", *arguments.split()), check=True, capture_output=True)
 
 
 def _udp_count(end: Namespace, field: str) -> int:
