@@ -33,6 +33,9 @@ FIRST_NS = 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.
 LEAST_APART = 70
+# If nothing waits so soon after a loss, the sender had less in the queue than on its way, and may
+# have half as many packets more there next time: Reno halves both together.
+_REGAINING_NS, _MOST_USUAL = _SECOND_NS, 2048
 # If a flow is over the target again so soon, it goes on where it was.
 _RECENT_NS = 16 * INTERVAL_NS
 # What a flow may send in its turn: a packet of the usual largest size.
@@ -106,6 +109,9 @@ class Fair:
         self.bytes = 0
         self._lost: deque[Waiting] = deque()
         self.marked = 0
+        # So many packets of a flow are usual, and since when it is to be seen whether they suffice.
+        self._usual = USUAL_PACKETS
+        self._cut_ns: Optional[int] = None
 
     def put(self, one: Waiting) -> None:
         """Have a packet wait."""
@@ -142,7 +148,22 @@ class Fair:
                 one = self._next(flow, now_ns)
                 flow.deficit -= len(one.waiting.packet.data) * (not one.is_lost)
                 return one
-        return Leaving(self._lost.popleft(), True) if self._lost else None
+        if self._lost:
+            return Leaving(self._lost.popleft(), True)
+        self._has_run_dry(now_ns)
+        return None
+
+    def _has_run_dry(self, now_ns: int) -> None:
+        """Allow longer queues if the limit is not used up after a loss."""
+        if self._cut_ns is not None and now_ns - self._cut_ns < _REGAINING_NS:
+            self._usual = min(self._usual * 3 // 2, _MOST_USUAL)
+        self._cut_ns = None
+
+    def _cut(self, now_ns: int) -> None:
+        """A flow was told to slow down: what is usual becomes less if the last one was enough."""
+        if self._cut_ns is not None:
+            self._usual = max(self._usual * 7 // 8, USUAL_PACKETS)
+        self._cut_ns = now_ns
 
     def _end(self, flow: _Flow, is_new: bool) -> None:
         """Forget a flow that is empty, or it would be a new one with its next packet."""
@@ -169,13 +190,14 @@ class Fair:
             return Leaving(one, True)
         if not is_due:
             return Leaving(one, False)
+        self._cut(now_ns)
         is_marked = one.packet.mark_congested()
         self.marked += is_marked
         return Leaving(one, not is_marked)
 
     def _is_over(self, flow: _Flow, waited_ns: int, now_ns: int) -> bool:
         """Whether a flow has had a queue that is too long for a whole interval."""
-        least = LEAST_PACKETS if waited_ns >= LONG_NS else USUAL_PACKETS
+        least = LEAST_PACKETS if waited_ns >= LONG_NS else self._usual
         if waited_ns < TARGET_NS or len(flow.waiting) < least:
             flow.over_ns, flow.is_dropping = 0, False
         elif waited_ns >= FIRST_NS and not flow.drop_ns:

@@ -180,6 +180,48 @@ def test_one_that_does_not_slow_down_loses_no_more_than_who_does(length, step_ns
     assert set(gaps[1:]) == {gap}
 
 
+LONGER = queueing.USUAL_PACKETS * 4 // 3
+
+
+def losses(fair, begin_ns, length):
+    """When packets get lost while so many wait, one each ms, for half a second."""
+    while fair.bytes > length * size_of(waiting()):
+        fair.get(begin_ns)
+    found = []
+    for number in range(length + 500):
+        now_ns = begin_ns + number * MS
+        fair.put(waiting(number, now_ns))
+        while fair.bytes > length * size_of(waiting()):
+            if fair.get(now_ns).is_lost:
+                found.append(now_ns)
+    return found
+
+
+def size_of(one):
+    """The bytes of its packet."""
+    return len(one.packet.data)
+
+
+@pytest.mark.parametrize(("after_ms", "is_longer"), [(1, True), (990, True), (1010, False)])
+def test_a_queue_that_runs_dry_after_a_loss_may_be_longer(after_ms, is_longer):
+    """Who has halved what is on its way sends less than the limit then."""
+    fair = Fair()
+    last_ns = losses(fair, 0, LONGER)[-1]
+    while fair.bytes > size_of(waiting()):
+        fair.get(last_ns)
+    assert len(drained(fair, last_ns + after_ms * MS)) == 1
+    assert bool(losses(fair, 3000 * MS, LONGER)) != is_longer
+
+
+def test_a_queue_is_no_longer_than_it_has_to_be():
+    """After losses in which it never runs dry it is as usual again."""
+    fair = Fair()
+    drained(fair, losses(fair, 0, LONGER)[-1])
+    assert not losses(fair, 3000 * MS, LONGER)
+    assert len(losses(fair, 6000 * MS, 150)) > 3
+    assert losses(fair, 9000 * MS, LONGER)
+
+
 def test_a_small_packet_is_not_the_one_that_is_lost():
     """The next large one is."""
     fair = Fair()
