@@ -272,18 +272,17 @@ always_inline void make_up(struct throttle_bucket *bucket, __u64 way_us)
 }
 
 /*
- * More than a small message has come. After a pause the credit for a slow start begins anew, or the
- * pause would be made up for. How much there may be is learnt again, too.
+ * More than a small message has come. After a pause the credit for a slow start begins anew, from
+ * none, or the pause would be made up for. How much there may be is learnt again, too.
  */
-always_inline void forget_pause(const struct throttle_config *config,
-				struct throttle_bucket *bucket, struct throttle_flows *flows,
+always_inline void forget_pause(struct throttle_bucket *bucket, struct throttle_flows *flows,
 				__u64 now)
 {
 	__u32 time = now >> PAUSE_SHIFT;
 
 	if (time - flows->moved > LEAST_PAUSE) {
-		if (debt_of(bucket, now) < -(__s64)config->credit_ns)
-			bucket->even_at_ns = now - config->credit_ns;
+		if (debt_of(bucket, now) < 0)
+			bucket->even_at_ns = now;
 		bucket->credit_ns = 0;
 	}
 	flows->moved = time;
@@ -600,7 +599,9 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 			       int gates, __u64 now)
 {
 	struct throttle_share *share = &socket->share[THROTTLE_DOWNLOAD];
-	__u64 before = share->bytes, moved = before ? ctx->bytes_received - before : 0;
+	__u64 before = share->bytes;
+	/* Of a connection from before the limit it is not known at first. */
+	__u64 moved = before || !socket->promised ? ctx->bytes_received - before : 0;
 	int news = !ctx->skb_len || ctx->bytes_received != before;
 	struct throttle_flows *flows;
 
@@ -608,7 +609,7 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 		return;
 	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
 	if (flows && moved >= LEAST_SEGMENT_BYTES / 2)
-		forget_pause(config, bucket, flows, now);
+		forget_pause(bucket, flows, now);
 	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
 		return;
 	if (news)

@@ -255,6 +255,19 @@ def test_a_pause_is_not_made_up_for(scratch: Cgroup) -> None:
             assert ratio(live, 1.5) <= 1.06
 
 
+def test_nothing_is_saved_before_a_download(scratch: Cgroup) -> None:
+    """Its first packets would come at once, and never be made up for."""
+    rate = Rate.parse("500K")
+    with lab(round_trip_s=0.02) as own, limited(own, scratch, rate) as live:
+        with slow_servers(own, scratch, 1, 64):
+            time.sleep(0.5)
+            before = passed(live)
+            with downloads(own, scratch, 8):
+                while passed(live) - before < 3000:
+                    time.sleep(0.005)
+                assert 0.97 <= ratio(live, 2, rate) <= 1.02
+
+
 def test_when_the_limit_ends_nothing_waits(scratch: Cgroup) -> None:
     """Windows that were closed are opened, and TCP goes on by itself."""
     with lab() as own, limited(own, scratch) as live, downloads(own, scratch):
