@@ -26,7 +26,7 @@ log = Logger(__name__)
 
 _LOOK_S = 0.25
 # So long after the start the programs are fitted: one that ends at once does not wait for that.
-_SOON_S = 0.02
+_SOON_S = 0.005
 # A look is one system call while there is no queue.
 _LOOKS = Budget(0.002)
 
@@ -48,6 +48,9 @@ class LimitQueue:
         self._looking = Look(_LOOK_S, self._look, _LOOKS)
         self._looking.due_s = time.monotonic() + _SOON_S
         limit.on_datagram(self._expect)
+        # At once: some programs send their first datagram 10 ms after they have started.
+        if limit.why_no_queue() is None:
+            limit.lend(True)
 
     def chores(self) -> list[Chore]:
         """Return what a supervisor has to do for it."""
