@@ -678,23 +678,25 @@ def _enforce(
     command: Optional[Process] = None,
     throttle_id: Optional[str] = None,
 ) -> Throttle:
-    """Have each backend put its directions in force. ``undo`` passes to the throttle.
+    """Have each backend put its directions in force.
+
+    ``undo`` passes to the throttle; if there is none, all of it is undone.
 
     ``ready`` has what backends have prepared for similar orders.
     """
     throttle_id = throttle_id or registry.new_id()
     ids = _ids(cgroups)
     parts: dict[Direction, Part] = {}
-    for name in dict.fromkeys(chosen.values()):
-        order = _order(spec, name, chosen, cgroups, processes, options)
-        order = order._replace(command=command)
-        part = (ready[name] if name in ready else get_backend(name)).apply(order, throttle_id)
-        undo.callback(part.remove)
-        parts.update(dict.fromkeys(order.limits, part))
-    queue = _queue_for(parts.get(Direction.DOWNLOAD), undo)
-    return Throttle(
-        throttle_id, spec, parts, cgroups, processes, undo.pop_all(), ids=ids, queue=queue
-    )
+    with undo:
+        for name in dict.fromkeys(chosen.values()):
+            order = _order(spec, name, chosen, cgroups, processes, options)
+            order = order._replace(command=command)
+            part = (ready[name] if name in ready else get_backend(name)).apply(order, throttle_id)
+            undo.callback(part.remove)
+            parts.update(dict.fromkeys(order.limits, part))
+        queue = _queue_for(parts.get(Direction.DOWNLOAD), undo)
+        kept = undo.pop_all()
+    return Throttle(throttle_id, spec, parts, cgroups, processes, kept, ids=ids, queue=queue)
 
 
 def _queue_for(part: Optional[Part], undo: ExitStack) -> Optional[LimitQueue]:

@@ -155,6 +155,22 @@ def test_it_is_ready_before_it_is_needed(wire: Wire, near: Near, scratch: Cgroup
         eventually(lambda: told(live) == "queue")
 
 
+@pytest.mark.since("6.1")
+def test_a_limit_that_fails_at_last_leaves_nothing(
+    scratch: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs are attached by then."""
+
+    def refuse(*_: object) -> None:
+        assert attached(scratch)
+        raise OSError(errno.EPERM, "not here")
+
+    monkeypatch.setattr(LimitQueue, "__init__", refuse)
+    with pytest.raises(OSError, match="not here"):
+        pybpfthrottle.limit(cgroup=scratch.path, download=RATE)
+    assert not attached(scratch)
+
+
 @pytest.mark.timed  # packets wait for 200 ms at most
 @pytest.mark.since("6.1")
 @pytest.mark.parametrize("by", ["cgroup", "marks"])
