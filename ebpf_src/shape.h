@@ -301,9 +301,7 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	struct throttle_flows *counts = count_flow(config, &socket->share[THROTTLE_UPLOAD],
 						   THROTTLE_UPLOAD, ctx->bytes_acked, now);
 	__u32 flows = counts ? sharing(counts) : 1;
-	__u32 begun = counts ? counts->begun : 0;
-	__s64 share = (__u64)larger(flows, begun) * 2 * ctx->mss_cache * config->inverse_rate >>
-		      INVERSE_RATE_SHIFT;
+	__s64 share = (__u64)flows * 2 * ctx->mss_cache * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* A queue that paces, as fq does, holds two of what TCP sends at once: charged, not sent yet. */
 	__s64 queued = (__u64)ctx->skb_len * 2 * config->inverse_rate >> INVERSE_RATE_SHIFT;
 	/* TCP sends at least two segments at once, so each connection may owe as many. */
