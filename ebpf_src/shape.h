@@ -315,8 +315,8 @@ always_inline void pace(struct bpf_sock_ops *ctx, struct throttle_socket *socket
 	 * bulk transfer, which begins with a full segment.
 	 */
 	if (counts && !counts->now && !counts->before && ctx->skb_len >= ctx->mss_cache &&
-	    debt < target) {
-		debt = target;
+	    debt < PACING_TARGET_NS) {
+		debt = PACING_TARGET_NS;
 		bucket->even_at_ns = now + debt;
 	}
 	make_up(bucket, ctx->srtt_us / 8);

@@ -25,7 +25,8 @@ TARGET_NS, INTERVAL_NS = 5 * _MS, 100 * _MS
 # So many packets of a flow are no queue. No sender has less than two on their way, and one like
 # Reno that loses a packet in 70 has 10 in the middle.
 LEAST_PACKETS = 12
-# Nor are these, while they wait for less than that: Reno loses one packet in 2,000 if at most 73
+# Nor are these, or more if that is too few for who slows down, while they wait for less than that:
+# Reno loses one packet in 2,000 if at most 73
 # are on their way and in the queue. Another flow does not wait for them.
 USUAL_PACKETS, LONG_NS = 72, 200 * _MS
 # A slow start doubles what it has on its way before it knows, and is told sooner.
@@ -33,9 +34,11 @@ FIRST_NS = 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.
 LEAST_APART = 70
-# If nothing waits so soon after a loss, the sender had less in the queue than on its way, and may
-# have half as many packets more there next time: Reno halves both together.
+# If a flow leaves the limit unused so soon after a loss, it had less in the queue than on its way, as
+# Reno halves both together. It may have half as many packets more in the queue next time.
 _REGAINING_NS, _MOST_USUAL = _SECOND_NS, 2048
+# The limit is unused if nothing was owed for so long.
+_UNUSED_NS = 2 * _MS
 # If a flow is over the target again so soon, it goes on where it was.
 _RECENT_NS = 16 * INTERVAL_NS
 # What a flow may send in its turn: a packet of the usual largest size.
@@ -109,9 +112,9 @@ class Fair:
         self.bytes = 0
         self._lost: deque[Waiting] = deque()
         self.marked = 0
-        # So many packets of a flow are usual, and since when it is to be seen whether they suffice.
+        # The flow that was the last to slow down, when it was told to, and what is usual for it.
+        self._slowed, self._slowed_ns = b"", 0
         self._usual = USUAL_PACKETS
-        self._cut_ns: Optional[int] = None
 
     def put(self, one: Waiting) -> None:
         """Have a packet wait."""
@@ -148,22 +151,21 @@ class Fair:
                 one = self._next(flow, now_ns)
                 flow.deficit -= len(one.waiting.packet.data) * (not one.is_lost)
                 return one
-        if self._lost:
-            return Leaving(self._lost.popleft(), True)
-        self._has_run_dry(now_ns)
-        return None
+        return Leaving(self._lost.popleft(), True) if self._lost else None
 
-    def _has_run_dry(self, now_ns: int) -> None:
-        """Allow longer queues if the limit is not used up after a loss."""
-        if self._cut_ns is not None and now_ns - self._cut_ns < _REGAINING_NS:
+    def regain(self, one: Waiting) -> None:
+        """Allow a longer queue: the limit was unused until this packet came, and none waits."""
+        if one.packet.flow() == self._slowed and one.at_ns - self._slowed_ns < _REGAINING_NS:
             self._usual = min(self._usual * 3 // 2, _MOST_USUAL)
-        self._cut_ns = None
+            self._slowed_ns = 0
 
-    def _cut(self, now_ns: int) -> None:
-        """A flow was told to slow down: what is usual becomes less if the last one was enough."""
-        if self._cut_ns is not None:
+    def _slow_down(self, flow: _Flow, now_ns: int) -> None:
+        """Note that a flow is told to; if what it had was enough last time, less may do."""
+        if flow.key != self._slowed:
+            self._usual = USUAL_PACKETS
+        elif self._slowed_ns:
             self._usual = max(self._usual * 7 // 8, USUAL_PACKETS)
-        self._cut_ns = now_ns
+        self._slowed, self._slowed_ns = flow.key, now_ns
 
     def _end(self, flow: _Flow, is_new: bool) -> None:
         """Forget a flow that is empty, or it would be a new one with its next packet."""
@@ -190,14 +192,15 @@ class Fair:
             return Leaving(one, True)
         if not is_due:
             return Leaving(one, False)
-        self._cut(now_ns)
+        self._slow_down(flow, now_ns)
         is_marked = one.packet.mark_congested()
         self.marked += is_marked
         return Leaving(one, not is_marked)
 
     def _is_over(self, flow: _Flow, waited_ns: int, now_ns: int) -> bool:
         """Whether a flow has had a queue that is too long for a whole interval."""
-        least = LEAST_PACKETS if waited_ns >= LONG_NS else self._usual
+        usual = self._usual if flow.key == self._slowed else USUAL_PACKETS
+        least = LEAST_PACKETS if waited_ns >= LONG_NS else usual
         if waited_ns < TARGET_NS or len(flow.waiting) < least:
             flow.over_ns, flow.is_dropping = 0, False
         elif waited_ns >= FIRST_NS and not flow.drop_ns:
@@ -245,6 +248,8 @@ class Queue:
 
     def put(self, one: Waiting) -> None:
         """Have a packet wait."""
+        if not self._fair.bytes and one.at_ns - self._even_ns > _UNUSED_NS:
+            self._fair.regain(one)
         self._fair.put(one)
 
     def leaving(self, now_ns: int, most: int) -> Iterator[Leaving]:
@@ -281,7 +286,7 @@ class Queue:
         self._fair.trim(most_bytes, now_ns)
         self._even_ns = max(bucket.even_at_ns, now_ns - max(config.credit_ns, bucket.credit_ns))
         self._debt_ns = config.debt_ns + max(config.slack_ns, bucket.slack_ns)
-        self._half_ns = max(self._half_ns, now_ns - _HALF_NS)
+        self._half_ns = min(max(self._half_ns, now_ns - _HALF_NS), now_ns + _HALF_NS)
         self._has_to_share = bool(gate.alive and gate.next_due_ns)
 
     def _may_go(self, now_ns: int) -> bool:

@@ -185,41 +185,62 @@ LONGER = queueing.USUAL_PACKETS * 4 // 3
 
 def losses(fair, begin_ns, length):
     """When packets get lost while so many wait, one each ms, for half a second."""
-    while fair.bytes > length * size_of(waiting()):
-        fair.get(begin_ns)
     found = []
     for number in range(length + 500):
         now_ns = begin_ns + number * MS
         fair.put(waiting(number, now_ns))
-        while fair.bytes > length * size_of(waiting()):
-            if fair.get(now_ns).is_lost:
-                found.append(now_ns)
+        if number >= length and fair.get(now_ns).is_lost:
+            found.append(now_ns)
+    drained(fair, 0)
     return found
 
 
-def size_of(one):
-    """The bytes of its packet."""
-    return len(one.packet.data)
-
-
 @pytest.mark.parametrize(("after_ms", "is_longer"), [(1, True), (990, True), (1010, False)])
-def test_a_queue_that_runs_dry_after_a_loss_may_be_longer(after_ms, is_longer):
+def test_who_leaves_the_limit_unused_after_a_loss_may_have_a_longer_queue(after_ms, is_longer):
     """Who has halved what is on its way sends less than the limit then."""
     fair = Fair()
     last_ns = losses(fair, 0, LONGER)[-1]
-    while fair.bytes > size_of(waiting()):
-        fair.get(last_ns)
-    assert len(drained(fair, last_ns + after_ms * MS)) == 1
+    fair.regain(waiting(at_ns=last_ns + after_ms * MS))
     assert bool(losses(fair, 3000 * MS, LONGER)) != is_longer
 
 
-def test_a_queue_is_no_longer_than_it_has_to_be():
-    """After losses in which it never runs dry it is as usual again."""
+def test_another_one_may_not():
+    """It may be in its slow start, and is told sooner."""
     fair = Fair()
-    drained(fair, losses(fair, 0, LONGER)[-1])
+    last_ns = losses(fair, 0, LONGER)[-1]
+    fair.regain(waiting(at_ns=last_ns + MS, port=444))
+    assert losses(fair, 3000 * MS, LONGER)
+
+
+def test_a_queue_is_no_longer_than_it_has_to_be():
+    """After losses that were followed by no unused time it is as usual again."""
+    fair = Fair()
+    fair.regain(waiting(at_ns=losses(fair, 0, LONGER)[-1]))
     assert not losses(fair, 3000 * MS, LONGER)
-    assert len(losses(fair, 6000 * MS, 150)) > 3
+    assert len(losses(fair, 6000 * MS, 150)) > 2
     assert losses(fair, 9000 * MS, LONGER)
+
+
+@pytest.mark.parametrize(("after_ms", "is_unused"), [(2, False), (5, True)])
+def test_the_limit_is_unused_once_nothing_is_owed(after_ms, is_unused):
+    """A packet has been paid for when it has left for 1.03 ms."""
+    now, told = 1000 * MS, []
+    one = queue(even_at_ns=now)
+    one._fair.regain = told.append
+    one.put(waiting(0, now))
+    assert len(list(one.leaving(now, 64))) == 1
+    told.clear()
+    one.put(waiting(1, now + after_ms * MS))
+    assert bool(told) == is_unused
+
+
+def test_beside_tcp_it_has_half_at_once():
+    """However long it had all of it before."""
+    one = queue(even_at_ns=0, gate_due_ns=1)
+    one._half_ns = 10_000 * MS
+    one.put(waiting(0, 1000 * MS))
+    assert not list(one.leaving(1000 * MS, 64))
+    assert list(one.leaving(1051 * MS, 64))
 
 
 def test_a_small_packet_is_not_the_one_that_is_lost():
