@@ -34,8 +34,8 @@ FIRST_NS = 100 * _MS
 # So one that has a queue although it loses such a share does not slow down for losses: nginx 1.26,
 # for one, always has 131 KB on their way. It would lose more and more for nothing.
 LEAST_APART = 70
-# If a flow leaves the limit unused so soon after a loss, it had less in the queue than on its way, as
-# Reno halves both together. It may have half as many packets more in the queue next time.
+# If a flow leaves the limit unused so soon after a loss, it had less in the queue than on its way,
+# as Reno halves both together. It may have half as many packets more in the queue next time.
 _REGAINING_NS, _MOST_USUAL = _SECOND_NS, 2048
 # The limit is unused if nothing was owed for so long.
 _UNUSED_NS = 2 * _MS
