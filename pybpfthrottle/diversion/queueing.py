@@ -26,8 +26,8 @@ TARGET_NS, INTERVAL_NS = 5 * _MS, 100 * _MS
 # Reno that loses a packet in 70 has 10 in the middle.
 LEAST_PACKETS = 12
 # Nor are these, or more if that is too few for who slows down, while they wait for less than that:
-# Reno loses one packet in 2,000 if at most 73
-# are on their way and in the queue. Another flow does not wait for them.
+# Reno loses one packet in 2,000 if at most 73 are on their way and in the queue. Another flow does
+# not wait for them.
 USUAL_PACKETS, LONG_NS = 72, 200 * _MS
 # A slow start doubles what it has on its way before it knows, and is told sooner.
 FIRST_NS = 100 * _MS
