@@ -659,12 +659,9 @@ def apply(
         ).name
         for direction in limits
     }
-    with ExitStack() as undo:
-        throttle = _enforce(
-            spec, chosen, cgroups, processes, {"ebpf": options}, undo, command=command
-        )
-        undo.pop_all()
-    return throttle
+    return _enforce(
+        *(spec, chosen, cgroups, processes, {"ebpf": options}, ExitStack()), command=command
+    )
 
 
 def _enforce(
@@ -926,12 +923,10 @@ def _apply_plan(
     selection: Optional[Selection] = None,
     command: Optional[Process] = None,
 ) -> Throttle:
-    with locked(), ExitStack() as undo:
-        throttle = _enforce(
-            *(spec, plan.backends, cgroups, selection, wish.options, undo), command=command
+    with locked():
+        return _enforce(
+            *(spec, plan.backends, cgroups, selection, wish.options, ExitStack()), command=command
         )
-        undo.pop_all()
-    return throttle
 
 
 class Each:

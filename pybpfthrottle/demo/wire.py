@@ -64,10 +64,10 @@ class Wire:
             self.server.wait()
             self.join()
             for end in (self.client, self.server):
-                _ip(end, f"address add {end.address}/24 dev {DEVICE}")
-                _ip(end, f"address add {end.address6}/64 dev {DEVICE} nodad")
-                _ip(end, "link set lo up")
-                _ip(end, f"link set {DEVICE} up")
+                ip(end, f"address add {end.address}/24 dev {DEVICE}")
+                ip(end, f"address add {end.address6}/64 dev {DEVICE} nodad")
+                ip(end, "link set lo up")
+                ip(end, f"link set {DEVICE} up")
             self.settle()
         except BaseException:
             self.close()
@@ -76,7 +76,7 @@ class Wire:
 
     def join(self) -> None:
         """Create the veth pair, one end in each namespace. Raises NamespaceError."""
-        _ip(
+        ip(
             None,
             f"link add {DEVICE} netns {self.client.process.pid} type veth"
             f" peer name {DEVICE} netns {self.server.process.pid}",
@@ -90,7 +90,7 @@ class Wire:
     def change(self, options: str) -> None:
         """Change both devices, as ``ip link set`` does: "mtu 9000". Raises NamespaceError."""
         for end in (self.client, self.server):
-            _ip(end, f"link set {DEVICE} {options}")
+            ip(end, f"link set {DEVICE} {options}")
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -104,11 +104,12 @@ class Wire:
 def _wait_for_link(namespace: Namespace) -> None:
     """Wait until both ends are up, which may take a second: IPv6 does not work earlier."""
     deadline = time.monotonic() + _PATIENCE_S
-    while "state UP" not in _ip(namespace, f"link show {DEVICE}") and time.monotonic() < deadline:
+    while "state UP" not in ip(namespace, f"link show {DEVICE}") and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def _ip(namespace: Optional[Namespace], arguments: str) -> str:
+def ip(namespace: Optional[Namespace], arguments: str) -> str:
+    """Return what the command prints in a namespace, or in this one. Raises NamespaceError."""
     command = ["ip", *arguments.split()]
     done = subprocess.run(
         namespace.inside(*command) if namespace else command,

@@ -155,7 +155,7 @@ class Fair:
 
     def regain(self, one: Waiting) -> None:
         """Allow a longer queue: the limit was unused until this packet came, and none waits."""
-        if one.packet.flow() == self._slowed and one.at_ns - self._slowed_ns < _REGAINING_NS:
+        if one.at_ns - self._slowed_ns < _REGAINING_NS and one.packet.flow() == self._slowed:
             self._usual = min(self._usual * 3 // 2, _MOST_USUAL)
             self._slowed_ns = 0
 

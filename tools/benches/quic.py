@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +38,7 @@ from benches.surroundings import python
 from benches.table import show
 from benches.unpacked import Unpacked, unpacked
 from pybpfthrottle import throttles
-from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire
+from pybpfthrottle.demo.wire import DEVICE, Namespace, Wire, ip
 from pybpfthrottle.errors import Error
 from pybpfthrottle.model import Direction, Rate
 
@@ -228,7 +227,7 @@ def carry_datagrams(wire: Wire) -> None:
     if not isinstance(wire, DelayLine):
         wire.change("arp off address 02:00:00:00:00:01")  # the same, so each is for the other end
     for end in (wire.client, wire.server):
-        _ip(end, f"-6 address flush dev {DEVICE}")
+        ip(end, f"-6 address flush dev {DEVICE}")
 
 
 def _counted(wire: Wire, client: Child) -> tuple[float, ...]:
@@ -254,12 +253,8 @@ def datagrams(wire: Wire) -> tuple[int, int]:
 
 def fall_silent(wire: Wire) -> None:
     """Have the server send nothing more, and what is on its way arrive: that is not lost."""
-    _ip(wire.server, f"route add blackhole {wire.client.address}/32")
+    ip(wire.server, f"route add blackhole {wire.client.address}/32")
     time.sleep(_ON_THE_WAY_S)
-
-
-def _ip(end: Namespace, arguments: str) -> None:
-    subprocess.run(end.inside("ip", *arguments.split()), check=True, capture_output=True)
 
 
 def _udp_count(end: Namespace, field: str) -> int:
