@@ -7,13 +7,14 @@ Source: Documentation/bpf/btf.rst of the kernel.
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 import sys
 from array import array
 from bisect import bisect_left
 from enum import IntEnum
-from typing import Iterator, Optional, Union
+from typing import Iterator, Optional, Sequence, Union
 
 from pybpfthrottle.bpf.errors import ObjectFileError
 from pybpfthrottle.bpf.obj.plain import NamedTuple
@@ -25,6 +26,8 @@ _TYPE_WORDS = 3  # struct btf_type
 _POINTER_BYTES = 8
 # A chain of typedefs, qualifiers and arrays longer than this is a loop.
 MAX_CHAIN = 64
+# What tells apart several types of one name.
+_FLAVOUR = b"___"
 # Names may share their bytes, so that without a limit a small file could ask for much memory.
 _MAX_STRING_BYTES = 1024
 
@@ -167,11 +170,17 @@ class Btf:
 
     A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends. ``name``
     is the module's. Types of the same bytes are equal. It never changes. What the kernel itself
-    says can be ``trusted``: its types are looked through no further than is asked for.
+    says can be ``trusted``: its types are looked through no further than is asked for. The kernel's
+    are megabytes: nothing of them is copied, and they may be mapped.
     """
 
     def __init__(
-        self, data: bytes, *, base: Optional[Btf] = None, name: str = "", trusted: bool = False
+        self,
+        data: Union[bytes, mmap.mmap],
+        *,
+        base: Optional[Btf] = None,
+        name: str = "",
+        trusted: bool = False,
     ) -> None:
         self.name = name
         self.base = base
@@ -183,18 +192,16 @@ class Btf:
         header, types_at, types_bytes, strings_at, strings_bytes = struct.unpack_from(
             order + "5I", data, 4
         )
-        # One zero more in front, so that each string is what follows a zero.
-        # Views: the kernel's types are megabytes, which a copy of each would double.
-        view, strings_at = memoryview(data), header + strings_at
-        self._strings = b"".join((b"\0", view[strings_at : strings_at + strings_bytes]))
-        self._terminated = self._strings[-1:] == b"\0"
+        self._strings_at: int = min(header + strings_at, len(data))
+        self._strings_end: int = min(self._strings_at + strings_bytes, len(data))
         self._types_at = header + types_at
-        types = view[self._types_at : self._types_at + types_bytes]
+        types = memoryview(data)[self._types_at : self._types_at + types_bytes]
         if len(types) != types_bytes:
             raise self._bad("the types go past the end of the section", 0)
         if types_bytes % 4:
             raise self._bad("a type is cut off", types_bytes // 4)
-        self._words = words_of(types, self.byteorder)
+        is_native = self.byteorder == sys.byteorder
+        self._words = types.cast("I") if is_native else words_of(types, self.byteorder)
         self._types_end = self._types_at + types_bytes
         # The words at which types begin, up to that at which the search goes on.
         self._starts = array("I")
@@ -234,15 +241,15 @@ class Btf:
 
     def __bytes__(self) -> bytes:
         """Return the section that the types were read from."""
-        return self._data
+        return bytes(self._data)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Btf):
             return NotImplemented
-        return (self._data, self.base) == (other._data, other.base)
+        return (bytes(self), self.base) == (bytes(other), other.base)
 
     def __hash__(self) -> int:
-        return hash(self._data)
+        return hash((len(self._data), self._data[:_HEADER_BYTES]))
 
     def __repr__(self) -> str:
         return f"<Btf {self.name} of {self.count - self._first_id} types>".replace("  ", " ")
@@ -255,7 +262,7 @@ class Btf:
     @property
     def string_bytes(self) -> int:
         """The length of all strings, the base's included."""
-        return self._first_string + len(self._strings) - 1
+        return self._first_string + self._strings_end - self._strings_at
 
     @property
     def types(self) -> list[Type]:
@@ -265,16 +272,16 @@ class Btf:
     @property
     def strings(self) -> bytes:
         """All strings but the base's, each with a zero behind it."""
-        return self._strings[1:]
+        return self._data[self._strings_at : self._strings_end]
 
     def string(self, offset: int) -> str:
         """Return the string at an offset, or its first 1024 bytes."""
         if self.base and offset < self._first_string:
             return self.base.string(offset)
-        begin = offset - self._first_string + 1
-        if begin >= len(self._strings) or not self._terminated:
+        begin, end = self._strings_at + offset - self._first_string, self._strings_end
+        if begin >= end or self._data[end - 1]:
             raise ObjectFileError(f"a name is outside the string table: {offset}", section=_SECTION)
-        text = self._strings[begin : begin + _MAX_STRING_BYTES].partition(b"\0")[0]
+        text = self._data[begin : begin + _MAX_STRING_BYTES].partition(b"\0")[0]
         return text.decode("utf-8", "replace")
 
     def type(self, type_id: int) -> Type:
@@ -301,7 +308,7 @@ class Btf:
         """Return the words of a type that is not the base's: struct btf_type and what follows."""
         index = type_id - self._first_id
         following = self._starts[index + 1] if self._has(index + 1) else len(self._words)
-        return self._words[self._starts[index] : following]
+        return array("I", self._words[self._starts[index] : following])
 
     def resolve(self, type_id: int) -> Type:
         """Return the type with typedefs, qualifiers and tags taken away."""
@@ -351,13 +358,20 @@ class Btf:
             if not self.base:
                 yield 0
             return
-        strings, wanted = self._strings, b"\0" + name
-        ends = (b"\0", b"___") if flavours else (b"\0",)
-        at = strings.find(wanted)
+        for at in self._places_of(name):
+            following = self._data[at + len(name) : at + len(name) + len(_FLAVOUR)]
+            if following[:1] == b"\0" or (flavours and following == _FLAVOUR):
+                yield self._first_string + at - self._strings_at
+
+    def _places_of(self, start: bytes) -> Iterator[int]:
+        """Return where strings start in this way: each but the first follows a zero."""
+        begin, end = self._strings_at, self._strings_end
+        if self._data[begin : begin + len(start)] == start:
+            yield begin
+        at = self._data.find(b"\0" + start, begin, end)
         while at >= 0:
-            if strings.startswith(ends, at + len(wanted)):
-                yield self._first_string + at
-            at = strings.find(wanted, at + 1)
+            yield at + 1
+            at = self._data.find(b"\0" + start, at + 1, end)
 
     def _indexes_named(self, offset: int) -> Iterator[int]:
         """Return the types that begin with the offset of a name, among all words that are equal."""
@@ -381,7 +395,7 @@ class Btf:
         single = aggregate._replace(at=aggregate.at + 3 * index, vlen=1)
         return next(self.members(single))
 
-    def _items(self, btf_type: Type, each: int) -> Iterator[array[int]]:
+    def _items(self, btf_type: Type, each: int) -> Iterator[Sequence[int]]:
         """Return the words of each of a type's items, such as members."""
         words = self._home(btf_type)._words
         for at in range(btf_type.at, btf_type.at + each * btf_type.vlen, each):
@@ -451,7 +465,7 @@ class Btf:
         raise ObjectFileError(f"type {type_id} refers to itself", section=_SECTION)
 
 
-def _byteorder(data: bytes) -> str:
+def _byteorder(data: Union[bytes, mmap.mmap]) -> str:
     """Return the byte order that the magic number of a header tells."""
     if len(data) < _HEADER_BYTES:
         raise ObjectFileError("too short for a BTF header", section=_SECTION, offset=0)

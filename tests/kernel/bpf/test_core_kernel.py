@@ -12,7 +12,7 @@ from compiled import compiled
 from run_once import run
 from since import is_emulated, needs_command, needs_machine, since
 
-from pybpfthrottle.bpf import loader
+from pybpfthrottle.bpf import loader, running
 from pybpfthrottle.bpf.abi import CoreRelocationKind
 from pybpfthrottle.bpf.errors import ExternError, UnresolvedError, VerifierError
 from pybpfthrottle.bpf.obj import elf
@@ -172,6 +172,16 @@ def test_a_refusal_shows_the_line_of_the_source():
     file, _, rest = caught.value.source.partition(":")
     assert file.endswith("core_reads.bpf.c")
     assert "the line of the crime" in rest
+
+
+def test_the_kernels_types_are_mapped_where_that_is_possible():
+    """Its megabytes are no copy of this process (Linux 6.16), and say what the file says."""
+    running.forget_types()
+    types = RunningKernel().types.types
+    with open("/proc/self/maps") as file:
+        assert (VMLINUX in file.read()) == (running.version() >= 0x061000)
+    with open(VMLINUX, "rb") as file:
+        assert bytes(types) == file.read()
 
 
 def test_types_may_come_from_a_file(tmp_path, answers):

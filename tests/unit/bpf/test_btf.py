@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import mmap
+import struct
+
 import pytest
 from elf_builder import BtfBuilder
 from made_types import SplitTypes, Types
@@ -260,6 +263,30 @@ def test_trusted_types_are_the_same_whatever_is_asked_for_first(types):
     assert Btf(data, trusted=True).types == wanted.types
     with pytest.raises(ObjectFileError, match="no type 2501"):
         Btf(data, trusted=True).type(2501)
+
+
+def test_mapped_types_are_the_same_as_those_that_were_read(types, tmp_path):
+    """The kernel's types may be mapped: all that is asked for is as if they had been read."""
+    types.add(Kind.STRUCT, "it", size=8, vlen=1, tail=("m", 1, 0))
+    types.add(Kind.STRUCT, "it___2", size=16)
+    file = tmp_path / "types"
+    file.write_bytes(types.build())
+    read = Btf(file.read_bytes())
+    with open(file, "rb") as opened:
+        mapped = Btf(mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ), trusted=True)
+    assert (mapped, hash(mapped), bytes(mapped)) == (read, hash(read), bytes(read))
+    found = list(mapped.named("it", flavours=True))
+    assert found == list(read.named("it", flavours=True)) != list(read.named("it"))
+    assert list(mapped.members(found[0])) == list(read.members(found[0]))
+    assert (mapped.words(1), mapped.strings) == (read.words(1), read.strings)
+    assert mapped.string_bytes == read.string_bytes
+
+
+def test_a_name_at_the_very_start_of_the_strings_is_found():
+    """Other compilers' types need not begin with the empty name, nor do those of a module."""
+    header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, 12, 12, 3)
+    types = Btf(header + struct.pack("<III", 0, Kind.FLOAT << 24, 4) + b"it\0")
+    assert [found.id for found in types.named("it")] == [1]
 
 
 def test_a_number_that_is_the_offset_of_a_name_is_no_type(types):
