@@ -407,7 +407,7 @@ always_inline void make_room(struct bpf_sock_ops *ctx, struct throttle_socket *s
  */
 always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 				 struct throttle_config *config, struct throttle_bucket *bucket,
-				 struct throttle_flows *flows, __u64 now)
+				 __u64 now)
 {
 	__u64 slot = ON_STACK(config->slot);
 	__u32 value;
@@ -423,6 +423,8 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	if (!socket->segment) {
 		socket->segment = ctx->mss_cache;
 		socket->first = first_packets(config, THROTTLE_DOWNLOAD, now, 0);
+		socket->awaited = socket->first * socket->segment;
+		__sync_fetch_and_add(&bucket->awaited, socket->awaited);
 		hurry_acknowledgements(ctx);
 	}
 	way_us = gate->round_trip_ns / 1000;
@@ -452,9 +454,11 @@ always_inline int clamp_for_gate(struct bpf_sock_ops *ctx, struct throttle_socke
 	socket->gated = gated;
 	if (gated)
 		make_room(ctx, socket, value);
-	/* What was asked for is on its way, and to drop it would only make it come twice. */
-	slack = GATE_SLACK_NS + ((__u64)flows->begun * socket->first * socket->segment *
-					 config->inverse_rate >>
+	/*
+	 * What was asked for may come at any time, of all connections at once, and to drop it would only
+	 * make it come twice.
+	 */
+	slack = GATE_SLACK_NS + ((__u64)larger(bucket->awaited, 0) * config->inverse_rate >>
 				 INVERSE_RATE_SHIFT);
 	slack = smaller(slack, MOST_GATE_SLACK_NS);
 	if (bucket->slack_ns < slack)
@@ -608,9 +612,13 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 	if (!gates && !news)
 		return;
 	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
+	if (moved && socket->awaited) {
+		__sync_fetch_and_add(&bucket->awaited, -(__s32)socket->awaited);
+		socket->awaited = 0;
+	}
 	if (flows && moved >= LEAST_SEGMENT_BYTES / 2)
 		forget_pause(bucket, flows, now);
-	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, flows, now)))
+	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, now)))
 		return;
 	if (news)
 		clamp(ctx, socket, config, bucket, sharing(flows), moved, now);

@@ -134,7 +134,7 @@ struct throttle_bucket {
 	__u64 slack_ns;   /* what may be owed beyond debt_ns, for the round trips that were seen */
 	__u64 inverse_rate; /* the one that what is owed was charged at; 0: not charged yet */
 	__u32 refused;      /* enum throttle_flags: what this kernel has refused to do */
-	__u32 reserved;
+	__s32 awaited;      /* bytes of connections' first windows that have not come yet */
 	__u64 credit_ns; /* how far it may lag behind the clock instead, for a slow start far away */
 	__u64 early_at_ns;   /* when the share of packets to drop early was found, */
 	__u32 early_owed;    /* and the least that was owed before, in 1024 ns; */
@@ -184,7 +184,7 @@ struct throttle_socket {
 	__u32 room;    /* the window in bytes that its buffer was made large enough for */
 	__u32 way_us;  /* its round trip, as measured by us; 0: not yet */
 	__u32 slot;    /* of the throttle that shapes it */
-	__u32 reserved;
+	__u32 awaited; /* bytes of its first window, until any have come */
 	__u64 opened;  /* the number of the byte up to which its window was opened by us, */
 	__u64 answer;  /* that of one that only comes once the window opened at */
 	__u64 asked_ns; /* this time is known to the sender; 0: nothing is measured */

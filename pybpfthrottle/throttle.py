@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from types import MappingProxyType
 from typing import (
@@ -590,24 +590,49 @@ def _carry_out(
 ) -> Throttle:
     """Put a throttle in force by one plan. Raises NoMarksError if the next one may work."""
     notes = [note.format(why=why or plan.why) for note in plan.notes]
+    throttle = _place(plan, spec, wish, selection, cgroups)
+    with _removed_on_failure(throttle):
+        if selection is None:
+            throttle.follow_units()
+        else:
+            moved = plan.place in (Place.MOVED, Place.MOVED_ONLY)
+            notes.append(targets.reaches_far(selection, moved=moved))
+            if moved and not selection.children:
+                notes.append(
+                    "What they start from now on is limited too: it begins in that cgroup."
+                )
+    throttle.plan_notes = tuple(filter(None, notes))
+    return throttle
+
+
+def _place(
+    plan: Plan,
+    spec: ThrottleSpec,
+    wish: Wish,
+    selection: Optional[Selection],
+    cgroups: Sequence[Cgroup],
+) -> Throttle:
+    """Put a throttle in force where a plan says."""
     if selection is None:
-        throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
-        throttle.follow_units()
-    elif plan.place is Place.SOCKETS:
-        throttle = _enforce(spec, plan.backends, [], selection, wish.options, ExitStack())
-    elif plan.place is Place.CGROUPS:
+        return _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
+    if plan.place is Place.SOCKETS:
+        return _enforce(spec, plan.backends, [], selection, wish.options, ExitStack())
+    if plan.place is Place.CGROUPS:
         cgroups = cgroups or targets.own_cgroups(selection)
         throttle = _enforce(spec, plan.backends, cgroups, None, wish.options, ExitStack())
         throttle.lasts_as_long_as(lambda: any(one.alive() for one in selection.processes))
-    else:
-        throttle = _move(plan, spec, wish, selection)
-    if selection is not None:
-        moved = plan.place in (Place.MOVED, Place.MOVED_ONLY)
-        notes.append(targets.reaches_far(selection, moved=moved))
-        if moved and not selection.children:
-            notes.append("What they start from now on is limited too: it begins in that cgroup.")
-    throttle.plan_notes = tuple(filter(None, notes))
-    return throttle
+        return throttle
+    return _move(plan, spec, wish, selection)
+
+
+@contextmanager
+def _removed_on_failure(throttle: Throttle) -> Iterator[None]:
+    """Leave nothing in force if what follows fails."""
+    try:
+        yield
+    except BaseException:
+        throttle.remove()
+        raise
 
 
 def _move(plan: Plan, spec: ThrottleSpec, wish: Wish, selection: Selection) -> Throttle:
@@ -778,7 +803,8 @@ def take_over(records: Sequence[Record], options: Mapping[str, Any]) -> Throttle
             throttle_id=first.id,
         )
     if selection is None:
-        throttle.follow_units(stand_ins)
+        with _removed_on_failure(throttle):
+            throttle.follow_units(stand_ins)
         throttle.what = ", ".join([*(one.path for one in cgroups), *stand_ins.values()])
     return throttle
 

@@ -8,7 +8,7 @@ compares them all with the objects' BTF.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_int64, c_uint8, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_int64, c_uint8, c_uint32, c_uint64
 from enum import IntEnum, IntFlag
 
 from pybpfthrottle.model import Direction
@@ -161,7 +161,7 @@ class ThrottleBucket(ctypes.Structure):
         ("slack_ns", c_uint64),
         ("inverse_rate", c_uint64),
         ("refused", c_uint32),
-        ("reserved", c_uint32),
+        ("awaited", c_int32),
         ("credit_ns", c_uint64),
         ("early_at_ns", c_uint64),
         ("early_owed", c_uint32),
@@ -217,7 +217,7 @@ class ThrottleSocket(ctypes.Structure):
         ("room", c_uint32),
         ("way_us", c_uint32),
         ("slot", c_uint32),
-        ("reserved", c_uint32),
+        ("awaited", c_uint32),
         ("opened", c_uint64),
         ("answer", c_uint64),
         ("asked_ns", c_uint64),

@@ -177,11 +177,11 @@ def test_a_refusal_shows_the_line_of_the_source():
 def test_the_kernels_types_are_mapped_where_that_is_possible():
     """Its megabytes are no copy of this process (Linux 6.16), and say what the file says."""
     running.forget_types()
-    types = RunningKernel().types.types
+    found = RunningKernel().types.types
     with open("/proc/self/maps") as file:
         assert (VMLINUX in file.read()) == (running.version() >= 0x061000)
     with open(VMLINUX, "rb") as file:
-        assert bytes(types) == file.read()
+        assert bytes(found) == file.read()
 
 
 def test_types_may_come_from_a_file(tmp_path, answers):

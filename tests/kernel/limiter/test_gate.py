@@ -51,10 +51,11 @@ signed.connect((other, 7001))
 while signed.recv(1 << 16):
     pass
 """
-# A server that sends so many bytes each 20 ms on each of some connections, and their client.
+# A server that sends so many bytes each 20 ms on each of some connections, once it has them all,
+# and their client, which opens them so many milliseconds apart.
 SLOW = """
 import select, socket, sys, time
-role, server, count, octets = *sys.argv[1:3], *map(int, sys.argv[3:])
+role, server, count, octets, apart_ms = *sys.argv[1:3], *map(int, sys.argv[3:])
 if role == "serve":
     listening = socket.create_server((server, 7002))
     print("ready", flush=True)
@@ -63,7 +64,10 @@ if role == "serve":
         for one in accepted:
             one.sendall(bytes(octets))
         time.sleep(0.02)
-connected = [socket.create_connection((server, 7002)) for _ in range(count)]
+connected = []
+for _ in range(count):
+    connected.append(socket.create_connection((server, 7002)))
+    time.sleep(apart_ms / 1000)
 print("ready", flush=True)
 while True:
     for one in select.select(connected, [], [])[0]:
@@ -196,9 +200,11 @@ def test_a_download_keeps_to_its_limit_without_a_loss(scratch: Cgroup, case: str
 
 
 @contextmanager
-def slow_servers(own: Lab, cgroup: Cgroup, count: int, octets: int) -> Iterator[None]:
+def slow_servers(
+    own: Lab, cgroup: Cgroup, count: int, octets: int, apart_ms: int = 0
+) -> Iterator[None]:
     """So many connections in a cgroup, on each of which so many bytes come each 20 ms."""
-    given = (own.wire.server.address, str(count), str(octets))
+    given = (own.wire.server.address, *map(str, (count, octets, apart_ms)))
     with ExitStack() as ending:
         for role, side in (("serve", own.wire.server), ("ask", own.wire.client)):
             started = subprocess.Popen(
@@ -231,6 +237,15 @@ def test_many_small_flows_leave_the_limit_to_a_large_one(scratch: Cgroup) -> Non
         with downloads(own, scratch), slow_servers(own, scratch, 30, 300):
             time.sleep(1.5)
             assert 0.9 <= ratio(live, 3, rate) <= 1.05
+
+
+def test_what_many_connections_were_promised_one_by_one_may_come_at_once(scratch: Cgroup) -> None:
+    """Each has a first window of a segment or two: together most of a second's worth."""
+    with lab() as own, limited(own, scratch, Rate.parse("250K")) as live:
+        with slow_servers(own, scratch, 80, 2000, apart_ms=50):
+            time.sleep(1.5)
+            assert live.counters()[DOWNLOAD].bytes_passed >= 80 * 1448
+            assert live.counters()[DOWNLOAD].packets_dropped == sent_twice(own) == 0
 
 
 def test_downloads_do_not_run_ahead_beside_a_small_flow(scratch: Cgroup) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from pybpfthrottle import throttle
+from pybpfthrottle import targets, throttle
 from pybpfthrottle.backends.ebpf import leftovers, registry
 from pybpfthrottle.backends.ebpf.found import FoundThrottle
 from pybpfthrottle.backends.ebpf.options import Options
@@ -23,7 +23,7 @@ from pybpfthrottle.errors import AttachError, CgroupError
 from pybpfthrottle.linux import cgroup as cgroups_v2
 from pybpfthrottle.linux import own_cgroups, process
 from pybpfthrottle.linux.cgroup import Cgroup
-from pybpfthrottle.model import Direction, Rate
+from pybpfthrottle.model import Direction, Rate, Target, ThrottleSpec
 from pybpfthrottle.settings import AttachPolicy
 
 LIMITS = {Direction.DOWNLOAD: Rate(100_000), Direction.UPLOAD: Rate(50_000)}
@@ -84,6 +84,20 @@ def test_in_a_cgroup_of_our_own_nothing_has_to_be_allowed(kernel, own) -> None:
     with apply(own) as limits:
         assert kernel.standing() == standing("SINGLE")
         assert limits.how()[Direction.UPLOAD]["attached_by"] == "legacy (single)"
+    assert kernel.standing() == []
+
+
+def test_a_limit_whose_last_step_fails_is_not_in_force(kernel, own, monkeypatch) -> None:
+    """Its caller has nothing yet by which it could remove it."""
+
+    def fail(self: throttle.Throttle) -> None:
+        assert kernel.standing() == standing("SINGLE")
+        raise OSError("no inotify watches are left")
+
+    monkeypatch.setattr(targets, "given_cgroups", lambda target, insist: [own])
+    monkeypatch.setattr(throttle.Throttle, "follow_units", fail)
+    with pytest.raises(OSError, match="no inotify"):
+        throttle.start(ThrottleSpec(Target(cgroups=(own.path,)), LIMITS))
     assert kernel.standing() == []
 
 
