@@ -115,6 +115,8 @@ always_inline int shape_for(struct bpf_sock_ops *ctx, __u32 slot)
 		if (!socket || socket->slot != slot)
 			return 1;
 		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		return look_for_end(ctx, slot);
 	default:
 		return 1;
 	}

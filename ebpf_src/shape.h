@@ -14,8 +14,12 @@
 #define BPF_SOCK_OPS_RWND_INIT 2
 #define BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB 4
 #define BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB 5
+#define BPF_SOCK_OPS_STATE_CB 10
 #define BPF_SOCK_OPS_HDR_OPT_LEN_CB 14
+#define BPF_SOCK_OPS_STATE_CB_FLAG (1 << 2)
 #define BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG (1 << 6)
+#define CALLBACKS (BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+#define TCP_CLOSE 7
 #define BPF_WRITE_HDR_TCP_CURRENT_MSS 1
 
 
@@ -597,6 +601,15 @@ always_inline void clamp(struct bpf_sock_ops *ctx, struct throttle_socket *socke
 	opened(ctx, socket, value, segment, now);
 }
 
+/* Of its first window something has come, or nothing will. */
+always_inline void await_no_longer(struct throttle_socket *socket, struct throttle_bucket *bucket)
+{
+	if (!socket->awaited)
+		return;
+	__sync_fetch_and_add(&bucket->awaited, -(__s32)socket->awaited);
+	socket->awaited = 0;
+}
+
 /* Set the receive window; `gates` says whether the gate's keeper may open it instead. */
 always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket *socket,
 			       struct throttle_config *config, struct throttle_bucket *bucket,
@@ -612,10 +625,8 @@ always_inline void move_window(struct bpf_sock_ops *ctx, struct throttle_socket 
 	if (!gates && !news)
 		return;
 	flows = count_flow(config, share, THROTTLE_DOWNLOAD, ctx->bytes_received, now);
-	if (moved && socket->awaited) {
-		__sync_fetch_and_add(&bucket->awaited, -(__s32)socket->awaited);
-		socket->awaited = 0;
-	}
+	if (moved)
+		await_no_longer(socket, bucket);
 	if (flows && moved >= LEAST_SEGMENT_BYTES / 2)
 		forget_pause(bucket, flows, now);
 	if (!flows || (gates && clamp_for_gate(ctx, socket, config, bucket, now)))
@@ -679,6 +690,21 @@ always_inline __u32 does(struct throttle_config *config, struct throttle_bucket 
 	__s64 over = (config->expires_ns - (__s64)now) >> 63; /* all bits, or none */
 
 	return config->rate_bytes_per_s ? config->flags & ~bucket->refused & flag & ~over : 0;
+}
+
+/* A connection has another state. */
+always_inline int look_for_end(struct bpf_sock_ops *ctx, __u32 slot)
+{
+	__u64 down = ON_STACK(ELEMENT(slot, THROTTLE_DOWNLOAD));
+	struct throttle_bucket *bucket = bpf_map_lookup_elem(&CGROUP_BUCKETS, &down);
+	struct throttle_socket *socket;
+
+	if (ctx->args[1] != TCP_CLOSE || !ctx->sk || !bucket)
+		return 1;
+	socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, 0);
+	if (socket && socket->slot == slot)
+		await_no_longer(socket, bucket);
+	return 1;
 }
 
 #ifdef ENTRIES
@@ -745,7 +771,7 @@ always_inline int shape_any(struct bpf_sock_ops *ctx, int multipath)
 		if (!socket)
 			return 1;
 		remember(ctx, socket);
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | CALLBACKS);
 		starts = 1;
 		break;
 	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
@@ -753,6 +779,8 @@ always_inline int shape_any(struct bpf_sock_ops *ctx, int multipath)
 			return 1;
 		socket = bpf_sk_storage_get(&SOCKETS, sk, 0, 0);
 		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		return look_for_end(ctx, slot);
 	default:
 		return 1;
 	}
@@ -824,7 +852,7 @@ SEC("cgroup/setsockopt") int pybpft_adopt(struct bpf_sockopt *ctx)
 	}
 	if (get_option(ctx->sk, SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags))
 		return 0;
-	flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+	flags |= CALLBACKS;
 	socket = bpf_sk_storage_get(&SOCKETS, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!socket)
 		return 0;

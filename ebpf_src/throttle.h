@@ -134,7 +134,7 @@ struct throttle_bucket {
 	__u64 slack_ns;   /* what may be owed beyond debt_ns, for the round trips that were seen */
 	__u64 inverse_rate; /* the one that what is owed was charged at; 0: not charged yet */
 	__u32 refused;      /* enum throttle_flags: what this kernel has refused to do */
-	__s32 awaited;      /* bytes of connections' first windows that have not come yet */
+	__s32 awaited;      /* bytes of the first windows of connections on which nothing has come yet */
 	__u64 credit_ns; /* how far it may lag behind the clock instead, for a slow start far away */
 	__u64 early_at_ns;   /* when the share of packets to drop early was found, */
 	__u32 early_owed;    /* and the least that was owed before, in 1024 ns; */

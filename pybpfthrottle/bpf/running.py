@@ -251,7 +251,7 @@ def _types(path: str, *, trusted: bool = False) -> Btf:
     # Buffers would cut the kernel's megabytes into many calls.
     with open(path, "rb", buffering=0) as file:
         if trusted:
-            with suppress(OSError):  # Linux 6.16; it refuses what is shared
+            with suppress(OSError, ValueError):  # Linux 6.16; it refuses what is shared
                 mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
                 return Btf(mapped, trusted=True)
         if file.read(4) == b"\x7fELF":

@@ -171,7 +171,7 @@ class Btf:
     A kernel module's BTF is *split*: it goes on where its ``base``, the kernel's, ends. ``name``
     is the module's. Types of the same bytes are equal. It never changes. What the kernel itself
     says can be ``trusted``: its types are looked through no further than is asked for. The kernel's
-    are megabytes: nothing of them is copied, and they may be mapped.
+    are megabytes: of this machine's byte order nothing is copied, and they may be mapped.
     """
 
     def __init__(

@@ -16,12 +16,12 @@ import pytest
 from echo import PORT, Near
 from lab import Lab, lab
 from since import needs_command, needs_option, needs_release
-from targets import live_map
+from targets import eventually, live_map
 from test_udp import RECEIVER, SENDER
 
 from pybpfthrottle import diversion, throttle
 from pybpfthrottle.backends.ebpf.options import Options
-from pybpfthrottle.backends.ebpf.records import ThrottleGate
+from pybpfthrottle.backends.ebpf.records import ThrottleBucket, ThrottleGate
 from pybpfthrottle.bpf.codecs import U32, StructureCodec
 from pybpfthrottle.conditions.model import Impairment
 from pybpfthrottle.demo.wire import DEVICE, Wire
@@ -72,6 +72,22 @@ print("ready", flush=True)
 while True:
     for one in select.select(connected, [], [])[0]:
         one.recv(1 << 16)
+"""
+# Connections on which nothing comes, and which end, every other one by a reset, at a line of input.
+SILENT = """
+import socket, struct, sys
+listening = socket.create_server((sys.argv[2], 7003)) if sys.argv[1] == "serve" else None
+if not listening:
+    ends = [socket.create_connection((sys.argv[2], 7003)) for _ in range(20)]
+    for one in ends[::2]:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+print("ready", flush=True)
+sys.stdin.readline()
+if not listening:
+    for one in ends:
+        one.close()
+    print("closed", flush=True)
+    sys.stdin.readline()
 """
 # Those that any network namespace may choose: reno, and the machine's own.
 CONTROLS = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
@@ -246,6 +262,34 @@ def test_what_many_connections_were_promised_one_by_one_may_come_at_once(scratch
             time.sleep(1.5)
             assert live.counters()[DOWNLOAD].bytes_passed >= 80 * 1448
             assert live.counters()[DOWNLOAD].packets_dropped == sent_twice(own) == 0
+
+
+def test_nothing_is_awaited_on_connections_that_have_ended(scratch: Cgroup) -> None:
+    """What they were promised may not be owed by others for as long as the limit is in force."""
+
+    def awaited() -> int:
+        with live_map("CGROUP_BUCKETS") as shared:
+            buckets = shared.typed(U32, StructureCodec(ThrottleBucket)).values()
+            return int(sum(bucket.awaited for bucket in buckets))
+
+    with lab() as own, limited(own, scratch), ExitStack() as ending:
+        for role, side in (("serve", own.wire.server), ("ask", own.wire.client)):
+            started = subprocess.Popen(
+                side.inside(sys.executable, "-c", SILENT, role, own.wire.server.address),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                preexec_fn=None if role == "serve" else lambda: scratch.move_in(0),
+            )
+            ending.callback(started.communicate)
+            ending.callback(started.kill)
+            assert started.stdin is not None
+            assert started.stdout is not None
+            assert started.stdout.readline() == b"ready\n"
+        assert awaited() >= 20 * 536
+        started.stdin.write(b"\n")
+        started.stdin.flush()
+        assert started.stdout.readline() == b"closed\n"
+        eventually(lambda: awaited() == 0)
 
 
 def test_downloads_do_not_run_ahead_beside_a_small_flow(scratch: Cgroup) -> None:
