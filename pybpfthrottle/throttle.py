@@ -684,9 +684,10 @@ def apply(
         ).name
         for direction in limits
     }
-    return _enforce(
-        *(spec, chosen, cgroups, processes, {"ebpf": options}, ExitStack()), command=command
-    )
+    with cgroups_v2.mounted_once():
+        return _enforce(
+            *(spec, chosen, cgroups, processes, {"ebpf": options}, ExitStack()), command=command
+        )
 
 
 def _enforce(

@@ -214,9 +214,9 @@ def _unescape(text: str) -> str:
 def mount() -> Mount:
     """Return where cgroup v2 is mounted: on a hybrid system usually /sys/fs/cgroup/unified.
 
-    Raises CgroupError with what to do. Within ``locked`` it is looked up once.
+    Raises CgroupError with what to do. Within ``locked`` and ``mounted_once`` it is looked up once.
     """
-    if not _lock.held:
+    if not (_lock.held or _lock.is_mounted_once):
         return _look_for_mount()
     if _lock.mounted is None:
         _lock.mounted = _look_for_mount()
@@ -395,10 +395,22 @@ def locked_if_free() -> Iterator[bool]:
             os.close(fd)
 
 
+@contextmanager
+def mounted_once() -> Iterator[None]:
+    """Look up where cgroup v2 is mounted once for the duration of the context. It may be nested."""
+    before, _lock.is_mounted_once = _lock.is_mounted_once, True
+    try:
+        yield
+    finally:
+        _lock.is_mounted_once = before
+        if not (before or _lock.held):
+            _lock.mounted = None
+
+
 class _Lock(threading.local):
     """Whether this thread has the lock, and where it has found cgroup v2 mounted since."""
 
-    held = False
+    held = is_mounted_once = False
     mounted: Optional[Mount] = None
 
     def leave(self) -> None:

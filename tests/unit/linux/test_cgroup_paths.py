@@ -348,3 +348,27 @@ def test_the_mount_is_looked_up_once_under_the_lock(monkeypatch):
         assert looked == []
     cgroup.mount()
     assert looked == [1]
+
+
+def test_the_mount_is_looked_up_once_without_the_lock_too(monkeypatch):
+    """For a limit that is to be just what is said; the lock may be taken or left meanwhile."""
+    looked = []
+    table = cgroup.mounts()
+    monkeypatch.setattr(cgroup, "mounts", lambda: (looked.append(1), table)[1])
+    with cgroup.mounted_once():
+        with cgroup.mounted_once():
+            cgroup.mount()
+        cgroup.mount()
+        assert looked == [1]
+    cgroup.mount()
+    cgroup.mount()
+    assert looked == [1, 1, 1]
+    with cgroup.locked():
+        cgroup.mount()
+        looked.clear()
+        with cgroup.mounted_once():
+            cgroup.mount()
+        cgroup.mount()
+    assert looked == []
+    cgroup.mount()
+    assert looked == [1]
