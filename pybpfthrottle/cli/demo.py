@@ -106,13 +106,18 @@ def _transfer(place: _Place, direction: Direction, limit: Optional[Rate], second
         shown = f"pybpfthrottle run {options} -- {shown}"
     echo()
     echo(f"$ {shown}")
-    client = subprocess.run(
-        place.client(*command),
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=seconds + _PATIENCE_S,
-    )
+    try:
+        client = subprocess.run(
+            place.client(*command),
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=seconds + _PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DemoError(
+            f"the {direction} did not end within {error.timeout:g} s; try again when less runs here"
+        ) from error
     if client.returncode:
         raise DemoError(f"the {direction} failed with status {client.returncode}")
     if direction is Direction.DOWNLOAD:
