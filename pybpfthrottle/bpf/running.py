@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BTF_DIRECTORY = "/sys/kernel/btf"
 _VMLINUX = "vmlinux"
+_ELF = b"\x7fELF"
 _AT_SYSINFO_EHDR = 33
 _PT_NOTE = 4
 _MAX_NOTES_BYTES = 4096
@@ -253,8 +254,9 @@ def _types(path: str, *, trusted: bool = False) -> Btf:
         if trusted:
             with suppress(OSError, ValueError):  # Linux 6.16; it refuses what is shared
                 mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
-                return Btf(mapped, trusted=True)
-        if file.read(4) == b"\x7fELF":
+                if mapped[:4] != _ELF:
+                    return Btf(mapped, trusted=True)
+        if file.read(4) == _ELF:
             from pybpfthrottle.bpf.obj.elffile import stored_section  # that kernel is rare
 
             data = stored_section(path, ".BTF")

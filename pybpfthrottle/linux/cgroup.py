@@ -216,11 +216,11 @@ def mount() -> Mount:
 
     Raises CgroupError with what to do. Within ``locked`` and ``mounted_once`` it is looked up once.
     """
-    if not (_lock.held or _lock.is_mounted_once):
+    if not _thread.is_mounted_once:
         return _look_for_mount()
-    if _lock.mounted is None:
-        _lock.mounted = _look_for_mount()
-    return _lock.mounted
+    if _thread.mounted is None:
+        _thread.mounted = _look_for_mount()
+    return _thread.mounted
 
 
 def _look_for_mount() -> Mount:
@@ -360,65 +360,65 @@ def locked() -> Iterator[None]:
     The lock is on the directory of the top cgroup, which all mount namespaces share. Anybody can
     hold it, so after a while the context is entered without it. It may be nested in this process.
     """
-    if _lock.held:
+    if _thread.has_lock:
         yield
         return
-    try:
-        fd = root().open()
-    except CgroupError:  # then nobody can use cgroups
-        yield
-        return
-    try:
-        _take(fd)
-        _lock.held = True
-        yield
-    finally:
-        _lock.leave()
-        os.close(fd)
+    with mounted_once():
+        try:
+            fd = root().open()
+        except CgroupError:  # then nobody can use cgroups
+            yield
+            return
+        try:
+            _take(fd)
+            _thread.has_lock = True
+            yield
+        finally:
+            _thread.has_lock = False
+            os.close(fd)
 
 
 @contextmanager
 def locked_if_free() -> Iterator[bool]:
     """Like ``locked``, but without waiting: yield False if another process holds the lock."""
-    fd = -1
-    with suppress(OSError, CgroupError):
-        fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(BlockingIOError):
+    with mounted_once():
+        fd = -1
+        with suppress(OSError, CgroupError):
+            fd = os.open(mount().path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(BlockingIOError):
+                if fd >= 0:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _thread.has_lock = True
+            yield _thread.has_lock
+        finally:
+            _thread.has_lock = False
             if fd >= 0:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _lock.held = True
-        yield _lock.held
-    finally:
-        _lock.leave()
-        if fd >= 0:
-            os.close(fd)
+                os.close(fd)
 
 
 @contextmanager
 def mounted_once() -> Iterator[None]:
     """Look up where cgroup v2 is mounted once for the duration of the context. It may be nested."""
-    before, _lock.is_mounted_once = _lock.is_mounted_once, True
+    if _thread.is_mounted_once:
+        yield
+        return
+    _thread.is_mounted_once = True
     try:
         yield
     finally:
-        _lock.is_mounted_once = before
-        if not (before or _lock.held):
-            _lock.mounted = None
+        _thread.is_mounted_once = False
+        _thread.mounted = None
 
 
-class _Lock(threading.local):
-    """Whether this thread has the lock, and where it has found cgroup v2 mounted since."""
+class _Thread(threading.local):
+    """What this thread has: the lock, and where it has found cgroup v2 mounted."""
 
-    held = is_mounted_once = False
+    has_lock = is_mounted_once = False
     mounted: Optional[Mount] = None
 
-    def leave(self) -> None:
-        self.held = False
-        self.mounted = None
 
-
-_lock = _Lock()
+_thread = _Thread()
 
 
 def _take(fd: int) -> None:

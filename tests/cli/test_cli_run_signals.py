@@ -285,9 +285,12 @@ os.write(1, b"ready\\n")  # unlike print, a signal handler may do so meanwhile
 while True:
     time.sleep(1)
 """
+# In the background: where Ctrl-Z stops a child of vfork() before it has executed anything, its
+# shell waits for it and cannot stop: who started the shell waits forever, with a limit or not.
+SLEEPS = ("sh", "-c", "sleep 2 & echo ready; wait $!; exit 5")
 STOPS = {
     "by itself": (("sh", "-c", "echo ready; kill -STOP $$; exit 5"), b""),
-    "at Ctrl-Z": (("sh", "-c", "echo ready; sleep 2; exit 5"), b"\x1a"),
+    "at Ctrl-Z": (SLEEPS, b"\x1a"),
     "at Ctrl-Z, after it has tidied up": ((sys.executable, "-c", TIDIES_UP), b"\x1a"),
 }
 

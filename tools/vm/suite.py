@@ -167,6 +167,11 @@ class Report(NamedTuple):
         """Whether no test has failed for good."""
         return self.verdict.startswith("passed")
 
+    def failures(self) -> list[str]:
+        """Return what pytest says at its end of each test that failed, repeated ones by that."""
+        last = self.run.output.split(_RESULTS)[0].split(_REPEATED)[-1]
+        return re.findall(r"^(?:FAILED|ERROR) .*$", last, re.M)
+
     def running(self) -> tuple[str, str]:
         """Return the kernel's release and the Python, as the machine itself says."""
         found = re.search(rf"{STARTED} on Linux (.*), Python (.*)", self.run.output)

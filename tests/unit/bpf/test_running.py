@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 
 import pytest
+from elf_builder import ObjectBuilder
 from made_types import SplitTypes, Types
 
 from pybpfthrottle.bpf import running
@@ -88,3 +89,18 @@ def test_core_has_types_of_its_own(tmp_path):
     assert kernel.types.types.find(Kind.STRUCT, "own")
     assert kernel.core_types.types.find(Kind.STRUCT, "other")
     assert list(kernel.core_types.modules()) == []
+
+
+def test_the_kernels_own_types_may_be_an_elf_file(monkeypatch, tmp_path):
+    """Who lacks types mounts what there is over the kernel's file, and that may be a vmlinux."""
+    own = Types()
+    own.struct("own", 4)
+    elf = ObjectBuilder()
+    elf.section(".BTF", own.build())
+    (tmp_path / "vmlinux").write_bytes(elf.build())
+    monkeypatch.setattr(running, "BTF_DIRECTORY", str(tmp_path))
+    running.forget_types()
+    try:
+        assert RunningKernel(directory=str(tmp_path)).types.types.find(Kind.STRUCT, "own")
+    finally:
+        running.forget_types()

@@ -218,3 +218,12 @@ def test_what_makes_no_sense_is_refused(arguments, message, monkeypatch, capsys)
         runpy.run_path(str(ROOT / "tools/vmtest"), run_name="__main__")
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_failed_for_good_is_told_last():
+    """Of a test that was repeated, what became of it then; of one that passed then, nothing."""
+    first = "FAILED tests/a.py::one - it\nFAILED tests/a.py::two - is\n"
+    again = "The tests that failed, once more:\nERROR tests/a.py::two - not\n1 passed, 1 error\n"
+    assert report(XML, AGAIN, status=1, shown=first + again).failures() == [
+        "ERROR tests/a.py::two - not"
+    ]
