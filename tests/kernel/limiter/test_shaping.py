@@ -18,7 +18,7 @@ import pytest
 import unadopted
 from lab import ENVIRONMENT, TOOL, Lab, attached, lab
 from since import is_emulated, needs_machine, needs_release, parse, running
-from targets import live_map
+from targets import eventually, live_map
 
 from pybpfthrottle import throttle
 from pybpfthrottle.backends.ebpf import programs as shipped
@@ -46,6 +46,9 @@ FIN_WAIT2 = 5  # include/net/tcp_states.h
 RATE = Rate.parse("2M")
 # In an emulated machine the gate's keeper comes late, and one second is unlike the other.
 SHARES = (0.3, 1.6) if is_emulated() else (0.9, 1.1)
+# It may also stand still for half a second, and a connection without a limit has no more than a few
+# times RATE there; the window of one with a limit is good for less than twice.
+LEAST, FASTER = (0.7, 2) if is_emulated() else (0.9, 5)
 # The second is not tried before a connection is there.
 SHAPES_SINCE = {
     Direction.UPLOAD: ("5.10", "socket storage for programs of cgroups"),
@@ -193,7 +196,7 @@ def test_a_connection_gets_back_what_it_had(scratch: Cgroup, direction: Directio
                 during = now(scratch)
                 live.remove()
                 after = now(scratch)
-                assert rate_over(scratch, direction, 1) > (2 if is_emulated() else 5)
+                assert rate_over(scratch, direction, 1) > FASTER
     if direction is Direction.UPLOAD:
         assert during.max_pacing <= RATE.bytes_per_s * 9 // 8
     else:
@@ -228,7 +231,7 @@ def test_an_unknown_window_is_opened_again(scratch: Cgroup, hidden_clamp: None) 
                 during = now(scratch)
                 live.remove()
                 after = now(scratch)
-                assert any(rate_over(scratch, direction, 1) > 5 for _ in range(5))
+                assert any(rate_over(scratch, direction, 1) > FASTER for _ in range(5))
     assert during.clamp <= RATE.bytes_per_s
     assert after.clamp == 65535 << 7
 
@@ -244,10 +247,9 @@ def test_what_the_kernel_has_refused_is_not_tried_again(
             buckets = found.typed(U32, StructureCodec(ThrottleBucket))
             buckets[direction] = ThrottleBucket(refused=ThrottleFlags.PACE | ThrottleFlags.WINDOW)
         with client(own, scratch, direction):
-            time.sleep(0.5)
+            eventually(lambda: live.counters()[direction].packets_dropped)
             during = now(scratch)
         assert live.how()[direction]["shape"] == "police"
-        assert live.counters()[direction].packets_dropped > 0
         # Another rate is no reason to try it again.
         live.set_limit(direction, Rate(RATE.bytes_per_s * 2))
         assert live.how()[direction]["shape"] == "police"
@@ -304,11 +306,11 @@ def test_an_open_connection_is_shaped_too(
         # What was dropped of a faster connection's packets on their way may be waited for, and
         # where it could not be adopted but only policed, congestion control has to recover too.
         adopted = during.max_pacing != UNLIMITED or during.clamp < before.clamp
-        faster = 5 if adopted else 1.5
+        faster = FASTER if adopted else 1.5
         assert any(rate_over(scratch, direction, 1) > faster for _ in range(20))
     assert ratio <= 1.2  # a fast one is still being caught
     if direction is Direction.UPLOAD:
-        assert ratio >= 0.9
+        assert ratio >= LEAST
     by_kernel = shaped_by == "kernel" and running() >= parse(ADOPTS_SINCE)
     if direction is Direction.UPLOAD or by_kernel:
         assert adopted
@@ -432,7 +434,7 @@ def test_a_new_rate_takes_hold_at_once(scratch: Cgroup) -> None:
             live.set_limit(direction, None)
             time.sleep(0.5)
             assert now(scratch).max_pacing == UNLIMITED
-            assert rate_over(scratch, direction, 1) > 5
+            assert rate_over(scratch, direction, 1) > FASTER
 
 
 @pytest.mark.parametrize(
@@ -569,7 +571,7 @@ def test_other_connections_are_left_alone(scratch: Cgroup) -> None:
             with limited(limited_one, Direction.UPLOAD):
                 time.sleep(0.3)
                 assert now(other).max_pacing == UNLIMITED
-                assert rate_over(other, Direction.UPLOAD, 1) > 5
+                assert rate_over(other, Direction.UPLOAD, 1) > FASTER
     finally:
         other.remove(patience_s=5)
         limited_one.remove(patience_s=5)
