@@ -30,7 +30,16 @@ from vm import VmError
 from benches.child import PATIENCE_S, TransferError
 from benches.line import DelayLine, LineSpec
 from benches.quic import carry_datagrams, datagrams, fall_silent
-from benches.servers import HTTP3_PORT, SSH_PORT, Place, serve, serve_http3, start
+from benches.servers import (
+    HTTP3_PORT,
+    SERVERS,
+    SSH_PORT,
+    Place,
+    has_http3,
+    serve,
+    serve_http3,
+    start,
+)
 from benches.surroundings import python
 from benches.table import show
 from benches.unpacked import Unpacked, unpacked
@@ -74,12 +83,13 @@ PROGRAMS: dict[str, Command] = {
     ),
     "iperf3 -R -P 8": lambda at: f"iperf3 -c {at.address} -R -P 8 -t 60",
 }
-_NEEDS = {
+_CLIENTS = {
     "pip": sys.executable,
     "aioquic, HTTP/3": sys.executable,
     _CURL_HTTP3: sys.executable,
     "apt": "/usr/lib/apt/apt-helper",
 }
+_SERVERS = {"rsync over ssh": "sshd", "iperf3 -R -P 8": "iperf3"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -116,11 +126,11 @@ def main(arguments: argparse.Namespace) -> int:
             del commands[_CURL_HTTP3]
     table: dict[str, dict[str, float]] = {}
     for (name, command), rate, delay in product(commands.items(), limits, delays):
-        program = _NEEDS.get(name, name.split()[0].rstrip(","))
-        if not shutil.which(program):
-            print(f"{name}: left out, {program} is missing", file=sys.stderr)
-            continue
         row = f"{name}, {rate}, {delay:g} ms"
+        missing = _missing(name)
+        if missing:
+            print(f"{row}: left out, {missing} is missing", file=sys.stderr)
+            continue
         own = programs if name == _CURL_HTTP3 else None
         try:
             rounds = [
@@ -133,6 +143,15 @@ def main(arguments: argparse.Namespace) -> int:
         table[row] = dict(zip(_COLUMNS, (round(median(each), 3) for each in zip(*rounds))))
         print(row, table[row], file=sys.stderr)
     return show(table, as_json=arguments.json) if table else 1
+
+
+def _missing(name: str) -> Optional[str]:
+    """Return what a transfer by this program lacks here: its client or its server."""
+    if "HTTP/3" in name and name != _CURL_HTTP3 and not has_http3():
+        return "aioquic"
+    client = _CLIENTS.get(name, name.split()[0].rstrip(","))
+    server = _SERVERS.get(name, sys.executable if "HTTP/3" in name else "nginx")
+    return next((one for one in (client, server) if not shutil.which(one, path=SERVERS)), None)
 
 
 def _transfer(
@@ -153,8 +172,8 @@ def _transfer(
         prefix = python("pybpfthrottle", "run", "-q", "--download-limit", str(rate.bytes_per_s))
         shell = f"export HOME={directory} TMPDIR={directory}; exec {command(place)}"
         inside = wire.client.inside(*prefix, "--", "sh", "-c", shell)
-        start(stack, inside)
-        sent, again = _watch(wire.server, place, seconds)
+        client = start(stack, inside)
+        sent, again = _watch(client, wire.server, place, seconds)
         fall_silent(wire)
         left, came = (now - one for now, one in zip(datagrams(wire), before))
     steps = [after - before for before, after in zip(sent, sent[1:])]
@@ -164,11 +183,15 @@ def _transfer(
     return ratio, min(windows), max(windows), 100 * (lost + again / sent[-1])
 
 
-def _watch(server: Namespace, place: Place, seconds: int) -> tuple[list[int], int]:
+def _watch(
+    client: subprocess.Popen[bytes], server: Namespace, place: Place, seconds: int
+) -> tuple[list[int], int]:
     """What the servers' sockets had acknowledged after each second, and sent again in the end."""
     seen: dict[str, tuple[int, int]] = {}
     deadline = time.monotonic() + PATIENCE_S
     while (first := _sent(server, place, seen)) < _HANDSHAKE_BYTES:
+        if client.poll() is not None:
+            raise TransferError(f"it ended with {client.returncode} before there was any data")
         if time.monotonic() > deadline:
             raise TransferError("no data was sent")
         time.sleep(0.005)
