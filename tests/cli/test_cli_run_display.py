@@ -103,7 +103,7 @@ def test_the_record_is_a_table(tool, tmp_path):
     """--record x.csv has a row per second and direction, in place of what was in the file."""
     path = tmp_path / "x.csv"
     path.write_text("before\n")
-    result = tool.run(*LIMIT, "--record", str(path), "--", "sh", "-c", "sleep 1.3; exit 3")
+    result = tool.run(*LIMIT, "--record", str(path), "--", "sh", "-c", "sleep 2.3; exit 3")
     assert result.status == 3
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
