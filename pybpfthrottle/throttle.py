@@ -306,14 +306,15 @@ class Throttle:
 
     def chores(self) -> list[Chore]:
         """Return the chores for a supervisor to run while the throttle is in force."""
+        if self._removed:
+            return []
         found = [chore for part in self._distinct_parts() for chore in part.chores()]
         found += [] if self._queue is None else self._queue.chores()
         return found if self._comings is None else [self._comings, *found]
 
     def remove(self) -> None:
         """Remove the limits. Doing so twice is no error."""
-        self._do(self._undo.close)
-        self._removed = True
+        self._do(self._take_away)
         if self._driver is not None:
             driver, self._driver = self._driver, None
             driver.release()
@@ -412,6 +413,10 @@ class Throttle:
         if cgroup.exists():
             text += "; a new one at the same path is not limited"
         return text
+
+    def _take_away(self) -> None:
+        self._removed = True  # The driver has no more chores from now on, before it is left too.
+        self._undo.close()
 
     def _refuse_if_removed(self) -> None:
         if self._removed:

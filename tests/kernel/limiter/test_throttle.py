@@ -74,6 +74,7 @@ def test_one_throttle_attaches_what_was_asked_for_and_takes_it_away(scratch: Cgr
         assert len(attached(scratch)) == 1
         assert live.counters() == {Direction.UPLOAD: Counters()}
     assert attached(scratch) == []
+    assert live.chores() == []
     live.remove()
 
 
