@@ -381,6 +381,12 @@ def copied_package(tmp_path):
 
 
 @pytest.fixture
+def own_loopback():
+    """A prefix for the demo without namespaces, whose port is always the same."""
+    return ("unshare", "--net", "sh", "-ec", 'ip link set lo up; exec "$@"', "sh")
+
+
+@pytest.fixture
 def anybody(tool):
     """The tool where the user nobody can read it, and the command that makes one nobody."""
     directory = Path(tempfile.mkdtemp(prefix="clitest-"))

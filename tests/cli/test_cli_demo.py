@@ -6,12 +6,10 @@ import os
 import signal
 from pathlib import Path
 
-OWN_LOOPBACK = ("unshare", "--net", "sh", "-ec", 'ip link set lo up; exec "$@"', "sh")
 
-
-def test_a_transfer_that_does_not_end_is_one_line(tool):
+def test_a_transfer_that_does_not_end_is_one_line(tool, own_loopback):
     """A server that no longer answers: what took too long is said, and nothing is left running."""
-    process = tool.start("demo", "--loopback", "--seconds", "2", prefix=OWN_LOOPBACK)
+    process = tool.start("demo", "--loopback", "--seconds", "2", prefix=own_loopback)
     assert any(line.startswith(b"$ get") for line in process.stdout)
     server = _server_of(process.pid)
     os.kill(server, signal.SIGSTOP)

@@ -47,10 +47,8 @@ def test_a_unit_cannot_be_limited_by_a_user(tool, anybody, scratch):
     assert "CAP_BPF" in result.complaint
 
 
-def test_the_demo_of_a_user_is_one_line(tool, anybody):
+def test_the_demo_of_a_user_is_one_line(tool, own_loopback, anybody):
     """The demo as nobody fails with 1, and one line on standard error says what is missing."""
-    # The demo without namespaces has a port of its own on the loopback device.
-    own_loopback = ["unshare", "--net", "sh", "-ec", 'ip link set lo up; exec "$@"', "sh"]
     result = tool.run("demo", "--seconds", "2", prefix=[*own_loopback, *anybody])
     assert result.status == 1
     assert "root" in result.complaint
